@@ -1,0 +1,253 @@
+"""The tensor contract: which tensors a LESS graph takes and gives, with which names, dtypes and shapes.
+
+Exporter, engine profiles, backends, manifest and embedding services all derive names and shapes from
+:class:`Contract`; no other module spells a tensor name. Needs numpy only.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from .errors import BundleError, UsageError
+
+OP_DOMAIN = "less"
+OP_NAME = "LessAttention"
+OP_VERSION = 1
+
+INPUT_IDS = "input_ids"
+PAST_LENGTH = "past_length"
+NEW_LENGTH = "new_length"
+LOGITS = "logits"
+
+BATCH = "batch"
+CHUNK = "chunk"
+
+#: Bytes per element of every dtype that occurs in a contract.
+ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+class Policy(enum.IntEnum):
+    """Which tokens keep a slot; the value is the op's ``policy`` attribute."""
+
+    H2O = 0
+    TOVA = 1
+    SINK = 2
+    WINDOW = 3
+    FULL = 4
+
+    @property
+    def label(self) -> str:
+        """Name in options, manifests and messages."""
+        return self.name.lower()
+
+    @classmethod
+    def parse(cls, name: str) -> Policy:
+        """Policy of a label; raises :class:`UsageError` for an unknown one."""
+        try:
+            return cls[name.upper()]
+        except KeyError:
+            choices = ", ".join(p.label for p in cls)
+            raise UsageError(f"unknown policy '{name}': choose one of {choices}") from None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Static facts of one attention layer's LESS node.
+
+    ``capacity`` slots hold at most ``heavy + recent`` tokens; ``window`` > 0 limits what a query sees to
+    the newest ``window`` positions, itself included. ``absorb`` layers own a low-rank state of ``rank``
+    features; the others have rank 1, psi = 0 and skip it.
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    policy: Policy
+    heavy: int
+    recent: int
+    window: int
+    absorb: bool
+    capacity: int
+    rank: int
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, why: str) -> None:
+            if not ok:
+                raise UsageError(f"impossible layer ({self.policy.label}): {why}")
+
+        require(min(self.query_heads, self.kv_heads, self.head_dim) > 0, "heads and head_dim must be positive")
+        require(self.query_heads % self.kv_heads == 0, "query heads must be a multiple of KV heads")
+        require(math.isfinite(self.scale), "the attention scale must be finite")
+        require(self.heavy >= 0 and self.recent >= 1 and self.window >= 0, "heavy, window >= 0 and recent >= 1")
+        require(self.capacity >= 1 and self.rank >= 1, "capacity and rank must be at least 1")
+        require(self.absorb or self.rank == 1, "a layer that absorbs nothing has rank 1")
+        require(self.heavy + self.recent == self.capacity, "heavy + recent must equal the capacity")
+        if self.policy is Policy.TOVA:
+            require(self.recent == 1, "tova protects only the newest token")
+        if self.policy is Policy.WINDOW:
+            require(self.window == self.recent and not self.absorb, "window keeps its window and absorbs nothing")
+        if self.policy is Policy.FULL:
+            require(self.window == 0 and self.heavy == 0 and not self.absorb, "full evicts and absorbs nothing")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.query_heads // self.kv_heads
+
+    def attributes(self) -> dict[str, int | float]:
+        """Attributes of the layer's ``LessAttention`` node, in the op's order."""
+        return {
+            "scale": float(self.scale),
+            "policy": int(self.policy),
+            "heavy": self.heavy,
+            "recent": self.recent,
+            "window": self.window,
+            "absorb": int(self.absorb),
+        }
+
+
+@dataclass(frozen=True)
+class StateField:
+    """One state tensor of a layer: dims name :class:`LayerSpec` fields, dtype "T" is the compute dtype."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtype: str
+    empty: int = 0
+
+
+#: The state of one layer, in the op's order; ``empty`` fills a fresh row.
+STATE_FIELDS = (
+    StateField("key", ("kv_heads", "capacity", "head_dim"), "T"),
+    StateField("value", ("kv_heads", "capacity", "head_dim"), "T"),
+    StateField("psi", ("kv_heads", "capacity", "rank"), "T"),
+    StateField("score", ("kv_heads", "capacity"), "float32"),
+    StateField("position", ("kv_heads", "capacity"), "int32", empty=-1),
+    StateField("h", ("kv_heads", "rank", "head_dim"), "float32"),
+    StateField("z", ("kv_heads", "rank"), "float32"),
+)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of one graph input or output; a string in the shape is a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def sized(self, batch: int, chunk: int = 1) -> tuple[int, ...]:
+        """The shape with its dynamic axes filled in."""
+        sizes = {BATCH: batch, CHUNK: chunk}
+        return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One state tensor of one layer as the graph sees it: past in, present out."""
+
+    layer: int
+    field: StateField
+    dtype: str
+    row_shape: tuple[int, ...]
+
+    @property
+    def past(self) -> TensorSpec:
+        return TensorSpec(f"past.{self.layer}.{self.field.name}", self.dtype, (BATCH, *self.row_shape))
+
+    @property
+    def present(self) -> TensorSpec:
+        return TensorSpec(f"present.{self.layer}.{self.field.name}", self.dtype, (BATCH, *self.row_shape))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one sequence."""
+        return math.prod(self.row_shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Everything a runtime must know to drive one artifact.
+
+    ``dtype`` is the compute dtype T, ``chunk`` the most tokens a step may take, ``max_batch`` the most
+    rows, ``position_limit`` the number of learned positions (``None`` with rotary embeddings).
+    """
+
+    layers: tuple[LayerSpec, ...]
+    vocab_size: int
+    dtype: str
+    chunk: int
+    max_batch: int
+    logits: Literal["last", "all"] = "last"
+    position_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in COMPUTE_DTYPES:
+            raise UsageError(f"unknown dtype '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}")
+        if self.chunk < 1 or self.max_batch < 1:
+            raise UsageError("--chunk and --max-batch must be at least 1")
+        if self.logits not in ("last", "all"):
+            raise UsageError(f"unknown logits '{self.logits}': choose last or all")
+
+    def state(self) -> Iterator[StateTensor]:
+        """The state tensors, layer by layer, in the graph's order."""
+        for index, layer in enumerate(self.layers):
+            for field in STATE_FIELDS:
+                dtype = self.dtype if field.dtype == "T" else field.dtype
+                yield StateTensor(index, field, dtype, tuple(getattr(layer, d) for d in field.dims))
+
+    def tokens(self) -> tuple[TensorSpec, ...]:
+        """The inputs that are not state."""
+        return (
+            TensorSpec(INPUT_IDS, "int64", (BATCH, CHUNK)),
+            TensorSpec(PAST_LENGTH, "int32", (BATCH,)),
+            TensorSpec(NEW_LENGTH, "int32", (BATCH,)),
+        )
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """All graph inputs in order."""
+        return (*self.tokens(), *(s.past for s in self.state()))
+
+    def logits_spec(self) -> TensorSpec:
+        return TensorSpec(LOGITS, "float32", (BATCH, CHUNK if self.logits == "all" else 1, self.vocab_size))
+
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """All graph outputs in order."""
+        return (self.logits_spec(), *(s.present for s in self.state()))
+
+    def state_bytes(self) -> int:
+        """State bytes of one sequence, whatever its length."""
+        return sum(s.row_bytes for s in self.state())
+
+    def full_cache_bytes(self, length: int) -> int:
+        """Bytes an ordinary KV cache of ``length`` tokens takes for one sequence (sliding layers capped)."""
+        tokens = (min(length, s.window) if s.window else length for s in self.layers)
+        per_token = (2 * s.kv_heads * s.head_dim * ITEM_BYTES[self.dtype] for s in self.layers)
+        return sum(n * b for n, b in zip(tokens, per_token, strict=True))
+
+    def token_limit(self) -> int | None:
+        """Longest sequence the state can take (policy full, learned positions), ``None`` if unlimited."""
+        limits = [s.capacity for s in self.layers if s.policy is Policy.FULL]
+        if self.position_limit is not None:
+            limits.append(self.position_limit)
+        return min(limits, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, read back by :meth:`from_dict`."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
+        return {**plain, "layers": [{**asdict(s), "policy": s.policy.label} for s in self.layers]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Contract:
+        """Contract of a manifest; raises :class:`BundleError` when it does not parse."""
+        try:
+            layers = tuple(LayerSpec(**{**s, "policy": Policy.parse(s["policy"])}) for s in data["layers"])
+            return cls(**{**data, "layers": layers})
+        except (KeyError, TypeError, UsageError) as error:
+            raise BundleError(f"the manifest's contract is damaged ({error}): export the bundle again") from error

@@ -1,0 +1,42 @@
+"""Errors a user can cause or mend: one family, one line each, exit code 1 at the command line.
+
+Anything else that is raised is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class LessExportError(Exception):
+    """Base of all expected failures; the message says what is wrong and what to do about it."""
+
+
+class UsageError(LessExportError):
+    """Options that contradict each other or the model (budget, dtype, target, prompt)."""
+
+
+class ModelError(LessExportError):
+    """A model that cannot be found or read."""
+
+
+class UnsupportedModelError(LessExportError):
+    """A decoder that LESS cannot express; names the layer and the reason."""
+
+
+class KernelError(LessExportError):
+    """A kernel file that is damaged or was trained for another model."""
+
+
+class BundleError(LessExportError):
+    """A bundle that is incomplete, damaged or written by a newer version."""
+
+
+class ValidationError(LessExportError):
+    """An exported graph that does not compute what the model computes."""
+
+
+class BackendError(LessExportError):
+    """A runtime that is missing, or was fed what the contract forbids."""
+
+
+class EngineError(LessExportError):
+    """TensorRT refused the graph, the plan or the machine."""

@@ -1,0 +1,1 @@
+"""From a Hugging Face decoder to ONNX files: wrapper, operator, weights, trace and self-check."""

@@ -1,0 +1,301 @@
+"""``less::LessAttention`` in ONNX: the translation of the torch op, and its body in standard operators.
+
+The body is one function per policy, with and without the low-rank term; a node names its own through
+``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+
+from .. import ops
+from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, Policy
+from ..policies import POLICIES
+
+OPSET = 23
+#: TensorRT's limit on K of TopK, which h2o and tova use to choose the slots.
+TENSORRT_TOPK_LIMIT = 3840
+
+_TOKEN_INPUTS = {"q": "T", "k": "T", "v": "T", "log_phi_q": "float32", "psi_k": "T"}
+_PAST = {f"past_{f.name}": f.dtype for f in STATE_FIELDS}
+_PRESENT = {f"present_{f.name}": f.dtype for f in STATE_FIELDS}
+_INPUTS = {**_TOKEN_INPUTS, **_PAST, "past_length": "int32", "new_length": "int32"}
+_OUTPUTS = {"out": "T", **_PRESENT}
+_ATTRIBUTES = {
+    "scale": ir.AttributeType.FLOAT,
+    **dict.fromkeys(("policy", "heavy", "recent", "window", "absorb"), ir.AttributeType.INT),
+}
+
+
+def overload(policy: Policy, absorb: bool) -> str:
+    """Overload that names the body of a policy, with or without the low-rank term."""
+    return f"{policy.label}_lowrank" if absorb else policy.label
+
+
+# ------------------------------------------------------------------ torch.ops.less.attention -> one node
+
+
+def _schema() -> onnx.defs.OpSchema:
+    tensor = {"T": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}
+    parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
+    kinds = {ir.AttributeType.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT}
+    return onnx.defs.OpSchema(
+        OP_NAME,
+        OP_DOMAIN,
+        OP_VERSION,
+        "LESS attention (arXiv 2402.09398): sparse slots, chunk and low-rank state in one softmax.",
+        inputs=[parameter(n, tensor[t]) for n, t in _INPUTS.items()],
+        outputs=[parameter(n, tensor[t]) for n, t in _OUTPUTS.items()],
+        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "compute dtype")],
+        attributes=[
+            attribute(n, kinds.get(t, onnx.defs.OpSchema.AttrType.INT), "", required=True)
+            for n, t in _ATTRIBUTES.items()
+        ],
+    )
+
+
+_OPERATOR = onnxscript.values.Op(onnxscript.values.Opset(OP_DOMAIN, OP_VERSION), OP_NAME, _schema())
+
+
+def _translate(*args: Any) -> Any:
+    """Eager arguments of ``torch.ops.less.attention`` as one LessAttention node."""
+    tensors, attributes = args[: len(_INPUTS)], args[len(_INPUTS) :]
+    return _OPERATOR(*tensors, **dict(zip(_ATTRIBUTES, attributes, strict=True)))
+
+
+def translation_table() -> dict[Any, Any]:
+    """``custom_translation_table`` for ``torch.onnx.export``."""
+    assert ops.attention is not None  # importing ops registers the operator
+    return {torch.ops.less.attention.default: _translate}
+
+
+# ------------------------------------------------------------------ the body
+
+
+class _Nodes(ir.tape.Tape):
+    """``op.Add(a, b, axis=1)`` appends a node; ``op.f32(0.5)`` and its like make constants."""
+
+    def __getattr__(self, op_type: str) -> Any:
+        def node(*inputs: ir.Value, _outputs: int = 1, **attributes: Any) -> Any:
+            if _outputs == 1:
+                return self.op(op_type, inputs, attributes)
+            return self.op_multi_out(op_type, inputs, attributes, num_outputs=_outputs)
+
+        return node
+
+    def f32(self, value: float) -> ir.Value:
+        return self.Constant(value_float=value)
+
+    def i32(self, value: int) -> ir.Value:
+        return self.Cast(self.Constant(value_int=value), to=ir.DataType.INT32)
+
+    def ints(self, *values: int) -> ir.Value:
+        return self.Constant(value_ints=list(values))
+
+    def attribute(self, name: str) -> ir.Value:
+        """The node's attribute as a scalar (ints as int32)."""
+        kind = _ATTRIBUTES[name]
+        target = "value_float" if kind is ir.AttributeType.FLOAT else "value_int"
+        value = self.op("Constant", [], {target: ir.RefAttr(target, name, kind)})
+        return value if kind is ir.AttributeType.FLOAT else self.Cast(value, to=ir.DataType.INT32)
+
+    def dim(self, x: ir.Value, axis: int, end: int | None = None) -> ir.Value:
+        return self.Shape(x, start=axis, end=axis + 1 if end is None else end)
+
+    def to_f32(self, x: ir.Value) -> ir.Value:
+        return self.Cast(x, to=ir.DataType.FLOAT)
+
+    def shape(self, *parts: ir.Value) -> ir.Value:
+        return self.Concat(*parts, axis=0)
+
+    def rows(self, mask: ir.Value, x: ir.Value) -> ir.Value:
+        """``x`` [..., N, E] with the rows that ``mask`` [..., N] excludes set to zero, never multiplied."""
+        return self.Where(self.Unsqueeze(mask, self.ints(-1)), x, self.f32(0.0))
+
+
+#: Finite stand-in for -inf: exp(_HIDDEN - peak) is 0 for every real peak.
+_HIDDEN = -1.0e30
+
+
+def _attend(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, absorb: bool) -> ir.Value:
+    """out [B,Hq,T,D]; leaves the probabilities over slots and chunk in ``s.probability`` [B,Hk,G,T,N]."""
+    flat = op.shape(s.heads, op.ints(-1))  # [B,Hk,G*T, ...]
+    probability = op.Softmax(s.logits, axis=-1)
+    s.probability = op.Reshape(probability, s.shape5)
+    values = s.values
+    if absorb:
+        filled = op.Greater(x.past_z, op.f32(0.0))
+        z = op.Where(filled, x.past_z, op.f32(1.0))
+        log_phi = op.Reshape(op.to_f32(x.log_phi_q), op.shape(flat, op.dim(x.log_phi_q, 3)))
+        mass = op.Add(log_phi, op.Unsqueeze(op.Log(z), op.ints(2)))
+        mass = op.Where(op.Unsqueeze(filled, op.ints(2)), mass, op.f32(_HIDDEN))
+        mean = op.rows(filled, op.Div(x.past_h, op.Unsqueeze(z, op.ints(-1))))
+        probability = op.Softmax(op.Concat(s.logits, mass, axis=-1), axis=-1)
+        values = op.Concat(values, mean, axis=2)
+    out = op.Reshape(op.MatMul(probability, values), op.Shape(x.q))
+    out = op.Where(op.Unsqueeze(s.query_valid, op.ints(1, 3)), out, op.f32(0.0))
+    return op.CastLike(out, x.q)
+
+
+def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str) -> ir.Value:
+    """Scores [B,Hk,N] after the chunk."""
+    fresh = op.Expand(op.f32(0.0), op.shape(s.heads, s.chunk))
+    if scoring == "none":
+        return op.Expand(op.f32(0.0), op.Shape(s.position))
+    past = op.Where(s.held, op.Concat(x.past_score, fresh, axis=2), op.f32(0.0))
+    counts = s.query_valid
+    if scoring == "last":
+        counts = op.Equal(s.step, op.Sub(s.new_length, op.i32(1)))
+    seen = op.Where(op.Unsqueeze(counts, op.ints(1, 2, 4)), s.probability, op.f32(0.0))
+    seen = op.ReduceSum(seen, op.ints(2, 3), keepdims=0)
+    if scoring == "accumulate":
+        return op.Add(past, seen)
+    return op.Where(op.Unsqueeze(op.Greater(s.new_length, op.i32(0)), op.ints(2)), seen, past)
+
+
+def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
+    """Source of every slot, i64 [B,Hk,C] into [slots, chunk]; -1 leaves it empty (see ``ops._place``)."""
+    axis, zero = op.ints(2), op.ints(0)
+    kept_slot = op.Slice(kept, zero, s.slots, axis)
+    kept_new = op.Slice(kept, s.slots, op.Add(s.slots, s.chunk), axis)
+
+    def running(mask: ir.Value) -> ir.Value:
+        count = op.CumSum(op.to_f32(mask), op.Constant(value_int=2))
+        return op.Cast(count, to=ir.DataType.INT64)
+
+    # arrivals[j] = index of the j-th kept new token; what is not kept lands on the spare last place.
+    index = op.Expand(op.Cast(s.step, to=ir.DataType.INT64), op.Shape(kept_new))
+    turn_new = op.Where(kept_new, op.Sub(running(kept_new), op.ints(1)), s.chunk)
+    spare = op.Expand(op.ints(0), op.shape(s.heads, op.Add(s.chunk, op.ints(1))))
+    arrivals = op.ScatterElements(spare, turn_new, index, axis=2)
+    free = op.Not(kept_slot)
+    turn = op.Sub(running(free), op.ints(1))
+    arriving = op.ReduceSum(op.Cast(kept_new, to=ir.DataType.INT64), axis, keepdims=1)
+    fills = op.And(free, op.Less(turn, arriving))
+    turn = op.Max(op.Min(turn, s.chunk), op.ints(0))
+    arrival = op.Add(op.GatherElements(arrivals, turn, axis=2), s.slots)
+    own = op.Range(op.Constant(value_int=0), op.Squeeze(s.slots, zero), op.Constant(value_int=1))
+    return op.Where(kept_slot, own, op.Where(fills, arrival, op.ints(-1)))
+
+
+def function_body(policy: Policy, absorb: bool) -> ir.Function:
+    """The operator as an ONNX function, opset 23, same inputs, outputs and attributes as the node."""
+    op = _Nodes()
+    inputs = [ir.Value(name=n) for n in _INPUTS]
+    x = SimpleNamespace(**dict(zip(_INPUTS, inputs, strict=True)))
+    rules = POLICIES[policy]
+
+    s = SimpleNamespace()
+    s.heads = op.dim(x.past_key, 0, 2)  # [B,Hk]
+    s.slots, s.chunk = op.dim(x.past_key, 2), op.dim(x.k, 2)
+    ticks = op.Range(op.Constant(value_int=0), op.Squeeze(s.chunk, op.ints(0)), op.Constant(value_int=1))
+    s.step = op.Cast(ticks, to=ir.DataType.INT32)  # [T]
+    s.past_length = op.Unsqueeze(x.past_length, op.ints(1))
+    s.new_length = op.Unsqueeze(x.new_length, op.ints(1))
+    query_position = op.Add(s.past_length, s.step)  # [B,T]
+    s.query_valid = op.Less(s.step, s.new_length)
+    new_position = op.Unsqueeze(op.Where(s.query_valid, query_position, op.i32(-1)), op.ints(1))
+    s.position = op.Concat(x.past_position, op.Expand(new_position, op.shape(s.heads, s.chunk)), axis=2)
+    s.held = op.GreaterOrEqual(s.position, op.i32(0))
+
+    def joined(past: ir.Value, new: ir.Value) -> ir.Value:
+        return op.Concat(past, new, axis=2)
+
+    both = {n: joined(getattr(x, f"past_{n}"), getattr(x, new)) for n, new in (("key", "k"), ("value", "v"))}
+    keys = op.rows(s.held, op.to_f32(both["key"]))
+    s.values = op.rows(s.held, op.to_f32(both["value"]))
+    tokens = op.dim(s.position, 2)
+    grouped = op.shape(s.heads, op.ints(-1))
+    q = op.Reshape(op.to_f32(x.q), op.shape(grouped, op.dim(x.q, 3)))
+    s.shape5 = op.shape(grouped, s.chunk, tokens)
+    logits = op.Mul(op.MatMul(q, op.Transpose(keys, perm=[0, 1, 3, 2])), op.attribute("scale"))
+
+    at = op.Unsqueeze(s.position, op.ints(2, 3))  # [B,Hk,1,1,N]
+    now = op.Unsqueeze(query_position, op.ints(1, 2, 4))  # [B,1,1,T,1]
+    visible = op.And(op.Unsqueeze(s.held, op.ints(2, 3)), op.LessOrEqual(at, now))
+    window = op.attribute("window")
+    unlimited = op.LessOrEqual(window, op.i32(0))
+    visible = op.And(visible, op.Or(unlimited, op.Greater(at, op.Sub(now, window))))
+    logits = op.Where(visible, op.Reshape(logits, s.shape5), op.f32(_HIDDEN))
+    s.logits = op.Reshape(logits, op.shape(grouped, tokens))
+
+    out = _attend(op, x, s, absorb)
+    score = _score(op, x, s, rules.scoring)
+
+    end = op.Add(s.past_length, s.new_length)
+    end = op.Unsqueeze(end, op.ints(2))  # [B,1,1]
+    oldest = op.Add(op.Sub(end, window), op.attribute("absorb"))
+    live = op.And(s.held, op.Or(unlimited, op.GreaterOrEqual(s.position, oldest)))
+    candidates = SimpleNamespace(live=live, position=s.position, score=score, end=end)
+    kept = rules.keep_onnx(op, candidates, op.attribute("heavy"), op.attribute("recent"), s.slots)
+
+    source = _place(op, s, kept)
+    index = op.Max(source, op.ints(0))
+    rows = op.Unsqueeze(index, op.ints(-1))
+
+    def slotted(tokens: ir.Value) -> ir.Value:
+        return op.GatherND(tokens, rows, batch_dims=2)
+
+    both_psi = joined(x.past_psi, x.psi_k)
+    position = op.GatherElements(s.position, index, axis=2)
+    position = op.Where(op.GreaterOrEqual(source, op.ints(0)), position, op.i32(-1))
+    if absorb:
+        leaving = op.rows(op.And(s.held, op.Not(kept)), op.to_f32(both_psi))
+        h = op.Add(x.past_h, op.MatMul(op.Transpose(leaving, perm=[0, 1, 3, 2]), s.values))
+        z = op.Add(x.past_z, op.ReduceSum(leaving, op.ints(2), keepdims=0))
+    else:
+        h, z = op.Identity(x.past_h), op.Identity(x.past_z)
+
+    outputs = [
+        out,
+        slotted(both["key"]),
+        slotted(both["value"]),
+        slotted(both_psi),
+        op.GatherElements(score, index, axis=2),
+        position,
+        h,
+        z,
+    ]
+    for name, value in zip(_OUTPUTS, outputs, strict=True):
+        value.name = name
+    return ir.Function(
+        OP_DOMAIN,
+        OP_NAME,
+        overload(policy, absorb),
+        graph=ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME),
+        attributes=[ir.Attr(n, t, None) for n, t in _ATTRIBUTES.items()],
+    )
+
+
+# ------------------------------------------------------------------ bodies in and out of a model
+
+
+def less_nodes(model: ir.Model) -> list[ir.Node]:
+    """The LessAttention nodes of a model, in graph order."""
+    return [n for n in model.graph if n.domain == OP_DOMAIN and n.op_type == OP_NAME]
+
+
+def add_bodies(model: ir.Model) -> None:
+    """Give every LessAttention node the body of its policy (after optimisation, which would inline it)."""
+    for node in less_nodes(model):
+        policy = Policy(node.attributes["policy"].as_int())
+        absorb = bool(node.attributes["absorb"].as_int())
+        node.overload = overload(policy, absorb)
+        key = (OP_DOMAIN, OP_NAME, node.overload)
+        if key not in model.functions:
+            model.functions[key] = function_body(policy, absorb)
+    model.graph.opset_imports[OP_DOMAIN] = OP_VERSION
+
+
+def strip_bodies(model: ir.Model) -> None:
+    """Leave bare LessAttention nodes, for TensorRT's plugin (a local function would win over it)."""
+    for node in less_nodes(model):
+        node.overload = ""
+    for key in [k for k in model.functions if k[:2] == (OP_DOMAIN, OP_NAME)]:
+        del model.functions[key]

@@ -1,0 +1,237 @@
+"""What every runtime does, written once: lifecycle, checks against the contract, rows of state.
+
+A backend owns the state of ``batch`` rows. :meth:`Backend.step` is a template method: it checks what it
+is given, lets the subclass run the graph, and advances the lengths. Subclasses implement the five
+underscored methods and nothing else.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..contract import Contract, StateTensor
+from ..errors import BackendError
+
+Array = npt.NDArray[np.generic]
+State = dict[str, Array]
+
+
+class Backend(abc.ABC):
+    """State and steps of one artifact.
+
+    Rows are independent sequences: a row with ``new_length = 0`` is parked, its state stays as it is.
+    ``past_length`` [batch] i32 counts the tokens each row has seen.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
+        self.past_length: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+
+    # ------------------------------------------------------------ lifecycle
+
+    @property
+    def batch(self) -> int:
+        """Rows that are open; 0 before :meth:`open` and after :meth:`close`."""
+        return len(self.past_length)
+
+    def open(self, batch: int = 1) -> None:
+        """Allocate the state of ``batch`` empty rows, once; opening again starts afresh.
+
+        Raises:
+            BackendError: ``batch`` is outside 1..max_batch.
+        """
+        if not 1 <= batch <= self.contract.max_batch:
+            raise BackendError(
+                f"batch {batch} is outside 1..{self.contract.max_batch}: "
+                "use fewer prompts at a time or export with a larger --max-batch"
+            )
+        self._open(batch)
+        self.past_length = np.zeros(batch, np.int32)
+
+    def close(self) -> None:
+        """Release the state. The backend can be opened again."""
+        self.past_length = np.zeros(0, np.int32)
+        self._close()
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ running
+
+    def step(self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
+        """Feed one chunk and advance the state.
+
+        Args:
+            input_ids: [B, T] token ids, right padded, 1 <= T <= chunk.
+            new_length: [B] valid tokens of each row, 0..T; default T everywhere.
+
+        Returns:
+            logits [B, 1, V] f32 after each row's last valid token ([B, T, V] for ``--logits all``);
+            those of a parked row are finite and mean nothing.
+
+        Raises:
+            BackendError: wrong shape, token id or length, or a sequence longer than the model can take.
+        """
+        ids, new = self._checked(input_ids, new_length)
+        logits = self._step(ids, self.past_length, new)
+        self.past_length = self.past_length + new
+        return logits
+
+    def _checked(
+        self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+        def require(ok: bool, why: str) -> None:
+            if not ok:
+                raise BackendError(why)
+
+        require(self.batch > 0, f"the {self.name} backend is not open: call open(batch) first")
+        given = np.asarray(input_ids)
+        require(given.dtype.kind in "iu", f"input_ids must be integers, not {given.dtype}")
+        ids = given.astype(np.int64)
+        require(
+            ids.ndim == 2 and ids.shape[0] == self.batch and ids.shape[1] > 0,
+            f"input_ids must be [{self.batch}, T], not {list(ids.shape)}",
+        )
+        chunk = self.contract.chunk
+        require(ids.shape[1] <= chunk, f"a step takes at most {chunk} tokens (--chunk), not {ids.shape[1]}")
+        new = np.asarray(ids.shape[1] if new_length is None else new_length)
+        require(new.dtype.kind in "iu", f"new_length must be integers, not {new.dtype}")
+        if new.ndim == 0:
+            new = np.full(self.batch, new)
+        require(new.shape == (self.batch,), f"new_length must be [{self.batch}], not {list(new.shape)}")
+        require(bool(((new >= 0) & (new <= ids.shape[1])).all()), f"new_length must lie in 0..{ids.shape[1]}")
+        valid = ids[np.arange(ids.shape[1]) < new[:, None]]
+        top = self.contract.vocab_size - 1
+        require(bool(((valid >= 0) & (valid <= top)).all()), f"token ids must lie in 0..{top}")
+        limit = self.contract.token_limit()
+        longest = int((self.past_length + new).max())
+        require(
+            limit is None or longest <= limit,
+            f"this artifact takes sequences of at most {limit} tokens, not {longest}: "
+            "shorten the text, or export with a larger --context or an evicting --policy",
+        )
+        # Padding may hold anything; the embedding must still find a row for it.
+        ids = np.where(np.arange(ids.shape[1]) < new[:, None], ids, 0)
+        return ids, new.astype(np.int32)
+
+    # ------------------------------------------------------------ rows of state
+
+    def reset_rows(self, rows: Sequence[int]) -> None:
+        """Empty these rows: each starts a new sequence."""
+        for row in rows:
+            self._check_row(row)
+        fresh = {s.past.name: empty(s, 1)[0] for s in self.contract.state()}
+        for row in rows:
+            self._write_row(row, fresh)
+            self.past_length[row] = 0
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row ``target`` continue from where row ``source`` is."""
+        self.write_row(target, self.read_row(source))
+
+    def read_row(self, row: int) -> RowState:
+        """A copy of one row's state."""
+        self._check_row(row)
+        return RowState(int(self.past_length[row]), self._read_row(row))
+
+    def write_row(self, row: int, state: RowState) -> None:
+        """Replace one row's state.
+
+        Raises:
+            BackendError: the state belongs to another contract.
+        """
+        self._check_row(row)
+        state.check(self.contract)
+        self._write_row(row, state.tensors)
+        self.past_length[row] = state.length
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.batch:
+            raise BackendError(f"row {row} is outside 0..{self.batch - 1}")
+
+    # ------------------------------------------------------------ for subclasses
+
+    @abc.abstractmethod
+    def _open(self, batch: int) -> None:
+        """Allocate ``batch`` empty rows."""
+
+    @abc.abstractmethod
+    def _close(self) -> None:
+        """Release what :meth:`_open` allocated."""
+
+    @abc.abstractmethod
+    def _step(
+        self, input_ids: npt.NDArray[np.int64], past_length: npt.NDArray[np.int32], new_length: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        """Run the graph on checked inputs and keep its present state."""
+
+    @abc.abstractmethod
+    def _read_row(self, row: int) -> State:
+        """Copies of one row's state tensors by past name, without the batch axis."""
+
+    @abc.abstractmethod
+    def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
+        """Overwrite one row's state tensors."""
+
+
+def numpy_dtype(name: str) -> np.dtype[np.generic]:
+    """numpy dtype of a contract dtype; bfloat16 travels as its uint16 bits (numpy has none)."""
+    return np.dtype(np.uint16 if name == "bfloat16" else name)
+
+
+def empty(tensor: StateTensor, batch: int) -> Array:
+    """A fresh state tensor of ``batch`` rows."""
+    return np.full((batch, *tensor.row_shape), tensor.field.empty, numpy_dtype(tensor.dtype))
+
+
+class RowState:
+    """The state of one sequence: its length and its tensors by past name, without the batch axis.
+
+    A few megabytes however long the sequence; :meth:`save` and :meth:`load` keep it in a safetensors
+    file, so that a shared prefix is prefilled once, or a session resumed elsewhere.
+    """
+
+    def __init__(self, length: int, tensors: Mapping[str, Array]) -> None:
+        self.length = length
+        self.tensors = dict(tensors)
+
+    def check(self, contract: Contract) -> None:
+        """Raise :class:`BackendError` unless the tensors are those of ``contract``."""
+        expected = {s.past.name: (s.row_shape, numpy_dtype(s.dtype)) for s in contract.state()}
+        actual = {n: (x.shape, x.dtype) for n, x in self.tensors.items()}
+        if expected != actual:
+            names = expected.keys() ^ actual.keys() or {n for n in expected if expected[n] != actual[n]}
+            raise BackendError(f"this state belongs to another export ({sorted(names)[0]} differs): prefill again")
+
+    def save(self, path: str) -> None:
+        """Write a safetensors file, through a temporary name."""
+        from safetensors.numpy import save
+
+        from ..files import write_atomically
+
+        tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors.items()}
+        write_atomically(path, save(tensors, {"format": "less-state", "length": str(self.length)}))
+
+    @classmethod
+    def load(cls, path: str) -> RowState:
+        """Read what :meth:`save` wrote; raises :class:`BackendError` for anything else."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "np") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != "less-state":
+                    raise BackendError(f"{path} holds no saved state")
+                return cls(int(metadata["length"]), {n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise BackendError(f"cannot read the saved state {path}: {error}") from error

@@ -1,0 +1,62 @@
+"""Building blocks for tests and self-checks: random states, and the operator as a one-node ONNX model."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from .contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, LayerSpec
+from .export import onnx_op
+
+
+def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32, poison: bool = False) -> list[Tensor]:
+    """State of ``batch`` fresh rows, in the op's order; ``poison`` fills empty slots with NaN."""
+    state = []
+    for field in STATE_FIELDS:
+        shape = (batch, *(getattr(layer, d) for d in field.dims))
+        kind = {"T": dtype, "float32": torch.float32, "int32": torch.int32}[field.dtype]
+        fill = float("nan") if poison and field.name in ("key", "value", "psi", "score") else field.empty
+        state.append(torch.full(shape, fill, dtype=kind))
+    return state
+
+
+def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> bytes:
+    """Serialised ONNX model of one LessAttention node with its body; B and T are dynamic."""
+    sizes = {"B": "B", "T": "T", "Hq": layer.query_heads, "Hk": layer.kv_heads, "D": layer.head_dim, "R": layer.rank}
+    tokens = {"q": "B Hq T D", "k": "B Hk T D", "v": "B Hk T D", "log_phi_q": "B Hq T R", "psi_k": "B Hk T R"}
+    kinds = {"T": dtype, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
+
+    def value(name: str, shape: list[int | str], kind: str) -> ir.Value:
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kinds[kind]))
+
+    def state(prefix: str) -> list[ir.Value]:
+        return [
+            value(f"{prefix}_{f.name}", ["B", *(getattr(layer, d) for d in f.dims)], f.dtype) for f in STATE_FIELDS
+        ]
+
+    inputs = [
+        value(n, [sizes[d] for d in dims.split()], "float32" if n == "log_phi_q" else "T")
+        for n, dims in tokens.items()
+    ]
+    inputs += [*state("past"), value("past_length", ["B"], "int32"), value("new_length", ["B"], "int32")]
+    outputs = [value("out", ["B", layer.query_heads, "T", layer.head_dim], "T"), *state("present")]
+    node = ir.Node(
+        OP_DOMAIN,
+        OP_NAME,
+        inputs,
+        attributes=ir.convenience.convert_attributes(layer.attributes()),
+        outputs=outputs,
+    )
+    graph = ir.Graph(
+        inputs, outputs, nodes=[node], name="op", opset_imports={"": onnx_op.OPSET, OP_DOMAIN: OP_VERSION}
+    )
+    model = ir.Model(graph, ir_version=10)
+    onnx_op.add_bodies(model)
+    return ir.to_proto(model).SerializeToString()
+
+
+def feed(*groups: list[Tensor]) -> list[np.ndarray]:
+    """Tensors as numpy arrays, in order."""
+    return [t.numpy() for group in groups for t in group]
