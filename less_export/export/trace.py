@@ -1,0 +1,98 @@
+"""From a decoder and a contract to an ONNX graph with one LessAttention node per layer."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable
+
+import onnx_ir as ir
+import torch
+
+from ..contract import BATCH, CHUNK, Contract
+from ..errors import UnsupportedModelError
+from . import onnx_op
+from .wrapper import LessDecoder, fresh_state
+
+#: Example sizes; anything but 0 and 1, which torch.export would take for constants.
+_BATCH, _CHUNK = 2, 7
+
+
+def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ()) -> ir.Model:
+    """Trace ``decoder`` with dynamic batch and chunk.
+
+    ``unbound`` names initializers whose values are bound to files afterwards: they are emptied before
+    optimisation, so that nothing folds a value that is not there. Bodies are not added.
+
+    Raises:
+        UnsupportedModelError: the model cannot be traced, or nodes and layers do not match.
+    """
+    batch = torch.export.Dim(BATCH, min=1, max=4096)
+    chunk = torch.export.Dim(CHUNK, min=1, max=1 << 20)
+    state = fresh_state(contract, _BATCH)
+    example = (
+        torch.zeros(_BATCH, _CHUNK, dtype=torch.long),
+        torch.zeros(_BATCH, dtype=torch.int32),
+        torch.full((_BATCH,), _CHUNK, dtype=torch.int32),
+        state,
+    )
+    shapes = ({0: batch, 1: chunk}, {0: batch}, {0: batch}, [{0: batch} for _ in state])
+    with torch.no_grad(), warnings.catch_warnings(), _silent("torch", "onnxscript", "onnx_ir", "transformers"):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(decoder, example, dynamic_shapes=shapes, strict=False)
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            name = type(decoder.model).__name__
+            raise UnsupportedModelError(f"{name} cannot be traced with dynamic batch and chunk: {reason}") from error
+        result = torch.onnx.export(
+            program,
+            dynamo=True,
+            custom_translation_table=onnx_op.translation_table(),
+            input_names=[s.name for s in contract.inputs()],
+            output_names=[s.name for s in contract.outputs()],
+            opset_version=onnx_op.OPSET,
+            optimize=False,
+            verbose=False,
+        )
+        assert result is not None
+        for name in unbound:
+            if name in result.model.graph.initializers:
+                result.model.graph.initializers[name].const_value = None
+        result.optimize()
+    model = result.model
+    _tidy(model)
+    found = len(onnx_op.less_nodes(model))
+    if found != len(contract.layers):
+        raise UnsupportedModelError(f"the graph has {found} LessAttention nodes for {len(contract.layers)} layers")
+    return model
+
+
+def _tidy(model: ir.Model) -> None:
+    """Drop what the exporter tells about itself (stack traces, which name paths of this machine)."""
+    model.producer_name, model.producer_version = "less-export", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+class _silent:
+    """Holds back the INFO and WARNING chatter of libraries while a graph is made."""
+
+    def __init__(self, *names: str) -> None:
+        self.loggers = [logging.getLogger(n) for n in names]
+
+    def __enter__(self) -> None:
+        self.levels = [x.level for x in self.loggers]
+        for logger in self.loggers:
+            logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *exc: object) -> None:
+        for logger, level in zip(self.loggers, self.levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,90 @@
+"""The module that is traced: a decoder whose cache and low-rank state are plain inputs and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .. import ops
+from ..contract import STATE_FIELDS, Contract
+from ..feature_maps import FeatureMap, Kernels
+from ..surgery import AttentionCall, less_attention
+
+
+class LessDecoder(nn.Module):
+    """``forward(input_ids, past_length, new_length, state) -> (logits, *state)`` as the contract says.
+
+    The Hugging Face model is only borrowed: LESS is put in for the length of one forward pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, contract: Contract, kernels: Kernels) -> None:
+        super().__init__()
+        self.model, self.contract = model, contract
+        self.maps = nn.ModuleDict(
+            {str(i): m for i, m in kernels.layers.items() if i < len(contract.layers) and contract.layers[i].absorb}
+        )
+
+    def forward(
+        self, input_ids: Tensor, past_length: Tensor, new_length: Tensor, state: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """[B,T] i64, [B] i32, [B] i32, the contract's state -> logits f32 and the state after the chunk."""
+        present: list[Tensor | None] = [None] * len(state)
+        fields = len(STATE_FIELDS)
+
+        def attend(call: AttentionCall) -> Tensor:
+            layer, at = self.contract.layers[call.layer], call.layer * fields
+            log_phi, psi = self._features(call)
+            out, *after = ops.attention(
+                call.q, call.k, call.v, log_phi, psi, *state[at : at + fields], past_length, new_length,
+                **layer.attributes(),
+            )  # fmt: skip
+            present[at : at + fields] = after
+            return out
+
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        position = past_length[:, None].long() + steps
+        if self.contract.position_limit is not None:  # padding may run past the learned table
+            position = position.clamp(max=self.contract.position_limit - 1)
+        head = self.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, args: self._last(new_length, args))
+        try:
+            with less_attention(self.model, attend):
+                logits = self.model(input_ids=input_ids, position_ids=position, use_cache=False).logits
+        finally:
+            hook.remove()
+        missing = [i // fields for i, x in enumerate(present) if x is None]
+        assert not missing, f"layer {missing[0]} never attended"
+        return (logits.float(), *(x for x in present if x is not None))
+
+    def _features(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        key = str(call.layer)
+        if key not in self.maps:  # rank 1, psi = 0: the op skips the low-rank term
+            return torch.zeros_like(call.q[..., :1], dtype=torch.float32), torch.zeros_like(call.k[..., :1])
+        features = self.maps[key]
+        assert isinstance(features, FeatureMap)
+        return features.log_phi(call.q), features.psi(call.k)
+
+    def _last(self, new_length: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """Hand only each row's last valid hidden state to the output embedding."""
+        if self.contract.logits == "all":
+            return None
+        hidden = args[0]
+        last = (new_length.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return (hidden.gather(1, last), *args[1:])
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch dtype of a contract dtype."""
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+            "int32": torch.int32, "int64": torch.int64}[name]  # fmt: skip
+
+
+def fresh_state(contract: Contract, batch: int, device: str = "cpu") -> list[Tensor]:
+    """State of ``batch`` empty rows, in the graph's order."""
+    return [
+        torch.full((batch, *s.row_shape), s.field.empty, dtype=torch_dtype(s.dtype), device=device)
+        for s in contract.state()
+    ]

@@ -1,0 +1,225 @@
+"""The kernels of the low-rank term: phi for queries, psi for keys, and the file that holds them.
+
+phi: D -> hidden -> R per query head, psi: D -> hidden -> R per KV head, both non-negative (LESS,
+arXiv 2402.09398, section 3.2). phi travels as log phi in float32: real layers reach log-masses of 40.
+psi of the default parametrisation sums to one over R, so that z counts tokens.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from .errors import KernelError
+from .files import write_atomically
+
+FORMAT_VERSION = 1
+_HEADER = "less_kernels"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The facts of an attention layer that its kernels must match."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class FeatureMap(nn.Module, abc.ABC):
+    """phi and psi of one layer; hidden layers run in the compute dtype, the R-wide ones in float32."""
+
+    parametrisation: ClassVar[str]
+
+    def __init__(self, heads: Heads, rank: int, hidden: int) -> None:
+        super().__init__()
+        self.heads, self.rank, self.hidden = heads, rank, hidden
+        for name, shape in self.shapes(heads, rank, hidden).items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+
+    @staticmethod
+    @abc.abstractmethod
+    def shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
+        """Parameter shapes by name."""
+
+    @abc.abstractmethod
+    def log_phi(self, q: Tensor) -> Tensor:
+        """[B,Hq,T,D] queries -> log phi [B,Hq,T,R] f32, -inf where phi is zero."""
+
+    @abc.abstractmethod
+    def psi(self, k: Tensor) -> Tensor:
+        """[B,Hk,T,D] keys -> psi [B,Hk,T,R] in the dtype of ``k``, non-negative."""
+
+
+class ExpMap(FeatureMap):
+    """log phi = MLP(q) + q S + b;  psi = softmax over R of MLP(k) + k S + b."""
+
+    parametrisation = "exp"
+
+    @staticmethod
+    def shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for side, n in (("q", heads.query_heads), ("k", heads.kv_heads)):
+            shapes[f"{side}_in"] = (n, heads.head_dim, hidden)
+            shapes[f"{side}_out"] = (n, hidden, rank)
+            shapes[f"{side}_skip"] = (n, heads.head_dim, rank)
+            shapes[f"{side}_bias"] = (n, 1, rank)
+        return shapes
+
+    def _features(self, side: str, x: Tensor) -> Tensor:
+        def weight(name: str) -> Tensor:
+            return self.get_parameter(f"{side}_{name}")
+
+        hidden = F.gelu(x @ weight("in").to(x.dtype))
+        out = hidden.float() @ weight("out").float() + x.float() @ weight("skip").float()
+        return out + weight("bias").float()
+
+    def log_phi(self, q: Tensor) -> Tensor:
+        return self._features("q", q)
+
+    def psi(self, k: Tensor) -> Tensor:
+        return torch.softmax(self._features("k", k), -1).to(k.dtype)
+
+
+class PaperMap(FeatureMap):
+    """The authors' parametrisation: |gelu| features, psi with interaction and scaling (section 3.2).
+
+    ``q_offset`` holds the log of the constant that a rescaling of psi (``k_gain``) takes away.
+    """
+
+    parametrisation = "paper"
+
+    @staticmethod
+    def shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
+        hq, hk = heads.query_heads, heads.kv_heads
+        return {
+            "q_in": (hq, heads.head_dim, hidden),
+            "q_out": (hq, hidden, rank),
+            "q_offset": (hq, 1, 1),
+            "k_in": (hk, heads.head_dim, hidden),
+            "k_out": (hk, hidden, rank),
+            "k_interaction": (hk, rank, rank),
+            "k_scale": (hk, 1, rank),
+            "k_scale_interaction": (hk, 1, rank),
+            "k_gain": (hk, 1, 1),
+        }
+
+    def _hidden(self, side: str, x: Tensor) -> Tensor:
+        hidden = F.gelu(x @ self.get_parameter(f"{side}_in").to(x.dtype))
+        return F.gelu(hidden.float() @ self.get_parameter(f"{side}_out").float())
+
+    def log_phi(self, q: Tensor) -> Tensor:
+        return self._hidden("q", q).abs().log() + self.get_parameter("q_offset").float()
+
+    def psi(self, k: Tensor) -> Tensor:
+        base = self.get_parameter("k_scale").float().abs() * self._hidden("k", k)
+        mixed = base @ self.get_parameter("k_interaction").float()
+        psi = (base + mixed * self.get_parameter("k_scale_interaction").float()).abs()
+        return (psi * self.get_parameter("k_gain").float()).to(k.dtype)
+
+
+PARAMETRISATIONS: dict[str, type[FeatureMap]] = {m.parametrisation: m for m in (ExpMap, PaperMap)}
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Trained feature maps by layer index (layers without one stay sparse) and where they came from.
+
+    ``provenance`` is free JSON (model, policy, budget, data hashes, errors); ``model`` in it names the
+    model the kernels were trained for.
+    """
+
+    layers: Mapping[int, FeatureMap]
+    provenance: Mapping[str, Any]
+
+    @property
+    def parametrisation(self) -> str | None:
+        return next((m.parametrisation for m in self.layers.values()), None)
+
+    @property
+    def hidden(self) -> int | None:
+        return next((m.hidden for m in self.layers.values()), None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors under their names in the file."""
+        return {f"layers.{i}.{n}": p.data for i, m in self.layers.items() for n, p in m.named_parameters()}
+
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def check(self, model: Sequence[Heads]) -> None:
+        """Raise :class:`KernelError` unless every layer fits ``model``."""
+        for index, layer in self.layers.items():
+            if index >= len(model):
+                raise KernelError(f"kernels for layer {index}, but the model has {len(model)} layers: wrong kernel file")
+            if layer.heads != model[index]:
+                raise KernelError(
+                    f"kernels of another model: layer {index} has {model[index].query_heads} query heads, "
+                    f"{model[index].kv_heads} KV heads and head_dim {model[index].head_dim}, the kernels are for "
+                    f"{layer.heads.query_heads}, {layer.heads.kv_heads} and {layer.heads.head_dim}"
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the layers' shapes and the provenance in its header."""
+        layers = {
+            str(i): {"heads": vars(m.heads), "rank": m.rank, "hidden": m.hidden} for i, m in self.layers.items()
+        }
+        header = {
+            "format_version": FORMAT_VERSION,
+            "parametrisation": self.parametrisation,
+            "layers": layers,
+            "provenance": dict(self.provenance),
+        }
+        tensors = {n: t.contiguous() for n, t in self.tensors().items()}
+        write_atomically(path, save(tensors, {_HEADER: json.dumps(header)}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Kernels:
+        """Read a kernel file; raises :class:`KernelError` for anything that is not one."""
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = json.loads((file.metadata() or {})[_HEADER])
+                if header["format_version"] > FORMAT_VERSION:
+                    raise KernelError(f"{path} was written by a newer less-export: upgrade to read it")
+                family = PARAMETRISATIONS[header["parametrisation"]] if header["layers"] else ExpMap
+                layers: dict[int, FeatureMap] = {}
+                for index, facts in header["layers"].items():
+                    layer = family(Heads(**facts["heads"]), facts["rank"], facts["hidden"])
+                    for name, parameter in layer.named_parameters():
+                        tensor = file.get_tensor(f"layers.{index}.{name}")
+                        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+                            raise KernelError(f"{path}: layers.{index}.{name} has the wrong shape or dtype")
+                        if not bool(tensor.isfinite().all()):
+                            raise KernelError(f"{path}: layers.{index}.{name} holds NaN or inf; train it again")
+                        parameter.data = tensor
+                    layers[int(index)] = layer
+        except FileNotFoundError:
+            raise KernelError(f"no kernel file at {path}") from None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise KernelError(f"{path} is not a usable kernel file ({error})") from error
+        return cls(layers, header["provenance"])
+
+
+def random_kernels(
+    model: Sequence[Heads], layers: Sequence[int], rank: int, hidden: int, parametrisation: str = "exp", seed: int = 0
+) -> Kernels:
+    """Kernels with random weights of a sensible size: for tests and for measuring speed, not for quality."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = {}
+    for index in layers:
+        layer = PARAMETRISATIONS[parametrisation](model[index], rank, hidden)
+        for parameter in layer.parameters():
+            fan_in = parameter.shape[-2] if parameter.shape[-2] > 1 else 1
+            parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
+        maps[index] = layer
+    return Kernels(maps, {"model": "random"})

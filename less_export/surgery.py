@@ -1,0 +1,353 @@
+"""Putting LESS into a Hugging Face decoder, and taking it out again without a trace.
+
+A decoder calls its attention through transformers' attention interface, or (Falcon) through
+``F.scaled_dot_product_attention``. Inside :func:`less_attention` both routes lead to one handler that is
+given the new, not yet repeated q, k, v of a layer; outside nothing of the model has changed.
+:func:`discover` sends a probe down the same route and refuses what LESS cannot express.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedModelError
+
+#: ``handler(call) -> [B,Hq,T,D]``
+Handler = Callable[["AttentionCall"], Tensor]
+
+
+@dataclass
+class AttentionCall:
+    """One layer's attention as the model asked for it; k and v have Hk heads."""
+
+    layer: int
+    module: nn.Module | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    scale: float
+    options: dict[str, Any]
+
+
+_handler: contextvars.ContextVar[Handler] = contextvars.ContextVar("less_attention_handler")
+
+
+def _interface_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The function "less" of transformers' attention interface."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    layer = int(getattr(module, "layer_idx", -1))
+    out = _handler.get()(AttentionCall(layer, module, query, key, value, attention_mask, scale, options))
+    return out.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("less", _interface_attention)
+
+
+class _SdpaRoute(torch.overrides.TorchFunctionMode):
+    """Decoders off the interface: the i-th call of F.scaled_dot_product_attention is layer i."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        found = [m for m in model.modules() if hasattr(m, "num_kv_heads") and hasattr(m, "layer_idx")]
+        self.kv_heads = {int(m.layer_idx): int(m.num_kv_heads) for m in found}  # type: ignore[arg-type]
+        self.layer = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        kwargs |= dict(zip(names, args, strict=False))
+        q, k, v = kwargs["query"], kwargs["key"], kwargs["value"]
+        layer, self.layer = self.layer, self.layer + 1
+        kv_heads = self.kv_heads.get(layer, k.shape[1])
+        if k.shape[1] != kv_heads:  # Falcon's new architecture repeats K and V before the call
+            repeats = k.shape[1] // kv_heads
+            k, v = k[:, ::repeats], v[:, ::repeats]
+        scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else float(kwargs["scale"])
+        options = {"is_causal": kwargs.get("is_causal")} if kwargs.get("attn_mask") is None else {}
+        return _handler.get()(AttentionCall(layer, None, q, k, v, kwargs.get("attn_mask"), scale, options))
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Every distinct config object of the model, its sub-models and sub-configs."""
+    found: dict[int, Any] = {}
+    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    while queue:
+        config = queue.pop()
+        if config is not None and id(config) not in found:
+            found[id(config)] = config
+            queue += [getattr(config, name, None) for name in config.sub_configs]
+    return list(found.values())
+
+
+def on_interface(model: PreTrainedModel) -> bool:
+    """Whether the decoder's attention goes through transformers' attention interface."""
+    return bool(model._can_set_attn_implementation())
+
+
+_MASKS = {n: f for n, f in vars(masking_utils).items() if n.startswith("create_") and callable(f)}
+
+
+@contextlib.contextmanager
+def _masks(model: nn.Module, make: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
+    """Let ``make(name, args, kwargs)`` stand in for every transformers mask function the model can reach."""
+
+    def stand_in(name: str) -> Callable[..., Any]:
+        return lambda *args, **kwargs: make(name, args, kwargs)
+
+    spaces: list[dict[Any, Any]] = [vars(masking_utils), masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING]
+    modules = {cls.__module__ for m in model.modules() for cls in type(m).__mro__}
+    spaces += [vars(sys.modules[n]) for n in sorted(modules) if n.startswith("transformers.models")]
+    swapped: list[tuple[dict[Any, Any], Any, Any]] = []
+    names = {id(f): n for n, f in _MASKS.items()}
+    try:
+        for space in spaces:
+            for key, value in list(space.items()):
+                if id(value) in names:
+                    swapped.append((space, key, value))
+                    space[key] = stand_in(names[id(value)])
+        yield
+    finally:
+        for space, key, value in swapped:
+            space[key] = value
+
+
+@contextlib.contextmanager
+def less_attention(
+    model: PreTrainedModel,
+    handler: Handler,
+    make_mask: Callable[[str, tuple[Any, ...], dict[str, Any]], Any] = lambda *_: None,
+) -> Iterator[None]:
+    """Send every attention of ``model`` to ``handler`` while the context is open.
+
+    Masks are not built (``handler`` masks by position); ``make_mask`` may put its own in their place.
+    Afterwards weights, buffers, configuration and transformers itself are as they were.
+    """
+    configs = _configs(model)
+    before = [(c, c._attn_implementation_internal) for c in configs]
+    route: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if not on_interface(model):
+        route = _SdpaRoute(model)
+    token = _handler.set(handler)
+    try:
+        for config in configs:
+            config._attn_implementation_internal = "less" if on_interface(model) else "sdpa"
+        with _masks(model, make_mask), route, _experts_in_one_matmul(model):
+            yield
+    finally:
+        _handler.reset(token)
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+
+@contextlib.contextmanager
+def _experts_in_one_matmul(model: PreTrainedModel) -> Iterator[None]:
+    """Mixtures of experts as batched products, which trace without data-dependent shapes."""
+    configs = _configs(model) if model._can_set_experts_implementation() else []
+    before = [(c, getattr(c, "_experts_implementation_internal", None)) for c in configs]
+    try:
+        for config in configs:
+            config._experts_implementation_internal = "batched_mm"
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation_internal = implementation
+
+
+# ------------------------------------------------------------------ discovery
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What a decoder's layer asks of attention. ``window`` is 0 where the layer does not slide."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
+
+
+class _Mask:
+    """Stands for a mask while probing: the window it slides over, or why LESS cannot have it."""
+
+    ndim = 4
+
+    def __init__(self, window: int = 0, refusal: str | None = None) -> None:
+        self.window, self.refusal = window, refusal
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UnsupportedModelError(
+            "layer 0: the model computes with its attention mask itself; its attention is neither on "
+            "transformers' attention interface nor scaled_dot_product_attention with a plain causal mask"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedModelError(f"layer 0: the model edits its attention mask (.{name}): not plain causal")
+
+
+def _mask_kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Mask:
+    """What a call of a transformers mask function stands for."""
+    config = kwargs.get("config", args[0] if args else None)
+    overlays = [k for k in ("or_mask_function", "and_mask_function", "block_sequence_ids") if kwargs.get(k) is not None]
+    if name == "create_recurrent_attention_mask":
+        raise UnsupportedModelError("the model has recurrent (state space or linear attention) layers beside attention")
+    if name not in ("create_causal_mask", "create_sliding_window_causal_mask"):
+        return _Mask(refusal=f"its mask comes from {name}; only causal and sliding masks are supported")
+    if overlays:
+        return _Mask(refusal=f"its causal mask is overlaid ({overlays[0]}), e.g. by bidirectional spans")
+    if not getattr(config, "is_causal", True):
+        return _Mask(refusal="attention is not causal (is_causal = False)")
+    sliding = name == "create_sliding_window_causal_mask"
+    return _Mask(window=int(getattr(config, "sliding_window", 0)) if sliding else 0)
+
+
+#: Arguments of an attention call that do not change what it computes.
+_HARMLESS = {
+    "position_ids", "cache_position", "position_embeddings", "past_key_values", "layer_past", "use_cache",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep",
+    "num_items_in_batch", "shared_kv_states", "target_dtype", "deterministic",
+}  # fmt: skip
+
+
+def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
+    """The attention layers of a decoder, found by running it once on two fake tokens.
+
+    Raises:
+        UnsupportedModelError: the decoder needs something LESS cannot express; names layer and reason.
+    """
+    refuse_by_config(model)
+    found: dict[int, AttentionLayer] = {}
+
+    def probe(call: AttentionCall) -> Tensor:
+        where = f"layer {call.layer}"
+        if call.layer < 0 or call.layer in found:
+            raise UnsupportedModelError(f"{where}: attention is called twice, or without a layer index")
+        found[call.layer] = _accept(call, where)
+        return torch.empty_like(call.q)
+
+    try:
+        with less_attention(model, probe, _mask_kind), _fake(), torch.no_grad(), _quiet():
+            ids = torch.zeros(1, 2, dtype=torch.long)
+            model(input_ids=ids, position_ids=torch.arange(2)[None], use_cache=False)
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UnsupportedModelError(f"{type(model).__name__} does not run as a plain decoder: {reason}") from error
+    expected = int(model.config.get_text_config().num_hidden_layers)
+    if sorted(found) != list(range(expected)):
+        route = "the attention interface" if on_interface(model) else "scaled_dot_product_attention"
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: {len(found)} of {expected} layers attend through {route}; "
+            "the others use an attention of their own, which LESS cannot replace"
+        )
+    return tuple(found[i] for i in range(expected))
+
+
+def _accept(call: AttentionCall, where: str) -> AttentionLayer:
+    """The layer's facts, or the reason why it cannot be LESS."""
+
+    def refuse(reason: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{where}: {reason}")
+
+    options = {k: v for k, v in call.options.items() if v is not None}
+    if options.get("softcap"):
+        raise refuse("attention softcap (logits go through tanh)")
+    if "s_aux" in options:
+        raise refuse("learned attention sinks (s_aux)")
+    if "position_bias" in options:
+        raise refuse("a position bias is added to the logits (alibi or relative positions)")
+    if options.get("is_causal") is False or getattr(call.module, "is_causal", True) is False:
+        raise refuse("attention is not causal")
+    known = _HARMLESS | {"softcap", "is_causal", "sliding_window", "window_size"}
+    unknown = sorted(k for k, v in options.items() if k not in known and v is not False)
+    if unknown:
+        raise refuse(f"attention takes an argument LESS does not know ({', '.join(unknown)})")
+    if call.q.shape[-1] != call.v.shape[-1] or call.k.shape[-1] != call.v.shape[-1]:
+        raise refuse(f"keys and values differ in width (Dk {call.k.shape[-1]}, Dv {call.v.shape[-1]})")
+    if call.mask is not None and not isinstance(call.mask, _Mask):
+        raise refuse("its attention mask is neither plain causal nor sliding")
+    if call.mask is not None and call.mask.refusal:
+        raise refuse(call.mask.refusal)
+    window = call.mask.window if call.mask is not None else 0
+    stated = options.get("sliding_window") or 0
+    if call.mask is not None and stated and stated != window:
+        raise refuse(f"its mask slides over {window or 'all'} tokens, its attention over {stated}")
+    heads, kv_heads = int(call.q.shape[1]), int(call.k.shape[1])
+    return AttentionLayer(heads, kv_heads, int(call.q.shape[-1]), call.scale, int(window or stated))
+
+
+def refuse_by_config(model: PreTrainedModel) -> None:
+    """Refusals that need no forward pass: rotary that depends on the batch, alibi, no position_ids."""
+    import inspect
+
+    config = model.config.get_text_config()
+    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+        raise UnsupportedModelError("layer 0: alibi adds a bias that depends on the distance of every token")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError("layer 0: an encoder-decoder has cross attention; only decoders are supported")
+    for name, module in model.named_modules():
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+            if isinstance(kind, str) and kind in ("longrope", "dynamic"):
+                raise UnsupportedModelError(
+                    f"{name or 'model'}: rotary embedding '{kind}' depends on the longest row of the batch, "
+                    "so cached keys would change with every token (all layers)"
+                )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{type(model).__name__} takes no position_ids, so evicted positions are lost")
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """Number of learned positions, ``None`` for decoders that compute theirs (rotary)."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not words and limit in _table_sizes(module):
+            return int(limit)
+    return None
+
+
+def _table_sizes(table: nn.Embedding) -> tuple[int, int]:
+    return table.num_embeddings, table.num_embeddings - int(getattr(table, "offset", 0))
+
+
+def _fake() -> contextlib.AbstractContextManager[Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back transformers' warnings about a forward pass that no user asked for."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
