@@ -134,6 +134,15 @@ def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, StoredT
     return found, [n for n in wanted if n not in found]
 
 
+def keep_layers(text: Any, indices: list[int]) -> None:
+    """Reduce a config to some of its layers, per-layer lists included."""
+    before = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == before:
+            setattr(text, name, [value[i] for i in indices])
+    text.num_hidden_layers = len(indices)
+
+
 def bare_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A decoder whose parameters have shapes but no memory; buffers (rotary tables) are real."""
     from accelerate import init_empty_weights

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -29,6 +30,8 @@ class Backend(abc.ABC):
     """
 
     name: ClassVar[str]
+    #: True where a step takes exactly one token or exactly ``chunk`` (padding included).
+    fixed_chunk: ClassVar[bool] = False
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
@@ -171,7 +174,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def _step(
-        self, input_ids: npt.NDArray[np.int64], past_length: npt.NDArray[np.int32], new_length: npt.NDArray[np.int32]
+        self,
+        input_ids: npt.NDArray[np.int64],
+        past_length: npt.NDArray[np.int32],
+        new_length: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         """Run the graph on checked inputs and keep its present state."""
 
@@ -212,8 +218,10 @@ class RowState:
         if expected != actual:
             names = expected.keys() ^ actual.keys() or {n for n in expected if expected[n] != actual[n]}
             raise BackendError(f"this state belongs to another export ({sorted(names)[0]} differs): prefill again")
+        if self.length < 0:
+            raise BackendError(f"this state is damaged (length {self.length}): prefill again")
 
-    def save(self, path: str) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a safetensors file, through a temporary name."""
         from safetensors.numpy import save
 
@@ -223,7 +231,7 @@ class RowState:
         write_atomically(path, save(tensors, {"format": "less-state", "length": str(self.length)}))
 
     @classmethod
-    def load(cls, path: str) -> RowState:
+    def load(cls, path: str | Path) -> RowState:
         """Read what :meth:`save` wrote; raises :class:`BackendError` for anything else."""
         from safetensors import SafetensorError, safe_open
 

@@ -1,0 +1,77 @@
+"""Opening bundles for use: pick the artifact and the runtime, get something that generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .artifact import Artifact, Bundle
+from .errors import BackendError, UsageError
+from .runtime.backend import Backend
+from .runtime.generate import Generator
+from .runtime.tokenizer import Tokenizer
+
+BACKENDS = ("ort", "trt", "torch")
+
+
+def open_bundle(path: str | Path, backend: str | None = None, **options: Any) -> Generator:
+    """Open a bundle folder, an ``x.onnx`` or an ``x.plan``, verified, ready to generate.
+
+    Args:
+        path: what ``less-export`` wrote.
+        backend: ``"ort"``, ``"trt"`` or ``"torch"``; default by what the bundle holds.
+        options: passed to the backend (``threads``, ``provider`` for ONNX Runtime; ``device`` for torch).
+
+    Raises:
+        BundleError: missing or damaged files. BackendError: the runtime or its artifact is missing.
+    """
+    bundle = Bundle.open(path)
+    return generator(bundle, load_backend(bundle, backend, **options))
+
+
+def generator(bundle: Bundle, backend: Backend) -> Generator:
+    """A generator over an open bundle's backend, with its tokenizer where there is one."""
+    facts = bundle.manifest.tokenizer
+    tokenizer = None
+    if facts is not None:
+        tokenizer = Tokenizer(
+            bundle.path(facts.file),
+            bos_id=facts.bos_id,
+            eos_ids=facts.eos_ids,
+            add_bos=facts.add_bos,
+            chat_template=facts.chat_template,
+        )
+    return Generator(backend, tokenizer)
+
+
+def load_backend(bundle: Bundle, name: str | None = None, **options: Any) -> Backend:
+    """The runtime of a bundle, by name or by what the bundle holds; the runtime is imported here."""
+    if name is None:
+        name = "ort" if bundle.artifact("ort") else "trt"
+    if name not in BACKENDS:
+        raise UsageError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}")
+    if name == "ort":
+        from .runtime.ort_backend import OrtBackend
+
+        found = _artifact(bundle, ("ort",), "model.onnx (--target ort)")
+        return OrtBackend(found.contract, bundle.path(found.file), **options)
+    if name == "trt":
+        from .runtime.trt_backend import TrtBackend
+
+        found = _artifact(bundle, ("plan",), "engine.plan (--out x.plan, or --engine)")
+        return TrtBackend(found.contract, bundle.path(found.file), **options)
+    try:
+        from .runtime.torch_backend import TorchBackend
+    except ImportError as error:
+        raise BackendError(
+            f"the torch backend needs {error.name}: pip install 'less-export[export]', or take another --backend"
+        ) from None
+    return TorchBackend(bundle, _artifact(bundle, ("ort", "trt", "plan"), "graph"), **options)
+
+
+def _artifact(bundle: Bundle, kinds: tuple[str, ...], what: str) -> Artifact:
+    for kind in kinds:
+        found = bundle.artifact(kind)
+        if found is not None:
+            return found
+    raise BackendError(f"this bundle has no {what}: export again, or choose another backend")

@@ -1,0 +1,229 @@
+"""Bundles: the files of one export, the manifest that describes them, and opening them with suspicion.
+
+A bundle is a folder with ``manifest.json``, or a single artifact ``x.onnx`` / ``x.plan`` with ``x.json``
+and its companions beside it. The manifest carries a hash of itself and of graphs, kernels, tokenizer and
+plan, checked at every opening; weights are checked by size and header, and whole by ``check --full``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .contract import Contract
+from .errors import BundleError
+from .files import sha256
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+#: Artifact kinds and their file names in a folder bundle.
+ARTIFACT_FILES = {"ort": "model.onnx", "trt": "model.trt.onnx", "plan": "engine.plan"}
+KERNELS = "kernels.safetensors"
+TOKENIZER = "tokenizer.json"
+CONVERTED_WEIGHTS = "converted.safetensors"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the files of an export lie: a folder, or one artifact with companions named after it."""
+
+    folder: Path
+    stem: str | None = None
+    artifact: str | None = None
+
+    @classmethod
+    def of(cls, path: str | Path) -> Layout:
+        """Layout of a bundle folder, an .onnx file or a .plan file (``.engine`` too), existing or not."""
+        path = Path(path)
+        if path.suffix == ".onnx" and not path.is_dir():
+            if path.name == ARTIFACT_FILES["trt"] or path.name == ARTIFACT_FILES["ort"]:
+                inside = path.parent / MANIFEST
+                if inside.is_file():
+                    return cls(path.parent)
+            return cls(path.parent, path.stem, path.name)
+        if path.suffix in (".plan", ".engine") and not path.is_dir():
+            if (path.parent / MANIFEST).is_file() and path.name == ARTIFACT_FILES["plan"]:
+                return cls(path.parent)
+            return cls(path.parent, path.stem, path.name)
+        return cls(path)
+
+    @property
+    def manifest(self) -> str:
+        return MANIFEST if self.stem is None else f"{self.stem}.json"
+
+    def companion(self, name: str) -> str:
+        """File name of a companion (tokenizer, kernels, weights) in this layout."""
+        return name if self.stem is None else f"{self.stem}.{name}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One runnable file: kind ``ort`` or ``trt`` (a graph) or ``plan`` (a TensorRT engine)."""
+
+    kind: str
+    file: str
+    sha256: str
+    contract: Contract
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A safetensors file that graphs point into; ``header_sha256`` covers its length prefix and header."""
+
+    file: str
+    bytes: int
+    header_sha256: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The tokenizer file and what it does not say itself."""
+
+    file: str
+    sha256: str
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    add_bos: bool
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """The kernel file in short."""
+
+    file: str
+    sha256: str
+    bytes: int
+    parametrisation: str
+    rank: int
+    hidden: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself. ``model`` holds name, source, parameter count and Hugging Face config."""
+
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    artifacts: tuple[Artifact, ...]
+    weights: tuple[WeightFile, ...]
+    tools: Mapping[str, str]
+    tokenizer: TokenizerFacts | None = None
+    kernels: KernelFacts | None = None
+
+    def dump(self) -> bytes:
+        """JSON with its own hash in ``manifest_sha256``."""
+        data: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "model": dict(self.model),
+            "settings": dict(self.settings),
+            "artifacts": [
+                {**vars(a), "contract": a.contract.to_dict(), "details": dict(a.details)} for a in self.artifacts
+            ],
+            "weights": [vars(w) for w in self.weights],
+            "tokenizer": vars(self.tokenizer) if self.tokenizer else None,
+            "kernels": vars(self.kernels) if self.kernels else None,
+            "tools": dict(self.tools),
+        }
+        data = json.loads(json.dumps(data))
+        return json.dumps({"manifest_sha256": _digest(data), **data}, indent=1).encode()
+
+    @classmethod
+    def parse(cls, text: bytes, where: str) -> Manifest:
+        """Manifest of a file's contents; raises :class:`BundleError` when damaged or too new."""
+        try:
+            data = json.loads(text)
+            version = data["format_version"]
+            if not isinstance(version, int) or version > FORMAT_VERSION:
+                raise BundleError(f"{where} has format {version}, written by a newer less-export: upgrade to open it")
+            stated = data.pop("manifest_sha256")
+            if stated != _digest(data):
+                raise BundleError(f"{where} was changed after the export (hash differs): export again")
+            return cls(
+                model=data["model"],
+                settings=data["settings"],
+                artifacts=tuple(Artifact(**{**a, "contract": Contract.from_dict(a["contract"])}) for a in data["artifacts"]),
+                weights=tuple(WeightFile(**w) for w in data["weights"]),
+                tools=data["tools"],
+                tokenizer=_optional(TokenizerFacts, data["tokenizer"], "eos_ids"),
+                kernels=_optional(KernelFacts, data["kernels"], "layers"),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{where} is not a usable manifest ({error}): export again") from error
+
+
+def _optional(cls: Any, data: dict[str, Any] | None, listed: str) -> Any:
+    return None if data is None else cls(**{**data, listed: tuple(data[listed])})
+
+
+def _digest(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def header_sha256(path: Path) -> str:
+    """Hash of a safetensors file's length prefix and header."""
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = min(int.from_bytes(prefix, "little"), path.stat().st_size)
+        return hashlib.sha256(prefix + file.read(length)).hexdigest()
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its layout and its manifest, both verified."""
+
+    layout: Layout
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path, full: bool = False) -> Bundle:
+        """Read and verify a bundle; ``full`` hashes the weights too.
+
+        Raises:
+            BundleError: missing, damaged, changed or newer files; names the file.
+        """
+        layout = Layout.of(path)
+        described = layout.folder / layout.manifest
+        if not described.is_file():
+            what = f"{path} does not exist" if not Path(path).exists() else f"{path} has no {layout.manifest}"
+            raise BundleError(f"{what}: give a bundle folder, or an .onnx or .plan made by less-export")
+        try:
+            manifest = Manifest.parse(described.read_bytes(), str(described))
+            bundle = cls(layout, manifest)
+            for problem in bundle._problems(full):
+                raise BundleError(f"{problem}: export again, or copy the bundle again")
+        except OSError as error:
+            raise BundleError(f"cannot read {described}: {error.strerror or error}") from error
+        return bundle
+
+    def path(self, file: str) -> Path:
+        return self.layout.folder / file
+
+    def artifact(self, kind: str) -> Artifact | None:
+        """The artifact of a kind, or None."""
+        return next((a for a in self.manifest.artifacts if a.kind == kind), None)
+
+    def _problems(self, full: bool) -> Iterator[str]:
+        m = self.manifest
+        hashed = [(a.file, a.sha256) for a in m.artifacts]
+        hashed += [(x.file, x.sha256) for x in (m.tokenizer, m.kernels) if x is not None]
+        for file, expected in hashed:
+            if not self.path(file).is_file():
+                yield f"{file} is missing from the bundle"
+            elif sha256(self.path(file)) != expected:
+                yield f"{file} is damaged (its hash differs from the manifest's)"
+        for weight in m.weights:
+            path = self.path(weight.file)
+            if not path.is_file():
+                yield f"{weight.file} is missing from the bundle"
+            elif path.stat().st_size != weight.bytes or header_sha256(path) != weight.header_sha256:
+                yield f"{weight.file} is damaged (its size or header differs from the manifest's)"
+            elif full and sha256(path) != weight.sha256:
+                yield f"{weight.file} is damaged (its hash differs from the manifest's)"

@@ -1,0 +1,185 @@
+"""Options of an export, validated once, and the layer plan they lead to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from .contract import COMPUTE_DTYPES, LayerSpec, Policy
+from .errors import UsageError
+from .policies import POLICIES
+
+Target = Literal["ort", "trt", "both"]
+TARGETS: tuple[Target, ...] = ("ort", "trt", "both")
+#: Policies a user may ask for; ``window`` is what a sliding layer gets by itself.
+EVICTING = (Policy.H2O, Policy.TOVA, Policy.SINK)
+DEFAULT_CONTEXT = 4096
+DEFAULT_BUDGET = "5%"
+DEFAULT_CHUNK = 256
+
+
+class Layer(Protocol):
+    """What :func:`plan_layers` needs to know of an attention layer (see ``surgery.AttentionLayer``)."""
+
+    @property
+    def query_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def scale(self) -> float: ...
+    @property
+    def window(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What a user may choose; ``None`` leaves it to the recipe, then to the model, then to the default.
+
+    budget: tokens per layer and head (``"256"``) or a share of ``context`` (``"5%"``).
+    context: tokens; what percentages refer to, and the capacity of policy ``full``.
+    heavy, recent: how the budget is split, in tokens. dtype: compute dtype, over the target's own choice.
+    rank: must match the kernels when both are given. chunk: most tokens per step. max_batch: most rows.
+    """
+
+    target: Target | None = None
+    policy: str | None = None
+    budget: str | None = None
+    context: int | None = None
+    heavy: int | None = None
+    recent: int | None = None
+    rank: int | None = None
+    kernels: Path | None = None
+    dtype: str | None = None
+    max_batch: int = 8
+    chunk: int | None = None
+    num_hidden_layers: int | None = None
+    logits: Literal["last", "all"] = "last"
+    gpu_arch: str | None = None
+    compress_sliding: bool = False
+    validate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.target is not None and self.target not in TARGETS:
+            raise UsageError(f"unknown target '{self.target}': choose one of {', '.join(TARGETS)}")
+        if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
+            raise UsageError(f"unknown dtype '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}")
+        if self.policy is not None and Policy.parse(self.policy) not in (*EVICTING, Policy.FULL):
+            raise UsageError(f"policy '{self.policy}' is not for choosing: take h2o, tova, sink or full")
+        for name in ("context", "recent", "rank", "max_batch", "chunk", "num_hidden_layers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.heavy is not None and self.heavy < 0:
+            raise UsageError(f"--heavy must be at least 0, not {self.heavy}")
+
+    def with_defaults(self, defaults: dict[str, Any]) -> ExportConfig:
+        """The same options with unset ones taken from ``defaults`` (a recipe)."""
+        names = {
+            "policy",
+            "budget",
+            "context",
+            "rank",
+            "chunk",
+            "dtype",
+            "compress_sliding",
+        } & defaults.keys()
+        return replace(self, **{n: defaults[n] for n in names if getattr(self, n) in (None, False)})
+
+
+def budget_tokens(budget: str, context: int) -> int:
+    """Tokens of a budget option: ``N``, or ``P%`` of ``context`` rounded down to an even number.
+
+    Raises:
+        UsageError: not a number, less than 1 token or more than the context.
+    """
+    text = str(budget).strip()
+    try:
+        tokens = 2 * math.floor(float(text[:-1]) / 100 * context / 2) if text.endswith("%") else int(text)
+    except (ValueError, OverflowError):
+        raise UsageError(
+            f"--budget '{budget}' is neither a number of tokens nor a percentage like 5%"
+        ) from None
+    if tokens < 1:
+        raise UsageError(f"--budget {budget} leaves no token of a context of {context}: raise it")
+    if tokens > context:
+        raise UsageError(
+            f"--budget {budget} is more than the context of {context} tokens: lower it or raise --context"
+        )
+    return tokens
+
+
+def split_budget(policy: Policy, config: ExportConfig, context: int) -> tuple[int, int]:
+    """``(heavy, recent)`` in tokens, from --budget, --heavy and --recent."""
+    if policy is Policy.TOVA and (config.recent or 1) != 1:
+        raise UsageError("tova protects only the newest token: drop --recent")
+    if config.heavy is not None and config.recent is not None:
+        if (
+            config.budget is not None
+            and budget_tokens(config.budget, context) != config.heavy + config.recent
+        ):
+            raise UsageError("--heavy and --recent do not add up to --budget: give two of the three")
+        return _fitting(config.heavy, config.recent, context)
+    total = budget_tokens(config.budget or DEFAULT_BUDGET, context)
+    if config.heavy is not None:
+        return _fitting(config.heavy, total - config.heavy, context)
+    if config.recent is not None:
+        return _fitting(total - config.recent, config.recent, context)
+    return _fitting(*POLICIES[policy].split(total), context)
+
+
+def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
+    if heavy < 0 or recent < 1:
+        raise UsageError(
+            f"the budget leaves {heavy} heavy and {recent} recent tokens: raise it or change the split"
+        )
+    if heavy + recent > context:
+        raise UsageError(f"{heavy} heavy and {recent} recent tokens are more than the context of {context}")
+    return heavy, recent
+
+
+def plan_layers(
+    layers: Sequence[Layer], config: ExportConfig, context: int, ranks: dict[int, int]
+) -> tuple[LayerSpec, ...]:
+    """What every layer's cache will be.
+
+    ``ranks`` gives the layers that have kernels and their rank. Layers that slide keep their window
+    exactly, unless ``compress_sliding`` gives them the policy with a budget below the window.
+    """
+    policy = Policy.parse(config.policy or Policy.H2O.label)
+    if policy is Policy.FULL:
+        if config.budget is not None or config.heavy is not None or config.recent is not None:
+            raise UsageError(
+                "policy full keeps every token: drop --budget, --heavy and --recent, set --context"
+            )
+        heavy, recent = 0, context
+    else:
+        heavy, recent = split_budget(policy, config, context)
+    planned = []
+    for index, layer in enumerate(layers):
+        facts = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale)
+        compressed = config.compress_sliding and policy is not Policy.FULL and heavy + recent < layer.window
+        if layer.window and not compressed:
+            planned.append(
+                LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1)
+            )
+            continue
+        rank = ranks.get(index, 0) if policy is not Policy.FULL else 0
+        planned.append(
+            LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1))
+        )
+    return tuple(planned)
+
+
+def default_context(max_position_embeddings: int | None) -> int:
+    """Context of a model without a recipe (tokens)."""
+    return min(max_position_embeddings or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def unused_kernels(planned: Sequence[LayerSpec], kernels: Collection[int]) -> list[int]:
+    """Layers that have kernels which the plan does not use (they keep everything they see)."""
+    return [i for i in kernels if not planned[i].absorb]

@@ -1,0 +1,411 @@
+"""TensorRT plans, built from an ONNX graph and its weights; ``runtime.trt_backend`` loads and runs them.
+
+Two flavours share one API. ``tensorrt`` (data-center GPUs) builds for the GPU it runs on;
+``tensorrt_rtx`` builds ahead of time for architectures, on a machine that needs neither GPU nor driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .contract import OP_NAME, Contract, Policy, TensorSpec
+from .errors import EngineError, UsageError
+from .files import scratch_folder
+
+#: Called with the fraction done, 0..1 and never falling, and TensorRT's name of the phase it is in.
+Progress = Callable[[float, str], None]
+Shape = tuple[int, ...]
+
+#: Flavours in the order they are looked for: module -> (name in messages, our extra).
+_FLAVOURS = {"tensorrt": ("TensorRT", "trt"), "tensorrt_rtx": ("TensorRT-RTX", "trt-rtx")}
+#: TensorRT-RTX has no f32 matrix product for Turing (sm_75), and the low-rank term is computed in f32.
+_FIRST_ARCH = 80
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """An importable TensorRT: ``name`` is "tensorrt" or "tensorrt_rtx"."""
+
+    name: str
+    module: ModuleType
+    version: str
+
+    @property
+    def label(self) -> str:
+        """Name and version for messages."""
+        return f"{_FLAVOURS[self.name][0]} {self.version}"
+
+
+def flavour(name: str | None = None) -> Flavour:
+    """The TensorRT at hand: full TensorRT where it imports, else TensorRT-RTX; or the one called ``name``.
+
+    Raises:
+        EngineError: none is installed, or what is installed does not load.
+    """
+    broken = ""
+    for candidate in _FLAVOURS if name is None else (name,):
+        try:
+            module = importlib.import_module(candidate)
+        except ModuleNotFoundError:
+            continue
+        except Exception as error:  # whatever a half-installed binary package raises
+            broken = f" ({candidate} is installed but does not load: {one_line(str(error))})"
+            continue
+        if hasattr(module, "Builder"):  # an empty folder of that name imports too
+            return Flavour(candidate, module, str(module.__version__))
+    extras = {n: f"pip install 'less-export[{extra}]'" for n, (_, extra) in _FLAVOURS.items()}
+    if name is not None:
+        raise EngineError(f"this needs {_FLAVOURS[name][0]}, which is not here{broken}: {extras[name]}")
+    raise EngineError(
+        f"TensorRT is not here{broken}: {extras['tensorrt']} for the GPU of this machine, "
+        f"or {extras['tensorrt_rtx']} to build for RTX GPUs on any machine"
+    )
+
+
+def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
+    """Architectures to build for, as "sm_89"; none means what the flavour does by itself.
+
+    Args:
+        chosen: the flavour that will build.
+        gpu_arch: "sm_89", "89" or "8.9", several of them with commas; ``None`` or "all" for
+            TensorRT-RTX's default, a plan for every GPU from sm_80 on.
+
+    Raises:
+        UsageError: unknown, unsupported, or asked of full TensorRT, which builds for the GPU it sees.
+    """
+    if gpu_arch is None:
+        return ()
+    if chosen.name != "tensorrt_rtx":
+        raise UsageError(
+            f"{chosen.label} builds for the GPU of this machine: leave --gpu-arch out, "
+            "or build with TensorRT-RTX in an environment without tensorrt"
+        )
+    if gpu_arch.strip().lower() == "all":
+        return ()
+    numbers = sorted(int(n[2:]) for n in chosen.module.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", n))
+    supported = [f"sm_{n}" for n in numbers if n >= _FIRST_ARCH]
+    found = []
+    for item in gpu_arch.split(","):
+        match = re.fullmatch(r"(?:sm_?)?(\d+)(?:\.(\d))?", item.strip().lower())
+        arch = f"sm_{match[1]}{match[2] or ''}" if match else ""
+        if arch not in supported:
+            raise UsageError(
+                f"{chosen.label} cannot build for '{item.strip()}': choose from {', '.join(supported)}, "
+                "or leave --gpu-arch out for all from sm_80 on"
+            )
+        found.append(arch)
+    return tuple(dict.fromkeys(found))
+
+
+def implement(interface: Any, **methods: Callable[..., Any]) -> Any:
+    """An object of TensorRT's ``interface`` whose methods are these functions (called without self)."""
+    body = {"__init__": lambda self: interface.__init__(self)}
+    body.update({name: staticmethod(f) for name, f in methods.items()})
+    return type(f"Less{interface.__name__}", (interface,), body)()
+
+
+class Log:
+    """TensorRT's logger: keeps the errors, prints everything when verbose.
+
+    TensorRT takes one logger per process and keeps the first, so there is one of these per flavour.
+    Nothing may be raised through TensorRT's frames: an exception inside a call-back (Ctrl-C, a full disk)
+    waits in ``stopped``, call-backs that can cancel do, and :meth:`listening` raises it at the end.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.errors: list[str] = []
+        self.verbose = False
+        self.stopped: BaseException | None = None
+        self._lock = threading.RLock()  # TensorRT calls from several threads
+        self._serious = (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR)
+        self.interface = implement(module.ILogger, log=self.guarded(self._take))
+
+    def _take(self, severity: Any, message: str) -> None:
+        if severity in self._serious:
+            self.errors.append(message)
+        if self.verbose:
+            print(f"[{severity.name}] {message}", file=sys.stderr)
+
+    def guarded(self, function: Callable[..., Any], failed: Any = None) -> Callable[..., Any]:
+        """``function`` for TensorRT to call: an exception is kept, and ``failed`` returned from then on."""
+
+        def call(*args: Any) -> Any:
+            try:
+                with self._lock:
+                    return failed if self.stopped else function(*args)
+            except BaseException as error:
+                self.stopped = error
+                return failed
+
+        return call
+
+    @contextlib.contextmanager
+    def listening(self, verbose: bool = False) -> Iterator[None]:
+        """Start with no errors; on the way out raise what a call-back raised, before anything else."""
+        self.errors, self.verbose, self.stopped = [], verbose, None
+        try:
+            yield
+        except EngineError:
+            if self.stopped is None:
+                raise
+        finally:
+            self.verbose = False
+        if self.stopped is not None:
+            raise self.stopped
+
+    def reason(self) -> str:
+        """The most useful of the errors: the first that is neither a frame nor an echo of another."""
+        echoes = ("While parsing node", "--- Begin node", "--- End node", "catchCudaError")
+        causes = [e for e in self.errors if not any(echo in e for echo in echoes)]
+        if not causes:
+            return "it gave no reason (--verbose shows its log)"
+        if re.search(r"cudaError (35|100)\b", causes[0]):
+            return "no CUDA driver, or none recent enough, or no GPU: run nvidia-smi"
+        return one_line(causes[0])
+
+
+@functools.cache
+def log_of(module: ModuleType) -> Log:
+    """The one logger of a flavour."""
+    return Log(module)
+
+
+def one_line(message: str) -> str:
+    """A message of TensorRT's without line breaks and source positions."""
+    text = " ".join(message.split())
+    text = re.sub(r"^(\S+\.cpp:\d+:? |ERROR: |In function \w+: |\[\d+\] )+", "", text)
+    text = re.sub(r"[. ]*In \w+ at /\S+:\d+", "", text)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+class _Phases:
+    """TensorRT's nested phases as one fraction for ``progress``."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.fraction = 0.0
+        self.open: dict[str, tuple[str | None, int, int]] = {}  # name: parent, steps, steps done
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        self._set(name, parent, max(steps, 1), 0)
+
+    def step(self, name: str, step: int) -> bool:
+        parent, steps, _ = self.open.get(name, (None, step + 2, 0))
+        self._set(name, parent, steps, step + 1)
+        return True
+
+    def finish(self, name: str) -> None:
+        self.open.pop(name, None)
+
+    def _set(self, name: str, parent: str | None, steps: int, done: int) -> None:
+        self.open[name] = (parent, steps, done)
+        inside, at = 0.0, self.open.get(name)
+        while at is not None:
+            parent, steps, done = at
+            inside = min((done + inside) / steps, 1.0)
+            at = self.open.get(parent) if parent else None
+        self.fraction = max(self.fraction, inside)
+        self.progress(self.fraction, name)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimisation profile: the chunk lengths it takes, and (min, opt, max) of every input."""
+
+    name: str
+    chunk: int
+    shapes: Mapping[str, tuple[Shape, Shape, Shape]]
+
+
+def profiles(contract: Contract) -> tuple[Profile, ...]:
+    """The profiles of a plan, in order: decode (T = 1), and prefill (T = 1..chunk) where chunk > 1.
+
+    Both take 1..max_batch rows and are tuned for full ones: a larger --max-batch is asked for to be used.
+    """
+
+    def profile(name: str, chunk: int) -> Profile:
+        rows = contract.max_batch
+        shapes = {s.name: (s.sized(1, 1), s.sized(rows, chunk), s.sized(rows, chunk)) for s in contract.inputs()}
+        return Profile(name, chunk, shapes)
+
+    prefill = (profile("prefill", contract.chunk),) if contract.chunk > 1 else ()
+    return (profile("decode", 1), *prefill)
+
+
+def _check_limits(contract: Contract) -> None:
+    from .export.onnx_op import TENSORRT_TOPK_LIMIT  # late: it imports torch, which loading a plan does not need
+
+    for index, layer in enumerate(contract.layers):
+        if layer.policy in (Policy.H2O, Policy.TOVA) and layer.capacity > TENSORRT_TOPK_LIMIT:
+            raise EngineError(
+                f"layer {index} keeps {layer.capacity} tokens with {layer.policy.label}, but TensorRT chooses among "
+                f"at most {TENSORRT_TOPK_LIMIT}: use a smaller --budget, or --policy sink"
+            )
+
+
+def check_tensors(found: Mapping[str, tuple[str, Shape]], expected: Iterable[TensorSpec], what: str) -> None:
+    """Names, dtypes and shapes; TensorRT writes -1 for what it cannot know, dynamic axes at least."""
+    specs = {s.name: s for s in expected}
+    for name in [*specs, *found]:
+        if name not in found or name not in specs:
+            where = "lacks" if name not in found else "has, and the contract does not,"
+            raise EngineError(f"{what} {where} the tensor {name}: export the bundle again")
+        spec, (dtype, shape) = specs[name], found[name]
+        fits = len(shape) == len(spec.shape) and all(a == -1 or a == b for a, b in zip(shape, spec.shape, strict=True))
+        if dtype != spec.dtype or not fits:
+            raise EngineError(
+                f"{what} has {name} as {dtype} {list(shape)} where the contract says "
+                f"{spec.dtype} {list(spec.shape)}: export the bundle again"
+            )
+
+
+def dtype_name(dtype: Any) -> str:
+    """The contract's name of a TensorRT data type."""
+    return _DTYPES.get(dtype.name, dtype.name.lower())
+
+
+@dataclass(frozen=True)
+class PlanInfo:
+    """How a plan was made. ``gpu_arch`` is "sm_86,sm_89", or ``None`` for the flavour's own choice.
+
+    ``bytes`` is the size of the file, ``seconds`` the time it took, ``layers`` TensorRT's count.
+    """
+
+    flavour: str
+    version: str
+    gpu_arch: str | None
+    bytes: int
+    seconds: float
+    layers: int
+
+
+def build_plan(
+    model: bytes,
+    contract: Contract,
+    *,
+    out: Path,
+    weights_dir: Path,
+    gpu_arch: str | None = None,
+    progress: Progress | None = None,
+    verbose: bool = False,
+) -> PlanInfo:
+    """Build ``out`` from an ONNX graph; the file is whole or as it was before.
+
+    The plan is streamed to disk where TensorRT can (RTX does), so that the host holds it at no time.
+
+    Args:
+        model: serialised ONNX with the LessAttention bodies inside.
+        weights_dir: the folder that external data locations are relative to.
+        gpu_arch: see :func:`parse_gpu_arch`.
+        progress: told how far the build is; what it raises cancels the build and comes out of here.
+        verbose: print TensorRT's log to stderr.
+
+    Raises:
+        UsageError: ``gpu_arch``.
+        EngineError: no TensorRT, or it refuses the graph (the message is TensorRT's own, in one line).
+    """
+    chosen = flavour()
+    archs = parse_gpu_arch(chosen, gpu_arch)
+    _check_limits(contract)
+    started = time.monotonic()
+    log = log_of(chosen.module)
+    try:
+        with scratch_folder(out) as folder:
+            part = folder / out.name
+            with log.listening(verbose):
+                layers = _build(chosen, model, contract, weights_dir, archs, progress, part)
+            os.replace(part, out)
+    except OSError as error:
+        raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
+    seconds = time.monotonic() - started
+    return PlanInfo(chosen.name, chosen.version, ",".join(archs) or None, out.stat().st_size, seconds, layers)
+
+
+def _build(
+    chosen: Flavour,
+    model: bytes,
+    contract: Contract,
+    weights_dir: Path,
+    archs: tuple[str, ...],
+    progress: Progress | None,
+    part: Path,
+) -> int:
+    """Write the plan to ``part``; returns the number of layers. Everything else is released on return."""
+    module: Any = chosen.module
+    log = log_of(chosen.module)
+    try:
+        builder = module.Builder(log.interface)
+    except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
+        raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
+    network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = module.OnnxParser(network, log.interface)  # maps the weights: it must outlive the build
+    if not parser.parse(model, path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
+        raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser)}: {log.reason()}")
+    for get, count, specs in (
+        (network.get_input, network.num_inputs, contract.inputs()),
+        (network.get_output, network.num_outputs, contract.outputs()),
+    ):
+        found = {t.name: (dtype_name(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
+        check_tensors(found, specs, "the graph")
+    config = _configure(module, builder, contract, archs)
+    phases = _Phases(progress or (lambda fraction, phase: None))
+    monitor = implement(  # a name of its own: TensorRT does not keep it alive
+        module.IProgressMonitor,
+        phase_start=log.guarded(phases.start),
+        step_complete=log.guarded(phases.step, failed=False),
+        phase_finish=log.guarded(phases.finish),
+    )
+    config.progress_monitor = monitor
+    layers = int(network.num_layers)
+    with open(part, "wb") as file:
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            writer = implement(module.IStreamWriter, write=log.guarded(file.write, failed=0))
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+        else:
+            plan = builder.build_serialized_network(network, config)
+            built = plan is not None
+            if built:
+                file.write(memoryview(plan))
+    if not built:
+        raise EngineError(f"{chosen.label} cannot build the engine: {log.reason()}")
+    return layers
+
+
+def _culprit(parser: Any) -> str:
+    """The node that the parser stumbled over, for a message."""
+    if parser.num_errors == 0 or not parser.get_error(0).node_operator():
+        return ""
+    error = parser.get_error(0)
+    if error.node_operator() == OP_NAME:
+        return f" (its {OP_NAME} nodes have no body inside)"
+    return f" at node '{error.node_name()}' ({error.node_operator()})"
+
+
+def _configure(module: Any, builder: Any, contract: Contract, archs: tuple[str, ...]) -> Any:
+    """Builder configuration: the profiles, the architectures, and f32 that is f32."""
+    config = builder.create_builder_config()
+    # TF32 keeps 10 bits: too few for log phi and for the state, which are f32 on purpose.
+    config.clear_flag(module.BuilderFlag.TF32)
+    for profile in profiles(contract):
+        entry = builder.create_optimization_profile()
+        for name, shapes in profile.shapes.items():
+            entry.set_shape(name, *shapes)
+        config.add_optimization_profile(entry)
+    if archs:
+        config.num_compute_capabilities = len(archs)
+        for index, arch in enumerate(archs):
+            config.set_compute_capability(getattr(module.ComputeCapability, arch.upper().replace("_", "")), index)
+    return config

@@ -1,0 +1,407 @@
+"""One export from MODEL to files: resolve, plan, check, trace, bind, build, describe, rename."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from .. import artifact, engine
+from .._version import __version__
+from ..artifact import Artifact, KernelFacts, Layout, Manifest, TokenizerFacts, WeightFile
+from ..config import DEFAULT_CHUNK, ExportConfig, default_context, plan_layers
+from ..contract import Contract, Policy
+from ..errors import LessExportError, UsageError
+from ..feature_maps import Heads, Kernels
+from ..files import link_or_copy, scratch_folder, sha256
+from ..sources import ModelSource, resolve
+from ..surgery import AttentionLayer, discover, learned_positions
+from . import onnx_op, weights
+from .check import self_check
+from .trace import trace
+from .wrapper import LessDecoder, torch_dtype
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class _Job:
+    """What the steps of one export hand on."""
+
+    source: ModelSource
+    config: ExportConfig
+    hf_config: Any
+    layers: tuple[AttentionLayer, ...]
+    kernels: Kernels
+    tensors: dict[str, weights.StoredTensor]
+    model_facts: dict[str, Any]
+    position_limit: int | None
+
+    def contract(self, dtype: str) -> Contract:
+        text = self.hf_config.get_text_config()
+        context = self.config.context or default_context(getattr(text, "max_position_embeddings", None))
+        ranks = {i: m.rank for i, m in self.kernels.layers.items()}
+        return Contract(
+            plan_layers(self.layers, self.config, context, ranks),
+            int(text.vocab_size),
+            dtype,
+            self.config.chunk or DEFAULT_CHUNK,
+            self.config.max_batch,
+            self.config.logits,
+            self.position_limit,
+        )
+
+
+def export(
+    model: str,
+    out: str | Path,
+    config: ExportConfig | None = None,
+    *,
+    engine_plan: bool = False,
+    progress: Progress = lambda _: None,
+    **options: Any,
+) -> Path:
+    """Export a decoder with LESS.
+
+    Args:
+        model: recipe name, hub id, checkpoint folder or GGUF file.
+        out: bundle folder, ``x.onnx`` or ``x.plan``; written under a temporary name and renamed.
+        config: options, or give their fields as keyword arguments.
+        engine_plan: also build ``engine.plan`` into a folder bundle (implied by ``x.plan``).
+        progress: called with a few words as each phase begins.
+
+    Returns:
+        The path of what was written.
+
+    Raises:
+        LessExportError: anything the user can mend; nothing is left half written.
+    """
+    config = replace(config or ExportConfig(), **options)
+    layout, kinds = _plan_files(out, config, engine_plan)
+    flavour = engine.flavour() if "plan" in kinds else None
+    progress(f"finding {model}")
+    source = resolve(model)
+    config = config.with_defaults(source.recipe.options() if source.recipe else {})
+    destination = layout.folder if layout.stem is None else layout.folder / str(layout.artifact)
+    with scratch_folder(destination) as scratch:
+        try:
+            job = _prepare(source, config, kinds, scratch, progress)
+            if config.validate:
+                progress("checking the export on two layers of each kind against Hugging Face")
+                self_check(job.hf_config, job.contract("float32"), scratch)
+            manifest = _write(job, layout, kinds, scratch, progress, flavour)
+            (scratch / layout.manifest).write_bytes(manifest.dump())
+            progress("renaming")
+            _publish(scratch, layout, {layout.manifest, *_files_of(manifest)})
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
+    return destination
+
+
+def _plan_files(out: str | Path, config: ExportConfig, engine_plan: bool) -> tuple[Layout, list[str]]:
+    """Layout of the output and the artifacts to make, refused early when they contradict each other."""
+    layout = Layout.of(out)
+    if layout.stem is None:
+        target = config.target or "ort"
+        kinds = {"ort": ["ort"], "trt": ["trt"], "both": ["ort", "trt"]}[target]
+        if engine_plan:
+            if target == "ort":
+                raise UsageError("--engine needs --target trt or both")
+            kinds = [*kinds, "plan"]
+        folder = layout.folder
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--out {folder} is a file: give a folder, x.onnx or x.plan")
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).exists():
+            raise UsageError(f"--out {folder} holds something else than a bundle: give an empty or new folder")
+        return layout, kinds
+    if (layout.folder / str(layout.artifact)).is_dir():
+        raise UsageError(f"--out {out} is a folder: give a name without .onnx or .plan for a bundle")
+    if str(layout.artifact).endswith(".onnx"):
+        if config.target == "both" or engine_plan:
+            raise UsageError("--out x.onnx is one graph: give a folder for both targets or for an engine")
+        return layout, [config.target or "ort"]
+    if config.target in ("ort", "both"):
+        raise UsageError("--out x.plan is a TensorRT engine: drop --target or give a folder")
+    return layout, ["plan"]
+
+
+def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratch: Path, progress: Progress) -> _Job:
+    """Read everything that can be wrong before anything is made."""
+    hf_config = source.config()
+    text = hf_config.get_text_config()
+    _cut_layers(text, config.num_hidden_layers)
+    bare = weights.bare_model(hf_config, torch.float32)
+    layers = discover(bare)
+    heads = [Heads(x.query_heads, x.kv_heads, x.head_dim) for x in layers]
+    kernels = Kernels({}, {})
+    if config.kernels is not None:
+        kernels = Kernels.load(config.kernels)
+        kernels.check(heads)
+        for index, layer in kernels.layers.items():
+            if config.rank is not None and config.rank != layer.rank:
+                raise UsageError(f"--rank {config.rank}, but the kernels of layer {index} have rank {layer.rank}")
+    job = _Job(source, config, hf_config, layers, kernels, {}, {}, learned_positions(bare))
+    contracts = {k: job.contract(_compute_dtype(k, job)) for k in kinds}
+    for kind in ("trt", "plan"):
+        if kind in contracts and kind == "plan":
+            engine._check_limits(contracts[kind])
+    if not kernels.layers and Policy.parse(config.policy or "h2o") is not Policy.FULL:
+        warnings.warn(
+            "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
+        )
+    if source.gguf is not None:
+        progress("dequantising the GGUF weights")
+        files = [_convert(source, hf_config, bare, None, _stored_dtype(job), scratch)]
+    else:
+        files = weights.checkpoint_files(source.folder)
+    tensors, missing = weights.locate(bare, files)
+    if missing:
+        progress(f"converting {len(missing)} tensors that are stored in another layout")
+        copied = _convert(source, hf_config, bare, missing, "auto", scratch)
+        tensors.update(weights.locate(bare, [copied])[0])
+        missing = [n for n in missing if n not in tensors]
+    if missing:
+        raise LessExportError(f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more): weights and config differ")
+    job.tensors = tensors
+    job.model_facts = {
+        "name": source.name,
+        "class": type(bare).__name__,
+        "parameters": sum(p.numel() for p in bare.parameters()),
+        "config": json.loads(json.dumps(hf_config.to_dict(), default=str)),
+        "max_position_embeddings": getattr(text, "max_position_embeddings", None),
+    }
+    return job
+
+
+def _cut_layers(text: Any, layers: int | None) -> None:
+    """Keep the first ``layers`` layers, for trials; per-layer lists in the config follow."""
+    if layers is None:
+        return
+    if layers > text.num_hidden_layers:
+        raise UsageError(f"--num-hidden-layers {layers}: the model has {text.num_hidden_layers}")
+    weights.keep_layers(text, list(range(layers)))
+
+
+def _compute_dtype(kind: str, job: _Job) -> str:
+    """Compute dtype of an artifact: f32 on a CPU, the checkpoint's own for TensorRT."""
+    chosen = job.config.dtype
+    model_type = str(job.hf_config.get_text_config().model_type)
+    if chosen == "float16" and model_type.startswith("gemma"):
+        raise UsageError("Gemma overflows float16: take --dtype bfloat16 or float32")
+    if kind == "ort":
+        recipe = job.source.recipe
+        wanted = None if recipe is not None and chosen == recipe.dtype else chosen
+        if wanted == "bfloat16":
+            raise UsageError("ONNX Runtime's CPU kernels have no bfloat16: drop --dtype (weights stay bfloat16 on disk)")
+        return wanted or "float32"
+    if chosen is not None:
+        return chosen
+    stored = str(getattr(job.hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    if model_type.startswith("gemma") and stored == "float16":
+        return "bfloat16"
+    return stored if stored in ("float16", "bfloat16", "float32") else "bfloat16"
+
+
+def _stored_dtype(job: _Job) -> str:
+    """Dtype of dequantised GGUF weights: the compute dtype of TensorRT, 16 bits unless asked otherwise."""
+    return job.config.dtype or "bfloat16"
+
+
+def _convert(
+    source: ModelSource, hf_config: Any, bare: PreTrainedModel, names: list[str] | None, dtype: str, scratch: Path
+) -> Path:
+    """Write weights that cannot be pointed at (GGUF, fused experts) to a safetensors file of the bundle."""
+    loaded = source.load(dtype if dtype == "auto" else torch_dtype(dtype), None if source.gguf else hf_config)
+    state = loaded.state_dict()
+    wanted = set(bare.state_dict()) if names is None else set(names)
+    kept: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if name in wanted and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor.contiguous()
+    path = scratch / artifact.CONVERTED_WEIGHTS
+    save_file(kept, path, {"format": "pt"})
+    return path
+
+
+def _write(
+    job: _Job, layout: Layout, kinds: list[str], scratch: Path, progress: Progress, flavour: engine.Flavour | None
+) -> Manifest:
+    """Make every file in ``scratch`` under its final name, and the manifest that describes them."""
+    # The weights are linked under their names in the bundle; graphs (and the engine builder) look there.
+    used = sorted({t.file for t in job.tensors.values()})
+    names = {f: layout.companion(f.name) for f in used}
+    copied = [f.name for f in used if _place(f, scratch / names[f])]
+    if copied:
+        warnings.warn(f"hard links are not possible here: copied {', '.join(copied)}", stacklevel=2)
+    kernel_facts = _place_kernels(job, layout, scratch)
+    artifacts = []
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        keep_weights = kinds != ["plan"]
+        hashes = {f: pool.submit(sha256, f) for f in used} if keep_weights else {}
+        graphs = {}
+        for kind in ("ort", "trt") if "plan" not in kinds or "ort" in kinds else ("trt",):
+            if kind in kinds or (kind == "trt" and "plan" in kinds):
+                progress(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
+                contract = job.contract(_compute_dtype(kind, job))
+                graphs[kind] = (_graph(job, contract, names, layout, scratch), contract)
+        for kind, (graph, contract) in graphs.items():
+            if kind not in kinds:
+                continue
+            (onnx_op.add_bodies if kind == "ort" else onnx_op.strip_bodies)(graph)
+            file = layout.artifact or artifact.ARTIFACT_FILES[kind]
+            ir.save(graph, scratch / file)
+            artifacts.append(Artifact(kind, file, sha256(scratch / file), contract))
+        if "plan" in kinds:
+            graph, contract = graphs["trt"]
+            progress(f"building the engine with {flavour.name if flavour else 'TensorRT'}")
+            file = layout.artifact or artifact.ARTIFACT_FILES["plan"]
+            onnx_op.add_bodies(graph)
+            info = engine.build_plan(
+                ir.to_proto(graph).SerializeToString(),
+                contract,
+                weights_dir=scratch,
+                gpu_arch=job.config.gpu_arch,
+                out=scratch / file,
+            )
+            artifacts.append(Artifact("plan", file, sha256(scratch / file), contract, _plain(info)))
+        progress("writing tokenizer and manifest")
+        tokenizer = _place_tokenizer(job, layout, scratch)
+        stored = tuple(
+            WeightFile(names[f], f.stat().st_size, artifact.header_sha256(f), hashes[f].result()) for f in hashes
+        )
+    if not keep_weights:  # a plan carries its weights
+        for name in [*names.values(), *([kernel_facts.file] if kernel_facts else [])]:
+            (scratch / name).unlink(missing_ok=True)
+        kernel_facts = replace(kernel_facts, file="", sha256="") if kernel_facts else None
+    chosen = {f.name: getattr(job.config, f.name) for f in fields(job.config)}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if v is not None}
+    return Manifest(
+        job.model_facts, settings, tuple(artifacts), stored, _tools(flavour), tokenizer, kernel_facts
+    )
+
+
+def _place(source: Path, target: Path) -> bool:
+    """Put a weight file into the bundle; True when it had to be copied."""
+    if source.parent == target.parent:
+        if source != target:
+            os.replace(source, target)
+        return False
+    return link_or_copy(source, target)
+
+
+def _graph(job: _Job, contract: Contract, names: dict[Path, str], layout: Layout, scratch: Path) -> ir.Model:
+    """The traced graph of one artifact, its initializers bound to the bundle's files."""
+    bare = weights.bare_model(job.hf_config, torch_dtype(contract.dtype))
+    decoder = LessDecoder(bare, contract, job.kernels).eval()
+    tensors = {f"model.{n}": t for n, t in job.tensors.items()}
+    kernel_file = scratch / layout.companion(artifact.KERNELS)
+    files = dict(names)
+    if job.kernels.layers:
+        header = weights.read_header(kernel_file)
+        tensors |= {f"maps.{n.removeprefix('layers.')}": t for n, t in header.items()}
+        files[kernel_file] = kernel_file.name
+    graph = trace(decoder, contract, tensors)
+    weights.bind(graph, tensors, files, scratch)
+    return graph
+
+
+def _place_kernels(job: _Job, layout: Layout, scratch: Path) -> KernelFacts | None:
+    kernels = job.kernels
+    if not kernels.layers:
+        return None
+    path = scratch / layout.companion(artifact.KERNELS)
+    kernels.save(path)
+    rank = max(m.rank for m in kernels.layers.values())
+    return KernelFacts(
+        path.name,
+        sha256(path),
+        kernels.nbytes(),
+        str(kernels.parametrisation),
+        rank,
+        int(kernels.hidden or 0),
+        tuple(sorted(kernels.layers)),
+    )
+
+
+def _place_tokenizer(job: _Job, layout: Layout, scratch: Path) -> TokenizerFacts | None:
+    tokenizer = job.source.tokenizer()
+    if tokenizer is None or getattr(tokenizer, "backend_tokenizer", None) is None:
+        warnings.warn("the model ships no tokenizer: generate will take token ids only", stacklevel=2)
+        return None
+    path = scratch / layout.companion(artifact.TOKENIZER)
+    tokenizer.backend_tokenizer.save(str(path))
+    probe = "Hello"
+    adds = tokenizer(probe).input_ids[:1] == [tokenizer.bos_token_id]
+    eos = _eos_ids(job, tokenizer)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, bool(adds), template)
+
+
+def _eos_ids(job: _Job, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-sequence ids, from generation_config.json, the config and the tokenizer."""
+    found: set[int] = set()
+    generation = job.source.folder / "generation_config.json"
+    stated: list[Any] = [getattr(job.hf_config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id]
+    if job.source.gguf is None and generation.is_file():
+        with contextlib.suppress(ValueError, OSError):
+            stated.append(json.loads(generation.read_text()).get("eos_token_id"))
+    for ids in stated:
+        found.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
+    return tuple(sorted(found))
+
+
+def _plain(info: Any) -> dict[str, Any]:
+    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(info).items()}
+
+
+def _tools(flavour: engine.Flavour | None) -> dict[str, str]:
+    tools = {"less-export": __version__}
+    for package in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"):
+        tools[package] = importlib.metadata.version(package)
+    if flavour is not None:
+        tools[flavour.name] = flavour.version
+    return tools
+
+
+def _files_of(manifest: Manifest) -> set[str]:
+    extra = [x.file for x in (manifest.tokenizer, manifest.kernels) if x is not None and x.file]
+    return {*(a.file for a in manifest.artifacts), *(w.file for w in manifest.weights), *extra}
+
+
+def _publish(scratch: Path, layout: Layout, files: set[str]) -> None:
+    """Rename the finished files into place; a folder bundle appears at once, replacing an older one."""
+    for path in scratch.iterdir():
+        if path.name not in files:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.chmod(scratch, 0o755)
+    if layout.stem is not None:
+        for name in sorted(files, key=lambda n: n == layout.manifest):  # the manifest last
+            os.replace(scratch / name, layout.folder / name)
+        return
+    target = layout.folder
+    old = scratch.with_name(scratch.name + ".old")
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(scratch, target)
+    except BaseException:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

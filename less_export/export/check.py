@@ -1,0 +1,159 @@
+"""The self-check of every export: a twin of the model, two layers of each kind at true width.
+
+The twin has random weights, a small vocabulary and short windows, and goes through the very code that
+makes the real graph. While nothing is evicted from its budget its ONNX graph must agree with eager
+Hugging Face, windows long passed; afterwards with the torch reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..contract import Contract, LayerSpec, Policy
+from ..errors import UsageError, ValidationError
+from ..feature_maps import Heads, Kernels, random_kernels
+from ..policies import POLICIES
+from ..surgery import discover
+from . import onnx_op, weights
+from .trace import trace
+from .wrapper import LessDecoder, fresh_state
+
+_VOCAB, _WINDOW, _BUDGET = 256, 12, 32
+#: Tokens per step: chunks, then one at a time, past window and budget.
+_STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1)
+#: Largest difference of logits, as a share of the largest logit; float32 rounding is a hundred times less.
+TOLERANCE = 1e-4
+
+
+def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
+    """Export the twin and compare; returns the largest relative difference of its logits.
+
+    Raises:
+        ValidationError: the graph does not compute what the model computes.
+        UsageError: ONNX Runtime is missing.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UsageError(
+            "checking the export needs ONNX Runtime: pip install 'less-export[cpu]', or --no-validate"
+        ) from None
+    config, kept = _twin_config(hf_config, contract)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    twin, kernels = _twin_contract(model, contract, kept)
+    folder = scratch / "twin"
+    folder.mkdir()
+    graph = twin_graph(model, config, twin, kernels, folder)
+    ir.save(graph, folder / "twin.onnx")
+    session = onnxruntime.InferenceSession(str(folder / "twin.onnx"), providers=["CPUExecutionProvider"])
+
+    total = sum(_STEPS)
+    ids = torch.randint(0, _VOCAB, (2, total), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    reference = LessDecoder(model, twin, kernels).eval()
+    state = fresh_state(twin, 2)
+    fed = [x.numpy() for x in state]
+    past, worst = torch.zeros(2, dtype=torch.int32), 0.0
+    unit = float(expected.abs().max())
+    for count in _STEPS:
+        done = int(past[0])
+        new = torch.full((2,), count, dtype=torch.int32)
+        chunk = ids[:, done : done + count]
+        values = [chunk.numpy(), past.numpy(), new.numpy(), *fed]
+        logits, *fed = session.run(None, dict(zip((s.name for s in twin.inputs()), values, strict=True)))
+        with torch.no_grad():
+            own, *state = reference(chunk, past, new, state)
+        exact = done + count <= twin_budget(twin)
+        truth = expected[:, done : done + count] if exact else own
+        error = float(np.abs(logits - truth.numpy()).max()) / unit
+        worst = max(worst, error)
+        if not error <= TOLERANCE:
+            against = "eager Hugging Face" if exact else "the torch reference"
+            raise ValidationError(
+                f"the exported graph differs from {against} by {error:.1e} of the largest logit at tokens "
+                f"{done}..{done + count - 1} (at most {TOLERANCE:.0e}): this model is not exported correctly"
+            )
+        past = past + new
+    return worst
+
+
+def twin_budget(twin: Contract) -> int:
+    """Tokens up to which the twin forgets nothing that the model would see."""
+    return min((s.capacity for s in twin.layers if s.policy is not Policy.WINDOW), default=sum(_STEPS))
+
+
+def _twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
+    """A config with two layers of each kind, and which layers of the model they are."""
+    config = copy.deepcopy(hf_config)
+    text = config.get_text_config()
+    kinds: dict[Any, list[int]] = {}
+    for index, layer in enumerate(contract.layers):
+        kinds.setdefault((bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb), []).append(index)
+    kept = sorted(i for indices in kinds.values() for i in indices[:2])
+    weights.keep_layers(text, kept)
+    text.vocab_size = _VOCAB
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    if getattr(text, "sliding_window", None):
+        text.sliding_window = _WINDOW
+    if hasattr(text, "initializer_range"):  # activations keep their size, so that attention matters
+        text.initializer_range = text.hidden_size**-0.5
+    for name in ("_attn_implementation_internal",):
+        setattr(config, name, "eager")
+    return config, kept
+
+
+def _twin_contract(model: PreTrainedModel, contract: Contract, kept: list[int]) -> tuple[Contract, Kernels]:
+    """The contract of the twin: the same policies with a small budget, random kernels where there are any."""
+    found = discover(model)
+    heads = [Heads(x.query_heads, x.kv_heads, x.head_dim) for x in found]
+    absorbing = [i for i, index in enumerate(kept) if contract.layers[index].absorb]
+    rank = next((contract.layers[kept[i]].rank for i in absorbing), 1)
+    kernels = random_kernels(heads, absorbing, rank, 8) if absorbing else Kernels({}, {})
+    layers: list[LayerSpec] = []
+    for layer, index in zip(found, kept, strict=True):
+        policy = contract.layers[index].policy
+        capacity = {Policy.WINDOW: layer.window, Policy.FULL: sum(_STEPS)}.get(policy, _BUDGET)
+        compressed = bool(layer.window) and policy is not Policy.WINDOW
+        if compressed:
+            capacity = min(capacity, layer.window)
+        heavy, recent = POLICIES[policy].split(capacity)
+        layers.append(
+            replace(
+                contract.layers[index],
+                query_heads=layer.query_heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, scale=layer.scale,
+                heavy=heavy, recent=recent, window=layer.window, capacity=capacity,
+                rank=rank if contract.layers[index].absorb else 1,
+            )
+        )  # fmt: skip
+    twin = replace(contract, layers=tuple(layers), vocab_size=_VOCAB, dtype="float32", logits="all", chunk=max(_STEPS))
+    return twin, kernels
+
+
+def twin_graph(model: PreTrainedModel, config: Any, twin: Contract, kernels: Kernels, folder: Path) -> ir.Model:
+    """Trace the twin exactly as an export is traced, its weights in a file of their own."""
+    path, kernel_path = folder / "twin.safetensors", folder / "kernels.safetensors"
+    save_file({n: p.contiguous() for n, p in model.named_parameters()}, path)
+    bare = weights.bare_model(config, torch.float32)
+    tensors, missing = weights.locate(bare, [path])
+    assert not missing, missing
+    tensors = {f"model.{n}": t for n, t in tensors.items()}
+    if kernels.layers:
+        kernels.save(kernel_path)
+        header = weights.read_header(kernel_path)
+        tensors |= {f"maps.{n.removeprefix('layers.')}": t for n, t in header.items()}
+    graph = trace(LessDecoder(bare, twin, kernels).eval(), twin, tensors)
+    weights.bind(graph, tensors, {path: path.name, kernel_path: kernel_path.name}, folder)
+    onnx_op.add_bodies(graph)
+    return graph

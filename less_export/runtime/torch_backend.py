@@ -1,0 +1,65 @@
+"""The reference backend: the Hugging Face model with LESS put in, in float32 torch, from a bundle's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoConfig
+
+from ..artifact import Artifact, Bundle
+from ..errors import BackendError
+from ..export import weights
+from ..export.wrapper import LessDecoder, fresh_state
+from ..feature_maps import Kernels
+from .backend import Array, Backend, State
+
+
+class TorchBackend(Backend):
+    """Runs an artifact's contract in float32, whatever its compute dtype; slow, and what parity is judged by."""
+
+    name = "torch"
+
+    def __init__(self, bundle: Bundle, artifact: Artifact, device: str = "cpu") -> None:
+        if not bundle.manifest.weights:
+            raise BackendError("this plan carries its weights inside: the torch backend needs a bundle with a graph")
+        super().__init__(replace(artifact.contract, dtype="float32"))
+        described = dict(bundle.manifest.model["config"])
+        config = AutoConfig.for_model(described.pop("model_type"), **described)
+        model = weights.bare_model(config, torch.float32)
+        files = [bundle.path(w.file) for w in bundle.manifest.weights]
+        tensors, missing = weights.locate(model, files)
+        if missing:
+            raise BackendError(f"the bundle's weights lack {missing[0]}: export again")
+        weights.fill(model, tensors)
+        facts = bundle.manifest.kernels
+        kernels = Kernels.load(bundle.path(facts.file)) if facts is not None else Kernels({}, {})
+        self._decoder = LessDecoder(model, self.contract, kernels).eval().to(device)
+        self._device = device
+        self._state: list[torch.Tensor] = []
+
+    def _open(self, batch: int) -> None:
+        self._state = fresh_state(self.contract, batch, self._device)
+
+    def _close(self) -> None:
+        self._state = []
+
+    def _step(
+        self, input_ids: npt.NDArray[np.int64], past_length: npt.NDArray[np.int32], new_length: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        feed = [torch.from_numpy(x).to(self._device) for x in (input_ids, past_length, new_length)]
+        with torch.inference_mode():
+            logits, *self._state = self._decoder(*feed, self._state)
+        return np.asarray(logits.cpu().numpy())
+
+    def _read_row(self, row: int) -> State:
+        names = (s.past.name for s in self.contract.state())
+        return {n: x[row].cpu().numpy().copy() for n, x in zip(names, self._state, strict=True)}
+
+    def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
+        with torch.inference_mode():
+            for spec, x in zip(self.contract.state(), self._state, strict=True):
+                x[row] = torch.from_numpy(np.ascontiguousarray(tensors[spec.past.name])).to(self._device)

@@ -1,0 +1,342 @@
+"""TensorRT runtime: plans on disk, their engine, and the backend that owns the state on the GPU.
+
+Needs TensorRT (either flavour) and ``cuda-bindings``, both imported when a backend is made; no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import mmap
+import struct
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..contract import INPUT_IDS, ITEM_BYTES, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
+from ..engine import Flavour, check_tensors, dtype_name, flavour, log_of, profiles
+from ..errors import BackendError, EngineError
+from .backend import Array, Backend, State, empty, numpy_dtype
+
+#: First bytes of a plan -> the flavour that wrote it.
+_MAGIC = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
+#: magic, -, total bytes, major, minor, patch, build. NVIDIA gives the version's place in TensorRT issue
+#: 3073; the size is where TensorRT-RTX 1.7.1 writes it (not relied on for the other flavour).
+_HEADER = struct.Struct("<4s12xQ4B")
+
+
+@dataclass(frozen=True)
+class PlanHeader:
+    """What a plan's first bytes say: ``version`` like "1.7.1.116", ``bytes`` the size of the file."""
+
+    flavour: str
+    version: str
+    bytes: int
+
+
+def inspect_plan(path: Path) -> PlanHeader:
+    """Read a plan's header; needs neither TensorRT nor a driver.
+
+    Raises:
+        EngineError: the file is missing, no plan, or cut short.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(_HEADER.size)
+    except OSError as error:
+        raise EngineError(f"cannot read the plan {path}: {error.strerror or error}") from error
+    if head[:4] not in _MAGIC or len(head) < _HEADER.size:
+        raise EngineError(f"{path} is no TensorRT plan: build it again")
+    magic, total, *version = _HEADER.unpack(head)
+    name = _MAGIC[magic]
+    if name == "tensorrt_rtx" and total != size:
+        raise EngineError(f"the plan {path} has {size} bytes instead of {total}: build it again")
+    return PlanHeader(name, ".".join(map(str, version)), size)
+
+
+@dataclass(frozen=True)
+class LoadedPlan:
+    """A deserialised plan; ``runtime`` is kept because the engine must not outlive it."""
+
+    flavour: Flavour
+    runtime: Any
+    engine: Any
+
+
+def load_plan(path: Path, contract: Contract) -> LoadedPlan:
+    """Deserialise a plan on the GPU and check its tensors and profiles against the contract.
+
+    Raises:
+        EngineError: no plan, its flavour is not installed, no driver, made by another version or for
+            another GPU, or not of this contract.
+    """
+    header = inspect_plan(path)
+    chosen = flavour(header.flavour)
+    module: Any = chosen.module
+    log = log_of(chosen.module)
+    with log.listening(), open(path, "rb") as file:
+        try:
+            runtime = module.Runtime(log.interface)
+        except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
+            raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            why = log.reason()
+            if header.version != chosen.version:
+                why = f"version {header.version} built it: build it again with this one ({why})"
+            raise EngineError(f"{chosen.label} cannot load {path}: {why}")
+        _check_engine(module, engine, contract)
+    return LoadedPlan(chosen, runtime, engine)
+
+
+def _check_engine(module: Any, engine: Any, contract: Contract) -> None:
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    for mode, specs in (("INPUT", contract.inputs()), ("OUTPUT", contract.outputs())):
+        wanted = getattr(module.TensorIOMode, mode)
+        found = {
+            n: (dtype_name(engine.get_tensor_dtype(n)), tuple(engine.get_tensor_shape(n)))
+            for n in names
+            if engine.get_tensor_mode(n) == wanted
+        }
+        check_tensors(found, specs, "the plan")
+    expected = profiles(contract)
+    if engine.num_optimization_profiles != len(expected):
+        raise EngineError(
+            f"the plan has {engine.num_optimization_profiles} profiles instead of {len(expected)}: build it again"
+        )
+    for index, profile in enumerate(expected):
+        for name, (low, _, high) in profile.shapes.items():
+            least, _, most = (tuple(s) for s in engine.get_tensor_profile_shape(name, index))
+            inside = zip(least, low, high, most, strict=True)
+            if not all(a <= b and c <= d for a, b, c, d in inside):
+                raise EngineError(
+                    f"the plan's {profile.name} profile takes {name} from {list(least)} to {list(most)}, "
+                    f"the contract needs {list(low)} to {list(high)}: build it again"
+                )
+
+
+# ------------------------------------------------------------------ memory
+
+
+def _cuda() -> Any:
+    """cuda-bindings' runtime API."""
+    try:
+        return importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise BackendError(
+            f"the trt backend needs cuda-bindings ({error}): pip install 'less-export[trt]' or 'less-export[trt-rtx]'"
+        ) from error
+
+
+class _Device:
+    """The first GPU: one stream, and memory that is given back with :meth:`release` or at the end.
+
+    Copies and engines share the stream, so they run in order; only :meth:`download` waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._cuda = _cuda()
+        error, count = self._cuda.cudaGetDeviceCount()
+        if int(error) or not count:
+            self._refuse(error)
+        self.stream = self.call("cudaStreamCreate")
+        self._sent: list[Array] = []
+        self._owned: set[int] = set()
+        self._finalizer = weakref.finalize(self, self._drop, self._cuda, self._owned, self.stream)
+
+    def _refuse(self, error: Any) -> None:
+        version = self.call("cudaDriverGetVersion")  # 0 without a driver
+        if version == 0:
+            raise BackendError("no CUDA driver: run this where nvidia-smi lists a GPU, or use the ONNX Runtime backend")
+        needed = self.call("cudaRuntimeGetVersion")
+        if version // 1000 < needed // 1000:
+            have, want = (f"{v // 1000}.{v % 1000 // 10}" for v in (version, needed))
+            raise BackendError(f"the driver knows CUDA up to {have}, cuda-bindings is for {want}: update the driver")
+        raise BackendError(f"no CUDA GPU ({self._text(error)}): run nvidia-smi, and check CUDA_VISIBLE_DEVICES")
+
+    def _text(self, error: Any) -> str:
+        _, text = self._cuda.cudaGetErrorString(error)
+        return text.decode() if text else str(error)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """A CUDA runtime function's result; raises :class:`BackendError` where it fails."""
+        error, *result = getattr(self._cuda, name)(*args)
+        if int(error):
+            raise BackendError(f"{name} failed on the GPU: {self._text(error)}")
+        return result[0] if result else None
+
+    def allocate(self, nbytes: int) -> int:
+        """Address of fresh device memory, contents undefined."""
+        address = int(self.call("cudaMalloc", nbytes))
+        self._owned.add(address)
+        return address
+
+    def upload(self, address: int, data: Array) -> None:
+        """Copy a contiguous host array to the device, in stream order."""
+        self._sent.append(data)  # CUDA may still read it until the next wait
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self.call("cudaMemcpyAsync", address, data.ctypes.data, data.nbytes, kind, self.stream)
+
+    def download(self, address: int, data: Array) -> None:
+        """Fill a contiguous host array from the device; complete after :meth:`wait`."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self.call("cudaMemcpyAsync", data.ctypes.data, address, data.nbytes, kind, self.stream)
+
+    def wait(self) -> None:
+        """Until everything in the stream is done."""
+        self.call("cudaStreamSynchronize", self.stream)
+        self._sent.clear()
+
+    def release(self) -> None:
+        """Give all memory back, after what still uses it."""
+        self.wait()
+        while self._owned:
+            self.call("cudaFree", self._owned.pop())
+
+    @staticmethod
+    def _drop(cuda: Any, owned: set[int], stream: Any) -> None:
+        for address in owned:
+            cuda.cudaFree(address)
+        cuda.cudaStreamDestroy(stream)
+
+
+# ------------------------------------------------------------------ the backend
+
+
+class TrtBackend(Backend):
+    """An ``engine.plan`` on the first GPU.
+
+    One execution context per profile (decode, prefill). State stays on the device: where the engine
+    aliases an output to its input (the plugin does) in one buffer, elsewhere in two that swap roles after
+    every step. If a step fails on the GPU, aliased state is undefined: :meth:`open` again.
+    """
+
+    name = "trt"
+
+    def __init__(self, contract: Contract, plan_path: Path) -> None:
+        """Load the plan.
+
+        Raises:
+            BackendError: cuda-bindings, the driver or a GPU is missing.
+            EngineError: see :func:`load_plan`.
+        """
+        super().__init__(contract)
+        self._device = _Device()  # first: without a driver its message is the clear one
+        self._plan = load_plan(plan_path, contract)
+        self._log = log_of(self._plan.flavour.module)
+        self._profiles = profiles(contract)
+        self._in_place = self._aliases()
+        self._contexts = [self._context(index) for index in range(len(self._profiles))]
+        self._shaped: list[tuple[int, int] | None] = [None] * len(self._profiles)
+        #: Addresses of token inputs and logits, and of the state: now, and where the next step puts it.
+        self._fixed: dict[str, int] = {}
+        self._past: dict[str, int] = {}
+        self._present: dict[str, int] = {}
+
+    def _aliases(self) -> set[str]:
+        """Past names of the state that the engine updates in place."""
+        found = set()
+        for tensor in self.contract.state():
+            alias = self._plan.engine.get_aliased_input_tensor(tensor.present.name)
+            if alias and alias != tensor.past.name:
+                raise EngineError(f"the plan writes {tensor.present.name} into {alias}: build it again")
+            if alias:
+                found.add(alias)
+        return found
+
+    def _context(self, profile: int) -> Any:
+        strategy = self._plan.flavour.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        with self._log.listening():
+            context = self._plan.engine.create_execution_context(strategy)
+            if context is None or not context.set_optimization_profile_async(profile, int(self._device.stream)):
+                name = self._profiles[profile].name
+                raise EngineError(f"{self._plan.flavour.label} cannot prepare {name}: {self._log.reason()}")
+        return context
+
+    def _open(self, batch: int) -> None:
+        self._close()
+        try:
+            self._allocate(batch)
+        except BackendError as error:
+            self.close()
+            raise BackendError(
+                f"no room on the GPU for {batch} rows of {self.contract.state_bytes() / 1e6:.1f} MB: "
+                f"use fewer prompts at a time ({error})"
+            ) from error
+
+    def _allocate(self, batch: int) -> None:
+        for spec in (*self.contract.tokens(), self.contract.logits_spec()):
+            size = math.prod(spec.sized(batch, self.contract.chunk)) * ITEM_BYTES[spec.dtype]
+            self._fixed[spec.name] = self._device.allocate(size)
+        for tensor in self.contract.state():
+            name, size = tensor.past.name, batch * tensor.row_bytes
+            self._past[name] = self._device.allocate(size)
+            self._present[name] = self._past[name] if name in self._in_place else self._device.allocate(size)
+            self._device.upload(self._past[name], empty(tensor, batch))
+            self._device.wait()
+
+    def _close(self) -> None:
+        self._device.release()
+        self._fixed, self._past, self._present = {}, {}, {}
+
+    def _step(
+        self, input_ids: npt.NDArray[np.int64], past_length: npt.NDArray[np.int32], new_length: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.float32]:
+        batch, chunk = input_ids.shape
+        profile = 0 if chunk == 1 else 1
+        context = self._contexts[profile]
+        with self._log.listening():
+            for name, data in ((INPUT_IDS, input_ids), (PAST_LENGTH, past_length), (NEW_LENGTH, new_length)):
+                self._device.upload(self._fixed[name], np.ascontiguousarray(data))
+            if self._shaped[profile] != (batch, chunk):
+                self._shape(context, batch, chunk)
+                self._shaped[profile] = (batch, chunk)
+            self._bind(context)
+            if not context.execute_async_v3(int(self._device.stream)):
+                raise BackendError(f"{self._plan.flavour.label} cannot run this step: {self._log.reason()}")
+            logits = np.empty(self.contract.logits_spec().sized(batch, chunk), np.float32)
+            self._device.download(self._fixed[LOGITS], logits)
+            self._device.wait()
+        self._past, self._present = self._present, self._past
+        return logits
+
+    def _shape(self, context: Any, batch: int, chunk: int) -> None:
+        """Set the input shapes, and make sure that what comes out fits the buffers."""
+        for spec in self.contract.inputs():
+            if not context.set_input_shape(spec.name, spec.sized(batch, chunk)):
+                raise BackendError(f"the plan does not take {spec.name} {spec.sized(batch, chunk)}: build it again")
+        for spec in self.contract.outputs():
+            shape = tuple(context.get_tensor_shape(spec.name))
+            if shape != spec.sized(batch, chunk):
+                raise BackendError(
+                    f"the plan makes {spec.name} {shape}, not {spec.sized(batch, chunk)}: build it again"
+                )
+
+    def _bind(self, context: Any) -> None:
+        for name, address in self._fixed.items():
+            context.set_tensor_address(name, address)
+        for tensor in self.contract.state():
+            context.set_tensor_address(tensor.past.name, self._past[tensor.past.name])
+            context.set_tensor_address(tensor.present.name, self._present[tensor.past.name])
+
+    def _read_row(self, row: int) -> State:
+        state: State = {}
+        for tensor in self.contract.state():
+            data = np.empty(tensor.row_shape, numpy_dtype(tensor.dtype))
+            self._device.download(self._past[tensor.past.name] + row * tensor.row_bytes, data)
+            state[tensor.past.name] = data
+        self._device.wait()
+        return state
+
+    def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
+        for tensor in self.contract.state():
+            data = np.ascontiguousarray(tensors[tensor.past.name])
+            self._device.upload(self._past[tensor.past.name] + row * tensor.row_bytes, data)
+        self._device.wait()

@@ -1,0 +1,1 @@
+"""Recipes: one TOML file per named model (see README.md)."""
