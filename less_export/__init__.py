@@ -1,1 +1,46 @@
-"""x"""
+"""less-export: Hugging Face decoders with a constant-memory LESS cache, as ONNX and TensorRT.
+
+``less_export.export(model, out, ...)`` writes a bundle, ``less_export.open_bundle(path)`` generates with
+it. Opening and generating need neither torch nor transformers; what does is imported on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .api import open_bundle
+    from .config import ExportConfig
+    from .errors import LessExportError
+    from .exporter.build import export
+    from .runtime.backend import RowState
+    from .runtime.sampling import SamplingParams
+
+_WHERE = {
+    "export": ".exporter.build",
+    "open_bundle": ".api",
+    "ExportConfig": ".config",
+    "LessExportError": ".errors",
+    "RowState": ".runtime.backend",
+    "SamplingParams": ".runtime.sampling",
+}
+
+__all__ = [
+    "ExportConfig",
+    "LessExportError",
+    "RowState",
+    "SamplingParams",
+    "__version__",
+    "export",
+    "open_bundle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -149,7 +149,9 @@ class Manifest:
             return cls(
                 model=data["model"],
                 settings=data["settings"],
-                artifacts=tuple(Artifact(**{**a, "contract": Contract.from_dict(a["contract"])}) for a in data["artifacts"]),
+                artifacts=tuple(
+                    Artifact(**{**a, "contract": Contract.from_dict(a["contract"])}) for a in data["artifacts"]
+                ),
                 weights=tuple(WeightFile(**w) for w in data["weights"]),
                 tools=data["tools"],
                 tokenizer=_optional(TokenizerFacts, data["tokenizer"], "eos_ids"),

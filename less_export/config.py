@@ -77,18 +77,12 @@ class ExportConfig:
         if self.heavy is not None and self.heavy < 0:
             raise UsageError(f"--heavy must be at least 0, not {self.heavy}")
 
-    def with_defaults(self, defaults: dict[str, Any]) -> ExportConfig:
-        """The same options with unset ones taken from ``defaults`` (a recipe)."""
-        names = {
-            "policy",
-            "budget",
-            "context",
-            "rank",
-            "chunk",
-            "dtype",
-            "compress_sliding",
-        } & defaults.keys()
-        return replace(self, **{n: defaults[n] for n in names if getattr(self, n) in (None, False)})
+    def with_defaults(self, recipe: dict[str, Any]) -> ExportConfig:
+        """The same options, those that are unset and that nothing else settles taken from ``recipe``."""
+        given = {n for n in ("policy", "budget", "context", "chunk") if getattr(self, n) is not None}
+        if self.policy == Policy.FULL.label or (self.heavy is not None and self.recent is not None):
+            given.add("budget")
+        return replace(self, **{n: v for n, v in recipe.items() if n not in given})
 
 
 def budget_tokens(budget: str, context: int) -> int:
@@ -101,15 +95,11 @@ def budget_tokens(budget: str, context: int) -> int:
     try:
         tokens = 2 * math.floor(float(text[:-1]) / 100 * context / 2) if text.endswith("%") else int(text)
     except (ValueError, OverflowError):
-        raise UsageError(
-            f"--budget '{budget}' is neither a number of tokens nor a percentage like 5%"
-        ) from None
+        raise UsageError(f"--budget '{budget}' is neither a number of tokens nor a percentage like 5%") from None
     if tokens < 1:
         raise UsageError(f"--budget {budget} leaves no token of a context of {context}: raise it")
     if tokens > context:
-        raise UsageError(
-            f"--budget {budget} is more than the context of {context} tokens: lower it or raise --context"
-        )
+        raise UsageError(f"--budget {budget} is more than the context of {context} tokens: lower it or raise --context")
     return tokens
 
 
@@ -118,10 +108,7 @@ def split_budget(policy: Policy, config: ExportConfig, context: int) -> tuple[in
     if policy is Policy.TOVA and (config.recent or 1) != 1:
         raise UsageError("tova protects only the newest token: drop --recent")
     if config.heavy is not None and config.recent is not None:
-        if (
-            config.budget is not None
-            and budget_tokens(config.budget, context) != config.heavy + config.recent
-        ):
+        if config.budget is not None and budget_tokens(config.budget, context) != config.heavy + config.recent:
             raise UsageError("--heavy and --recent do not add up to --budget: give two of the three")
         return _fitting(config.heavy, config.recent, context)
     total = budget_tokens(config.budget or DEFAULT_BUDGET, context)
@@ -134,9 +121,7 @@ def split_budget(policy: Policy, config: ExportConfig, context: int) -> tuple[in
 
 def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
     if heavy < 0 or recent < 1:
-        raise UsageError(
-            f"the budget leaves {heavy} heavy and {recent} recent tokens: raise it or change the split"
-        )
+        raise UsageError(f"the budget leaves {heavy} heavy and {recent} recent tokens: raise it or change the split")
     if heavy + recent > context:
         raise UsageError(f"{heavy} heavy and {recent} recent tokens are more than the context of {context}")
     return heavy, recent
@@ -153,9 +138,7 @@ def plan_layers(
     policy = Policy.parse(config.policy or Policy.H2O.label)
     if policy is Policy.FULL:
         if config.budget is not None or config.heavy is not None or config.recent is not None:
-            raise UsageError(
-                "policy full keeps every token: drop --budget, --heavy and --recent, set --context"
-            )
+            raise UsageError("policy full keeps every token: drop --budget, --heavy and --recent, set --context")
         heavy, recent = 0, context
     else:
         heavy, recent = split_budget(policy, config, context)
@@ -164,14 +147,10 @@ def plan_layers(
         facts = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale)
         compressed = config.compress_sliding and policy is not Policy.FULL and heavy + recent < layer.window
         if layer.window and not compressed:
-            planned.append(
-                LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1)
-            )
+            planned.append(LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1))
             continue
         rank = ranks.get(index, 0) if policy is not Policy.FULL else 0
-        planned.append(
-            LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1))
-        )
+        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1)))
     return tuple(planned)
 
 

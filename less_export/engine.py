@@ -24,8 +24,9 @@ from .contract import OP_NAME, Contract, Policy, TensorSpec
 from .errors import EngineError, UsageError
 from .files import scratch_folder
 
-#: Called with the fraction done, 0..1 and never falling, and TensorRT's name of the phase it is in.
-Progress = Callable[[float, str], None]
+#: Called with a few words as each phase begins. TensorRT's own steps say nothing about time: nearly all of
+#: it is one opaque step per profile.
+Progress = Callable[[str], None]
 Shape = tuple[int, ...]
 
 #: Flavours in the order they are looked for: module -> (name in messages, our extra).
@@ -128,6 +129,7 @@ class Log:
     def __init__(self, module: Any) -> None:
         self.errors: list[str] = []
         self.verbose = False
+        self.watch: Callable[[str], None] | None = None
         self.stopped: BaseException | None = None
         self._lock = threading.RLock()  # TensorRT calls from several threads
         self._serious = (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR)
@@ -136,6 +138,8 @@ class Log:
     def _take(self, severity: Any, message: str) -> None:
         if severity in self._serious:
             self.errors.append(message)
+        if self.watch is not None:
+            self.watch(message)
         if self.verbose:
             print(f"[{severity.name}] {message}", file=sys.stderr)
 
@@ -153,16 +157,19 @@ class Log:
         return call
 
     @contextlib.contextmanager
-    def listening(self, verbose: bool = False) -> Iterator[None]:
-        """Start with no errors; on the way out raise what a call-back raised, before anything else."""
-        self.errors, self.verbose, self.stopped = [], verbose, None
+    def listening(self, verbose: bool = False, watch: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Start with no errors; on the way out raise what a call-back raised, before anything else.
+
+        ``verbose`` prints every message to stderr, ``watch`` is called with each.
+        """
+        self.errors, self.verbose, self.watch, self.stopped = [], verbose, watch, None
         try:
             yield
         except EngineError:
             if self.stopped is None:
                 raise
         finally:
-            self.verbose = False
+            self.verbose, self.watch = False, None
         if self.stopped is not None:
             raise self.stopped
 
@@ -191,36 +198,6 @@ def one_line(message: str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-class _Phases:
-    """TensorRT's nested phases as one fraction for ``progress``."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.fraction = 0.0
-        self.open: dict[str, tuple[str | None, int, int]] = {}  # name: parent, steps, steps done
-
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        self._set(name, parent, max(steps, 1), 0)
-
-    def step(self, name: str, step: int) -> bool:
-        parent, steps, _ = self.open.get(name, (None, step + 2, 0))
-        self._set(name, parent, steps, step + 1)
-        return True
-
-    def finish(self, name: str) -> None:
-        self.open.pop(name, None)
-
-    def _set(self, name: str, parent: str | None, steps: int, done: int) -> None:
-        self.open[name] = (parent, steps, done)
-        inside, at = 0.0, self.open.get(name)
-        while at is not None:
-            parent, steps, done = at
-            inside = min((done + inside) / steps, 1.0)
-            at = self.open.get(parent) if parent else None
-        self.fraction = max(self.fraction, inside)
-        self.progress(self.fraction, name)
-
-
 @dataclass(frozen=True)
 class Profile:
     """One optimisation profile: the chunk lengths it takes, and (min, opt, max) of every input."""
@@ -246,7 +223,7 @@ def profiles(contract: Contract) -> tuple[Profile, ...]:
 
 
 def _check_limits(contract: Contract) -> None:
-    from .export.onnx_op import TENSORRT_TOPK_LIMIT  # late: it imports torch, which loading a plan does not need
+    from .exporter.onnx_op import TENSORRT_TOPK_LIMIT  # late: it imports torch, which loading a plan does not need
 
     for index, layer in enumerate(contract.layers):
         if layer.policy in (Policy.H2O, Policy.TOVA) and layer.capacity > TENSORRT_TOPK_LIMIT:
@@ -310,7 +287,7 @@ def build_plan(
         model: serialised ONNX with the LessAttention bodies inside.
         weights_dir: the folder that external data locations are relative to.
         gpu_arch: see :func:`parse_gpu_arch`.
-        progress: told how far the build is; what it raises cancels the build and comes out of here.
+        progress: told what is being done; what it raises cancels the build and comes out of here.
         verbose: print TensorRT's log to stderr.
 
     Raises:
@@ -325,8 +302,8 @@ def build_plan(
     try:
         with scratch_folder(out) as folder:
             part = folder / out.name
-            with log.listening(verbose):
-                layers = _build(chosen, model, contract, weights_dir, archs, progress, part)
+            with log.listening(verbose, _watch(contract, progress)):
+                layers = _build(chosen, model, contract, weights_dir, archs, part)
             os.replace(part, out)
     except OSError as error:
         raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
@@ -340,7 +317,6 @@ def _build(
     contract: Contract,
     weights_dir: Path,
     archs: tuple[str, ...],
-    progress: Progress | None,
     part: Path,
 ) -> int:
     """Write the plan to ``part``; returns the number of layers. Everything else is released on return."""
@@ -352,7 +328,7 @@ def _build(
         raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log.interface)  # maps the weights: it must outlive the build
-    if not parser.parse(model, path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
+    if not parser.parse(_scoped(model), path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
         raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser)}: {log.reason()}")
     for get, count, specs in (
         (network.get_input, network.num_inputs, contract.inputs()),
@@ -361,12 +337,11 @@ def _build(
         found = {t.name: (dtype_name(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
         check_tensors(found, specs, "the graph")
     config = _configure(module, builder, contract, archs)
-    phases = _Phases(progress or (lambda fraction, phase: None))
     monitor = implement(  # a name of its own: TensorRT does not keep it alive
         module.IProgressMonitor,
-        phase_start=log.guarded(phases.start),
-        step_complete=log.guarded(phases.step, failed=False),
-        phase_finish=log.guarded(phases.finish),
+        phase_start=lambda *_: None,
+        step_complete=log.guarded(lambda *_: True, failed=False),  # False cancels the build
+        phase_finish=lambda *_: None,
     )
     config.progress_monitor = monitor
     layers = int(network.num_layers)
@@ -382,6 +357,38 @@ def _build(
     if not built:
         raise EngineError(f"{chosen.label} cannot build the engine: {log.reason()}")
     return layers
+
+
+def _watch(contract: Contract, progress: Progress | None) -> Callable[[str], None]:
+    """Turns the messages that begin a profile into words for ``progress``."""
+    names = [p.name for p in profiles(contract)]
+
+    def watch(message: str) -> None:
+        found = re.search(r"optimization profile number (\d+)", message)
+        if found and progress is not None:
+            progress(f"compiling {names[int(found[1])]} ({int(found[1]) + 1} of {len(names)})")
+
+    return watch
+
+
+def _scoped(model: bytes) -> bytes:
+    """The model with names inside its functions that occur nowhere else.
+
+    TensorRT's parser gives a Constant of the main graph the value of a Constant of the same name in a
+    function called before it, silently (seen in TensorRT-RTX 1.7.1).
+    """
+    import onnx  # late: loading a plan does not need it
+
+    try:
+        proto = onnx.load_from_string(model)
+    except Exception as error:  # protobuf's
+        raise EngineError(f"the graph is no ONNX model ({one_line(str(error))}): export again") from error
+    for function in proto.functions:
+        outside = {*function.input, *function.output, ""}
+        for node in function.node:
+            for names in (node.input, node.output):
+                names[:] = [n if n in outside else f"{function.name}/{function.overload}/{n}" for n in names]
+    return bytes(proto.SerializeToString())
 
 
 def _culprit(parser: Any) -> str:

@@ -161,7 +161,9 @@ class Kernels:
         """Raise :class:`KernelError` unless every layer fits ``model``."""
         for index, layer in self.layers.items():
             if index >= len(model):
-                raise KernelError(f"kernels for layer {index}, but the model has {len(model)} layers: wrong kernel file")
+                raise KernelError(
+                    f"kernels for layer {index}, but the model has {len(model)} layers: wrong kernel file"
+                )
             if layer.heads != model[index]:
                 raise KernelError(
                     f"kernels of another model: layer {index} has {model[index].query_heads} query heads, "
@@ -171,9 +173,7 @@ class Kernels:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the layers' shapes and the provenance in its header."""
-        layers = {
-            str(i): {"heads": vars(m.heads), "rank": m.rank, "hidden": m.hidden} for i, m in self.layers.items()
-        }
+        layers = {str(i): {"heads": vars(m.heads), "rank": m.rank, "hidden": m.hidden} for i, m in self.layers.items()}
         header = {
             "format_version": FORMAT_VERSION,
             "parametrisation": self.parametrisation,

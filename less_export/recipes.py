@@ -11,7 +11,7 @@ from typing import Any
 from .config import ExportConfig
 from .errors import UsageError
 
-_OPTIONS = ("policy", "budget", "context", "rank", "chunk", "dtype")
+_OPTIONS = ("policy", "budget", "context", "chunk")
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Recipe:
     """One file under ``models/``.
 
     hub: Hugging Face id. gguf_package: Python package that ships the model as GGUF, tried first.
-    The options are those of :class:`~less_export.config.ExportConfig`; rank and hidden are what kernels
-    for this model are trained with.
+    policy, budget, context, chunk: defaults of :class:`~less_export.config.ExportConfig`. rank and hidden
+    are what kernels for this model are trained with, dtype is what TensorRT computes in.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Recipe:
     gguf_package: str | None = None
 
     def __post_init__(self) -> None:
-        ExportConfig(**self.options())
+        ExportConfig(**self.options(), rank=self.rank, dtype=self.dtype)
         if self.hidden < 1 or "/" not in self.hub:
             raise UsageError(f"recipe {self.name}: hidden must be positive and hub an id like org/name")
 

@@ -130,7 +130,7 @@ def _download(hub_id: str) -> Path:
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
-            f"{hub_id} is not on the hub, or private: check the id, run `hf auth login`, or give a local folder as MODEL"
+            f"{hub_id} is not on the hub, or private: check the id, run `hf auth login`, or give a local folder"
         ) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

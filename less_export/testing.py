@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, LayerSpec
-from .export import onnx_op
+from .exporter import onnx_op
 
 
 def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32, poison: bool = False) -> list[Tensor]:
@@ -24,7 +24,8 @@ def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32
 
 def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> bytes:
     """Serialised ONNX model of one LessAttention node with its body; B and T are dynamic."""
-    sizes = {"B": "B", "T": "T", "Hq": layer.query_heads, "Hk": layer.kv_heads, "D": layer.head_dim, "R": layer.rank}
+    sizes: dict[str, int | str] = {"B": "B", "T": "T", "D": layer.head_dim, "R": layer.rank}
+    sizes |= {"Hq": layer.query_heads, "Hk": layer.kv_heads}
     tokens = {"q": "B Hq T D", "k": "B Hk T D", "v": "B Hk T D", "log_phi_q": "B Hq T R", "psi_k": "B Hk T R"}
     kinds = {"T": dtype, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
 

@@ -144,11 +144,12 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._owner = tokenizer
-        self._ids = [i for i in context if i not in tokenizer._special][-_CONTEXT:]
-        self._done = tokenizer.decode(self._ids)
-        if self._done.endswith(_INCOMPLETE):  # a context cut inside a character says nothing about the rest
-            self._ids, self._done = [], ""
-        self._known = len(self._ids)
+        known = [i for i in context if i not in tokenizer._special][-_CONTEXT:]
+        # A window that cuts a character at its start may read as broken throughout: take a shorter one. A
+        # context that ends inside a character says nothing about the rest.
+        while known and tokenizer.decode(known).endswith(_INCOMPLETE):
+            del known[0]
+        self._follow(known)
 
     def push(self, token_id: int) -> str:
         """Text that ``token_id`` completes, often one word, "" inside a character or for special tokens."""
@@ -165,12 +166,16 @@ class TextStream:
         return self._emit(self._owner.decode(self._ids))
 
     def _emit(self, text: str) -> str:
-        piece = text[len(self._done) :]
-        if piece:  # the tokens of this piece are all that the next one depends on
-            self._ids = self._ids[self._known :]
-            self._done = self._owner.decode(self._ids)
-            self._known = len(self._ids)
+        new = self._ids[self._known :]
+        # Bytes that turn out to be broken take the whole run of bytes before them along in some decoders.
+        piece = text[len(self._done) :] if text.startswith(self._done) else self._owner.decode(new)
+        if piece:
+            self._follow(new)
         return piece
+
+    def _follow(self, ids: list[int]) -> None:
+        """The tokens of the latest piece are all that the next one depends on."""
+        self._ids, self._known, self._done = ids, len(ids), self._owner.decode(ids)
 
 
 class _Generation(jinja2.ext.Extension):

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from ..artifact import Artifact, Bundle
 from ..errors import BackendError
-from ..export import weights
-from ..export.wrapper import LessDecoder, fresh_state
+from ..exporter import weights
+from ..exporter.wrapper import LessDecoder, fresh_state
 from ..feature_maps import Kernels
 from .backend import Array, Backend, State
 

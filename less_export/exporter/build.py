@@ -175,7 +175,9 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         tensors.update(weights.locate(bare, [copied])[0])
         missing = [n for n in missing if n not in tensors]
     if missing:
-        raise LessExportError(f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more): weights and config differ")
+        raise LessExportError(
+            f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more): weights and config differ"
+        )
     job.tensors = tensors
     job.model_facts = {
         "name": source.name,
@@ -203,11 +205,13 @@ def _compute_dtype(kind: str, job: _Job) -> str:
     if chosen == "float16" and model_type.startswith("gemma"):
         raise UsageError("Gemma overflows float16: take --dtype bfloat16 or float32")
     if kind == "ort":
-        recipe = job.source.recipe
-        wanted = None if recipe is not None and chosen == recipe.dtype else chosen
-        if wanted == "bfloat16":
-            raise UsageError("ONNX Runtime's CPU kernels have no bfloat16: drop --dtype (weights stay bfloat16 on disk)")
-        return wanted or "float32"
+        if chosen == "bfloat16":
+            raise UsageError(
+                "ONNX Runtime's CPU kernels have no bfloat16: drop --dtype (weights stay bfloat16 on disk)"
+            )
+        return chosen or "float32"
+    if chosen is None and job.source.recipe is not None:
+        chosen = job.source.recipe.dtype
     if chosen is not None:
         return chosen
     stored = str(getattr(job.hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
@@ -218,7 +222,7 @@ def _compute_dtype(kind: str, job: _Job) -> str:
 
 def _stored_dtype(job: _Job) -> str:
     """Dtype of dequantised GGUF weights: the compute dtype of TensorRT, 16 bits unless asked otherwise."""
-    return job.config.dtype or "bfloat16"
+    return "bfloat16" if job.config.dtype is None else job.config.dtype
 
 
 def _convert(
@@ -291,9 +295,7 @@ def _write(
         kernel_facts = replace(kernel_facts, file="", sha256="") if kernel_facts else None
     chosen = {f.name: getattr(job.config, f.name) for f in fields(job.config)}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if v is not None}
-    return Manifest(
-        job.model_facts, settings, tuple(artifacts), stored, _tools(flavour), tokenizer, kernel_facts
-    )
+    return Manifest(job.model_facts, settings, tuple(artifacts), stored, _tools(flavour), tokenizer, kernel_facts)
 
 
 def _place(source: Path, target: Path) -> bool:

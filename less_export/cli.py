@@ -1,0 +1,322 @@
+"""The command line: ``less-export MODEL --out ...`` and its companions generate, check, info, recipes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ._version import __version__
+from .config import DEFAULT_BUDGET, TARGETS, ExportConfig
+from .contract import COMPUTE_DTYPES
+from .errors import LessExportError, UsageError
+
+_DESCRIPTION = """\
+Export a Hugging Face decoder with a LESS cache (a fixed number of tokens plus a small state that absorbs
+every evicted token) to ONNX and TensorRT. Memory stays constant however long the sequence.
+
+  less-export MODEL --out DIR|x.onnx|x.plan   export (this command)
+  less-export generate BUNDLE --prompt TEXT   generate with what was exported
+  less-export check BUNDLE                    compare it with the torch reference
+  less-export info BUNDLE                     show what is in it
+  less-export recipes                         list the named models
+"""
+_EPILOG = """\
+examples:
+  less-export llama2-7b --out engine.plan
+  less-export ./my-checkpoint --out bundle --policy sink --budget 256
+  less-export gemma3-270m --out bundle --target both --engine
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per mistake, exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0, or 1 with one line on stderr."""
+    arguments = _kebab(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in arguments
+    signal.signal(signal.SIGTERM, _interrupt)
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "generate": _generate,
+        "check": _check,
+        "info": _info,
+        "recipes": _recipes,
+    }
+    try:
+        with _plain_warnings(verbose):
+            if arguments and arguments[0] in commands:
+                return commands[arguments[0]](arguments[1:])
+            return _export(arguments)
+    except LessExportError as error:
+        if verbose:
+            raise
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left behind")
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except ImportError as error:
+        if verbose or error.name is None or error.name.startswith("less_export"):
+            raise
+        return _fail(f"{error.name} is not installed: pip install 'less-export[export,cpu]'")
+
+
+def _fail(message: str) -> int:
+    print(f"less-export: error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _kebab(arguments: Sequence[str]) -> list[str]:
+    """``--snake_case`` options spelled ``--kebab-case``; values stay as they are."""
+    spelled: list[str] = []
+    for index, word in enumerate(arguments):
+        if word == "--":
+            return [*spelled, *arguments[index:]]
+        name, equals, value = word.partition("=")
+        spelled.append(name.replace("_", "-") + equals + value if word.startswith("--") else word)
+    return spelled
+
+
+@contextlib.contextmanager
+def _plain_warnings(verbose: bool) -> Iterator[None]:
+    """Our own warnings as one line each; those of libraries only with --verbose."""
+
+    def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+        if verbose or "less_export" in Path(filename).parts:
+            print(f"less-export: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
+# ------------------------------------------------------------------ export
+
+
+def _export_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "less-export", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="MODEL", help="recipe name, hub id (org/name), checkpoint folder or GGUF file")
+    parser.add_argument(
+        "--out", required=True, metavar="PATH", help="bundle folder, x.onnx, or x.plan (TensorRT engine)"
+    )
+    parser.add_argument(
+        "--target", choices=TARGETS, help="graph for ONNX Runtime, TensorRT or both (default: ort; trt for a .plan)"
+    )
+    parser.add_argument("--engine", action="store_true", help="also build engine.plan into a folder bundle")
+    cache = parser.add_argument_group("cache")
+    cache.add_argument(
+        "--policy", choices=("h2o", "tova", "sink", "full"), help="which tokens keep a slot (default: recipe's, or h2o)"
+    )
+    cache.add_argument(
+        "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {DEFAULT_BUDGET}%)"
+    )
+    cache.add_argument(
+        "--context", type=int, metavar="N", help="tokens that a percentage refers to; slots of policy full"
+    )
+    cache.add_argument(
+        "--heavy", type=int, metavar="N", help="slots for heavy hitters or sinks (default: by the policy)"
+    )
+    cache.add_argument("--recent", type=int, metavar="N", help="slots for the newest tokens (default: by the policy)")
+    cache.add_argument("--compress-sliding", action="store_true", help="give sliding layers the policy too")
+    cache.add_argument("--kernels", type=Path, metavar="FILE", help="trained phi/psi kernels (.safetensors)")
+    cache.add_argument("--rank", type=int, metavar="R", help="refuse kernels of another rank")
+    graph = parser.add_argument_group("graph")
+    graph.add_argument(
+        "--dtype", choices=COMPUTE_DTYPES, help="compute dtype (default: f32 for ort, the model's for trt)"
+    )
+    graph.add_argument("--max-batch", type=int, default=8, metavar="N", help="most sequences at a time (default: 8)")
+    graph.add_argument(
+        "--chunk", type=int, metavar="N", help="most tokens per prefill step (default: recipe's, or 256)"
+    )
+    graph.add_argument(
+        "--logits", choices=("last", "all"), default="last", help="of the last token, or of all (evaluation)"
+    )
+    graph.add_argument("--num-hidden-layers", type=int, metavar="N", help="keep only the first N layers, for trials")
+    graph.add_argument("--gpu-arch", metavar="SM", help="GPU architectures of the engine, e.g. sm_89 (TensorRT-RTX)")
+    graph.add_argument("--no-validate", action="store_true", help="skip the check against Hugging Face")
+    _common(parser)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--verbose", action="store_true", help="library warnings, and tracebacks of errors")
+    parser.add_argument("--version", action="version", version=f"less-export {__version__}")
+
+
+def _export(arguments: list[str]) -> int:
+    options = vars(_export_parser().parse_args(arguments))
+    model, out = options.pop("model"), options.pop("out")
+    engine_plan = options.pop("engine")
+    options["validate"] = not options.pop("no_validate")
+    options.pop("verbose")
+    config = ExportConfig(**options)
+    from .exporter.build import export
+
+    with _status() as progress:
+        written = export(model, out, config, engine_plan=engine_plan, progress=progress)
+    print(written)
+    return 0
+
+
+@contextlib.contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A spinner with the phase's name on a terminal, one line per phase elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda text: print(f"less-export: {text}", file=sys.stderr, flush=True)
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(text)
+
+
+# ------------------------------------------------------------------ generate
+
+
+def _generate(arguments: list[str]) -> int:
+    parser = _Parser("less-export generate", description="Generate text with an exported bundle.")
+    parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder, x.onnx or x.plan")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue ('-' for stdin)")
+    prompt.add_argument("--chat", metavar="TEXT", help="a user's message, through the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 is all (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="the K most likely; 0 is all (default)")
+    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
+    parser.add_argument("--backend", choices=("ort", "trt", "torch"), help="default: by what the bundle holds")
+    parser.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, default=True, help="print as it comes (default)"
+    )
+    _common(parser)
+    args = parser.parse_args(arguments)
+
+    from .api import open_bundle
+    from .runtime.sampling import SamplingParams
+
+    params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
+    text = None if args.prompt_file is None else _read_text(args.prompt_file)
+    generator = open_bundle(args.bundle, args.backend)
+    prompt_: Any = args.prompt if text is None else text
+    if args.chat is not None:
+        if generator.tokenizer is None:
+            raise UsageError("this bundle has no tokenizer, so no --chat")
+        prompt_ = generator.tokenizer.encode_chat([{"role": "user", "content": args.chat}])
+    if args.stream:
+        for token in generator.stream([prompt_], params):
+            print(token.text, end="", flush=True)
+        print()
+    else:
+        print(generator.generate([prompt_], params)[0].text)
+    timing, steps = generator.timing, generator.timing.decode_tokens
+    print(
+        f"prompt {timing.prefill_tokens} tokens in {timing.prefill_seconds:.2f} s, "
+        f"{steps} tokens at {timing.decode_rate:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _read_text(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UsageError(f"cannot read {path}: {reason}") from error
+
+
+# ------------------------------------------------------------------ check, info, recipes
+
+
+def _check(arguments: list[str]) -> int:
+    parser = _Parser(
+        "less-export check",
+        description="Compare a bundle's backend with the torch reference: logits, kept positions, H and z, "
+        "step by step from the same state. Exit code 1 and the worst tensors when they differ.",
+    )
+    parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder or x.onnx")
+    parser.add_argument(
+        "--text-file", metavar="FILE", help="text to feed (default: a story that ships with less-export)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="tokens of it (default: past the budget and the windows)"
+    )
+    parser.add_argument("--backend", choices=("ort", "trt"), help="default: by what the bundle holds")
+    parser.add_argument("--full", action="store_true", help="hash the weights too")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    _common(parser)
+    args = parser.parse_args(arguments)
+
+    from . import reporting
+    from .api import generator, load_backend
+    from .artifact import Bundle
+
+    bundle = Bundle.open(args.bundle, full=args.full)
+    backend = load_backend(bundle, args.backend)
+    reference = load_backend(bundle, "torch")
+    from . import parity
+
+    text = _read_text(args.text_file) if args.text_file else reporting.story()
+    ids = reporting.enough_tokens(generator(bundle, backend), text, args.tokens, own_text=bool(args.text_file))
+    with _status() as progress:
+        progress(f"comparing {backend.name} with torch over {len(ids)} tokens")
+        report = parity.check(reference, backend, ids)
+    if args.json:
+        from .files import write_atomically
+
+        write_atomically(args.json, (json.dumps(reporting.figures(report), indent=1) + "\n").encode())
+    reporting.print_report(report)
+    return 0 if report.passed else 1
+
+
+def _info(arguments: list[str]) -> int:
+    parser = _Parser("less-export info", description="Show what a bundle holds and what it costs.")
+    parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder, x.onnx or x.plan")
+    parser.add_argument("--json", action="store_true", help="the manifest as JSON")
+    _common(parser)
+    args = parser.parse_args(arguments)
+    from . import reporting
+    from .artifact import Bundle
+
+    bundle = Bundle.open(args.bundle)
+    if args.json:
+        print(bundle.manifest.dump().decode())
+    else:
+        reporting.print_info(bundle)
+    return 0
+
+
+def _recipes(arguments: list[str]) -> int:
+    parser = _Parser("less-export recipes", description="List the named models.")
+    _common(parser)
+    parser.parse_args(arguments)
+    from . import recipes, reporting
+
+    reporting.print_recipes([r for r in map(recipes.load, recipes.names()) if r is not None])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
