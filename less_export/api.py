@@ -46,6 +46,12 @@ def generator(bundle: Bundle, backend: Backend) -> Generator:
 
 def load_backend(bundle: Bundle, name: str | None = None, **options: Any) -> Backend:
     """The runtime of a bundle, by name or by what the bundle holds; the runtime is imported here."""
+    backend = _load(bundle, name, **options)
+    backend.identity = bundle.identity()
+    return backend
+
+
+def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
     if name is None:
         name = "ort" if bundle.artifact("ort") else "trt"
     if name not in BACKENDS:

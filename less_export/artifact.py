@@ -205,6 +205,12 @@ class Bundle:
             raise BundleError(f"cannot read {described}: {error.strerror or error}") from error
         return bundle
 
+    def identity(self) -> str:
+        """Hash of what a sequence's state depends on: model, weights and kernels."""
+        m = self.manifest
+        kernels = m.kernels.sha256 if m.kernels else None
+        return _digest({"model": dict(m.model), "weights": [w.sha256 for w in m.weights], "kernels": kernels})
+
     def path(self, file: str) -> Path:
         return self.layout.folder / file
 

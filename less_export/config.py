@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -80,7 +81,9 @@ class ExportConfig:
     def with_defaults(self, recipe: dict[str, Any]) -> ExportConfig:
         """The same options, those that are unset and that nothing else settles taken from ``recipe``."""
         given = {n for n in ("policy", "budget", "context", "chunk") if getattr(self, n) is not None}
-        if self.policy == Policy.FULL.label or (self.heavy is not None and self.recent is not None):
+        policy = self.policy or recipe.get("policy")
+        whole = self.heavy is not None and (self.recent is not None or policy == Policy.TOVA.label)
+        if policy == Policy.FULL.label or whole:
             given.add("budget")
         return replace(self, **{n: v for n, v in recipe.items() if n not in given})
 
@@ -92,9 +95,9 @@ def budget_tokens(budget: str, context: int) -> int:
         UsageError: not a number, less than 1 token or more than the context.
     """
     text = str(budget).strip()
-    try:
-        tokens = 2 * math.floor(float(text[:-1]) / 100 * context / 2) if text.endswith("%") else int(text)
-    except (ValueError, OverflowError):
+    try:  # exactly: 29% of 200 are 58, which floats miss
+        tokens = 2 * math.floor(Fraction(text[:-1]) * context / 200) if text.endswith("%") else int(text)
+    except (ValueError, ZeroDivisionError):
         raise UsageError(f"--budget '{budget}' is neither a number of tokens nor a percentage like 5%") from None
     if tokens < 1:
         raise UsageError(f"--budget {budget} leaves no token of a context of {context}: raise it")
@@ -105,17 +108,20 @@ def budget_tokens(budget: str, context: int) -> int:
 
 def split_budget(policy: Policy, config: ExportConfig, context: int) -> tuple[int, int]:
     """``(heavy, recent)`` in tokens, from --budget, --heavy and --recent."""
-    if policy is Policy.TOVA and (config.recent or 1) != 1:
-        raise UsageError("tova protects only the newest token: drop --recent")
-    if config.heavy is not None and config.recent is not None:
-        if config.budget is not None and budget_tokens(config.budget, context) != config.heavy + config.recent:
+    heavy, recent = config.heavy, config.recent
+    if policy is Policy.TOVA:
+        if recent not in (None, 1):
+            raise UsageError("tova protects only the newest token: drop --recent")
+        recent = 1
+    if heavy is not None and recent is not None:
+        if config.budget is not None and budget_tokens(config.budget, context) != heavy + recent:
             raise UsageError("--heavy and --recent do not add up to --budget: give two of the three")
-        return _fitting(config.heavy, config.recent, context)
+        return _fitting(heavy, recent, context)
     total = budget_tokens(config.budget or DEFAULT_BUDGET, context)
-    if config.heavy is not None:
-        return _fitting(config.heavy, total - config.heavy, context)
-    if config.recent is not None:
-        return _fitting(total - config.recent, config.recent, context)
+    if heavy is not None:
+        return _fitting(heavy, total - heavy, context)
+    if recent is not None:
+        return _fitting(total - recent, recent, context)
     return _fitting(*POLICIES[policy].split(total), context)
 
 

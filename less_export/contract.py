@@ -18,6 +18,9 @@ OP_DOMAIN = "less"
 OP_NAME = "LessAttention"
 OP_VERSION = 1
 
+#: TensorRT's limit on K of TopK, which the body of h2o and tova uses to choose the slots.
+TENSORRT_TOPK_LIMIT = 3840
+
 INPUT_IDS = "input_ids"
 PAST_LENGTH = "past_length"
 NEW_LENGTH = "new_length"

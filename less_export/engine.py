@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .contract import OP_NAME, Contract, Policy, TensorSpec
+from .contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, Policy, TensorSpec
 from .errors import EngineError, UsageError
 from .files import scratch_folder
 
@@ -96,8 +97,8 @@ def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
         )
     if gpu_arch.strip().lower() == "all":
         return ()
-    numbers = sorted(int(n[2:]) for n in chosen.module.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", n))
-    supported = [f"sm_{n}" for n in numbers if n >= _FIRST_ARCH]
+    names = " ".join(chosen.module.ComputeCapability.__members__)
+    supported = [f"sm_{n}" for n in sorted(map(int, re.findall(r"\bSM(\d+)", names))) if n >= _FIRST_ARCH]
     found = []
     for item in gpu_arch.split(","):
         match = re.fullmatch(r"(?:sm_?)?(\d+)(?:\.(\d))?", item.strip().lower())
@@ -122,8 +123,8 @@ class Log:
     """TensorRT's logger: keeps the errors, prints everything when verbose.
 
     TensorRT takes one logger per process and keeps the first, so there is one of these per flavour.
-    Nothing may be raised through TensorRT's frames: an exception inside a call-back (Ctrl-C, a full disk)
-    waits in ``stopped``, call-backs that can cancel do, and :meth:`listening` raises it at the end.
+    Nothing may be raised through TensorRT's frames: an exception inside a call-back waits in ``stopped``,
+    call-backs that can cancel do, and :meth:`listening` raises it at the end.
     """
 
     def __init__(self, module: Any) -> None:
@@ -172,6 +173,19 @@ class Log:
             self.verbose, self.watch = False, None
         if self.stopped is not None:
             raise self.stopped
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Ctrl-C stops what goes on at its next call-back (raised there, TensorRT would swallow it)."""
+        usual, main = signal.default_int_handler, threading.main_thread()
+        if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not usual:
+            yield
+            return
+        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", KeyboardInterrupt()))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
 
     def reason(self) -> str:
         """The most useful of the errors: the first that is neither a frame nor an echo of another."""
@@ -222,9 +236,8 @@ def profiles(contract: Contract) -> tuple[Profile, ...]:
     return (profile("decode", 1), *prefill)
 
 
-def _check_limits(contract: Contract) -> None:
-    from .exporter.onnx_op import TENSORRT_TOPK_LIMIT  # late: it imports torch, which loading a plan does not need
-
+def check_limits(contract: Contract) -> None:
+    """Raise :class:`EngineError` for a contract whose function body TensorRT cannot run."""
     for index, layer in enumerate(contract.layers):
         if layer.policy in (Policy.H2O, Policy.TOVA) and layer.capacity > TENSORRT_TOPK_LIMIT:
             raise EngineError(
@@ -256,10 +269,7 @@ def dtype_name(dtype: Any) -> str:
 
 @dataclass(frozen=True)
 class PlanInfo:
-    """How a plan was made. ``gpu_arch`` is "sm_86,sm_89", or ``None`` for the flavour's own choice.
-
-    ``bytes`` is the size of the file, ``seconds`` the time it took, ``layers`` TensorRT's count.
-    """
+    """How a plan was made: file size, time, TensorRT's layers; ``gpu_arch`` like "sm_86,sm_89", or the default."""
 
     flavour: str
     version: str
@@ -296,13 +306,19 @@ def build_plan(
     """
     chosen = flavour()
     archs = parse_gpu_arch(chosen, gpu_arch)
-    _check_limits(contract)
+    check_limits(contract)
     started = time.monotonic()
-    log = log_of(chosen.module)
+    log, names = log_of(chosen.module), [p.name for p in profiles(contract)]
+
+    def watch(message: str) -> None:
+        begun = re.search(r"optimization profile number (\d+)", message)
+        if begun and progress is not None:
+            progress(f"compiling {names[int(begun[1])]} ({int(begun[1]) + 1} of {len(names)})")
+
     try:
         with scratch_folder(out) as folder:
             part = folder / out.name
-            with log.listening(verbose, _watch(contract, progress)):
+            with log.listening(verbose, watch), log.interruptible():
                 layers = _build(chosen, model, contract, weights_dir, archs, part)
             os.replace(part, out)
     except OSError as error:
@@ -312,12 +328,7 @@ def build_plan(
 
 
 def _build(
-    chosen: Flavour,
-    model: bytes,
-    contract: Contract,
-    weights_dir: Path,
-    archs: tuple[str, ...],
-    part: Path,
+    chosen: Flavour, model: bytes, contract: Contract, weights_dir: Path, archs: tuple[str, ...], part: Path
 ) -> int:
     """Write the plan to ``part``; returns the number of layers. Everything else is released on return."""
     module: Any = chosen.module
@@ -328,7 +339,7 @@ def _build(
         raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log.interface)  # maps the weights: it must outlive the build
-    if not parser.parse(_scoped(model), path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
+    if not parser.parse(model, path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
         raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser)}: {log.reason()}")
     for get, count, specs in (
         (network.get_input, network.num_inputs, contract.inputs()),
@@ -351,44 +362,10 @@ def _build(
             built = builder.build_serialized_network_to_stream(network, config, writer)
         else:
             plan = builder.build_serialized_network(network, config)
-            built = plan is not None
-            if built:
-                file.write(memoryview(plan))
+            built = plan is not None and file.write(memoryview(plan))
     if not built:
         raise EngineError(f"{chosen.label} cannot build the engine: {log.reason()}")
     return layers
-
-
-def _watch(contract: Contract, progress: Progress | None) -> Callable[[str], None]:
-    """Turns the messages that begin a profile into words for ``progress``."""
-    names = [p.name for p in profiles(contract)]
-
-    def watch(message: str) -> None:
-        found = re.search(r"optimization profile number (\d+)", message)
-        if found and progress is not None:
-            progress(f"compiling {names[int(found[1])]} ({int(found[1]) + 1} of {len(names)})")
-
-    return watch
-
-
-def _scoped(model: bytes) -> bytes:
-    """The model with names inside its functions that occur nowhere else.
-
-    TensorRT's parser gives a Constant of the main graph the value of a Constant of the same name in a
-    function called before it, silently (seen in TensorRT-RTX 1.7.1).
-    """
-    import onnx  # late: loading a plan does not need it
-
-    try:
-        proto = onnx.load_from_string(model)
-    except Exception as error:  # protobuf's
-        raise EngineError(f"the graph is no ONNX model ({one_line(str(error))}): export again") from error
-    for function in proto.functions:
-        outside = {*function.input, *function.output, ""}
-        for node in function.node:
-            for names in (node.input, node.output):
-                names[:] = [n if n in outside else f"{function.name}/{function.overload}/{n}" for n in names]
-    return bytes(proto.SerializeToString())
 
 
 def _culprit(parser: Any) -> str:
@@ -396,9 +373,8 @@ def _culprit(parser: Any) -> str:
     if parser.num_errors == 0 or not parser.get_error(0).node_operator():
         return ""
     error = parser.get_error(0)
-    if error.node_operator() == OP_NAME:
-        return f" (its {OP_NAME} nodes have no body inside)"
-    return f" at node '{error.node_name()}' ({error.node_operator()})"
+    hint = ", which has no body inside" if error.node_operator() == OP_NAME else ""
+    return f" at node '{error.node_name()}' ({error.node_operator()}{hint})"
 
 
 def _configure(module: Any, builder: Any, contract: Contract, archs: tuple[str, ...]) -> Any:

@@ -25,6 +25,8 @@ from .files import write_atomically
 
 FORMAT_VERSION = 1
 _HEADER = "less_kernels"
+#: Dtypes of stored parameters, which the graphs can point at.
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Kernels:
     def check(self, model: Sequence[Heads]) -> None:
         """Raise :class:`KernelError` unless every layer fits ``model``."""
         for index, layer in self.layers.items():
-            if index >= len(model):
+            if not 0 <= index < len(model):
                 raise KernelError(
                     f"kernels for layer {index}, but the model has {len(model)} layers: wrong kernel file"
                 )
@@ -188,7 +190,10 @@ class Kernels:
         """Read a kernel file; raises :class:`KernelError` for anything that is not one."""
         try:
             with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {})[_HEADER])
+                stated = (file.metadata() or {}).get(_HEADER)
+                if stated is None:
+                    raise KernelError(f"{path} holds no LESS kernels: give a file written by less-export")
+                header = json.loads(stated)
                 if header["format_version"] > FORMAT_VERSION:
                     raise KernelError(f"{path} was written by a newer less-export: upgrade to read it")
                 family = PARAMETRISATIONS[header["parametrisation"]] if header["layers"] else ExpMap
@@ -197,17 +202,18 @@ class Kernels:
                     layer = family(Heads(**facts["heads"]), facts["rank"], facts["hidden"])
                     for name, parameter in layer.named_parameters():
                         tensor = file.get_tensor(f"layers.{index}.{name}")
-                        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+                        if tensor.shape != parameter.shape or tensor.dtype not in _DTYPES:
                             raise KernelError(f"{path}: layers.{index}.{name} has the wrong shape or dtype")
                         if not bool(tensor.isfinite().all()):
                             raise KernelError(f"{path}: layers.{index}.{name} holds NaN or inf; train it again")
                         parameter.data = tensor
                     layers[int(index)] = layer
+                return cls(layers, dict(header["provenance"]))
         except FileNotFoundError:
             raise KernelError(f"no kernel file at {path}") from None
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise KernelError(f"{path} is not a usable kernel file ({error})") from error
-        return cls(layers, header["provenance"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise KernelError(f"{path} is not a usable kernel file ({reason})") from error
 
 
 def random_kernels(

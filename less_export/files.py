@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
@@ -28,13 +28,44 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def scratch_folder(beside: Path) -> Iterator[Path]:
-    """A hidden folder next to ``beside`` (same file system, so that renames work), removed at the end."""
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}.", dir=beside.parent))
+    """A hidden folder next to ``beside`` (same file system, so that renames work), removed at the end.
+
+    Folders made on the way there go too if nothing was put into them.
+    """
+    made = [p for p in beside.parents if not p.exists()]
+    folder = None
     try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}.", dir=beside.parent))
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: something was put there
+            for path in made:
+                path.rmdir()
+
+
+def publish(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Rename every (finished, final); what was at the final names comes back if a rename fails.
+
+    All lie in or below one folder. What is replaced waits in a hidden folder there until the end.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=".replaced.", dir=moves[0][1].parent))
+    try:
+        for finished, final in moves:
+            if final.exists():
+                os.replace(final, aside / final.name)
+            os.replace(finished, final)
+    except BaseException:
+        for finished, final in moves:
+            if not finished.exists():
+                os.replace(final, finished)
+            if (aside / final.name).exists():
+                os.replace(aside / final.name, final)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def link_or_copy(source: Path, target: Path) -> bool:

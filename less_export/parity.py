@@ -114,7 +114,7 @@ def convert(state: RowState, contract: Contract) -> RowState:
         elif spec.dtype == "float16":
             x = x.astype(np.float16)
         tensors[spec.past.name] = x
-    return RowState(state.length, tensors)
+    return RowState(state.length, tensors, state.identity)
 
 
 def check(reference: Backend, backend: Backend, token_ids: Sequence[int], chunk: int | None = None) -> Report:

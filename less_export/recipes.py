@@ -8,7 +8,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .config import ExportConfig
+from .config import ExportConfig, budget_tokens
 from .errors import UsageError
 
 _OPTIONS = ("policy", "budget", "context", "chunk")
@@ -36,6 +36,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         ExportConfig(**self.options(), rank=self.rank, dtype=self.dtype)
+        budget_tokens(self.budget, self.context)
         if self.hidden < 1 or "/" not in self.hub:
             raise UsageError(f"recipe {self.name}: hidden must be positive and hub an id like org/name")
 
@@ -60,9 +61,9 @@ def load(name: str) -> Recipe | None:
     if file is None:
         return None
     try:
-        data = tomllib.loads(file.read_text())
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
         return Recipe(name=name, **data)
-    except (tomllib.TOMLDecodeError, TypeError, UsageError) as error:
+    except (ValueError, TypeError, UsageError) as error:
         known = ", ".join(f.name for f in fields(Recipe) if f.name != "name")
         raise UsageError(f"recipe {name}.toml is not valid ({error}); its keys are {known}") from error
 

@@ -64,7 +64,8 @@ def _explained(source: ModelSource) -> Iterator[None]:
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     try:
-        yield
+        with _one_gguf_reader() if source.gguf else contextlib.nullcontext():
+            yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, NotImplementedError, IndexError) as e:
         reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
         raise ModelError(f"cannot read {source.gguf or source.folder}: {reason}") from e
@@ -72,6 +73,31 @@ def _explained(source: ModelSource) -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+_readers: dict[tuple[str, int], Any] = {}
+
+
+@contextlib.contextmanager
+def _one_gguf_reader() -> Iterator[None]:
+    """Let transformers parse a GGUF file once, not anew (10 s) for config, weights and tokenizer; no bars."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    original, bar = gguf.GGUFReader, loader.tqdm
+
+    def cached(path: str | Path) -> Any:
+        key = (str(path), Path(path).stat().st_mtime_ns)
+        if key not in _readers:
+            _readers.clear()
+            _readers[key] = original(path)
+        return _readers[key]
+
+    try:
+        gguf.GGUFReader, loader.tqdm = cached, lambda items, **_: items
+        yield
+    finally:
+        gguf.GGUFReader, loader.tqdm = original, bar
 
 
 def resolve(model: str) -> ModelSource:

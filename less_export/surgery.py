@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -65,30 +66,48 @@ def _interface_attention(
 ALL_ATTENTION_FUNCTIONS.register("less", _interface_attention)
 
 
-class _SdpaRoute(torch.overrides.TorchFunctionMode):
-    """Decoders off the interface: the i-th call of F.scaled_dot_product_attention is layer i."""
+@contextlib.contextmanager
+def _sdpa_route(model: nn.Module) -> Iterator[None]:
+    """Decoders off the interface: the i-th call of F.scaled_dot_product_attention is layer i.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        found = [m for m in model.modules() if hasattr(m, "num_kv_heads") and hasattr(m, "layer_idx")]
-        self.kv_heads = {int(m.layer_idx): int(m.num_kv_heads) for m in found}  # type: ignore[arg-type]
-        self.layer = 0
+    The function itself is replaced: a TorchFunctionMode would come too late, after torch has parsed the
+    arguments, and parsing refuses the symbolic ``is_causal`` that Falcon computes while it is traced.
+    """
+    found = [m for m in model.modules() if hasattr(m, "num_kv_heads") and hasattr(m, "layer_idx")]
+    kv_heads_of = {int(m.layer_idx): int(m.num_kv_heads) for m in found}  # type: ignore[arg-type]
+    counter = itertools.count()
+    original = F.scaled_dot_product_attention
+    mine = _handler.get()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        kwargs |= dict(zip(names, args, strict=False))
-        q, k, v = kwargs["query"], kwargs["key"], kwargs["value"]
-        layer, self.layer = self.layer, self.layer + 1
-        kv_heads = self.kv_heads.get(layer, k.shape[1])
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: Any = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        handler = _handler.get(None)
+        if handler is not mine:  # another thread's model
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        layer = next(counter)
+        k, v = key, value
+        kv_heads = kv_heads_of.get(layer, k.shape[1])
         if k.shape[1] != kv_heads:  # Falcon's new architecture repeats K and V before the call
             repeats = k.shape[1] // kv_heads
             k, v = k[:, ::repeats], v[:, ::repeats]
-        scale = q.shape[-1] ** -0.5 if kwargs.get("scale") is None else float(kwargs["scale"])
-        options = {"is_causal": kwargs.get("is_causal")} if kwargs.get("attn_mask") is None else {}
-        return _handler.get()(AttentionCall(layer, None, q, k, v, kwargs.get("attn_mask"), scale, options))
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        options = {"is_causal": is_causal} if attn_mask is None else {}
+        return mine(AttentionCall(layer, None, query, k, v, attn_mask, scale, options))
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -148,10 +167,8 @@ def less_attention(
     """
     configs = _configs(model)
     before = [(c, c._attn_implementation_internal) for c in configs]
-    route: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if not on_interface(model):
-        route = _SdpaRoute(model)
     token = _handler.set(handler)
+    route = contextlib.nullcontext() if on_interface(model) else _sdpa_route(model)
     try:
         for config in configs:
             config._attn_implementation_internal = "less" if on_interface(model) else "sdpa"

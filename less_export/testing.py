@@ -33,13 +33,10 @@ def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> 
         return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kinds[kind]))
 
     def state(prefix: str) -> list[ir.Value]:
-        return [
-            value(f"{prefix}_{f.name}", ["B", *(getattr(layer, d) for d in f.dims)], f.dtype) for f in STATE_FIELDS
-        ]
+        return [value(f"{prefix}_{f.name}", ["B", *(getattr(layer, d) for d in f.dims)], f.dtype) for f in STATE_FIELDS]
 
     inputs = [
-        value(n, [sizes[d] for d in dims.split()], "float32" if n == "log_phi_q" else "T")
-        for n, dims in tokens.items()
+        value(n, [sizes[d] for d in dims.split()], "float32" if n == "log_phi_q" else "T") for n, dims in tokens.items()
     ]
     inputs += [*state("past"), value("past_length", ["B"], "int32"), value("new_length", ["B"], "int32")]
     outputs = [value("out", ["B", layer.query_heads, "T", layer.head_dim], "T"), *state("present")]
@@ -50,9 +47,7 @@ def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> 
         attributes=ir.convenience.convert_attributes(layer.attributes()),
         outputs=outputs,
     )
-    graph = ir.Graph(
-        inputs, outputs, nodes=[node], name="op", opset_imports={"": onnx_op.OPSET, OP_DOMAIN: OP_VERSION}
-    )
+    graph = ir.Graph(inputs, outputs, nodes=[node], name="op", opset_imports={"": onnx_op.OPSET, OP_DOMAIN: OP_VERSION})
     model = ir.Model(graph, ir_version=10)
     onnx_op.add_bodies(model)
     return ir.to_proto(model).SerializeToString()

@@ -92,6 +92,10 @@ def export(
     config = replace(config or ExportConfig(), **options)
     layout, kinds = _plan_files(out, config, engine_plan)
     flavour = engine.flavour() if "plan" in kinds else None
+    if flavour is not None:
+        engine.parse_gpu_arch(flavour, config.gpu_arch)
+    elif config.gpu_arch is not None:
+        raise UsageError("--gpu-arch is for engines: add --engine, or --out x.plan")
     progress(f"finding {model}")
     source = resolve(model)
     config = config.with_defaults(source.recipe.options() if source.recipe else {})
@@ -156,9 +160,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
                 raise UsageError(f"--rank {config.rank}, but the kernels of layer {index} have rank {layer.rank}")
     job = _Job(source, config, hf_config, layers, kernels, {}, {}, learned_positions(bare))
     contracts = {k: job.contract(_compute_dtype(k, job)) for k in kinds}
-    for kind in ("trt", "plan"):
-        if kind in contracts and kind == "plan":
-            engine._check_limits(contracts[kind])
+    if "plan" in contracts:
+        engine.check_limits(contracts["plan"])
     if not kernels.layers and Policy.parse(config.policy or "h2o") is not Policy.FULL:
         warnings.warn(
             "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
@@ -282,6 +285,7 @@ def _write(
                 weights_dir=scratch,
                 gpu_arch=job.config.gpu_arch,
                 out=scratch / file,
+                progress=lambda text: progress(f"building the engine: {text}"),
             )
             artifacts.append(Artifact("plan", file, sha256(scratch / file), contract, _plain(info)))
         progress("writing tokenizer and manifest")
@@ -356,16 +360,16 @@ def _place_tokenizer(job: _Job, layout: Layout, scratch: Path) -> TokenizerFacts
 
 
 def _eos_ids(job: _Job, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids, from generation_config.json, the config and the tokenizer."""
-    found: set[int] = set()
+    """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's."""
     generation = job.source.folder / "generation_config.json"
-    stated: list[Any] = [getattr(job.hf_config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id]
+    stated: list[Any] = [tokenizer.eos_token_id, getattr(job.hf_config.get_text_config(), "eos_token_id", None)]
     if job.source.gguf is None and generation.is_file():
         with contextlib.suppress(ValueError, OSError):
             stated.append(json.loads(generation.read_text()).get("eos_token_id"))
+    found: dict[int, None] = {}
     for ids in stated:
-        found.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
-    return tuple(sorted(found))
+        found.update(dict.fromkeys(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []))
+    return tuple(found)
 
 
 def _plain(info: Any) -> dict[str, Any]:

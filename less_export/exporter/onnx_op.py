@@ -19,8 +19,6 @@ from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, Policy
 from ..policies import POLICIES
 
 OPSET = 23
-#: TensorRT's limit on K of TopK, which h2o and tova use to choose the slots.
-TENSORRT_TOPK_LIMIT = 3840
 
 _TOKEN_INPUTS = {"q": "T", "k": "T", "v": "T", "log_phi_q": "float32", "psi_k": "T"}
 _PAST = {f"past_{f.name}": f.dtype for f in STATE_FIELDS}
@@ -262,6 +260,10 @@ def function_body(policy: Policy, absorb: bool) -> ir.Function:
         h,
         z,
     ]
+    # Names of their own: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a
+    # Constant of the same name in a function called before it.
+    for index, value in enumerate(v for node in op.nodes for v in node.outputs):
+        value.name = f"{overload(policy, absorb)}.{index}"
     for name, value in zip(_OUTPUTS, outputs, strict=True):
         value.name = name
     return ir.Function(

@@ -35,6 +35,8 @@ class Backend(abc.ABC):
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
+        #: Which bundle this runs; states carry it, so that one is not continued by another model.
+        self.identity = ""
         self.past_length: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
     # ------------------------------------------------------------ lifecycle
@@ -145,7 +147,7 @@ class Backend(abc.ABC):
     def read_row(self, row: int) -> RowState:
         """A copy of one row's state."""
         self._check_row(row)
-        return RowState(int(self.past_length[row]), self._read_row(row))
+        return RowState(int(self.past_length[row]), self._read_row(row), self.identity)
 
     def write_row(self, row: int, state: RowState) -> None:
         """Replace one row's state.
@@ -154,7 +156,7 @@ class Backend(abc.ABC):
             BackendError: the state belongs to another contract.
         """
         self._check_row(row)
-        state.check(self.contract)
+        state.check(self.contract, self.identity)
         self._write_row(row, state.tensors)
         self.past_length[row] = state.length
 
@@ -207,12 +209,15 @@ class RowState:
     file, so that a shared prefix is prefilled once, or a session resumed elsewhere.
     """
 
-    def __init__(self, length: int, tensors: Mapping[str, Array]) -> None:
+    def __init__(self, length: int, tensors: Mapping[str, Array], identity: str = "") -> None:
         self.length = length
         self.tensors = dict(tensors)
+        self.identity = identity
 
-    def check(self, contract: Contract) -> None:
-        """Raise :class:`BackendError` unless the tensors are those of ``contract``."""
+    def check(self, contract: Contract, identity: str = "") -> None:
+        """Raise :class:`BackendError` unless this is a state of ``contract`` and of the same bundle."""
+        if identity and self.identity and identity != self.identity:
+            raise BackendError("this state belongs to another export (model or kernels differ): prefill again")
         expected = {s.past.name: (s.row_shape, numpy_dtype(s.dtype)) for s in contract.state()}
         actual = {n: (x.shape, x.dtype) for n, x in self.tensors.items()}
         if expected != actual:
@@ -228,7 +233,8 @@ class RowState:
         from ..files import write_atomically
 
         tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors.items()}
-        write_atomically(path, save(tensors, {"format": "less-state", "length": str(self.length)}))
+        metadata = {"format": "less-state", "length": str(self.length), "identity": self.identity}
+        write_atomically(path, save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> RowState:
@@ -240,6 +246,7 @@ class RowState:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "less-state":
                     raise BackendError(f"{path} holds no saved state")
-                return cls(int(metadata["length"]), {n: file.get_tensor(n) for n in file.keys()})  # noqa: SIM118
+                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+                return cls(int(metadata["length"]), tensors, metadata.get("identity", ""))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise BackendError(f"cannot read the saved state {path}: {error}") from error

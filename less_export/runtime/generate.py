@@ -158,7 +158,7 @@ class Generator:
         of a shared text to the prompts.
         """
         if prefix is not None:
-            prefix.check(self.backend.contract)
+            prefix.check(self.backend.contract, self.backend.identity)
         ids = self._encode(prompt, prefix, room=0)
         self.timing = Timing()
         self._turn = object()
@@ -181,7 +181,7 @@ class Generator:
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer: stop by eos_ids instead")
         if prefix is not None:
-            prefix.check(self.backend.contract)
+            prefix.check(self.backend.contract, self.backend.identity)
         limit = self.backend.contract.token_limit()
         rows = []
         for index, prompt in enumerate(prompts):

@@ -104,9 +104,8 @@ def sample(logits: npt.NDArray[np.float32], params: SamplingParams, rng: np.rand
     if params.top_p < 1:
         tokens = _nucleus(weight, tokens, params.top_p)
     reach = np.cumsum(weight[tokens])
-    # u < 1, but u * total may round up to the total; the last token that weighs anything is the last choice.
-    place = np.searchsorted(reach, rng.random() * reach[-1], side="right")
-    return int(tokens[min(int(place), int(np.searchsorted(reach, reach[-1])))])
+    # random() is at most 1 - 2^-53, so the product stays below the total: always a token that weighs something.
+    return int(tokens[np.searchsorted(reach, rng.random() * reach[-1], side="right")])
 
 
 def _nucleus(weight: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64], top_p: float) -> npt.NDArray[np.int64]:

@@ -138,7 +138,7 @@ def _cuda() -> Any:
 class _Device:
     """The first GPU: one stream, and memory that is given back with :meth:`release` or at the end.
 
-    Copies and engines share the stream, so they run in order; only :meth:`download` waits for it.
+    Copies and engines share the stream, so they run in order; :meth:`wait` waits for them.
     """
 
     def __init__(self) -> None:

@@ -1,0 +1,75 @@
+"""The demo behind ``scripts/demo``: export, check and generate with Gemma 3 270M, then a table of figures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import less_export
+from less_export.artifact import Bundle
+from less_export.reporting import show, size, story, table
+
+OUT = Path("demo-out")
+BUNDLE = OUT / "gemma3-270m"
+NEW_TOKENS = 80
+
+
+def run(*command: str | Path) -> float:
+    """Run a less-export command as a user would, its output on the terminal; returns the seconds it took."""
+    words = [str(c) for c in command]
+    print(f"\n$ less-export {' '.join(words)}", flush=True)
+    program = Path(sysconfig.get_path("scripts")) / "less-export"
+    start = time.perf_counter()
+    done = subprocess.run([program, *words], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    export_seconds = run("gemma3-270m", "--out", BUNDLE, "--target", "both", "--engine")
+    run("info", BUNDLE)
+    figures = OUT / "check.json"
+    run("check", BUNDLE, "--json", figures)
+    report = json.loads(figures.read_text())
+
+    prompt = story()
+    generator = less_export.open_bundle(BUNDLE)
+    contract = generator.backend.contract
+    print(f"\ngenerating after a prompt of {len(prompt)} characters, of which the end:\n")
+    print(f"...{prompt[-220:].strip()}", end="", flush=True)
+    params = less_export.SamplingParams(temperature=0.7, top_p=0.9, seed=2, max_new_tokens=NEW_TOKENS)
+    for token in generator.stream([prompt], params):
+        print(token.text, end="", flush=True)
+    timing = generator.timing
+    length = timing.prefill_tokens + timing.decode_tokens
+    print("\n")
+
+    made = table("what came of it", "what", "figure")
+    for artifact in Bundle.open(BUNDLE).manifest.artifacts:
+        made.add_row(artifact.file, size((BUNDLE / artifact.file).stat().st_size))
+    weights = sum(w.bytes for w in Bundle.open(BUNDLE).manifest.weights)
+    made.add_row("weights (dequantised once, shared by both graphs)", size(weights))
+    made.add_row("export, both graphs and the engine", f"{export_seconds:.0f} s")
+    made.add_row("prompt, tokens", f"{timing.prefill_tokens} ({report['evicted']} evicted in the check)")
+    budget = min(s.capacity for s in contract.layers)
+    made.add_row("slots per head of the full-attention layers", str(budget))
+    made.add_row("LESS state of one sequence, any length", size(contract.state_bytes()))
+    made.add_row(f"full cache at {length} tokens", size(contract.full_cache_bytes(length)))
+    made.add_row("full cache at 32,768 tokens", size(contract.full_cache_bytes(32768)))
+    worst = max(report["differences"], key=lambda d: d["error"])
+    made.add_row("largest parity error (share of the largest value)", f"{worst['error']:.1e} ({worst['tensor']})")
+    made.add_row("prefill", f"{timing.prefill_rate:.0f} tokens/s")
+    made.add_row("decode", f"{timing.decode_rate:.1f} tokens/s")
+    show(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Tiny random decoders by name, as real transformers classes, and how tests export and drive them.
+
+Weights are large (initializer_range 0.3) so that attention is far from uniform, and norms and biases are
+random too, so that no two tensors of a model can be mistaken for each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers as tr
+from transformers import PreTrainedModel
+
+import less_export
+from less_export.api import load_backend
+from less_export.artifact import Bundle
+from less_export.contract import Policy
+from less_export.feature_maps import Heads, random_kernels
+from less_export.runtime.backend import Backend
+from less_export.surgery import discover
+
+VOCAB, WINDOW, BUDGET, CONTEXT, CHUNK, ROWS, RANK = 97, 10, 24, 64, 16, 3, 4
+
+_IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_BASE: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3, **_IDS,
+}  # fmt: skip
+_GQA = {**_BASE, "num_key_value_heads": 2}
+_GPT2 = {
+    "vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3, **_IDS,
+}  # fmt: skip
+_OPT = {
+    "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 512, "word_embed_proj_dim": 64, "init_std": 0.3, **_IDS,
+}  # fmt: skip
+_FALCON = {n: v for n, v in _BASE.items() if n not in ("intermediate_size", "max_position_embeddings")}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+Make = Callable[[], PreTrainedModel]
+
+#: The families that issue 2 names.
+MAIN: dict[str, Make] = {
+    "llama": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**_GQA)),
+    "qwen3": lambda: tr.Qwen3ForCausalLM(tr.Qwen3Config(**_GQA, head_dim=32)),
+    "gemma3": lambda: tr.Gemma3ForCausalLM(
+        tr.Gemma3TextConfig(
+            **{**_GQA, "num_hidden_layers": 3, "num_key_value_heads": 1}, head_dim=16, query_pre_attn_scalar=16,
+            sliding_window=WINDOW, layer_types=[_SLIDING, _FULL, _SLIDING],
+        )
+    ),
+    "mistral": lambda: tr.MistralForCausalLM(tr.MistralConfig(**_GQA, sliding_window=WINDOW)),
+    "phi3": lambda: tr.Phi3ForCausalLM(tr.Phi3Config(**_GQA)),
+    "gpt_neox": lambda: tr.GPTNeoXForCausalLM(tr.GPTNeoXConfig(**_BASE)),
+    "falcon_mqa": lambda: tr.FalconForCausalLM(tr.FalconConfig(**_FALCON, multi_query=True)),
+    "falcon_new": lambda: tr.FalconForCausalLM(
+        tr.FalconConfig(**_FALCON, num_kv_heads=2, new_decoder_architecture=True)
+    ),
+}  # fmt: skip
+
+#: More families that trace and agree.
+OTHERS: dict[str, Make] = {
+    "qwen2": lambda: tr.Qwen2ForCausalLM(tr.Qwen2Config(**_GQA)),
+    "gemma2": lambda: tr.Gemma2ForCausalLM(
+        tr.Gemma2Config(
+            **_GQA, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=None, sliding_window=WINDOW
+        )
+    ),
+    "gpt2": lambda: tr.GPT2LMHeadModel(tr.GPT2Config(**_GPT2)),
+    "opt": lambda: tr.OPTForCausalLM(tr.OPTConfig(**_OPT)),
+    "olmo2": lambda: tr.Olmo2ForCausalLM(tr.Olmo2Config(**_GQA)),
+    "granite": lambda: tr.GraniteForCausalLM(
+        tr.GraniteConfig(**_GQA, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=3.0)
+    ),
+    "smollm3": lambda: tr.SmolLM3ForCausalLM(
+        tr.SmolLM3Config(**{**_GQA, "num_hidden_layers": 4}, no_rope_layer_interval=2)
+    ),
+    "stablelm": lambda: tr.StableLmForCausalLM(tr.StableLmConfig(**_GQA)),
+    "phi": lambda: tr.PhiForCausalLM(tr.PhiConfig(**_GQA)),
+    "cohere": lambda: tr.CohereForCausalLM(tr.CohereConfig(**_GQA)),
+    "mixtral": lambda: tr.MixtralForCausalLM(tr.MixtralConfig(**_GQA, num_local_experts=4, sliding_window=None)),
+    "qwen3_moe": lambda: tr.Qwen3MoeForCausalLM(
+        tr.Qwen3MoeConfig(**_GQA, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    ),
+}  # fmt: skip
+
+FAMILIES: dict[str, Make] = {**MAIN, **OTHERS}
+
+
+def build(family: str | Make, seed: int = 0) -> PreTrainedModel:
+    """The model in f32, eager; the same weights for the same seed."""
+    torch.manual_seed(seed)
+    model = (FAMILIES[family] if isinstance(family, str) else family)().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def save(family: str | Make, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Write a checkpoint folder; ``options`` go to ``save_pretrained``."""
+    build(family).to(dtype).save_pretrained(folder, **options)
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The untouched Hugging Face model of a checkpoint, eager."""
+    return tr.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def kernels(model: PreTrainedModel, path: Path, rank: int = RANK, sliding: bool = False) -> Path:
+    """Random kernels for the layers that evict (``sliding``: for all of them), saved to ``path``."""
+    found = discover(model)
+    heads = [Heads(x.query_heads, x.kv_heads, x.head_dim) for x in found]
+    random_kernels(heads, [i for i, x in enumerate(found) if sliding or not x.window], rank, 8).save(path)
+    return path
+
+
+class InDouble(torch.overrides.TorchFunctionMode):
+    """Runs a model in float64 throughout: every cast to float32 in its code becomes one to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
+        if func is torch.Tensor.float:
+            return args[0].double()
+        return func(*map(wide, args), **{n: wide(x) for n, x in (kwargs or {}).items()})
+
+
+def truth(model: PreTrainedModel, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], float]:
+    """Logits [B,T,V] of the Hugging Face model in f64, and the relative error of its own f32 run."""
+    tokens = torch.from_numpy(ids)
+    with torch.no_grad():
+        single = model(input_ids=tokens, use_cache=False).logits.double().numpy()
+        model.double()
+        try:
+            with InDouble():
+                exact = model(input_ids=tokens, use_cache=False).logits.numpy()
+        finally:
+            model.float()
+    return exact, relative(single, exact)
+
+
+def relative(found: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+    """Largest difference as a share of the largest expected value; NaN counts as infinite."""
+    a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    error = float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-9))
+    return error if np.isfinite(error) else float("inf")
+
+
+# ------------------------------------------------------------------ exported models
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint and the bundle made of it."""
+
+    checkpoint: Path
+    bundle: Path
+
+    @property
+    def opened(self) -> Bundle:
+        return Bundle.open(self.bundle)
+
+    def backend(self, name: str, rows: int = ROWS) -> Backend:
+        """The bundle on a runtime, open with ``rows`` fresh rows."""
+        options: dict[str, Any] = {"threads": 1} if name == "ort" else {}
+        backend = load_backend(self.opened, name, **options)
+        backend.open(rows)
+        return backend
+
+
+def export(checkpoint: Path, bundle: Path, **options: Any) -> Tiny:
+    """Export without the self-check, which has its own tests."""
+    less_export.export(str(checkpoint), bundle, **{"validate": False, "chunk": CHUNK, "max_batch": 8, **options})
+    return Tiny(checkpoint, bundle)
+
+
+def text(rows: int, length: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Random token ids [rows, length]."""
+    return np.random.default_rng(seed).integers(3, VOCAB, (rows, length))
+
+
+def feed(backend: Backend, ids: npt.NDArray[np.int64], sizes: Sequence[int]) -> list[npt.NDArray[np.float32]]:
+    """Feed the same ``sizes`` of tokens to every row; returns the logits of every step."""
+    logits, at = [], int(backend.past_length[0])
+    for size in sizes:
+        logits.append(backend.step(ids[:, at : at + size]))
+        at += size
+    return logits
+
+
+def feed_ragged(
+    backend: Backend, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], rubbish: int = 0
+) -> list[npt.NDArray[np.float32]]:
+    """Feed row b ``lengths[step, b]`` of its tokens a step; padding holds ``rubbish``."""
+    logits = []
+    for new in lengths:
+        chunk = np.full((len(new), max(int(new.max()), 1)), rubbish, np.int64)
+        for row, count in enumerate(new):
+            at = int(backend.past_length[row])
+            chunk[row, :count] = ids[row, at : at + count]
+        logits.append(backend.step(chunk, new))
+    return logits
+
+
+def differences(a: Backend, b: Backend, rows: Sequence[tuple[int, int]] | None = None) -> dict[str, float]:
+    """Relative differences of two backends' states by field, over pairs of rows (default: the same rows).
+
+    Tokens are matched by position; position sets that differ count as infinite.
+    """
+    worst: dict[str, float] = {}
+    for mine, theirs in rows or [(i, i) for i in range(a.batch)]:
+        x, y = a.read_row(mine), b.read_row(theirs)
+        assert x.length == y.length
+        for i, layer in enumerate(a.contract.layers):
+            left = {n.rsplit(".", 1)[1]: t for n, t in x.tensors.items() if n.startswith(f"past.{i}.")}
+            right = {n.rsplit(".", 1)[1]: t for n, t in y.tensors.items() if n.startswith(f"past.{i}.")}
+            orders = [np.argsort(s["position"], -1, kind="stable") for s in (left, right)]
+            held = np.take_along_axis(left["position"], orders[0], -1) >= 0
+            for name in ("position", "key", "value", "psi", "score"):
+                sides = []
+                for state, order in zip((left, right), orders, strict=True):
+                    index = order if state[name].ndim == 2 else order[..., None]
+                    sides.append(np.take_along_axis(state[name], index, 1))
+                if name == "position":
+                    error = 0.0 if np.array_equal(*sides) else float("inf")
+                else:
+                    error = relative(sides[0][held], sides[1][held]) if held.any() else 0.0
+                worst[name] = max(worst.get(name, 0.0), error)
+            for name in ("h", "z") if layer.absorb else ():
+                worst[name] = max(worst.get(name, 0.0), relative(left[name], right[name]))
+    return worst
+
+
+def evicted(backend: Backend, row: int = 0) -> int:
+    """Tokens of a row that no slot of its emptiest evicting layer holds any more (0: nothing evicts)."""
+    state, gone = backend.read_row(row), 0
+    for i, layer in enumerate(backend.contract.layers):
+        if layer.policy is not Policy.FULL:
+            gone = max(gone, state.length - int((state.tensors[f"past.{i}.position"][0] >= 0).sum()))
+    return gone

@@ -1,0 +1,347 @@
+"""Brute force for ``LessAttention``, written from the design's text: token lists, plain Python, float64.
+
+Nothing here knows how the operator is computed. Per row and KV head there is a list of slots that hold a
+token's position or nothing, a list of absorbed positions, and every token ever seen; each output is the
+formula evaluated over those. :func:`scenario` records inputs and expectations, :func:`play` drives an
+implementation through them, :func:`compare` asserts what is exact and measures the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from less_export.contract import LayerSpec, Policy
+
+Arrays = dict[str, np.ndarray]
+#: An implementation: its arrays in the op's order, in and out.
+Run = Callable[[list[np.ndarray]], list[np.ndarray]]
+#: Makes q, k, v, log_phi_q, psi_k of a chunk: (rng, layer, positions [B,T]) -> arrays.
+Draw = Callable[[np.random.Generator, LayerSpec, np.ndarray], Arrays]
+
+TOKENS = ("q", "k", "v", "log_phi_q", "psi_k")
+STATE = ("key", "value", "psi", "score", "position", "h", "z")
+OUTPUTS = ("out", *STATE)
+
+#: Scores nearer than this (relative) but not equal could rank differently in float32: not used.
+FRAGILE = 1e-5
+
+
+def layer_of(
+    policy: str,
+    heavy: int,
+    recent: int,
+    window: int = 0,
+    absorb: bool = True,
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 8,
+    rank: int = 3,
+) -> LayerSpec:
+    """A small layer; ``heads`` are query and KV heads."""
+    absorb = absorb and policy not in ("window", "full")
+    code, capacity, rank = Policy.parse(policy), heavy + recent, rank if absorb else 1
+    return LayerSpec(*heads, head_dim, 0.5, code, heavy, recent, window, absorb, capacity, rank)
+
+
+class Overflow(Exception):
+    """Policy full was fed more tokens than it has slots."""
+
+
+# ------------------------------------------------------------------------------------- one row, one KV head
+
+
+@dataclass
+class Head:
+    """The sequence of one row as one KV head keeps it."""
+
+    layer: LayerSpec
+    slots: list[int | None] = field(init=False)
+    absorbed: list[int] = field(default_factory=list)
+    score: dict[int, float] = field(default_factory=dict)
+    keys: list[np.ndarray] = field(default_factory=list)
+    values: list[np.ndarray] = field(default_factory=list)
+    psis: list[np.ndarray] = field(default_factory=list)
+    fragile: bool = False
+
+    def __post_init__(self) -> None:
+        self.slots = [None] * self.layer.capacity
+
+    def low_rank(self) -> tuple[np.ndarray, np.ndarray]:
+        """``H [R,D]`` and ``z [R]``, summed afresh over the absorbed list."""
+        h, z = np.zeros((self.layer.rank, self.layer.head_dim)), np.zeros(self.layer.rank)
+        for p in self.absorbed:
+            h += np.outer(self.psis[p], self.values[p])
+            z += self.psis[p]
+        return h, z
+
+    def attend(
+        self, logits: np.ndarray, values: np.ndarray, log_phi: np.ndarray, h: np.ndarray, z: np.ndarray
+    ) -> np.ndarray:
+        """``(phi H + sum exp(l) v) / (phi z + sum exp(l))`` with a maximum subtracted; logits [n] -> [D]."""
+        masses = [lp + math.log(zr) for lp, zr in zip(log_phi, z, strict=True) if zr > 0 and lp > -np.inf]
+        top = max([*logits, *masses])
+        phi, weight = np.exp(log_phi - top), np.exp(logits - top)
+        return (phi @ h + weight @ values) / (phi @ z + weight.sum())
+
+    def chunk(self, q: np.ndarray, k: np.ndarray, v: np.ndarray, log_phi: np.ndarray, psi: np.ndarray) -> np.ndarray:
+        """Take the valid tokens of a chunk: q [G,n,D], k, v [n,D], log_phi [G,n,R], psi [n,R] -> [G,n,D]."""
+        layer, first, count = self.layer, len(self.keys), len(k)
+        out = np.zeros(q.shape)
+        if count == 0:
+            return out
+        self.keys += list(k)
+        self.values += list(v)
+        self.psis += list(psi)
+        h, z = self.low_rank()
+        candidates = [p for p in self.slots if p is not None] + list(range(first, first + count))
+        gained = dict.fromkeys(candidates, 0.0)
+        for i, t in enumerate(range(first, first + count)):
+            visible = [p for p in candidates if p <= t and (layer.window == 0 or p > t - layer.window)]
+            logits = q[:, i] @ np.stack([self.keys[p] for p in visible]).T * layer.scale
+            seen = np.stack([self.values[p] for p in visible])
+            out[:, i] = [self.attend(row, seen, lp, h, z) for row, lp in zip(logits, log_phi[:, i], strict=True)]
+            weight = np.exp(logits - logits.max(1, keepdims=True))
+            share = (weight / weight.sum(1, keepdims=True)).sum(0)
+            if layer.policy.label == "tova":
+                gained = dict.fromkeys(candidates, 0.0)
+            for p, s in zip(visible, share, strict=True):
+                gained[p] += s
+        for p in candidates:
+            old = self.score.get(p, 0.0) if layer.policy.label == "h2o" else 0.0
+            new = old + gained[p] if layer.policy.label in ("h2o", "tova") else 0.0
+            self.score[p] = float(np.float32(new))
+        self.settle(candidates, self.kept(candidates, first + count), first)
+        return out
+
+    def kept(self, candidates: list[int], end: int) -> set[int]:
+        """Tokens that keep a slot, by the policy table; ``end`` is the next query's position."""
+        layer, policy = self.layer, self.layer.policy.label
+        if policy == "full":
+            if len(candidates) > layer.capacity:
+                raise Overflow
+            return set(candidates)
+        if policy == "window":
+            return set(sorted(candidates)[-layer.window :])
+        alive = [p for p in candidates if layer.window == 0 or p > end - layer.window]
+        newest = set(sorted(alive)[-layer.recent :])
+        if policy == "sink":
+            return newest | {p for p in alive if p < layer.heavy}
+        rest = sorted((p for p in alive if p not in newest), key=lambda p: -self.score[p])  # stable
+        room = layer.capacity - len(newest)
+        if 0 < room < len(rest):
+            last, next_ = self.score[rest[room - 1]], self.score[rest[room]]
+            self.fragile |= 0 < last - next_ < FRAGILE * last
+        return newest | set(rest[:room])
+
+    def settle(self, candidates: list[int], kept: set[int], first: int) -> None:
+        """Kept tokens stay in their slot, new ones fill the freed slots in order, the others are absorbed."""
+        if self.layer.absorb:
+            self.absorbed += [p for p in candidates if p not in kept]
+        arriving = sorted(p for p in kept if p >= first)
+        for i, p in enumerate(self.slots):
+            if p not in kept:
+                self.slots[i] = arriving.pop(0) if arriving else None
+        assert not arriving
+
+    def snapshot(self) -> Arrays:
+        """State in the op's layout; zeros where a slot is empty."""
+        layer = self.layer
+        got: Arrays = {
+            "key": np.zeros((layer.capacity, layer.head_dim)),
+            "value": np.zeros((layer.capacity, layer.head_dim)),
+            "psi": np.zeros((layer.capacity, layer.rank)),
+            "score": np.zeros(layer.capacity),
+            "position": np.array([-1 if p is None else p for p in self.slots]),
+        }
+        for i, p in enumerate(self.slots):
+            if p is not None:
+                got["key"][i], got["value"][i], got["psi"][i] = self.keys[p], self.values[p], self.psis[p]
+                got["score"][i] = self.score[p]
+        got["h"], got["z"] = self.low_rank()
+        return got
+
+
+# ------------------------------------------------------------------------------------------- the whole batch
+
+
+class Oracle:
+    """All rows and KV heads of one layer; query head ``i`` belongs to KV head ``i // G``."""
+
+    def __init__(self, layer: LayerSpec, batch: int) -> None:
+        self.layer = layer
+        self.heads = [[Head(layer) for _ in range(layer.kv_heads)] for _ in range(batch)]
+
+    def reset(self, row: int) -> None:
+        self.heads[row] = [Head(self.layer) for _ in range(self.layer.kv_heads)]
+
+    @property
+    def fragile(self) -> bool:
+        return any(head.fragile for row in self.heads for head in row)
+
+    def step(self, chunk: Arrays) -> Arrays:
+        """Expected outputs of a chunk, float64."""
+        group = self.layer.group
+        q, k, v, log_phi, psi = (chunk[n].astype(np.float64) for n in TOKENS)
+        out = np.zeros(q.shape)
+        for b, row in enumerate(self.heads):
+            n = int(chunk["new_length"][b])
+            for j, head in enumerate(row):
+                mine = slice(j * group, (j + 1) * group)
+                args = q[b, mine, :n], k[b, j, :n], v[b, j, :n], log_phi[b, mine, :n], psi[b, j, :n]
+                out[b, mine, :n] = head.chunk(*args)
+        shots = [[head.snapshot() for head in row] for row in self.heads]
+        return {"out": out, **{n: np.array([[s[n] for s in row] for row in shots]) for n in STATE}}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the operator: rows to reset before it, its inputs beside the state, what must come out."""
+
+    reset: tuple[int, ...]
+    inputs: Arrays
+    expected: Arrays
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Gaussian tokens: logits with standard deviation ``logit``, log phi in a range and sometimes -inf."""
+
+    logit: float = 1.5
+    log_phi: tuple[float, float] = (-4.0, 3.0)
+    rounded: Callable[[np.ndarray], np.ndarray] = lambda x: x
+
+    def __call__(self, rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> Arrays:
+        batch, chunk = positions.shape
+        queries, tokens = (batch, layer.query_heads, chunk), (batch, layer.kv_heads, chunk)
+        gain = self.logit / (layer.scale * math.sqrt(layer.head_dim))
+        log_phi = rng.uniform(*self.log_phi, (*queries, layer.rank)).astype(np.float32)
+        log_phi[rng.random(log_phi.shape) < 0.1] = -np.inf
+        mixed = np.exp(rng.normal(0, 1.5, (*tokens, layer.rank)))
+        mixed[:, 0, :, 1:2] = 0  # a feature that one KV head never fills, whatever its phi
+        psi = mixed / mixed.sum(-1, keepdims=True) if layer.absorb else np.zeros(mixed.shape)
+        drawn = {
+            "q": gain * rng.normal(size=(*queries, layer.head_dim)),
+            "k": rng.normal(size=(*tokens, layer.head_dim)),
+            "v": rng.normal(size=(*tokens, layer.head_dim)),
+            "psi_k": psi,
+        }
+        return {"log_phi_q": log_phi, **{n: self.rounded(x.astype(np.float32)) for n, x in drawn.items()}}
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Each query puts all its attention on one of the ``reach`` tokens before it or on itself (its logit is
+    +200, every other is -200), so that scores are small integers and tie everywhere, also in float32.
+
+    Positions stay below head_dim. ``blind`` is the share of queries that look at everything alike.
+    """
+
+    reach: int
+    blind: float = 0.0
+
+    def __call__(self, rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> Arrays:
+        drawn = Normal(log_phi=(-60.0, 60.0))(rng, layer, positions)
+        at = positions[:, None, :]
+        for b, t in np.ndindex(positions.shape):
+            drawn["k"][b, :, t] = -1
+            drawn["k"][b, :, t, positions[b, t] % layer.head_dim] = 1
+        target = np.maximum(at - rng.integers(0, self.reach + 1, drawn["q"].shape[:3]), 0)
+        q = np.zeros(drawn["q"].shape, np.float32)
+        np.put_along_axis(q, target[..., None] % layer.head_dim, 200 / layer.scale, -1)
+        q[rng.random(target.shape) < self.blind] = 0
+        return {**drawn, "q": q}
+
+
+def chunk_of(
+    draw: Draw, rng: np.random.Generator, layer: LayerSpec, past: np.ndarray, new: np.ndarray, pad: int
+) -> Arrays:
+    """Inputs of one call beside the state: ``new`` [B] valid tokens, ``pad`` more, all padding NaN."""
+    width = max(1, int(new.max()) + pad)
+    chunk = draw(rng, layer, past[:, None] + np.arange(width))
+    for b, n in enumerate(new):
+        for name in TOKENS:
+            chunk[name][b, :, n:] = np.nan
+    return {**chunk, "past_length": past.astype(np.int32), "new_length": new.astype(np.int32)}
+
+
+def scenario(
+    layer: LayerSpec,
+    lengths: Sequence[Sequence[int]],
+    seed: int,
+    draw: Draw | None = None,
+    reset: dict[int, tuple[int, ...]] | None = None,
+) -> list[Step]:
+    """Steps with ``lengths[step][row]`` new tokens and what the oracle expects of them.
+
+    Data whose evictions hang on less than :data:`FRAGILE` is thrown away: the next seed is taken.
+    """
+    draw, reset, batch = draw or Normal(), reset or {}, len(lengths[0])
+    for attempt in range(100):
+        rng = np.random.default_rng([seed, attempt])
+        oracle, past, steps, fragile = Oracle(layer, batch), np.zeros(batch, int), [], False
+        for i, new in enumerate(np.array(lengths)):
+            for row in reset.get(i, ()):
+                fragile |= oracle.fragile
+                oracle.reset(row)
+                past[row] = 0
+            chunk = chunk_of(draw, rng, layer, past, new, pad=int(rng.integers(0, 2)))
+            steps.append(Step(reset.get(i, ()), chunk, oracle.step(chunk)))
+            past = past + new
+        if not (fragile or oracle.fragile):
+            return steps
+    raise AssertionError("no data without near ties: take smaller chunks or fewer steps")
+
+
+# ------------------------------------------------------------------------------ driving an implementation
+
+
+def play(run: Run, steps: list[Step], empty: list[np.ndarray]) -> Iterator[tuple[Step, Arrays, Arrays]]:
+    """Run the steps from the state ``empty``: (step, state before, outputs). Empty slots stay NaN."""
+    state = [x.copy() for x in empty]
+    for step in steps:
+        for x, fresh in zip(state, empty, strict=True):
+            x[list(step.reset)] = fresh[list(step.reset)]
+        before = dict(zip(STATE, [x.copy() for x in state], strict=True))
+        inputs = [step.inputs[n] for n in TOKENS]
+        outputs = run([*inputs, *state, step.inputs["past_length"], step.inputs["new_length"]])
+        yield step, before, dict(zip(OUTPUTS, outputs, strict=True))
+        state = [x.copy() for x in outputs[1:]]
+        vacant = state[STATE.index("position")] < 0
+        for name, x in zip(STATE, state, strict=True):
+            if name in ("key", "value", "psi", "score"):
+                x[vacant] = np.nan
+
+
+def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
+    """Assert positions, slot contents, zeros and parked rows exactly; relative errors of the rest."""
+    want, new = step.expected, step.inputs["new_length"]
+    np.testing.assert_array_equal(got["position"], want["position"])
+    live = want["position"] >= 0
+    for name in ("key", "value", "psi"):
+        np.testing.assert_array_equal(got[name][live], want[name][live], err_msg=name)
+    assert np.isfinite(got["out"]).all()
+    for b, n in enumerate(new):
+        assert not got["out"][b, :, n:].any(), "an output beyond new_length is not 0"
+        if n == 0:
+            for name in STATE:
+                mask = live[b] if name in ("key", "value", "psi", "score") else ...
+                assert got[name][b][mask].tobytes() == before[name][b][mask].tobytes(), f"parked row: {name}"
+    errors = {}
+    for name in ("out", "score", "h", "z"):
+        mask = live if name == "score" else ...
+        a, b = got[name][mask].astype(np.float64), want[name][mask]
+        assert np.isfinite(a).all(), name
+        errors[name] = float(np.max(np.abs(a - b), initial=0.0) / (np.max(np.abs(b), initial=0.0) or 1.0))
+    return errors
+
+
+def follow(run: Run, steps: list[Step], empty: list[np.ndarray]) -> dict[str, float]:
+    """:func:`compare` along all steps: the largest relative error of out, score, h and z."""
+    worst = dict.fromkeys(("out", "score", "h", "z"), 0.0)
+    for step, before, got in play(run, steps, empty):
+        for name, error in compare(step, before, got).items():
+            worst[name] = max(worst[name], error)
+    return worst

@@ -1,0 +1,385 @@
+"""TensorRT: plans really built by TensorRT-RTX, and the backend's logic against a GPU made of bytes.
+
+No test here needs a GPU; a machine that has one runs :func:`test_on_a_gpu` instead of the driver's absence.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tensorrt_rtx
+from cuda.bindings import runtime as cudart
+
+from less_export import engine
+from less_export.contract import Contract
+from less_export.errors import BackendError, EngineError, UsageError
+from less_export.exporter import onnx_op
+from less_export.runtime import trt_backend
+from less_export.runtime.backend import Backend
+from less_export.runtime.ort_backend import OrtBackend
+from less_export.runtime.trt_backend import TrtBackend, inspect_plan, load_plan
+
+from .trt_support import HEADER, Fake, contract_of, decoder, serialised
+
+HAS_GPU = (cudart.cudaGetDeviceCount()[1] or 0) > 0
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    return folder
+
+
+# ------------------------------------------------------------------ building
+
+
+@pytest.mark.parametrize(("dtype", "chunk", "arch"), [("float16", 4, None), ("bfloat16", 1, "8.9,sm_120")])
+def test_a_plan_is_built(
+    dtype: str, chunk: int, arch: str | None, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract, out, told, configs = contract_of(dtype, chunk), weights.parent / "engine.plan", [], []
+    configure = engine._configure
+    monkeypatch.setattr(engine, "_configure", lambda *a: configs.append(configure(*a)) or configs[-1])
+    model = serialised(decoder(contract, weights))
+    info = engine.build_plan(model, contract, out=out, weights_dir=weights, gpu_arch=arch, progress=told.append)
+    config = configs.pop()
+    assert config.num_optimization_profiles == len(told)
+    assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
+    header = inspect_plan(out)
+    assert (
+        (info.flavour, info.version) == (header.flavour, header.version) == ("tensorrt_rtx", tensorrt_rtx.__version__)
+    )
+    assert info.gpu_arch == (arch and "sm_89,sm_120")
+    # Undocumented, seen in 1.7.1: byte 32 is the set of architectures, one bit each from sm_75 on.
+    assert out.read_bytes()[32] == (0b11000 if arch else 0b1111110)
+    assert info.bytes == header.bytes == out.stat().st_size > (weights / "weights.bin").stat().st_size
+    assert info.layers > 20
+    assert info.seconds > 0
+    both = ["compiling decode (1 of 2)", "compiling prefill (2 of 2)"]
+    assert told == (["compiling decode (1 of 1)"] if chunk == 1 else both)
+    assert sorted(p.name for p in weights.parent.iterdir()) == ["engine.plan", "weights"]
+
+
+def test_profiles_follow_the_contract() -> None:
+    contract = contract_of("float16", chunk=16, max_batch=5)
+    decode, prefill = engine.profiles(contract)
+    assert decode.shapes["input_ids"] == ((1, 1), (5, 1), (5, 1))
+    assert prefill.shapes["input_ids"] == ((1, 1), (5, 16), (5, 16))
+    assert set(decode.shapes) == set(prefill.shapes) == {s.name for s in contract.inputs()}
+    assert prefill.shapes["past.0.key"] == ((1, 2, 6, 8), (5, 2, 6, 8), (5, 2, 6, 8))
+    assert [p.name for p in engine.profiles(contract_of("float16", chunk=1))] == ["decode"]
+
+
+def refuse(
+    weights: Path, model: bytes, contract: Contract, error: type[Exception] = EngineError, **options: Any
+) -> str:
+    """The message of a build that fails, in one line, with the plan of before still there."""
+    out = weights.parent / "engine.plan"
+    out.write_bytes(b"as before")
+    with pytest.raises(error) as caught:
+        engine.build_plan(model, contract, out=out, weights_dir=weights, **options)
+    assert out.read_bytes() == b"as before"
+    assert sorted(p.name for p in weights.parent.iterdir()) == ["engine.plan", "weights"]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_tensorrt_refuses_is_one_line(weights: Path) -> None:
+    contract = contract_of("float16")
+    model = decoder(contract, weights)
+    assert "Failed to parse the ONNX model" in refuse(weights, b"garbage", contract)
+    assert "lacks the tensor input_ids" in refuse(weights, b"", contract)
+    message = refuse(weights, serialised(model), contract_of("float16", capacity=8))
+    assert "past.0.key as float16 [-1, 2, 6, 8] where the contract says float16 ['batch', 2, 8, 8]" in message
+    assert "past.0.key as float16" in refuse(weights, serialised(model), contract_of("bfloat16"))
+    assert "logits" in refuse(weights, serialised(model), Contract(contract.layers, 33, "float16", 4, 3))
+    broken = onnx.load_from_string(serialised(model))
+    next(n for n in broken.graph.node if n.op_type == "Add").op_type = "NoSuchOp"
+    assert "(NoSuchOp)" in refuse(weights, broken.SerializeToString(), contract)
+    (weights / "weights.bin").rename(weights / "moved.bin")
+    assert "weights.bin" in refuse(weights, serialised(model), contract)
+    (weights / "moved.bin").rename(weights / "weights.bin")
+    onnx_op.strip_bodies(model)
+    assert "(LessAttention, which has no body inside)" in refuse(weights, serialised(model), contract)
+
+
+def test_ctrl_c_and_a_full_disk_leave_nothing(weights: Path) -> None:
+    contract = contract_of("float16", chunk=1)
+    model = serialised(decoder(contract, weights))
+
+    def cancel(words: str) -> None:
+        raise ValueError(words)
+
+    def interrupt(words: str) -> None:  # while TensorRT compiles
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    for progress, error in ((cancel, ValueError), (interrupt, KeyboardInterrupt)):
+        with pytest.raises(error):
+            engine.build_plan(model, contract, out=weights.parent / "x.plan", weights_dir=weights, progress=progress)
+        assert [p.name for p in weights.parent.iterdir()] == ["weights"]
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert "cannot write" in refuse(weights, model, contract)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_names_inside_functions_are_their_own(weights: Path) -> None:
+    """TensorRT-RTX 1.7.1 gives a Constant of the graph the value of a function's Constant of the same name."""
+    contract = contract_of("float16")
+    contract = Contract(contract.layers[:1] * 4, 32, "float16", 4, 3)
+    model = onnx.load_from_string(serialised(decoder(contract, weights)))
+    outside = {o for n in model.graph.node for o in n.output}
+    inside = {o for n in model.functions[0].node for o in n.output} - {*model.functions[0].output}
+    assert len(inside) > 50
+    assert not outside & inside
+    assert all(name.startswith(model.functions[0].overload + ".") for name in inside)
+    wrong = Contract(contract.layers, 33, "float16", 4, 3)
+    assert "logits as float32" in refuse(weights, model.SerializeToString(), wrong)  # parsed, then refused
+
+
+def test_topk_limits_the_budget(weights: Path) -> None:
+    message = refuse(weights, b"", contract_of("float16", capacity=4000))
+    assert message.startswith("layer 0 keeps 4000 tokens with h2o")
+    assert "3840" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        (None, ()),
+        ("all", ()),
+        ("sm_89", ("sm_89",)),
+        ("89", ("sm_89",)),
+        ("8.9", ("sm_89",)),
+        ("SM120", ("sm_120",)),
+        ("12.1, sm_86,86", ("sm_121", "sm_86")),
+    ],
+)
+def test_architectures(text: str | None, parsed: tuple[str, ...]) -> None:
+    assert engine.parse_gpu_arch(engine.flavour("tensorrt_rtx"), text) == parsed
+
+
+@pytest.mark.parametrize("text", ["", "sm_90", "sm_75", "ada", "8.9.1", "89,", "current", "all,sm_89"])
+def test_unsupported_architectures_are_listed(text: str) -> None:
+    with pytest.raises(UsageError, match="choose from sm_80, sm_86, sm_89, sm_120, sm_121"):
+        engine.parse_gpu_arch(engine.flavour("tensorrt_rtx"), text)
+
+
+# ------------------------------------------------------------------ flavours
+
+
+def test_full_tensorrt_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine.flavour().name == "tensorrt_rtx" or "tensorrt" in sys.modules
+    full = types.ModuleType("tensorrt")
+    monkeypatch.setitem(sys.modules, "tensorrt", full)
+    assert engine.flavour().name == "tensorrt_rtx"  # an empty folder called tensorrt
+    full.Builder, full.__version__ = object, "10.14.1"  # type: ignore[attr-defined]
+    chosen = engine.flavour()
+    assert (chosen.name, chosen.label) == ("tensorrt", "TensorRT 10.14.1")
+    assert engine.flavour("tensorrt_rtx").module is tensorrt_rtx
+    assert engine.parse_gpu_arch(chosen, None) == ()
+    with pytest.raises(UsageError, match="builds for the GPU of this machine: leave --gpu-arch out"):
+        engine.parse_gpu_arch(chosen, "sm_89")
+
+
+def test_missing_and_broken_installations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(EngineError, match=r"less-export\[trt\].*less-export\[trt-rtx\]"):
+        engine.flavour()
+    with pytest.raises(EngineError, match=r"needs TensorRT-RTX, which is not here: pip install 'less-export\[trt-rtx"):
+        engine.flavour("tensorrt_rtx")
+    monkeypatch.delitem(sys.modules, "tensorrt")
+    (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: not found')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EngineError, match=r"tensorrt is installed but does not load: libnvinfer.so.10"):
+        engine.flavour()
+
+
+def test_loading_needs_no_torch() -> None:
+    code = (
+        "import sys, less_export.runtime.trt_backend; print([m for m in ('torch', 'onnx', 'cuda') if m in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+# ------------------------------------------------------------------ plans on disk
+
+
+def test_headers_are_read_without_tensorrt(tmp_path: Path) -> None:
+    plan = tmp_path / "engine.plan"
+    with pytest.raises(EngineError, match=r"cannot read the plan .*engine.plan: No such file"):
+        inspect_plan(plan)
+    for content in (b"", b"vtrt", b"onnx" + bytes(100)):
+        plan.write_bytes(content)
+        with pytest.raises(EngineError, match="is no TensorRT plan: build it again"):
+            inspect_plan(plan)
+    plan.write_bytes(HEADER(b"vtrt", 100, 1, 7, 1, 116).ljust(99))
+    with pytest.raises(EngineError, match="99 bytes instead of 100"):
+        inspect_plan(plan)
+    plan.write_bytes(HEADER(b"ftrt", 0, 10, 14, 1, 48).ljust(99))
+    assert inspect_plan(plan) == trt_backend.PlanHeader("tensorrt", "10.14.1.48", 99)
+    with pytest.raises(EngineError, match=r"needs TensorRT, which is not here: pip install 'less-export\[trt\]'"):
+        load_plan(plan, contract_of("float32"))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a GPU: test_on_a_gpu runs")
+def test_without_a_driver(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract, plan = contract_of("float16", chunk=1), weights.parent / "engine.plan"
+    monkeypatch.delattr(tensorrt_rtx.Builder, "build_serialized_network_to_stream")  # as in older TensorRT
+    engine.build_plan(serialised(decoder(contract, weights)), contract, out=plan, weights_dir=weights)
+    with pytest.raises(BackendError, match=r"^no CUDA driver: run this where nvidia-smi lists a GPU"):
+        TrtBackend(contract, plan)
+    with pytest.raises(EngineError, match=r"cannot load .*engine.plan: no CUDA driver, or none recent enough"):
+        load_plan(plan, contract)
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_on_a_gpu(weights: Path) -> None:
+    contract, plan = contract_of("float32"), weights.parent / "engine.plan"
+    model = serialised(decoder(contract, weights))
+    (weights / "model.onnx").write_bytes(model)
+    engine.build_plan(model, contract, out=plan, weights_dir=weights)
+    for (name, got), (_, wanted) in zip(
+        play(TrtBackend(contract, plan)), play(OrtBackend(contract, weights / "model.onnx")), strict=True
+    ):
+        if not any(kind in name for kind in ("key", "value", "psi", "score")):  # empty slots hold anything
+            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_cuda_bindings_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    with pytest.raises(BackendError, match=r"needs cuda-bindings .*pip install 'less-export\[trt\]'"):
+        TrtBackend(contract_of("float16"), tmp_path / "engine.plan")
+
+
+# ------------------------------------------------------------------ the backend on a GPU made of bytes
+
+
+def play(backend: Backend) -> Iterator[tuple[str, np.ndarray]]:
+    """Ragged prefill, decode, parked, reset and copied rows, reopening; every result on the way."""
+    random = np.random.default_rng(1)
+    with backend:
+        for rows in (3, 2):
+            backend.open(rows)
+            for step in range(12):
+                chunk = 1 if step % 3 == 2 else int(random.integers(1, 5))
+                if step == 5:
+                    backend.reset_rows([1])
+                if step == 7:
+                    backend.copy_row(1, 0)
+                new = random.integers(0, chunk + 1, rows)
+                logits = backend.step(random.integers(0, 32, (rows, chunk)), new)
+                yield f"logits {step}", logits[new > 0]
+                for row in range(rows):
+                    yield from ((f"{n} {step}", x) for n, x in backend.read_row(row).tensors.items())
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_backend_keeps_the_state(in_place: bool, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract, path = contract_of("float32"), weights / "model.onnx"
+    path.write_bytes(serialised(decoder(contract, weights)))
+    session = onnxruntime.InferenceSession(str(path))
+    fake = Fake(contract, weights, monkeypatch, lambda feed: session.run(None, feed))
+    assert fake.engine is not None
+    fake.engine.in_place = in_place
+    results = zip(play(fake.backend()), play(OrtBackend(contract, path)), strict=True)
+    for count, ((name, got), (_, wanted)) in enumerate(results):  # noqa: B007
+        np.testing.assert_array_equal(got, wanted, name)
+    assert count > 500
+    assert set(fake.engine.used) == {0, 1}
+    assert not fake.cuda.memory  # all given back
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_backend_allocates_once(in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = contract_of("bfloat16")
+    outputs = contract.outputs()
+
+    def graph(feed: dict[str, Any]) -> list[Any]:  # adds one to the bits of everything
+        return [np.zeros(outputs[0].sized(2), np.float32), *(feed[s.past.name] + 1 for s in contract.state())]
+
+    fake = Fake(contract, tmp_path, monkeypatch, graph)
+    assert fake.engine is not None
+    fake.engine.in_place = in_place
+    backend = fake.backend()
+    backend.open(2)
+    held = dict(fake.cuda.memory)
+    state = sum(len(m) for m in held.values()) - 2 * (4 * 8 + 4 + 4 + 32 * 4)
+    assert state == 2 * contract.state_bytes() * (1 if in_place else 2)
+    before = backend.read_row(1)
+    for _ in range(3):
+        backend.step([[1, 2], [3, 4]])
+    assert [*fake.cuda.memory] == [*held]
+    after = backend.read_row(1)
+    assert (before.length, after.length) == (0, 6)
+    for name, tensor in after.tensors.items():
+        np.testing.assert_array_equal(tensor, before.tensors[name] + 3)
+    backend.write_row(0, before)
+    np.testing.assert_array_equal(backend.read_row(0).tensors["past.0.key"], before.tensors["past.0.key"])
+    np.testing.assert_array_equal(backend.read_row(1).tensors["past.0.key"], after.tensors["past.0.key"])
+    backend.close()
+    assert not fake.cuda.memory
+    backend.open(1)
+    del backend  # without closing it
+    assert not fake.cuda.memory
+
+
+def test_what_the_backend_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract = contract_of("float16")
+    fake = Fake(contract, tmp_path, monkeypatch, lambda feed: [])
+    loaded = fake.engine
+    assert loaded is not None
+
+    def refused(error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            fake.backend().open(3)
+
+    fake.cuda.room = 5_000
+    refused(BackendError, r"no room on the GPU for 3 rows of 0\.0 MB: .*cudaMalloc failed on the GPU: error 2")
+    assert fake.cuda.room == 5_000
+    fake.cuda.room = 1 << 30
+    loaded.num_optimization_profiles = 1
+    refused(EngineError, "the plan has 1 profiles instead of 2: build it again")
+    loaded.num_optimization_profiles = 2
+    loaded.contract = contract_of("float16", max_batch=2)
+    refused(EngineError, r"decode profile takes input_ids from \[1, 1\] to \[2, 1\], the contract needs .* to \[3, 1\]")
+    loaded.contract = contract
+    loaded.specs["logits"] = contract_of("bfloat16").state().__next__().past
+    refused(EngineError, "the plan has logits as bfloat16")
+    fake.engine, fake.errors = None, ["IRuntime::deserializeCudaEngine: wrong version In f at /_src/a.cpp:12"]
+    refused(
+        EngineError, r"RTX 1\.7\.1\.116 cannot load .*: version 1\.7\.0\.5 built it: .*\(IRuntime.*wrong version\)$"
+    )
+    fake.cuda.devices, fake.cuda.version = (35, 0), 12040
+    refused(BackendError, "the driver knows CUDA up to 12.4, cuda-bindings is for 13.5: update the driver")
+    fake.cuda.devices, fake.cuda.version = (100, 0), 13050
+    refused(BackendError, r"no CUDA GPU \(error 100\)")
+
+
+def test_a_failed_step_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(contract_of("float16"), tmp_path, monkeypatch, lambda feed: [])
+    backend = fake.backend()
+    backend.open(1)
+    backend._contexts[0].works = False
+    with pytest.raises(BackendError, match=r"TensorRT-RTX 1.7.1.116 cannot run this step: it gave no reason"):
+        backend.step([[1]])
+    assert backend.past_length[0] == 0

@@ -1,0 +1,280 @@
+"""For TensorRT's tests: a tiny decoder with its weights in a file of their own, and a GPU made of bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import itertools
+import math
+import struct
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from less_export import engine
+from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy
+from less_export.exporter import onnx_op
+from less_export.runtime import trt_backend
+from less_export.runtime.backend import numpy_dtype
+from less_export.runtime.trt_backend import TrtBackend
+
+NUMPY = {
+    "float32": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "int32": np.int32,
+    "int64": np.int64,
+}
+
+
+def contract_of(dtype: str, chunk: int = 4, max_batch: int = 3, capacity: int = 6) -> Contract:
+    heavy = capacity // 2
+    h2o = LayerSpec(4, 2, 8, 0.35, Policy.H2O, heavy, capacity - heavy, 0, True, capacity, 4)
+    window = LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 5, 5, False, 5, 1)
+    return Contract((h2o, window), vocab_size=32, dtype=dtype, chunk=chunk, max_batch=max_batch)
+
+
+def decoder(contract: Contract, folder: Path) -> ir.Model:
+    """Embedding, attention layers, head; the weights in ``folder``/weights.bin."""
+    kinds = {n: ir.DataType.from_numpy(np.dtype(t)) for n, t in NUMPY.items()}
+    op, random, blob = onnx_op._Nodes(), np.random.default_rng(0), bytearray()
+    initializers: list[ir.Value] = []
+
+    def weight(*shape: int, scale: float = 1.0) -> ir.Value:
+        data = (random.standard_normal(shape) * scale / math.sqrt(shape[0])).astype(NUMPY[contract.dtype])
+        name, kind = f"w{len(initializers)}", kinds[contract.dtype]
+        where = {"location": "weights.bin", "offset": len(blob), "length": data.nbytes}
+        tensor = ir.ExternalTensor(**where, dtype=kind, shape=ir.Shape(shape), name=name, base_dir=folder)
+        blob.extend(data.tobytes())
+        initializers.append(ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(kind)))
+        return initializers[-1]
+
+    def values(specs: Any) -> list[ir.Value]:
+        return [ir.Value(name=s.name, shape=ir.Shape(s.shape), type=ir.TensorType(kinds[s.dtype])) for s in specs]
+
+    inputs = values(contract.inputs())
+    ids, *lengths = inputs[:3]
+    past, presents = iter(inputs[3:]), []
+    width = contract.layers[0].query_heads * contract.layers[0].head_dim
+    x = op.Gather(weight(contract.vocab_size, width, scale=5.0), ids)
+    for layer in contract.layers:
+
+        def heads(count: int, x: ir.Value = x, layer: LayerSpec = layer) -> ir.Value:
+            flat = op.MatMul(x, weight(width, count * layer.head_dim))
+            return op.Transpose(op.Reshape(flat, op.ints(0, 0, count, layer.head_dim)), perm=[0, 2, 1, 3])
+
+        q, k, v = heads(layer.query_heads), heads(layer.kv_heads), heads(layer.kv_heads)
+        log_phi = op.to_f32(op.MatMul(q, weight(layer.head_dim, layer.rank)))
+        psi = op.MatMul(k, weight(layer.head_dim, layer.rank, scale=float(layer.absorb)))
+        psi = op.Softmax(psi, axis=-1) if layer.absorb else psi
+        out, *present = op.op_multi_out(
+            OP_NAME,
+            [q, k, v, log_phi, psi, *itertools.islice(past, 7), *lengths],
+            layer.attributes(),
+            num_outputs=8,
+            domain=OP_DOMAIN,
+        )
+        presents += present
+        out = op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), op.ints(0, 0, width))
+        x = op.Add(x, op.MatMul(out, weight(width, width)))
+    last = op.Max(op.Sub(op.Cast(lengths[1], to=ir.DataType.INT64), op.ints(1)), op.ints(0))
+    x = op.GatherND(x, op.Reshape(last, op.ints(-1, 1, 1)), batch_dims=1)
+    outputs = [op.to_f32(op.MatMul(x, weight(width, contract.vocab_size))), *presents]
+    for value, declared in zip(outputs, values(contract.outputs()), strict=True):
+        value.name, value.shape, value.type = declared.name, declared.shape, declared.type
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=op.nodes,
+        initializers=initializers,
+        name="decoder",
+        opset_imports={"": onnx_op.OPSET, OP_DOMAIN: OP_VERSION},
+    )
+    (folder / "weights.bin").write_bytes(blob)
+    model = ir.Model(graph, ir_version=10)
+    onnx_op.add_bodies(model)
+    return model
+
+
+def serialised(model: ir.Model) -> bytes:
+    return ir.to_proto(model).SerializeToString()
+
+
+HEADER = struct.Struct("<4s12xQ4B").pack
+
+
+class FakeCuda:
+    """The calls of cuda-bindings that the backend makes. The stream runs when it is waited for."""
+
+    cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+
+    def __init__(self) -> None:
+        self.memory: dict[int, np.ndarray] = {}
+        self.stream: list[Callable[[], None]] = []
+        self.room, self.next, self.version, self.devices = 1 << 30, 1 << 44, 13050, (0, 1)
+
+    def cudaGetDeviceCount(self) -> tuple[int, int]:
+        return self.devices
+
+    def cudaDriverGetVersion(self) -> tuple[int, int]:
+        return 0, self.version
+
+    def cudaRuntimeGetVersion(self) -> tuple[int, int]:
+        return 0, 13050
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
+        return 0, f"error {error}".encode()
+
+    def cudaStreamCreate(self) -> tuple[int, int]:
+        return 0, 77
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
+        return (0,)
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
+        if size > self.room:
+            return 2, 0
+        self.room -= size
+        self.next += 1 << 20
+        self.memory[self.next] = np.full(size, 0xA5, np.uint8)
+        return 0, self.next
+
+    def cudaFree(self, address: int) -> tuple[int]:
+        self.room += len(self.memory.pop(address))
+        return (0,)
+
+    def at(self, address: int, size: int) -> np.ndarray:
+        """Device memory; an address outside of what is allocated is a bug."""
+        base = max(a for a in self.memory if a <= address)
+        view = self.memory[base][address - base :][:size]
+        assert len(view) == size, "outside the allocation"
+        return view
+
+    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
+        assert stream == 77
+        host, device = (source, target) if kind == "up" else (target, source)
+        data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
+        view = self.at(device, size)
+        self.stream.append(lambda: np.copyto(*((view, data) if kind == "up" else (data, view))))
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        while self.stream:
+            self.stream.pop(0)()
+        return (0,)
+
+
+class FakeEngine:
+    """An engine and its execution contexts: ``graph`` maps inputs to outputs by name."""
+
+    def __init__(self, contract: Contract, cuda: FakeCuda, graph: Callable[[dict[str, Any]], list[Any]]) -> None:
+        self.contract, self.cuda, self.graph, self.in_place = contract, cuda, graph, False
+        self.specs = {s.name: s for s in (*contract.inputs(), *contract.outputs())}
+        self.num_io_tensors = len(self.specs)
+        self.num_optimization_profiles = len(engine.profiles(contract))
+        self.used: list[int] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return [*self.specs][index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "in" if name in {s.name for s in self.contract.inputs()} else "out"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return types.SimpleNamespace(name={v: k for k, v in engine._DTYPES.items()}[self.specs[name].dtype])
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.specs[name].sized(-1, -1)
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> Any:
+        return engine.profiles(self.contract)[index].shapes[name]
+
+    def get_aliased_input_tensor(self, name: str) -> str | None:
+        return name.replace("present", "past") if self.in_place and "present" in name else None
+
+    def create_execution_context(self, strategy: str) -> FakeContext:
+        assert strategy == "on profile change"
+        return FakeContext(self)
+
+
+class FakeContext:
+    def __init__(self, owner: FakeEngine) -> None:
+        self.owner, self.profile, self.works = owner, -1, True
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        self.profile = index
+        return stream == 77
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        low, _, high = self.owner.get_tensor_profile_shape(name, self.profile)
+        return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.owner.specs[name].sized(*self.shapes["input_ids"])
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return name in self.owner.specs
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.owner.cuda.stream.append(lambda at=dict(self.addresses): self.run(at))
+        self.owner.used.append(self.profile)
+        return self.works and stream == 77
+
+    def run(self, at: dict[str, int]) -> None:
+        owner = self.owner
+
+        def tensor(name: str) -> np.ndarray:
+            kind, shape = numpy_dtype(owner.specs[name].dtype), self.get_tensor_shape(name)
+            return owner.cuda.at(at[name], math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
+
+        given = [s.name for s in owner.contract.inputs()]
+        for spec in owner.contract.outputs():
+            alias = owner.get_aliased_input_tensor(spec.name)
+            assert [n for n in given if at[n] == at[spec.name]] == ([alias] if alias else [])
+        results = owner.graph({n: tensor(n).copy() for n in given})
+        for spec, result in zip(owner.contract.outputs(), results, strict=True):
+            tensor(spec.name)[...] = result
+
+
+class Fake:
+    """A plan of ``contract`` whose engine runs ``graph``, and the machine to run it on."""
+
+    def __init__(self, contract: Contract, folder: Path, patch: pytest.MonkeyPatch, graph: Any) -> None:
+        self.contract, self.cuda = contract, FakeCuda()
+        self.engine: FakeEngine | None = FakeEngine(contract, self.cuda, graph)
+        self.errors: list[str] = []
+        self.plan = folder / "engine.plan"
+        self.plan.write_bytes(HEADER(b"vtrt", 99, 1, 7, 0, 5).ljust(99))
+        severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
+        module = types.ModuleType("tensorrt_rtx")
+        module.__dict__.update(
+            __version__="1.7.1.116",
+            Builder=object,
+            ILogger=type("ILogger", (), {"Severity": severity}),
+            TensorIOMode=types.SimpleNamespace(INPUT="in", OUTPUT="out"),
+            ExecutionContextAllocationStrategy=types.SimpleNamespace(ON_PROFILE_CHANGE="on profile change"),
+            Runtime=lambda log: types.SimpleNamespace(deserialize_cuda_engine=lambda data: self.load(log, data)),
+        )
+        self.error = lambda log, text: log.log(severity.ERROR, text)
+        patch.setitem(sys.modules, "tensorrt_rtx", module)
+        patch.setattr(trt_backend, "_cuda", lambda: self.cuda)
+
+    def load(self, log: Any, data: Any) -> FakeEngine | None:
+        assert len(data) == 99
+        for text in self.errors:
+            self.error(log, text)
+        return self.engine
+
+    def backend(self) -> TrtBackend:
+        return TrtBackend(self.contract, self.plan)
