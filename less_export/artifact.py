@@ -25,6 +25,20 @@ ARTIFACT_FILES = {"ort": "model.onnx", "trt": "model.trt.onnx", "plan": "engine.
 KERNELS = "kernels.safetensors"
 TOKENIZER = "tokenizer.json"
 CONVERTED_WEIGHTS = "converted.safetensors"
+#: Suffixes of a bundle that is one artifact with companions.
+SINGLE_SUFFIXES = (".onnx", ".plan", ".engine")
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is a manifest of ours, be it damaged."""
+    return path.is_file() and b'"manifest_sha256"' in path.read_bytes()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Names in a folder that no bundle has there: replacing the folder would lose them."""
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    known = {MANIFEST, KERNELS, TOKENIZER, *ARTIFACT_FILES.values()} if is_manifest(folder / MANIFEST) else set()
+    return [n for n in names if not (n in known or (known and n.endswith(".safetensors")))]
 
 
 @dataclass(frozen=True)
@@ -221,7 +235,7 @@ class Bundle:
     def _problems(self, full: bool) -> Iterator[str]:
         m = self.manifest
         hashed = [(a.file, a.sha256) for a in m.artifacts]
-        hashed += [(x.file, x.sha256) for x in (m.tokenizer, m.kernels) if x is not None]
+        hashed += [(x.file, x.sha256) for x in (m.tokenizer, m.kernels) if x is not None and x.file]
         for file, expected in hashed:
             if not self.path(file).is_file():
                 yield f"{file} is missing from the bundle"

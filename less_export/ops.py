@@ -139,8 +139,8 @@ def less_attention(
     end = (past_length + new_length)[:, None, None]
     live = held
     if window:
-        # The newest `window` tokens; an absorbing layer lets go as soon as the next query is blind to one.
-        live = held & (position >= end - window + absorb)
+        # A sliding layer keeps its newest `window`; a compressed one lets go of what the next query is blind to.
+        live = held & (position >= end - window + int(policy != Policy.WINDOW))
     kept = rules.keep(Candidates(live, position, score, end), heavy, recent)
     if policy == Policy.FULL and bool((kept.sum(-1) > slots).any()):
         raise BackendError(f"policy full holds {slots} tokens and was fed more: export with a larger --context")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,32 +33,49 @@ class ModelSource:
     recipe: recipes.Recipe | None = None
 
     def _arguments(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf.name} if self.gguf else {}
+        # Code that a checkpoint brings along is neither run nor asked about.
+        return {"trust_remote_code": False, **({"gguf_file": self.gguf.name} if self.gguf else {})}
 
     def config(self) -> Any:
         """The Hugging Face configuration; raises :class:`ModelError`."""
-        with _explained(self):
+        with _explained(self, "configuration"):
             return AutoConfig.from_pretrained(self.folder, **self._arguments())
 
     def load(self, dtype: torch.dtype | str, config: Any = None) -> PreTrainedModel:
-        """The model with its weights in memory (GGUF is dequantised); raises :class:`ModelError`."""
+        """The model with its weights in memory (GGUF is dequantised).
+
+        Raises:
+            ModelError: unreadable, or weights are missing (transformers would make them up).
+        """
         extra = {} if config is None else {"config": config}
-        with _explained(self):
-            return AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=dtype, attn_implementation="eager", **self._arguments(), **extra
-            ).eval()
+        with _explained(self, "weights"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=dtype,
+                attn_implementation="eager",
+                output_loading_info=True,
+                **self._arguments(),
+                **extra,
+            )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"{self.gguf or self.folder} lacks {missing[0]} (and {len(missing) - 1} more): "
+                "weights and config belong to different models"
+            )
+        return model.eval()
 
     def tokenizer(self) -> Any | None:
         """The tokenizer, or None where the model ships none."""
         files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
         if self.gguf is None and not any((self.folder / f).exists() for f in files):
             return None
-        with _explained(self):
+        with _explained(self, "tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
 
 
 @contextlib.contextmanager
-def _explained(source: ModelSource) -> Iterator[None]:
+def _explained(source: ModelSource, what: str) -> Iterator[None]:
     """Turn what transformers raises for an unreadable model into one line, and keep its bars to itself."""
     bars = hf_logging.is_progress_bar_enabled()
     level = hf_logging.get_verbosity()
@@ -66,9 +84,9 @@ def _explained(source: ModelSource) -> Iterator[None]:
     try:
         with _one_gguf_reader() if source.gguf else contextlib.nullcontext():
             yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, NotImplementedError, IndexError) as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise ModelError(f"cannot read {source.gguf or source.folder}: {reason}") from e
+    except Exception as error:  # what transformers raises for damaged files shares no base class
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise ModelError(f"cannot read the {what} of {source.gguf or source.folder}: {reason}") from error
     finally:
         hf_logging.set_verbosity(level)
         if bars:
@@ -116,7 +134,12 @@ def resolve(model: str) -> ModelSource:
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path} does not exist: give the path of a GGUF file")
-        if path.open("rb").read(4) != b"GGUF":
+        try:
+            with open(path, "rb") as file:
+                magic = file.read(4)
+        except OSError as error:
+            raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+        if magic != b"GGUF":
             raise ModelError(f"{path} is not a GGUF file (its first bytes are not GGUF)")
         return ModelSource(path.stem, path.parent, path)
     if path.is_dir():
@@ -158,9 +181,14 @@ def _download(hub_id: str) -> Path:
         raise ModelError(
             f"{hub_id} is not on the hub, or private: check the id, run `hf auth login`, or give a local folder"
         ) from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except errors.LocalEntryNotFoundError:
         raise ModelError(
-            f"the weights of {hub_id} cannot be downloaded and are not in the cache ({type(error).__name__}: "
-            f"{reason[:120]}): check the network, or give a local checkpoint folder as MODEL"
+            f"the weights of {hub_id} are not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): "
+            "check the network, or give a local checkpoint folder as MODEL"
+        ) from None
+    except Exception as error:  # what the hub, the network and the disk raise shares no base class
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
+        raise ModelError(
+            f"the weights of {hub_id} cannot be downloaded ({reason}): check the network and the disk, "
+            "or give a local checkpoint folder as MODEL"
         ) from error

@@ -103,7 +103,7 @@ def _sdpa_route(model: nn.Module) -> Iterator[None]:
         options = {"is_causal": is_causal} if attn_mask is None else {}
         return mine(AttentionCall(layer, None, query, k, v, attn_mask, scale, options))
 
-    F.scaled_dot_product_attention = attention
+    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -168,8 +168,8 @@ def less_attention(
     configs = _configs(model)
     before = [(c, c._attn_implementation_internal) for c in configs]
     token = _handler.set(handler)
-    route = contextlib.nullcontext() if on_interface(model) else _sdpa_route(model)
     try:
+        route = contextlib.nullcontext() if on_interface(model) else _sdpa_route(model)
         for config in configs:
             config._attn_implementation_internal = "less" if on_interface(model) else "sdpa"
         with _masks(model, make_mask), route, _experts_in_one_matmul(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
@@ -26,12 +26,15 @@ VARIANTS = {
     "h2o": layer_of("h2o", 4, 3),
     "h2o sparse": layer_of("h2o", 4, 3, absorb=False),
     "h2o sliding": layer_of("h2o", 3, 3, window=11),
+    "h2o sparse sliding": layer_of("h2o", 3, 3, window=11, absorb=False),
     "tova": layer_of("tova", 6, 1),
     "tova sparse": layer_of("tova", 6, 1, absorb=False),
     "tova sliding": layer_of("tova", 6, 1, window=9),
+    "tova sparse sliding": layer_of("tova", 6, 1, window=9, absorb=False),
     "sink": layer_of("sink", 2, 5),
     "sink sparse": layer_of("sink", 2, 5, absorb=False),
     "sink sliding": layer_of("sink", 2, 5, window=10),
+    "sink sparse sliding": layer_of("sink", 2, 5, window=10, absorb=False),
     "window": layer_of("window", 0, 7, window=7),
     "full": layer_of("full", 0, 90),
 }
@@ -50,6 +53,15 @@ MIXED = [(5, 3, 0), (1, 1, 1), (1, 0, 1), (17, 2, 9), (0, 6, 1), (0, 0, 0), (1, 
 DECODE = [(1, 1, 0), (1, 1, 1), (1, 0, 1)] * 6 + [(1, 1, 1)] * 6
 #: Row 1 starts over with a chunk, later row 2 does while it is parked.
 RESETS = {4: (1,), 5: (2,)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors: on a busy machine torch's threads spin ten times longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def shaped(layer: LayerSpec, heads: tuple[int, int]) -> LayerSpec:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -24,9 +26,9 @@ from .._version import __version__
 from ..artifact import Artifact, KernelFacts, Layout, Manifest, TokenizerFacts, WeightFile
 from ..config import DEFAULT_CHUNK, ExportConfig, default_context, plan_layers
 from ..contract import Contract, Policy
-from ..errors import LessExportError, UsageError
+from ..errors import LessExportError, UnsupportedModelError, UsageError
 from ..feature_maps import Heads, Kernels
-from ..files import link_or_copy, scratch_folder, sha256
+from ..files import link_or_copy, publish, scratch_folder, sha256
 from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
 from . import onnx_op, weights
@@ -49,6 +51,7 @@ class _Job:
     tensors: dict[str, weights.StoredTensor]
     model_facts: dict[str, Any]
     position_limit: int | None
+    tokenizer: Any = None
 
     def contract(self, dtype: str) -> Contract:
         text = self.hf_config.get_text_config()
@@ -96,12 +99,11 @@ def export(
         engine.parse_gpu_arch(flavour, config.gpu_arch)
     elif config.gpu_arch is not None:
         raise UsageError("--gpu-arch is for engines: add --engine, or --out x.plan")
-    progress(f"finding {model}")
     source = resolve(model)
     config = config.with_defaults(source.recipe.options() if source.recipe else {})
     destination = layout.folder if layout.stem is None else layout.folder / str(layout.artifact)
-    with scratch_folder(destination) as scratch:
-        try:
+    try:
+        with scratch_folder(destination) as scratch:
             job = _prepare(source, config, kinds, scratch, progress)
             if config.validate:
                 progress("checking the export on two layers of each kind against Hugging Face")
@@ -110,16 +112,21 @@ def export(
             (scratch / layout.manifest).write_bytes(manifest.dump())
             progress("renaming")
             _publish(scratch, layout, {layout.manifest, *_files_of(manifest)})
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
     return destination
 
 
 def _plan_files(out: str | Path, config: ExportConfig, engine_plan: bool) -> tuple[Layout, list[str]]:
     """Layout of the output and the artifacts to make, refused early when they contradict each other."""
     layout = Layout.of(out)
+    described = layout.folder / layout.manifest
+    if described.exists() and not artifact.is_manifest(described):
+        raise UsageError(f"--out {out} would replace {described}, which is not of a bundle: choose another name")
     if layout.stem is None:
+        if Path(out).suffix in artifact.SINGLE_SUFFIXES and not Path(out).is_dir():
+            raise UsageError(f"--out {out} lies in a bundle: give the bundle's folder, or a name outside of it")
         target = config.target or "ort"
         kinds = {"ort": ["ort"], "trt": ["trt"], "both": ["ort", "trt"]}[target]
         if engine_plan:
@@ -127,10 +134,15 @@ def _plan_files(out: str | Path, config: ExportConfig, engine_plan: bool) -> tup
                 raise UsageError("--engine needs --target trt or both")
             kinds = [*kinds, "plan"]
         folder = layout.folder
+        if not folder.name:
+            raise UsageError(f"--out '{out}' names no folder of its own: give it a name")
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--out {folder} is a file: give a folder, x.onnx or x.plan")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / artifact.MANIFEST).exists():
-            raise UsageError(f"--out {folder} holds something else than a bundle: give an empty or new folder")
+        foreign = artifact.foreign_files(folder)
+        if foreign:
+            raise UsageError(
+                f"--out {folder} holds {foreign[0]}, which is not of a bundle: give an empty or new folder"
+            )
         return layout, kinds
     if (layout.folder / str(layout.artifact)).is_dir():
         raise UsageError(f"--out {out} is a folder: give a name without .onnx or .plan for a bundle")
@@ -148,7 +160,11 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     hf_config = source.config()
     text = hf_config.get_text_config()
     _cut_layers(text, config.num_hidden_layers)
-    bare = weights.bare_model(hf_config, torch.float32)
+    try:
+        bare = weights.bare_model(hf_config, torch.float32)
+    except Exception as error:  # whatever a model's constructor makes of a config
+        reason = textwrap.shorten(str(error), 160) or type(error).__name__
+        raise UnsupportedModelError(f"transformers makes no decoder of this config.json: {reason}") from error
     layers = discover(bare)
     heads = [Heads(x.query_heads, x.kv_heads, x.head_dim) for x in layers]
     kernels = Kernels({}, {})
@@ -162,10 +178,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     contracts = {k: job.contract(_compute_dtype(k, job)) for k in kinds}
     if "plan" in contracts:
         engine.check_limits(contracts["plan"])
-    if not kernels.layers and Policy.parse(config.policy or "h2o") is not Policy.FULL:
-        warnings.warn(
-            "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
-        )
+    job.tokenizer = source.tokenizer()
     if source.gguf is not None:
         progress("dequantising the GGUF weights")
         files = [_convert(source, hf_config, bare, None, _stored_dtype(job), scratch)]
@@ -189,6 +202,10 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         "config": json.loads(json.dumps(hf_config.to_dict(), default=str)),
         "max_position_embeddings": getattr(text, "max_position_embeddings", None),
     }
+    if not kernels.layers and Policy.parse(config.policy or "h2o") is not Policy.FULL:
+        warnings.warn(
+            "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
+        )
     return job
 
 
@@ -346,12 +363,12 @@ def _place_kernels(job: _Job, layout: Layout, scratch: Path) -> KernelFacts | No
 
 
 def _place_tokenizer(job: _Job, layout: Layout, scratch: Path) -> TokenizerFacts | None:
-    tokenizer = job.source.tokenizer()
+    tokenizer = job.tokenizer
     if tokenizer is None or getattr(tokenizer, "backend_tokenizer", None) is None:
         warnings.warn("the model ships no tokenizer: generate will take token ids only", stacklevel=2)
         return None
     path = scratch / layout.companion(artifact.TOKENIZER)
-    tokenizer.backend_tokenizer.save(str(path))
+    path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
     probe = "Hello"
     adds = tokenizer(probe).input_ids[:1] == [tokenizer.bos_token_id]
     eos = _eos_ids(job, tokenizer)
@@ -396,18 +413,8 @@ def _publish(scratch: Path, layout: Layout, files: set[str]) -> None:
         if path.name not in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     os.chmod(scratch, 0o755)
-    if layout.stem is not None:
-        for name in sorted(files, key=lambda n: n == layout.manifest):  # the manifest last
-            os.replace(scratch / name, layout.folder / name)
-        return
-    target = layout.folder
-    old = scratch.with_name(scratch.name + ".old")
-    if target.exists():
-        os.replace(target, old)
-    try:
-        os.replace(scratch, target)
-    except BaseException:
-        if old.exists():
-            os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    if layout.stem is None:
+        publish([(scratch, layout.folder)])
+    else:  # the manifest last
+        names = sorted(files, key=lambda n: (n == layout.manifest, n))
+        publish([(scratch / n, layout.folder / n) for n in names])

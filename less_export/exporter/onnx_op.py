@@ -228,7 +228,7 @@ def function_body(policy: Policy, absorb: bool) -> ir.Function:
 
     end = op.Add(s.past_length, s.new_length)
     end = op.Unsqueeze(end, op.ints(2))  # [B,1,1]
-    oldest = op.Add(op.Sub(end, window), op.attribute("absorb"))
+    oldest = op.Add(op.Sub(end, window), op.i32(int(policy is not Policy.WINDOW)))  # see ops.less_attention
     live = op.And(s.held, op.Or(unlimited, op.GreaterOrEqual(s.position, oldest)))
     candidates = SimpleNamespace(live=live, position=s.position, score=score, end=end)
     kept = rules.keep_onnx(op, candidates, op.attribute("heavy"), op.attribute("recent"), s.slots)

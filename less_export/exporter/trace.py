@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Iterable
 
 import onnx_ir as ir
+import onnxscript.optimizer
 import torch
+from onnx_ir.passes import common
 
 from ..contract import BATCH, CHUNK, Contract
 from ..errors import UnsupportedModelError
@@ -59,13 +61,30 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
         for name in unbound:
             if name in result.model.graph.initializers:
                 result.model.graph.initializers[name].const_value = None
-        result.optimize()
-    model = result.model
+        model = _optimise(result.model)
     _tidy(model)
     found = len(onnx_op.less_nodes(model))
     if found != len(contract.layers):
         raise UnsupportedModelError(f"the graph has {found} LessAttention nodes for {len(contract.layers)} layers")
     return model
+
+
+def _optimise(model: ir.Model) -> ir.Model:
+    """Inline, fold constants, merge equal nodes. Pattern rewrites are the runtimes' own business (and half the time)."""
+    common.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+    finish = ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )
+    return finish(model).model
 
 
 def _tidy(model: ir.Model) -> None:

@@ -1,0 +1,84 @@
+"""Fixtures that export each tiny model once a session; torch and transformers load only when they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from less_export.runtime.backend import Backend
+
+    from .families import Tiny
+
+#: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both kept.
+Exported = Callable[..., "Tiny"]
+Opened = Callable[..., "Backend"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and tests share the machine."""
+    import sys
+
+    if "torch" not in sys.modules:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Bundles of the tiny families, made when first asked for.
+
+    Variants: ``h2o`` (24 slots, random kernels of rank 4, logits of the last token), ``full`` (all logits).
+    """
+    from . import families
+
+    folder = tmp_path_factory.mktemp("families")
+    made: dict[tuple[str, str], Tiny] = {}
+
+    def export(family: str, variant: str) -> Tiny:
+        if (family, variant) not in made:
+            checkpoint = folder / family
+            if not checkpoint.exists():
+                families.save(family, checkpoint)
+            options: dict[str, Any] = {"policy": "full", "context": families.CONTEXT, "logits": "all"}
+            if variant == "h2o":
+                kernels = families.kernels(families.load(checkpoint), folder / f"{family}.kernels.safetensors")
+                options = {"budget": str(families.BUDGET), "kernels": kernels}
+            made[family, variant] = families.export(checkpoint, folder / f"{family}.{variant}", **options)
+        return made[family, variant]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def opened(exported: Exported) -> Opened:
+    """Backends over those bundles, opened afresh (three empty rows) at every call."""
+    made: dict[tuple[str, str, str, int], Backend] = {}
+
+    def open_backend(family: str, variant: str, name: str, rows: int = 3, copy: int = 0) -> Backend:
+        key = (family, variant, name, copy)
+        if key not in made:
+            made[key] = exported(family, variant).backend(name, rows)
+        made[key].open(rows)
+        return made[key]
+
+    return open_backend
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[Path]:
+    """A folder to export into that must be empty again at the end."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    yield folder
+    assert not list(folder.iterdir()), "a failed export left something behind"

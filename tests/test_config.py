@@ -1,0 +1,364 @@
+"""Budgets and their split, recipes, the layer plan and the contract: all arithmetic, no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from less_export import recipes
+from less_export.config import ExportConfig, budget_tokens, default_context, plan_layers, split_budget, unused_kernels
+from less_export.contract import COMPUTE_DTYPES, Contract, LayerSpec, Policy
+from less_export.errors import BundleError, UsageError
+
+H2O, TOVA, SINK, WINDOW, FULL = Policy.H2O, Policy.TOVA, Policy.SINK, Policy.WINDOW, Policy.FULL
+
+
+def layer(window: int = 0) -> SimpleNamespace:
+    return SimpleNamespace(query_heads=4, kv_heads=2, head_dim=8, scale=0.35, window=window)
+
+
+def plan(*windows: int, context: int = 1000, ranks: dict[int, int] | None = None, **options: Any) -> list[LayerSpec]:
+    return list(plan_layers([layer(w) for w in windows], ExportConfig(**options), context, ranks or {}))
+
+
+# ------------------------------------------------------------------ budgets
+
+
+@pytest.mark.parametrize(
+    ("budget", "context", "tokens"),
+    [
+        ("256", 4096, 256),
+        (" 7 ", 7, 7),
+        ("1", 4096, 1),
+        ("5%", 4096, 204),
+        ("5%", 1024, 50),
+        ("2.5%", 1000, 24),
+        ("100%", 255, 254),
+        ("29%", 200, 58),  # 57.99999 in floats
+        ("0.2%", 1000, 2),
+    ],
+)
+def test_budget(budget: str, context: int, tokens: int) -> None:
+    assert budget_tokens(budget, context) == tokens
+
+
+def test_percentages_are_even_and_rounded_down() -> None:
+    for context in (1, 63, 64, 1000, 4095, 131072):
+        for percent in (1, 3, 5, 7, 29, 58, 99, 100):
+            tokens = 2 * (percent * context // 200)
+            if tokens:
+                assert budget_tokens(f"{percent}%", context) == tokens
+            else:
+                with pytest.raises(UsageError, match="leaves no token"):
+                    budget_tokens(f"{percent}%", context)
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [
+        ("0", "leaves no token of a context of 64"),
+        ("0%", "leaves no token"),
+        ("-5", "leaves no token"),
+        ("-5%", "leaves no token"),
+        ("1%", "leaves no token"),
+        ("65", "more than the context of 64 tokens"),
+        ("200%", "more than the context"),
+        ("", "neither a number"),
+        ("%", "neither a number"),
+        ("five", "neither a number"),
+        ("5%%", "neither a number"),
+        ("1/0%", "neither a number"),
+        ("nan%", "neither a number"),
+        ("inf%", "neither a number"),
+        ("2.5", "neither a number"),
+    ],
+)
+def test_refused_budgets(budget: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        budget_tokens(budget, 64)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "heavy", "recent"),
+    [
+        (H2O, {"budget": "50"}, 25, 25),
+        (H2O, {"budget": "51"}, 25, 26),
+        (H2O, {"budget": "1"}, 0, 1),
+        (H2O, {}, 25, 25),  # 5% of 1000
+        (SINK, {"budget": "50"}, 4, 46),
+        (SINK, {"budget": "4"}, 3, 1),
+        (SINK, {"budget": "1"}, 0, 1),
+        (TOVA, {"budget": "50"}, 49, 1),
+        (TOVA, {"budget": "50", "recent": 1}, 49, 1),
+        (TOVA, {"heavy": 30}, 30, 1),
+        (TOVA, {"heavy": 30, "budget": "31"}, 30, 1),
+        (H2O, {"budget": "50", "heavy": 10}, 10, 40),
+        (H2O, {"budget": "50", "recent": 10}, 40, 10),
+        (H2O, {"budget": "50", "heavy": 0}, 0, 50),
+        (SINK, {"heavy": 8, "recent": 30}, 8, 30),
+        (SINK, {"heavy": 8, "recent": 30, "budget": "38"}, 8, 30),
+        (H2O, {"heavy": 999, "recent": 1}, 999, 1),
+    ],
+)
+def test_split(policy: Policy, options: dict[str, Any], heavy: int, recent: int) -> None:
+    assert split_budget(policy, ExportConfig(**options), 1000) == (heavy, recent)
+    (spec,) = plan(0, policy=policy.label, **options)
+    assert (spec.policy, spec.heavy, spec.recent, spec.capacity) == (policy, heavy, recent, heavy + recent)
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "says"),
+    [
+        (H2O, {"budget": "50", "heavy": 20, "recent": 20}, "do not add up"),
+        (H2O, {"budget": "50", "heavy": 50}, "50 heavy and 0 recent"),
+        (H2O, {"budget": "50", "recent": 51}, "-1 heavy"),
+        (H2O, {"heavy": 999, "recent": 2}, "more than the context of 1000"),
+        (TOVA, {"recent": 2}, "drop --recent"),
+        (TOVA, {"heavy": 30, "budget": "50"}, "do not add up"),
+        (H2O, {"budget": "1001"}, "more than the context"),
+        (FULL, {"budget": "50"}, "drop --budget"),
+        (FULL, {"heavy": 5}, "drop --budget, --heavy"),
+        (FULL, {"recent": 5}, "drop --budget, --heavy and --recent"),
+    ],
+)
+def test_refused_splits(policy: Policy, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        plan(0, policy=policy.label, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"policy": "window"}, "not for choosing"),
+        ({"policy": "lru"}, "unknown policy 'lru': choose one of h2o"),
+        ({"target": "cuda"}, "choose one of ort, trt, both"),
+        ({"dtype": "int8"}, "choose one of float32"),
+        ({"heavy": -1}, "--heavy must be at least 0"),
+        *[
+            ({n: 0}, f"--{n.replace('_', '-')} must be at least 1, not 0")
+            for n in ("context", "recent", "rank", "max_batch", "chunk", "num_hidden_layers")
+        ],
+    ],
+)
+def test_refused_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        ExportConfig(**options)
+
+
+# ------------------------------------------------------------------ the layer plan
+
+
+def test_sliding_layers_keep_their_window() -> None:
+    specs = plan(128, 0, 0, policy="sink", budget="40", ranks={0: 3, 1: 5})
+    assert [s.policy for s in specs] == [WINDOW, SINK, SINK]
+    assert (specs[0].capacity, specs[0].window, specs[0].recent, specs[0].absorb) == (128, 128, 128, False)
+    assert [(s.rank, s.absorb) for s in specs] == [(1, False), (5, True), (1, False)]
+    assert unused_kernels(specs, [0, 1]) == [0]
+    assert [s.policy for s in plan(128, 0, policy="full", context=64)] == [WINDOW, FULL]
+
+
+def test_compress_sliding() -> None:
+    specs = plan(128, 40, 30, 0, budget="40", compress_sliding=True, ranks={0: 2})
+    assert [s.policy for s in specs] == [H2O, WINDOW, WINDOW, H2O]  # only where it saves something
+    assert (specs[0].capacity, specs[0].window, specs[0].absorb, specs[0].rank) == (40, 128, True, 2)
+    assert specs[3].window == 0
+    assert plan(128, policy="full", compress_sliding=True)[0].policy is WINDOW
+
+
+def test_full_keeps_the_context() -> None:
+    (spec,) = plan(0, policy="full", context=77, ranks={0: 4})
+    assert (spec.capacity, spec.heavy, spec.recent, spec.absorb, spec.rank) == (77, 0, 77, False, 1)
+
+
+def test_default_context() -> None:
+    assert [default_context(n) for n in (None, 1024, 4096, 131072)] == [4096, 1024, 4096, 4096]
+
+
+# ------------------------------------------------------------------ recipes
+
+
+def test_every_recipe_is_valid() -> None:
+    assert {"llama2-7b", "gemma3-270m", "tinyllama-1.1b"} <= set(recipes.names())
+    for name in recipes.names():
+        recipe = recipes.load(name)
+        assert recipe is not None
+        config = ExportConfig().with_defaults(recipe.options())
+        (spec,) = plan_layers([layer()], config, recipe.context, {})
+        assert spec.capacity == budget_tokens(recipe.budget, recipe.context)
+        assert config.chunk == recipe.chunk
+    assert recipes.load("nope") is None
+
+
+def test_options_win_over_the_recipe() -> None:
+    recipe = {"policy": "h2o", "budget": "5%", "context": 1000, "chunk": 64}
+
+    def settled(**options: Any) -> ExportConfig:
+        return ExportConfig(**options).with_defaults(recipe)
+
+    assert settled() == ExportConfig(**recipe)
+    assert settled(budget="10%", chunk=8) == ExportConfig(**recipe | {"budget": "10%", "chunk": 8})
+    for options in (
+        {"policy": "full"},
+        {"heavy": 100, "recent": 200},
+        {"policy": "tova", "heavy": 100},
+        {"policy": "sink", "heavy": 4, "recent": 10},
+    ):
+        config = settled(**options)
+        assert config.budget is None, options
+        plan_layers([layer()], config, 1000, {})  # and nothing contradicts
+    assert settled(heavy=10).budget == "5%"
+    assert plan_layers([layer()], settled(heavy=10), 1000, {})[0].recent == 40
+    assert ExportConfig().with_defaults(recipe | {"policy": "full"}).budget is None
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (("hub =", "hubb ="), "hubb"),
+        (('budget = "5%"', 'budget = "five"'), "neither a number"),
+        (('budget = "5%"', 'budget = "5000"'), "more than the context"),
+        (("context = 1024", 'context = "1024"'), "not supported between"),
+        (("chunk = 256", "chunk = 0"), "--chunk must be at least 1"),
+        (('policy = "h2o"', 'policy = "window"'), "not for choosing"),
+        (('"google/gemma', '"gemma'), "hub an id like org/name"),
+        (("hidden = 128", ""), "missing 1 required"),
+        (("=", "", 1), "Expected '='"),
+    ],
+)
+def test_damaged_recipe(edit: tuple[Any, ...], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = recipes._files()["gemma3-270m"].read_text()
+    file = tmp_path / "mine.toml"
+    monkeypatch.setattr(recipes, "_files", lambda: {"mine": file})
+    file.write_text(good)
+    assert recipes.load("mine") is not None
+    bad = good.replace(*edit)
+    assert bad != good
+    file.write_text(bad)
+    with pytest.raises(UsageError, match=r"recipe mine.toml is not valid \(.*its keys are hub, policy") as caught:
+        recipes.load("mine")
+    assert says in str(caught.value)
+
+
+def test_recipe_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes(b'hub = "\xff\xfe"')
+    monkeypatch.setattr(recipes, "_files", lambda: {"mine": file})
+    with pytest.raises(UsageError, match="mine.toml is not valid"):
+        recipes.load("mine")
+
+
+# ------------------------------------------------------------------ contract
+
+SPECS = (
+    LayerSpec(8, 2, 16, 0.25, H2O, 3, 4, 0, True, 7, 5),
+    LayerSpec(8, 2, 16, 0.25, WINDOW, 0, 32, 32, False, 32, 1),
+    LayerSpec(8, 1, 16, 0.25, FULL, 0, 100, 0, False, 100, 1),
+)
+
+
+def contract(dtype: str = "float16", **changes: Any) -> Contract:
+    return dataclasses.replace(Contract(SPECS, 1000, dtype, 64, 4), **changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"logits": "all"}, {"position_limit": 2048}, {"dtype": "bfloat16"}])
+def test_contract_survives_json(changes: dict[str, Any]) -> None:
+    before = contract(**changes)
+    after = Contract.from_dict(json.loads(json.dumps(before.to_dict())))
+    assert after == before
+    assert [s.name for s in after.inputs()] == [s.name for s in before.inputs()]
+    assert [type(s.policy) for s in after.layers] == [Policy] * 3
+
+
+def test_state_bytes_by_hand() -> None:
+    # per KV head and slot: key and value 16 each, psi R, in T; score f32 and position i32; H R x 16 and z R in f32
+    def heads(count: int, slots: int, rank: int, t: int) -> int:
+        return count * (slots * ((32 + rank) * t + 8) + (16 + 1) * rank * 4)
+
+    for dtype, t in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
+        assert contract(dtype).state_bytes() == heads(2, 7, 5, t) + heads(2, 32, 1, t) + heads(1, 100, 1, t)
+    # an ordinary cache: the sliding layer holds 32 tokens at most
+    assert contract().full_cache_bytes(1000) == 2 * 16 * 2 * (2 * 1000 + 2 * 32 + 1 * 1000)
+    assert contract().full_cache_bytes(10) == 2 * 16 * 2 * 10 * 5
+
+
+def test_limits_of_a_contract() -> None:
+    assert contract().token_limit() == 100
+    assert contract(position_limit=50).token_limit() == 50
+    assert contract(layers=SPECS[:2]).token_limit() is None
+
+
+def test_shapes_of_a_contract() -> None:
+    names = [s.name for s in contract().inputs()]
+    assert names[:4] == ["input_ids", "past_length", "new_length", "past.0.key"]
+    assert len(names) == 3 + 3 * 7
+    assert len(set(names)) == len(names)
+    by_name = {s.name: s for s in contract().outputs()}
+    assert by_name["logits"].sized(3, 5) == (3, 1, 1000)
+    assert contract(logits="all").logits_spec().sized(3, 5) == (3, 5, 1000)
+    assert by_name["present.0.h"].sized(3) == (3, 2, 5, 16)
+    dtypes = {n: by_name[f"present.0.{n}"].dtype for n in ("key", "psi", "score", "position", "h", "z")}
+    assert dtypes == dict.fromkeys(("key", "psi"), "float16") | dict.fromkeys(("score", "h", "z"), "float32") | {
+        "position": "int32"
+    }
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.pop("layers"),
+        lambda d: d.update(extra=1),
+        lambda d: d["layers"][0].update(policy="lru"),
+        lambda d: d["layers"][0].update(heavy=4),
+        lambda d: d["layers"][0].pop("scale"),
+        lambda d: d.update(dtype="int8"),
+        lambda d: d.update(chunk=0),
+        lambda d: d.update(logits="some"),
+    ],
+)
+def test_damaged_contract(damage: Any) -> None:
+    data = json.loads(json.dumps(contract().to_dict()))
+    damage(data)
+    with pytest.raises(BundleError, match="contract is damaged"):
+        Contract.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "says"),
+    [
+        (0, {"kv_heads": 0}, "must be positive"),
+        (0, {"query_heads": 7}, "multiple of KV heads"),
+        (0, {"head_dim": -1}, "must be positive"),
+        (0, {"scale": math.nan}, "finite"),
+        (0, {"scale": math.inf}, "finite"),
+        (0, {"heavy": -1, "capacity": 3}, "heavy, window >= 0"),
+        (0, {"recent": 0, "capacity": 3}, "recent >= 1"),
+        (0, {"window": -1}, "window >= 0"),
+        (0, {"rank": 0}, "at least 1"),
+        (0, {"absorb": False}, "has rank 1"),
+        (0, {"capacity": 8}, "equal the capacity"),
+        (0, {"policy": TOVA}, "only the newest"),
+        (1, {"window": 31}, "keeps its window"),
+        (1, {"absorb": True}, "absorbs nothing"),
+        (2, {"window": 5}, "evicts and absorbs nothing"),
+        (2, {"heavy": 1, "capacity": 101}, "evicts and absorbs nothing"),
+        (2, {"absorb": True}, "evicts and absorbs nothing"),
+    ],
+)
+def test_impossible_layers(base: int, changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        dataclasses.replace(SPECS[base], **changes)
+
+
+def test_layer_attributes_are_the_ops() -> None:
+    assert SPECS[0].attributes() == {"scale": 0.25, "policy": 0, "heavy": 3, "recent": 4, "window": 0, "absorb": 1}
+    assert [p.value for p in Policy] == [0, 1, 2, 3, 4]
+    assert [p.label for p in Policy] == ["h2o", "tova", "sink", "window", "full"]
+    assert all(Policy.parse(p.label) is p for p in Policy)
+    assert SPECS[0].group == 4
+    assert COMPUTE_DTYPES == ("float32", "float16", "bfloat16")
