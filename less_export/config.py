@@ -17,6 +17,7 @@ Target = Literal["ort", "trt", "both"]
 TARGETS: tuple[Target, ...] = ("ort", "trt", "both")
 #: Policies a user may ask for; ``window`` is what a sliding layer gets by itself.
 EVICTING = (Policy.H2O, Policy.TOVA, Policy.SINK)
+DEFAULT_POLICY = Policy.H2O.label
 DEFAULT_CONTEXT = 4096
 DEFAULT_BUDGET = "5%"
 DEFAULT_CHUNK = 256
@@ -141,7 +142,7 @@ def plan_layers(
     ``ranks`` gives the layers that have kernels and their rank. Layers that slide keep their window
     exactly, unless ``compress_sliding`` gives them the policy with a budget below the window.
     """
-    policy = Policy.parse(config.policy or Policy.H2O.label)
+    policy = Policy.parse(config.policy or DEFAULT_POLICY)
     if policy is Policy.FULL:
         if config.budget is not None or config.heavy is not None or config.recent is not None:
             raise UsageError("policy full keeps every token: drop --budget, --heavy and --recent, set --context")

@@ -179,7 +179,8 @@ class Contract:
     """Everything a runtime must know to drive one artifact.
 
     ``dtype`` is the compute dtype T, ``chunk`` the most tokens a step may take, ``max_batch`` the most
-    rows, ``position_limit`` the number of learned positions (``None`` with rotary embeddings).
+    rows, ``position_limit`` the number of learned positions (``None`` with rotary embeddings),
+    ``trained_length`` the model's max_position_embeddings, past which quality is unknown.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -189,6 +190,7 @@ class Contract:
     max_batch: int
     logits: Literal["last", "all"] = "last"
     position_limit: int | None = None
+    trained_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in COMPUTE_DTYPES:

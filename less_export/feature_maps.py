@@ -127,7 +127,7 @@ class PaperMap(FeatureMap):
         base = self.get_parameter("k_scale").float().abs() * self._hidden("k", k)
         mixed = base @ self.get_parameter("k_interaction").float()
         psi = (base + mixed * self.get_parameter("k_scale_interaction").float()).abs()
-        return (psi * self.get_parameter("k_gain").float()).to(k.dtype)
+        return (psi * self.get_parameter("k_gain").float().abs()).to(k.dtype)
 
 
 PARAMETRISATIONS: dict[str, type[FeatureMap]] = {m.parametrisation: m for m in (ExpMap, PaperMap)}

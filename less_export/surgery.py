@@ -163,7 +163,8 @@ def less_attention(
     """Send every attention of ``model`` to ``handler`` while the context is open.
 
     Masks are not built (``handler`` masks by position); ``make_mask`` may put its own in their place.
-    Afterwards weights, buffers, configuration and transformers itself are as they were.
+    Afterwards weights, buffers, configuration and transformers itself are as they were. One thread at a
+    time: the masks are swapped for the whole process.
     """
     configs = _configs(model)
     before = [(c, c._attn_implementation_internal) for c in configs]
@@ -334,6 +335,8 @@ def refuse_by_config(model: PreTrainedModel) -> None:
                     f"{name or 'model'}: rotary embedding '{kind}' depends on the longest row of the batch, "
                     "so cached keys would change with every token (all layers)"
                 )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no output embedding, so it is no language model")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(f"{type(model).__name__} takes no position_ids, so evicted positions are lost")
 

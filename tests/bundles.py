@@ -1,36 +1,51 @@
-"""Checkpoints of a few kilobytes and the bundles made of them, for tests of files, faults and the command line."""
+"""Checkpoints of a few kilobytes and the bundles made of them, for tests of files, faults and the command line.
+
+A plugin: modules that say ``pytest_plugins = ["tests.bundles"]`` share its fixtures, each made once a session.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from less_export.config import ExportConfig
-from less_export.exporter.build import export
+from less_export.contract import Contract
+from less_export.exporter import build
+from less_export.exporter.trace import trace
+from less_export.exporter.wrapper import LessDecoder
 from less_export.feature_maps import Heads, random_kernels
 
 CORPUS = ("Alice was beginning to get very tired of sitting by her sister on the bank. ", "Once upon a time, a cat.")
-#: Long enough for the 12 slots of the bundles to evict.
+#: Longer than the 12 slots (5% of 256) that bundles have by default.
 PROMPT = "Alice was tired of sitting by the bank, once upon a time; so she was beginning to sit on a cat."
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-HEADS = [Heads(4, 2, 8)] * 2
 CONTEXT = 256
+HEADS = [Heads(4, 2, 8)] * 2
+#: Options of a quick export, as fields and as words.
+QUICK: dict[str, Any] = {"validate": False, "chunk": 16, "max_batch": 2}
+QUICK_WORDS = ("--no-validate", "--chunk", "16", "--max-batch", "2")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with <s> and </s>, trained on a sentence."""
+    """A byte-level BPE with <s> and </s>, trained on a sentence or two."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bare.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>")
@@ -43,34 +58,45 @@ def checkpoint(folder: Path, shard_size: str = "1GB", chat: bool = False, **chan
         text.chat_template = CHAT_TEMPLATE
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT}
-    config = LlamaConfig(
-        vocab_size=len(text), initializer_range=0.2, bos_token_id=0, eos_token_id=None, **sizes | changes
-    )
+    sizes |= {"vocab_size": len(text), "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": None}
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size=shard_size)
+    LlamaForCausalLM(LlamaConfig(**sizes | changes)).save_pretrained(folder, max_shard_size=shard_size)
     text.save_pretrained(folder)
     return folder
 
 
-def kernels(path: Path, heads: list[Heads] | None = None, rank: int = 3, parametrisation: str = "exp") -> Path:
-    """Save random kernels, for the checkpoint's own heads unless told otherwise."""
-    heads = heads or HEADS
-    random_kernels(heads, range(len(heads)), rank, 6, parametrisation).save(path)
+def edit_json(file: Path, **changes: Any) -> None:
+    """Change values of a JSON object in place."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def kernels(path: Path, parametrisation: str = "exp", layers: Iterable[int] = (0, 1), rank: int = 3) -> Path:
+    """Save random kernels for :func:`checkpoint`'s model."""
+    random_kernels(HEADS, list(layers), rank, 6, parametrisation).save(path)
     return path
 
 
-def small(**options: Any) -> ExportConfig:
-    """Options of a quick export: no self-check, chunks short enough for several of them."""
-    return ExportConfig(**{"validate": False, "chunk": 16, "max_batch": 2} | options)
-
-
 def bundle(source: Path, out: Path, **options: Any) -> Path:
-    """Export ``source`` to ``out`` quickly."""
-    return export(str(source), out, small(**options))
+    """Export ``source`` to ``out`` with :data:`QUICK` options."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "trace", trace_once)
+        return build.export(str(source), out, ExportConfig(**QUICK | options))
+
+
+_graphs: dict[str, ir.Model] = {}
+
+
+def trace_once(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ()) -> ir.Model:
+    """:func:`less_export.exporter.trace.trace`, which takes seconds, once for equal models."""
+    maps = [(n, type(m).__name__, m.rank, m.hidden) for n, m in decoder.maps.items()]
+    key = json.dumps([contract.to_dict(), decoder.model.config.to_dict(), maps], default=str)
+    if key not in _graphs:
+        _graphs[key] = trace(decoder, contract, unbound)
+    return _graphs[key].clone()
 
 
 def copy(source: Path, out: Path) -> Path:
-    """A copy of a bundle folder whose files are its own (no hard links), to be damaged."""
+    """A copy of a folder whose files are its own (no hard links), to be damaged."""
     return Path(shutil.copytree(source, out))
 
 
@@ -80,3 +106,51 @@ def snapshot(folder: Path) -> dict[str, str]:
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() if p.is_file() else ""
         for p in sorted(folder.rglob("*"))
     }
+
+
+# ------------------------------------------------------------------ fixtures
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of this test take a trace that another one made, where there is one."""
+    monkeypatch.setattr(build, "trace", trace_once)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the session's checkpoints and bundles lie; nobody may have changed them at the end."""
+    folder = tmp_path_factory.mktemp("bundles")
+    yield folder
+    for bundle in folder.glob("*/manifest.json"):
+        build.artifact.Bundle.open(bundle.parent, full=True)
+
+
+@pytest.fixture(scope="session")
+def source(made: Path) -> Path:
+    """A checkpoint folder with a chat template."""
+    return checkpoint(made / "checkpoint", chat=True)
+
+
+@pytest.fixture(scope="session")
+def kernel_file(made: Path) -> Path:
+    """Random kernels of rank 3 for both layers of ``source``."""
+    return kernels(made / "kernels.safetensors")
+
+
+@pytest.fixture(scope="session")
+def plain(source: Path, made: Path) -> Path:
+    """A folder bundle for ONNX Runtime: h2o, 12 slots, no kernels."""
+    return bundle(source, made / "plain")
+
+
+@pytest.fixture(scope="session")
+def kernelled(source: Path, kernel_file: Path, made: Path) -> Path:
+    """A folder bundle for both targets, with kernels."""
+    return bundle(source, made / "kernelled", kernels=kernel_file, target="both")
+
+
+@pytest.fixture(scope="session")
+def single(source: Path, made: Path) -> Path:
+    """``x.onnx`` with its companions: policy full, 32 slots, one layer."""
+    return bundle(source, made / "single" / "x.onnx", policy="full", context=32, num_hidden_layers=1)

@@ -249,7 +249,7 @@ def test_recipe_that_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file = tmp_path / "mine.toml"
     file.write_bytes(b'hub = "\xff\xfe"')
     monkeypatch.setattr(recipes, "_files", lambda: {"mine": file})
-    with pytest.raises(UsageError, match="mine.toml is not valid"):
+    with pytest.raises(UsageError, match=r"mine\.toml is not valid"):
         recipes.load("mine")
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from .. import artifact, engine
 from .._version import __version__
 from ..artifact import Artifact, KernelFacts, Layout, Manifest, TokenizerFacts, WeightFile
-from ..config import DEFAULT_CHUNK, ExportConfig, default_context, plan_layers
+from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, EVICTING, ExportConfig, default_context, plan_layers, unused_kernels
 from ..contract import Contract, Policy
 from ..errors import LessExportError, UnsupportedModelError, UsageError
 from ..feature_maps import Heads, Kernels
@@ -65,6 +65,7 @@ class _Job:
             self.config.max_batch,
             self.config.logits,
             self.position_limit,
+            getattr(text, "max_position_embeddings", None),
         )
 
 
@@ -159,6 +160,10 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     """Read everything that can be wrong before anything is made."""
     hf_config = source.config()
     text = hf_config.get_text_config()
+    quantised = getattr(hf_config, "quantization_config", None)
+    if quantised is not None and source.gguf is None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise UnsupportedModelError(f"{source.name} is quantised ({method}): give the checkpoint in 16 or 32 bits")
     _cut_layers(text, config.num_hidden_layers)
     try:
         bare = weights.bare_model(hf_config, torch.float32)
@@ -202,7 +207,43 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         "config": json.loads(json.dumps(hf_config.to_dict(), default=str)),
         "max_position_embeddings": getattr(text, "max_position_embeddings", None),
     }
-    if not kernels.layers and Policy.parse(config.policy or "h2o") is not Policy.FULL:
+    unused = unused_kernels(contracts[kinds[0]].layers, kernels.layers)
+    if unused:
+        warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)
+    evicting = [x for x in contracts[kinds[0]].layers if x.policy in EVICTING]
+    if evicting and not kernels.layers:
+        warnings.warn(
+            "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
+        )
+    if not evicting and Policy.parse(config.policy or DEFAULT_POLICY) is not Policy.FULL:
+        warnings.warn("every layer slides and keeps its window: see --compress-sliding", stacklevel=2)
+    if source.gguf is not None:
+        progress("dequantising the GGUF weights")
+        files = [_convert(source, hf_config, bare, None, _stored_dtype(job), scratch)]
+    else:
+        files = weights.checkpoint_files(source.folder)
+    tensors, missing = weights.locate(bare, files)
+    if missing:
+        progress(f"converting {len(missing)} tensors that are stored in another layout")
+        copied = _convert(source, hf_config, bare, missing, "auto", scratch)
+        tensors.update(weights.locate(bare, [copied])[0])
+        missing = [n for n in missing if n not in tensors]
+    if missing:
+        raise LessExportError(
+            f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more): weights and config differ"
+        )
+    job.tensors = tensors
+    job.model_facts = {
+        "name": source.name,
+        "class": type(bare).__name__,
+        "parameters": sum(p.numel() for p in bare.parameters()),
+        "config": json.loads(json.dumps(hf_config.to_dict(), default=str)),
+        "max_position_embeddings": getattr(text, "max_position_embeddings", None),
+    }
+    unused = unused_kernels(contracts[kinds[0]].layers, kernels.layers)
+    if unused:
+        warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)
+    if not kernels.layers and Policy.parse(config.policy or DEFAULT_POLICY) is not Policy.FULL:
         warnings.warn(
             "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
         )
@@ -275,15 +316,15 @@ def _write(
         warnings.warn(f"hard links are not possible here: copied {', '.join(copied)}", stacklevel=2)
     kernel_facts = _place_kernels(job, layout, scratch)
     artifacts = []
+    keep_weights = kinds != ["plan"]  # a plan carries its weights
+    traced = [k for k in ("ort", "trt") if k in kinds or (k == "trt" and "plan" in kinds)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        keep_weights = kinds != ["plan"]
         hashes = {f: pool.submit(sha256, f) for f in used} if keep_weights else {}
         graphs = {}
-        for kind in ("ort", "trt") if "plan" not in kinds or "ort" in kinds else ("trt",):
-            if kind in kinds or (kind == "trt" and "plan" in kinds):
-                progress(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
-                contract = job.contract(_compute_dtype(kind, job))
-                graphs[kind] = (_graph(job, contract, names, layout, scratch), contract)
+        for kind in traced:
+            progress(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
+            contract = job.contract(_compute_dtype(kind, job))
+            graphs[kind] = (_graph(job, contract, names, layout, scratch), contract)
         for kind, (graph, contract) in graphs.items():
             if kind not in kinds:
                 continue
@@ -310,7 +351,7 @@ def _write(
         stored = tuple(
             WeightFile(names[f], f.stat().st_size, artifact.header_sha256(f), hashes[f].result()) for f in hashes
         )
-    if not keep_weights:  # a plan carries its weights
+    if not keep_weights:
         for name in [*names.values(), *([kernel_facts.file] if kernel_facts else [])]:
             (scratch / name).unlink(missing_ok=True)
         kernel_facts = replace(kernel_facts, file="", sha256="") if kernel_facts else None

@@ -70,7 +70,7 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
 
 
 def _optimise(model: ir.Model) -> ir.Model:
-    """Inline, fold constants, merge equal nodes. Pattern rewrites are the runtimes' own business (and half the time)."""
+    """Inline, fold constants, merge equal nodes; pattern rewrites are left to the runtimes (and are slow)."""
     common.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
     finish = ir.passes.Sequential(

@@ -8,6 +8,7 @@ underscored methods and nothing else.
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -37,6 +38,7 @@ class Backend(abc.ABC):
         self.contract = contract
         #: Which bundle this runs; states carry it, so that one is not continued by another model.
         self.identity = ""
+        self._warned = False
         self.past_length: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
     # ------------------------------------------------------------ lifecycle
@@ -125,6 +127,10 @@ class Backend(abc.ABC):
             f"this artifact takes sequences of at most {limit} tokens, not {longest}: "
             "shorten the text, or export with a larger --context or an evicting --policy",
         )
+        trained = self.contract.trained_length
+        if trained is not None and longest > trained and not self._warned:
+            self._warned = True
+            warnings.warn(f"past the {trained} positions the model was trained for: quality may suffer", stacklevel=3)
         # Padding may hold anything; the embedding must still find a row for it.
         ids = np.where(np.arange(ids.shape[1]) < new[:, None], ids, 0)
         return ids, new.astype(np.int32)

@@ -1,0 +1,269 @@
+"""Kernel files, both parametrisations against numpy in float64, and kernels through an export."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+
+from less_export import open_bundle
+from less_export.errors import KernelError
+from less_export.feature_maps import PARAMETRISATIONS, Heads, Kernels, random_kernels
+
+from . import bundles
+
+pytest_plugins = ["tests.bundles"]
+
+HEADS = [Heads(6, 2, 8), Heads(6, 2, 8), Heads(4, 1, 16)]
+BOTH = pytest.mark.parametrize("family", ["exp", "paper"])
+
+
+def some(family: str, layers: tuple[int, ...] = (0, 2), rank: int = 5, hidden: int = 7) -> Kernels:
+    return random_kernels(HEADS, layers, rank, hidden, family, seed=3)
+
+
+# ------------------------------------------------------------------ files
+
+
+@BOTH
+def test_round_trip(family: str, tmp_path: Path) -> None:
+    before = Kernels(some(family).layers, {"model": "org/name", "budget": "5%", "errors": {"0": 0.1}, "data": ["a"]})
+    before.save(tmp_path / "k.safetensors")
+    after = Kernels.load(tmp_path / "k.safetensors")
+    assert after.provenance == before.provenance
+    assert (after.parametrisation, after.hidden, sorted(after.layers)) == (family, 7, [0, 2])
+    for index, layer in before.layers.items():
+        loaded = after.layers[index]
+        assert (type(loaded), loaded.heads, loaded.rank) == (type(layer), layer.heads, layer.rank)
+    assert after.tensors().keys() == before.tensors().keys()
+    assert all(torch.equal(x, after.tensors()[n]) for n, x in before.tensors().items())
+    assert after.nbytes() == sum(x.numel() * 4 for x in load_file(tmp_path / "k.safetensors").values())
+    after.check(HEADS)
+    assert [p.name for p in tmp_path.iterdir()] == ["k.safetensors"]
+
+
+def test_layers_may_differ_in_rank_and_dtype(tmp_path: Path) -> None:
+    layers = {**some("exp", (0,), 2).layers, **some("exp", (1,), 9).layers}
+    layers[1].to(torch.bfloat16)
+    Kernels(layers, {}).save(tmp_path / "k.safetensors")
+    loaded = Kernels.load(tmp_path / "k.safetensors").layers
+    assert (loaded[0].rank, loaded[1].rank) == (2, 9)
+    assert loaded[1].get_parameter("q_in").dtype == torch.bfloat16
+    assert loaded[1].log_phi(torch.randn(1, 6, 3, 8)).dtype == torch.float32
+
+
+def test_no_layers_at_all(tmp_path: Path) -> None:
+    Kernels({}, {"model": "x"}).save(tmp_path / "k.safetensors")
+    loaded = Kernels.load(tmp_path / "k.safetensors")
+    assert (dict(loaded.layers), loaded.parametrisation, loaded.nbytes()) == ({}, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (HEADS[:2], "kernels for layer 2, but the model has 2 layers"),
+        (
+            [*HEADS[:2], Heads(4, 1, 8)],
+            "layer 2 has 4 query heads, 1 KV heads and head_dim 8, the kernels are for 4, 1",
+        ),
+        ([Heads(8, 2, 8), *HEADS[1:]], "layer 0 has 8 query heads"),
+        ([Heads(6, 3, 8), *HEADS[1:]], "layer 0 has 6 query heads, 3 KV heads"),
+    ],
+)
+def test_another_model(model: list[Heads], says: str) -> None:
+    with pytest.raises(KernelError, match=says):
+        some("exp").check(model)
+    some("exp").check([*HEADS, *HEADS])  # layers without kernels stay sparse
+
+
+Damage = Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
+ONE = "layers.0.k_in"
+#: What is done to the header and the tensors, and what the error says.
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "newer": (lambda h, t: h.update(format_version=2), "newer less-export"),
+    "no version": (lambda h, t: h.pop("format_version"), "format_version"),
+    "unknown family": (lambda h, t: h.update(parametrisation="rbf"), "rbf"),
+    "no provenance": (lambda h, t: h.pop("provenance"), "provenance"),
+    "provenance is a number": (lambda h, t: h.update(provenance=1), "not a usable kernel file"),
+    "layers are a list": (lambda h, t: h.update(layers=[1]), "not a usable kernel file"),
+    "layer is no number": (lambda h, t: h.update(layers={"x": 1}), "not a usable kernel file"),
+    "rank": (lambda h, t: h["layers"]["0"].update(rank=4), "wrong shape"),
+    "negative rank": (lambda h, t: h["layers"]["0"].update(rank=-4), "not a usable kernel file"),
+    "huge rank": (lambda h, t: h["layers"]["0"].update(rank=10**15), "not a usable kernel file"),
+    "heads": (lambda h, t: h["layers"]["0"]["heads"].update(kv_heads=3), "wrong shape"),
+    "more heads": (lambda h, t: h["layers"]["0"]["heads"].update(more=3), "more"),
+    "shape": (lambda h, t: t.update({ONE: t[ONE][:, :, 1:].contiguous()}), f"{ONE} has the wrong shape"),
+    "integers": (lambda h, t: t.update({ONE: t[ONE].int()}), "dtype"),
+    "float64": (lambda h, t: t.update({ONE: t[ONE].double()}), "dtype"),
+    "NaN": (lambda h, t: t[ONE][0, 0, :1].fill_(math.nan), f"{ONE} holds NaN"),
+    "inf": (lambda h, t: t[ONE][0, 0, :1].fill_(math.inf), f"{ONE} holds NaN or inf"),
+    "a tensor missing": (lambda h, t: t.pop(ONE), ONE),
+}
+
+
+def rewrite(path: Path, damage: Damage) -> None:
+    """Change a kernel file's header and tensors."""
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["less_kernels"])
+    damage(header, tensors)
+    save_file(tensors, path, {"less_kernels": json.dumps(header)})
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_header_or_tensor(name: str, tmp_path: Path) -> None:
+    damage, says = DAMAGES[name]
+    path = tmp_path / "k.safetensors"
+    some("exp").save(path)
+    rewrite(path, lambda h, t: None)
+    Kernels.load(path)  # rewriting alone does no harm
+    rewrite(path, damage)
+    with pytest.raises(KernelError) as caught:
+        Kernels.load(path)
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "no kernels", "cut header", "cut data", "foreign", "folder", "absent"])
+def test_not_a_kernel_file(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "k.safetensors"
+    some("paper").save(path)
+    whole = path.read_bytes()
+    path.unlink()
+    if content == "folder":
+        path.mkdir()
+    elif content == "foreign":
+        save_file({"w": torch.zeros(3)}, path)
+    elif content != "absent":
+        path.write_bytes({"cut header": whole[:40], "cut data": whole[:-9]}.get(content, content.encode()))
+    with pytest.raises(KernelError) as caught:
+        Kernels.load(path)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    says = {"foreign": "holds no LESS kernels", "absent": "no kernel file at"}.get(content, "not a usable kernel file")
+    assert says in str(caught.value)
+
+
+# ------------------------------------------------------------------ formulas
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def numpy_exp(w: dict[str, np.ndarray], q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def features(side: str, x: np.ndarray) -> np.ndarray:
+        return gelu(x @ w[f"{side}_in"]) @ w[f"{side}_out"] + x @ w[f"{side}_skip"] + w[f"{side}_bias"]
+
+    e = np.exp(features("k", k))
+    return features("q", q), e / e.sum(-1, keepdims=True)
+
+
+def numpy_paper(w: dict[str, np.ndarray], q: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    phi = np.abs(gelu(gelu(q @ w["q_in"]) @ w["q_out"])) * np.exp(w["q_offset"])
+    base = np.abs(w["k_scale"]) * gelu(gelu(k @ w["k_in"]) @ w["k_out"])
+    psi = np.abs(base + (base @ w["k_interaction"]) * w["k_scale_interaction"]) * np.abs(w["k_gain"])
+    return np.log(phi), psi
+
+
+@BOTH
+@pytest.mark.parametrize("index", [0, 2])
+def test_formulas(family: str, index: int) -> None:
+    heads, rng = HEADS[index], np.random.default_rng(index)
+    layer = some(family).layers[index]
+    q = rng.standard_normal((2, heads.query_heads, 5, heads.head_dim)) * 2
+    k = rng.standard_normal((2, heads.kv_heads, 5, heads.head_dim)) * 2
+    weights = {n: p.double().numpy() for n, p in layer.named_parameters()}
+    want = {"exp": numpy_exp, "paper": numpy_paper}[family](weights, q, k)
+    log_phi, psi = layer.log_phi(torch.from_numpy(q).float()), layer.psi(torch.from_numpy(k).float())
+    assert log_phi.shape == (2, heads.query_heads, 5, 5)
+    assert psi.shape == (2, heads.kv_heads, 5, 5)
+    assert psi.min() >= 0
+    assert np.abs(psi.numpy() - want[1]).max() < 1e-6 * np.abs(want[1]).max()
+    assert np.abs(log_phi.exp().numpy() - np.exp(want[0])).max() < 2e-6 * np.exp(want[0]).max()
+    likely = np.exp(want[0]) > 1e-3 * np.exp(want[0]).max()  # a float32 gelu loses its far tail
+    assert np.abs(log_phi.numpy() - want[0])[likely].max() < 1e-4
+
+
+@BOTH
+def test_dtypes(family: str) -> None:
+    """log phi is float32 from 16-bit queries (and not merely rounded to 16 bits), psi has the keys' dtype."""
+    layer = some(family).layers[0]
+    q, k = torch.randn(1, 6, 40, 8).bfloat16(), torch.randn(1, 2, 40, 8).bfloat16()
+    log_phi, psi = layer.log_phi(q), layer.psi(k)
+    assert (log_phi.dtype, psi.dtype) == (torch.float32, torch.bfloat16)
+    assert not torch.equal(log_phi, log_phi.bfloat16().float())
+    assert (log_phi - layer.log_phi(q.float())).abs().median() < 0.05
+
+
+def test_psi_of_exp_sums_to_one() -> None:
+    layer = some("exp").layers[0]
+    for size in (0.1, 1.0, 100.0):
+        psi = layer.psi(torch.randn(3, 2, 11, 8) * size)
+        assert bool(psi.isfinite().all())
+        assert (psi.sum(-1) - 1).abs().max() < 1e-6
+
+
+def test_log_phi_of_paper_is_minus_infinity_where_phi_is_zero() -> None:
+    layer = some("paper").layers[0]
+    q = torch.randn(1, 6, 4, 8)
+    q[:, :, 2] = 0
+    log_phi = layer.log_phi(q)
+    assert bool((log_phi[:, :, 2] == -torch.inf).all())
+    assert bool(log_phi[:, :, [0, 1, 3]].isfinite().all())
+    assert not bool(log_phi.isnan().any())
+
+
+def test_both_are_registered() -> None:
+    assert {n: m.parametrisation for n, m in PARAMETRISATIONS.items()} == {"exp": "exp", "paper": "paper"}
+
+
+# ------------------------------------------------------------------ through an export
+
+
+def logits(bundle: Path, backend: str, ids: list[int]) -> np.ndarray:
+    """[steps, V]: the logits after every step of a fixed chunking."""
+    with open_bundle(bundle, backend).backend as opened:
+        opened.open(1)
+        out = [opened.step([ids[i : i + 16]])[0, -1] for i in range(0, 48, 16)]
+        return np.stack(out + [opened.step([[i]])[0, -1] for i in ids[48:]])
+
+
+@BOTH
+def test_kernels_through_an_export(
+    family: str, source: Path, plain: Path, kernelled: Path, made: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle = kernelled
+    if family == "paper":  # of one layer only: the other stays sparse
+        file = bundles.kernels(made / "paper.safetensors", "paper", layers=[1])
+        bundle = bundles.bundle(source, made / "papered", kernels=file)
+    ids = np.random.default_rng(0).integers(2, 300, 56).tolist()
+    without, mine, theirs = logits(plain, "ort", ids), logits(bundle, "ort", ids), logits(bundle, "torch", ids)
+    unit = float(np.abs(theirs).max())
+    assert np.abs(mine - theirs).max() < 2e-5 * unit
+    difference = np.abs(mine - without).max(-1) / unit
+    assert difference[0] < 2e-5  # nothing is evicted before the first chunk's attention
+    assert difference[1:].min() > 1e-3
+
+
+def test_no_kernels_is_said_and_kernels_are_not(source: Path, kernel_file: Path, quick: None, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bundles.bundle(source, tmp_path / "a")
+    assert [str(w.message) for w in caught if "kernels" in str(w.message)] == [
+        "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)"
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        bundles.bundle(source, tmp_path / "b", kernels=kernel_file)
+        bundles.bundle(source, tmp_path / "c.onnx", policy="full", context=32, num_hidden_layers=1)
+    assert not [w for w in caught if "kernels" in str(w.message)]

@@ -1,0 +1,323 @@
+"""Putting LESS into decoders: what discovery finds, what it refuses, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import copy
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tr
+from torch import Tensor
+from transformers import PreTrainedModel, masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import less_export
+from less_export.config import ExportConfig, plan_layers
+from less_export.contract import Contract
+from less_export.errors import UnsupportedModelError
+from less_export.exporter.weights import bare_model
+from less_export.exporter.wrapper import LessDecoder, fresh_state
+from less_export.feature_maps import Kernels
+from less_export.surgery import AttentionCall, AttentionLayer, discover, learned_positions, less_attention, on_interface
+
+from . import families
+from .families import VOCAB, WINDOW
+
+# ------------------------------------------------------------------ discovery
+
+_QUARTER = 0.25  # head_dim 16
+FACTS: dict[str, list[AttentionLayer]] = {
+    "llama": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "qwen3": [AttentionLayer(4, 2, 32, 32**-0.5, 0)] * 2,
+    "gemma3": [AttentionLayer(4, 1, 16, _QUARTER, w) for w in (WINDOW, 0, WINDOW)],
+    "mistral": [AttentionLayer(4, 2, 16, _QUARTER, WINDOW)] * 2,
+    "phi3": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "gpt_neox": [AttentionLayer(4, 4, 16, _QUARTER, 0)] * 2,
+    "falcon_mqa": [AttentionLayer(4, 1, 16, _QUARTER, 0)] * 2,
+    "falcon_new": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "qwen2": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "gemma2": [AttentionLayer(4, 2, 16, _QUARTER, w) for w in (WINDOW, 0)],
+    "gpt2": [AttentionLayer(4, 4, 16, _QUARTER, 0)] * 2,
+    "opt": [AttentionLayer(4, 4, 16, 1.0, 0)] * 2,  # scales its queries itself
+    "olmo2": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "granite": [AttentionLayer(4, 2, 16, 0.3, 0)] * 2,
+    "smollm3": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 4,
+    "stablelm": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "phi": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "cohere": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "mixtral": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "qwen3_moe": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_discovers_every_layer(family: str) -> None:
+    config = families.build(family).config
+    model = bare_model(config, torch.float32)  # as an export does: no weights
+    assert list(discover(model)) == pytest.approx(FACTS[family])
+    assert learned_positions(model) == (512 if family in ("gpt2", "opt") else None)
+    assert on_interface(model) == (not family.startswith("falcon"))
+
+
+# ------------------------------------------------------------------ refusals
+
+_HEADS = {"num_attention_heads": 4, "max_position_embeddings": 64, "intermediate_size": 48}
+_BASE: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, **_HEADS}
+_GQA = {**_BASE, "num_key_value_heads": 2}
+_GPT: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
+_FALCON: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+
+#: What a real class asks for, and the words (layer or model, then reason) that must say so.
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "own attention, on its own mask (GPT-J)": (
+        lambda: tr.GPTJConfig(**_GPT, rotary_dim=4),
+        r"^layer 0: the model computes with its attention mask itself; its attention is neither on .*interface",
+    ),
+    "own attention, no positions (Bloom)": (
+        lambda: tr.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+        r"^BloomForCausalLM takes no position_ids",
+    ),
+    "no attention through the interface (OpenAI GPT)": (
+        lambda: tr.OpenAIGPTConfig(**_GPT),
+        r"^OpenAIGPTLMHeadModel: 0 of 2 layers attend through .*attention of their own",
+    ),
+    "some attention through the interface (RecurrentGemma)": (
+        lambda: tr.RecurrentGemmaConfig(
+            **{**_BASE, "num_hidden_layers": 3}, lru_width=32, attention_window_size=16, head_dim=8
+        ),
+        r"^RecurrentGemmaForCausalLM: 1 of 3 layers attend through the attention interface",
+    ),
+    "softcap (Gemma2)": (lambda: tr.Gemma2Config(**_GQA, head_dim=8), r"^layer 0: attention softcap"),
+    "learned sinks (GPT-OSS)": (
+        lambda: tr.GptOssConfig(
+            **{**_GQA, "max_position_embeddings": 131072}, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+        ),
+        r"^layer 0: learned attention sinks",
+    ),
+    "alibi (Falcon)": (lambda: tr.FalconConfig(**_FALCON, alibi=True), r"^layer 0: alibi"),
+    "alibi (MPT)": (lambda: tr.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB), r"^layer 0: alibi"),
+    "keys and values of different width (DeepSeek V3)": (
+        lambda: tr.DeepseekV3Config(
+            **_GQA, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8,
+            qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, first_k_dense_replace=2,
+        ),
+        r"^layer 0: keys and values differ in width \(Dk 8, Dv 4\)",
+    ),
+    "not causal (Llama)": (lambda: tr.LlamaConfig(**_GQA, is_causal=False), r"^layer 0: attention is not causal"),
+    "not causal (BERT)": (lambda: tr.BertConfig(**_BASE), r"^layer 0: attention is not causal"),
+    "chunked mask (Llama 4)": (
+        lambda: tr.Llama4TextConfig(**_GQA, head_dim=8, num_local_experts=2, intermediate_size_mlp=48),
+        r"^layer 0: its mask comes from create_chunked_causal_mask",
+    ),
+    "bidirectional (Gemma 3)": (
+        lambda: tr.Gemma3TextConfig(**_GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True),
+        r"^layer 0: attention is not causal",
+    ),
+    "longrope (Phi-3)": (
+        lambda: tr.Phi3Config(
+            **_GQA, pad_token_id=0, original_max_position_embeddings=32,
+            rope_parameters={**_LONG, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        ),
+        r"^model\.rotary_emb: rotary embedding 'longrope' .*\(all layers\)",
+    ),
+    "dynamic rope (Llama)": (
+        lambda: tr.LlamaConfig(**_GQA, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        r"^model\.rotary_emb: rotary embedding 'dynamic' .*\(all layers\)",
+    ),
+    "recurrent layers (Jamba)": (
+        lambda: tr.JambaConfig(**_GQA, num_experts=2), r"^the model has recurrent .*layers beside attention"
+    ),
+    "no positions (Mamba)": (
+        lambda: tr.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
+        r"^MambaForCausalLM takes no position_ids",
+    ),
+    "encoder and decoder (T5)": (
+        lambda: tr.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+        r"T5Config",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cause", REFUSED)
+def test_refuses_before_anything_is_written(cause: str, tmp_path: Path, nothing_left: Path) -> None:
+    make, reason = REFUSED[cause]
+    make().save_pretrained(tmp_path / "model")
+    for out in ("bundle", "x.onnx"):
+        with pytest.raises(UnsupportedModelError, match=reason) as refusal:
+            less_export.export(str(tmp_path / "model"), nothing_left / out, budget="8")
+        assert "\n" not in str(refusal.value)
+
+
+def test_refuses_a_bidirectional_overlay() -> None:
+    # Gemma 3's mask function gets an overlay too; here its layers claim to be causal, so only the mask tells.
+    config = tr.Gemma3TextConfig(**_GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True)
+    model = bare_model(config, torch.float32)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = True
+    with pytest.raises(UnsupportedModelError, match=r"layer 0: its causal mask is overlaid \(or_mask_function\)"):
+        discover(model)
+
+
+def test_refuses_a_window_that_mask_and_attention_do_not_share() -> None:
+    model = bare_model(families.build("mistral").config, torch.float32)
+    for layer in model.model.layers[1:]:
+        layer.self_attn.sliding_window = 3 if hasattr(layer.self_attn, "sliding_window") else None
+    model.config.sliding_window = WINDOW
+    with pytest.raises(UnsupportedModelError, match=rf"^layer 1: its mask slides over {WINDOW} .*over 3"):
+        discover(model)
+
+
+# ------------------------------------------------------------------ nothing stays
+
+
+def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
+    """Everything that a decoder is made of, and what of transformers and torch LESS touches."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers()), **model.state_dict()}
+    modules = list(model.modules())
+    files = {cls.__module__ for m in modules for cls in type(m).__mro__ if cls.__module__.startswith("transformers.")}
+    import sys
+
+    return {
+        "bits": {n: (t.dtype, t.contiguous().view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()},
+        "config": copy.deepcopy([vars(m.config) for m in modules if isinstance(m, PreTrainedModel)]),
+        "config.json": model.config.to_json_string(use_diff=False),
+        "attention": model.config._attn_implementation,
+        "experts": getattr(model.config, "_experts_implementation", None),
+        "attributes": [sorted(vars(m)) for m in modules],
+        "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules],
+        "identities": [id(t) for t in tensors.values()],
+        "masks": {n: id(f) for n, f in vars(masking_utils).items() if callable(f)},
+        "patterns": {n: id(f) for n, f in masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.items()},
+        "code": {(n, k): id(v) for n in sorted(files) for k, v in vars(sys.modules[n]).items()},
+        "interface": {n: id(f) for n, f in ALL_ATTENTION_FUNCTIONS.items()},
+        "sdpa": id(F.scaled_dot_product_attention),
+    }
+
+
+def decoder_of(model: PreTrainedModel) -> LessDecoder:
+    layers = plan_layers(discover(model), ExportConfig(budget="8"), 64, {})
+    return LessDecoder(model, Contract(layers, VOCAB, "float32", 16, 2), Kernels({}, {}))
+
+
+def use_discover(model: PreTrainedModel) -> None:
+    discover(model)
+
+
+def use_forward(model: PreTrainedModel) -> None:
+    decoder = decoder_of(model)
+    length = torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad():
+        logits, *_ = decoder(torch.arange(3, 15)[None], length, length + 12, fresh_state(decoder.contract, 1))
+    assert bool(logits.isfinite().all())
+
+
+def use_failing_handler(model: PreTrainedModel) -> None:
+    def fail(call: AttentionCall) -> Tensor:
+        raise KeyError("in the middle")
+
+    with pytest.raises(KeyError, match="in the middle"), less_attention(model, fail):
+        model(input_ids=torch.arange(3, 15)[None], use_cache=False)
+
+
+def use_failing_forward(model: PreTrainedModel) -> None:
+    decoder = decoder_of(model)
+    length = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(IndexError), torch.no_grad():  # no such token
+        decoder(torch.full((1, 3), 10 * VOCAB), length, length + 3, fresh_state(decoder.contract, 1))
+
+
+def use_trace(model: PreTrainedModel) -> None:
+    decoder = decoder_of(model)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    state, length = fresh_state(decoder.contract, 2), torch.zeros(2, dtype=torch.int32)
+    shapes = ({0: batch}, {0: batch}, {0: batch}, [{0: batch} for _ in state])
+    torch.export.export(
+        decoder, (torch.zeros(2, 5, dtype=torch.long), length, length + 5, state), dynamic_shapes=shapes, strict=False
+    )
+
+
+@pytest.mark.parametrize("use", [use_discover, use_forward, use_failing_handler, use_failing_forward, use_trace])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon_mqa", "qwen3_moe"])
+def test_afterwards_the_model_is_as_before(family: str, use: Callable[[PreTrainedModel], None]) -> None:
+    model = families.build(family)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        before = fingerprint(model)
+        use(model)
+        after = fingerprint(model)
+        assert {n for n in before if before[n] != after[n]} == set()
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
+
+
+def test_a_refused_model_is_as_before() -> None:
+    torch.manual_seed(0)
+    model = tr.Gemma2ForCausalLM(tr.Gemma2Config(**_GQA, head_dim=8)).eval()
+    before = fingerprint(model)
+    with pytest.raises(UnsupportedModelError, match="softcap"):
+        discover(model)
+    after = fingerprint(model)
+    assert {n for n in before if before[n] != after[n]} == set()
+
+
+def test_inside_the_model_is_another() -> None:
+    # The fingerprint can tell: while the context is open, configuration and masks are not as before.
+    for family, parts in (
+        ("gemma3", {"config", "attention", "masks", "patterns", "code"}),
+        ("falcon_mqa", {"config", "attention", "masks", "patterns", "code", "sdpa"}),
+        ("qwen3_moe", {"config", "attention", "experts", "masks", "patterns", "code"}),
+    ):
+        model = families.build(family)
+        before = fingerprint(model)
+        with less_attention(model, lambda call: call.q):
+            inside = fingerprint(model)
+        assert {n for n in before if before[n] != inside[n]} == parts, family
+
+
+def test_another_thread_keeps_its_attention() -> None:
+    # Falcon's surgery replaces F.scaled_dot_product_attention, which other threads may be using.
+    model = families.build("falcon_mqa")
+    q = torch.randn(1, 2, 3, 4)
+    expected, seen = F.scaled_dot_product_attention(q, q, q, is_causal=True), []
+    with less_attention(model, lambda call: call.q):
+        other = threading.Thread(
+            target=lambda: seen.append(F.scaled_dot_product_attention(q, q, q, is_causal=True))
+        )
+        other.start()
+        other.join()
+    assert torch.equal(seen[0], expected)
+
+
+def test_handler_sees_unrepeated_heads_and_the_scale() -> None:
+    for family in families.MAIN:
+        model = families.build(family)
+        calls: list[AttentionCall] = []
+
+        def keep(call: AttentionCall, calls: list[AttentionCall] = calls) -> Tensor:
+            calls.append(call)
+            return call.q
+
+        with torch.no_grad(), less_attention(model, keep):
+            model(input_ids=torch.arange(3, 10)[None], position_ids=torch.arange(7)[None], use_cache=False)
+        assert [c.layer for c in calls] == list(range(len(FACTS[family])))
+        for call, layer in zip(calls, FACTS[family], strict=True):
+            assert call.q.shape == (1, layer.query_heads, 7, layer.head_dim)
+            assert call.k.shape == call.v.shape == (1, layer.kv_heads, 7, layer.head_dim)
+            assert call.scale == pytest.approx(layer.scale)
+            assert call.mask is None
+
+
+def test_reason_of_a_model_that_does_not_run_is_one_line() -> None:
+    model = bare_model(families.build("llama").config, torch.float32)
+    model.model.layers[1].self_attn.q_proj = torch.nn.Linear(7, 7)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        discover(model)
+    assert re.match(r"LlamaForCausalLM does not run as a plain decoder: [^\n]+$", str(refusal.value))
