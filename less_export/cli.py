@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _kebab(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
     signal.signal(signal.SIGTERM, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 gets question marks
+        sys.stdout.reconfigure(errors="replace")
     commands: dict[str, Callable[[list[str]], int]] = {
         "generate": _generate,
         "check": _check,
@@ -217,13 +220,17 @@ def _generate(arguments: list[str]) -> int:
     from .runtime.sampling import SamplingParams
 
     params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
-    text = None if args.prompt_file is None else _read_text(args.prompt_file)
+    text = next(t for t in (args.prompt, args.chat, args.prompt_file) if t is not None)
+    if args.prompt_file is not None:
+        text = _read_text(args.prompt_file)
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # bytes that Python could not decode
+        raise UsageError("the prompt is not UTF-8 text")
     generator = open_bundle(args.bundle, args.backend)
-    prompt_: Any = args.prompt if text is None else text
+    prompt_: Any = text
     if args.chat is not None:
         if generator.tokenizer is None:
             raise UsageError("this bundle has no tokenizer, so no --chat")
-        prompt_ = generator.tokenizer.encode_chat([{"role": "user", "content": args.chat}])
+        prompt_ = generator.tokenizer.encode_chat([{"role": "user", "content": text}])
     if args.stream:
         for token in generator.stream([prompt_], params):
             print(token.text, end="", flush=True)
@@ -286,7 +293,10 @@ def _check(arguments: list[str]) -> int:
     if args.json:
         from .files import write_atomically
 
-        write_atomically(args.json, (json.dumps(reporting.figures(report), indent=1) + "\n").encode())
+        try:
+            write_atomically(args.json, (json.dumps(reporting.figures(report), indent=1) + "\n").encode())
+        except OSError as error:
+            raise UsageError(f"cannot write {args.json}: {error.strerror or error}") from error
     reporting.print_report(report)
     return 0 if report.passed else 1
 

@@ -160,12 +160,12 @@ def enough_tokens(generator: Generator, text: str, wanted: int | None, own_text:
     else:
         ids = [b % contract.vocab_size for b in text.encode()]
     evicting = [s.capacity for s in contract.layers if s.policy is not Policy.FULL]
-    count = wanted or min(max(evicting, default=contract.chunk) + 64, 2048)
+    count = min(max(evicting, default=contract.chunk) + 64, 2048) if wanted is None else max(wanted, 0)
     limit = contract.token_limit()
     if limit is not None and count > limit:
         count = limit
     if own_text:
         if wanted is not None and wanted > len(ids):
             raise UsageError(f"--tokens {wanted}, but the text has {len(ids)} tokens: give a longer text")
-        return ids[: wanted or (limit if limit is not None else len(ids))]
+        return ids[: limit if wanted is None else count]
     return (ids * (count // len(ids) + 1))[:count]

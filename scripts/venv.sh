@@ -13,7 +13,7 @@ venv() {
         echo "making $folder ($extras); this downloads about 1 GB the first time"
         rm -rf "$folder"
         "$python" -m venv "$folder"
-        "$py" -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt -e ".[$extras]"
+        "$py" -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt -e ".[$extras]"
         echo "$stamp" >"$folder/.stamp"
     fi
 }

@@ -5,10 +5,11 @@ A plugin: modules that say ``pytest_plugins = ["tests.bundles"]`` share its fixt
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from less_export.artifact import MANIFEST, Bundle, Manifest
+from less_export.cli import main
 from less_export.config import ExportConfig
 from less_export.contract import Contract
 from less_export.exporter import build
 from less_export.exporter.trace import trace
 from less_export.exporter.wrapper import LessDecoder
 from less_export.feature_maps import Heads, random_kernels
+from less_export.files import sha256
 
 CORPUS = ("Alice was beginning to get very tired of sitting by her sister on the bank. ", "Once upon a time, a cat.")
 #: Longer than the 12 slots (5% of 256) that bundles have by default.
@@ -108,6 +112,62 @@ def snapshot(folder: Path) -> dict[str, str]:
     }
 
 
+def resign(bundle: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -> None:
+    """Change a folder bundle's manifest and sign it again, the hashes of its graphs included."""
+    file = bundle / MANIFEST
+    manifest = change(Manifest.parse(file.read_bytes(), "manifest"))
+    rehashed = [dataclasses.replace(a, sha256=sha256(bundle / a.file)) for a in manifest.artifacts]
+    file.write_bytes(dataclasses.replace(manifest, artifacts=tuple(rehashed)).dump())
+
+
+# ------------------------------------------------------------------ the command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command left: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """``run(word, ...)`` is the command line in this process."""
+
+    def call(*words: object) -> Result:
+        capsys.readouterr()
+        code = main([str(w) for w in words])
+        return Result(code, *capsys.readouterr())
+
+    return call
+
+
+def refused(result: Result, *says: str, after: int = 0) -> None:
+    """The command failed with one line that holds ``says``, after so many lines of progress."""
+    *progress, last = result.err.splitlines()
+    assert result.code == 1
+    assert last.startswith("less-export: error: "), result.err
+    assert len(progress) == after, result.err
+    assert all(line.startswith("less-export: ") and "error" not in line for line in progress), result.err
+    for words in says:
+        assert words in last
+
+
+def generated(run: Run, bundle: Path, *words: object) -> str:
+    """What ``generate`` prints for 12 new tokens."""
+    result = run("generate", bundle, "--max-new-tokens", 12, *words)
+    assert result.code == 0, result.err
+    assert result.out.endswith("\n")
+    assert result.err.startswith("prompt ")
+    assert "tokens/s" in result.err
+    return result.out
+
+
 # ------------------------------------------------------------------ fixtures
 
 
@@ -122,8 +182,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Where the session's checkpoints and bundles lie; nobody may have changed them at the end."""
     folder = tmp_path_factory.mktemp("bundles")
     yield folder
-    for bundle in folder.glob("*/manifest.json"):
-        build.artifact.Bundle.open(bundle.parent, full=True)
+    for manifest in folder.glob(f"*/{MANIFEST}"):
+        Bundle.open(manifest.parent, full=True)
 
 
 @pytest.fixture(scope="session")

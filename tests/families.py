@@ -27,7 +27,7 @@ from less_export.surgery import discover
 
 VOCAB, WINDOW, BUDGET, CONTEXT, CHUNK, ROWS, RANK = 97, 10, 24, 64, 16, 3, 4
 
-_IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager"}
 _BASE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3, **_IDS,
@@ -93,6 +93,11 @@ OTHERS: dict[str, Make] = {
 FAMILIES: dict[str, Make] = {**MAIN, **OTHERS}
 
 
+def small(**changes: Any) -> Make:
+    """A Llama of one layer, the quickest to trace."""
+    return lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**{**_GQA, "num_hidden_layers": 1, **changes}))
+
+
 def build(family: str | Make, seed: int = 0) -> PreTrainedModel:
     """The model in f32, eager; the same weights for the same seed."""
     torch.manual_seed(seed)
@@ -101,7 +106,7 @@ def build(family: str | Make, seed: int = 0) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter += 0.2 * torch.randn(parameter.shape)
-    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
     return model
 
 

@@ -217,36 +217,6 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         )
     if not evicting and Policy.parse(config.policy or DEFAULT_POLICY) is not Policy.FULL:
         warnings.warn("every layer slides and keeps its window: see --compress-sliding", stacklevel=2)
-    if source.gguf is not None:
-        progress("dequantising the GGUF weights")
-        files = [_convert(source, hf_config, bare, None, _stored_dtype(job), scratch)]
-    else:
-        files = weights.checkpoint_files(source.folder)
-    tensors, missing = weights.locate(bare, files)
-    if missing:
-        progress(f"converting {len(missing)} tensors that are stored in another layout")
-        copied = _convert(source, hf_config, bare, missing, "auto", scratch)
-        tensors.update(weights.locate(bare, [copied])[0])
-        missing = [n for n in missing if n not in tensors]
-    if missing:
-        raise LessExportError(
-            f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more): weights and config differ"
-        )
-    job.tensors = tensors
-    job.model_facts = {
-        "name": source.name,
-        "class": type(bare).__name__,
-        "parameters": sum(p.numel() for p in bare.parameters()),
-        "config": json.loads(json.dumps(hf_config.to_dict(), default=str)),
-        "max_position_embeddings": getattr(text, "max_position_embeddings", None),
-    }
-    unused = unused_kernels(contracts[kinds[0]].layers, kernels.layers)
-    if unused:
-        warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)
-    if not kernels.layers and Policy.parse(config.policy or DEFAULT_POLICY) is not Policy.FULL:
-        warnings.warn(
-            "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
-        )
     return job
 
 

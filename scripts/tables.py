@@ -1,0 +1,101 @@
+"""The figures in README.md, from ``benchmarks/results``: rewrites what lies between its markers.
+
+``python scripts/tables.py`` writes, ``--check`` only says whether the README is up to date.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def results(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return data
+
+
+def where(data: dict[str, Any]) -> str:
+    """The machine of a result in words."""
+    m = data["machine"]
+    versions = ", ".join(f"{n} {m['versions'][n]}" for n in ("torch", "transformers", "onnxruntime"))
+    return f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB; {versions}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def families() -> str:
+    """Parity per family."""
+    data = results("families")
+    rows = [
+        [
+            f"`{r['class']}` ({r['family']})",
+            f"{r['onnx_against_f64']:.1e}",
+            f"{r['hf_f32_against_f64']:.1e}",
+            f"{r['onnx_against_torch_evicting']:.1e}",
+        ]
+        for r in data["rows"]
+    ]
+    header = ["family", "ONNX vs HF f64, nothing evicted", "HF f32 vs HF f64", "ONNX vs torch, past eviction"]
+    return table(header, rows) + f"\n\n({where(data)})"
+
+
+def export_cost() -> str:
+    """Cost of an export against the ordinary one."""
+    data = results("export_cost")
+    ours, theirs, ratio = data["median"]["less_export"], data["median"]["ordinary"], data["ratio"]
+    names = {"seconds": "wall time, s", "peak_rss_mb": "peak RSS, MB", "written_mb": "written, MB"}
+    rows = [[label, f"{ours[n]:.1f}", f"{theirs[n]:.1f}", f"{ratio[n]:.2g}x"] for n, label in names.items()]
+    note = f"({data['layers']} layers, {data['dtype']}, checkpoint {data['checkpoint_mb']:.0f} MB; {where(data)})"
+    return table(["", "less-export", "torch.onnx.export", "ratio"], rows) + f"\n\n{note}"
+
+
+def decode_cost() -> str:
+    """Decode step against the full cache."""
+    data = results("decode_cost")
+    rows = [
+        [
+            f"{r['context']:,}",
+            f"{r['less_ms']:.1f}",
+            f"{r['full_ms']:.1f}",
+            f"{r['speedup']:.2f}x",
+            f"{r['less_state_bytes'] / 1e6:.2f}",
+            f"{r['full_cache_bytes'] / 1e6:.2f}",
+        ]
+        for r in data["rows"]
+    ]
+    header = ["context", "LESS, ms", "full cache, ms", "full / LESS", "LESS state, MB", "full cache, MB"]
+    what = f"{data['layers']} layers, {data['dtype']}, batch {data['batch']}, {data['slots']} slots, {data['policy']}"
+    return table(header, rows) + f"\n\n({what}; {where(data)})"
+
+
+def rendered(text: str) -> str:
+    """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
+    makers = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
+
+    def fresh(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{makers[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", fresh, text, flags=re.S)
+
+
+def main() -> int:
+    text = README.read_text(encoding="utf-8")
+    if "--check" in sys.argv[1:]:
+        current = rendered(text) == text
+        print("README.md is up to date" if current else "README.md is stale: run scripts/tables.py")
+        return 0 if current else 1
+    README.write_text(rendered(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""Checkpoints of every layout and dtype become graphs that point into their files, for both targets."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from onnx import TensorProto
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import less_export
+from less_export.artifact import ARTIFACT_FILES, Artifact
+from less_export.contract import OP_DOMAIN, OP_NAME
+from less_export.errors import UsageError
+from less_export.exporter import onnx_op
+from less_export.runtime.ort_backend import OrtBackend
+
+from . import families
+from .families import BUDGET, Tiny, feed, relative, text
+
+#: A constant of a graph may be this long; anything longer is a weight that should have stayed where it is.
+INLINE_BYTES = 4096
+DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+#: One family for each checkpoint dtype: untied, untied with QK norms, tied with sliding layers.
+FAMILY_OF = {"float32": "llama", "float16": "qwen3", "bfloat16": "gemma3"}
+
+
+@pytest.fixture(scope="module")
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """A checkpoint of the dtype asked for, exported for both targets with kernels."""
+    folder, dtype = tmp_path_factory.mktemp(request.param), getattr(torch, request.param)
+    checkpoint = families.save(FAMILY_OF[request.param], folder / "model", dtype)
+    kernels = families.kernels(families.load(checkpoint), folder / "kernels.safetensors")
+    return families.export(checkpoint, folder / "bundle", target="both", budget=str(BUDGET), kernels=kernels)
+
+
+every_dtype = pytest.mark.parametrize("tiny", FAMILY_OF, indirect=True)
+
+
+def graph(tiny: Tiny, kind: str) -> onnx.ModelProto:
+    return onnx.load(tiny.bundle / ARTIFACT_FILES[kind], load_external_data=False)
+
+
+def artifact(tiny: Tiny, kind: str) -> Artifact:
+    found = tiny.opened.artifact(kind)
+    assert found is not None
+    return found
+
+
+def places(model: onnx.ModelProto) -> dict[str, tuple[str, int, int]]:
+    """File, offset and length of every external initializer."""
+    found = {}
+    for tensor in model.graph.initializer:
+        entries = {e.key: e.value for e in tensor.external_data}
+        if entries:
+            found[tensor.name] = (entries["location"], int(entries["offset"]), int(entries["length"]))
+    return found
+
+
+def casts(model: onnx.ModelProto) -> set[str]:
+    """Weights that are stored in another dtype than the graph computes in."""
+    external = places(model)
+    return {n.input[0] for n in model.graph.node if n.op_type == "Cast" and n.input[0] in external}
+
+
+def assert_is_the_model(tiny: Tiny) -> None:
+    """While nothing is evicted, ONNX Runtime computes what Hugging Face computes in f32 from the checkpoint."""
+    ids = text(2, BUDGET)
+    expected, own_error = families.truth(families.load(tiny.checkpoint), ids)
+    found = feed(tiny.backend("ort", 2), ids, [10, 6, *[1] * 8])
+    at = np.cumsum([10, 6, *[1] * 8]) - 1
+    assert relative(np.concatenate(found, 1), expected[:, at]) <= max(2 * own_error, 1e-6)
+
+
+def assert_linked(tiny: Tiny, weights: list[Path]) -> None:
+    """The weight files of the bundle are those of the checkpoint, and everything else is small."""
+    inodes = {p.resolve().stat().st_ino for p in weights}
+    manifest = tiny.opened.manifest
+    linked = {tiny.bundle / w.file for w in manifest.weights}
+    assert {p.lstat().st_ino for p in linked} == inodes
+    assert not any(p.is_symlink() for p in tiny.bundle.iterdir())
+    written = [p for p in tiny.bundle.iterdir() if p not in linked]
+    assert all(p.stat().st_nlink == 1 for p in written)
+    graphs = sum(p.stat().st_size for p in written if p.suffix == ".onnx")
+    assert graphs < 120_000 * len(manifest.artifacts), f"{graphs} bytes of graphs"
+
+
+# ------------------------------------------------------------------ dtypes and targets
+
+
+@every_dtype
+def test_weights_are_not_copied(tiny: Tiny) -> None:
+    assert_linked(tiny, [tiny.checkpoint / "model.safetensors"])
+    stored = load_file(tiny.checkpoint / "model.safetensors")
+    for kind in ("ort", "trt"):
+        model = graph(tiny, kind)
+        for tensor in model.graph.initializer:
+            assert tensor.external_data or tensor.ByteSize() <= INLINE_BYTES, tensor.name
+        found = places(model)
+        assert {file for file, _, _ in found.values()} == {"model.safetensors", "kernels.safetensors"}
+        lengths = {n.removesuffix(".stored").removeprefix("model."): x[2] for n, x in found.items()}
+        for name, tensor in stored.items():  # each weight of the checkpoint, whole, and no other
+            assert lengths.pop(name) == tensor.numel() * tensor.element_size()
+        assert {n.split(".")[0] for n in lengths} <= {"maps", "lm_head"}  # lm_head: where embeddings are tied
+
+
+@every_dtype
+def test_compute_dtype_is_the_targets(tiny: Tiny, request: pytest.FixtureRequest) -> None:
+    stored = request.node.callspec.params["tiny"]
+    computes = {"ort": "float32", "trt": stored}
+    for kind, dtype in computes.items():
+        model = graph(tiny, kind)
+        assert artifact(tiny, kind).contract.dtype == dtype
+        types = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.output]}
+        assert {types[n] for n in types if n.endswith((".key", ".value", ".psi"))} == {DTYPES[dtype]}
+        assert {types[n] for n in types if n.endswith((".h", ".z", ".score"))} == {TensorProto.FLOAT}
+        assert types["logits"] == TensorProto.FLOAT
+        weights = {n for n, (file, _, _) in places(model).items() if file == "model.safetensors"}
+        assert weights
+        assert casts(model) & weights == (set() if dtype == stored else weights)
+        elements = {t.data_type for t in model.graph.initializer if t.name in weights}
+        assert elements == {DTYPES[stored]}
+
+
+@every_dtype
+def test_onnx_runtime_computes_the_checkpoint(tiny: Tiny) -> None:
+    assert_is_the_model(tiny)
+
+
+@every_dtype
+def test_graph_for_tensorrt_has_bare_nodes(tiny: Tiny) -> None:
+    model, contract = graph(tiny, "trt"), artifact(tiny, "trt").contract
+    assert not model.functions
+    nodes = [n for n in model.graph.node if n.domain == OP_DOMAIN]
+    assert len(nodes) == len(contract.layers) == len(artifact(tiny, "ort").contract.layers)
+    for node, layer in zip(nodes, contract.layers, strict=True):
+        assert (node.op_type, node.overload) == (OP_NAME, "")
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes == pytest.approx(layer.attributes())
+        assert len(node.input) == 14
+        assert len(node.output) == 8
+    assert {s.domain for s in model.opset_import} == {"", OP_DOMAIN}
+
+
+@every_dtype
+def test_graph_for_onnx_runtime_carries_its_bodies(tiny: Tiny) -> None:
+    model = graph(tiny, "ort")
+    nodes = [n for n in model.graph.node if n.domain == OP_DOMAIN]
+    assert len(nodes) == len(artifact(tiny, "ort").contract.layers)
+    assert {n.overload for n in nodes} == {f.overload for f in model.functions}
+    assert all((f.domain, f.name) == (OP_DOMAIN, OP_NAME) for f in model.functions)
+
+
+@every_dtype
+def test_graphs_pass_the_checker_and_name_no_path(tiny: Tiny) -> None:
+    for kind in ("ort", "trt"):
+        path = tiny.bundle / ARTIFACT_FILES[kind]
+        onnx.checker.check_model(str(path), full_check=kind == "ort")  # shapes end at a node without a body
+        names = (str(Path.home()), tempfile.gettempdir(), str(Path.cwd()), str(tiny.bundle.parent), "site-packages")
+        data = path.read_bytes()
+        assert not [n for n in names if n.encode() in data and len(n) > 1]
+        assert not re.search(rb"[\w/]+\.py\b", data)
+        model = onnx.load(path, load_external_data=False)
+        assert not model.metadata_props
+        assert not model.graph.doc_string
+
+
+@pytest.mark.parametrize("tiny", ["float16"], indirect=True)
+def test_tensorrt_graph_computes_in_half_precision(tiny: Tiny, tmp_path: Path) -> None:
+    # The same graph with its bodies, on ONNX Runtime: only the compute dtype is another.
+    shutil.copytree(tiny.bundle, tmp_path / "copy")
+    model = ir.load(tmp_path / "copy" / "model.trt.onnx")
+    onnx_op.add_bodies(model)
+    ir.save(model, tmp_path / "copy" / "bodies.onnx")
+    backend = OrtBackend(artifact(tiny, "trt").contract, tmp_path / "copy" / "bodies.onnx", threads=1)
+    backend.open(2)
+    ids, sizes = text(2, BUDGET), [10, 6, *[1] * 8]
+    expected, _ = families.truth(families.load(tiny.checkpoint), ids)
+    with torch.no_grad():
+        half = families.load(tiny.checkpoint, torch.float16)(input_ids=torch.from_numpy(ids), use_cache=False).logits
+    at = np.cumsum(sizes) - 1
+    found = np.concatenate(feed(backend, ids, sizes), 1)
+    own_error = relative(half.float().numpy(), expected)
+    assert 1e-5 < relative(found, expected[:, at]) <= 2 * own_error
+
+
+# ------------------------------------------------------------------ --dtype
+
+
+def test_dtype_overrides_the_target(tmp_path: Path) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model", torch.bfloat16)
+    tiny = families.export(checkpoint, tmp_path / "half", dtype="float16", budget=str(BUDGET))
+    assert artifact(tiny, "ort").contract.dtype == "float16"
+    assert casts(graph(tiny, "ort")) == places(graph(tiny, "ort")).keys()
+    ids = text(2, BUDGET)
+    expected, _ = families.truth(families.load(checkpoint), ids)
+    assert relative(feed(tiny.backend("ort", 2), ids, [16, 8])[-1][:, 0], expected[:, -1]) < 0.02
+    with pytest.raises(UsageError, match="no bfloat16"):
+        families.export(checkpoint, tmp_path / "no", dtype="bfloat16")
+    assert not (tmp_path / "no").exists()
+
+
+# ------------------------------------------------------------------ layouts
+
+
+def test_sharded_checkpoint(tmp_path: Path) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model", max_shard_size="40KB")
+    shards = sorted(checkpoint.glob("model-*.safetensors"))
+    assert len(shards) >= 3
+    tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
+    assert_linked(tiny, shards)
+    assert {file for file, _, _ in places(graph(tiny, "ort")).values()} == {s.name for s in shards}
+    assert_is_the_model(tiny)
+
+
+def test_tied_embeddings_share_their_bytes(tmp_path: Path) -> None:
+    checkpoint = families.save(families.small(tie_word_embeddings=True), tmp_path / "model", torch.float16)
+    assert "lm_head.weight" not in load_file(checkpoint / "model.safetensors")
+    tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET), target="both")
+    for kind in ("ort", "trt"):
+        rows = [p for p in places(graph(tiny, kind)).values() if p[2] == families.VOCAB * 64 * 2]
+        assert len(set(rows)) == 1
+    assert_linked(tiny, [checkpoint / "model.safetensors"])
+    assert_is_the_model(tiny)
+
+
+def test_hub_snapshot_whose_files_are_links(tmp_path: Path) -> None:
+    plain = families.save(families.small(), tmp_path / "plain", max_shard_size="80KB")
+    hub = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = hub / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for index, path in enumerate(sorted(plain.iterdir())):
+        blob = hub / "blobs" / f"{index:040x}"
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", blob.name))
+    tiny = families.export(snapshot, tmp_path / "bundle", budget=str(BUDGET))
+    assert_linked(tiny, sorted(snapshot.glob("*.safetensors")))
+    assert_is_the_model(tiny)
+    ids = text(2, 16)
+    before = feed(tiny.backend("ort", 2), ids, [16])[0]
+    shutil.rmtree(hub)  # a hard link outlives the cache it came from
+    tiny.bundle.rename(tmp_path / "moved")
+    moved = Tiny(snapshot, tmp_path / "moved")
+    assert np.array_equal(feed(moved.backend("ort", 2), ids, [16])[0], before)
+
+
+def test_mixed_dtypes(tmp_path: Path) -> None:
+    # Norms in f32 beside bf16 matrices: each is cast only where the graph computes in the other.
+    checkpoint = families.save(families.small(), tmp_path / "model", torch.bfloat16)
+    path = checkpoint / "model.safetensors"
+    mixed = {n: t.float() * 1.001 if t.ndim == 1 else t for n, t in load_file(path).items()}
+    save_file(mixed, path, {"format": "pt"})
+    tiny = families.export(checkpoint, tmp_path / "bundle", target="both", budget=str(BUDGET))
+    norms = {f"model.{n}.stored" for n, t in mixed.items() if t.ndim == 1}
+    matrices = {f"model.{n}.stored" for n, t in mixed.items() if t.ndim > 1}
+    assert (len(norms), len(matrices)) == (3, 9)
+    assert casts(graph(tiny, "ort")) == matrices
+    assert casts(graph(tiny, "trt")) == norms
+    assert_linked(tiny, [path])
+    assert_is_the_model(tiny)
+
+
+def test_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("less_export.files.os.link", refuse)
+    with pytest.warns(UserWarning, match=r"copied model\.safetensors"):
+        tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
+    original, copy = (p / "model.safetensors" for p in (checkpoint, tiny.bundle))
+    assert original.stat().st_ino != copy.stat().st_ino
+    assert original.read_bytes() == copy.read_bytes()
+    assert_is_the_model(tiny)
+
+
+def test_single_artifact_names_its_companions(tmp_path: Path) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+    path = less_export.export(str(checkpoint), tmp_path / "out" / "x.onnx", budget=str(BUDGET), validate=False)
+    assert path == tmp_path / "out" / "x.onnx"
+    assert {p.name for p in path.parent.iterdir()} == {"x.onnx", "x.json", "x.model.safetensors"}
+    assert (path.parent / "x.model.safetensors").stat().st_ino == (checkpoint / "model.safetensors").stat().st_ino
+    assert_is_the_model(Tiny(checkpoint, path))
+
+
+def model_of(checkpoint: Path) -> PreTrainedModel:
+    return families.load(checkpoint)

@@ -1,0 +1,219 @@
+"""The command line: what words come to mean, what help says, and weights that cannot be had."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from huggingface_hub import errors as hub_errors
+
+from less_export import __version__, engine, recipes
+from less_export.artifact import Bundle
+from less_export.cli import main
+from less_export.config import ExportConfig
+from less_export.exporter import build
+
+from . import bundles
+from .bundles import PROMPT, Result, Run, generated, refused
+
+pytest_plugins = ["tests.bundles"]
+
+
+# ------------------------------------------------------------------ words
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, ExportConfig, bool]]:
+    """Exports that were asked for, instead of being made: model, out, config, engine."""
+    calls: list[tuple[str, str, ExportConfig, bool]] = []
+
+    def export(model: str, out: str, config: ExportConfig, *, engine_plan: bool, progress: Any) -> Path:
+        calls.append((model, out, config, engine_plan))
+        return Path(out)
+
+    monkeypatch.setattr(build, "export", export)
+    return calls
+
+
+def test_the_line_users_know(run: Run, asked: list[Any]) -> None:
+    result = run("llama2-7b", "--out", "engine.plan")
+    assert (result.code, result.out, result.err) == (0, "engine.plan\n", "")
+    assert asked == [("llama2-7b", "engine.plan", ExportConfig(), False)]
+    layout, kinds = build._plan_files("engine.plan", asked[0][2], False)
+    assert (layout.artifact, layout.manifest, kinds) == ("engine.plan", "engine.json", ["plan"])
+
+
+def test_the_line_users_know_end_to_end(
+    run: Run, source: Path, kernel_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tiny weights where the hub's would be, and an engine builder that only writes down what it is given."""
+
+    def build_plan(model: bytes, contract: Any, out: Path, **options: Any) -> engine.Flavour:
+        out.write_bytes(b"ftrt" + model)
+        return engine.Flavour("tensorrt", dataclasses, "10.3")
+
+    monkeypatch.setattr(recipes.Recipe, "gguf_package", None)
+    monkeypatch.setattr("less_export.sources._download", lambda hub: source)
+    monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", dataclasses, "10.3"))
+    monkeypatch.setattr(engine, "build_plan", build_plan)
+    monkeypatch.chdir(tmp_path)
+    result = run(
+        "llama2-7b", "--out", "engine.plan", "--num_hidden_layers", "1", "--no-validate", "--kernels",
+        bundles.kernels(tmp_path / "k.safetensors", layers=[0]),
+    )  # fmt: skip
+    assert (result.code, result.out) == (0, "engine.plan\n"), result.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "engine.json", "engine.plan", "engine.tokenizer.json", "k.safetensors",
+    ]  # fmt: skip
+    (artifact,) = Bundle.open("engine.plan").manifest.artifacts
+    spec, contract = artifact.contract.layers[0], artifact.contract
+    assert (artifact.kind, contract.dtype, contract.chunk) == ("plan", "float16", 256)
+    assert (spec.policy.label, spec.heavy, spec.recent, spec.rank) == ("h2o", 102, 102, 3)  # 5% of 4096
+    shown = run("info", "engine.plan")
+    assert shown.code == 0
+    assert "TensorRT engine" in shown.out
+    refused(run("check", "engine.plan", "--backend", "ort"), "this bundle has no model.onnx")
+
+
+def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
+    kebab = ["org/a_b", "--out", "o_u-t", "--target", "both", "--engine", "--policy", "sink", "--budget", "7%"]
+    kebab += ["--context", "99", "--heavy", "1", "--recent", "6", "--compress-sliding", "--kernels", "k_1.st"]
+    kebab += ["--rank", "3", "--dtype", "bfloat16", "--max-batch", "5", "--chunk=17", "--logits", "all"]
+    kebab += ["--num-hidden-layers=2", "--gpu-arch", "sm_89", "--no-validate"]
+    snake = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") else w for w in kebab]
+    assert snake != kebab
+    want = ExportConfig(
+        target="both", policy="sink", budget="7%", context=99, heavy=1, recent=6, compress_sliding=True, rank=3,
+        kernels=Path("k_1.st"), dtype="bfloat16", max_batch=5, chunk=17, logits="all", num_hidden_layers=2,
+        gpu_arch="sm_89", validate=False,
+    )  # fmt: skip
+    assert run(*kebab).code == run(*snake).code == 0
+    assert asked == [("org/a_b", "o_u-t", want, True)] * 2
+    assert {f.name for f in dataclasses.fields(ExportConfig)} == {
+        n for n in vars(want) if getattr(want, n) != getattr(ExportConfig(), n)
+    }, "an option is not covered here"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "the following arguments are required: MODEL, --out"),
+        (["llama2-7b"], "the following arguments are required: --out"),
+        (["m", "--out", "x", "--polcy", "h2o"], "unrecognized arguments: --polcy"),
+        (["m", "--out", "x", "--policy", "lru"], "invalid choice: 'lru'"),
+        (["m", "--out", "x", "--chunk", "many"], "--chunk: invalid int value: 'many'"),
+        (["m", "--out", "x", "--chunk", "0"], "--chunk must be at least 1"),
+        (["m", "--out", "x", "--budget", "-5%"], "--budget"),
+        (["generate", "b"], "one of the arguments --prompt --prompt-file --chat is required"),
+        (["generate", "b", "--prompt", "x", "--chat", "y"], "not allowed with"),
+        (["generate", "--prompt", "x"], "required: BUNDLE"),
+        (["generate", "b", "--prompt", "x", "--backend", "gpu"], "invalid choice: 'gpu'"),
+        (["generate", "b", "--prompt", "x", "--top-p", "2"], "top_p must lie in (0, 1]"),
+        (["generate", "b", "--prompt", "x", "--max-new-tokens", "0"], "at least 1"),
+        (["generate", "b", "--prompt", "x", "--temperature", "-1"], "temperature must be 0"),
+        (["check"], "required: BUNDLE"),
+        (["info"], "required: BUNDLE"),
+        (["recipes", "x"], "unrecognized arguments: x"),
+    ],
+)
+def test_wrong_words(words: list[str], says: str, run: Run, asked: list[Any]) -> None:
+    refused(run(*words), says)
+    assert not asked
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["check"], ["info"], ["recipes"]])
+def test_help_and_version(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--help", "--version"):
+        with pytest.raises(SystemExit) as caught:
+            main([*command, option])
+        assert caught.value.code == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        if option == "--version":
+            assert out == f"less-export {__version__}\n"
+        else:
+            assert out.startswith(f"usage: {' '.join(['less-export', *command])}")
+            assert "--verbose" in out
+    if not command:
+        assert "less-export llama2-7b --out engine.plan" in run_help()
+
+
+def run_help() -> str:
+    """The help as the installed command prints it."""
+    words = [str(Path(sys.executable).with_name("less-export")), "--help"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+# ------------------------------------------------------------------ weights that cannot be had
+
+
+def _answer(code: int) -> httpx2.Response:
+    return httpx2.Response(code, request=httpx2.Request("GET", "https://hub"))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (hub_errors.GatedRepoError("no", response=_answer(403)), "is gated: accept its licence"),
+        (hub_errors.RepositoryNotFoundError("no", response=_answer(404)), "is not on the hub, or private"),
+        (hub_errors.LocalEntryNotFoundError("no\nno"), "are not in the cache, and the hub cannot be reached"),
+        (hub_errors.HfHubHTTPError("500\nOops", response=_answer(500)), "downloaded (HfHubHTTPError: 500 Oops)"),
+        (hub_errors.HFValidationError("odd id"), "cannot be downloaded (HFValidationError: odd id)"),
+        (httpx2.ReadTimeout("slow"), "cannot be downloaded (ReadTimeout: slow)"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Exception) else "",
+)  # fmt: skip
+def test_weights_cannot_be_had(
+    error: Exception, says: str, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for out in ("engine.plan", "bundle"):
+        refused(run("llama2-7b", "--out", tmp_path / out), "meta-llama/Llama-2-7b-hf", "local", says)
+    assert not list(tmp_path.iterdir())
+
+
+def test_offline_as_a_user_sees_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
+    words = [str(Path(sys.executable).with_name("less-export")), "llama2-7b", "--out", "b"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    refused(Result(done.returncode, done.stdout, done.stderr), "meta-llama/Llama-2-7b-hf are not in the cache")
+    assert done.stdout == ""
+    assert not (tmp_path / "b").exists()
+
+
+# ------------------------------------------------------------------ the rest
+
+
+def test_recipes(run: Run) -> None:
+    result = run("recipes")
+    assert (result.code, result.err) == (0, "")
+    for name in recipes.names():
+        assert name in result.out
+    assert "meta-llama/Llama-2-7b-hf" in result.out
+
+
+def test_export_says_what_it_does(run: Run, source: Path, plain: Path, quick: None, tmp_path: Path) -> None:
+    result = run(source, "--out", tmp_path / "b", *bundles.QUICK_WORDS)
+    assert (result.code, result.out) == (0, f"{tmp_path / 'b'}\n")
+    lines = result.err.splitlines()
+    assert lines[0].startswith("less-export: warning: no --kernels given")
+    assert "less-export: tracing for ONNX Runtime" in lines
+    assert all(line.startswith("less-export: ") for line in lines)
+    assert generated(run, tmp_path / "b", "--prompt", PROMPT) == generated(run, plain, "--prompt", PROMPT)
+
+
+def test_verbose_shows_where(plain: Path) -> None:
+    from less_export.errors import UsageError
+
+    with pytest.raises(UsageError):
+        main(["generate", str(plain), "--prompt", "", "--verbose"])

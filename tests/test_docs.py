@@ -1,0 +1,44 @@
+"""The README says what was measured, and names nothing that is not there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from less_export import cli, recipes
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_tables_of_the_readme_are_those_of_the_results() -> None:
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "tables.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    local = [x for x in re.findall(r"\]\(([^)]+)\)", text) if not x.startswith("http")]
+    assert local
+    assert [x for x in local if not (ROOT / x).exists()] == []
+
+
+def test_options_of_the_readme_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    used = {x for line in re.findall(r"^less-export .*$", text, re.M) for x in re.findall(r"--[\w-]+", line)}
+    known = ""
+    for words in ([], ["generate"], ["check"], ["info"], ["recipes"]):
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        known += capsys.readouterr().out
+    assert used
+    assert [x for x in used if x not in known] == []
+
+
+def test_every_recipe_key_is_documented() -> None:
+    text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
+    keys = {f for f in recipes.Recipe.__dataclass_fields__ if f != "name"}
+    assert {k for k in keys if f"`{k}`" not in text} == set()
