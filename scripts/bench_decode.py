@@ -42,8 +42,8 @@ class FullCache(torch.nn.Module):
         return (out.logits, *(x for layer in cache.layers for x in (layer.keys, layer.values)))
 
 
-def export_full_cache(checkpoint: Path, out: Path, layers: int) -> None:
-    """torch.onnx.export with a dynamic cache length; one new token."""
+def export_full_cache(checkpoint: Path, out: Path, layers: int) -> ort.InferenceSession:
+    """torch.onnx.export with a dynamic cache length, one new token; opened, and checked against the model."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
     past = [torch.zeros(1, HEADS, 9, DIM) for _ in range(2 * layers)]
     length = torch.export.Dim("past", min=2, max=1 << 17)
@@ -61,6 +61,20 @@ def export_full_cache(checkpoint: Path, out: Path, layers: int) -> None:
             output_names=["logits", *(f"present.{n}" for n in names)],
             opset_version=23,
         )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    session = ort.InferenceSession(str(out / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        cache = DynamicCache()
+        model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1:].numpy()
+    values = [x.numpy() for layer in cache.layers for x in (layer.keys, layer.values)]
+    feed = {"input_ids": ids[:, -1:].numpy(), "position_ids": np.array([[19]])}
+    feed |= {f"past.{n}": v for n, v in zip(names, values, strict=True)}
+    error = float(np.abs(session.run(["logits"], feed)[0] - expected).max() / np.abs(expected).max())
+    assert error < 1e-4, f"the ordinary export is wrong by {error:.1e}"
+    return session
 
 
 class FullCacheStep:
@@ -100,13 +114,9 @@ def main() -> None:
             validate=False,
             max_batch=1,
         )
-        export_full_cache(folder / "checkpoint", folder / "full", args.layers)
+        full = export_full_cache(folder / "checkpoint", folder / "full", args.layers)
         threads = os.cpu_count() or 1
         less = less_export.open_bundle(folder / "less", "ort", threads=threads).backend
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        providers = ["CPUExecutionProvider"]
-        full = ort.InferenceSession(str(folder / "full" / "model.onnx"), options, providers=providers)
         rows = []
         for context in args.contexts:
             fill(less, context)

@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -69,6 +72,39 @@ def checkpoint(folder: Path, shard_size: str = "1GB", chat: bool = False, **chan
     return folder
 
 
+def gguf_file(path: Path, source: Path) -> Path:
+    """The checkpoint of :func:`checkpoint` as an unquantised GGUF file, tokenizer included."""
+    config, text = (json.loads((source / n).read_text()) for n in ("config.json", "tokenizer.json"))
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    tokens = sorted(text["model"]["vocab"], key=text["model"]["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if t in ("<s>", "</s>") else 1 for t in tokens])
+    writer.add_token_merges([" ".join(m) for m in text["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for name, x in load_file(source / "model.safetensors").items():
+        count = heads.get(name.split(".")[-2])
+        if count:  # llama.cpp rotates neighbours, Hugging Face halves
+            x = x.reshape(count, 2, -1, x.shape[1]).swapaxes(1, 2).reshape(x.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def edit_json(file: Path, **changes: Any) -> None:
     """Change values of a JSON object in place."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -93,7 +129,8 @@ _graphs: dict[str, ir.Model] = {}
 def trace_once(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ()) -> ir.Model:
     """:func:`less_export.exporter.trace.trace`, which takes seconds, once for equal models."""
     maps = [(n, type(m).__name__, m.rank, m.hidden) for n, m in decoder.maps.items()]
-    key = json.dumps([contract.to_dict(), decoder.model.config.to_dict(), maps], default=str)
+    config = {n: v for n, v in decoder.model.config.to_dict().items() if n != "_name_or_path"}
+    key = json.dumps([contract.to_dict(), config, maps], default=str)
     if key not in _graphs:
         _graphs[key] = trace(decoder, contract, unbound)
     return _graphs[key].clone()
@@ -214,3 +251,11 @@ def kernelled(source: Path, kernel_file: Path, made: Path) -> Path:
 def single(source: Path, made: Path) -> Path:
     """``x.onnx`` with its companions: policy full, 32 slots, one layer."""
     return bundle(source, made / "single" / "x.onnx", policy="full", context=32, num_hidden_layers=1)
+
+
+@pytest.fixture
+def place(plain: Path, tmp_path: Path) -> Path:
+    """A folder with a bundle ``out``, which exports into it would replace."""
+    folder = tmp_path / "place"
+    copy(plain, folder / "out")
+    return folder

@@ -34,10 +34,10 @@ _BASE: dict[str, Any] = {
 }  # fmt: skip
 _GQA = {**_BASE, "num_key_value_heads": 2}
 _GPT2 = {
-    "vocab_size": VOCAB, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3, **_IDS,
+    "vocab_size": VOCAB, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 512, "initializer_range": 0.3, **_IDS,
 }  # fmt: skip
 _OPT = {
-    "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
     "max_position_embeddings": 512, "word_embed_proj_dim": 64, "init_std": 0.3, **_IDS,
 }  # fmt: skip
 _FALCON = {n: v for n, v in _BASE.items() if n not in ("intermediate_size", "max_position_embeddings")}
@@ -64,9 +64,11 @@ MAIN: dict[str, Make] = {
     ),
 }  # fmt: skip
 
-#: More families that trace and agree.
+ONE = {**_GQA, "num_hidden_layers": 1}
+
+#: More families that trace and agree; one layer where they are all of a kind.
 OTHERS: dict[str, Make] = {
-    "qwen2": lambda: tr.Qwen2ForCausalLM(tr.Qwen2Config(**_GQA)),
+    "qwen2": lambda: tr.Qwen2ForCausalLM(tr.Qwen2Config(**ONE)),
     "gemma2": lambda: tr.Gemma2ForCausalLM(
         tr.Gemma2Config(
             **_GQA, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=None, sliding_window=WINDOW
@@ -74,19 +76,17 @@ OTHERS: dict[str, Make] = {
     ),
     "gpt2": lambda: tr.GPT2LMHeadModel(tr.GPT2Config(**_GPT2)),
     "opt": lambda: tr.OPTForCausalLM(tr.OPTConfig(**_OPT)),
-    "olmo2": lambda: tr.Olmo2ForCausalLM(tr.Olmo2Config(**_GQA)),
+    "olmo2": lambda: tr.Olmo2ForCausalLM(tr.Olmo2Config(**ONE)),
     "granite": lambda: tr.GraniteForCausalLM(
-        tr.GraniteConfig(**_GQA, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=3.0)
+        tr.GraniteConfig(**ONE, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=3.0)
     ),
-    "smollm3": lambda: tr.SmolLM3ForCausalLM(
-        tr.SmolLM3Config(**{**_GQA, "num_hidden_layers": 4}, no_rope_layer_interval=2)
-    ),
-    "stablelm": lambda: tr.StableLmForCausalLM(tr.StableLmConfig(**_GQA)),
-    "phi": lambda: tr.PhiForCausalLM(tr.PhiConfig(**_GQA)),
-    "cohere": lambda: tr.CohereForCausalLM(tr.CohereConfig(**_GQA)),
-    "mixtral": lambda: tr.MixtralForCausalLM(tr.MixtralConfig(**_GQA, num_local_experts=4, sliding_window=None)),
+    "smollm3": lambda: tr.SmolLM3ForCausalLM(tr.SmolLM3Config(**_GQA, no_rope_layer_interval=2)),
+    "stablelm": lambda: tr.StableLmForCausalLM(tr.StableLmConfig(**ONE)),
+    "phi": lambda: tr.PhiForCausalLM(tr.PhiConfig(**ONE)),
+    "cohere": lambda: tr.CohereForCausalLM(tr.CohereConfig(**ONE)),
+    "mixtral": lambda: tr.MixtralForCausalLM(tr.MixtralConfig(**ONE, num_local_experts=4, sliding_window=None)),
     "qwen3_moe": lambda: tr.Qwen3MoeForCausalLM(
-        tr.Qwen3MoeConfig(**_GQA, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+        tr.Qwen3MoeConfig(**ONE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     ),
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ FAMILIES: dict[str, Make] = {**MAIN, **OTHERS}
 
 def small(**changes: Any) -> Make:
     """A Llama of one layer, the quickest to trace."""
-    return lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**{**_GQA, "num_hidden_layers": 1, **changes}))
+    return lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**{**ONE, **changes}))
 
 
 def build(family: str | Make, seed: int = 0) -> PreTrainedModel:
@@ -117,8 +117,9 @@ def save(family: str | Make, folder: Path, dtype: torch.dtype = torch.float32, *
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The untouched Hugging Face model of a checkpoint, eager."""
-    return tr.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    """The untouched Hugging Face model of a checkpoint, eager (experts too: grouped products know no f64)."""
+    options = {"dtype": dtype, "attn_implementation": "eager", "experts_implementation": "eager"}
+    return tr.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def kernels(model: PreTrainedModel, path: Path, rank: int = RANK, sliding: bool = False) -> Path:

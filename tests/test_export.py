@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import transformers as tr
 
 from less_export.contract import Policy
 from less_export.runtime.backend import Backend, RowState
 
 from . import families
 from .conftest import Exported, Opened
-from .families import BUDGET, CHUNK, ROWS, differences, evicted, feed, feed_ragged, relative, text
+from .families import BUDGET, ROWS, differences, evicted, feed, feed_ragged, relative, text
 
 #: What differs by the order of float32 sums only.
 ROUNDING = 2e-5
@@ -90,7 +91,9 @@ def test_eviction_is_not_the_hugging_face_model(family: str, exported: Exported,
     ids = text(2, 48)
     expected, _ = families.truth(families.load(exported(family, "h2o").checkpoint), ids)
     found = feed(opened(family, "h2o", "ort", rows=2), ids, [16, 16, 15, 1])[-1]
-    sliding = all(s.policy is Policy.WINDOW for s in exported(family, "h2o").opened.manifest.artifacts[0].contract.layers)
+    sliding = all(
+        s.policy is Policy.WINDOW for s in exported(family, "h2o").opened.manifest.artifacts[0].contract.layers
+    )
     assert (relative(found[:, 0], expected[:, -1]) < ROUNDING) == sliding
 
 
@@ -216,3 +219,46 @@ def test_nan_in_empty_slots_reaches_nothing(family: str, name: str, opened: Open
     assert marked > 100
     worst = differences(clean, poisoned)
     assert set(worst.values()) == {0.0}
+
+
+# ------------------------------------------------------------------ options
+
+
+def test_last_logits_are_the_last_of_all_logits(exported: Exported, opened: Opened, tmp_path: Path) -> None:
+    checkpoint, ids = exported("llama", "full").checkpoint, text(ROWS, 64)
+    last = families.export(checkpoint, tmp_path / "last", policy="full", context=families.CONTEXT)
+    for name in ("torch", "ort"):
+        every, only = opened("llama", "full", name), last.backend(name)
+        for new, a, b in zip(RAGGED, feed_ragged(every, ids, RAGGED), feed_ragged(only, ids, RAGGED), strict=True):
+            assert a.shape == (ROWS, max(new.max(), 1), families.VOCAB)
+            assert b.shape == (ROWS, 1, families.VOCAB)
+            for row in np.flatnonzero(new):
+                assert relative(b[row, 0], a[row, new[row] - 1]) < ROUNDING
+
+
+def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
+    # Mistral slides over 10 tokens in every layer; 6 slots and the state stand for them.
+    checkpoint = families.save(
+        lambda: tr.MistralForCausalLM(tr.MistralConfig(**families.ONE, sliding_window=10)), tmp_path / "m"
+    )
+    kernels = families.kernels(families.load(checkpoint), tmp_path / "kernels.safetensors", sliding=True)
+    tiny = families.export(checkpoint, tmp_path / "b", budget="6", kernels=kernels, compress_sliding=True)
+    torch, ort = tiny.backend("torch"), tiny.backend("ort")
+    (layer,) = ort.contract.layers
+    assert (layer.policy, layer.capacity, layer.window, layer.absorb) == (Policy.H2O, 6, 10, True)
+    assert max(relative(a, b) for a, b in zip(steps(ort), steps(torch), strict=True)) < ROUNDING
+    assert max(differences(ort, torch).values()) < ROUNDING
+    state = ort.read_row(0)
+    position, z = state.tensors["past.0.position"], state.tensors["past.0.z"]
+    assert ((position < 0) | (position > state.length - 10)).all()  # what the next query cannot see is gone
+    np.testing.assert_allclose((position >= 0).sum(-1) + z.sum(-1), state.length, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.OTHERS)
+def test_other_families_are_the_hugging_face_model(family: str, exported: Exported, opened: Opened) -> None:
+    ids = text(2, 48)
+    expected, own_error = families.truth(families.load(exported(family, "full").checkpoint), ids)
+    backend = opened(family, "full", "ort", rows=2)
+    found = np.concatenate(feed(backend, ids, [16, 9, 1, 16, 1, 1, 4]), 1)
+    assert relative(found, expected) <= max(2 * own_error, FLOOR)

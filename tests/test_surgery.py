@@ -42,18 +42,18 @@ FACTS: dict[str, list[AttentionLayer]] = {
     "gpt_neox": [AttentionLayer(4, 4, 16, _QUARTER, 0)] * 2,
     "falcon_mqa": [AttentionLayer(4, 1, 16, _QUARTER, 0)] * 2,
     "falcon_new": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
-    "qwen2": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "qwen2": [AttentionLayer(4, 2, 16, _QUARTER, 0)],
     "gemma2": [AttentionLayer(4, 2, 16, _QUARTER, w) for w in (WINDOW, 0)],
-    "gpt2": [AttentionLayer(4, 4, 16, _QUARTER, 0)] * 2,
-    "opt": [AttentionLayer(4, 4, 16, 1.0, 0)] * 2,  # scales its queries itself
-    "olmo2": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
-    "granite": [AttentionLayer(4, 2, 16, 0.3, 0)] * 2,
-    "smollm3": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 4,
-    "stablelm": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
-    "phi": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
-    "cohere": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
-    "mixtral": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
-    "qwen3_moe": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "gpt2": [AttentionLayer(4, 4, 16, _QUARTER, 0)],
+    "opt": [AttentionLayer(4, 4, 16, 1.0, 0)],  # scales its queries itself
+    "olmo2": [AttentionLayer(4, 2, 16, _QUARTER, 0)],
+    "granite": [AttentionLayer(4, 2, 16, 0.3, 0)],
+    "smollm3": [AttentionLayer(4, 2, 16, _QUARTER, 0)] * 2,
+    "stablelm": [AttentionLayer(4, 2, 16, _QUARTER, 0)],
+    "phi": [AttentionLayer(4, 2, 16, _QUARTER, 0)],
+    "cohere": [AttentionLayer(4, 2, 16, _QUARTER, 0)],
+    "mixtral": [AttentionLayer(4, 2, 16, _QUARTER, 0)],
+    "qwen3_moe": [AttentionLayer(4, 2, 16, _QUARTER, 0)],
 }
 
 
@@ -286,9 +286,7 @@ def test_another_thread_keeps_its_attention() -> None:
     q = torch.randn(1, 2, 3, 4)
     expected, seen = F.scaled_dot_product_attention(q, q, q, is_causal=True), []
     with less_attention(model, lambda call: call.q):
-        other = threading.Thread(
-            target=lambda: seen.append(F.scaled_dot_product_attention(q, q, q, is_causal=True))
-        )
+        other = threading.Thread(target=lambda: seen.append(F.scaled_dot_product_attention(q, q, q, is_causal=True)))
         other.start()
         other.join()
     assert torch.equal(seen[0], expected)

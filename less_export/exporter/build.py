@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
-import importlib.metadata
 import json
-import os
-import shutil
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -22,16 +18,15 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .. import artifact, engine
-from .._version import __version__
-from ..artifact import Artifact, KernelFacts, Layout, Manifest, TokenizerFacts, WeightFile
+from ..artifact import Artifact, Layout, Manifest, WeightFile
 from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, EVICTING, ExportConfig, default_context, plan_layers, unused_kernels
 from ..contract import Contract, Policy
 from ..errors import LessExportError, UnsupportedModelError, UsageError
 from ..feature_maps import Heads, Kernels
-from ..files import link_or_copy, publish, scratch_folder, sha256
+from ..files import scratch_folder, sha256
 from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
-from . import onnx_op, weights
+from . import onnx_op, package, weights
 from .check import self_check
 from .trace import trace
 from .wrapper import LessDecoder, torch_dtype
@@ -112,7 +107,7 @@ def export(
             manifest = _write(job, layout, kinds, scratch, progress, flavour)
             (scratch / layout.manifest).write_bytes(manifest.dump())
             progress("renaming")
-            _publish(scratch, layout, {layout.manifest, *_files_of(manifest)})
+            package.publish_bundle(scratch, layout, {layout.manifest, *package.files_of(manifest)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
@@ -271,6 +266,7 @@ def _convert(
             kept[name] = tensor.contiguous()
     path = scratch / artifact.CONVERTED_WEIGHTS
     save_file(kept, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
     return path
 
 
@@ -281,10 +277,10 @@ def _write(
     # The weights are linked under their names in the bundle; graphs (and the engine builder) look there.
     used = sorted({t.file for t in job.tensors.values()})
     names = {f: layout.companion(f.name) for f in used}
-    copied = [f.name for f in used if _place(f, scratch / names[f])]
+    copied = [f.name for f in used if package.place_weights(f, scratch / names[f])]
     if copied:
         warnings.warn(f"hard links are not possible here: copied {', '.join(copied)}", stacklevel=2)
-    kernel_facts = _place_kernels(job, layout, scratch)
+    kernel_facts = package.place_kernels(job.kernels, layout, scratch)
     artifacts = []
     keep_weights = kinds != ["plan"]  # a plan carries its weights
     traced = [k for k in ("ort", "trt") if k in kinds or (k == "trt" and "plan" in kinds)]
@@ -315,9 +311,9 @@ def _write(
                 out=scratch / file,
                 progress=lambda text: progress(f"building the engine: {text}"),
             )
-            artifacts.append(Artifact("plan", file, sha256(scratch / file), contract, _plain(info)))
+            artifacts.append(Artifact("plan", file, sha256(scratch / file), contract, package.plain(info)))
         progress("writing tokenizer and manifest")
-        tokenizer = _place_tokenizer(job, layout, scratch)
+        tokenizer = package.place_tokenizer(job.source, job.hf_config, job.tokenizer, layout, scratch)
         stored = tuple(
             WeightFile(names[f], f.stat().st_size, artifact.header_sha256(f), hashes[f].result()) for f in hashes
         )
@@ -327,16 +323,9 @@ def _write(
         kernel_facts = replace(kernel_facts, file="", sha256="") if kernel_facts else None
     chosen = {f.name: getattr(job.config, f.name) for f in fields(job.config)}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if v is not None}
-    return Manifest(job.model_facts, settings, tuple(artifacts), stored, _tools(flavour), tokenizer, kernel_facts)
-
-
-def _place(source: Path, target: Path) -> bool:
-    """Put a weight file into the bundle; True when it had to be copied."""
-    if source.parent == target.parent:
-        if source != target:
-            os.replace(source, target)
-        return False
-    return link_or_copy(source, target)
+    return Manifest(
+        job.model_facts, settings, tuple(artifacts), stored, package.tools(flavour), tokenizer, kernel_facts
+    )
 
 
 def _graph(job: _Job, contract: Contract, names: dict[Path, str], layout: Layout, scratch: Path) -> ir.Model:
@@ -353,79 +342,3 @@ def _graph(job: _Job, contract: Contract, names: dict[Path, str], layout: Layout
     graph = trace(decoder, contract, tensors)
     weights.bind(graph, tensors, files, scratch)
     return graph
-
-
-def _place_kernels(job: _Job, layout: Layout, scratch: Path) -> KernelFacts | None:
-    kernels = job.kernels
-    if not kernels.layers:
-        return None
-    path = scratch / layout.companion(artifact.KERNELS)
-    kernels.save(path)
-    rank = max(m.rank for m in kernels.layers.values())
-    return KernelFacts(
-        path.name,
-        sha256(path),
-        kernels.nbytes(),
-        str(kernels.parametrisation),
-        rank,
-        int(kernels.hidden or 0),
-        tuple(sorted(kernels.layers)),
-    )
-
-
-def _place_tokenizer(job: _Job, layout: Layout, scratch: Path) -> TokenizerFacts | None:
-    tokenizer = job.tokenizer
-    if tokenizer is None or getattr(tokenizer, "backend_tokenizer", None) is None:
-        warnings.warn("the model ships no tokenizer: generate will take token ids only", stacklevel=2)
-        return None
-    path = scratch / layout.companion(artifact.TOKENIZER)
-    path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-    probe = "Hello"
-    adds = tokenizer(probe).input_ids[:1] == [tokenizer.bos_token_id]
-    eos = _eos_ids(job, tokenizer)
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, bool(adds), template)
-
-
-def _eos_ids(job: _Job, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's."""
-    generation = job.source.folder / "generation_config.json"
-    stated: list[Any] = [tokenizer.eos_token_id, getattr(job.hf_config.get_text_config(), "eos_token_id", None)]
-    if job.source.gguf is None and generation.is_file():
-        with contextlib.suppress(ValueError, OSError):
-            stated.append(json.loads(generation.read_text()).get("eos_token_id"))
-    found: dict[int, None] = {}
-    for ids in stated:
-        found.update(dict.fromkeys(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []))
-    return tuple(found)
-
-
-def _plain(info: Any) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(info).items()}
-
-
-def _tools(flavour: engine.Flavour | None) -> dict[str, str]:
-    tools = {"less-export": __version__}
-    for package in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"):
-        tools[package] = importlib.metadata.version(package)
-    if flavour is not None:
-        tools[flavour.name] = flavour.version
-    return tools
-
-
-def _files_of(manifest: Manifest) -> set[str]:
-    extra = [x.file for x in (manifest.tokenizer, manifest.kernels) if x is not None and x.file]
-    return {*(a.file for a in manifest.artifacts), *(w.file for w in manifest.weights), *extra}
-
-
-def _publish(scratch: Path, layout: Layout, files: set[str]) -> None:
-    """Rename the finished files into place; a folder bundle appears at once, replacing an older one."""
-    for path in scratch.iterdir():
-        if path.name not in files:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    os.chmod(scratch, 0o755)
-    if layout.stem is None:
-        publish([(scratch, layout.folder)])
-    else:  # the manifest last
-        names = sorted(files, key=lambda n: (n == layout.manifest, n))
-        publish([(scratch / n, layout.folder / n) for n in names])

@@ -7,6 +7,7 @@ bound to the checkpoint's byte ranges, behind a Cast where the graph computes in
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import struct
@@ -147,6 +148,7 @@ def bare_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A decoder whose parameters have shapes but no memory; buffers (rotary tables) are real."""
     from accelerate import init_empty_weights
 
+    config = copy.deepcopy(config)  # from_config writes dtype and attention into the one it is given
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     model.tie_weights()

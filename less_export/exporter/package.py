@@ -1,0 +1,109 @@
+"""The files of a bundle beside its graphs: weights, kernels, tokenizer; and putting them in place at once."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from .. import artifact, engine
+from .._version import __version__
+from ..artifact import KernelFacts, Layout, Manifest, TokenizerFacts
+from ..feature_maps import Kernels
+from ..files import link_or_copy, publish, sha256
+from ..sources import ModelSource
+
+
+def place_weights(source: Path, target: Path) -> bool:
+    """Put a weight file into the bundle; True when it had to be copied."""
+    if source.parent == target.parent:
+        if source != target:
+            os.replace(source, target)
+        return False
+    return link_or_copy(source, target)
+
+
+def place_kernels(kernels: Kernels, layout: Layout, scratch: Path) -> KernelFacts | None:
+    """Write the kernel file of the bundle; None without kernels."""
+    if not kernels.layers:
+        return None
+    path = scratch / layout.companion(artifact.KERNELS)
+    kernels.save(path)
+    rank = max(m.rank for m in kernels.layers.values())
+    return KernelFacts(
+        path.name,
+        sha256(path),
+        kernels.nbytes(),
+        str(kernels.parametrisation),
+        rank,
+        int(kernels.hidden or 0),
+        tuple(sorted(kernels.layers)),
+    )
+
+
+def place_tokenizer(
+    source: ModelSource, hf_config: Any, tokenizer: Any | None, layout: Layout, scratch: Path
+) -> TokenizerFacts | None:
+    """Write ``tokenizer.json`` (converted where the model ships another form); None without a tokenizer."""
+    if tokenizer is None or getattr(tokenizer, "backend_tokenizer", None) is None:
+        warnings.warn("the model ships no tokenizer: generate will take token ids only", stacklevel=2)
+        return None
+    path = scratch / layout.companion(artifact.TOKENIZER)
+    path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
+    probe = "Hello"
+    adds = tokenizer(probe).input_ids[:1] == [tokenizer.bos_token_id]
+    eos = _eos_ids(source, hf_config, tokenizer)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, bool(adds), template)
+
+
+def _eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's."""
+    generation = source.folder / "generation_config.json"
+    stated: list[Any] = [tokenizer.eos_token_id, getattr(hf_config.get_text_config(), "eos_token_id", None)]
+    if source.gguf is None and generation.is_file():
+        with contextlib.suppress(ValueError, OSError):
+            stated.append(json.loads(generation.read_text()).get("eos_token_id"))
+    found: dict[int, None] = {}
+    for ids in stated:
+        found.update(dict.fromkeys(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []))
+    return tuple(found)
+
+
+def plain(info: Any) -> dict[str, Any]:
+    """The fields of a dataclass as JSON values."""
+    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(info).items()}
+
+
+def tools(flavour: engine.Flavour | None) -> dict[str, str]:
+    """Versions of what made the bundle."""
+    found = {"less-export": __version__}
+    for package in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"):
+        found[package] = importlib.metadata.version(package)
+    if flavour is not None:
+        found[flavour.name] = flavour.version
+    return found
+
+
+def files_of(manifest: Manifest) -> set[str]:
+    """Every file a manifest describes."""
+    extra = [x.file for x in (manifest.tokenizer, manifest.kernels) if x is not None and x.file]
+    return {*(a.file for a in manifest.artifacts), *(w.file for w in manifest.weights), *extra}
+
+
+def publish_bundle(scratch: Path, layout: Layout, files: set[str]) -> None:
+    """Rename the finished files into place; a folder bundle appears at once, replacing an older one."""
+    for path in scratch.iterdir():
+        if path.name not in files:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    os.chmod(scratch, 0o755)
+    if layout.stem is None:
+        publish([(scratch, layout.folder)])
+    else:  # the manifest last
+        names = sorted(files, key=lambda n: (n == layout.manifest, n))
+        publish([(scratch / n, layout.folder / n) for n in names])

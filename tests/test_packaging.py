@@ -1,0 +1,117 @@
+"""What an installation without torch and transformers can do: the base dependencies and onnxruntime, nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from less_export import __version__, open_bundle, recipes
+
+from .bundles import PROMPT
+
+pytest_plugins = ["tests.bundles"]
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "polygraphy", "gguf", "tensorrt", "tensorrt_rtx")
+GENERATE = """
+import importlib.util, json, sys
+import less_export
+bundle, prompt, heavy = json.loads(sys.argv[1])
+generator = less_export.open_bundle(bundle)
+(made,) = generator.generate([prompt], max_new_tokens=12)
+state = generator.prefill(prompt)
+print(json.dumps({
+    "tokens": made.token_ids, "text": made.text, "length": state.length,
+    "streamed": "".join(t.text for t in generator.stream([prompt], max_new_tokens=12)),
+    "there": [n for n in heavy if importlib.util.find_spec(n)],
+    "imported": [n for n in heavy if n in sys.modules],
+    "from": less_export.__file__,
+}))
+"""
+
+
+def clean() -> dict[str, str]:
+    """The environment without this interpreter's paths."""
+    return {n: v for n, v in os.environ.items() if not n.startswith("PYTHON") and n != "VIRTUAL_ENV"}
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` of a fresh virtual environment with ``less-export[cpu]`` from this checkout."""
+    folder = tmp_path_factory.mktemp("runtime")
+    for name in ("less_export", "models"):
+        shutil.copytree(ROOT / name, folder / "src" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, folder / "src" / name)
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    binaries = folder / "venv" / "bin"
+    words = [binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    words += ["-c", ROOT / "scripts" / "constraints.txt", f"{folder / 'src'}[cpu]"]
+    done = subprocess.run(words, capture_output=True, text=True, env=clean())
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(folder / "src")
+    return binaries
+
+
+def call(runtime: Path, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """``less-export`` of that environment."""
+    line = [runtime / "less-export", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, env=clean(), cwd=folder)
+
+
+def test_only_the_runtime_is_there(runtime: Path) -> None:
+    words = [runtime / "python", "-m", "pip", "list", "--format", "json"]
+    done = subprocess.run(words, capture_output=True, text=True, env=clean(), check=True)
+    names = {p["name"].lower().replace("_", "-") for p in json.loads(done.stdout)}
+    assert {"less-export", "numpy", "onnxruntime", "safetensors", "tokenizers", "jinja2", "rich"} <= names
+    assert not names & {"torch", "transformers", "onnx", "onnx-ir", "onnxscript", "polygraphy", "accelerate"}
+
+
+def test_generate_from_python(runtime: Path, plain: Path, tmp_path: Path) -> None:
+    words = [runtime / "python", "-c", GENERATE, json.dumps([str(plain), PROMPT, HEAVY])]
+    done = subprocess.run(words, capture_output=True, text=True, env=clean(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["there"], said["imported"]) == ([], [])
+    assert str(runtime.parent) in said["from"]
+    (want,) = open_bundle(plain).generate([PROMPT], max_new_tokens=12)
+    assert (tuple(said["tokens"]), said["text"], said["streamed"]) == (want.token_ids, want.text, want.text)
+    assert said["length"] == want.prompt_tokens
+
+
+def test_command_line(runtime: Path, kernelled: Path, tmp_path: Path) -> None:
+    (want,) = open_bundle(kernelled).generate([PROMPT], max_new_tokens=12)
+    done = call(runtime, tmp_path, "generate", kernelled, "--prompt", PROMPT, "--max-new-tokens", 12)
+    assert (done.returncode, done.stdout) == (0, want.text + "\n"), done.stderr
+    done = call(runtime, tmp_path, "generate", kernelled, "--chat", "Hi", "--temperature", 1, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    done = call(runtime, tmp_path, "info", kernelled)
+    assert done.returncode == 0, done.stderr
+    assert "kernels.safetensors" in done.stdout
+    assert call(runtime, tmp_path, "--version").stdout == f"less-export {__version__}\n"
+    assert "MODEL" in call(runtime, tmp_path, "--help").stdout
+    listed = call(runtime, tmp_path, "recipes").stdout
+    assert all(name in listed for name in recipes.names())
+
+
+def test_what_is_missing_is_said(runtime: Path, kernelled: Path, source: Path, tmp_path: Path) -> None:
+    for words, says in {
+        (source, "--out", "b"): "pip install 'less-export[export,cpu]'",
+        ("llama2-7b", "--out", "engine.plan"): "pip install 'less-export[export,cpu]'",
+        ("check", kernelled): "pip install 'less-export[export]'",
+        ("generate", kernelled, "--prompt", "x", "--backend", "torch"): "pip install 'less-export[export]'",
+        ("generate", kernelled, "--prompt", "x", "--backend", "trt"): "no engine.plan",
+    }.items():
+        done = call(runtime, tmp_path, *words)
+        assert (done.returncode, done.stdout) == (1, ""), words
+        assert done.stderr.startswith("less-export: error: ")
+        assert done.stderr.count("\n") == 1, done.stderr
+        assert says in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,165 @@
+"""The check that every export makes of itself: it passes for what is right and stops what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+import transformers as tr
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import less_export
+from less_export import ops
+from less_export.config import ExportConfig, plan_layers
+from less_export.contract import Contract, Policy
+from less_export.errors import ValidationError
+from less_export.exporter import onnx_op, weights, wrapper
+from less_export.exporter.check import self_check
+from less_export.policies import POLICIES
+from less_export.surgery import discover
+
+from . import families
+
+_SLIDING = tr.MistralConfig(**families.ONE, sliding_window=families.WINDOW)
+
+
+def _mistral() -> PreTrainedModel:
+    return tr.MistralForCausalLM(_SLIDING)
+
+
+# ------------------------------------------------------------------ what is right
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "rank", "compress"),
+    [
+        (families.small(), "h2o", 4, False),
+        (families.MAIN["gemma3"], "sink", 2, False),
+        (_mistral, "tova", 4, True),
+        (families.MAIN["falcon_new"], "full", 0, False),
+    ],
+    ids=["llama-h2o", "gemma3-sink", "mistral-tova-compressed", "falcon-full"],
+)
+def test_passes_what_is_right(family: families.Make, policy: str, rank: int, compress: bool, tmp_path: Path) -> None:
+    config = families.build(family).config
+    layers = discover(weights.bare_model(config, torch.float32))
+    budget = None if policy == "full" else "8"
+    options = ExportConfig(policy=policy, budget=budget, compress_sliding=compress)
+    ranks = {i: rank for i, x in enumerate(layers) if rank and (compress or not x.window)}
+    before = config.to_json_string(use_diff=False)
+    error = self_check(config, Contract(plan_layers(layers, options, 64, ranks), 97, "float32", 16, 2), tmp_path)
+    assert 0 < error < 1e-5
+    assert config.to_json_string(use_diff=False) == before
+
+
+def test_a_checked_export_holds_nothing_of_the_check(tmp_path: Path, nothing_left: Path) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+    words: list[str] = []
+    bundle = less_export.export(str(checkpoint), tmp_path / "bundle", budget="8", progress=words.append)
+    assert any("checking" in w for w in words)
+    assert {p.name for p in bundle.iterdir()} == {"manifest.json", "model.onnx", "model.safetensors"}
+
+
+# ------------------------------------------------------------------ what is wrong
+
+Patch = pytest.MonkeyPatch
+
+
+def _attribute(patch: Patch, name: str, change: Callable[[Any, ir.Value], ir.Value]) -> None:
+    original = onnx_op._Nodes.attribute
+
+    def attribute(op: Any, asked: str) -> ir.Value:
+        value = original(op, asked)
+        return change(op, value) if asked == name else value
+
+    patch.setattr(onnx_op._Nodes, "attribute", attribute)
+
+
+def wrong_scale(patch: Patch) -> None:
+    _attribute(patch, "scale", lambda op, scale: op.Mul(scale, op.f32(1.01)))
+
+
+def dropped_window(patch: Patch) -> None:
+    _attribute(patch, "window", lambda op, _: op.i32(0))
+
+
+def wider_window(patch: Patch) -> None:
+    _attribute(patch, "window", lambda op, window: op.Add(window, op.i32(1)))
+
+
+def wrong_causal_bound(patch: Patch) -> None:
+    original = onnx_op.function_body
+
+    def body(policy: Policy, absorb: bool) -> ir.Function:
+        function = original(policy, absorb)
+        causal = next(n for n in function if n.op_type == "LessOrEqual")
+        causal.op_type = "Less"  # a token no longer sees itself
+        return function
+
+    patch.setattr(onnx_op, "function_body", body)
+
+
+def lowrank_term_left_out(patch: Patch) -> None:
+    original = onnx_op._attend
+    patch.setattr(onnx_op, "_attend", lambda op, x, s, absorb: original(op, x, s, False))
+
+
+def another_eviction(patch: Patch) -> None:
+    patch.setattr(type(POLICIES[Policy.H2O]), "keep_onnx", type(POLICIES[Policy.SINK]).keep_onnx)
+
+
+def swapped_kv_heads(patch: Patch) -> None:
+    def swapped(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **attributes: Any) -> tuple[Tensor, ...]:
+        return ops.attention(q, k.flip(1), v.flip(1), *rest, **attributes)
+
+    patch.setattr(wrapper, "ops", SimpleNamespace(attention=swapped))
+
+
+def swapped_weights(patch: Patch) -> None:
+    original = weights.locate
+
+    def locate(*args: Any) -> tuple[dict[str, Any], list[str]]:
+        found, missing = original(*args)
+        gates = {n: n.replace("gate_proj", "up_proj") for n in found if "gate_proj" in n}
+        assert gates
+        return {**found, **{gate: found[up] for gate, up in gates.items()}}, missing
+
+    patch.setattr(weights, "locate", locate)
+
+
+HUGGING_FACE, REFERENCE = "eager Hugging Face", "the torch reference"
+
+
+@pytest.mark.parametrize(
+    ("family", "defect", "against"),
+    [
+        (families.small(), wrong_scale, HUGGING_FACE),
+        (families.small(), wrong_causal_bound, HUGGING_FACE),
+        (families.small(), swapped_kv_heads, HUGGING_FACE),
+        (families.small(), swapped_weights, HUGGING_FACE),
+        (_mistral, dropped_window, HUGGING_FACE),
+        (_mistral, wider_window, HUGGING_FACE),
+        (families.small(), lowrank_term_left_out, REFERENCE),
+        (families.small(), another_eviction, REFERENCE),
+    ],
+    ids=lambda x: x.__name__ if x.__class__ is type(wrong_scale) and x.__name__ in globals() else "",
+)
+def test_stops_what_is_wrong(
+    family: families.Make,
+    defect: Callable[[Patch], None],
+    against: str,
+    tmp_path: Path,
+    nothing_left: Path,
+    monkeypatch: Patch,
+) -> None:
+    checkpoint = families.save(family, tmp_path / "model")
+    kernels = families.kernels(families.load(checkpoint), tmp_path / "kernels.safetensors")
+    defect(monkeypatch)
+    with pytest.raises(ValidationError, match=rf"differs from {against} by .* at tokens \d+\.\.\d+"):
+        less_export.export(str(checkpoint), nothing_left / "bundle", budget="8", kernels=kernels)
