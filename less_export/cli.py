@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code: 0, or 1 with one line on stderr."""
     arguments = _kebab(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments
-    signal.signal(signal.SIGTERM, _interrupt)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without UTF-8 gets question marks
         sys.stdout.reconfigure(errors="replace")
     commands: dict[str, Callable[[list[str]], int]] = {
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left behind")
+        exporting = not (arguments and arguments[0] in commands)
+        return _fail("interrupted; nothing was left behind" if exporting else "interrupted")
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0

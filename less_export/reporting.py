@@ -110,11 +110,13 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def print_report(report: Report) -> None:
     """Outcome of a check in one line, and its worst tensors where it failed."""
+    state = "low-rank term off"
+    if any(name.endswith(".h") for name in report.differences):
+        state = f"H {report.largest('h'):.1e}, z {report.largest('z'):.1e}"
     print(
         f"{'passed' if report.passed else 'FAILED'}: {report.tokens} tokens in {report.steps} steps, "
         f"{report.evicted} evicted; largest error: logits {report.largest('logits'):.1e}, "
-        f"positions {report.largest('position'):.1%} of slots, "
-        f"H {report.largest('h'):.1e}, z {report.largest('z'):.1e}"
+        f"positions {report.largest('position'):.1%} of slots, {state}"
     )
     if report.passed:
         return
