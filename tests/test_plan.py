@@ -1,0 +1,58 @@
+"""Engines of real traced models, from checkpoint to plan, as far as a machine without a GPU goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from less_export import cli
+from less_export.artifact import Bundle
+from less_export.runtime.trt_backend import inspect_plan
+
+from . import families
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "policy"),
+    [("gemma3", torch.bfloat16, "h2o"), ("llama", torch.float16, "sink"), ("falcon_mqa", torch.bfloat16, "tova")],
+)
+def test_checkpoint_to_plan(
+    family: str, dtype: torch.dtype, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = families.save(family, tmp_path / "checkpoint", dtype)
+    out = tmp_path / "made" / "engine.plan"
+    words = ["--out", str(out), "--policy", policy, "--budget", "12", "--context", "64", "--chunk", "16", "--no-validate"]
+    assert cli.main([str(checkpoint), *words]) == 0
+    capsys.readouterr()
+    # One file carries weights and operator; manifest (and tokenizer, where there is one) lie beside it.
+    assert sorted(p.name for p in out.parent.iterdir()) == ["engine.json", "engine.plan"]
+    header = inspect_plan(out)
+    assert header.bytes == out.stat().st_size
+    bundle = Bundle.open(out)
+    plan = bundle.artifact("plan")
+    assert plan is not None
+    assert plan.contract.dtype == str(dtype).removeprefix("torch.")
+    assert plan.details["flavour"] == header.flavour
+    assert plan.details["layers"] > 100
+    assert {s.policy.label for s in plan.contract.layers} <= {policy, "window"}
+    assert cli.main(["info", str(out)]) == 0
+    assert "TensorRT engine" in capsys.readouterr().out
+    if not has_gpu():
+        assert cli.main(["generate", str(out), "--prompt", "a"]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_folder_with_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = families.save("llama", tmp_path / "checkpoint", torch.float16)
+    out = tmp_path / "bundle"
+    words = ["--out", str(out), "--target", "both", "--engine", "--budget", "12", "--context", "64", "--no-validate"]
+    assert cli.main([str(checkpoint), *words]) == 0
+    kinds = {a.kind: a.contract.dtype for a in Bundle.open(out).manifest.artifacts}
+    assert kinds == {"ort": "float32", "trt": "float16", "plan": "float16"}
+    assert (out / "model.safetensors").stat().st_ino == (checkpoint / "model.safetensors").stat().st_ino
