@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 4096, 16384, 32768])
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=25)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         folder = Path(scratch)

@@ -39,7 +39,8 @@ def _quick() -> Iterator[None]:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Bundles of the tiny families, made when first asked for.
 
-    Variants: ``h2o`` (24 slots, random kernels of rank 4, logits of the last token), ``full`` (all logits).
+    Variants: ``h2o`` (two layers, 24 slots, random kernels of rank 4, logits of the last token) and ``full``
+    (one layer of each kind, all logits).
     """
     from . import families
 
@@ -48,13 +49,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
     def export(family: str, variant: str) -> Tiny:
         if (family, variant) not in made:
-            checkpoint = folder / family
-            if not checkpoint.exists():
-                families.save(family, checkpoint)
-            options: dict[str, Any] = {"policy": "full", "context": families.CONTEXT, "logits": "all"}
+            checkpoint, options = folder / f"{family}.{variant}.model", dict[str, Any]()
             if variant == "h2o":
+                families.save(family, checkpoint)
                 kernels = families.kernels(families.load(checkpoint), folder / f"{family}.kernels.safetensors")
                 options = {"budget": str(families.BUDGET), "kernels": kernels}
+            else:
+                families.save(families.shallow(family), checkpoint)
+                options = {"policy": "full", "context": families.CONTEXT, "logits": "all"}
             made[family, variant] = families.export(checkpoint, folder / f"{family}.{variant}", **options)
         return made[family, variant]
 

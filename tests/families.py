@@ -6,6 +6,7 @@ random too, so that no two tensors of a model can be mistaken for each other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +29,14 @@ from less_export.surgery import discover
 VOCAB, WINDOW, BUDGET, CONTEXT, CHUNK, ROWS, RANK = 97, 10, 24, 64, 16, 3, 4
 
 _IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attn_implementation": "eager"}
-_BASE: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.3, **_IDS,
+_WIDTH: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 64, "num_attention_heads": 4, "initializer_range": 0.3, **_IDS,
 }  # fmt: skip
+_BASE: dict[str, Any] = {**_WIDTH, "intermediate_size": 96, "max_position_embeddings": 512}
 _GQA = {**_BASE, "num_key_value_heads": 2}
+#: A decoder with GQA and a single layer, the quickest to trace.
+ONE = {**_GQA, "num_hidden_layers": 1}
+_TWO = {**_GQA, "num_hidden_layers": 2}
 _GPT2 = {
     "vocab_size": VOCAB, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 512, "initializer_range": 0.3, **_IDS,
 }  # fmt: skip
@@ -40,38 +44,38 @@ _OPT = {
     "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
     "max_position_embeddings": 512, "word_embed_proj_dim": 64, "init_std": 0.3, **_IDS,
 }  # fmt: skip
-_FALCON = {n: v for n, v in _BASE.items() if n not in ("intermediate_size", "max_position_embeddings")}
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 Make = Callable[[], PreTrainedModel]
 
-#: The families that issue 2 names.
-MAIN: dict[str, Make] = {
-    "llama": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**_GQA)),
-    "qwen3": lambda: tr.Qwen3ForCausalLM(tr.Qwen3Config(**_GQA, head_dim=32)),
-    "gemma3": lambda: tr.Gemma3ForCausalLM(
+#: The families that issue 2 names, by number of layers; Gemma 3 always has one layer of each kind.
+MAIN: dict[str, Callable[..., PreTrainedModel]] = {
+    "llama": lambda n=2: tr.LlamaForCausalLM(tr.LlamaConfig(**_GQA, num_hidden_layers=n)),
+    "qwen3": lambda n=2: tr.Qwen3ForCausalLM(tr.Qwen3Config(**_GQA, num_hidden_layers=n, head_dim=32)),
+    "gemma3": lambda n=2: tr.Gemma3ForCausalLM(
         tr.Gemma3TextConfig(
-            **{**_GQA, "num_hidden_layers": 3, "num_key_value_heads": 1}, head_dim=16, query_pre_attn_scalar=16,
-            sliding_window=WINDOW, layer_types=[_SLIDING, _FULL, _SLIDING],
+            **_BASE, num_hidden_layers=2, num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16,
+            sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"],
         )
     ),
-    "mistral": lambda: tr.MistralForCausalLM(tr.MistralConfig(**_GQA, sliding_window=WINDOW)),
-    "phi3": lambda: tr.Phi3ForCausalLM(tr.Phi3Config(**_GQA)),
-    "gpt_neox": lambda: tr.GPTNeoXForCausalLM(tr.GPTNeoXConfig(**_BASE)),
-    "falcon_mqa": lambda: tr.FalconForCausalLM(tr.FalconConfig(**_FALCON, multi_query=True)),
-    "falcon_new": lambda: tr.FalconForCausalLM(
-        tr.FalconConfig(**_FALCON, num_kv_heads=2, new_decoder_architecture=True)
+    "mistral": lambda n=2: tr.MistralForCausalLM(
+        tr.MistralConfig(**_GQA, num_hidden_layers=n, sliding_window=WINDOW)
+    ),
+    "phi3": lambda n=2: tr.Phi3ForCausalLM(tr.Phi3Config(**_GQA, num_hidden_layers=n)),
+    "gpt_neox": lambda n=2: tr.GPTNeoXForCausalLM(tr.GPTNeoXConfig(**_BASE, num_hidden_layers=n)),
+    "falcon_mqa": lambda n=2: tr.FalconForCausalLM(
+        tr.FalconConfig(**_WIDTH, num_hidden_layers=n, multi_query=True)
+    ),
+    "falcon_new": lambda n=2: tr.FalconForCausalLM(
+        tr.FalconConfig(**_WIDTH, num_hidden_layers=n, num_kv_heads=2, new_decoder_architecture=True)
     ),
 }  # fmt: skip
 
-ONE = {**_GQA, "num_hidden_layers": 1}
-
-#: More families that trace and agree; one layer where they are all of a kind.
+#: More families that trace and agree; two layers where these differ.
 OTHERS: dict[str, Make] = {
     "qwen2": lambda: tr.Qwen2ForCausalLM(tr.Qwen2Config(**ONE)),
     "gemma2": lambda: tr.Gemma2ForCausalLM(
         tr.Gemma2Config(
-            **_GQA, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=None, sliding_window=WINDOW
+            **_TWO, head_dim=16, query_pre_attn_scalar=16, attn_logit_softcapping=None, sliding_window=WINDOW
         )
     ),
     "gpt2": lambda: tr.GPT2LMHeadModel(tr.GPT2Config(**_GPT2)),
@@ -80,7 +84,7 @@ OTHERS: dict[str, Make] = {
     "granite": lambda: tr.GraniteForCausalLM(
         tr.GraniteConfig(**ONE, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=3.0)
     ),
-    "smollm3": lambda: tr.SmolLM3ForCausalLM(tr.SmolLM3Config(**_GQA, no_rope_layer_interval=2)),
+    "smollm3": lambda: tr.SmolLM3ForCausalLM(tr.SmolLM3Config(**_TWO, no_rope_layer_interval=2)),
     "stablelm": lambda: tr.StableLmForCausalLM(tr.StableLmConfig(**ONE)),
     "phi": lambda: tr.PhiForCausalLM(tr.PhiConfig(**ONE)),
     "cohere": lambda: tr.CohereForCausalLM(tr.CohereConfig(**ONE)),
@@ -96,6 +100,11 @@ FAMILIES: dict[str, Make] = {**MAIN, **OTHERS}
 def small(**changes: Any) -> Make:
     """A Llama of one layer, the quickest to trace."""
     return lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**{**ONE, **changes}))
+
+
+def shallow(family: str) -> Make:
+    """The family with one layer of each kind."""
+    return functools.partial(MAIN[family], 1) if family in MAIN else OTHERS[family]
 
 
 def build(family: str | Make, seed: int = 0) -> PreTrainedModel:

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-import transformers as tr
 
 from less_export.contract import Policy
 from less_export.runtime.backend import Backend, RowState
@@ -238,9 +237,7 @@ def test_last_logits_are_the_last_of_all_logits(exported: Exported, opened: Open
 
 def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
     # Mistral slides over 10 tokens in every layer; 6 slots and the state stand for them.
-    checkpoint = families.save(
-        lambda: tr.MistralForCausalLM(tr.MistralConfig(**families.ONE, sliding_window=10)), tmp_path / "m"
-    )
+    checkpoint = families.save(families.shallow("mistral"), tmp_path / "m")
     kernels = families.kernels(families.load(checkpoint), tmp_path / "kernels.safetensors", sliding=True)
     tiny = families.export(checkpoint, tmp_path / "b", budget="6", kernels=kernels, compress_sliding=True)
     torch, ort = tiny.backend("torch"), tiny.backend("ort")

@@ -27,7 +27,19 @@ def test_checkpoint_to_plan(
 ) -> None:
     checkpoint = families.save(family, tmp_path / "checkpoint", dtype)
     out = tmp_path / "made" / "engine.plan"
-    words = ["--out", str(out), "--policy", policy, "--budget", "12", "--context", "64", "--chunk", "16", "--no-validate"]
+    words = [
+        "--out",
+        str(out),
+        "--policy",
+        policy,
+        "--budget",
+        "12",
+        "--context",
+        "64",
+        "--chunk",
+        "16",
+        "--no-validate",
+    ]
     assert cli.main([str(checkpoint), *words]) == 0
     capsys.readouterr()
     # One file carries weights and operator; manifest (and tokenizer, where there is one) lie beside it.
