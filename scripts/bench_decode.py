@@ -23,6 +23,7 @@ from bench_common import TINYLLAMA, random_checkpoint, write_results
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import less_export
+from less_export import RowState
 
 HEADS, DIM = TINYLLAMA["num_key_value_heads"], TINYLLAMA["hidden_size"] // TINYLLAMA["num_attention_heads"]
 
@@ -117,15 +118,18 @@ def main() -> None:
         full = export_full_cache(folder / "checkpoint", folder / "full", args.layers)
         threads = os.cpu_count() or 1
         less = less_export.open_bundle(folder / "less", "ort", threads=threads).backend
+        # All contexts in turn, round after round, so that whatever else the machine does falls on all alike.
+        cases = {c: (filled(less, c), FullCacheStep(full, c)) for c in args.contexts}
+        times: dict[int, tuple[list[float], list[float]]] = {c: ([], []) for c in cases}
+        for count in range(args.steps + 1):
+            for context, (state, plain) in cases.items():
+                less.write_row(0, state)
+                pair = timed(lambda: less.step([[5]])), timed(plain)
+                if count:  # the first round warms up
+                    times[context][0].append(pair[0])
+                    times[context][1].append(pair[1])
         rows = []
-        for context in args.contexts:
-            fill(less, context)
-            plain = FullCacheStep(full, context)
-            plain()
-            less_ms, full_ms = [], []
-            for _ in range(args.steps):
-                less_ms.append(timed(lambda: less.step([[5]])))
-                full_ms.append(timed(plain))
+        for context, (less_ms, full_ms) in times.items():
             row = {
                 "context": context,
                 "less_ms": round(statistics.median(less_ms), 2),
@@ -136,7 +140,6 @@ def main() -> None:
             row["speedup"] = round(row["full_ms"] / row["less_ms"], 3)
             rows.append(row)
             print(row, flush=True)
-            del plain
     what = {"model": "random Llama, TinyLlama-1.1B shape", "dtype": "float32", "batch": 1, "threads": threads}
     write_results(
         "decode_cost",
@@ -144,13 +147,15 @@ def main() -> None:
     )
 
 
-def fill(backend: Any, context: int) -> None:
-    """Bring a LESS row to ``context - 1`` tokens (two full budgets are enough for the slots to be warm)."""
+def filled(backend: Any, context: int) -> RowState:
+    """The state of a row at ``context - 1`` tokens (its slots are full after two budgets; more changes nothing)."""
     backend.open(1)
     rng, warm = np.random.default_rng(0), min(context - 1, 2 * backend.contract.layers[0].capacity)
     for at in range(0, warm, backend.contract.chunk):
         count = min(backend.contract.chunk, warm - at)
         backend.step(rng.integers(3, 1000, (1, count)))
+    state: RowState = backend.read_row(0)
+    return state
 
 
 def timed(step: Any) -> float:
