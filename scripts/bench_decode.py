@@ -1,6 +1,7 @@
 """What a decode step costs on ONNX Runtime's CPU: LESS against an ordinary export with a growing cache.
 
-Both sides are the same random Llama of TinyLlama-1.1B's shape (fewer layers), float32, batch 1, in one
+LESS runs with (random) kernels of the size that training makes, and once without: plain sparse eviction.
+All sides are the same random Llama of TinyLlama-1.1B's shape (fewer layers), float32, batch 1, in one
 process, with the same session options, their steps timed in turn. The ordinary side is what
 ``torch.onnx.export`` makes of the Hugging Face model with ``past_key_values``: it reads and returns the
 whole cache at every step.
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import less_export
 from less_export import RowState
+from less_export.feature_maps import Heads, Kernels, random_kernels
 
 HEADS, DIM = TINYLLAMA["num_key_value_heads"], TINYLLAMA["hidden_size"] // TINYLLAMA["num_attention_heads"]
 
@@ -101,50 +103,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--slots", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 4096, 16384, 32768])
     parser.add_argument("--steps", type=int, default=25)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         folder = Path(scratch)
         random_checkpoint(folder / "checkpoint", "float32", args.layers, context=1 << 16)
-        less_export.export(
-            str(folder / "checkpoint"),
-            folder / "less",
-            policy="h2o",
-            budget=str(args.slots),
-            validate=False,
-            max_batch=1,
-        )
+        made = folder / "kernels.safetensors"
+        kernels(args.layers, args.rank, args.hidden).save(made)
+        options: dict[str, Any] = {"policy": "h2o", "budget": str(args.slots), "validate": False, "max_batch": 1}
+        less_export.export(str(folder / "checkpoint"), folder / "less", kernels=made, **options)
+        less_export.export(str(folder / "checkpoint"), folder / "sparse", **options)
         full = export_full_cache(folder / "checkpoint", folder / "full", args.layers)
         threads = os.cpu_count() or 1
         less = less_export.open_bundle(folder / "less", "ort", threads=threads).backend
+        sparse = less_export.open_bundle(folder / "sparse", "ort", threads=threads).backend
         # All contexts in turn, round after round, so that whatever else the machine does falls on all alike.
-        cases = {c: (filled(less, c), FullCacheStep(full, c)) for c in args.contexts}
-        times: dict[int, tuple[list[float], list[float]]] = {c: ([], []) for c in cases}
+        cases = {c: (filled(less, c), filled(sparse, c), FullCacheStep(full, c)) for c in args.contexts}
+        times: dict[int, list[list[float]]] = {c: [[], [], []] for c in cases}
         for count in range(args.steps + 1):
-            for context, (state, plain) in cases.items():
-                less.write_row(0, state)
-                pair = timed(lambda: less.step([[5]])), timed(plain)
-                if count:  # the first round warms up
-                    times[context][0].append(pair[0])
-                    times[context][1].append(pair[1])
+            for context, (less_state, sparse_state, plain) in cases.items():
+                less.write_row(0, less_state)
+                sparse.write_row(0, sparse_state)
+                steps = (lambda: less.step([[5]]), lambda: sparse.step([[5]]), plain)
+                for kept, step in zip(times[context], steps, strict=True):
+                    milliseconds = timed(step)
+                    if count:  # the first round warms up
+                        kept.append(milliseconds)
         rows = []
-        for context, (less_ms, full_ms) in times.items():
+        for context, kept in times.items():
+            less_ms, sparse_ms, full_ms = (round(statistics.median(x), 2) for x in kept)
             row = {
                 "context": context,
-                "less_ms": round(statistics.median(less_ms), 2),
-                "full_ms": round(statistics.median(full_ms), 2),
+                "less_ms": less_ms,
+                "sparse_ms": sparse_ms,
+                "full_ms": full_ms,
                 "less_state_bytes": less.contract.state_bytes(),
                 "full_cache_bytes": less.contract.full_cache_bytes(context),
+                "speedup": round(full_ms / less_ms, 3),
             }
-            row["speedup"] = round(row["full_ms"] / row["less_ms"], 3)
             rows.append(row)
             print(row, flush=True)
     what = {"model": "random Llama, TinyLlama-1.1B shape", "dtype": "float32", "batch": 1, "threads": threads}
     write_results(
         "decode_cost",
-        {**what, "layers": args.layers, "slots": args.slots, "steps": args.steps, "policy": "h2o", "rows": rows},
+        {
+            **what,
+            "layers": args.layers,
+            "slots": args.slots,
+            "policy": "h2o",
+            "rank": args.rank,
+            "hidden": args.hidden,
+            "kernel_bytes": kernels(args.layers, args.rank, args.hidden).nbytes(),
+            "steps": args.steps,
+            "rows": rows,
+        },
     )
+
+
+def kernels(layers: int, rank: int, hidden: int) -> Kernels:
+    """Kernels of the size that training makes, with random weights: the same work, no quality."""
+    heads = Heads(TINYLLAMA["num_attention_heads"], HEADS, DIM)
+    return random_kernels([heads] * layers, range(layers), rank, hidden)
 
 
 def filled(backend: Any, context: int) -> RowState:

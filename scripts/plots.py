@@ -19,6 +19,7 @@ def decode_cost() -> None:
     figure, (time, memory) = plt.subplots(1, 2, figsize=(10, 3.8))
     time.plot(contexts, [r["full_ms"] for r in rows], "o-", label="full cache (ordinary export)")
     time.plot(contexts, [r["less_ms"] for r in rows], "s-", label=f"LESS, {data['slots']} slots")
+    time.plot(contexts, [r["sparse_ms"] for r in rows], "^:", label="the same without kernels")
     time.set_ylabel("decode step, ms")
     memory.plot(contexts, [r["full_cache_bytes"] / 1e6 for r in rows], "o-", label="full cache")
     memory.plot(contexts, [r["less_state_bytes"] / 1e6 for r in rows], "s-", label=f"LESS, {data['slots']} slots")

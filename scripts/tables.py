@@ -65,6 +65,7 @@ def decode_cost() -> str:
         [
             f"{r['context']:,}",
             f"{r['less_ms']:.1f}",
+            f"{r['sparse_ms']:.1f}",
             f"{r['full_ms']:.1f}",
             f"{r['speedup']:.2f}x",
             f"{r['less_state_bytes'] / 1e6:.2f}",
@@ -72,8 +73,18 @@ def decode_cost() -> str:
         ]
         for r in data["rows"]
     ]
-    header = ["context", "LESS, ms", "full cache, ms", "full / LESS", "LESS state, MB", "full cache, MB"]
-    what = f"{data['layers']} layers, {data['dtype']}, batch {data['batch']}, {data['slots']} slots, {data['policy']}"
+    header = [
+        "context",
+        "LESS, ms",
+        "without kernels, ms",
+        "full cache, ms",
+        "full / LESS",
+        "LESS state, MB",
+        "full cache, MB",
+    ]
+    what = f"{data['layers']} layers, {data['dtype']}, batch {data['batch']}, {data['slots']} slots, {data['policy']}, "
+    kernels = f"{data['kernel_bytes'] / 1e6:.2f} MB of kernels for all rows"
+    what += f"rank {data['rank']}, hidden {data['hidden']}: {kernels}"
     return table(header, rows) + f"\n\n({what}; {where(data)})"
 
 
