@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 4096, 16384, 32768])
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=15)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         folder = Path(scratch)
