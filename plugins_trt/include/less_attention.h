@@ -1,0 +1,80 @@
+// LESS attention (arXiv 2402.09398) on CUDA: one layer, one step, the state updated in place.
+//
+// Knows CUDA only; TensorRT comes on top (src/less_attention_plugin.h). The semantics are those of
+// less_export/ops.py, the reference of the operator less::LessAttention, version 1.
+// Shapes: B rows, Hq query heads, Hk KV heads (a multiple of them are query heads), T tokens of the chunk,
+// C slots, R features, D head_dim. All tensors are dense and row-major.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace less {
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// Which tokens keep a slot; the values are those of the operator's attribute.
+enum class Policy : int32_t { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull = 4 };
+
+// The attributes of the operator.
+struct AttentionRules {
+    float scale;      // factor of q.k
+    Policy policy;    //
+    int32_t heavy;    // slots for heavy hitters (sink: first positions that stay)
+    int32_t recent;   // newest tokens that stay
+    int32_t window;   // > 0: a query sees its newest `window` positions, itself included
+    int32_t absorb;   // 1: what loses its slot goes into H and z; 0: there is no low-rank term
+};
+
+struct AttentionShape {
+    DType dtype;  // of q, k, v, psi and the slots
+    int32_t batch, queryHeads, kvHeads, chunk, headDim, slots, rank;
+};
+
+// T below is the dtype of the shape. present* may be the same memory as past* (in place) or not overlap it.
+struct AttentionTensors {
+    void const* q;              // T   [B,Hq,T,D], rotary applied
+    void const* k;              // T   [B,Hk,T,D]
+    void const* v;              // T   [B,Hk,T,D]
+    float const* logPhiQ;       // f32 [B,Hq,T,R], -inf allowed
+    void const* psiK;           // T   [B,Hk,T,R], >= 0
+    void const* pastKey;        // T   [B,Hk,C,D]
+    void const* pastValue;      // T   [B,Hk,C,D]
+    void const* pastPsi;        // T   [B,Hk,C,R]
+    float const* pastScore;     // f32 [B,Hk,C]
+    int32_t const* pastPosition;  // i32 [B,Hk,C], -1 where the slot is empty
+    float const* pastH;         // f32 [B,Hk,R,D]
+    float const* pastZ;         // f32 [B,Hk,R]
+    int32_t const* pastLength;  // i32 [B], tokens seen before the chunk
+    int32_t const* newLength;   // i32 [B], valid tokens of the chunk, 0..T
+    void* out;                  // T   [B,Hq,T,D], zero where t >= newLength
+    void* presentKey;           // like their past
+    void* presentValue;
+    void* presentPsi;
+    float* presentScore;
+    int32_t* presentPosition;
+    float* presentH;
+    float* presentZ;
+};
+
+// Device memory of kCounterBytes, zero before the first launch and zero again after each: a decode step that
+// splits its slots over several blocks counts them there. Not shared by launches that may overlap.
+constexpr size_t kCounterBytes = 4096;
+
+// Why this layer cannot run, in words (a static string), or nullptr. `chunk` and `batch` are not looked at.
+char const* whyUnsupported(AttentionShape const& shape, AttentionRules const& rules) noexcept;
+
+// Scratch memory of one launch in bytes; grows with batch and chunk. Needs no device.
+size_t workspaceBytes(AttentionShape const& shape, AttentionRules const& rules) noexcept;
+
+// Loads the kernels that `enqueue` would launch onto the current device, so that `enqueue` can be captured.
+cudaError_t prepare(AttentionShape const& shape, AttentionRules const& rules) noexcept;
+
+// One step on `stream`: chunk = 1 decodes, chunk > 1 prefills. No allocation, no synchronisation.
+// `workspace` has workspaceBytes(shape, rules) bytes, aligned to 256; its contents do not matter.
+cudaError_t enqueue(AttentionShape const& shape, AttentionRules const& rules, AttentionTensors const& tensors,
+                    void* workspace, uint32_t* counters, cudaStream_t stream) noexcept;
+
+}  // namespace less
