@@ -20,12 +20,12 @@ enum class Policy : int32_t { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull
 
 // The attributes of the operator.
 struct AttentionRules {
-    float scale;      // factor of q.k
-    Policy policy;    //
-    int32_t heavy;    // slots for heavy hitters (sink: first positions that stay)
-    int32_t recent;   // newest tokens that stay
-    int32_t window;   // > 0: a query sees its newest `window` positions, itself included
-    int32_t absorb;   // 1: what loses its slot goes into H and z; 0: there is no low-rank term
+    float scale;     // factor of q.k
+    Policy policy;   //
+    int32_t heavy;   // slots for heavy hitters (sink: first positions that stay)
+    int32_t recent;  // newest tokens that stay
+    int32_t window;  // > 0: a query sees its newest `window` positions, itself included
+    int32_t absorb;  // 1: what loses its slot goes into H and z; 0: there is no low-rank term
 };
 
 struct AttentionShape {
@@ -35,22 +35,22 @@ struct AttentionShape {
 
 // T below is the dtype of the shape. present* may be the same memory as past* (in place) or not overlap it.
 struct AttentionTensors {
-    void const* q;              // T   [B,Hq,T,D], rotary applied
-    void const* k;              // T   [B,Hk,T,D]
-    void const* v;              // T   [B,Hk,T,D]
-    float const* logPhiQ;       // f32 [B,Hq,T,R], -inf allowed
-    void const* psiK;           // T   [B,Hk,T,R], >= 0
-    void const* pastKey;        // T   [B,Hk,C,D]
-    void const* pastValue;      // T   [B,Hk,C,D]
-    void const* pastPsi;        // T   [B,Hk,C,R]
-    float const* pastScore;     // f32 [B,Hk,C]
+    void const* q;                // T   [B,Hq,T,D], rotary applied
+    void const* k;                // T   [B,Hk,T,D]
+    void const* v;                // T   [B,Hk,T,D]
+    float const* logPhiQ;         // f32 [B,Hq,T,R], -inf allowed
+    void const* psiK;             // T   [B,Hk,T,R], >= 0
+    void const* pastKey;          // T   [B,Hk,C,D]
+    void const* pastValue;        // T   [B,Hk,C,D]
+    void const* pastPsi;          // T   [B,Hk,C,R]
+    float const* pastScore;       // f32 [B,Hk,C]
     int32_t const* pastPosition;  // i32 [B,Hk,C], -1 where the slot is empty
-    float const* pastH;         // f32 [B,Hk,R,D]
-    float const* pastZ;         // f32 [B,Hk,R]
-    int32_t const* pastLength;  // i32 [B], tokens seen before the chunk
-    int32_t const* newLength;   // i32 [B], valid tokens of the chunk, 0..T
-    void* out;                  // T   [B,Hq,T,D], zero where t >= newLength
-    void* presentKey;           // like their past
+    float const* pastH;           // f32 [B,Hk,R,D]
+    float const* pastZ;           // f32 [B,Hk,R]
+    int32_t const* pastLength;    // i32 [B], tokens seen before the chunk
+    int32_t const* newLength;     // i32 [B], valid tokens of the chunk, 0..T
+    void* out;                    // T   [B,Hq,T,D], zero where t >= newLength
+    void* presentKey;             // like their past
     void* presentValue;
     void* presentPsi;
     float* presentScore;
