@@ -86,8 +86,9 @@ inline Machine& machine() {
     return m;
 }
 
-inline int order() {
-    static int const chosen = std::getenv("EMU_ORDER") != nullptr ? std::atoi(std::getenv("EMU_ORDER")) : 0;
+// Read once from the environment; may be set between launches.
+inline int& order() {
+    static int chosen = std::getenv("EMU_ORDER") != nullptr ? std::atoi(std::getenv("EMU_ORDER")) : 0;
     return chosen;
 }
 

@@ -1,4 +1,5 @@
 // One step of the emulated kernels behind a C interface, for tests: scratch memory is of the exact size and poisoned.
+#include <cstring>
 #include <memory>
 
 #include "less_attention.h"
@@ -6,6 +7,8 @@
 extern "C" char const* less_why_unsupported(less::AttentionShape const* shape, less::AttentionRules const* rules) {
     return less::whyUnsupported(*shape, *rules);
 }
+
+extern "C" void less_host_set_order(int order) { emu::order() = order; }
 
 // Returns a cudaError_t, or -1 where the counters were not left at zero.
 extern "C" int less_host_step(less::AttentionShape const* shape, less::AttentionRules const* rules,

@@ -317,11 +317,12 @@ __global__ void __launch_bounds__(kThreads) decodeKernel(DecodeParams const p) {
             ++choice.leavers;
         }
         if (scores && position >= 0) {
-            float score = rules.policy == Policy::kH2O ? slotScores[c] : 0.f;
+            float score = 0.f;  // of this step, so that it is rounded once when it joins a long sum
             for (int g = 0; g < G; ++g) {
                 float const logit = p.logits != nullptr ? __ldcg(logits + g * C + c) : logits[g * C + c];
                 score += expDifference(logit, exactPeak[g]) * exactScale[g];
             }
+            if (rules.policy == Policy::kH2O) score += slotScores[c];
             slotScores[c] = score;
             if (stays) {
                 unsigned long long const rank = rankOf(rules, position, score, next);

@@ -11,7 +11,14 @@ constexpr size_t kSharedLogitBytes = 16 * 1024;  // more of them go through the 
 constexpr int kBlocksWanted = 512;               // enough to keep the memory of the largest GPUs busy
 constexpr int kFewestSlots = 32;                 // less per block is not worth a merge
 
-int tileOf(int group) { return group <= 2 ? group : group <= 4 ? 4 : 8; }
+// Query heads that a kernel takes at a time.
+int tileOf(int group) {
+#ifdef LESS_TRIAL
+    return 2;
+#else
+    return group <= 2 ? group : group <= 4 ? 4 : 8;
+#endif
+}
 
 // Blocks per KV head. Depends on the shape alone, so that results do not depend on the GPU.
 int splitsOf(AttentionShape const& s) {
@@ -51,14 +58,18 @@ cudaError_t runDecode(Mode mode, DecodeParams const& params, bool logitsShared, 
 template <class T, int LPR>
 cudaError_t withTile(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
     switch (tileOf(params.shape.queryHeads / params.shape.kvHeads)) {
-        case 1:
-            return runDecode<T, LPR, 1>(mode, params, logitsShared, stream);
         case 2:
             return runDecode<T, LPR, 2>(mode, params, logitsShared, stream);
+#ifndef LESS_TRIAL
+        case 1:
+            return runDecode<T, LPR, 1>(mode, params, logitsShared, stream);
         case 4:
             return runDecode<T, LPR, 4>(mode, params, logitsShared, stream);
-        default:
+        case 8:
             return runDecode<T, LPR, 8>(mode, params, logitsShared, stream);
+#endif
+        default:
+            return cudaErrorNotSupported;
     }
 }
 
@@ -79,8 +90,12 @@ cudaError_t decode(Mode mode, AttentionShape const& shape, AttentionRules const&
     return withType(shape.dtype, [&](auto type) {
         using T = decltype(type);
         if (shape.headDim <= 64) return withTile<T, 8>(mode, params, plan.logitsShared, stream);
+#ifdef LESS_TRIAL
+        return cudaErrorNotSupported;
+#else
         if (shape.headDim <= 128) return withTile<T, 16>(mode, params, plan.logitsShared, stream);
         return withTile<T, 32>(mode, params, plan.logitsShared, stream);
+#endif
     });
 }
 

@@ -33,16 +33,26 @@ cudaError_t runAttention(Mode mode, PrefillParams const& params, cudaStream_t st
 }
 
 template <class T>
+cudaError_t attention(Mode mode, PrefillParams const& params, cudaStream_t stream) {
+    int const width = params.shape.headDim;
+    if (width <= 64) return runAttention<T, 64>(mode, params, stream);
+#ifdef LESS_TRIAL
+    return cudaErrorNotSupported;
+#else
+    if (width <= 96) return runAttention<T, 96>(mode, params, stream);
+    if (width <= 128) return runAttention<T, 128>(mode, params, stream);
+    return runAttention<T, 256>(mode, params, stream);
+#endif
+}
+
+template <class T>
 cudaError_t runPrefill(Mode mode, PrefillParams const& params, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     auto const heads = static_cast<unsigned>(s.kvHeads), batch = static_cast<unsigned>(s.batch);
-    cudaError_t status = s.headDim <= 64    ? runAttention<T, 64>(mode, params, stream)
-                         : s.headDim <= 96  ? runAttention<T, 96>(mode, params, stream)
-                         : s.headDim <= 128 ? runAttention<T, 128>(mode, params, stream)
-                                            : runAttention<T, 256>(mode, params, stream);
+    cudaError_t status = attention<T>(mode, params, stream);
     if (status != cudaSuccess) return status;
     size_t const scratch = (kBins + 2) * sizeof(int);
-    status = run(mode, selectKernel<T>, dim3(heads, batch), scratch, params, stream);
+    status = run(mode, selectKernel, dim3(heads, batch), scratch, params, stream);
     if (status != cudaSuccess) return status;
     if (params.rules.absorb) {
         int const lanes = kThreads / (s.headDim / 8);

@@ -93,8 +93,7 @@ __device__ __forceinline__ Threshold thresholdOf(Candidates const& candidates, i
     return {prefix, wanted};
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams const p) {
+static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams const p) {
     LESS_SHARED_MEMORY(raw);
     int* const scratch = reinterpret_cast<int*>(raw);
     int const tid = threadIdx.x, batch = blockIdx.y, C = p.shape.slots, chunk = p.shape.chunk;

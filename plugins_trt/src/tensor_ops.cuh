@@ -72,7 +72,7 @@ template <class T>
 float half(uint32_t reg, int which) {
     uint16_t const bits = static_cast<uint16_t>(reg >> (16 * which));
     T value;
-    std::memcpy(&value, &bits, sizeof bits);
+    std::memcpy(static_cast<void*>(&value), &bits, sizeof bits);
     return toFloat(value);
 }
 }  // namespace twin
