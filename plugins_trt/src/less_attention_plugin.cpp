@@ -1,8 +1,10 @@
 #include "less_attention_plugin.h"
 
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <exception>
+#include <iterator>
 #include <memory>
 #include <stdexcept>
 
@@ -280,10 +282,9 @@ size_t LessAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, 
                                              DynamicPluginTensorDesc const*, int32_t nbOutputs) const noexcept {
     return guarded(size_t{0}, [&] {
         checkCounts(nbInputs, nbOutputs);
-        AttentionShape shape = agreedShape(computeDType(in[kQ].desc.type), [&](int32_t i) { return in[i].max; });
-        size_t const largest = workspaceBytes(shape, rules_);
-        shape.chunk = 1;  // the profile of chunks takes single tokens too
-        return aligned(std::max(largest, workspaceBytes(shape, rules_))) + kCounterBytes;
+        DType const dtype = computeDType(in[kQ].desc.type);
+        AttentionShape const shape = agreedShape(dtype, [&](int32_t i) { return in[i].max; });
+        return aligned(workspaceBytes(shape, rules_)) + kCounterBytes;
     });
 }
 
@@ -292,9 +293,16 @@ size_t LessAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, 
 nvinfer1::IPluginV3* LessAttentionPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
     return guarded<nvinfer1::IPluginV3*>(nullptr, [&] {
         auto copy = std::make_unique<LessAttentionPlugin>(rules_);
-        check(cudaMalloc(reinterpret_cast<void**>(&copy->counters_), kCounterBytes), "cudaMalloc");
-        check(cudaMemset(copy->counters_, 0, kCounterBytes), "cudaMemset");
-        check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");  // other streams do not wait for that one
+        // TensorRT-RTX attaches while it builds too, where there may be no driver, and takes no for a crash.
+        // A copy without counters of its own makes room for them in the workspace of every launch.
+        void* memory = nullptr;
+        if (cudaMalloc(&memory, kCounterBytes) == cudaSuccess) {
+            copy->counters_ = static_cast<uint32_t*>(memory);
+            check(cudaMemset(memory, 0, kCounterBytes), "cudaMemset");
+            check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");  // other streams do not wait for that one
+        } else {
+            cudaGetLastError();  // said here, and nowhere later
+        }
         return copy.release();
     });
 }
@@ -305,7 +313,7 @@ int32_t LessAttentionPlugin::onShapeChange(PluginTensorDesc const* in, int32_t n
         checkCounts(nbInputs, nbOutputs);
         AttentionShape const shape = checkedShape(
             rules_, [&](int32_t i) { return in[i].type; }, [&](int32_t i) { return in[i].dims; });
-        // TensorRT calls this while it builds as well, where there may be no GPU.
+        // TensorRT calls this while it builds too, where there may be no GPU and nothing is attached.
         if (counters_ != nullptr) check(prepare(shape, rules_), "loading the kernels");
         return 0;
     });
@@ -345,7 +353,7 @@ int32_t LessAttentionPlugin::enqueue(PluginTensorDesc const* in, PluginTensorDes
                                        static_cast<float*>(outputs[kPresentH]),
                                        static_cast<float*>(outputs[kPresentZ])};
         uint32_t* counters = counters_;
-        if (counters == nullptr) {  // a builder that times the plugin without a context
+        if (counters == nullptr) {  // see attachToContext
             if (workspace == nullptr) refuse("enqueue without workspace");
             size_t const offset = aligned(workspaceBytes(shape, rules_));
             counters = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + offset);

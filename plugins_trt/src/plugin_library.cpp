@@ -15,9 +15,29 @@
 #define LESS_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace less {
-namespace {
 
-using nvinfer1::IPluginRegistry;
+// The registry of TensorRT-RTX 1: that of TensorRT without the functions for IPluginCreator, which is gone there.
+// NVIDIA publishes its headers with the SDK only; TensorRT's would call the wrong entries. (Outside of
+// the anonymous namespace, where the compiler would conclude that nobody implements it.)
+class RtxRegistry {
+   protected:
+    virtual ~RtxRegistry() noexcept = default;
+
+   public:
+    virtual void setErrorRecorder(nvinfer1::IErrorRecorder* recorder) noexcept = 0;
+    virtual nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept = 0;
+    virtual bool isParentSearchEnabled() const = 0;
+    virtual void setParentSearchEnabled(bool enabled) = 0;
+    virtual void* loadLibrary(char const* path) noexcept = 0;
+    virtual void deregisterLibrary(void* handle) noexcept = 0;
+    virtual bool registerCreator(nvinfer1::IPluginCreatorInterface& creator, char const* space) noexcept = 0;
+    virtual nvinfer1::IPluginCreatorInterface* const* getAllCreators(int32_t* count) const noexcept = 0;
+    virtual nvinfer1::IPluginCreatorInterface* getCreator(char const* name, char const* version,
+                                                          char const* space) noexcept = 0;
+    virtual bool deregisterCreator(nvinfer1::IPluginCreatorInterface const& creator) noexcept = 0;
+};
+
+namespace {
 
 nvinfer1::ILoggerFinder* loggerFinder = nullptr;
 
@@ -27,8 +47,9 @@ LessAttentionCreator& creator() {
 }
 
 // TensorRT libraries that own a plugin registry, by the start of their file name.
-constexpr char const* kTensorRT[] = {"libnvinfer.so", "libnvinfer_lean.so", "libnvinfer_dispatch.so",
-                                     "libtensorrt_rtx.so"};
+constexpr char const* kRtx = "libtensorrt_rtx.so";
+constexpr char const* kRtxSoname = "libtensorrt_rtx.so.1";
+constexpr char const* kTensorRT[] = {"libnvinfer.so", "libnvinfer_lean.so", "libnvinfer_dispatch.so", kRtx};
 
 char const* baseName(char const* path) {
     char const* slash = std::strrchr(path, '/');
@@ -55,9 +76,19 @@ class Registration {
     Registration() noexcept {
         try {
             for (std::string const& path : loadedTensorRT()) {
-                if (std::strncmp(baseName(path.c_str()), "libtensorrt_rtx.so.", 19) == 0)
-                    provideUnversionedName(baseName(path.c_str()));
-                enter(path);
+                char const* const name = baseName(path.c_str());
+                bool const rtx = std::strncmp(name, kRtx, std::strlen(kRtx)) == 0;
+                if (rtx && std::strcmp(name, kRtxSoname) != 0) continue;  // not the interface we know
+                if (rtx) provideUnversionedName(name);
+                void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+                if (library == nullptr) continue;
+                auto const get = reinterpret_cast<void* (*)()>(dlsym(library, "getPluginRegistry"));
+                void* const registry = get == nullptr ? nullptr : get();
+                if (rtx)
+                    enter(static_cast<RtxRegistry*>(registry), rtx_);
+                else
+                    enter(static_cast<nvinfer1::IPluginRegistry*>(registry), full_);
+                dlclose(library);  // the reference of this dlopen
             }
         } catch (...) {
             logError("LessAttention: cannot register with TensorRT");
@@ -66,35 +97,21 @@ class Registration {
 
     // Takes the creator out again: a registry that loads the library itself refuses names that it has.
     void undo() noexcept {
-        for (IPluginRegistry* registry : registries_) registry->deregisterCreator(creator());
-        registries_.clear();
+        if (rtx_ != nullptr) rtx_->deregisterCreator(creator());
+        if (full_ != nullptr) full_->deregisterCreator(creator());
+        rtx_ = nullptr;
+        full_ = nullptr;
     }
 
    private:
-    void enter(std::string const& path) {
-        void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-        if (library == nullptr) return;
-        auto const get = reinterpret_cast<IPluginRegistry* (*)()>(dlsym(library, "getPluginRegistry"));
-        IPluginRegistry* const registry = get == nullptr ? nullptr : get();
-        if (registry != nullptr && !holds(*registry) && registry->registerCreator(creator(), kPluginNamespace))
-            registries_.push_back(registry);
-        dlclose(library);  // the reference of this dlopen
+    // Remembers the registry where it took the creator: it has none of that name yet.
+    template <typename Registry>
+    static void enter(Registry* registry, Registry*& entered) noexcept {
+        if (registry != nullptr && registry->registerCreator(creator(), kPluginNamespace)) entered = registry;
     }
 
-    static bool holds(IPluginRegistry const& registry) {
-        int32_t count = 0;
-        nvinfer1::IPluginCreatorInterface* const* all = registry.getAllCreators(&count);
-        for (int32_t i = 0; i < count; ++i) {
-            if (std::strcmp(all[i]->getInterfaceInfo().kind, creator().getInterfaceInfo().kind) != 0) continue;
-            auto const& other = *static_cast<nvinfer1::IPluginCreatorV3One const*>(all[i]);
-            if (std::strcmp(other.getPluginName(), kPluginName) == 0 &&
-                std::strcmp(other.getPluginVersion(), kPluginVersion) == 0)
-                return true;
-        }
-        return false;
-    }
-
-    std::vector<IPluginRegistry*> registries_;
+    RtxRegistry* rtx_ = nullptr;
+    nvinfer1::IPluginRegistry* full_ = nullptr;
 };
 
 Registration registration;
