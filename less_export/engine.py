@@ -21,9 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import plugin
 from .contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, Policy, TensorSpec
 from .errors import EngineError, UsageError
 from .files import scratch_folder
+from .plugin import PluginFacts
 
 #: Called with a few words as each phase begins. TensorRT's own steps say nothing about time: nearly all of
 #: it is one opaque step per profile.
@@ -269,7 +271,10 @@ def dtype_name(dtype: Any) -> str:
 
 @dataclass(frozen=True)
 class PlanInfo:
-    """How a plan was made: file size, time, TensorRT's layers; ``gpu_arch`` like "sm_86,sm_89", or the default."""
+    """How a plan was made: file size, time, TensorRT's layers; ``gpu_arch`` like "sm_86,sm_89", or the default.
+
+    ``plugin_layers`` of the layers are plugins; ``plugin`` says where their library is.
+    """
 
     flavour: str
     version: str
@@ -277,6 +282,8 @@ class PlanInfo:
     bytes: int
     seconds: float
     layers: int
+    plugin_layers: int = 0
+    plugin: PluginFacts | None = None
 
 
 def build_plan(
@@ -286,6 +293,7 @@ def build_plan(
     out: Path,
     weights_dir: Path,
     gpu_arch: str | None = None,
+    library: Path | None = None,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> PlanInfo:
@@ -294,9 +302,10 @@ def build_plan(
     The plan is streamed to disk where TensorRT can (RTX does), so that the host holds it at no time.
 
     Args:
-        model: serialised ONNX with the LessAttention bodies inside.
+        model: serialised ONNX, with the LessAttention bodies inside or, with a ``library``, bare nodes.
         weights_dir: the folder that external data locations are relative to.
         gpu_arch: see :func:`parse_gpu_arch`.
+        library: the plugin (see :func:`less_export.plugin.library`); TensorRT-RTX puts it into the plan.
         progress: told what is being done; what it raises cancels the build and comes out of here.
         verbose: print TensorRT's log to stderr.
 
@@ -306,7 +315,10 @@ def build_plan(
     """
     chosen = flavour()
     archs = parse_gpu_arch(chosen, gpu_arch)
-    check_limits(contract)
+    if library is None:
+        check_limits(contract)
+    else:
+        plugin.check_layers(library, contract)
     started = time.monotonic()
     log, names = log_of(chosen.module), [p.name for p in profiles(contract)]
 
@@ -319,24 +331,39 @@ def build_plan(
         with scratch_folder(out) as folder:
             part = folder / out.name
             with log.listening(verbose, watch), log.interruptible():
-                layers = _build(chosen, model, contract, weights_dir, archs, part)
+                layers, plugins = _build(chosen, model, contract, weights_dir, archs, library, part)
             os.replace(part, out)
     except OSError as error:
         raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
-    return PlanInfo(chosen.name, chosen.version, ",".join(archs) or None, out.stat().st_size, seconds, layers)
+    facts = None if library is None else PluginFacts.of(library, _embeds(chosen))
+    size = out.stat().st_size
+    return PlanInfo(chosen.name, chosen.version, ",".join(archs) or None, size, seconds, layers, plugins, facts)
+
+
+def _embeds(chosen: Flavour) -> bool:
+    """Whether plans carry the plugin library (TensorRT does so for version-compatible plans only)."""
+    return chosen.name == "tensorrt_rtx"
 
 
 def _build(
-    chosen: Flavour, model: bytes, contract: Contract, weights_dir: Path, archs: tuple[str, ...], part: Path
-) -> int:
-    """Write the plan to ``part``; returns the number of layers. Everything else is released on return."""
+    chosen: Flavour,
+    model: bytes,
+    contract: Contract,
+    weights_dir: Path,
+    archs: tuple[str, ...],
+    library: Path | None,
+    part: Path,
+) -> tuple[int, int]:
+    """Write the plan to ``part``; returns the number of layers and of plugins among them."""
     module: Any = chosen.module
     log = log_of(chosen.module)
     try:
         builder = module.Builder(log.interface)
     except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
         raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
+    if library is not None:
+        plugin.load(module, library)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log.interface)  # maps the weights: it must outlive the build
     if not parser.parse(model, path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
@@ -348,6 +375,10 @@ def _build(
         found = {t.name: (dtype_name(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
         check_tensors(found, specs, "the graph")
     config = _configure(module, builder, contract, archs)
+    if library is not None:
+        config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        if _embeds(chosen):
+            config.plugins_to_serialize = [os.fspath(library)]
     monitor = implement(  # a name of its own: TensorRT does not keep it alive
         module.IProgressMonitor,
         phase_start=lambda *_: None,
@@ -355,7 +386,7 @@ def _build(
         phase_finish=lambda *_: None,
     )
     config.progress_monitor = monitor
-    layers = int(network.num_layers)
+    layers = [network.get_layer(i).type for i in range(network.num_layers)]
     with open(part, "wb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
             writer = implement(module.IStreamWriter, write=log.guarded(file.write, failed=0))
@@ -365,7 +396,7 @@ def _build(
             built = plan is not None and file.write(memoryview(plan))
     if not built:
         raise EngineError(f"{chosen.label} cannot build the engine: {log.reason()}")
-    return layers
+    return len(layers), layers.count(module.LayerType.PLUGIN_V3)
 
 
 def _culprit(parser: Any) -> str:
