@@ -36,11 +36,16 @@ ORDERS = range(6)
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_int32) for n in "dtype batch query_heads kv_heads chunk head_dim slots rank".split()]
+    _fields_ = [
+        (n, ctypes.c_int32) for n in ["dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank"]
+    ]
 
 
 class _Rules(ctypes.Structure):
-    _fields_ = [("scale", ctypes.c_float), *((n, ctypes.c_int32) for n in "policy heavy recent window absorb".split())]
+    _fields_ = [
+        ("scale", ctypes.c_float),
+        *((n, ctypes.c_int32) for n in ["policy", "heavy", "recent", "window", "absorb"]),
+    ]
 
 
 class _Tensors(ctypes.Structure):
@@ -62,22 +67,29 @@ def folder() -> Path:
     return Path(made)
 
 
-def build(out: Path, *flags: str, sources: Path = PLUGIN / "src", plugin: Path = PLUGIN) -> None:
-    """Compile the kernels for the host, both cores at work; ``sources`` may hold changed copies."""
+def build(out: Path, *flags: str, sources: Path = PLUGIN / "src", reuse: Path | None = None) -> None:
+    """Compile the kernels for the host into ``out``, its objects beside it.
+
+    ``sources`` may hold changed copies. ``reuse`` is a library built before with the same flags: objects of it
+    are taken for what is not in ``sources``.
+    """
     common = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
-    common += ["-include", str(plugin / "emulation/cuda_emu.h"), f"-I{plugin / 'include'}"]
+    common += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}"]
     common += ["-isystem", str(cuda_include()), *flags]
     out.parent.mkdir(parents=True, exist_ok=True)
-    parts = [*(sources / s for s in SOURCES), plugin / "emulation/host_step.cpp"]
-    objects = [out.parent / f"{out.stem}.{p.stem}.o" for p in parts]
-    running = [
-        subprocess.Popen([*common, "-c", str(p), "-o", str(o)], stderr=subprocess.PIPE, text=True)
-        for p, o in zip(parts, objects, strict=True)
-    ]
+    objects, running = [], []
+    for part in (*(sources / s for s in SOURCES), PLUGIN / "emulation/host_step.cpp"):
+        made = out.with_name(f"{part.stem}.o")
+        if reuse is not None and (part.parent != sources or not part.is_file()):
+            made = reuse.with_name(made.name)
+        else:
+            command = [*common, "-c", str(part), "-o", str(made)]
+            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        objects.append(str(made))
     said = "".join(p.communicate()[1] for p in running)
     assert not said, said
     assert not any(p.returncode for p in running)
-    subprocess.run(["g++", "-shared", *flags, *map(str, objects), "-o", str(out)], check=True)
+    subprocess.run(["g++", "-shared", *flags, *objects, "-o", str(out)], check=True)
 
 
 @functools.cache
@@ -100,6 +112,11 @@ def load(path: Path) -> ctypes.CDLL:
 def set_order(order: int, path: Path | None = None) -> None:
     """Thread order of the launches to come."""
     load(path or library()).less_host_set_order(order)
+
+
+def set_blocks(wanted: int, path: Path | None = None) -> None:
+    """Blocks that a decode launch is cut into: 1 keeps every head in one block, 512 is the kernels' own."""
+    load(path or library()).less_host_set_blocks(wanted)
 
 
 def why_unsupported(layer: LayerSpec, dtype: str = "float16") -> str:

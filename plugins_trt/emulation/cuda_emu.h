@@ -92,6 +92,12 @@ inline int& order() {
     return chosen;
 }
 
+// Blocks that a launch should be cut into; tests set it, to take other paths through the same shapes.
+inline int& blocksWanted() {
+    static int wanted = 512;
+    return wanted;
+}
+
 inline Fiber& self() { return machine().fibers[machine().current]; }
 inline int lane() { return machine().current % kWarp; }
 

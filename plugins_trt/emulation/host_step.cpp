@@ -9,6 +9,7 @@ extern "C" char const* less_why_unsupported(less::AttentionShape const* shape, l
 }
 
 extern "C" void less_host_set_order(int order) { emu::order() = order; }
+extern "C" void less_host_set_blocks(int wanted) { emu::blocksWanted() = wanted; }
 
 // Returns a cudaError_t, or -1 where the counters were not left at zero.
 extern "C" int less_host_step(less::AttentionShape const* shape, less::AttentionRules const* rules,

@@ -107,6 +107,13 @@ __device__ __forceinline__ T warpMin(T value) {
 
 // ---- launching
 
+// Blocks that keep the memory of the largest GPUs busy. The same everywhere, so that results do not depend on the GPU.
+#ifdef LESS_EMULATION
+inline int blocksWanted() { return emu::blocksWanted(); }
+#else
+inline int blocksWanted() { return 512; }
+#endif
+
 // The same code path prepares a launch (loads the kernel, allows it its shared memory) and makes it.
 enum class Mode { kPrepare, kLaunch };
 

@@ -8,22 +8,21 @@ namespace less {
 namespace {
 
 constexpr size_t kSharedLogitBytes = 16 * 1024;  // more of them go through the workspace
-constexpr int kBlocksWanted = 512;               // enough to keep the memory of the largest GPUs busy
 constexpr int kFewestSlots = 32;                 // less per block is not worth a merge
 
 // Query heads that a kernel takes at a time.
 int tileOf(int group) {
 #ifdef LESS_TRIAL
-    return 2;
+    return group > 0 ? 2 : 0;
 #else
     return group <= 2 ? group : group <= 4 ? 4 : 8;
 #endif
 }
 
-// Blocks per KV head. Depends on the shape alone, so that results do not depend on the GPU.
+// Blocks per KV head.
 int splitsOf(AttentionShape const& s) {
     long const heads = static_cast<long>(s.batch) * s.kvHeads;
-    long const wanted = kBlocksWanted / heads, useful = (s.slots + kFewestSlots - 1) / kFewestSlots;
+    long const wanted = blocksWanted() / heads, useful = (s.slots + kFewestSlots - 1) / kFewestSlots;
     return static_cast<int>(std::max(1L, std::min(wanted, useful)));
 }
 
