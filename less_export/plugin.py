@@ -100,12 +100,18 @@ def toolchain() -> Toolchain:
     host = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
     if host is None:
         raise EngineError("the plugin needs a C++ compiler: install g++")
+    headers = tensorrt_include()
+    return Toolchain(nvcc, version[0][1:], host, headers, _tensorrt_version(headers))
+
+
+def tensorrt_include() -> Path:
+    """The folder of NvInfer.h; raises :class:`EngineError` where there is none."""
     headers = next((p for p in _header_places() if (p / "NvInfer.h").is_file()), None)
     if headers is None:
         raise EngineError(
             f"the plugin needs TensorRT's headers: set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h, or {_INSTALL}"
         )
-    return Toolchain(nvcc, version[0][1:], host, headers, _tensorrt_version(headers))
+    return headers
 
 
 def _nvcc_places() -> Iterator[Path]:

@@ -29,9 +29,12 @@ struct TensorRule {
 };
 
 constexpr TensorRule kRules[kInputs] = {
-    {"q", "BQTD", 'T'},          {"k", "BHTD", 'T'},          {"v", "BHTD", 'T'},        {"log_phi_q", "BQTR", 'f'},
-    {"psi_k", "BHTR", 'T'},      {"past_key", "BHCD", 'T'},   {"past_value", "BHCD", 'T'}, {"past_psi", "BHCR", 'T'},
-    {"past_score", "BHC", 'f'},  {"past_position", "BHC", 'i'}, {"past_h", "BHRD", 'f'},  {"past_z", "BHR", 'f'},
+    {"q", "BQTD", 'T'},          {"k", "BHTD", 'T'},
+    {"v", "BHTD", 'T'},          {"log_phi_q", "BQTR", 'f'},
+    {"psi_k", "BHTR", 'T'},      {"past_key", "BHCD", 'T'},
+    {"past_value", "BHCD", 'T'}, {"past_psi", "BHCR", 'T'},
+    {"past_score", "BHC", 'f'},  {"past_position", "BHC", 'i'},
+    {"past_h", "BHRD", 'f'},     {"past_z", "BHR", 'f'},
     {"past_length", "B", 'i'},   {"new_length", "B", 'i'},
 };
 
@@ -58,12 +61,18 @@ Result guarded(Result failed, Body const& body) noexcept {
 
 std::string text(DataType type) {
     switch (type) {
-        case DataType::kFLOAT: return "float32";
-        case DataType::kHALF: return "float16";
-        case DataType::kBF16: return "bfloat16";
-        case DataType::kINT32: return "int32";
-        case DataType::kINT64: return "int64";
-        default: return "data type " + std::to_string(static_cast<int32_t>(type));
+        case DataType::kFLOAT:
+            return "float32";
+        case DataType::kHALF:
+            return "float16";
+        case DataType::kBF16:
+            return "bfloat16";
+        case DataType::kINT32:
+            return "int32";
+        case DataType::kINT64:
+            return "int64";
+        default:
+            return "data type " + std::to_string(static_cast<int32_t>(type));
     }
 }
 
@@ -81,10 +90,14 @@ void checkCounts(int32_t nbInputs, int32_t nbOutputs) {
 
 DType computeDType(DataType type) {
     switch (type) {
-        case DataType::kFLOAT: return DType::kFloat32;
-        case DataType::kHALF: return DType::kFloat16;
-        case DataType::kBF16: return DType::kBFloat16;
-        default: refuse("q is " + text(type) + ", it must be float16, bfloat16 or float32");
+        case DataType::kFLOAT:
+            return DType::kFloat32;
+        case DataType::kHALF:
+            return DType::kFloat16;
+        case DataType::kBF16:
+            return DType::kBFloat16;
+        default:
+            refuse("q is " + text(type) + ", it must be float16, bfloat16 or float32");
     }
 }
 
@@ -139,8 +152,8 @@ AttentionShape checkedShape(AttentionRules const& rules, TypeOf const& typeOf, D
 AttentionShape shapeOf(PluginTensorDesc const* in) {
     Dims const &q = in[kQ].dims, &slots = in[kPastKey].dims;
     auto const n = [](int64_t size) { return static_cast<int32_t>(size); };
-    return {computeDType(in[kQ].type), n(q.d[0]),     n(q.d[1]), n(slots.d[1]), n(q.d[2]), n(q.d[3]),
-            n(slots.d[2]),             n(in[kPastZ].dims.d[2])};
+    return {computeDType(in[kQ].type), n(q.d[0]), n(q.d[1]), n(slots.d[1]), n(q.d[2]), n(q.d[3]), n(slots.d[2]),
+            n(in[kPastZ].dims.d[2])};
 }
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -200,7 +213,8 @@ AttentionRules rulesOf(nvinfer1::PluginFieldCollection const& fields) {
 // ---------------------------------------------------------------- the plugin
 
 LessAttentionPlugin::LessAttentionPlugin(AttentionRules const& rules) : rules_(rules) {
-    description_ = "scale=" + std::to_string(rules_.scale) + " policy=" + std::to_string(static_cast<int>(rules_.policy)) +
+    description_ = "scale=" + std::to_string(rules_.scale) +
+                   " policy=" + std::to_string(static_cast<int>(rules_.policy)) +
                    " heavy=" + std::to_string(rules_.heavy) + " recent=" + std::to_string(rules_.recent) +
                    " window=" + std::to_string(rules_.window) + " absorb=" + std::to_string(rules_.absorb);
     void const* const values[] = {&rules_.scale,  &rules_.policy, &rules_.heavy,
@@ -214,12 +228,14 @@ LessAttentionPlugin::~LessAttentionPlugin() noexcept {
     if (counters_ != nullptr) cudaFree(counters_);
 }
 
-nvinfer1::IPluginCapability* LessAttentionPlugin::getCapabilityInterface(
-    nvinfer1::PluginCapabilityType type) noexcept {
+nvinfer1::IPluginCapability* LessAttentionPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
     switch (type) {
-        case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-        case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
-        case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+        case nvinfer1::PluginCapabilityType::kCORE:
+            return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+        case nvinfer1::PluginCapabilityType::kBUILD:
+            return static_cast<nvinfer1::IPluginV3OneBuildV2*>(this);
+        case nvinfer1::PluginCapabilityType::kRUNTIME:
+            return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
     }
     return nullptr;
 }
@@ -272,8 +288,7 @@ int32_t LessAttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, 
                                              DynamicPluginTensorDesc const*, int32_t nbOutputs) noexcept {
     return guarded(-1, [&] {
         checkCounts(nbInputs, nbOutputs);
-        checkedShape(
-            rules_, [&](int32_t i) { return in[i].desc.type; }, [&](int32_t i) { return in[i].max; });
+        checkedShape(rules_, [&](int32_t i) { return in[i].desc.type; }, [&](int32_t i) { return in[i].max; });
         return 0;
     });
 }
@@ -311,8 +326,8 @@ int32_t LessAttentionPlugin::onShapeChange(PluginTensorDesc const* in, int32_t n
                                            int32_t nbOutputs) noexcept {
     return guarded(-1, [&] {
         checkCounts(nbInputs, nbOutputs);
-        AttentionShape const shape = checkedShape(
-            rules_, [&](int32_t i) { return in[i].type; }, [&](int32_t i) { return in[i].dims; });
+        AttentionShape const shape =
+            checkedShape(rules_, [&](int32_t i) { return in[i].type; }, [&](int32_t i) { return in[i].dims; });
         // TensorRT calls this while it builds too, where there may be no GPU and nothing is attached.
         if (counters_ != nullptr) check(prepare(shape, rules_), "loading the kernels");
         return 0;

@@ -58,7 +58,7 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
                                   public nvinfer1::IPluginV3OneCore,
                                   public nvinfer1::IPluginV3OneBuildV2,
                                   public nvinfer1::IPluginV3OneRuntime {
-   public:
+ public:
     explicit LessAttentionPlugin(AttentionRules const& rules);
     LessAttentionPlugin(LessAttentionPlugin const&) = delete;
     LessAttentionPlugin& operator=(LessAttentionPlugin const&) = delete;
@@ -99,7 +99,7 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
-   private:
+ private:
     AttentionRules rules_;
     std::string description_;
     nvinfer1::PluginField fields_[6];
@@ -109,7 +109,7 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
 };
 
 class LessAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
-   public:
+ public:
     LessAttentionCreator();
     nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
                                       nvinfer1::TensorRTPhase phase) noexcept override;
@@ -118,7 +118,7 @@ class LessAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
     char const* getPluginVersion() const noexcept override { return kPluginVersion; }
     char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
-   private:
+ private:
     nvinfer1::PluginField fields_[6];
     nvinfer1::PluginFieldCollection collection_;
 };

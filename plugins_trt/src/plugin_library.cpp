@@ -20,10 +20,10 @@ namespace less {
 // NVIDIA publishes its headers with the SDK only; TensorRT's would call the wrong entries. (Outside of
 // the anonymous namespace, where the compiler would conclude that nobody implements it.)
 class RtxRegistry {
-   protected:
+ protected:
     virtual ~RtxRegistry() noexcept = default;
 
-   public:
+ public:
     virtual void setErrorRecorder(nvinfer1::IErrorRecorder* recorder) noexcept = 0;
     virtual nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept = 0;
     virtual bool isParentSearchEnabled() const = 0;
@@ -72,7 +72,7 @@ std::vector<std::string> loadedTensorRT() {
 
 // Registers the creator where the library is opened, with every TensorRT that is there by then.
 class Registration {
-   public:
+ public:
     Registration() noexcept {
         try {
             for (std::string const& path : loadedTensorRT()) {
@@ -103,7 +103,7 @@ class Registration {
         full_ = nullptr;
     }
 
-   private:
+ private:
     // Remembers the registry where it took the creator: it has none of that name yet.
     template <typename Registry>
     static void enter(Registry* registry, Registry*& entered) noexcept {

@@ -32,7 +32,7 @@ bool fill(Image& image, char const* dependency) {
     std::strcpy(image.strings + name, kName);
     std::strcpy(image.strings + needed, dependency);
 
-    ElfW(Ehdr)& header = image.header;
+    ElfW(Ehdr) & header = image.header;
     std::memcpy(header.e_ident, ELFMAG, SELFMAG);
     header.e_ident[EI_CLASS] = sizeof(void*) == 8 ? ELFCLASS64 : ELFCLASS32;
     header.e_ident[EI_DATA] = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? ELFDATA2LSB : ELFDATA2MSB;
