@@ -312,6 +312,7 @@ def _info(arguments: list[str]) -> int:
     parser = _Parser("less-export info", description="Show what a bundle holds and what it costs.")
     parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder, x.onnx or x.plan")
     parser.add_argument("--json", action="store_true", help="the manifest as JSON")
+    parser.add_argument("--polygraphy", action="store_true", help="options for polygraphy convert of model.trt.onnx")
     _common(parser)
     args = parser.parse_args(arguments)
     from . import reporting
@@ -320,6 +321,13 @@ def _info(arguments: list[str]) -> int:
     bundle = Bundle.open(args.bundle)
     if args.json:
         print(bundle.manifest.dump().decode())
+    elif args.polygraphy:
+        from .engine import polygraphy_options
+
+        graph = bundle.artifact("trt")
+        if graph is None:
+            raise UsageError(f"{args.bundle} has no graph for TensorRT: export it with --target trt or both")
+        print(*polygraphy_options(graph.contract))
     else:
         reporting.print_info(bundle)
     return 0

@@ -6,16 +6,11 @@ Two flavours share one API. ``tensorrt`` (data-center GPUs) builds for the GPU i
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import os
 import re
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +21,7 @@ from .contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, Policy, TensorSpec
 from .errors import EngineError, UsageError
 from .files import scratch_folder
 from .plugin import PluginFacts
+from .trt_log import implement, log_of, one_line
 
 #: Called with a few words as each phase begins. TensorRT's own steps say nothing about time: nearly all of
 #: it is one opaque step per profile.
@@ -114,106 +110,6 @@ def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def implement(interface: Any, **methods: Callable[..., Any]) -> Any:
-    """An object of TensorRT's ``interface`` whose methods are these functions (called without self)."""
-    body = {"__init__": lambda self: interface.__init__(self)}
-    body.update({name: staticmethod(f) for name, f in methods.items()})
-    return type(f"Less{interface.__name__}", (interface,), body)()
-
-
-class Log:
-    """TensorRT's logger: keeps the errors, prints everything when verbose.
-
-    TensorRT takes one logger per process and keeps the first, so there is one of these per flavour.
-    Nothing may be raised through TensorRT's frames: an exception inside a call-back waits in ``stopped``,
-    call-backs that can cancel do, and :meth:`listening` raises it at the end.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.errors: list[str] = []
-        self.verbose = False
-        self.watch: Callable[[str], None] | None = None
-        self.stopped: BaseException | None = None
-        self._lock = threading.RLock()  # TensorRT calls from several threads
-        self._serious = (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR)
-        self.interface = implement(module.ILogger, log=self.guarded(self._take))
-
-    def _take(self, severity: Any, message: str) -> None:
-        if severity in self._serious:
-            self.errors.append(message)
-        if self.watch is not None:
-            self.watch(message)
-        if self.verbose:
-            print(f"[{severity.name}] {message}", file=sys.stderr)
-
-    def guarded(self, function: Callable[..., Any], failed: Any = None) -> Callable[..., Any]:
-        """``function`` for TensorRT to call: an exception is kept, and ``failed`` returned from then on."""
-
-        def call(*args: Any) -> Any:
-            try:
-                with self._lock:
-                    return failed if self.stopped else function(*args)
-            except BaseException as error:
-                self.stopped = error
-                return failed
-
-        return call
-
-    @contextlib.contextmanager
-    def listening(self, verbose: bool = False, watch: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Start with no errors; on the way out raise what a call-back raised, before anything else.
-
-        ``verbose`` prints every message to stderr, ``watch`` is called with each.
-        """
-        self.errors, self.verbose, self.watch, self.stopped = [], verbose, watch, None
-        try:
-            yield
-        except EngineError:
-            if self.stopped is None:
-                raise
-        finally:
-            self.verbose, self.watch = False, None
-        if self.stopped is not None:
-            raise self.stopped
-
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Ctrl-C stops what goes on at its next call-back (raised there, TensorRT would swallow it)."""
-        usual, main = signal.default_int_handler, threading.main_thread()
-        if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not usual:
-            yield
-            return
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", KeyboardInterrupt()))
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, usual)
-
-    def reason(self) -> str:
-        """The most useful of the errors: the first that is neither a frame nor an echo of another."""
-        echoes = ("While parsing node", "--- Begin node", "--- End node", "catchCudaError")
-        causes = [e for e in self.errors if not any(echo in e for echo in echoes)]
-        if not causes:
-            return "it gave no reason (--verbose shows its log)"
-        if re.search(r"cudaError (35|100)\b", causes[0]):
-            return "no CUDA driver, or none recent enough, or no GPU: run nvidia-smi"
-        return one_line(causes[0])
-
-
-@functools.cache
-def log_of(module: ModuleType) -> Log:
-    """The one logger of a flavour."""
-    return Log(module)
-
-
-def one_line(message: str) -> str:
-    """A message of TensorRT's without line breaks and source positions."""
-    text = " ".join(message.split())
-    text = re.sub(r"^(\S+\.cpp:\d+:? |ERROR: |In function \w+: |\[\d+\] )+", "", text)
-    text = re.sub(r"[. ]*In \w+ at /\S+:\d+", "", text)
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 @dataclass(frozen=True)
 class Profile:
     """One optimisation profile: the chunk lengths it takes, and (min, opt, max) of every input."""
@@ -236,6 +132,16 @@ def profiles(contract: Contract) -> tuple[Profile, ...]:
 
     prefill = (profile("prefill", contract.chunk),) if contract.chunk > 1 else ()
     return (profile("decode", 1), *prefill)
+
+
+def polygraphy_options(contract: Contract) -> list[str]:
+    """What ``polygraphy convert`` must be told to build the plan that :func:`build_plan` builds with the plugin."""
+    words = ["--strongly-typed", "--preview-features", "ALIASED_PLUGIN_IO_10_03"]
+    for profile in profiles(contract):
+        for index, bound in enumerate(("min", "opt", "max")):
+            sizes = (f"{n}:[{','.join(map(str, s[index]))}]" for n, s in profile.shapes.items())
+            words += [f"--trt-{bound}-shapes", *sizes]
+    return words
 
 
 def check_limits(contract: Contract) -> None:
@@ -367,7 +273,7 @@ def _build(
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log.interface)  # maps the weights: it must outlive the build
     if not parser.parse(model, path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
-        raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser)}: {log.reason()}")
+        raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser, library)}: {log.reason()}")
     for get, count, specs in (
         (network.get_input, network.num_inputs, contract.inputs()),
         (network.get_output, network.num_outputs, contract.outputs()),
@@ -399,12 +305,12 @@ def _build(
     return len(layers), layers.count(module.LayerType.PLUGIN_V3)
 
 
-def _culprit(parser: Any) -> str:
+def _culprit(parser: Any, library: Path | None) -> str:
     """The node that the parser stumbled over, for a message."""
     if parser.num_errors == 0 or not parser.get_error(0).node_operator():
         return ""
     error = parser.get_error(0)
-    hint = ", which has no body inside" if error.node_operator() == OP_NAME else ""
+    hint = ", which has no body inside" if error.node_operator() == OP_NAME and library is None else ""
     return f" at node '{error.node_name()}' ({error.node_operator()}{hint})"
 
 

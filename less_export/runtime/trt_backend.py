@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from .. import plugin as plugins
 from ..contract import INPUT_IDS, ITEM_BYTES, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
-from ..engine import Flavour, check_tensors, dtype_name, flavour, log_of, profiles
+from ..engine import Flavour, check_tensors, dtype_name, flavour, profiles
 from ..errors import BackendError, EngineError
 from ..plugin import PluginFacts
+from ..trt_log import log_of
 from .backend import Array, Backend, State, empty, numpy_dtype
 
 #: First bytes of a plan -> the flavour that wrote it.

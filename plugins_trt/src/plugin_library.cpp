@@ -70,6 +70,25 @@ std::vector<std::string> loadedTensorRT() {
     return found;
 }
 
+// A function of an open library, without keeping it open.
+template <typename Function>
+Function* symbolOf(std::string const& path, char const* name) {
+    void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return nullptr;
+    auto* const found = reinterpret_cast<Function*>(dlsym(library, name));
+    dlclose(library);
+    return found;
+}
+
+// The logger that TensorRT was started with; a finder comes with plans that carry the library only.
+nvinfer1::ILogger* globalLogger() {
+    for (std::string const& path : loadedTensorRT()) {
+        auto* const get = symbolOf<nvinfer1::ILogger*()>(path, "getLogger");
+        if (nvinfer1::ILogger* logger = get == nullptr ? nullptr : get()) return logger;
+    }
+    return nullptr;
+}
+
 // Registers the creator where the library is opened, with every TensorRT that is there by then.
 class Registration {
  public:
@@ -80,15 +99,12 @@ class Registration {
                 bool const rtx = std::strncmp(name, kRtx, std::strlen(kRtx)) == 0;
                 if (rtx && std::strcmp(name, kRtxSoname) != 0) continue;  // not the interface we know
                 if (rtx) provideUnversionedName(name);
-                void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-                if (library == nullptr) continue;
-                auto const get = reinterpret_cast<void* (*)()>(dlsym(library, "getPluginRegistry"));
+                auto* const get = symbolOf<void*()>(path, "getPluginRegistry");
                 void* const registry = get == nullptr ? nullptr : get();
                 if (rtx)
                     enter(static_cast<RtxRegistry*>(registry), rtx_);
                 else
                     enter(static_cast<nvinfer1::IPluginRegistry*>(registry), full_);
-                dlclose(library);  // the reference of this dlopen
             }
         } catch (...) {
             logError("LessAttention: cannot register with TensorRT");
@@ -120,7 +136,9 @@ Registration registration;
 
 void logError(char const* message) noexcept {
     try {
-        if (nvinfer1::ILogger* logger = loggerFinder == nullptr ? nullptr : loggerFinder->findLogger()) {
+        nvinfer1::ILogger* logger = loggerFinder == nullptr ? nullptr : loggerFinder->findLogger();
+        if (logger == nullptr) logger = globalLogger();
+        if (logger != nullptr) {
             logger->log(nvinfer1::ILogger::Severity::kERROR, message);
             return;
         }
