@@ -23,6 +23,7 @@ from typing import Any
 from .contract import COMPUTE_DTYPES, Contract, LayerSpec
 from .errors import EngineError, UsageError
 from .files import scratch_folder, sha256
+from .trt_log import log_of
 
 #: Called with a few words as each phase begins.
 Progress = Callable[[str], None]
@@ -269,14 +270,22 @@ def check_layers(path: Path, contract: Contract) -> None:
 
 #: Name of a TensorRT module -> the library that its registry holds, and its handle.
 _loaded: dict[str, tuple[Path, Any]] = {}
+_ErrorSink = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+#: Call-backs that the libraries hold.
+_sinks: dict[str, Any] = {}
 
 
 def load(module: Any, path: Path) -> None:
     """Register the library's operators with a TensorRT, once; another build of them goes out.
 
+    What they complain about goes to the flavour's log.
+
     Raises:
         EngineError: the library does not load, or somebody else has registered operators of that name.
     """
+    if module.__name__ not in _sinks:
+        _sinks[module.__name__] = _ErrorSink(lambda text: log_of(module).error(text.decode(errors="replace")))
+    ctypes.CDLL(os.fspath(path)).lessOnError(_sinks[module.__name__])
     registry, held = module.get_plugin_registry(), _loaded.get(module.__name__)
     if held is not None:
         if held[0] == path:

@@ -47,6 +47,12 @@ class Log:
         if self.verbose:
             print(f"[{severity.name}] {message}", file=sys.stderr)
 
+    def error(self, message: str) -> None:
+        """Take an error that does not come through TensorRT."""
+        self.errors.append(message)
+        if self.verbose:
+            print(f"[ERROR] {message}", file=sys.stderr)
+
     def guarded(self, function: Callable[..., Any], failed: Any = None) -> Callable[..., Any]:
         """``function`` for TensorRT to call: an exception is kept, and ``failed`` returned from then on."""
 

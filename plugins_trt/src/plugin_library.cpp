@@ -39,6 +39,7 @@ class RtxRegistry {
 
 namespace {
 
+void (*errorSink)(char const*) = nullptr;
 nvinfer1::ILoggerFinder* loggerFinder = nullptr;
 
 LessAttentionCreator& creator() {
@@ -78,15 +79,6 @@ Function* symbolOf(std::string const& path, char const* name) {
     auto* const found = reinterpret_cast<Function*>(dlsym(library, name));
     dlclose(library);
     return found;
-}
-
-// The logger that TensorRT was started with; a finder comes with plans that carry the library only.
-nvinfer1::ILogger* globalLogger() {
-    for (std::string const& path : loadedTensorRT()) {
-        auto* const get = symbolOf<nvinfer1::ILogger*()>(path, "getLogger");
-        if (nvinfer1::ILogger* logger = get == nullptr ? nullptr : get()) return logger;
-    }
-    return nullptr;
 }
 
 // Registers the creator where the library is opened, with every TensorRT that is there by then.
@@ -135,12 +127,11 @@ Registration registration;
 }  // namespace
 
 void logError(char const* message) noexcept {
+    if (errorSink != nullptr) return errorSink(message);
     try {
-        nvinfer1::ILogger* logger = loggerFinder == nullptr ? nullptr : loggerFinder->findLogger();
-        if (logger == nullptr) logger = globalLogger();
-        if (logger != nullptr) {
-            logger->log(nvinfer1::ILogger::Severity::kERROR, message);
-            return;
+        // TensorRT has one at hand for some calls only, and none while a network is made.
+        if (nvinfer1::ILogger* logger = loggerFinder == nullptr ? nullptr : loggerFinder->findLogger()) {
+            return logger->log(nvinfer1::ILogger::Severity::kERROR, message);
         }
     } catch (...) {
     }
@@ -159,6 +150,9 @@ LESS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count
     count = 1;
     return all;
 }
+
+// Where errors go from now on, in place of TensorRT's logger and stderr; nullptr for those again.
+LESS_EXPORT void lessOnError(void (*sink)(char const*)) noexcept { less::errorSink = sink; }
 
 // less::whyUnsupported for callers that are not C++: nullptr, or the reason in words.
 LESS_EXPORT char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim,

@@ -3,7 +3,7 @@
 
 namespace less {
 
-// Logs an error: to the logger of the TensorRT that loaded the library, to stderr where there is none.
+// Says an error: to the sink of lessOnError, to the logger of the TensorRT that loaded the library, or to stderr.
 void logError(char const* message) noexcept;
 
 // TensorRT-RTX's ONNX parser opens "libtensorrt_rtx.so" by that name when a model has plugins, but the Python wheel
