@@ -234,6 +234,8 @@ def compare_on_scattered_states(dtype: str, path: Path | None = None) -> None:
                 state[i][:] = emulation.rounded(dtype)(rng.random((*live.shape, width)))
                 state[i][~live] = np.nan
             state[3][:] = np.where(live, rng.random(live.shape) if policy != "sink" else 0, np.nan)
+            if absorb:
+                state[5][:], state[6][:] = rng.random(state[5].shape) * 5, 5 + rng.random(state[6].shape)
             lengths = [np.array([40], np.int32), np.array([chunk], np.int32)]
             inputs = [*(tokens[n] for n in emulation.TOKENS), *state, *lengths]
             want = torch_run(layer, dtype=DTYPES[dtype])(inputs)
