@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -67,18 +68,38 @@ def folder() -> Path:
     return Path(made)
 
 
-def build(out: Path, *flags: str, sources: Path = PLUGIN / "src", reuse: Path | None = None) -> None:
-    """Compile the kernels for the host into ``out``, its objects beside it.
+def _compiler(*flags: str) -> list[str]:
+    words = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
+    words += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
+    return [*words, "-isystem", str(cuda_include()), *flags]
 
+
+def compile_source(source: Path, out: Path, *flags: str) -> None:
+    """One CUDA source as a host library of its own."""
+    done = subprocess.run(
+        [*_compiler("-O1", *flags), "-shared", str(source), "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+
+
+def build(
+    out: Path,
+    *flags: str,
+    sources: Path = PLUGIN / "src",
+    reuse: Path | None = None,
+    interface: str = "host_step.cpp",
+) -> None:
+    """Compile the kernels and an interface to them for the host into ``out``, a library (.so) or a program.
+
+    The objects lie beside it.
     ``sources`` may hold changed copies. ``reuse`` is a library built before with the same flags: objects of it
     are taken for what is not in ``sources``.
     """
-    common = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
-    common += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}"]
-    common += ["-isystem", str(cuda_include()), *flags]
+    common = _compiler(*flags)
     out.parent.mkdir(parents=True, exist_ok=True)
     objects, running = [], []
-    for part in (*(sources / s for s in SOURCES), PLUGIN / "emulation/host_step.cpp"):
+    for part in (*(sources / s for s in SOURCES), PLUGIN / "emulation" / interface):
         made = out.with_name(f"{part.stem}.o")
         if reuse is not None and (part.parent != sources or not part.is_file()):
             made = reuse.with_name(made.name)
@@ -89,7 +110,8 @@ def build(out: Path, *flags: str, sources: Path = PLUGIN / "src", reuse: Path | 
     said = "".join(p.communicate()[1] for p in running)
     assert not said, said
     assert not any(p.returncode for p in running)
-    subprocess.run(["g++", "-shared", *flags, *objects, "-o", str(out)], check=True)
+    kind = ["-shared"] if out.suffix == ".so" else []
+    subprocess.run(["g++", *kind, *flags, *objects, "-o", str(out)], check=True)
 
 
 @functools.cache
@@ -144,6 +166,9 @@ def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, pa
         past = tensors[len(TOKENS) : len(TOKENS) + len(STATE)]
         present = past if in_place else [torch.full_like(x, -7) for x in past]
         out = torch.full_like(tensors[0], math.nan)
+        if recording is not None:
+            numbers = (*bytes(_shape(layer, dtype, batch, chunk)), *bytes(rules))
+            recording.write(bytes(numbers) + b"".join(_raw(t) for t in tensors))
         pointers = _Tensors(*(t.data_ptr() for t in (*tensors, out, *present)))
         status = lib.less_host_step(
             ctypes.byref(_shape(layer, dtype, batch, chunk)), ctypes.byref(rules), ctypes.byref(pointers)
@@ -152,6 +177,14 @@ def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, pa
         return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in (out, *present)]
 
     return run
+
+
+#: Where the inputs of all launches go, for emulation/replay.cpp; nowhere usually.
+recording: IO[bytes] | None = None
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def rounded(dtype: str) -> Callable[[np.ndarray], np.ndarray]:

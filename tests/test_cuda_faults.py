@@ -60,15 +60,15 @@ def waits() -> dict[str, Fault]:
 
 
 FAULTS = {
-    "decode: maximum not rescaled": Fault("decode.cuh", "mass[g] *= shrink;", ""),
-    "decode: accumulator not rescaled": Fault("decode.cuh", "acc[g][i] *= shrink;", ""),
+    "decode: maximum not rescaled": Fault("decode.cuh", "mass[g] *= shrink;", ";"),
+    "decode: accumulator not rescaled": Fault("decode.cuh", "acc[g][i] *= shrink;", ";"),
     "decode: low-rank term without its maximum": Fault(
         "decode.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
     ),
     "decode: victim not absorbed": Fault(
-        "decode.cuh", "if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;", ""
+        "decode.cuh", "if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;", ";"
     ),
-    "decode: z forgets the victim": Fault("decode.cuh", "z[r] += leaverPsi[r];", ""),
+    "decode: z forgets the victim": Fault("decode.cuh", "z[r] += leaverPsi[r];", ";"),
     "decode: new token one slot off": Fault(
         "decode.cuh", "min(choice.free, victim);", "min(choice.free, victim) == 0 ? 1 : min(choice.free, victim) - 1;"
     ),
@@ -80,11 +80,11 @@ FAULTS = {
         "for (int w = 0; w < kWarps; ++w) top = fmaxf(top",
         "for (int w = 1; w < kWarps; ++w) top = fmaxf(top",
     ),
-    "decode: counter not reset": Fault("decode.cuh", "if (tid == 0) p.counters[head] = 0;", ""),
+    "decode: counter not reset": Fault("decode.cuh", "if (tid == 0) p.counters[head] = 0;", ";"),
     "decode: parked row goes on": Fault(
         "decode.cuh", "if (p.t.newLength[batch] <= 0) {", "if (p.t.newLength[batch] < 0) {"
     ),
-    "decode: unseen values not dropped": Fault("decode.cuh", "if (!seen) zero(value[u]);", ""),
+    "decode: unseen values not dropped": Fault("decode.cuh", "if (!seen) zero(value[u]);", ";"),
     "rules: causal bound one too far": Fault("rules.cuh", "position <= now &&", "position <= now + 1 &&"),
     "rules: causal bound one too near": Fault("rules.cuh", "position <= now &&", "position < now &&"),
     "rules: window one too wide": Fault("rules.cuh", "position > now - rules.window", "position >= now - rules.window"),
@@ -96,10 +96,12 @@ FAULTS = {
         "rules.cuh", "position >= end - rules.recent ? kNewest", "position > end - rules.recent ? kNewest"
     ),
     "rules: a sink too few": Fault("rules.cuh", "position < rules.heavy", "position < rules.heavy - 1"),
-    "prefill: maximum not rescaled": Fault("attend.cuh", "mass[r] *= shrink;", ""),
-    "prefill: maximum of one lane": Fault("attend.cuh", "top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));", ""),
+    "prefill: maximum not rescaled": Fault("attend.cuh", "mass[r] *= shrink;", ";"),
+    "prefill: maximum of one lane": Fault(
+        "attend.cuh", "top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));", ";"
+    ),
     "prefill: low-rank term without its maximum": Fault(
-        "attend.cuh", "all = fmaxf(all, logPhi[f] + __logf(z[f]));", ""
+        "attend.cuh", "all = fmaxf(all, logPhi[f] + __logf(z[f]));", ";"
     ),
     "prefill: scores without a head's tiles": Fault("attend.cuh", "tiles = perHead * G;", "tiles = perHead;"),
     "prefill: tova counts all queries": Fault(
@@ -111,13 +113,13 @@ FAULTS = {
     "prefill: ties keep the higher index": Fault(
         "settle.cuh", "ties + equal.before < threshold.ties", "ties + equal.before >= threshold.ties"
     ),
-    "prefill: ties not carried to the next tile": Fault("settle.cuh", "ties += equal.total;", ""),
-    "prefill: threshold one too high": Fault("settle.cuh", "rank > threshold.rank ||", "rank > threshold.rank + 1 ||"),
+    "prefill: ties not carried to the next tile": Fault("settle.cuh", "ties += equal.total;", ";"),
+    "prefill: all ties stay": Fault("settle.cuh", "rank > threshold.rank ||", "rank >= threshold.rank ||"),
     "prefill: a dropped byte of the rank": Fault("settle.cuh", "shift >= 0; shift -= 8", "shift >= 8; shift -= 8"),
     "prefill: swapped slots": Fault("settle.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
-    "prefill: nothing absorbed": Fault("settle.cuh", "p.t.presentH[(head * R + first + r) * D + d] += sum;", ""),
-    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += sum;", ""),
-    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n];", ""),
+    "prefill: nothing absorbed": Fault("settle.cuh", "p.t.presentH[(head * R + first + r) * D + d] += sum;", ";"),
+    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += sum;", ";"),
+    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n];", ";"),
     "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
 }
 
@@ -150,7 +152,7 @@ def case(layer: LayerSpec, steps: list[Step], blocks: int = 512) -> Case:
 @functools.cache
 def racing() -> list[Case]:
     """What reaches every barrier; run in all thread orders."""
-    chunks = [(70, 9), (1, 1), (20, 66), (1, 1)]
+    chunks = [(70, 9), *[(1, 1)] * 6, (20, 66), *[(1, 1)] * 3]
     layers = [kernel_layer("h2o", 90, 40, group, 9, kv_heads=1) for group in (2, 3)]
     sliding = replace(kernel_layer("h2o", 12, 16, 2, 8, kv_heads=1), window=20)
     crowd = scenario(sliding, [(30, 9), (1, 1), (17, 25), (1, 1)], 2, normal("float16"))
@@ -166,12 +168,13 @@ def cases() -> list[Case]:
     chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
     layers = [kernel_layer(p, 70, 40, 2, 8, kv_heads=1) for p in ("tova", "sink", "window")]
     ties = [tied(kernel_layer(p, 7, 64, 2, 8)) for p in ("h2o", "tova")]
-    loud = normal("float16", logit=80, log_phi=(-60, 60))
+    loud, heavy = normal("float16", logit=80, log_phi=(-60, 60)), normal("float16", log_phi=(-60, 120))
     return [
         *racing(),
         *(case(la, scenario(la, chunks, 6, normal("float16"))) for la in layers),
         *(case(la, scenario(la, [*MIXED, *DECODE], 0, _halves)) for la in ties),
         case(layers[1], scenario(layers[1], chunks, 1, loud), blocks=1),
+        case(layers[1], scenario(layers[1], chunks, 1, heavy)),
     ]
 
 

@@ -103,9 +103,9 @@ inline int lane() { return machine().current % kWarp; }
 
 // The two halves of a switch. They are built-ins because the sanitizers take longjmp between stacks for a mistake,
 // and stay out of line because a built-in jump must not end in the function that it starts from.
-__attribute__((noinline)) inline void leave(void** target) { __builtin_longjmp(target, 1); }
+__attribute__((noinline, no_sanitize("address"))) inline void leave(void** target) { __builtin_longjmp(target, 1); }
 
-__attribute__((noinline)) inline void yield() {
+__attribute__((noinline, no_sanitize("address"))) inline void yield() {
     if (__builtin_setjmp(self().resume) == 0) leave(machine().scheduler);
 }
 
@@ -132,7 +132,7 @@ inline void fiberMain() {
 }
 
 // Runs thread `index` until it has to wait.
-__attribute__((noinline)) inline void resume(int index) {
+__attribute__((noinline, no_sanitize("address"))) inline void resume(int index) {
     Machine& m = machine();
     m.current = index;
     if (__builtin_setjmp(m.scheduler) != 0) return;

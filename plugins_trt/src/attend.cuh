@@ -201,11 +201,10 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     if (Tiles::kStages > 1) fetch(0, 0);
     for (int tile = 0; tile < tiles; ++tile) {
         int const stage = Tiles::kStages > 1 ? tile % 2 : 0;
-        if (Tiles::kStages == 1) {
-            fetch(tile, 0);
-            awaitCopies<0>();
-        } else if (tile + 1 < tiles) {
-            fetch(tile + 1, stage ^ 1);
+        bool const ahead = Tiles::kStages > 1 && tile + 1 < tiles;
+        if (Tiles::kStages == 1) fetch(tile, 0);
+        if (ahead) fetch(tile + 1, stage ^ 1);
+        if (ahead) {
             awaitCopies<1>();
         } else {
             awaitCopies<0>();
@@ -373,11 +372,10 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
     if (Tiles::kStages > 1) fetch(0, 0);
     for (int tile = 0; tile < tiles; ++tile) {
         int const stage = Tiles::kStages > 1 ? tile % 2 : 0;
-        if (Tiles::kStages == 1) {
-            fetch(tile, 0);
-            awaitCopies<0>();
-        } else if (tile + 1 < tiles) {
-            fetch(tile + 1, stage ^ 1);
+        bool const ahead = Tiles::kStages > 1 && tile + 1 < tiles;
+        if (Tiles::kStages == 1) fetch(tile, 0);
+        if (ahead) fetch(tile + 1, stage ^ 1);
+        if (ahead) {
             awaitCopies<1>();
         } else {
             awaitCopies<0>();

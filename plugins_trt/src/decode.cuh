@@ -49,11 +49,11 @@ __device__ __forceinline__ Choice combined(Choice const& a, Choice const& b) {
             a.stayers + b.stayers};
 }
 
+// To be called once: the scratch is not protected from another use.
 __device__ __forceinline__ Choice blockCombined(Choice mine, Choice* scratch) {
     mine = {warpMin(mine.victim), warpMin(mine.free), warpMin(mine.leaving), warpSum(mine.leavers),
             warpSum(mine.stayers)};
     int const tid = threadIdx.x;
-    __syncthreads();  // the scratch may still be read
     if (tid % kWarpSize == 0) scratch[tid / kWarpSize] = mine;
     __syncthreads();
     Choice all = scratch[0];
