@@ -1,9 +1,8 @@
-#include <cstring>
-
 #include "contract.hpp"
 #include "files.hpp"
 #include "json.hpp"
 #include "less_runtime.hpp"
+#include "plan_header.hpp"
 
 namespace less {
 namespace {
@@ -25,25 +24,6 @@ fs::path manifestOf(fs::path const& path) {
     fs::path const beside = path.parent_path() / kManifest;
     if (path.filename() == kPlan && fs::is_regular_file(beside)) return beside;
     return fs::path(path).replace_extension(".json");
-}
-
-// magic, 12 bytes, total bytes u64, then major, minor, patch, build.
-PlanHeader headerOf(fs::path const& plan, std::string_view bytes) {
-    std::string_view const magic = bytes.substr(0, 4);
-    if ((magic != "ftrt" && magic != "vtrt") || bytes.size() < 28) {
-        throw EngineError(plan.string() + " is no TensorRT plan: build it again");
-    }
-    PlanHeader header{magic == "vtrt", ""};
-    uint64_t total = 0;
-    std::memcpy(&total, bytes.data() + 16, sizeof total);
-    if (header.rtx && total != bytes.size()) {
-        throw EngineError("the plan " + plan.string() + " has " + std::to_string(bytes.size()) + " bytes instead of " +
-                          std::to_string(total) + ": build it again");
-    }
-    for (size_t i = 24; i < 28; ++i) {
-        header.version += (i > 24 ? "." : "") + std::to_string(static_cast<unsigned char>(bytes[i]));
-    }
-    return header;
 }
 
 std::string identityOf(Json const& manifest) {
@@ -93,7 +73,7 @@ Bundle read(Json const& manifest, fs::path const& folder, fs::path const& where,
         throw BundleError(bundle.plan.string() +
                           " is damaged (its hash differs from the manifest's): export again, or copy the bundle again");
     }
-    bundle.header = headerOf(bundle.plan, file.view());
+    bundle.header = readHeader(bundle.plan, file.view());
     try {
         bundle.contract = parseContract((*plan)["contract"]);
     } catch (std::exception const& error) {

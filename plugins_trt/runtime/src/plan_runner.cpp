@@ -92,22 +92,16 @@ std::byte* PlanRunner::at(Slot const& slot, int side) const {
     return state_[block].get() + slot.offset[block];
 }
 
-void PlanRunner::open(int64_t batch) try {
+void PlanRunner::open(int64_t batch) {
     device_->activate();
     if (batch != batch_) allocate(batch);
     for (Slot const& slot : slots_) {
         device_->fill(at(slot, side_), slot.tensor.empty, batch_ * slot.tensor.rowBytes);
     }
     device_->wait();
-} catch (BackendError const& error) {
-    close();
-    char megabytes[32];
-    std::snprintf(megabytes, sizeof megabytes, "%.1f", static_cast<double>(contract_.stateBytes()) / 1e6);
-    throw BackendError("no room on the GPU for " + std::to_string(batch) + " rows of " + megabytes +
-                       " MB: use fewer rows at a time (" + error.what() + ")");
 }
 
-void PlanRunner::allocate(int64_t batch) {
+void PlanRunner::allocate(int64_t batch) try {
     close();
     std::array<size_t, 2> total{};
     for (Slot& slot : slots_) {
@@ -128,6 +122,12 @@ void PlanRunner::allocate(int64_t batch) {
     hostLogits_ = Memory(*device_, logits, true);
     shaped_.assign(static_cast<size_t>(plan_->profiles()), 0);
     batch_ = batch;
+} catch (BackendError const& error) {
+    close();
+    char megabytes[32];
+    std::snprintf(megabytes, sizeof megabytes, "%.1f", static_cast<double>(contract_.stateBytes()) / 1e6);
+    throw BackendError("no room on the GPU for " + std::to_string(batch) + " rows of " + megabytes +
+                       " MB: use fewer rows at a time (" + error.what() + ")");
 }
 
 void PlanRunner::close() {
