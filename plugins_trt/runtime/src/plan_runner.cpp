@@ -130,8 +130,17 @@ void PlanRunner::allocate(int64_t batch) try {
                        " MB: use fewer rows at a time (" + error.what() + ")");
 }
 
-void PlanRunner::close() {
+PlanRunner::~PlanRunner() { drain(); }
+
+void PlanRunner::drain() noexcept try {
     device_->activate();
+    device_->wait();
+} catch (BackendError const&) {
+    // A failed step said so already; what matters here is that nothing uses the memory any more.
+}
+
+void PlanRunner::close() {
+    drain();
     decode_ = {};
     for (Memory& block : state_) block = Memory();
     for (Memory* memory : {&input_, &hostInput_, &logits_, &hostLogits_}) *memory = Memory();

@@ -16,6 +16,10 @@ class PlanRunner {
     // Throws EngineError where the plan is not of this contract.
     PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool graphs);
 
+    ~PlanRunner();
+    PlanRunner(PlanRunner const&) = delete;
+    PlanRunner& operator=(PlanRunner const&) = delete;
+
     void open(int64_t batch);  // empty rows; memory and graph stay where the batch is the same
     void close();
     // Logits in pinned memory, until the next step.
@@ -38,6 +42,7 @@ class PlanRunner {
     void checkPlan() const;
     void checkTensors(std::vector<TensorSpec> const& specs, bool input) const;
     void allocate(int64_t batch);
+    void drain() noexcept;
     std::byte* at(Slot const& slot, int side) const;
     std::byte* rowOf(Slot const& slot, int64_t row) const { return at(slot, side_) + row * slot.tensor.rowBytes; }
     void reshape(int profile, int64_t tokens);
