@@ -190,7 +190,9 @@ def test_what_is_no_bundle(tools: Path, tmp_path: Path) -> None:
 def test_canonical_json(tools: Path) -> None:
     random = np.random.default_rng(0)
     floats = np.frombuffer(random.bytes(8 * 200), np.float64)
-    text = "".join(map(chr, random.integers(0, 0xD800, 300))) + "".join(map(chr, random.integers(0xE000, 0x110000, 300)))
+    text = "".join(map(chr, random.integers(0, 0xD800, 300))) + "".join(
+        map(chr, random.integers(0xE000, 0x110000, 300))
+    )
     for data in (
         [float(x) for x in floats],
         {chr(c) * 2: c for c in range(0, 0x300, 7)} | {"\ud800": 1, "\udfff\ud800": 2, "😀": 3, "\uffff": 4},

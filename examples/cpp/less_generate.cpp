@@ -44,7 +44,8 @@ T number(std::string const& text, std::string const& what) {
     std::istringstream stream(text);
     T value{};
     bool const negative = std::is_unsigned_v<T> && text.find('-') != std::string::npos;
-    if (negative || !(stream >> value) || !stream.eof()) throw less::UsageError(what + " is not a number: '" + text + "'");
+    if (negative || !(stream >> value) || !stream.eof())
+        throw less::UsageError(what + " is not a number: '" + text + "'");
     return value;
 }
 

@@ -22,7 +22,7 @@ namespace less {
 
 // Base of everything this library throws on purpose.
 class Error : public std::runtime_error {
-   public:
+ public:
     using std::runtime_error::runtime_error;
 };
 // A bundle or saved state that is missing, damaged, changed, or written by a newer version.
@@ -154,11 +154,11 @@ int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& pa
 
 // The random numbers of one row (mt19937_64: the same everywhere, but not Python's stream).
 class Sampler {
-   public:
+ public:
     Sampler(SamplingParams const& params, uint64_t row);
     int64_t operator()(float const* logits, int64_t vocab);
 
-   private:
+ private:
     SamplingParams params_;
     std::mt19937_64 random_;
 };
@@ -189,7 +189,7 @@ class PlanRunner;
 // A row with new length 0 is parked: its state stays as it is. For continuous batching, reset or write a row that
 // has finished and go on. If a step fails on the GPU the state is undefined: open again.
 class Session {
-   public:
+ public:
     Session(Contract contract, std::string identity, std::unique_ptr<PlanRunner> runner);
     Session(Session&&) noexcept;
     Session& operator=(Session&&) noexcept;
@@ -213,7 +213,7 @@ class Session {
     RowState readRow(int64_t row);
     void writeRow(int64_t row, RowState const& state);
 
-   private:
+ private:
     void checkRow(int64_t row) const;
     void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength) const;
 
@@ -226,9 +226,9 @@ class Session {
 };
 
 struct SessionOptions {
-    int device = 0;           // CUDA device
-    bool cudaGraphs = true;   // capture the decode step, where the engine allows it
-    bool verbose = false;     // print what TensorRT says to stderr
+    int device = 0;          // CUDA device
+    bool cudaGraphs = true;  // capture the decode step, where the engine allows it
+    bool verbose = false;    // print what TensorRT says to stderr
 };
 
 // Loads the plan of a bundle onto a GPU. The session is not open yet.

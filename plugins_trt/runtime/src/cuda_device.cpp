@@ -25,7 +25,7 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 }
 
 class CudaGraph : public Graph {
-   public:
+ public:
     CudaGraph(cudaGraphExec_t graph, cudaStream_t stream) : graph_(graph), stream_(stream) {}
     ~CudaGraph() override { cudaGraphExecDestroy(graph_); }
     CudaGraph(CudaGraph const&) = delete;
@@ -33,7 +33,7 @@ class CudaGraph : public Graph {
 
     void launch() override { check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch"); }
 
-   private:
+ private:
     cudaGraphExec_t graph_;
     cudaStream_t stream_;
 };

@@ -8,7 +8,7 @@
 namespace less {
 
 class CudaDevice : public Device {
-   public:
+ public:
     // Throws BackendError without a driver, a GPU, or memory for a stream.
     explicit CudaDevice(int index);
     ~CudaDevice() override;
@@ -27,7 +27,7 @@ class CudaDevice : public Device {
     void wait() override;
     std::unique_ptr<Graph> capture(std::function<void()> const& work) override;
 
-   private:
+ private:
     int index_;
     cudaStream_t stream_ = nullptr;
 };

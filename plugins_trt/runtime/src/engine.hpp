@@ -13,7 +13,7 @@ namespace less {
 
 // Work that was recorded once and can be launched again.
 class Graph {
-   public:
+ public:
     virtual ~Graph() = default;
     virtual void launch() = 0;
 };
@@ -21,7 +21,7 @@ class Graph {
 // The memory and the one stream of a device. What is asked of it happens in order, and is done after wait().
 // Failures throw BackendError.
 class Device {
-   public:
+ public:
     virtual ~Device() = default;
     // Makes this the calling thread's device.
     virtual void activate() = 0;
@@ -48,7 +48,7 @@ struct PlanTensor {
 
 // A deserialised plan with one execution context per profile, on the stream of a device.
 class Plan {
-   public:
+ public:
     virtual ~Plan() = default;
     virtual std::vector<PlanTensor> tensors() const = 0;
     virtual int profiles() const = 0;
@@ -64,7 +64,7 @@ class Plan {
 
 // Memory that is given back at the end.
 class Memory {
-   public:
+ public:
     Memory() = default;
     Memory(Device& device, size_t bytes, bool host = false)
         : device_(&device), host_(host), at_(host ? device.allocateHost(bytes) : device.allocate(bytes)) {}
@@ -81,7 +81,7 @@ class Memory {
     }
     std::byte* get() const { return static_cast<std::byte*>(at_); }
 
-   private:
+ private:
     Device* device_ = nullptr;
     bool host_ = false;
     void* at_ = nullptr;

@@ -43,7 +43,8 @@ void absorb(Digest& digest, unsigned char const* block) {
     }
     auto [a, b, c, d, e, f, g, h] = digest;
     for (size_t i = 0; i < 64; ++i) {
-        uint32_t const one = h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + ((e & f) ^ (~e & g)) + kRound[i] + w[i];
+        uint32_t const one =
+            h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + ((e & f) ^ (~e & g)) + kRound[i] + w[i];
         uint32_t const two = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
         h = std::exchange(g, std::exchange(f, std::exchange(e, d + one)));
         d = std::exchange(c, std::exchange(b, std::exchange(a, one + two)));
@@ -73,7 +74,8 @@ std::string sha256(std::string_view data) {
     size_t const rest = data.size() - whole, padded = rest < 56 ? 64 : 128;
     if (rest) std::memcpy(tail.data(), bytes + whole, rest);
     tail[rest] = 0x80;
-    for (size_t i = 0; i < 8; ++i) tail[padded - 1 - i] = static_cast<unsigned char>(uint64_t{data.size()} * 8 >> 8 * i);
+    for (size_t i = 0; i < 8; ++i)
+        tail[padded - 1 - i] = static_cast<unsigned char>(uint64_t{data.size()} * 8 >> 8 * i);
     for (size_t i = 0; i < padded; i += 64) absorb(digest, tail.data() + i);
     std::string hex;
     for (uint32_t word : digest) {
@@ -84,8 +86,9 @@ std::string sha256(std::string_view data) {
 
 MappedFile::MappedFile(std::filesystem::path const& path) {
     Handle const file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-    struct stat facts {};
-    if (file.fd < 0 || ::fstat(file.fd, &facts) != 0) throw BundleError("cannot read " + path.string() + ": " + reason());
+    struct stat facts{};
+    if (file.fd < 0 || ::fstat(file.fd, &facts) != 0)
+        throw BundleError("cannot read " + path.string() + ": " + reason());
     if (!S_ISREG(facts.st_mode)) throw BundleError("cannot read " + path.string() + ": it is not a file");
     size_ = static_cast<size_t>(facts.st_size);
     if (size_ == 0) return;  // an empty file cannot be mapped
@@ -100,7 +103,9 @@ MappedFile::~MappedFile() {
 
 void writeAtomically(std::filesystem::path const& path, std::string_view data) {
     std::string name = (path.parent_path() / ("." + path.filename().string() + ".XXXXXX")).string();
-    auto const fail = [&path](std::string const& why) { throw BackendError("cannot write " + path.string() + ": " + why); };
+    auto const fail = [&path](std::string const& why) {
+        throw BackendError("cannot write " + path.string() + ": " + why);
+    };
     Handle file{::mkstemp(name.data())};
     if (file.fd < 0) fail(reason());
     std::string why;

@@ -14,7 +14,7 @@ std::string sha256(std::string_view data);
 
 // A file mapped for reading: its pages are read when they are touched. Throws BundleError.
 class MappedFile {
-   public:
+ public:
     explicit MappedFile(std::filesystem::path const& path);
     MappedFile(MappedFile const&) = delete;
     MappedFile& operator=(MappedFile const&) = delete;
@@ -22,7 +22,7 @@ class MappedFile {
 
     std::string_view view() const { return {data_, size_}; }
 
-   private:
+ private:
     char const* data_ = nullptr;
     size_t size_ = 0;
 };

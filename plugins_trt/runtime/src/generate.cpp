@@ -24,9 +24,9 @@ int64_t checkPrompt(Contract const& contract, Prompt const& prompt, RowState con
     require(!prompt.empty(), prefix ? "a continuation is empty: it needs at least one token after its prefix"
                                     : "a prompt is empty: give it at least one token");
     for (int64_t id : prompt) {
-        require(id >= 0 && id < contract.vocabSize, "token ids must lie in 0.." +
-                                                        std::to_string(contract.vocabSize - 1) +
-                                                        ": is this the model's tokenizer?");
+        require(
+            id >= 0 && id < contract.vocabSize,
+            "token ids must lie in 0.." + std::to_string(contract.vocabSize - 1) + ": is this the model's tokenizer?");
     }
     int64_t const length = static_cast<int64_t>(prompt.size()) + (prefix ? prefix->length : 0);
     auto const limit = contract.tokenLimit();

@@ -44,7 +44,7 @@ std::pair<uint32_t, size_t> decodeUtf8(std::string_view text, bool surrogates) {
 }  // namespace
 
 class JsonReader {
-   public:
+ public:
     explicit JsonReader(std::string_view text) : text_(text) {}
 
     Json document() {
@@ -54,7 +54,7 @@ class JsonReader {
         return result;
     }
 
-   private:
+ private:
     [[noreturn]] void fail(char const* why) const {
         throw JsonError(std::string(why) + " at byte " + std::to_string(at_));
     }

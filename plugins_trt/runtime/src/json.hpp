@@ -21,7 +21,7 @@ class JsonError : public std::runtime_error {
 // Infinity are numbers; other than there, an object may not have a key twice. Strings are UTF-8, with the halves of
 // a broken surrogate pair as three bytes each.
 class Json {
-   public:
+ public:
     using Array = std::vector<Json>;
     using Object = std::map<std::string, Json, std::less<>>;
 
@@ -45,7 +45,7 @@ class Json {
     // json.dumps(value, sort_keys=True) of Python.
     std::string canonical() const;
 
-   private:
+ private:
     friend class JsonReader;
     struct Number {
         std::string text;

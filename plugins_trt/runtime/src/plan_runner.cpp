@@ -63,7 +63,8 @@ void PlanRunner::checkPlan() const {
 
 void PlanRunner::checkTensors(std::vector<TensorSpec> const& specs, bool input) const {
     std::vector<PlanTensor> found = plan_->tensors();
-    found.erase(std::remove_if(found.begin(), found.end(), [&](auto const& t) { return t.input != input; }), found.end());
+    found.erase(std::remove_if(found.begin(), found.end(), [&](auto const& t) { return t.input != input; }),
+                found.end());
     auto const named = [](auto const& list, std::string const& name) {
         return std::find_if(list.begin(), list.end(), [&](auto const& t) { return t.name == name; });
     };

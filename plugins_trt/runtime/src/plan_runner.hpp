@@ -12,7 +12,7 @@ namespace less {
 // that swap roles after every step. The decode step is captured into a graph (one for each role) that copies the
 // token and the lengths from pinned memory, runs the engine and copies the logits back.
 class PlanRunner {
-   public:
+ public:
     // Throws EngineError where the plan is not of this contract.
     PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool graphs);
 
@@ -31,7 +31,7 @@ class PlanRunner {
     void readRow(int64_t row, std::byte* data);
     void writeRow(int64_t row, std::byte const* data);
 
-   private:
+ private:
     // One state tensor: its place in the two blocks of memory (the same one where `inPlace`).
     struct Slot {
         StateTensor tensor;

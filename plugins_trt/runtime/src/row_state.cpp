@@ -15,11 +15,16 @@ constexpr char const* kFormat = "less-state";
 // safetensors' names; bfloat16 travels as its bits, which is what numpy can hold.
 char const* storedType(ElementType type) {
     switch (type) {
-        case ElementType::kInt64: return "I64";
-        case ElementType::kInt32: return "I32";
-        case ElementType::kFloat32: return "F32";
-        case ElementType::kFloat16: return "F16";
-        case ElementType::kBFloat16: return "U16";
+        case ElementType::kInt64:
+            return "I64";
+        case ElementType::kInt32:
+            return "I32";
+        case ElementType::kFloat32:
+            return "F32";
+        case ElementType::kFloat16:
+            return "F16";
+        case ElementType::kBFloat16:
+            return "U16";
     }
     return "";
 }
@@ -54,9 +59,8 @@ void readTensors(Json const& header, std::string_view file, Contract const& cont
     };
     std::vector<StateTensor> const tensors = contract.state();
     for (auto const& [name, entry] : header.object()) {
-        bool const known = name == "__metadata__" || std::any_of(tensors.begin(), tensors.end(), [&](auto const& t) {
-                               return t.past.name == name;
-                           });
+        bool const known = name == "__metadata__" || std::any_of(tensors.begin(), tensors.end(),
+                                                                 [&](auto const& t) { return t.past.name == name; });
         if (!known) throw foreign(name);
     }
     state.data.resize(static_cast<size_t>(contract.stateBytes()));
@@ -87,8 +91,8 @@ void RowState::save(std::filesystem::path const& path, Contract const& contract)
     if (static_cast<int64_t>(data.size()) != contract.stateBytes()) {
         throw BackendError("this state belongs to another export (its size differs): prefill again");
     }
-    std::string header = "{\"__metadata__\":{\"format\":" + jsonString(kFormat) + ",\"identity\":" + jsonString(identity) +
-                         ",\"length\":\"" + std::to_string(length) + "\"}";
+    std::string header = "{\"__metadata__\":{\"format\":" + jsonString(kFormat) +
+                         ",\"identity\":" + jsonString(identity) + ",\"length\":\"" + std::to_string(length) + "\"}";
     std::string body;
     // Larger elements first, so that every tensor is aligned.
     for (int64_t size : {4, 2}) {
@@ -119,7 +123,8 @@ RowState RowState::load(std::filesystem::path const& path, Contract const& contr
         MappedFile const mapped(path);
         std::string_view const file = mapped.view();
         uint64_t size = 0;
-        for (size_t i = 0; i < 8 && i < file.size(); ++i) size |= uint64_t{static_cast<unsigned char>(file[i])} << 8 * i;
+        for (size_t i = 0; i < 8 && i < file.size(); ++i)
+            size |= uint64_t{static_cast<unsigned char>(file[i])} << 8 * i;
         if (file.size() < 8 || size > file.size() - 8) throw refuse("it is cut short or no safetensors file");
         Json const header = Json::parse(file.substr(8, size));
         Json const* metadata = header.find("__metadata__");

@@ -84,8 +84,7 @@ void Session::checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::ve
 
 void Session::checkRow(int64_t row) const {
     require(batch() > 0, "the session is not open: call open(batch) first");
-    require(row >= 0 && row < batch(),
-            "row " + std::to_string(row) + " is outside 0.." + std::to_string(batch() - 1));
+    require(row >= 0 && row < batch(), "row " + std::to_string(row) + " is outside 0.." + std::to_string(batch() - 1));
 }
 
 void Session::resetRow(int64_t row) {

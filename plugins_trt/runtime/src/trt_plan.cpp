@@ -21,7 +21,7 @@ namespace trt = nvinfer1;
 
 // TensorRT's logger, one per process as TensorRT wants it: keeps the errors since listen(), prints when verbose.
 class Log : public trt::ILogger {
-   public:
+ public:
     void log(Severity severity, char const* message) noexcept override {
         try {
             std::lock_guard const lock(mutex_);
@@ -48,7 +48,7 @@ class Log : public trt::ILogger {
         return "it gave no reason (its log may say more)";
     }
 
-   private:
+ private:
     std::mutex mutex_;
     bool verbose_ = false;
     std::vector<std::string> errors_;
@@ -63,12 +63,18 @@ Shape shapeOf(trt::Dims const& dims) { return {dims.d, dims.d + std::max(dims.nb
 
 std::string typeName(trt::DataType type) {
     switch (type) {
-        case trt::DataType::kFLOAT: return nameOf(ElementType::kFloat32);
-        case trt::DataType::kHALF: return nameOf(ElementType::kFloat16);
-        case trt::DataType::kBF16: return nameOf(ElementType::kBFloat16);
-        case trt::DataType::kINT32: return nameOf(ElementType::kInt32);
-        case trt::DataType::kINT64: return nameOf(ElementType::kInt64);
-        default: return "TensorRT type " + std::to_string(static_cast<int>(type));
+        case trt::DataType::kFLOAT:
+            return nameOf(ElementType::kFloat32);
+        case trt::DataType::kHALF:
+            return nameOf(ElementType::kFloat16);
+        case trt::DataType::kBF16:
+            return nameOf(ElementType::kBFloat16);
+        case trt::DataType::kINT32:
+            return nameOf(ElementType::kInt32);
+        case trt::DataType::kINT64:
+            return nameOf(ElementType::kInt64);
+        default:
+            return "TensorRT type " + std::to_string(static_cast<int>(type));
     }
 }
 
@@ -86,7 +92,7 @@ std::string aliasOf(Engine const&, std::string const&, std::string const& stated
 }
 
 class TrtPlan : public Plan {
-   public:
+ public:
     TrtPlan(Bundle const& bundle, cudaStream_t stream) : stream_(stream) {
         if (bundle.plugin) {
             for (StateTensor const& t : bundle.contract.state()) inPlace_[t.present.name] = t.past.name;
@@ -117,8 +123,8 @@ class TrtPlan : public Plan {
         for (int i = 0; i < engine_->getNbIOTensors(); ++i) {
             char const* name = engine_->getIOTensorName(i);
             bool const input = engine_->getTensorIOMode(name) == trt::TensorIOMode::kINPUT;
-            result.push_back({name, input, typeName(engine_->getTensorDataType(name)),
-                              shapeOf(engine_->getTensorShape(name))});
+            result.push_back(
+                {name, input, typeName(engine_->getTensorDataType(name)), shapeOf(engine_->getTensorShape(name))});
         }
         return result;
     }
@@ -157,7 +163,7 @@ class TrtPlan : public Plan {
         if (!contexts_[profile]->enqueueV3(stream_)) fail();
     }
 
-   private:
+ private:
     [[noreturn]] static void fail() { throw BackendError("TensorRT cannot run this step: " + sharedLog().reason()); }
 
     cudaStream_t stream_;

@@ -54,8 +54,8 @@ inline int runAll() {
 
 }  // namespace less::testing
 
-#define TEST(name)                                                \
-    static void name();                                           \
+#define TEST(name)                                                 \
+    static void name();                                            \
     static ::less::testing::Register register_##name(#name, name); \
     static void name()
 #define CHECK(what) \

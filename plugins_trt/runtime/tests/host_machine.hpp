@@ -60,7 +60,7 @@ struct Machine {
 };
 
 class HostDevice : public Device {
-   public:
+ public:
     explicit HostDevice(Machine& machine) : machine_(machine) {}
     ~HostDevice() override {
         if (!machine_.memory.empty()) bug("memory is left");
@@ -96,12 +96,12 @@ class HostDevice : public Device {
     }
     std::unique_ptr<Graph> capture(std::function<void()> const& work) override;
 
-   private:
+ private:
     Machine& machine_;
 };
 
 class HostGraph : public Graph {
-   public:
+ public:
     explicit HostGraph(Machine& machine) : machine_(machine) {}
     void launch() override {
         ++machine_.launches;
@@ -109,7 +109,7 @@ class HostGraph : public Graph {
     }
     std::vector<std::function<void()>> work;
 
-   private:
+ private:
     Machine& machine_;
 };
 
@@ -129,7 +129,7 @@ inline std::unique_ptr<Graph> HostDevice::capture(std::function<void()> const& w
 }
 
 class HostPlan : public Plan {
-   public:
+ public:
     HostPlan(Contract contract, Machine& machine) : contract_(std::move(contract)), machine_(machine) {
         for (bool input : {true, false}) {
             for (TensorSpec const& spec : input ? contract_.inputs() : contract_.outputs()) {
@@ -185,13 +185,15 @@ class HostPlan : public Plan {
         for (auto const& [key, memory] : bound_) {
             if (key.first == profile) at[key.second] = memory;
         }
-        auto const sized = [&](TensorSpec const& spec) { machine_.check(at.at(spec.name), spec.bytes(ids[0], ids[1])); };
+        auto const sized = [&](TensorSpec const& spec) {
+            machine_.check(at.at(spec.name), spec.bytes(ids[0], ids[1]));
+        };
         for (TensorSpec const& spec : contract_.inputs()) sized(spec);
         for (TensorSpec const& spec : contract_.outputs()) sized(spec);
         machine_.sink->push_back([=] { run(profile, ids, at); });
     }
 
-   private:
+ private:
     void run(int profile, Shape const& shape, std::map<std::string, unsigned char*> const& at) const {
         machine_.steps.emplace_back(profile, shape);
         auto const* ids = reinterpret_cast<int64_t const*>(at.at(contract_.inputIds().name));

@@ -18,15 +18,15 @@ struct Rig {
     Session session(std::function<void(HostPlan&)> const& change = {}) {
         auto plan = std::make_unique<HostPlan>(contract, machine);
         if (change) change(*plan);
-        return Session(contract, "this one",
-                       std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine), std::move(plan),
-                                                    graphs));
+        return Session(
+            contract, "this one",
+            std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine), std::move(plan), graphs));
     }
 };
 
 // One sequence, token by token.
 class Oracle {
-   public:
+ public:
     explicit Oracle(Contract const& contract) : contract_(contract) {
         for (StateTensor const& t : contract.state()) {
             state_.emplace_back(static_cast<size_t>(t.rowBytes), static_cast<unsigned char>(t.empty));
@@ -55,7 +55,7 @@ class Oracle {
         return true;
     }
 
-   private:
+ private:
     Contract contract_;
     std::vector<std::vector<unsigned char>> state_;
     uint64_t hash_ = 0;
@@ -312,7 +312,8 @@ TEST(schedule_of_steps) {
     Rig rig;
     Session s = rig.session();
     generate(s, {ramp(9), ramp(5)}, most(3), {});
-    std::vector<std::pair<int, Shape>> const expected = {{1, {2, 4}}, {1, {2, 4}}, {0, {2, 1}}, {0, {2, 1}}, {0, {2, 1}}};
+    std::vector<std::pair<int, Shape>> const expected = {
+        {1, {2, 4}}, {1, {2, 4}}, {0, {2, 1}}, {0, {2, 1}}, {0, {2, 1}}};
     CHECK(rig.machine.steps == expected);
 }
 
@@ -334,7 +335,8 @@ TEST(limits_and_refused_prompts) {
     Rig rig(c);
     Session s = rig.session();
     CHECK(generate(s, {ramp(7)}, most(99), {})[0].tokens.size() == 3);
-    REFUSES(UsageError, "a prompt of 10 tokens and its new tokens do not fit into the 10", generate(s, {ramp(10)}, most(1), {}));
+    REFUSES(UsageError, "a prompt of 10 tokens and its new tokens do not fit into the 10",
+            generate(s, {ramp(10)}, most(1), {}));
     REFUSES(UsageError, "a prompt is empty", generate(s, {{1}, {}}, most(1), {}));
     REFUSES(UsageError, "token ids must lie in 0..49", generate(s, {{50}}, most(1), {}));
     REFUSES(UsageError, "max_new_tokens", generate(s, {{1}}, most(0), {}));

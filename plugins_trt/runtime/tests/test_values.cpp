@@ -45,11 +45,47 @@ TEST(json_values) {
 }
 
 TEST(json_malformed) {
-    for (char const* text :
-         {"", " ", "{", "[", "\"", "nul", "tru", "01", "-", "1.", ".5", "1e", "+1", "[1,]", "[1 2]", "{\"a\"}", "{\"a\":}",
-          "{\"a\":1,}", "{a:1}", "{1:2}", "1 2", "\"\\x\"", "\"\\u12\"", "\"\\u12G4\"", "\"\\", "\"a\nb\"", "'a'", "[1",
-          "{\"a\":1 \"b\":2}", "{\"a\":1,\"a\":2}", "\"\xFF\"", "\"\xC3\"", "\"\xC0\x80\"", "\"\xED\xA0\x80\"",
-          "\"\xF5\x80\x80\x80\"", "\"\xE2\x82\"", "nan", "--1", "0x10", "[]]", "\"\\u+123\""}) {
+    for (char const* text : {"",
+                             " ",
+                             "{",
+                             "[",
+                             "\"",
+                             "nul",
+                             "tru",
+                             "01",
+                             "-",
+                             "1.",
+                             ".5",
+                             "1e",
+                             "+1",
+                             "[1,]",
+                             "[1 2]",
+                             "{\"a\"}",
+                             "{\"a\":}",
+                             "{\"a\":1,}",
+                             "{a:1}",
+                             "{1:2}",
+                             "1 2",
+                             "\"\\x\"",
+                             "\"\\u12\"",
+                             "\"\\u12G4\"",
+                             "\"\\",
+                             "\"a\nb\"",
+                             "'a'",
+                             "[1",
+                             "{\"a\":1 \"b\":2}",
+                             "{\"a\":1,\"a\":2}",
+                             "\"\xFF\"",
+                             "\"\xC3\"",
+                             "\"\xC0\x80\"",
+                             "\"\xED\xA0\x80\"",
+                             "\"\xF5\x80\x80\x80\"",
+                             "\"\xE2\x82\"",
+                             "nan",
+                             "--1",
+                             "0x10",
+                             "[]]",
+                             "\"\\u+123\""}) {
         REFUSES(JsonError, "at byte", Json::parse(text));
     }
     REFUSES(JsonError, "at byte", Json::parse(std::string_view("\"a\0b\"", 5)));
@@ -175,9 +211,12 @@ TEST(row_state_files) {
     for (size_t size : {size_t{0}, size_t{5}, size_t{8}, size_t{60}, whole.size() - 1}) damaged(whole.substr(0, size));
     damaged(whole + "x");
     damaged(std::string(8, '\xFF') + whole.substr(8));
-    for (auto const& [old, now] : {std::pair("less-state", "else-state"), {"\"123456\"", "\"-23456\""},
-                                   {"data_offsets\":[0,", "data_offsets\":[9,"}, {"past.0.z", "past.0.y"},
-                                   {"\"shape\":[2", "\"shape\":[3"}, {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}}) {
+    for (auto const& [old, now] : {std::pair("less-state", "else-state"),
+                                   {"\"123456\"", "\"-23456\""},
+                                   {"data_offsets\":[0,", "data_offsets\":[9,"},
+                                   {"past.0.z", "past.0.y"},
+                                   {"\"shape\":[2", "\"shape\":[3"},
+                                   {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}}) {
         std::string text = whole;
         size_t const at = text.find(old);
         CHECK(at != std::string::npos);
