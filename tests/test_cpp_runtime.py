@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -351,9 +352,20 @@ def test_example_needs_no_cuda_library(less_generate: Path) -> None:
     assert "libcuda" not in needed
 
 
+def test_program_of_the_readme_compiles(tmp_path: Path) -> None:
+    text = (ROOT / "plugins_trt" / "runtime" / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```cpp\n(.*?)```", text, re.S)
+    (tmp_path / "main.cpp").write_text(program)
+    include = ROOT / "plugins_trt" / "include"
+    done = call(
+        "c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", "-I", include, tmp_path / "main.cpp"
+    )
+    assert done.code == 0, done.err
+
+
 def test_options_of_the_documents_exist(less_generate: Path) -> None:
     usage = call(less_generate, "--help").out
     for file in (ROOT / "plugins_trt" / "runtime" / "README.md", ROOT / "examples" / "cpp" / "README.md"):
         text = file.read_text(encoding="utf-8")
-        used = {w for line in text.splitlines() if "less_generate " in line for w in line.split() if w.startswith("--")}
-        assert used - set(usage.split()) == set()
+        used = {w for line in text.splitlines() if "less_generate " in line for w in re.findall(r"--[\w-]+", line)}
+        assert used - {"--help"} - set(re.findall(r"--[\w-]+", usage)) == set()

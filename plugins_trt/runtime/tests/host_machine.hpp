@@ -44,7 +44,7 @@ struct Machine {
     bool captures = true, runs = true;
     std::set<std::string> separate;  // state fields that the engine does not update in place
     bool inPlace = true;
-    int launches = 0, captured = 0;
+    int launches = 0, captured = 0, tries = 0;
     std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
     std::map<char*, size_t> memory;
     std::vector<std::function<void()>> stream;
@@ -116,6 +116,7 @@ class HostGraph : public Graph {
 inline std::unique_ptr<Graph> HostDevice::capture(std::function<void()> const& work) {
     auto graph = std::make_unique<HostGraph>(machine_);
     bool recorded = machine_.captures;
+    ++machine_.tries;
     machine_.sink = &graph->work;
     try {
         work();
