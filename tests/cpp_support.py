@@ -40,9 +40,9 @@ def call(*words: object, feed: str = "") -> Done:
 
 
 def cmake(source: Path, folder: Path, *options: str) -> Path:
-    """Configure and build; a missing tool or library is a failure with cmake's own words."""
+    """Configure and build, warnings as errors; a missing tool or library is a failure with cmake's own words."""
     assert shutil.which("cmake"), "the tests of the C++ runtime need cmake and a C++17 compiler"
-    for words in (["-S", source, "-B", folder, *options], ["--build", folder, "--parallel", "2"]):
+    for words in (["-S", source, "-B", folder, "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options], ["--build", folder, "--parallel", "2"]):
         done = call("cmake", *words)
         assert done.code == 0, done.out + done.err
     return folder

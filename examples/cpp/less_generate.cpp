@@ -1,4 +1,6 @@
 // Continues token ids with an engine: one prompt a line in, one line of new ids out, in the same order.
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -109,22 +111,35 @@ std::vector<less::Prompt> readPrompts(std::istream& in, std::string const& name)
     return prompts;
 }
 
+// Where the run is, on a terminal only.
+void progress(std::string const& what) {
+    static bool const shown = ::isatty(STDERR_FILENO);
+    if (shown) std::fprintf(stderr, "\r\033[K%s", what.c_str());
+}
+
 void run(Options const& o) {
     std::ifstream file(o.tokens);
     if (o.tokens != "-" && !file) throw less::UsageError("cannot read " + o.tokens + ": " + std::strerror(errno));
     auto const prompts = readPrompts(o.tokens == "-" ? std::cin : file, o.tokens == "-" ? "standard input" : o.tokens);
     if (!o.saveState.empty() && prompts.size() != 1) throw less::UsageError("--save-state takes exactly one prompt");
 
+    progress(o.verify ? "verifying " + o.bundle : "");
     less::Bundle const bundle = less::Bundle::open(o.bundle, o.verify);
     std::optional<less::RowState> prefix;
     if (!o.prefix.empty()) prefix = less::RowState::load(o.prefix, bundle.contract);
+    progress("loading " + bundle.plan.string());
     less::Session session = less::openSession(bundle, o.session);
     less::RowState const* const start = prefix ? &*prefix : nullptr;
+    progress("prefill");
     if (!o.saveState.empty()) {
         less::prefill(session, prompts.front(), start).save(o.saveState, bundle.contract);
+        progress("");
         return;
     }
-    auto const results = less::generate(session, prompts, o.params, bundle.eosIds, start);
+    size_t made = 0;
+    auto const results = less::generate(session, prompts, o.params, bundle.eosIds, start,
+                                        [&](less::Token const&) { progress(std::to_string(++made) + " tokens"); });
+    progress("");
 
     std::ostringstream text;
     for (less::Generation const& result : results) {
@@ -149,6 +164,7 @@ int main(int argc, char** argv) try {
     run(parse(words));
     return 0;
 } catch (less::Error const& error) {
+    progress("");
     std::fprintf(stderr, "less_generate: error: %s\n", error.what());
     return 1;
 }

@@ -380,6 +380,8 @@ TEST(sampling_does_not_depend_on_the_batch) {
     auto const pair = generate(s, {ramp(5), ramp(9, 2)}, p, {});
     CHECK(together[0].tokens == pair[0].tokens && together[1].tokens == pair[1].tokens);
     CHECK(together[0].tokens != greedy(rig.contract, ramp(5), 12));
+    auto const twins = generate(s, {ramp(5), ramp(5)}, p, {});
+    CHECK(twins[0].tokens == pair[0].tokens && twins[1].tokens != twins[0].tokens);
     p.seed = 4;
     CHECK(generate(s, {ramp(5)}, p, {})[0].tokens != pair[0].tokens);
 }
