@@ -42,7 +42,10 @@ def call(*words: object, feed: str = "") -> Done:
 def cmake(source: Path, folder: Path, *options: str) -> Path:
     """Configure and build, warnings as errors; a missing tool or library is a failure with cmake's own words."""
     assert shutil.which("cmake"), "the tests of the C++ runtime need cmake and a C++17 compiler"
-    for words in (["-S", source, "-B", folder, "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options], ["--build", folder, "--parallel", "2"]):
+    for words in (
+        ["-S", source, "-B", folder, "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options],
+        ["--build", folder, "--parallel", "2"],
+    ):
         done = call("cmake", *words)
         assert done.code == 0, done.out + done.err
     return folder
@@ -50,7 +53,7 @@ def cmake(source: Path, folder: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with ``less_runtime_tests`` and ``less_runtime_probe``, under AddressSanitizer and UBSan."""
+    """The folder with the unit tests and ``less_runtime_probe``, under AddressSanitizer and UBSan."""
     flags = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"
     options = ["-DLESS_RUNTIME_TENSORRT=OFF", "-DLESS_RUNTIME_TESTS=ON", "-DCMAKE_BUILD_TYPE=None"]
     return cmake(RUNTIME, tmp_path_factory.mktemp("cpp") / "tools", *options, f"-DCMAKE_CXX_FLAGS={flags}")
