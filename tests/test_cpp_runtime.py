@@ -28,7 +28,7 @@ from less_export.runtime.sampling import SamplingParams, sample
 from .cpp_support import PLAN, ROOT, TOKENIZER, MixingBackend, bundle, call, edit, lines
 from .trt_support import contract_of, decoder, serialised
 
-pytest_plugins = ["tests.cpp_support"]
+pytest_plugins = ["tests.cpp_support", "tests.bundles"]
 pytestmark = pytest.mark.slow
 
 FULL = LayerSpec(8, 1, 16, 0.25, Policy.FULL, 0, 40, 0, False, 40, 1)
@@ -101,6 +101,27 @@ def test_bundle_layouts(tools: Path, tmp_path: Path) -> None:
     assert (bare["eos_ids"], bare["bos_id"], bare["add_bos"]) == ([], None, False)
     manifest = Manifest.parse((folder / "manifest.json").read_bytes(), "")
     assert bare["identity"] == Bundle(Layout.of(folder), manifest).identity()
+
+
+def test_manifest_of_a_real_export(kernelled: Path, tools: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    manifest = folder / "manifest.json"
+    manifest.write_bytes((kernelled / "manifest.json").read_bytes())
+    done = call(tools / "less_runtime_probe", "describe", folder)
+    assert "has no plan: export with" in done.err  # the manifest itself was accepted
+    facts = {"kind": "plan", "file": "engine.plan", "sha256": hashlib.sha256(PLAN).hexdigest()}
+    (folder / "engine.plan").write_bytes(PLAN)
+    edit(manifest, lambda m: m["artifacts"].append({**m["artifacts"][-1], **facts}))
+    told = json.loads(call(tools / "less_runtime_probe", "describe", folder).out)
+    bundle = Bundle.open(kernelled)
+    trt = bundle.artifact("trt")
+    assert trt is not None
+    assert bundle.manifest.tokenizer is not None
+    assert told["identity"] == bundle.identity()
+    assert told["name"] == bundle.manifest.model["name"]
+    assert told["state_bytes"] == trt.contract.state_bytes()
+    assert told["eos_ids"] == list(bundle.manifest.tokenizer.eos_ids)
 
 
 def plugin(**facts: Any) -> dict[str, Any]:
