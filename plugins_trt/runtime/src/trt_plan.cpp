@@ -7,6 +7,7 @@
 #include <map>
 #include <mutex>
 
+#include "aliases.hpp"
 #include "cuda_device.hpp"
 #include "files.hpp"
 #include "plan_header.hpp"
@@ -76,19 +77,6 @@ std::string typeName(trt::DataType type) {
         default:
             return "TensorRT type " + std::to_string(static_cast<int>(type));
     }
-}
-
-// The input that shares an output's memory. Headers before TensorRT 10.15 cannot ask for it: there the manifest knows,
-// because only the plugin works in place.
-template <class Engine>
-auto aliasOf(Engine const& engine, std::string const& output, std::string const&, int)
-    -> decltype(engine.getAliasedInputTensor(output.c_str()), std::string()) {
-    char const* input = engine.getAliasedInputTensor(output.c_str());
-    return input ? input : "";
-}
-template <class Engine>
-std::string aliasOf(Engine const&, std::string const&, std::string const& stated, long) {
-    return stated;
 }
 
 class TrtPlan : public Plan {

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <limits>
 
+#include "aliases.hpp"
 #include "check.hpp"
 #include "contracts.hpp"
 #include "files.hpp"
@@ -171,6 +172,17 @@ TEST(plan_headers_and_libraries) {
     checkFlavour(header, "x.plan", 10701);
     REFUSES(EngineError, "was built by TensorRT-RTX 1.7.1.116, and this program is linked with TensorRT 10.14.1",
             checkFlavour(header, "x.plan", 101401));
+}
+
+struct OldEngine {};
+struct NewEngine {
+    char const* getAliasedInputTensor(char const* name) const { return *name == 'p' ? "past" : nullptr; }
+};
+
+TEST(aliases_with_old_and_new_headers) {
+    CHECK(aliasOf(NewEngine{}, "present", "stated", 0) == "past");
+    CHECK(aliasOf(NewEngine{}, "logits", "stated", 0).empty());
+    CHECK(aliasOf(OldEngine{}, "present", "stated", 0) == "stated");
 }
 
 // A folder that goes at the end.
