@@ -63,7 +63,8 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def less_generate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, linked against TensorRT-RTX's library and the static CUDA runtime."""
     folder = tmp_path_factory.mktemp("cpp") / "example"
-    return cmake(ROOT / "examples" / "cpp", folder, f"-DPython3_EXECUTABLE={sys.executable}") / "less_generate"
+    options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"]
+    return cmake(ROOT / "examples" / "cpp", folder, *options) / "less_generate"
 
 
 # ------------------------------------------------------------------ bundles

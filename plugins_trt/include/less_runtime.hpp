@@ -190,6 +190,7 @@ class PlanRunner;
 // has finished and go on. If a step fails on the GPU the state is undefined: open again.
 class Session {
  public:
+    // openSession makes one; directly for other machines (runtime/src/plan_runner.hpp).
     Session(Contract contract, std::string identity, std::unique_ptr<PlanRunner> runner);
     Session(Session&&) noexcept;
     Session& operator=(Session&&) noexcept;

@@ -148,6 +148,7 @@ class TrtPlan : public Plan {
     }
 
     void enqueue(int profile) override {
+        sharedLog().listen(false);
         if (!contexts_[profile]->enqueueV3(stream_)) fail();
     }
 

@@ -116,7 +116,8 @@ TEST(steps_and_memory_that_fail) {
     mockSdk().machine.room = 1 << 20;
     session.open(3);
     session.step({1, 2, 3}, {1, 1, 1});
-    mockSdk().machine.runs = false;
+    mockSdk().machine.runs = mockSdk().loads = false;
+    REFUSES(EngineError, "on an incompatible device", openSession(rig.bundle));  // not the reason of what follows
     REFUSES(BackendError, "TensorRT cannot run this step: a kernel is missing", session.step({1, 2, 3}, {1, 1, 1}));
 }
 
