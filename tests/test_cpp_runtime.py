@@ -172,6 +172,9 @@ FAULTS: dict[str, Change] = {
     "'chunk' is missing": contract_fault(lambda c: c.pop("chunk")),
     "vocab_size is -3": contract_fault(lambda c: c.update(vocab_size=-3)),
     "99999999999 ": contract_fault(lambda c: c["layers"][0].update(capacity=99999999999)),
+    "its tensors are too large": contract_fault(
+        lambda c: c["layers"][1].update(dict.fromkeys(("kv_heads", "query_heads", "head_dim"), 2**31 - 1))
+    ),
     "unknown dtype 'int32'": contract_fault(lambda c: c.update(dtype="int32")),
     "unknown policy 'lru'": contract_fault(lambda c: c["layers"][1].update(policy="lru")),
     "heavy + recent must equal": contract_fault(lambda c: c["layers"][0].update(heavy=1)),

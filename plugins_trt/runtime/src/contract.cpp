@@ -19,8 +19,8 @@ constexpr std::array<Element, 5> kElements = {{{ElementType::kInt64, "int64", 8}
                                                {ElementType::kFloat16, "float16", 2},
                                                {ElementType::kBFloat16, "bfloat16", 2}}};
 constexpr std::array<char const*, 5> kPolicies = {"h2o", "tova", "sink", "window", "full"};
-// Larger than any dimension, small enough that products of four do not overflow.
-constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // of any dimension
+constexpr double kMostBytes = 0x1p60;                           // of all rows together: sums stay within 64 bits
 
 // One state tensor of a layer. `dtype` nullptr is the compute dtype.
 struct Field {
@@ -173,6 +173,14 @@ Contract parseContract(Json const& data) {
     std::string const& logits = data["logits"].string();
     require(logits == "last" || logits == "all", "unknown logits '" + logits + "'");
     c.allLogits = logits == "all";
+    // In floating point, which does not overflow.
+    double const rows = static_cast<double>(c.maxBatch);
+    double total = rows * static_cast<double>(c.chunk) * static_cast<double>(c.vocabSize) * 8;
+    for (LayerSpec const& s : c.layers) {
+        total += rows * static_cast<double>(s.kvHeads) * static_cast<double>(s.capacity + s.rank) *
+                 static_cast<double>(s.headDim + s.rank + 1) * 16;
+    }
+    require(total < kMostBytes, "its tensors are too large");
     c.positionLimit = optionalAt(data, "position_limit");
     c.trainedLength = optionalAt(data, "trained_length");
     return c;

@@ -75,7 +75,7 @@ void readTensors(Json const& header, std::string_view file, Contract const& cont
         Json::Array const& range = (*entry)["data_offsets"].array();
         if (range.size() != 2) throw JsonError("data_offsets are not two numbers");
         int64_t const begin = range[0].integer(), end = range[1].integer();
-        if (begin < 0 || end - begin != tensor.rowBytes || end > static_cast<int64_t>(file.size())) {
+        if (begin < 0 || end < begin || end - begin != tensor.rowBytes || end > static_cast<int64_t>(file.size())) {
             throw JsonError(tensor.past.name + " lies outside the file");
         }
         std::memcpy(place, file.data() + begin, static_cast<size_t>(tensor.rowBytes));

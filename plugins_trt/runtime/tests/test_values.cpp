@@ -226,6 +226,7 @@ TEST(row_state_files) {
     for (auto const& [old, now] : {std::pair("less-state", "else-state"),
                                    {"\"123456\"", "\"-23456\""},
                                    {"data_offsets\":[0,", "data_offsets\":[9,"},
+                                   {"data_offsets\":[0,", "data_offsets\":[9223372036854775807,-2],\"x\":[0,"},
                                    {"past.0.z", "past.0.y"},
                                    {"\"shape\":[2", "\"shape\":[3"},
                                    {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}}) {
