@@ -7,6 +7,7 @@ from typing import Any
 
 from .artifact import Artifact, Bundle
 from .errors import BackendError, UsageError
+from .plugin import PluginFacts
 from .runtime.backend import Backend
 from .runtime.generate import Generator
 from .runtime.tokenizer import Tokenizer
@@ -65,6 +66,8 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
         from .runtime.trt_backend import TrtBackend
 
         found = _artifact(bundle, ("plan",), "engine.plan (--out x.plan, or --engine)")
+        facts = found.details.get("plugin")
+        options.setdefault("plugin", PluginFacts(**facts) if facts else None)
         return TrtBackend(found.contract, bundle.path(found.file), **options)
     try:
         from .runtime.torch_backend import TorchBackend
