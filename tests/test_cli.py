@@ -57,7 +57,7 @@ def test_the_line_users_know_end_to_end(
 
     def build_plan(model: bytes, contract: Any, out: Path, library: Path, **options: Any) -> engine.PlanInfo:
         out.write_bytes(b"ftrt" + model)
-        return engine.PlanInfo("tensorrt", "10.3", None, 1, 0.0, 9, 1, PluginFacts.of(library, embedded=False))
+        return engine.PlanInfo("tensorrt", "10.3", None, 1, 0.0, 9, 1, PluginFacts.of(library, inside=False))
 
     monkeypatch.setattr(recipes.Recipe, "gguf_package", None)
     monkeypatch.setattr("less_export.sources._download", lambda hub: source)
@@ -74,7 +74,7 @@ def test_the_line_users_know_end_to_end(
         "engine.json", "engine.plan", "engine.tokenizer.json", "k.safetensors",
     ]  # fmt: skip
     (artifact,) = Bundle.open("engine.plan").manifest.artifacts
-    assert artifact.details["plugin"] == vars(PluginFacts.of(plugin_library, embedded=False))
+    assert artifact.details["plugin"] == vars(PluginFacts.of(plugin_library, inside=False))
     spec, contract = artifact.contract.layers[0], artifact.contract
     assert (artifact.kind, contract.dtype, contract.chunk) == ("plan", "float16", 256)
     assert (spec.policy.label, spec.heavy, spec.recent, spec.rank) == ("h2o", 102, 102, 3)  # 5% of 4096
