@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import tensorrt_rtx
 import torch
 
 from less_export import cli, engine, plugin
-from less_export.artifact import Bundle
+from less_export.api import load_backend
+from less_export.artifact import Artifact, Bundle, Layout, Manifest
 from less_export.contract import OP_NAME, OP_VERSION, STATE_FIELDS, TENSORRT_TOPK_LIMIT, Contract, Policy
 from less_export.errors import EngineError
 from less_export.exporter import onnx_op
@@ -244,6 +246,23 @@ def test_plans_without_their_plugin_inside(
         trt_backend.TrtBackend(contract, fake.plan, facts)
     trt_backend.TrtBackend(contract, fake.plan, dataclasses.replace(facts, inside=True))
     assert loaded == [copy, moved]
+
+
+def test_the_backend_is_told_of_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contract, told = contract_of("float16"), list[PluginFacts | None]()
+
+    class Backend(types.SimpleNamespace):
+        def __init__(self, contract: Contract, plan: Path, plugin: PluginFacts | None = None) -> None:
+            told.append(plugin)
+
+    monkeypatch.setattr(trt_backend, "TrtBackend", Backend)
+    beside = PluginFacts("lib.so", "0" * 64, "1", inside=False)
+    far = dataclasses.replace(beside, library="/elsewhere/lib.so")
+    for facts in (None, beside, far, dataclasses.replace(far, inside=True)):
+        plan = Artifact("plan", "x.plan", "", contract, {"plugin": facts and vars(facts)})
+        load_backend(Bundle(Layout.of(tmp_path / "x.plan"), Manifest({}, {}, (plan,), (), {})), "trt")
+    beside = dataclasses.replace(beside, library=str(tmp_path / "lib.so"))
+    assert told == [None, beside, far, dataclasses.replace(far, inside=True)]
 
 
 # ------------------------------------------------------------------ from the command line
