@@ -67,7 +67,8 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
 
         found = _artifact(bundle, ("plan",), "engine.plan (--out x.plan, or --engine)")
         facts = found.details.get("plugin")
-        options.setdefault("plugin", PluginFacts(**facts) if facts else None)
+        if facts:  # a library beside the plan may be named by its file name
+            options.setdefault("plugin", PluginFacts(**{**facts, "library": str(bundle.path(facts["library"]))}))
         return TrtBackend(found.contract, bundle.path(found.file), **options)
     try:
         from .runtime.torch_backend import TorchBackend

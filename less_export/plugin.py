@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .contract import COMPUTE_DTYPES, Contract, LayerSpec
+from .contract import COMPUTE_DTYPES, OP_VERSION, Contract, LayerSpec
 from .errors import EngineError, UsageError
 from .files import scratch_folder, sha256
 from .trt_log import log_of
@@ -300,15 +300,16 @@ def load(module: Any, path: Path) -> None:
 
 @dataclass(frozen=True)
 class PluginFacts:
-    """The plugin of a plan: inside it where ``embedded``, else the library at ``path`` with this hash."""
+    """What a manifest says of a plan's plugin: it is ``inside`` the plan, or the ``library`` with this hash."""
 
-    path: str
+    library: str
     sha256: str
-    embedded: bool
+    version: str
+    inside: bool
 
     @classmethod
-    def of(cls, path: Path, embedded: bool) -> PluginFacts:
-        return cls(os.fspath(path), sha256(path), embedded)
+    def of(cls, path: Path, inside: bool) -> PluginFacts:
+        return cls(os.fspath(path), sha256(path), str(OP_VERSION), inside)
 
 
 def find(facts: PluginFacts) -> Path:
@@ -317,8 +318,7 @@ def find(facts: PluginFacts) -> Path:
     Raises:
         EngineError: it is missing, or another one lies there.
     """
-    named = os.environ.get("LESS_EXPORT_PLUGIN")
-    path = Path(named or facts.path)
+    path = Path(os.environ.get("LESS_EXPORT_PLUGIN") or facts.library)
     cure = "build the engine again, or set LESS_EXPORT_PLUGIN to the library that it was built with"
     if not path.is_file():
         raise EngineError(f"the plugin of this engine is missing ({path}): {cure}")

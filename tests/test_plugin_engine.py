@@ -141,13 +141,13 @@ def test_one_plugin_per_layer_updates_the_state_in_place(
         assert layer["inputs"][5:12] == [f"past.{n}" for n in names]
         assert layer["outputs"][1:] == [f"present.{n}" for n in names]
     # The library is inside: the plan is larger by it than one that only refers to it.
-    assert info.plugin == PluginFacts.of(plugin_library, embedded=True)
+    assert info.plugin == PluginFacts.of(plugin_library, inside=True)
     monkeypatch.setattr(engine, "_embeds", lambda flavour: False)
     outside = engine.build_plan(
         bare(contract, weights), contract, out=out, weights_dir=weights, gpu_arch=PLUGIN_ARCH, library=plugin_library
     )
     assert outside.plugin is not None
-    assert not outside.plugin.embedded
+    assert not outside.plugin.inside
     assert info.bytes - outside.bytes == pytest.approx(plugin_library.stat().st_size, abs=4096)
 
 
@@ -230,7 +230,7 @@ def test_plans_without_their_plugin_inside(
     monkeypatch.setattr(plugin, "load", lambda module, path: loaded.append(path))
     copy = tmp_path / "copy.so"
     copy.write_bytes(plugin_library.read_bytes())
-    facts = PluginFacts.of(copy, embedded=False)
+    facts = PluginFacts.of(copy, inside=False)
     trt_backend.TrtBackend(contract, fake.plan, facts)
     assert loaded == [copy]
     moved = copy.rename(tmp_path / "moved.so")
@@ -242,7 +242,7 @@ def test_plans_without_their_plugin_inside(
     moved.write_bytes(moved.read_bytes() + b"\0")
     with pytest.raises(EngineError, match=r"moved.so is not the plugin that this engine was built with"):
         trt_backend.TrtBackend(contract, fake.plan, facts)
-    trt_backend.TrtBackend(contract, fake.plan, dataclasses.replace(facts, embedded=True))
+    trt_backend.TrtBackend(contract, fake.plan, dataclasses.replace(facts, inside=True))
     assert loaded == [copy, moved]
 
 

@@ -90,7 +90,7 @@ def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None)
             runtime = module.Runtime(log.interface)
         except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
             raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
-        if plugin is not None and plugin.embedded:
+        if plugin is not None and plugin.inside:
             runtime.engine_host_code_allowed = True  # the library inside; the plan's hash was checked
         elif plugin is not None:
             plugins.load(module, plugins.find(plugin))
