@@ -77,7 +77,7 @@ def test_masses_of_any_size(log_mass: float) -> None:
 
 def test_nothing_of_what_a_slot_no_longer_holds_is_attended() -> None:
     layer = LAYERS["sink, sliding"]
-    q, k, v, log_phi, psi = inputs(layer)
+    q, k, *_ = inputs(layer)
     queries = torch.arange(TOKENS)
     left = simulate.evictions(simulate.logits(q, k, layer), layer)
     seen, state = simulate.visible(left, queries, layer.window), simulate.absorbed(left, queries)

@@ -1,0 +1,115 @@
+"""Negative log likelihood per token, by the streaming code or by a simulation of it over whole sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import simulate
+from ..errors import UsageError
+from ..runtime.backend import Backend
+from ..surgery import AttentionCall, less_attention
+from .variants import Variant
+
+Nll = npt.NDArray[np.float64]
+#: Rows of logits that are brought to f32 at a time.
+_ROWS = 4
+
+
+def attention(variant: Variant, chunk: int) -> Callable[[AttentionCall], Tensor]:
+    """The attention of every layer over whole sequences, as ``variant`` would compute it in steps of ``chunk``."""
+
+    def attend(call: AttentionCall) -> Tensor:
+        features = None
+        if call.layer in variant.kernels:
+            made = variant.kernels[call.layer]
+            features = made.log_phi(call.q), made.psi(call.k)
+        return simulate.attend(call.q, call.k, call.v, variant.plan[call.layer], features, chunk)
+
+    return attend
+
+
+@torch.inference_mode()
+def simulated(
+    model: PreTrainedModel,
+    ids: Tensor,
+    variant: Variant,
+    chunk: int,
+    positions: Tensor,
+    step: Callable[[], Any] = lambda: None,
+) -> Nll:
+    """What a streaming run with steps of ``chunk`` tokens would find, several times faster.
+
+    Args:
+        ids: [N,L]. positions: [P], ascending; entry p scores the token at p + 1 given those up to p.
+
+    Returns:
+        [N,P] in nats.
+    """
+    head = model.get_output_embeddings()
+    places = positions.to(model.device)
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, places], *args[1:]))
+    found = []
+    try:
+        with less_attention(model, attention(variant, chunk)):
+            for row in ids:
+                row = row[None].to(model.device)
+                steps = torch.arange(row.shape[1], device=row.device)[None]
+                logits = model(input_ids=row, position_ids=steps, use_cache=False).logits[0]
+                found.append(_nll(logits, row[0, places + 1]).cpu().double().numpy())
+                step()
+    finally:
+        hook.remove()
+    return np.stack(found)
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """[P,V] and [P] -> [P], in f32 without a copy of all the logits."""
+    return torch.cat(
+        [
+            torch.logsumexp(x.float(), -1) - x.gather(1, t[:, None])[:, 0].float()
+            for x, t in zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+        ]
+    )
+
+
+def streamed(
+    backend: Backend,
+    ids: npt.NDArray[np.int64],
+    chunk: int,
+    positions: Sequence[int],
+    step: Callable[[], Any] = lambda: None,
+) -> Nll:
+    """The same through a backend's steps, as generation runs them.
+
+    Raises:
+        UsageError: chunks of more than one token from an artifact that gives only the last one's logits.
+    """
+    contract = backend.contract
+    if chunk > 1 and contract.logits != "all":
+        raise UsageError(
+            f"--chunk {chunk} needs the logits of every token: export with --logits all, or take --chunk 1"
+        )
+    chunk = min(chunk, contract.chunk)
+    found = np.empty((len(ids), len(positions)))
+    column = {p: c for c, p in enumerate(positions)}
+    for begin in range(0, len(ids), contract.max_batch):
+        rows = ids[begin : begin + contract.max_batch]
+        backend.open(len(rows))
+        for at in range(0, max(positions) + 1, chunk):
+            piece = rows[:, at : at + chunk]
+            logits = backend.step(piece, np.full(len(rows), piece.shape[1]))
+            for offset in range(piece.shape[1]):
+                place = column.get(at + offset)
+                if place is not None:
+                    scores = torch.from_numpy(np.ascontiguousarray(logits[:, offset]))
+                    nll = _nll(scores, torch.from_numpy(rows[:, at + offset + 1]))
+                    found[begin : begin + len(rows), place] = nll.double().numpy()
+            step()
+    return found
