@@ -63,7 +63,9 @@ class Bars:
             task = bars.add_task(name, total=total, words="")
 
             def step(words: str = "", pieces: int = 1) -> None:
-                bars.update(task, advance=pieces, **({"words": words} if words else {}))
+                if words:
+                    bars.update(task, words=words)
+                bars.advance(task, pieces)
 
             yield step
 

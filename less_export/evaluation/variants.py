@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from ..config import ExportConfig, Layer, plan_layers
 from ..contract import ITEM_BYTES, STATE_FIELDS, LayerSpec, Policy
 from ..errors import UsageError
-from ..feature_maps import FeatureMap, Kernels
+from ..feature_maps import ExpMap, FeatureMap, Heads, Kernels
 from ..policies import POLICIES
 
 #: ``sparse+4`` gives the sparse cache the 4 tokens of the paper (section 4.1), ``sparse+bytes`` every byte that
@@ -89,7 +89,7 @@ def build(
     for kind in kinds:
         used: Mapping[int, FeatureMap] = {}
         if kind == "full":
-            plan = tuple(_full(s) for s in less)
+            plan = tuple(_full(s, context) for s in less)
         elif kind == "less":
             plan, used = less, {i: m for i, m in kernels.layers.items() if less[i].absorb}
         else:
@@ -103,10 +103,17 @@ def _more(kind: Kind, spec: LayerSpec, dtype: str) -> int:
     return {"sparse": 0, "sparse+4": PAPER_TOKENS, "sparse+bytes": extra_tokens(spec, dtype)}[kind]
 
 
-def _full(spec: LayerSpec) -> LayerSpec:
+def _full(spec: LayerSpec, context: int) -> LayerSpec:
     """The layer with everything it would see without LESS."""
     if spec.window:
         return replace(
             spec, policy=Policy.WINDOW, heavy=0, recent=spec.window, absorb=False, capacity=spec.window, rank=1
         )
-    return replace(spec, policy=Policy.FULL, heavy=0, recent=1, absorb=False, capacity=1, rank=1)
+    return replace(spec, policy=Policy.FULL, heavy=0, recent=context, absorb=False, capacity=context, rank=1)
+
+
+def stand_in(layers: Sequence[Layer], config: ExportConfig, context: int, rank: int) -> Kernels:
+    """Kernels of ``rank`` on every layer that would absorb: for counting bytes, not for computing."""
+    plan = plan_layers(layers, config, context, dict.fromkeys(range(len(layers)), rank))
+    heads = [Heads(s.query_heads, s.kv_heads, s.head_dim) for s in plan]
+    return Kernels({i: ExpMap(heads[i], rank, 1) for i, s in enumerate(plan) if s.absorb}, {})

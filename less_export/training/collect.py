@@ -55,13 +55,12 @@ class Activations:
         return set(json.loads(mark.read_text())) if mark.exists() else set()
 
     def mark_done(self, layers: Sequence[int]) -> None:
-        write_atomically(self.folder / _MARK, json.dumps(sorted(self.done() | set(layers))).encode())
+        write_atomically(self.folder / _MARK, json.dumps(sorted(layers)).encode())
 
-    def drop(self, layer: int) -> None:
+    def drop(self) -> None:
         """Give the disk space back."""
-        left = self.done() - {layer}
-        write_atomically(self.folder / _MARK, json.dumps(sorted(left)).encode())
-        self._file(layer).unlink(missing_ok=True)
+        for file in (self.folder / _MARK, *self.folder.glob("layer_*.bin")):
+            file.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -125,10 +124,10 @@ def output_projections(model: PreTrainedModel, plan: Sequence[LayerSpec]) -> dic
         if waiting:
             layer = waiting.pop()
             width = plan[layer].query_heads * plan[layer].head_dim
-            weight = module.get_parameter("weight")
+            weight = module.get_parameter("weight").detach()
             weight = weight if isinstance(module, Conv1D) else weight.T
             if weight.shape[0] == width:
-                found[layer] = weight.detach().float()
+                found[layer] = weight.float()
 
     with _hooks(model, linear), less_attention(model, attention), torch.no_grad():
         _forward(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))

@@ -22,6 +22,9 @@ from . import start
 
 #: Queries attended at a time while preparing and validating: bounds memory.
 _QUERIES = 256
+#: Rows prepared at a time, and the most bytes that their logits may take.
+_ROWS = 8
+_LOGITS = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,11 @@ def prepare(activations: Tensor, layer: LayerSpec, projection: Tensor, device: s
     sizes = (layer.query_heads, layer.kv_heads, layer.kv_heads)
     parts: list[list[Tensor]] = []
     projection = projection.to(device)
-    for begin in range(0, len(activations), 8):  # several rows at a time: the eviction loop is the same for one
-        q, k, v = (x.to(device) for x in activations[begin : begin + 8].split(sizes, 1))
+    length = activations.shape[2]
+    # Several rows at a time, since the eviction loop is the same for one, but not too many logits at once.
+    some = max(1, min(_ROWS, _LOGITS // (4 * layer.query_heads * length * length)))
+    for begin in range(0, len(activations), some):
+        q, k, v = (x.to(device) for x in activations[begin : begin + some].split(sizes, 1))
         scores = simulate.logits(q, k, layer)
         left = simulate.evictions(scores, layer)
         steps = torch.arange(q.shape[2], device=device)
