@@ -28,6 +28,8 @@ every evicted token) to ONNX and TensorRT. Memory stays constant however long th
   less-export MODEL --out DIR|x.onnx|x.plan   export (this command)
   less-export generate BUNDLE --prompt TEXT   generate with what was exported
   less-export train MODEL --data TEXT --out FILE  train the kernels of the low-rank term
+  less-export eval BUNDLE|MODEL --data TEXT   what the cache costs in perplexity, against sparse and full
+  less-export import-kernels DIR --out FILE   read the paper's authors' kernels
   less-export check BUNDLE                    compare it with the torch reference
   less-export info BUNDLE                     show what is in it
   less-export recipes                         list the named models
@@ -53,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "check": _check,
         "info": _info,
         "recipes": _recipes,
-        "train": _train,
+        "train": lambda words: _quality("train", words),
+        "import-kernels": lambda words: _quality("import_kernels", words),
+        "eval": lambda words: _quality("evaluate", words),
     }
     try:
         with _plain_warnings(verbose):
@@ -252,10 +256,10 @@ def _read_text(path: str) -> str:
 # ------------------------------------------------------------------ kernels
 
 
-def _train(arguments: list[str]) -> int:
-    from .cli_quality import train
+def _quality(command: str, arguments: list[str]) -> int:
+    from . import cli_quality
 
-    return train(arguments)
+    return int(getattr(cli_quality, command)(arguments))
 
 
 # ------------------------------------------------------------------ check, info, recipes

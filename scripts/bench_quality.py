@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from bench_common import RESULTS, machine
 
 from less_export.config import ExportConfig, plan_layers
 from less_export.evaluation import perplexity, statistics, variants
-from less_export.feature_maps import Kernels
+from less_export.feature_maps import FeatureMap, Kernels
 from less_export.files import write_atomically
 from less_export.progress import Bars
 from less_export.sources import resolve
@@ -127,27 +127,27 @@ class Bench:
         }
 
     def full(self, domain: str = "in") -> None:
-        none = variants.build(["full"], self.layers, SETTINGS[0].config(), LENGTH, Kernels({}, {}))[0]
+        none = self._variant("full", SETTINGS[0], {}, 8)
         self.row(f"{domain} | full", lambda: self.perplexity(none, domain, 1))
+
+    def _variant(self, kind: variants.Kind, s: Setting, maps: Mapping[int, FeatureMap], rank: int) -> variants.Variant:
+        """A cache of the setting; without kernels, every compressed layer counts as one of ``rank``."""
+        ranks = {i: m.rank for i, m in maps.items()} or dict.fromkeys(range(len(self.layers)), rank)
+        plan = plan_layers(self.layers, s.config(), LENGTH, ranks)
+        return variants.build([kind], plan, maps, LENGTH, "bfloat16")[0]
 
     def baseline(self, s: Setting, kind: variants.Kind, domain: str = "in", chunk: int = 1, rank: int = 8) -> None:
         """A sparse cache; what it gets back is counted against kernels of ``rank`` on every compressed layer."""
         more = f" R{rank}" if kind == "sparse+bytes" else ""
         key = f"{domain} | {s.name} | {kind}{more} | chunk {chunk}"
-
-        def make() -> dict[str, Any]:
-            stand_in = variants.stand_in(self.layers, s.config(), LENGTH, rank)
-            variant = variants.build([kind], self.layers, s.config(), LENGTH, stand_in)[0]
-            return self.perplexity(variant, domain, chunk)
-
-        self.row(key, make)
+        self.row(key, lambda: self.perplexity(self._variant(kind, s, {}, rank), domain, chunk))
 
     def less(self, s: Setting, r: Recipe, domain: str = "in", chunk: int = 1) -> None:
         self.trained(s, [r])
 
         def make() -> dict[str, Any]:
             kernels = Kernels.load(self._file(s, r))
-            variant = variants.build(["less"], self.layers, s.config(), LENGTH, kernels)[0]
+            variant = self._variant("less", s, kernels.layers, r.rank)
             return {"kernel_bytes": kernels.nbytes(), **self.perplexity(variant, domain, chunk)}
 
         self.row(f"{domain} | {s.name} | less {r.name} | chunk {chunk}", make)

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ..config import ExportConfig, Layer, plan_layers
 from ..contract import ITEM_BYTES, STATE_FIELDS, LayerSpec, Policy
 from ..errors import UsageError
-from ..feature_maps import ExpMap, FeatureMap, Heads, Kernels
+from ..feature_maps import FeatureMap
 from ..policies import POLICIES
 
 #: ``sparse+4`` gives the sparse cache the 4 tokens of the paper (section 4.1), ``sparse+bytes`` every byte that
 #: LESS adds to a sequence.
 Kind = Literal["full", "sparse", "sparse+4", "sparse+bytes", "less"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+#: Baselines, the hardest to beat first.
+BASELINES: tuple[Kind, ...] = ("sparse+bytes", "sparse+4", "sparse")
 PAPER_TOKENS = 4
 
 
@@ -31,6 +32,10 @@ class Variant:
     def state_bytes(self, dtype: str) -> int:
         """Bytes of one sequence's state, cache included."""
         return sum(layer_bytes(s, dtype) for s in self.plan)
+
+    def first(self) -> int:
+        """First position whose query may be without a token that the full cache has."""
+        return max((s.capacity for s in self.plan if s.policy not in (Policy.WINDOW, Policy.FULL)), default=0) + 1
 
 
 def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
@@ -57,6 +62,40 @@ def extra_tokens(spec: LayerSpec, dtype: str) -> int:
     return -(-added // token)
 
 
+def build(
+    kinds: Sequence[Kind], plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap], context: int, dtype: str
+) -> list[Variant]:
+    """The variants of a comparison.
+
+    Args:
+        plan: that of LESS. maps: its kernels, needed for "less" only. context: tokens the full cache must hold.
+        dtype: that of the cache, which bytes are counted in.
+
+    Raises:
+        UsageError: LESS without kernels.
+    """
+    made = []
+    for kind in kinds:
+        if kind == "full":
+            made.append(Variant(kind, tuple(_full(s, context) for s in plan), {}))
+        elif kind == "less":
+            used = {i: maps[i] for i, s in enumerate(plan) if s.absorb and i in maps}
+            if not used:
+                raise UsageError(
+                    "no layer has kernels, so LESS is the sparse cache: give --kernels, or drop less from --compare"
+                )
+            made.append(Variant(kind, tuple(plan), used))
+        else:
+            grown = (_grown(s, _more(kind, s, dtype)) if s.absorb else s for s in plan)
+            made.append(Variant(kind, tuple(grown), {}))
+    return made
+
+
+def _more(kind: Kind, spec: LayerSpec, dtype: str) -> int:
+    """Slots that a sparse baseline gets back."""
+    return {"sparse": 0, "sparse+4": PAPER_TOKENS, "sparse+bytes": extra_tokens(spec, dtype)}[kind]
+
+
 def _grown(spec: LayerSpec, more: int) -> LayerSpec:
     """The layer with ``more`` slots, split as its policy splits a budget, and without a low-rank term."""
     split = POLICIES[spec.policy].split
@@ -66,54 +105,7 @@ def _grown(spec: LayerSpec, more: int) -> LayerSpec:
     return replace(spec, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=heavy + recent)
 
 
-def build(
-    kinds: Sequence[Kind],
-    layers: Sequence[Layer],
-    config: ExportConfig,
-    context: int,
-    kernels: Kernels,
-    dtype: str = "bfloat16",
-) -> list[Variant]:
-    """The variants of a comparison; ``dtype`` is that of the cache, which bytes are counted in.
-
-    Raises:
-        UsageError: LESS without kernels.
-    """
-    ranks = {i: m.rank for i, m in kernels.layers.items()}
-    less = plan_layers(layers, config, context, ranks)
-    if "less" in kinds and not any(s.absorb for s in less):
-        raise UsageError(
-            "no layer has kernels, so LESS is the sparse cache: give --kernels, or drop less from --compare"
-        )
-    made = []
-    for kind in kinds:
-        used: Mapping[int, FeatureMap] = {}
-        if kind == "full":
-            plan = tuple(_full(s, context) for s in less)
-        elif kind == "less":
-            plan, used = less, {i: m for i, m in kernels.layers.items() if less[i].absorb}
-        else:
-            plan = tuple(_grown(s, _more(kind, s, dtype)) if s.absorb else s for s in less)
-        made.append(Variant(kind, plan, used))
-    return made
-
-
-def _more(kind: Kind, spec: LayerSpec, dtype: str) -> int:
-    """Slots that a sparse baseline gets back."""
-    return {"sparse": 0, "sparse+4": PAPER_TOKENS, "sparse+bytes": extra_tokens(spec, dtype)}[kind]
-
-
 def _full(spec: LayerSpec, context: int) -> LayerSpec:
     """The layer with everything it would see without LESS."""
-    if spec.window:
-        return replace(
-            spec, policy=Policy.WINDOW, heavy=0, recent=spec.window, absorb=False, capacity=spec.window, rank=1
-        )
-    return replace(spec, policy=Policy.FULL, heavy=0, recent=context, absorb=False, capacity=context, rank=1)
-
-
-def stand_in(layers: Sequence[Layer], config: ExportConfig, context: int, rank: int) -> Kernels:
-    """Kernels of ``rank`` on every layer that would absorb: for counting bytes, not for computing."""
-    plan = plan_layers(layers, config, context, dict.fromkeys(range(len(layers)), rank))
-    heads = [Heads(s.query_heads, s.kv_heads, s.head_dim) for s in plan]
-    return Kernels({i: ExpMap(heads[i], rank, 1) for i, s in enumerate(plan) if s.absorb}, {})
+    policy, size = (Policy.WINDOW, spec.window) if spec.window else (Policy.FULL, context)
+    return replace(spec, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)
