@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> int:
     from .training.options import Processes, TrainConfig
 
     reports = job.train(model, out, texts, TrainConfig(**options), progress=Bars())
-    if Processes.join().first:
+    if Processes.here().first:
         made = reporting.table(
             "relative error of the layers' outputs", "layer", "sparse", "start", "LESS", "seconds", ""
         )

@@ -19,10 +19,12 @@ import torch
 from bench_common import RESULTS, machine
 
 from less_export.config import ExportConfig, plan_layers
+from less_export.contract import Contract
 from less_export.evaluation import perplexity, statistics, variants
 from less_export.feature_maps import FeatureMap, Kernels
 from less_export.files import write_atomically
 from less_export.progress import Bars
+from less_export.runtime.torch_backend import ModelBackend
 from less_export.sources import resolve
 from less_export.surgery import discover
 from less_export.training import collect, data, fit
@@ -117,14 +119,13 @@ class Bench:
 
     def perplexity(self, variant: variants.Variant, domain: str, chunk: int) -> dict[str, Any]:
         nll = perplexity.simulated(self.model, self.eval[domain].ids, variant, chunk, POSITIONS)
+        return {"state_bytes": variant.state_bytes("bfloat16"), **self._figures(nll)}
+
+    def _figures(self, nll: statistics.Nll) -> dict[str, Any]:
+        """A perplexity with its interval, and the mean of every sequence, which shares of gaps need."""
         found = statistics.perplexity(nll)
-        return {
-            "perplexity": found.value,
-            "low": found.low,
-            "high": found.high,
-            "state_bytes": variant.state_bytes("bfloat16"),
-            "sequences": [round(float(x), 6) for x in nll.mean(1)],
-        }
+        means = [round(float(x), 6) for x in nll.mean(1)]
+        return {"perplexity": found.value, "low": found.low, "high": found.high, "sequences": means}
 
     def full(self, domain: str = "in") -> None:
         none = self._variant("full", SETTINGS[0], {}, 8)
@@ -151,6 +152,29 @@ class Bench:
             return {"kernel_bytes": kernels.nbytes(), **self.perplexity(variant, domain, chunk)}
 
         self.row(f"{domain} | {s.name} | less {r.name} | chunk {chunk}", make)
+
+    def sweep(self, s: Setting, recipes: list[Recipe]) -> None:
+        """Other kernels for one setting, each beside the sparse cache of its bytes."""
+        self.trained(s, recipes)
+        for r in recipes:
+            self.less(s, r)
+            self.baseline(s, "sparse+bytes", rank=r.rank)
+
+    def stream(self, s: Setting, r: Recipe) -> None:
+        """The row of those kernels again, token by token through a backend."""
+        self.trained(s, [r])
+
+        def make() -> dict[str, Any]:
+            variant = self._variant("less", s, Kernels.load(self._file(s, r)).layers, r.rank)
+            contract = Contract(variant.plan, int(self.model.config.vocab_size), "bfloat16", 1, EVALUATION)
+            backend = ModelBackend(self.model, contract, Kernels(variant.kernels, {}))
+            ids = self.eval["in"].ids.numpy()
+            with self.bars.phase(f"streaming {s.name}", LENGTH) as step:
+                nll = perplexity.streamed(backend, ids, 1, POSITIONS.tolist(), step)
+            backend.close()
+            return self._figures(nll)
+
+        self.row(f"in | {s.name} | less {r.name} | streamed", make)
 
     # ------------------------------------------------------------ training
 
@@ -213,41 +237,37 @@ def _pydoc() -> str:
 
 def measure(b: Bench) -> None:
     """All rows, those that say most first."""
-    plain = Recipe()
-    first = SETTINGS[0]
+    plain, more = Recipe(), [Recipe(seed=1), Recipe(seed=2)]
+    first, whole = SETTINGS[0], SETTINGS[4]
     b.full()
     for s in SETTINGS:
         b.baseline(s, "sparse+bytes")
         b.less(s, plain)
     for s in SETTINGS:
-        b.baseline(s, "sparse")
         b.baseline(s, "sparse+4")
-    for s in SETTINGS[:4]:
-        b.trained(s, [Recipe(seed=1), Recipe(seed=2)])
-        for seed in (1, 2):
-            b.less(s, Recipe(seed=seed))
-    sweep = [Recipe(rank=4), Recipe(rank=16), Recipe(hidden=32), Recipe(hidden=64), Recipe(steps=0), Recipe(steps=1500)]
-    sweep += [Recipe(parametrisation="paper", hidden=512)]
-    b.trained(first, sweep)
-    for r in sweep:
-        b.less(first, r)
-    for rank in (4, 16):
-        b.baseline(first, "sparse+bytes", rank=rank)
+        b.baseline(s, "sparse")
     for domain in ("out", "shipped"):
         b.full(domain)
-        for s in (first, SETTINGS[4]):
-            b.baseline(s, "sparse+bytes", domain)
-            b.less(s, plain, domain)
+        b.baseline(first, "sparse+bytes", domain)
+        b.less(first, plain, domain)
+    for s in SETTINGS[:4]:
+        b.trained(s, more)
+        for r in more:
+            b.less(s, r)
+    b.sweep(first, [Recipe(steps=0), Recipe(rank=16), Recipe(rank=4), Recipe(hidden=64), Recipe(hidden=32)])
+    b.stream(first, plain)
+    b.sweep(first, [Recipe(steps=1500), Recipe(parametrisation="paper", hidden=512)])
     for s in (first, SETTINGS[2]):
         b.baseline(s, "sparse+bytes", chunk=256)
         b.less(s, plain, chunk=256)
-    b.trained(SETTINGS[4], [Recipe(seed=1), Recipe(seed=2)])
-    for seed in (1, 2):
-        b.less(SETTINGS[4], Recipe(seed=seed))
+    b.stream(SETTINGS[2], plain)
     for domain in ("out", "shipped"):
-        for s in SETTINGS[1:4]:
+        for s in SETTINGS[1:]:
             b.baseline(s, "sparse+bytes", domain)
             b.less(s, plain, domain)
+    b.trained(whole, more)
+    for r in more:
+        b.less(whole, r)
 
 
 def main() -> None:

@@ -30,8 +30,9 @@ class Variant:
     kernels: Mapping[int, FeatureMap]
 
     def state_bytes(self, dtype: str) -> int:
-        """Bytes of one sequence's state, cache included."""
-        return sum(layer_bytes(s, dtype) for s in self.plan)
+        """Bytes of one sequence's state; of the full cache only keys and values, as an ordinary decoder keeps them."""
+        plain = sum(2 * s.kv_heads * s.capacity * s.head_dim * ITEM_BYTES[dtype] for s in self.plan)
+        return plain if self.kind == "full" else sum(layer_bytes(s, dtype) for s in self.plan)
 
     def first(self) -> int:
         """First position whose query may be without a token that the full cache has."""

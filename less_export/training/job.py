@@ -91,18 +91,21 @@ def train(
     Raises:
         LessExportError: anything the user can mend; finished layers stay for the next run.
     """
-    processes = Processes.join()
+    processes = Processes.here()
     shown: Progress = (progress if processes.first else None) or Silent()
     config = replace(config or TrainConfig(), **options)
     out = Path(out)
     if out.is_dir() or not out.name:
         raise UsageError(f"--out {out} is a folder: give the name of a .safetensors file")
+    processes.join()
     try:
         job = _prepare(model, out, texts, config, processes, shown)
         _fit_all(job)
         return _finish(job, out)
     except OSError as error:
         raise LessExportError(f"cannot write {out} or beside it: {error.strerror or error}") from error
+    finally:
+        processes.leave()
 
 
 def _prepare(

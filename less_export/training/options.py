@@ -129,16 +129,23 @@ class Processes:
     count: int
 
     @classmethod
-    def join(cls) -> Processes:
-        count = int(os.environ.get("WORLD_SIZE", "1"))
-        if count > 1 and not torch.distributed.is_initialized():
+    def here(cls) -> Processes:
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def join(self) -> None:
+        """Meet the others."""
+        if self.count > 1:
             torch.distributed.init_process_group("gloo")
-        return cls(int(os.environ.get("RANK", "0")), count)
 
     def wait(self) -> None:
         """Until all are here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Part, also after an error: torchrun then ends the others."""
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
 
     @property
     def first(self) -> bool:
