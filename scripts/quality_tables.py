@@ -214,8 +214,17 @@ def times(q: Quality) -> tuple[list[str], list[list[str]]]:
     return ["setting", "recipe", "layers", "prepare a layer, s", "fit a layer, s", "all layers, s"], rows
 
 
-def missing(q: Quality) -> str:
-    """What the issue of the table is still without, in words."""
-    seeds = {s: len(q.less("in", s)) for s in q.settings()}
-    fewer = [f"{s} ({n})" for s, n in seeds.items() if n < 3]
-    return f"Fewer than three seeds so far: {', '.join(fewer)}." if fewer else ""
+PARTS = ("settings", "sweep", "domains", "orders", "memory", "times")
+
+
+def note(q: Quality, part: str) -> str:
+    """What a table's figures are, in words, before the machine."""
+    d = q.data
+    if part == "times":
+        return "one thread, beside other work on the machine; "
+    if part == "memory":
+        return f"16-bit cache, f32 state, one sequence of {d['length']:,} tokens; "
+    return (
+        f"{len(q.found[0].row['sequences'])} sequences of {d['length']:,} tokens, {d['positions']} positions each; "
+        "95% intervals by bootstrap over sequences; "
+    )

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import quality_tables
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -88,9 +91,16 @@ def decode_cost() -> str:
     return table(header, rows) + f"\n\n({what}; {where(data)})"
 
 
+def quality(part: str) -> str:
+    """One of the tables of the quality benchmark."""
+    found = quality_tables.Quality(results("quality"))
+    return table(*getattr(quality_tables, part)(found)) + f"\n\n({quality_tables.note(found, part)}{where(found.data)})"
+
+
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
+    makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}
 
     def fresh(match: re.Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n{makers[match[1]]()}\n<!-- end -->"
