@@ -28,6 +28,6 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--policy", choices=("h2o", "tova", "sink"), help="which tokens keep a slot (default: recipe's, or h2o)"
     )
-    group.add_argument("--budget", metavar="N|P%%", help="slots per layer and KV head (default: recipe's, or 5%%)")
+    group.add_argument("--budget", metavar="N|P%", help="slots per layer and KV head (default: recipe's, or 5%%)")
     group.add_argument("--context", type=int, metavar="N", help="tokens that a percentage refers to")
     group.add_argument("--compress-sliding", action="store_true", help="give sliding layers the policy too")

@@ -48,18 +48,17 @@ def quality() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=[3, 2])
     settings = [s for s in found.settings() if found.less("in", s)]
     caches = {"sparse": "sparse", "sparse+4": "+4 tokens", "sparse+bytes R8": "= bytes of LESS"}
-    for shift, (cache, label) in enumerate(caches.items()):
-        rows = [found.one("in", s, cache) for s in settings]
-        bars = [(i, r) for i, r in enumerate(rows) if r is not None]
-        left.bar([i + 0.2 * (shift - 1.5) for i, _ in bars], [r.row["perplexity"] for _, r in bars], 0.2, label=label)
+    for marker, (cache, label) in zip("v^s", caches.items(), strict=True):
+        rows = [(i, found.one("in", s, cache)) for i, s in enumerate(settings)]
+        shown = [(i, r.row["perplexity"]) for i, r in rows if r is not None]
+        left.plot(*zip(*shown, strict=True), marker, label=label) if shown else None
     less = [np.mean([f.row["perplexity"] for f in found.less("in", s)]) for s in settings]
-    left.bar([i + 0.3 for i in range(len(settings))], less, 0.2, label="LESS, R = 8")
+    left.plot(range(len(settings)), less, "o", label="LESS, R = 8")
     full = found.one("in", "", "full")
     if full is not None:
         left.axhline(full.row["perplexity"], color="black", linestyle=":", label="full cache")
     left.set_xticks(range(len(settings)), [s.replace(", ", "\n") for s in settings], fontsize=8)
     left.set_ylabel("perplexity, WikiText-2 test")
-    left.set_ylim(bottom=30)
     whole = [(s, r) for s, r in found.training if r == "R8 hidden 128 exp steps 500 seed 0"]
     layers = max((found.training[k] for k in whole), key=len)
     places = range(len(layers))

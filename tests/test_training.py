@@ -310,6 +310,17 @@ def test_shares_of_mixed_text() -> None:
         assert set(row[1:].tolist()) == {ord(name)}
 
 
+def test_a_local_dataset(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("Alice", "a cat")))
+    (source,) = data.read([f"hf:{tmp_path}:train"])
+    assert source.text == "Alice\na cat"
+    (tmp_path / "data.jsonl").write_text(json.dumps({"words": "Alice"}) + "\n")
+    with pytest.raises(UsageError, match="no column 'text'"):
+        data.read([f"hf:{tmp_path}"])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        data.read([f"hf:{tmp_path}/none"])
+
+
 def test_wikitext_is_put_back_to_plain_text() -> None:
     raw = " = = Robert Boulter = = \n \n He was 24 @-@ year old , and ( in 2000 ) won 1 @,@ 000 prizes . \n"
     assert data.plain(raw) == "Robert Boulter\nHe was 24-year old, and (in 2000) won 1,000 prizes. \n"

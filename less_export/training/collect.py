@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,16 +37,17 @@ class Activations:
     def _file(self, layer: int) -> Path:
         return self.folder / f"layer_{layer}.bin"
 
-    def tensor(self, layer: int) -> Tensor:
+    def shape(self, layer: int) -> torch.Size:
         spec = self._plan[layer]
-        shape = (self._count, spec.query_heads + 2 * spec.kv_heads, self._length, spec.head_dim)
-        size = math.prod(shape)
+        return torch.Size((self._count, spec.query_heads + 2 * spec.kv_heads, self._length, spec.head_dim))
+
+    def tensor(self, layer: int) -> Tensor:
+        shape = self.shape(layer)
+        size = shape.numel()
         return torch.from_file(str(self._file(layer)), shared=True, size=size, dtype=self._dtype).view(shape)
 
     def nbytes(self, layer: int) -> int:
-        spec = self._plan[layer]
-        heads = spec.query_heads + 2 * spec.kv_heads
-        return self._count * heads * self._length * spec.head_dim * self._dtype.itemsize
+        return self.shape(layer).numel() * self._dtype.itemsize
 
     def done(self) -> set[int]:
         """Layers whose files are whole."""

@@ -95,10 +95,11 @@ def _dataset(name: str) -> str:
     except ImportError:
         raise UsageError("--data hf:... needs the datasets library: pip install 'less-export[eval]'") from None
     path, _, split = name.partition(":")
-    parts = path.split("/")
-    config = parts.pop() if len(parts) == 3 else None
+    config = None
+    if not Path(path).exists() and path.count("/") == 2:
+        path, _, config = path.rpartition("/")
     try:
-        rows = datasets.load_dataset("/".join(parts), config, split=split or "train", streaming=True)
+        rows = datasets.load_dataset(path, config, split=split or "train", streaming=True)
         texts, room = [], MOST_CHARACTERS
         for row in rows:
             texts.append(str(row["text"]))

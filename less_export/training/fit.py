@@ -128,6 +128,16 @@ def prepare(activations: Tensor, layer: LayerSpec, projection: Tensor, device: s
     return Prepared(layer, projection, *(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
+def memory(layer: LayerSpec, projection: Tensor, shape: torch.Size, itemsize: int) -> int:
+    """Bytes that a layer takes while it is fitted: its :class:`Prepared` sequences and the largest temporaries.
+
+    shape, itemsize: of its activations [N,Hq+2Hk,T,D].
+    """
+    count, heads, length, width = shape
+    fixed = count * length * (heads * width * itemsize + 4 * layer.query_heads * (width + 1) + 4 * projection.shape[1])
+    return fixed + 4 * max(_LOGITS, 4 * layer.query_heads * length * length)
+
+
 def _loss(data: Prepared, made: FeatureMap, queries: Tensor, floor: Tensor) -> Tensor:
     added, _ = data.predict(made, queries)
     target = data.target[:, queries]

@@ -203,7 +203,12 @@ def _fit_all(job: _Job) -> None:
     into = collect.Activations(job.work / "activations", job.plan, len(ids), ids.shape[1], dtype)
     split = collect.groups(todo, into, DISK)
     size = max(sum(into.nbytes(i) for i in g) for g in split)
-    job.progress.say(f"{len(todo)} layers, {len(ids)} sequences, {size / 1e9:.2f} GB of activations on disk")
+    shapes = {i: into.shape(i) for i in todo}
+    most = max(fit.memory(job.plan[i], projections[i], s, dtype.itemsize) for i, s in shapes.items())
+    job.progress.say(
+        f"{len(todo)} layers, {len(ids)} sequences: {size / 1e9:.2f} GB of activations on disk, "
+        f"up to {most / 1e9:.2f} GB of memory while a layer is fitted"
+    )
     for group in split:
         if not set(group) <= into.done():
             share = (job.processes.rank, job.processes.count)
