@@ -61,6 +61,10 @@ SETTINGS = (
 )
 
 
+#: About the bytes of the first setting at R = 8 (50 slots), otherwise divided between slots and rank.
+SPLITS = ((Setting("h2o", "42"), 16), (Setting("h2o", "34"), 24))
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How kernels are made; the defaults are those of ``less-export train``."""
@@ -250,6 +254,9 @@ def measure(b: Bench) -> None:
         b.full(domain)
         b.baseline(first, "sparse+bytes", domain)
         b.less(first, plain, domain)
+    for s, rank in SPLITS:
+        b.baseline(s, "sparse+bytes", rank=rank)
+        b.less(s, Recipe(rank=rank))
     for s in SETTINGS[:4]:
         b.trained(s, more)
         for r in more:

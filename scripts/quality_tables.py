@@ -73,7 +73,13 @@ class Quality:
         return statistics.share_of_gap(full.nll, baseline.nll, np.mean([f.nll for f in less], 0))
 
     def settings(self) -> list[str]:
-        return list(dict.fromkeys(f.setting for f in self.found if f.setting))
+        """Those of the main table: budgets in percent."""
+        return list(dict.fromkeys(f.setting for f in self.found if "%" in f.setting))
+
+    def splits(self) -> list[str]:
+        """The first of them, and those with its bytes divided otherwise: budgets in tokens."""
+        others = dict.fromkeys(f.setting for f in self.found if f.setting and "%" not in f.setting)
+        return [self.settings()[0], *others]
 
 
 def _ppl(found: Found | None) -> str:
@@ -140,10 +146,28 @@ def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
+    """The same bytes as slots or as rank; all against the sparse cache of the first one's bytes."""
+    first, *_ = names = q.splits()
+    baseline = q.one("in", first, "sparse+bytes R8")
+    rows = []
+    for name in names:
+        mine = [f for f in q.found if f.setting == name and f.cache == "less" and f.domain == "in" and f.seed == 0]
+        mine = [f for f in mine if f.how == "chunk 1" and f.recipe and f.recipe[1:] == PLAIN[1:]]
+        if name == first:
+            mine = [f for f in mine if f.recipe == PLAIN]
+        for f in mine:
+            state, rank = f"{f.row['state_bytes'] / 1e6:.3f}", str(f.recipe[0] if f.recipe else "")
+            rows.append([name, rank, state, _ppl(f), _share(q.share("in", baseline, [f]))])
+    return ["setting", "R", "state, MB", "LESS", "share of the gap (= bytes of the first)"], rows
+
+
 def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
     rows = []
     names = {"in": "WikiText-2 test", "shipped": "held-out part of the shipped text", "out": "Python reference manual"}
     for setting in q.settings():
+        if not any(q.less(d, setting) for d in ("out", "shipped")):
+            continue
         for domain, label in names.items():
             less, baseline = q.less(domain, setting), q.one(domain, setting, "sparse+bytes R8")
             if less:
@@ -214,7 +238,7 @@ def times(q: Quality) -> tuple[list[str], list[list[str]]]:
     return ["setting", "recipe", "layers", "prepare a layer, s", "fit a layer, s", "all layers, s"], rows
 
 
-PARTS = ("settings", "sweep", "domains", "orders", "memory", "times")
+PARTS = ("settings", "splits", "sweep", "domains", "orders", "memory", "times")
 
 
 def note(q: Quality, part: str) -> str:

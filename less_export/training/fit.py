@@ -114,9 +114,7 @@ def prepare(activations: Tensor, layer: LayerSpec, projection: Tensor, device: s
     sizes = (layer.query_heads, layer.kv_heads, layer.kv_heads)
     parts: list[list[Tensor]] = []
     projection = projection.to(device)
-    length = activations.shape[2]
-    # Several rows at a time, since the eviction loop is the same for one, but not too many logits at once.
-    some = max(1, min(_ROWS, _LOGITS // (4 * layer.query_heads * length * length)))
+    some = _rows_at_a_time(layer, activations.shape[2])
     for begin in range(0, len(activations), some):
         q, k, v = (x.to(device) for x in activations[begin : begin + some].split(sizes, 1))
         scores = simulate.logits(q, k, layer)
@@ -135,7 +133,12 @@ def memory(layer: LayerSpec, projection: Tensor, shape: torch.Size, itemsize: in
     """
     count, heads, length, width = shape
     fixed = count * length * (heads * width * itemsize + 4 * layer.query_heads * (width + 1) + 4 * projection.shape[1])
-    return fixed + 4 * max(_LOGITS, 4 * layer.query_heads * length * length)
+    return fixed + 4 * _rows_at_a_time(layer, length) * 4 * layer.query_heads * length * length
+
+
+def _rows_at_a_time(layer: LayerSpec, length: int) -> int:
+    """Several rows, since the eviction loop is the same for one, but not too many logits at once."""
+    return max(1, min(_ROWS, _LOGITS // (4 * layer.query_heads * length * length)))
 
 
 def _loss(data: Prepared, made: FeatureMap, queries: Tensor, floor: Tensor) -> Tensor:
