@@ -248,7 +248,9 @@ def note(q: Quality, part: str) -> str:
         return "one thread, beside other work on the machine; "
     if part == "memory":
         return f"16-bit cache, f32 state, one sequence of {d['length']:,} tokens; "
+    full = q.one("in", "", "full") if part == "settings" else None
     return (
-        f"{len(q.found[0].row['sequences'])} sequences of {d['length']:,} tokens, {d['positions']} positions each; "
+        (f"full cache {full.row['perplexity']:.2f}; " if full else "")
+        + f"{len(q.found[0].row['sequences'])} sequences of {d['length']:,} tokens, {d['positions']} positions each; "
         "95% intervals by bootstrap over sequences; "
     )

@@ -295,6 +295,14 @@ def test_the_command(source: Path, text: Path, tmp_path: Path, run: Run) -> None
     assert json.dumps(Kernels.load(out).provenance)
 
 
+def test_without_text_the_shipped_one_is_used(source: Path, tmp_path: Path, run: Run) -> None:
+    result = run("train", source, "--out", tmp_path / "k.safetensors", *WORDS)
+    assert result.code == 0, result.err
+    assert "training on the text that ships with less-export" in result.err
+    (facts,) = Kernels.load(tmp_path / "k.safetensors").provenance["data"]
+    assert facts["name"] == "calibration"
+
+
 # ------------------------------------------------------------------ parts
 
 
