@@ -20,8 +20,8 @@ from .variants import Variant
 Nll = npt.NDArray[np.float64]
 #: Rows of logits that are brought to f32 at a time.
 _ROWS = 4
-#: Sequences simulated at a time: the eviction loop costs the same for one.
-_BATCH = 4
+#: Most sequences simulated at a time (the eviction loop costs the same for one), and most bytes of their logits.
+_BATCH, _LOGITS = 4, 512 << 20
 
 
 def attention(variant: Variant, chunk: int) -> Callable[[AttentionCall], Tensor]:
@@ -57,10 +57,12 @@ def simulated(
     head = model.get_output_embeddings()
     places = positions.to(model.device)
     hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, places], *args[1:]))
+    widest = max(s.query_heads for s in variant.plan)
+    batch = max(1, min(_BATCH, _LOGITS // (4 * widest * ids.shape[1] ** 2)))
     found = []
     try:
         with less_attention(model, attention(variant, chunk)):
-            for rows in ids.split(_BATCH):
+            for rows in ids.split(batch):
                 rows = rows.to(model.device)
                 steps = torch.arange(rows.shape[1], device=rows.device)[None].expand(len(rows), -1)
                 logits = model(input_ids=rows, position_ids=steps, use_cache=False).logits

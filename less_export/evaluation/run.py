@@ -89,22 +89,20 @@ def evaluate(
     if config.backend not in (None, "torch") and subject.own is None:
         raise UsageError(f"--backend {config.backend} runs bundles: export the model first, or take --backend torch")
     _warn_of_training_text(subject, [*inside, *outside])
+    maps = subject.kernels.layers
+    compared = [(budget, build(kinds, p, maps, config.seq_len, subject.cache_dtype)) for budget, p in plans]
+    first = max(v.first() for _, made in compared for v in made)  # the same positions for all of them
+    if first > config.seq_len - 2:
+        raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: raise it")
+    positions = torch.linspace(first, config.seq_len - 2, config.positions).long().unique()
     rows: list[Row] = []
     for domain, sources in (("in", inside), ("out", outside)):
         for source in sources:
             corpus = data.sequences([source], subject.encode, subject.bos, config.seqs, config.seq_len, None)
-            done: dict[Kind, Nll] = {}
-            for budget, plan in plans:
-                made = build(kinds, plan, subject.kernels.layers, config.seq_len, subject.cache_dtype)
-                first = max(v.first() for v in made)
-                if first > config.seq_len - 2:
-                    raise UsageError(
-                        f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: raise it"
-                    )
-                spread = torch.linspace(first, config.seq_len - 2, config.positions).long().unique()
-                done = {}
+            for budget, made in compared:
+                done: dict[Kind, Nll] = {}
                 for variant in made:
-                    nll, how = _score(subject, variant, corpus.ids, spread, config, progress, source.name)
+                    nll, how = _score(subject, variant, corpus.ids, positions, config, progress, source.name)
                     done[variant.kind] = nll
                     rows.append(_row(source.name, domain, budget, variant, how, done, subject, config.seed))
     return rows

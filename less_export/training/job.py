@@ -200,7 +200,9 @@ def _fit_all(job: _Job) -> None:
     projections = collect.output_projections(model, job.plan)
     dtype = next(model.parameters()).dtype
     ids = job.corpus.ids
-    into = collect.Activations(job.work / "activations", job.plan, len(ids), ids.shape[1], dtype)
+    into = collect.Activations(
+        job.work / str(dtype).replace("torch.", "activations_"), job.plan, len(ids), ids.shape[1], dtype
+    )
     split = collect.groups(todo, into, DISK)
     size = max(sum(into.nbytes(i) for i in g) for g in split)
     shapes = {i: into.shape(i) for i in todo}
