@@ -66,7 +66,7 @@ constexpr size_t kCounterBytes = 4096;
 // Why this layer cannot run, in words (a static string), or nullptr. `chunk` and `batch` are not looked at.
 char const* whyUnsupported(AttentionShape const& shape, AttentionRules const& rules) noexcept;
 
-// Scratch memory of one launch in bytes; grows with batch and chunk. Needs no device.
+// Scratch memory in bytes that is enough for every launch up to this batch and chunk. Needs no device.
 size_t workspaceBytes(AttentionShape const& shape, AttentionRules const& rules) noexcept;
 
 // Loads the kernels that `enqueue` would launch onto the current device, so that `enqueue` can be captured.

@@ -1,0 +1,27 @@
+// One step of the emulated kernels behind a C interface, for tests: scratch memory is of the exact size and poisoned.
+#include <cstring>
+#include <memory>
+
+#include "less_attention.h"
+
+extern "C" char const* less_why_unsupported(less::AttentionShape const* shape, less::AttentionRules const* rules) {
+    return less::whyUnsupported(*shape, *rules);
+}
+
+extern "C" void less_host_set_order(int order) { emu::order() = order; }
+extern "C" void less_host_set_blocks(int wanted) { emu::blocksWanted() = wanted; }
+
+// Returns a cudaError_t, or -1 where the counters were not left at zero.
+extern "C" int less_host_step(less::AttentionShape const* shape, less::AttentionRules const* rules,
+                              less::AttentionTensors const* tensors) {
+    size_t const bytes = less::workspaceBytes(*shape, *rules);
+    std::unique_ptr<unsigned char[]> const workspace(new unsigned char[bytes]);
+    std::memset(workspace.get(), 0xff, bytes);
+    std::unique_ptr<uint32_t[]> const counters(new uint32_t[less::kCounterBytes / sizeof(uint32_t)]());
+    if (cudaError_t const status = less::prepare(*shape, *rules)) return status;
+    cudaError_t const status = less::enqueue(*shape, *rules, *tensors, workspace.get(), counters.get(), nullptr);
+    for (size_t i = 0; i < less::kCounterBytes / sizeof(uint32_t); ++i) {
+        if (counters[i] != 0) return -1;
+    }
+    return status;
+}

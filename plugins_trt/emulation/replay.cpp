@@ -1,0 +1,91 @@
+// Runs recorded launches of the emulated kernels once more, for builds that cannot live inside Python (sanitizers).
+//
+// Usage: replay FILE ORDER...; FILE holds, for each launch, AttentionShape, AttentionRules and the 14 input tensors.
+// Every tensor gets a heap block of its exact size, so that the address sanitizer sees what lies beside it.
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "less_attention.h"
+
+namespace {
+
+using Block = std::unique_ptr<unsigned char[]>;
+
+struct Launch {
+    less::AttentionShape shape;
+    less::AttentionRules rules;
+    std::vector<std::vector<unsigned char>> inputs;
+};
+
+std::vector<size_t> inputBytes(less::AttentionShape const& s) {
+    size_t const item = s.dtype == less::DType::kFloat32 ? 4 : 2, batch = s.batch;
+    size_t const q = batch * s.queryHeads * s.chunk, k = batch * s.kvHeads * s.chunk, c = batch * s.kvHeads * s.slots;
+    size_t const r = batch * s.kvHeads * s.rank;
+    return {q * s.headDim * item,
+            k * s.headDim * item,
+            k * s.headDim * item,
+            q * s.rank * 4,
+            k * s.rank * item,
+            c * s.headDim * item,
+            c * s.headDim * item,
+            c * s.rank * item,
+            c * 4,
+            c * 4,
+            r * s.headDim * 4,
+            r * 4,
+            batch * 4,
+            batch * 4};
+}
+
+bool read(std::FILE* file, void* target, size_t bytes) { return std::fread(target, 1, bytes, file) == bytes; }
+
+Block copyOf(std::vector<unsigned char> const& bytes) {
+    Block block(new unsigned char[bytes.size()]);
+    std::memcpy(block.get(), bytes.data(), bytes.size());
+    return block;
+}
+
+cudaError_t run(Launch const& launch) {
+    std::vector<Block> blocks;
+    for (auto const& input : launch.inputs) blocks.push_back(copyOf(input));
+    Block const out(new unsigned char[launch.inputs[0].size()]);
+    Block const workspace(new unsigned char[less::workspaceBytes(launch.shape, launch.rules)]);
+    std::unique_ptr<uint32_t[]> const counters(new uint32_t[less::kCounterBytes / sizeof(uint32_t)]());
+    less::AttentionTensors tensors{};
+    auto* const pointers = reinterpret_cast<void**>(&tensors);
+    for (size_t i = 0; i < blocks.size(); ++i) pointers[i] = blocks[i].get();
+    pointers[14] = out.get();
+    for (size_t i = 0; i < 7; ++i) pointers[15 + i] = blocks[5 + i].get();
+    static_assert(sizeof(tensors) == 22 * sizeof(void*), "tensors are pointers, inputs first");
+    return less::enqueue(launch.shape, launch.rules, tensors, workspace.get(), counters.get(), nullptr);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    std::FILE* const file = argc > 2 ? std::fopen(argv[1], "rb") : nullptr;
+    if (file == nullptr) return 2;
+    std::vector<Launch> launches;
+    for (Launch launch; read(file, &launch.shape, sizeof launch.shape); launches.push_back(launch)) {
+        if (!read(file, &launch.rules, sizeof launch.rules)) return 2;
+        launch.inputs.clear();
+        for (size_t const bytes : inputBytes(launch.shape)) {
+            launch.inputs.emplace_back(bytes);
+            if (!read(file, launch.inputs.back().data(), bytes)) return 2;
+        }
+    }
+    std::fclose(file);
+    for (int i = 2; i < argc; ++i) {
+        emu::order() = std::atoi(argv[i]);
+        for (int const blocks : {1, 512}) {
+            emu::blocksWanted() = blocks;
+            for (Launch const& launch : launches) {
+                if (run(launch) != cudaSuccess) return 3;
+            }
+        }
+    }
+    std::printf("%zu launches\n", launches.size());
+    return 0;
+}

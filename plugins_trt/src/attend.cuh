@@ -1,0 +1,409 @@
+// Prefill (T > 1), what looks at queries and keys together: the attention itself, and the scores it leaves.
+//
+// attendKernel: grid (ceil(T / 64), Hq, B), 16 query rows a warp, over tiles of slots and then of the chunk.
+// scoreKernel: grid (ceil((C + T) / 64), Hk, B), 16 keys a warp, over tiles of all the group's queries: the sums over
+// queries of the attention probabilities, which need every query's final maximum and sum.
+#pragma once
+
+#include "rules.cuh"
+#include "tensor_ops.cuh"
+
+namespace less {
+
+struct PrefillParams {
+    AttentionRules rules;
+    AttentionShape shape;
+    AttentionTensors t;
+    float* peaks;   // [B,Hq,T] maximum logit of a query over slots and chunk
+    float* scales;  // [B,Hq,T] 1 / sum over those
+    float* gained;  // [B,Hk,C+T] score from this chunk
+    int* fates;     // [B,Hk,C+T] where a token goes, see settle.cuh
+    int* freed;     // [B,Hk,C] slots to fill
+};
+
+constexpr int kTileRows = 64;  // rows that a block owns, 16 a warp
+
+// Geometry of the tiles that stream by: W is D rounded up.
+template <class T, int W>
+struct Tiling {
+    static constexpr int kRows = W > 128 ? 32 : 64;
+    static constexpr int kStride = W + 16 / sizeof(T);  // no two rows of a matrix load in the same banks
+    static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int kVector = 16 / sizeof(T);  // elements of a copy
+    struct Tile {
+        T x[kRows * kStride];
+    };
+};
+
+// Rows of one operand that a warp keeps: rows g and g + 8 of its 16. 16-bit elements lie in registers as A fragments,
+// f32 stays where it is, in global memory.
+template <class T, int W>
+struct WarpRows {
+    uint32_t fragments[W / 16][4];
+    __device__ __forceinline__ void load(T const* low, T const* high, int D, int t) {
+#pragma unroll
+        for (int k = 0; k < W / 16; ++k) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                T const* const row = i & 1 ? high : low;
+                int const column = k * 16 + (i >> 1) * 8 + t * 2;
+                fragments[k][i] = row != nullptr && column < D ? *reinterpret_cast<uint32_t const*>(row + column) : 0u;
+            }
+        }
+    }
+    // s = rows * tile^T
+    template <int N>
+    __device__ __forceinline__ void multiply(float (&s)[N / 8][4], T const* tile, int stride, int D, int lane) const {
+        (void)D;
+#pragma unroll
+        for (int i = 0; i < N / 8; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
+#pragma unroll
+        for (int k = 0; k < W / 16; ++k) {
+#pragma unroll
+            for (int i = 0; i < N / 16; ++i) {
+                uint32_t b[4];
+                loadMatrices<false>(b, tile + (i * 16 + lane / 16 * 8 + lane % 8) * stride + k * 16 + lane / 8 % 2 * 8);
+                multiplyAdd<T>(s[2 * i], fragments[k], b);
+                multiplyAdd<T>(s[2 * i + 1], fragments[k], b + 2);
+            }
+        }
+    }
+};
+
+template <int W>
+struct WarpRows<float, W> {
+    float const* rows[2];
+    __device__ __forceinline__ void load(float const* low, float const* high, int, int) {
+        rows[0] = low;
+        rows[1] = high;
+    }
+    template <int N>
+    __device__ __forceinline__ void multiply(float (&s)[N / 8][4], float const* tile, int stride, int D,
+                                             int lane) const {
+#pragma unroll
+        for (int i = 0; i < N / 8; ++i) {
+            for (int e = 0; e < 4; ++e) {
+                float const* const row = rows[e >> 1];
+                float const* const other = tile + (i * 8 + lane % 4 * 2 + (e & 1)) * stride;
+                float sum = 0.f;
+                for (int d = 0; row != nullptr && d < D; ++d) sum += row[d] * other[d];
+                s[i][e] = sum;
+            }
+        }
+    }
+};
+
+// o += p * tile for the probabilities p [16 x N] of a warp.
+template <class T, int W, int N>
+__device__ __forceinline__ void accumulate(float (&o)[W / 8][4], float const (&p)[N / 8][4], T const* tile, int stride,
+                                           int lane) {
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+        for (int k = 0; k < N / 16; ++k) {
+            uint32_t const a[4] = {packed<T>(p[2 * k][0], p[2 * k][1]), packed<T>(p[2 * k][2], p[2 * k][3]),
+                                   packed<T>(p[2 * k + 1][0], p[2 * k + 1][1]),
+                                   packed<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
+#pragma unroll
+            for (int i = 0; i < W / 16; ++i) {
+                uint32_t b[4];
+                loadMatrices<true>(b, tile + (k * 16 + lane % 16) * stride + i * 16 + lane / 16 * 8);
+                multiplyAdd<T>(o[2 * i], a, b);
+                multiplyAdd<T>(o[2 * i + 1], a, b + 2);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N / 8; ++i) {
+            for (int owner = 0; owner < 4; ++owner) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float const low = __shfl_sync(~0u, p[i][e], lane / 4 * 4 + owner);
+                    float const high = __shfl_sync(~0u, p[i][2 + e], lane / 4 * 4 + owner);
+                    float const* const row = tile + (i * 8 + owner * 2 + e) * stride + lane % 4 * 2;
+#pragma unroll
+                    for (int n = 0; n < W / 8; ++n) {
+                        o[n][0] += low * row[n * 8];
+                        o[n][1] += low * row[n * 8 + 1];
+                        o[n][2] += high * row[n * 8];
+                        o[n][3] += high * row[n * 8 + 1];
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Where the j-th tile of [slots, chunk] lies: tiles never straddle the two.
+struct Source {
+    bool chunk;
+    int base, length;
+};
+__device__ __forceinline__ Source sourceOf(int tile, int rows, int slots, int chunk) {
+    int const slotTiles = (slots + rows - 1) / rows;
+    return tile < slotTiles ? Source{false, tile * rows, slots} : Source{true, (tile - slotTiles) * rows, chunk};
+}
+
+template <class T, int W>
+struct AttendShared {
+    using Tiles = Tiling<T, W>;
+    typename Tiles::Tile keys[Tiles::kStages], values[Tiles::kStages];
+    int positions[Tiles::kStages][Tiles::kRows];  // -1 where nothing may be seen
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) {
+    using Tiles = Tiling<T, W>;
+    constexpr int N = Tiles::kRows;
+    LESS_SHARED_MEMORY(raw);
+    auto& shared = *reinterpret_cast<AttendShared<T, W>*>(raw);
+    AttentionRules const rules = p.rules;
+    int const tid = threadIdx.x, warp = tid / kWarpSize, lane = tid % kWarpSize, g = lane / 4, t = lane % 4;
+    int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
+              R = p.shape.rank, chunk = p.shape.chunk;
+    int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
+    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G;
+    int const first = static_cast<int>(blockIdx.x) * kTileRows, low = first + warp * 16 + g;  // rows low and low + 8
+    T* const out = static_cast<T*>(p.t.out) + queryHead * chunk * D;
+    if (first >= count) {  // padding only
+        for (int x = tid; x < min(kTileRows, chunk - first) * D; x += kThreads) out[first * D + x] = fromFloat<T>(0.f);
+        return;
+    }
+    T const* const q = static_cast<T const*>(p.t.q) + queryHead * chunk * D;
+    WarpRows<T, W> queries;
+    queries.load(low < count ? q + low * D : nullptr, low + 8 < count ? q + (low + 8) * D : nullptr, D, t);
+
+    int const slotTiles = (C + N - 1) / N, tiles = slotTiles + (min(count, first + kTileRows) + N - 1) / N;
+    auto const fetch = [&](int tile, int stage) {
+        Source const from = sourceOf(tile, N, C, chunk);
+        T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + head * from.length * D;
+        T const* const values = static_cast<T const*>(from.chunk ? p.t.v : p.t.presentValue) + head * from.length * D;
+        constexpr int kVectors = W / Tiles::kVector;
+        for (int x = tid; x < N * kVectors; x += kThreads) {
+            int const row = x / kVectors, column = x % kVectors * Tiles::kVector, index = from.base + row;
+            int position = -1;
+            if (from.chunk) {
+                if (index < count) position = past + index;
+            } else if (index < C) {
+                position = p.t.presentPosition[head * C + index];
+            }
+            bool const wanted = position >= 0 && column < D;
+            long const offset = wanted ? static_cast<long>(index) * D + column : 0;
+            copyAsync(shared.keys[stage].x + row * Tiles::kStride + column, keys + offset, wanted);
+            copyAsync(shared.values[stage].x + row * Tiles::kStride + column, values + offset, wanted);
+            if (column == 0) shared.positions[stage][row] = position;
+        }
+        commitCopies();
+    };
+
+    float o[W / 8][4], peak[2] = {-kInfinity, -kInfinity}, mass[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < W / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+    if (Tiles::kStages > 1) fetch(0, 0);
+    for (int tile = 0; tile < tiles; ++tile) {
+        int const stage = Tiles::kStages > 1 ? tile % 2 : 0;
+        bool const ahead = Tiles::kStages > 1 && tile + 1 < tiles;
+        if (Tiles::kStages == 1) fetch(tile, 0);
+        if (ahead) fetch(tile + 1, stage ^ 1);
+        if (ahead) {
+            awaitCopies<1>();
+        } else {
+            awaitCopies<0>();
+        }
+        __syncthreads();
+        float s[N / 8][4];
+        queries.template multiply<N>(s, shared.keys[stage].x, Tiles::kStride, D, lane);
+        float top[2] = {peak[0], peak[1]};
+#pragma unroll
+        for (int i = 0; i < N / 8; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                int const position = shared.positions[stage][i * 8 + t * 2 + (e & 1)];
+                bool const seen = visible(rules, position, past + low + (e >> 1) * 8);
+                s[i][e] = seen ? s[i][e] * rules.scale : -kInfinity;
+                top[e >> 1] = fmaxf(top[e >> 1], s[i][e]);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+            top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+            float const shrink = expDifference(peak[r], top[r]);
+            peak[r] = top[r];
+            mass[r] *= shrink;
+#pragma unroll
+            for (int i = 0; i < W / 8; ++i) {
+                o[i][2 * r] *= shrink;
+                o[i][2 * r + 1] *= shrink;
+            }
+#pragma unroll
+            for (int i = 0; i < N / 8; ++i) {
+#pragma unroll
+                for (int e = 2 * r; e < 2 * r + 2; ++e) {
+                    s[i][e] = expDifference(s[i][e], top[r]);
+                    mass[r] += s[i][e];
+                }
+            }
+        }
+        accumulate<T, W, N>(o, s, shared.values[stage].x, Tiles::kStride, lane);
+        __syncthreads();
+    }
+
+    // ---- the low-rank term, and the output
+    float const* const h = p.t.presentH + head * R * D;
+    float const* const z = p.t.presentZ + head * R;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        mass[r] += __shfl_xor_sync(~0u, mass[r], 1);
+        mass[r] += __shfl_xor_sync(~0u, mass[r], 2);
+        int const query = low + r * 8;
+        if (query >= chunk) continue;
+        if (query >= count) {
+#pragma unroll
+            for (int i = 0; i < W / 8; ++i) {
+                int const d = i * 8 + t * 2;
+                if (d < D) out[query * D + d] = out[query * D + d + 1] = fromFloat<T>(0.f);
+            }
+            continue;
+        }
+        float const* const logPhi = p.t.logPhiQ + (queryHead * chunk + query) * R;
+        float all = peak[r];
+        if (rules.absorb) {
+            for (int f = 0; f < R; ++f) {
+                if (z[f] > 0.f) all = fmaxf(all, logPhi[f] + __logf(z[f]));
+            }
+        }
+        float const shrink = __expf(peak[r] - all);
+        float total = mass[r] * shrink;
+#pragma unroll
+        for (int i = 0; i < W / 8; ++i) {
+            o[i][2 * r] *= shrink;
+            o[i][2 * r + 1] *= shrink;
+        }
+        if (rules.absorb) {
+            for (int f = 0; f < R; ++f) {
+                if (!(z[f] > 0.f)) continue;
+                float const part = expDifference(logPhi[f] + __logf(z[f]), all), weight = part / z[f];
+                total += part;
+#pragma unroll
+                for (int i = 0; i < W / 8; ++i) {
+                    int const d = i * 8 + t * 2;
+                    if (d >= D) continue;
+                    o[i][2 * r] += weight * h[f * D + d];
+                    o[i][2 * r + 1] += weight * h[f * D + d + 1];
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < W / 8; ++i) {
+            int const d = i * 8 + t * 2;
+            if (d >= D) continue;
+            out[query * D + d] = fromFloat<T>(o[i][2 * r] / total);
+            out[query * D + d + 1] = fromFloat<T>(o[i][2 * r + 1] / total);
+        }
+        if (t == 0 && keepsScores(rules)) {
+            p.peaks[queryHead * chunk + query] = peak[r];
+            p.scales[queryHead * chunk + query] = 1.f / mass[r];
+        }
+    }
+}
+
+template <class T, int W>
+struct ScoreShared {
+    using Tiles = Tiling<T, W>;
+    typename Tiles::Tile queries[Tiles::kStages];
+    float peaks[Tiles::kStages][Tiles::kRows], scales[Tiles::kStages][Tiles::kRows];
+};
+
+template <class T, int W>
+__global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
+    using Tiles = Tiling<T, W>;
+    constexpr int N = Tiles::kRows;
+    LESS_SHARED_MEMORY(raw);
+    auto& shared = *reinterpret_cast<ScoreShared<T, W>*>(raw);
+    AttentionRules const rules = p.rules;
+    int const tid = threadIdx.x, warp = tid / kWarpSize, lane = tid % kWarpSize, g = lane / 4, t = lane % 4;
+    int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
+              chunk = p.shape.chunk;
+    int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
+    long const head = static_cast<long>(batch) * Hk + blockIdx.y;
+    if (count <= 0) return;
+    Source const from = sourceOf(blockIdx.x, kTileRows, C, chunk);
+    if (from.chunk && from.base >= count) return;
+    T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + head * from.length * D;
+    int position[2];
+    T const* rows[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        int const index = from.base + warp * 16 + g + r * 8;
+        position[r] = -1;
+        if (from.chunk) {
+            if (index < count) position[r] = past + index;
+        } else if (index < C) {
+            position[r] = p.t.presentPosition[head * C + index];
+        }
+        rows[r] = position[r] >= 0 ? keys + static_cast<long>(index) * D : nullptr;
+    }
+    WarpRows<T, W> warpKeys;
+    warpKeys.load(rows[0], rows[1], D, t);
+
+    // Queries that count: all of them, or the last; none of those before a key of the chunk.
+    int const start = rules.policy == Policy::kTova ? count - 1 : 0;
+    int const skipped = (from.chunk ? max(start, from.base) : start) / N;
+    int const perHead = (count + N - 1) / N - skipped, tiles = perHead * G;
+    auto const fetch = [&](int tile, int stage) {
+        long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y * G + tile / perHead;
+        int const base = (skipped + tile % perHead) * N;
+        T const* const q = static_cast<T const*>(p.t.q) + queryHead * chunk * D;
+        constexpr int kVectors = W / Tiles::kVector;
+        for (int x = tid; x < N * kVectors; x += kThreads) {
+            int const row = x / kVectors, column = x % kVectors * Tiles::kVector, query = base + row;
+            bool const wanted = query >= start && query < count && column < D;
+            copyAsync(shared.queries[stage].x + row * Tiles::kStride + column,
+                      q + (wanted ? static_cast<long>(query) * D + column : 0), wanted);
+            if (column == 0) {  // a query that does not count has scale 0
+                shared.peaks[stage][row] = wanted ? p.peaks[queryHead * chunk + query] : 0.f;
+                shared.scales[stage][row] = wanted ? p.scales[queryHead * chunk + query] : 0.f;
+            }
+        }
+        commitCopies();
+    };
+
+    float gained[2] = {0.f, 0.f};
+    if (Tiles::kStages > 1) fetch(0, 0);
+    for (int tile = 0; tile < tiles; ++tile) {
+        int const stage = Tiles::kStages > 1 ? tile % 2 : 0;
+        bool const ahead = Tiles::kStages > 1 && tile + 1 < tiles;
+        if (Tiles::kStages == 1) fetch(tile, 0);
+        if (ahead) fetch(tile + 1, stage ^ 1);
+        if (ahead) {
+            awaitCopies<1>();
+        } else {
+            awaitCopies<0>();
+        }
+        __syncthreads();
+        float s[N / 8][4];
+        warpKeys.template multiply<N>(s, shared.queries[stage].x, Tiles::kStride, D, lane);
+        int const now = past + (skipped + tile % perHead) * N + t * 2;
+#pragma unroll
+        for (int i = 0; i < N / 8; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                int const column = i * 8 + t * 2 + (e & 1);
+                if (visible(rules, position[e >> 1], now + i * 8 + (e & 1)) && shared.scales[stage][column] > 0.f) {
+                    gained[e >> 1] +=
+                        __expf(s[i][e] * rules.scale - shared.peaks[stage][column]) * shared.scales[stage][column];
+                }
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        gained[r] += __shfl_xor_sync(~0u, gained[r], 1);
+        gained[r] += __shfl_xor_sync(~0u, gained[r], 2);
+        int const index = from.base + warp * 16 + g + r * 8;
+        if (t == 0 && position[r] >= 0) p.gained[head * (C + chunk) + (from.chunk ? C : 0) + index] = gained[r];
+    }
+}
+
+}  // namespace less

@@ -1,0 +1,426 @@
+// One decode step (T = 1) of a layer in one launch: grid (splits, Hk, B).
+//
+// Each block reads its share of a KV head's slots once, for all query heads of the group, with a running maximum per
+// head. The block that finishes last (the only one where there is one split) merges the shares in order, adds the new
+// token and the low-rank term, updates the scores, chooses who leaves, absorbs it into H and z while it reads H for the
+// output, and stores the new token.
+#pragma once
+
+#include "rules.cuh"
+
+namespace less {
+
+struct DecodeParams {
+    AttentionRules rules;
+    AttentionShape shape;
+    AttentionTensors t;
+    int splits;
+    float* logits;       // [B,Hk,G,C], or nullptr: they stay in shared memory
+    float* partials;     // [B,Hk,splits,G,D+2] accumulator, maximum, sum; nullptr: one split, one tile of heads
+    uint32_t* counters;  // [B*Hk] where splits > 1
+};
+
+// Shared memory of a block, in floats.
+template <int LPR, int GT>
+struct DecodeLayout {
+    static constexpr int kWidth = LPR * 8;                     // D, rounded up
+    static constexpr int kAcc = 0;                             // [kWarps][GT][kWidth]
+    static constexpr int kPeak = kAcc + kWarps * GT * kWidth;  // [kWarps][GT]
+    static constexpr int kMass = kPeak + kWarps * GT;          // [kWarps][GT]
+    static constexpr int kReduce = kMass + kWarps * GT;        // [kWarps] of Choice, 24 bytes each, and a flag
+    static constexpr int kHeads = kReduce + kWarps * 6 + 2;    // per head: see Head
+    static constexpr int kHeadStats = 6;
+    static int floats(int group, int rank, int keptLogits) {
+        return kHeads + group * (kHeadStats + rank) + rank + group * keptLogits;
+    }
+};
+
+// What a block finds out about the slots of its head.
+struct Choice {
+    unsigned long long victim;  // (score, ~index) of the lowest score among those that compete
+    int free;                   // first slot that holds nothing or something that leaves by position
+    int leaving;                // first slot that leaves by position
+    int leavers;                // how many do
+    int stayers;                // how many may stay
+};
+
+__device__ __forceinline__ Choice combined(Choice const& a, Choice const& b) {
+    return {min(a.victim, b.victim), min(a.free, b.free), min(a.leaving, b.leaving), a.leavers + b.leavers,
+            a.stayers + b.stayers};
+}
+
+// To be called once: the scratch is not protected from another use.
+__device__ __forceinline__ Choice blockCombined(Choice mine, Choice* scratch) {
+    mine = {warpMin(mine.victim), warpMin(mine.free), warpMin(mine.leaving), warpSum(mine.leavers),
+            warpSum(mine.stayers)};
+    int const tid = threadIdx.x;
+    if (tid % kWarpSize == 0) scratch[tid / kWarpSize] = mine;
+    __syncthreads();
+    Choice all = scratch[0];
+    for (int w = 1; w < kWarps; ++w) all = combined(all, scratch[w]);
+    return all;
+}
+
+template <class T, int LPR, int GT>
+__global__ void __launch_bounds__(kThreads) decodeKernel(DecodeParams const p) {
+    using Layout = DecodeLayout<LPR, GT>;
+    constexpr int kWidth = Layout::kWidth;
+    constexpr int kRowsPerWarp = kWarpSize / LPR;
+    constexpr int kUnroll = GT > 4 ? 2 : 4;       // slots in flight per thread
+    constexpr int kRows = kWarps * kRowsPerWarp;  // slots that a block looks at together
+    LESS_SHARED_MEMORY(raw);
+    float* const shared = reinterpret_cast<float*>(raw);
+    float* const accShared = shared + Layout::kAcc;
+    float* const peakShared = shared + Layout::kPeak;
+    float* const massShared = shared + Layout::kMass;
+
+    AttentionRules const rules = p.rules;
+    int const tid = threadIdx.x, warp = tid / kWarpSize, lane = tid % kWarpSize;
+    int const row = lane / LPR, column = lane % LPR * 8;
+    int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
+              R = p.shape.rank;
+    int const batch = blockIdx.z, split = blockIdx.x;
+    long const head = static_cast<long>(batch) * Hk + blockIdx.y;  // of the keys and values
+    T const* const q = static_cast<T const*>(p.t.q) + head * G * D;
+    T* const out = static_cast<T*>(p.t.out) + head * G * D;
+    if (p.t.newLength[batch] <= 0) {  // parked: the state stays as it is
+        if (split == 0) {
+            for (int x = tid; x < G * D; x += kThreads) out[x] = fromFloat<T>(0.f);
+        }
+        return;
+    }
+    int const now = p.t.pastLength[batch];
+    T* const keys = static_cast<T*>(p.t.presentKey) + head * C * D;
+    T* const values = static_cast<T*>(p.t.presentValue) + head * C * D;
+    int* const positions = p.t.presentPosition + head * C;
+    bool const scores = keepsScores(rules);
+
+    // Per head of the group, after the head-independent arrays.
+    float* const exactPeak = shared + Layout::kHeads;  // maximum over the slots and the new token
+    float* const exactScale = exactPeak + G;           // 1 / sum over those
+    float* const oldPeak = exactScale + G;             // maximum over the slots
+    float* const oldWeight = oldPeak + G;              // factor of the accumulator in the output
+    float* const newWeight = oldWeight + G;            // factor of the new value
+    float* const newShare = newWeight + G;             // score that the new token gets
+    float* const lowWeight = newShare + G;             // [G][R] factors of H
+    float* const leaverPsi = lowWeight + G * R;        // [R]
+    float* const logits = p.logits != nullptr ? p.logits + head * G * C : leaverPsi + R;
+    Choice* const scratch = reinterpret_cast<Choice*>(shared + Layout::kReduce);
+    int* const lastFlag = reinterpret_cast<int*>(shared + Layout::kReduce + kWarps * 6);
+
+    // ---- the slots of this split, for GT heads at a time
+    int const share = (C + p.splits - 1) / p.splits, begin = split * share, end = min(C, begin + share);
+    bool const direct = p.partials == nullptr;  // the accumulator stays in shared memory
+    float* const partial = direct ? nullptr : p.partials + (head * p.splits + split) * G * (D + 2);
+    bool const mine = column < D;
+    for (int tile = 0; tile < G; tile += GT) {
+        float query[GT][8], acc[GT][8], peak[GT], mass[GT];
+#pragma unroll
+        for (int g = 0; g < GT; ++g) {
+            Vec8<T> vector;
+            zero(vector);
+            if (mine && tile + g < G) vector = *reinterpret_cast<Vec8<T> const*>(q + (tile + g) * D + column);
+            unpack(vector, query[g]);
+            peak[g] = -kInfinity;
+            mass[g] = 0.f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                query[g][i] *= rules.scale;
+                acc[g][i] = 0.f;
+            }
+        }
+        for (int first = begin + warp * kRowsPerWarp; first < end; first += kRows * kUnroll) {
+            Vec8<T> key[kUnroll], value[kUnroll];
+            int position[kUnroll];
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {  // loads wait for nothing; what may not be seen is dropped below
+                int const slot = min(first + row + u * kRows, end - 1);
+                position[u] = positions[slot];
+                zero(key[u]);
+                zero(value[u]);
+                if (mine) {
+                    key[u] = loadOnce(keys + static_cast<long>(slot) * D + column);
+                    value[u] = loadOnce(values + static_cast<long>(slot) * D + column);
+                }
+            }
+            float logit[kUnroll][GT];
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u) {
+                int const slot = first + row + u * kRows;
+                bool const seen = slot < end && visible(rules, position[u], now);
+                if (!seen) zero(value[u]);
+                float k[8];
+                unpack(key[u], k);
+#pragma unroll
+                for (int g = 0; g < GT; ++g) {
+                    float dot = 0.f;
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) dot += query[g][i] * k[i];
+#pragma unroll
+                    for (int offset = LPR / 2; offset > 0; offset /= 2) dot += __shfl_xor_sync(~0u, dot, offset);
+                    logit[u][g] = seen ? dot : -kInfinity;
+                    if (scores && column == 0 && slot < end && tile + g < G)
+                        logits[(tile + g) * C + slot] = logit[u][g];
+                }
+            }
+#pragma unroll
+            for (int g = 0; g < GT; ++g) {
+                float top = peak[g];
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u) top = fmaxf(top, logit[u][g]);
+                float const shrink = expDifference(peak[g], top);
+                peak[g] = top;
+                mass[g] *= shrink;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) acc[g][i] *= shrink;
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u) {
+                    float const weight = expDifference(logit[u][g], top);
+                    float v[8];
+                    unpack(value[u], v);
+                    mass[g] += weight;
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) acc[g][i] += weight * v[i];
+                }
+            }
+        }
+        // The rows of a warp, then the warps.
+#pragma unroll
+        for (int g = 0; g < GT; ++g) {
+#pragma unroll
+            for (int offset = LPR; offset < kWarpSize; offset *= 2) {
+                float const theirs = __shfl_xor_sync(~0u, peak[g], offset);
+                float const theirMass = __shfl_xor_sync(~0u, mass[g], offset);
+                float const top = fmaxf(peak[g], theirs);
+                float const mineFactor = expDifference(peak[g], top), theirFactor = expDifference(theirs, top);
+                peak[g] = top;
+                mass[g] = mass[g] * mineFactor + theirMass * theirFactor;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    float const other = __shfl_xor_sync(~0u, acc[g][i], offset);
+                    acc[g][i] = acc[g][i] * mineFactor + other * theirFactor;
+                }
+            }
+        }
+        __syncthreads();  // the tile before has been read
+        if (row == 0) {
+#pragma unroll
+            for (int g = 0; g < GT; ++g) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) accShared[(warp * GT + g) * kWidth + column + i] = acc[g][i];
+                if (column == 0) {
+                    peakShared[warp * GT + g] = peak[g];
+                    massShared[warp * GT + g] = mass[g];
+                }
+            }
+        }
+        __syncthreads();
+        for (int x = tid; x < GT * kWidth; x += kThreads) {
+            int const g = x / kWidth, d = x % kWidth;
+            float top = -kInfinity, sum = 0.f, total = 0.f;
+            for (int w = 0; w < kWarps; ++w) top = fmaxf(top, peakShared[w * GT + g]);
+            for (int w = 0; w < kWarps; ++w) {
+                float const factor = expDifference(peakShared[w * GT + g], top);
+                sum += factor * accShared[(w * GT + g) * kWidth + d];
+                total += factor * massShared[w * GT + g];
+            }
+            if (direct) {
+                accShared[g * kWidth + d] = sum;  // warp 0's own place: no other thread reads it
+            } else if (tile + g < G && d < D) {
+                float* const target = partial + (tile + g) * (D + 2);
+                target[d] = sum;
+                if (d == 0) {
+                    target[D] = top;
+                    target[D + 1] = total;
+                }
+            }
+        }
+    }
+    if (!direct) {
+        __threadfence();
+        __syncthreads();
+        if (p.splits > 1) {
+            if (tid == 0) *lastFlag = atomicAdd(p.counters + head, 1u) == static_cast<uint32_t>(p.splits) - 1;
+            __syncthreads();
+            if (*lastFlag == 0) return;
+            if (tid == 0) p.counters[head] = 0;
+            __threadfence();
+        }
+    }
+    float const* const parts = direct ? nullptr : p.partials + head * p.splits * G * (D + 2);
+    int const stride = G * (D + 2);
+
+    // ---- one warp a head: new token, low-rank term, weights of everything
+    T const* const newKey = static_cast<T const*>(p.t.k) + head * D;
+    T const* const newValue = static_cast<T const*>(p.t.v) + head * D;
+    float* const h = p.t.presentH + head * R * D;
+    float* const z = p.t.presentZ + head * R;
+    float const* const logPhi = p.t.logPhiQ + head * G * R;
+    for (int g = warp; g < G; g += kWarps) {
+        float top = -kInfinity, total = 0.f;
+        int const shares = direct ? kWarps : p.splits;
+        for (int s = 0; s < shares; ++s) {
+            top = fmaxf(top, direct ? peakShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D));
+        }
+        for (int s = 0; s < shares; ++s) {
+            float const part = direct ? peakShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D);
+            float const mass = direct ? massShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D + 1);
+            total += expDifference(part, top) * mass;
+        }
+        float dot = 0.f;
+        for (int d = lane; d < D; d += kWarpSize) dot += toFloat(q[g * D + d]) * toFloat(newKey[d]);
+        float const fresh = warpSum(dot) * rules.scale;
+        float const exact = fmaxf(top, fresh);
+        float const exactTotal = total * expDifference(top, exact) + __expf(fresh - exact);
+        float low = -kInfinity;
+        if (rules.absorb) {
+            for (int r = lane; r < R; r += kWarpSize) {
+                if (z[r] > 0.f) low = fmaxf(low, logPhi[g * R + r] + __logf(z[r]));
+            }
+            low = warpMax(low);
+        }
+        float const all = fmaxf(exact, low);
+        float lowTotal = 0.f;
+        if (rules.absorb) {
+            for (int r = lane; r < R; r += kWarpSize) {
+                float const part = z[r] > 0.f ? expDifference(logPhi[g * R + r] + __logf(z[r]), all) : 0.f;
+                lowTotal += part;
+                lowWeight[g * R + r] = z[r] > 0.f ? part / z[r] : 0.f;
+            }
+            lowTotal = warpSum(lowTotal);
+        }
+        float const norm = 1.f / (exactTotal * __expf(exact - all) + lowTotal);
+        if (rules.absorb) {
+            for (int r = lane; r < R; r += kWarpSize) lowWeight[g * R + r] *= norm;  // its own lane's
+        }
+        if (lane == 0) {
+            exactPeak[g] = exact;
+            exactScale[g] = 1.f / exactTotal;
+            oldPeak[g] = top;
+            oldWeight[g] = expDifference(top, all) * norm;
+            newWeight[g] = __expf(fresh - all) * norm;
+            newShare[g] = __expf(fresh - exact) / exactTotal;
+        }
+    }
+    __syncthreads();
+
+    // ---- scores, and who leaves
+    float* const slotScores = p.t.presentScore + head * C;
+    int const next = now + 1;  // position of the next query
+    Choice choice{~0ull, C, C, 0, 0};
+    for (int c = tid; c < C; c += kThreads) {
+        int const position = positions[c];
+        bool const stays = mayStay(rules, position, next);
+        if (position < 0 || !stays) choice.free = min(choice.free, c);
+        if (position >= 0 && !stays) {
+            choice.leaving = min(choice.leaving, c);
+            ++choice.leavers;
+        }
+        if (scores && position >= 0) {
+            float score = 0.f;  // of this step, so that it is rounded once when it joins a long sum
+            for (int g = 0; g < G; ++g) {
+                float const logit = p.logits != nullptr ? __ldcg(logits + g * C + c) : logits[g * C + c];
+                score += expDifference(logit, exactPeak[g]) * exactScale[g];
+            }
+            if (rules.policy == Policy::kH2O) score += slotScores[c];
+            slotScores[c] = score;
+            if (stays) {
+                unsigned long long const rank = rankOf(rules, position, score, next);
+                choice.victim = min(choice.victim, rank << 32 | (0xffffffffu - static_cast<unsigned>(c)));
+            }
+        }
+        choice.stayers += stays;
+    }
+    choice = blockCombined(choice, scratch);
+    // With the new token they are one too many: the lowest score goes, the higher index of equals.
+    bool const evict = scores && choice.stayers == C;
+    int const victim = evict ? static_cast<int>(0xffffffffu - static_cast<unsigned>(choice.victim)) : C;
+    int const target = min(choice.free, victim);  // where the new token goes
+    int const leaver = min(choice.leaving, victim);
+    bool const absorbs = rules.absorb && leaver < C;
+
+    // ---- the output; on the way the first leaver goes into H and z
+    T* const psis = static_cast<T*>(p.t.presentPsi) + head * C * R;
+    for (int r = tid; r < R; r += kThreads)
+        leaverPsi[r] = absorbs ? toFloat(psis[static_cast<long>(leaver) * R + r]) : 0.f;
+    __syncthreads();
+    if (absorbs) {
+        for (int r = tid; r < R; r += kThreads) z[r] += leaverPsi[r];
+    }
+    for (int tile = 0; tile < G; tile += GT) {
+        bool const update = absorbs && tile + GT >= G;
+        for (int d = tid; d < D; d += kThreads) {
+            float result[GT];
+            float const fresh = toFloat(newValue[d]);
+            float const leaverValue = update ? toFloat(values[static_cast<long>(leaver) * D + d]) : 0.f;
+#pragma unroll
+            for (int g = 0; g < GT; ++g) {
+                result[g] = 0.f;
+                if (tile + g >= G) continue;
+                float sum = 0.f;
+                if (direct) {
+                    sum = accShared[g * kWidth + d];
+                } else {
+                    for (int s = 0; s < p.splits; ++s) {
+                        float const* const part = parts + s * stride + (tile + g) * (D + 2);
+                        sum += expDifference(__ldcg(part + D), oldPeak[tile + g]) * __ldcg(part + d);
+                    }
+                }
+                result[g] = sum * oldWeight[tile + g] + fresh * newWeight[tile + g];
+            }
+            if (rules.absorb) {
+#pragma unroll 4
+                for (int r = 0; r < R; ++r) {
+                    float const mean = h[r * D + d];
+#pragma unroll
+                    for (int g = 0; g < GT; ++g) {
+                        if (tile + g < G) result[g] += lowWeight[(tile + g) * R + r] * mean;
+                    }
+                    if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;
+                }
+            }
+#pragma unroll
+            for (int g = 0; g < GT; ++g) {
+                if (tile + g < G) out[(tile + g) * D + d] = fromFloat<T>(result[g]);
+            }
+        }
+    }
+    // More than one token leaves at once only when a state was not made step by step; the sum is the same.
+    if (rules.absorb && choice.leavers > 1) {
+        __syncthreads();  // other threads hold H here
+        for (int c = leaver + 1; c < C; ++c) {
+            if (positions[c] < 0 || mayStay(rules, positions[c], next)) continue;
+            for (int x = tid; x < R * D; x += kThreads) {
+                h[x] +=
+                    toFloat(psis[static_cast<long>(c) * R + x / D]) * toFloat(values[static_cast<long>(c) * D + x % D]);
+            }
+            for (int r = tid; r < R; r += kThreads) z[r] += toFloat(psis[static_cast<long>(c) * R + r]);
+        }
+    }
+    __syncthreads();
+
+    // ---- the slots: who left is gone, the new token is in
+    if (choice.leavers > 0) {
+        for (int c = tid; c < C; c += kThreads) {
+            if (c != target && positions[c] >= 0 && !mayStay(rules, positions[c], next)) positions[c] = -1;
+        }
+    }
+    if (tid == 0 && victim < C && victim != target) positions[victim] = -1;
+    if (target == C) return;  // policy full with more tokens than slots: refused by whoever drives it
+    for (int d = tid; d < D; d += kThreads) {
+        keys[static_cast<long>(target) * D + d] = newKey[d];
+        values[static_cast<long>(target) * D + d] = newValue[d];
+    }
+    T const* const newPsi = static_cast<T const*>(p.t.psiK) + head * R;
+    for (int r = tid; r < R; r += kThreads) psis[static_cast<long>(target) * R + r] = newPsi[r];
+    if (tid == 0) {
+        float score = 0.f;
+        if (scores) {
+            for (int g = 0; g < G; ++g) score += newShare[g];
+        }
+        slotScores[target] = score;
+        positions[target] = now;
+    }
+}
+
+}  // namespace less

@@ -1,0 +1,90 @@
+// The launcher: what is supported, how much memory it takes, and one step.
+#include <algorithm>
+#include <cmath>
+
+#include "less_attention.h"
+#include "steps.h"
+
+namespace less {
+namespace {
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kMaxRank = 64;
+constexpr int kMaxGroup = 128;
+
+// The state is updated in place; where the caller wants it elsewhere, it is copied there first.
+cudaError_t bringState(AttentionShape const& s, AttentionTensors const& t, cudaStream_t stream) {
+    size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, item = s.dtype == DType::kFloat32 ? 4 : 2;
+    struct {
+        void const* past;
+        void* present;
+        size_t bytes;
+    } const state[] = {
+        {t.pastKey, t.presentKey, heads * s.slots * s.headDim * item},
+        {t.pastValue, t.presentValue, heads * s.slots * s.headDim * item},
+        {t.pastPsi, t.presentPsi, heads * s.slots * s.rank * item},
+        {t.pastScore, t.presentScore, heads * s.slots * sizeof(float)},
+        {t.pastPosition, t.presentPosition, heads * s.slots * sizeof(int32_t)},
+        {t.pastH, t.presentH, heads * s.rank * s.headDim * sizeof(float)},
+        {t.pastZ, t.presentZ, heads * s.rank * sizeof(float)},
+    };
+    for (auto const& tensor : state) {
+        if (tensor.past == tensor.present) continue;
+        cudaError_t const status =
+            cudaMemcpyAsync(tensor.present, tensor.past, tensor.bytes, cudaMemcpyDeviceToDevice, stream);
+        if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+}
+
+}  // namespace
+
+char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noexcept {
+    int const policy = static_cast<int>(r.policy);
+    if (s.kvHeads < 1 || s.queryHeads < 1 || s.queryHeads % s.kvHeads != 0) {
+        return "query heads must be a multiple of KV heads";
+    }
+    if (s.queryHeads / s.kvHeads > kMaxGroup) return "more than 128 query heads share a KV head";
+    if (s.headDim < 8 || s.headDim > kMaxHeadDim || s.headDim % 8 != 0) {
+        return "head_dim must be a multiple of 8 up to 256";
+    }
+    if (s.rank < 1 || s.rank > kMaxRank) return "the rank must be 1 to 64";
+    if (s.slots < 1) return "a layer needs at least one slot";
+    if (policy < 0 || policy > static_cast<int>(Policy::kFull)) return "unknown policy";
+    if (r.heavy < 0 || r.recent < 1 || r.window < 0) return "heavy and window must be at least 0, recent at least 1";
+    if (static_cast<int64_t>(r.heavy) + r.recent != s.slots) return "heavy + recent must equal the number of slots";
+    if (r.policy == Policy::kWindow && r.window != r.recent) return "policy window keeps exactly its window";
+    if (r.policy != Policy::kWindow && r.window == 1) return "a compressed sliding layer needs a window of at least 2";
+    if (r.absorb != 0 && r.absorb != 1) return "absorb must be 0 or 1";
+    if (!std::isfinite(r.scale)) return "the scale must be finite";
+    return nullptr;
+}
+
+size_t workspaceBytes(AttentionShape const& shape, AttentionRules const& rules) noexcept {
+    // Smaller batches split their slots over more blocks, and a chunk may turn out to be a single token.
+    size_t most = shape.chunk > 1 ? prefillWorkspaceBytes(shape, rules) : 0;
+    AttentionShape smaller = shape;
+    for (smaller.batch = 1; smaller.batch <= shape.batch; ++smaller.batch) {
+        most = std::max(most, decodeWorkspaceBytes(smaller, rules));
+    }
+    return most;
+}
+
+cudaError_t prepare(AttentionShape const& shape, AttentionRules const& rules) noexcept {
+    if (whyUnsupported(shape, rules) != nullptr) return cudaErrorInvalidValue;
+    AttentionTensors const none{};
+    return shape.chunk == 1 ? decode(Mode::kPrepare, shape, rules, none, nullptr, nullptr, nullptr)
+                            : prefill(Mode::kPrepare, shape, rules, none, nullptr, nullptr);
+}
+
+cudaError_t enqueue(AttentionShape const& shape, AttentionRules const& rules, AttentionTensors const& tensors,
+                    void* workspace, uint32_t* counters, cudaStream_t stream) noexcept {
+    if (whyUnsupported(shape, rules) != nullptr) return cudaErrorInvalidValue;
+    if (shape.batch < 1 || shape.chunk < 1) return cudaSuccess;
+    cudaError_t const status = bringState(shape, tensors, stream);
+    if (status != cudaSuccess) return status;
+    return shape.chunk == 1 ? decode(Mode::kLaunch, shape, rules, tensors, workspace, counters, stream)
+                            : prefill(Mode::kLaunch, shape, rules, tensors, workspace, stream);
+}
+
+}  // namespace less

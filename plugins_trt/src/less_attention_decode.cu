@@ -1,0 +1,101 @@
+// Which decode kernel runs, over how many blocks, with how much memory.
+#include <algorithm>
+
+#include "decode.cuh"
+#include "steps.h"
+
+namespace less {
+namespace {
+
+constexpr size_t kSharedLogitBytes = 16 * 1024;  // more of them go through the workspace
+constexpr int kFewestSlots = 32;                 // less per block is not worth a merge
+
+// Query heads that a kernel takes at a time.
+int tileOf(int group) {
+#ifdef LESS_TRIAL
+    return group > 0 ? 2 : 0;
+#else
+    return group <= 2 ? group : group <= 4 ? 4 : 8;
+#endif
+}
+
+// Blocks per KV head.
+int splitsOf(AttentionShape const& s) {
+    long const heads = static_cast<long>(s.batch) * s.kvHeads;
+    long const wanted = blocksWanted() / heads, useful = (s.slots + kFewestSlots - 1) / kFewestSlots;
+    return static_cast<int>(std::max(1L, std::min(wanted, useful)));
+}
+
+struct Plan {
+    int splits;
+    bool logitsShared, direct;
+    size_t logitBytes, partialBytes;  // in the workspace
+};
+
+Plan planOf(AttentionShape const& s, AttentionRules const& rules) {
+    size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, group = s.queryHeads / s.kvHeads;
+    Plan plan{};
+    plan.splits = splitsOf(s);
+    size_t const logitBytes = keepsScores(rules) ? group * s.slots * sizeof(float) : 0;
+    plan.logitsShared = plan.splits == 1 && logitBytes <= kSharedLogitBytes;
+    plan.direct = plan.splits == 1 && static_cast<int>(group) <= tileOf(static_cast<int>(group));
+    plan.logitBytes = plan.logitsShared ? 0 : heads * logitBytes;
+    plan.partialBytes = plan.direct ? 0 : heads * plan.splits * group * (s.headDim + 2) * sizeof(float);
+    return plan;
+}
+
+template <class T, int LPR, int GT>
+cudaError_t runDecode(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
+    AttentionShape const& s = params.shape;
+    int const group = s.queryHeads / s.kvHeads;
+    bool const kept = logitsShared && keepsScores(params.rules);
+    size_t const bytes = sizeof(float) * DecodeLayout<LPR, GT>::floats(group, s.rank, kept ? s.slots : 0);
+    dim3 const grid(params.splits, s.kvHeads, s.batch);
+    return run(mode, decodeKernel<T, LPR, GT>, grid, bytes, params, stream);
+}
+
+template <class T, int LPR>
+cudaError_t withTile(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
+    switch (tileOf(params.shape.queryHeads / params.shape.kvHeads)) {
+        case 2:
+            return runDecode<T, LPR, 2>(mode, params, logitsShared, stream);
+#ifndef LESS_TRIAL
+        case 1:
+            return runDecode<T, LPR, 1>(mode, params, logitsShared, stream);
+        case 4:
+            return runDecode<T, LPR, 4>(mode, params, logitsShared, stream);
+        case 8:
+            return runDecode<T, LPR, 8>(mode, params, logitsShared, stream);
+#endif
+        default:
+            return cudaErrorNotSupported;
+    }
+}
+
+}  // namespace
+
+size_t decodeWorkspaceBytes(AttentionShape const& shape, AttentionRules const& rules) {
+    Plan const plan = planOf(shape, rules);
+    return aligned(plan.logitBytes) + aligned(plan.partialBytes);
+}
+
+cudaError_t decode(Mode mode, AttentionShape const& shape, AttentionRules const& rules, AttentionTensors const& tensors,
+                   void* workspace, uint32_t* counters, cudaStream_t stream) {
+    Plan const plan = planOf(shape, rules);
+    char* const memory = static_cast<char*>(workspace);
+    DecodeParams params{rules, shape, tensors, plan.splits, nullptr, nullptr, counters};
+    if (plan.logitBytes > 0) params.logits = reinterpret_cast<float*>(memory);
+    if (!plan.direct) params.partials = reinterpret_cast<float*>(memory + aligned(plan.logitBytes));
+    return withType(shape.dtype, [&](auto type) {
+        using T = decltype(type);
+        if (shape.headDim <= 64) return withTile<T, 8>(mode, params, plan.logitsShared, stream);
+#ifdef LESS_TRIAL
+        return cudaErrorNotSupported;
+#else
+        if (shape.headDim <= 128) return withTile<T, 16>(mode, params, plan.logitsShared, stream);
+        return withTile<T, 32>(mode, params, plan.logitsShared, stream);
+#endif
+    });
+}
+
+}  // namespace less

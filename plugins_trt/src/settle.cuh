@@ -1,0 +1,253 @@
+// Prefill (T > 1), what happens to the tokens after the attention: who keeps a slot, who goes into H and z.
+//
+// selectKernel: grid (Hk, B), decides the fate of every token and updates scores and positions.
+// absorbKernel: grid (ceil(R / 8), Hk, B), adds everything that leaves to H and z.
+// placeKernel: grid (ceil(T / 64), Hk, B), copies the new tokens that stay into their slots.
+#pragma once
+
+#include "attend.cuh"
+
+namespace less {
+
+// Fate of a token of [slots, chunk]: a slot number for a new token that stays, or
+constexpr int kRests = -1;   // nothing to do: it stays where it is, or there is no token
+constexpr int kLeaves = -2;  // it lost its slot, or never gets one
+
+constexpr int kBins = 256;
+
+// Where `mine` stands among the threads of the block that say yes, in order, and how many do.
+struct Standing {
+    int before, total;
+};
+__device__ __forceinline__ Standing blockStanding(bool mine, int* scratch) {
+    int const tid = threadIdx.x, warp = tid / kWarpSize, lane = tid % kWarpSize;
+    unsigned const votes = __ballot_sync(~0u, mine);
+    __syncthreads();  // the scratch may still be read
+    if (lane == 0) scratch[warp] = __popc(votes);
+    __syncthreads();
+    Standing standing{__popc(votes & ((1u << lane) - 1u)), 0};
+    for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) standing.before += scratch[w];
+        standing.total += scratch[w];
+    }
+    return standing;
+}
+
+// The tokens of one KV head, slots first.
+struct Candidates {
+    AttentionRules rules;
+    int const* positions;  // [C]
+    float const* scores;   // [C + T], final
+    int slots, past, end;
+
+    __device__ __forceinline__ int position(int n) const { return n < slots ? positions[n] : past + n - slots; }
+    __device__ __forceinline__ bool stays(int n) const { return mayStay(rules, position(n), end); }
+    __device__ __forceinline__ uint32_t rank(int n) const { return rankOf(rules, position(n), scores[n], end); }
+};
+
+// The rank of the `wanted`-th best of those that may stay, and how many of exactly that rank are among the best.
+struct Threshold {
+    uint32_t rank;
+    int ties;
+};
+
+// Radix selection, a byte at a time from the top. `scratch` holds kBins + 2 ints.
+__device__ __forceinline__ Threshold thresholdOf(Candidates const& candidates, int count, int wanted, int* scratch) {
+    int const tid = threadIdx.x;
+    int* const bins = scratch;
+    int* const found = scratch + kBins;
+    uint32_t prefix = 0, mask = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        __syncthreads();
+        for (int b = tid; b < kBins; b += kThreads) bins[b] = 0;
+        __syncthreads();
+        for (int n = tid; n < count; n += kThreads) {
+            if (!candidates.stays(n)) continue;
+            uint32_t const rank = candidates.rank(n);
+            if ((rank & mask) == prefix) atomicAdd(&bins[rank >> shift & 0xffu], 1);
+        }
+        __syncthreads();
+        if (tid < kWarpSize) {  // lane i owns the i-th eight bins from the top
+            constexpr int kPerLane = kBins / kWarpSize;
+            int const top = kBins - 1 - tid * kPerLane;
+            int own = 0;
+            for (int b = 0; b < kPerLane; ++b) own += bins[top - b];
+            int above = own;  // inclusive prefix sum over the lanes
+            for (int offset = 1; offset < kWarpSize; offset *= 2) {
+                int const other = __shfl_sync(~0u, above, max(tid - offset, 0));
+                if (tid >= offset) above += other;
+            }
+            above -= own;
+            if (above < wanted && above + own >= wanted) {
+                int b = 0;
+                for (; above + bins[top - b] < wanted; ++b) above += bins[top - b];
+                found[0] = top - b;
+                found[1] = wanted - above;
+            }
+        }
+        __syncthreads();
+        prefix |= static_cast<uint32_t>(found[0]) << shift;
+        mask |= 0xffu << shift;
+        wanted = found[1];
+    }
+    return {prefix, wanted};
+}
+
+static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams const p) {
+    LESS_SHARED_MEMORY(raw);
+    int* const scratch = reinterpret_cast<int*>(raw);
+    int const tid = threadIdx.x, batch = blockIdx.y, C = p.shape.slots, chunk = p.shape.chunk;
+    int const count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
+    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.x;
+    if (count <= 0) return;  // parked: the state stays as it is
+    int* const positions = p.t.presentPosition + head * C;
+    float* const slotScores = p.t.presentScore + head * C;
+    float* const scores = p.gained + head * (C + chunk);
+    int* const fates = p.fates + head * (C + chunk);
+    int* const freed = p.freed + head * C;
+    Candidates const candidates{p.rules, positions, scores, C, past, past + count};
+    bool const scored = keepsScores(p.rules);
+
+    // Final scores, and how many may stay as far as positions say.
+    int staying = 0;
+    for (int n = tid; n < C + count; n += kThreads) {
+        bool const held = candidates.position(n) >= 0;
+        if (scored && held) {
+            if (n < C && p.rules.policy == Policy::kH2O) scores[n] += slotScores[n];
+            if (n < C) slotScores[n] = scores[n];
+        }
+        staying += candidates.stays(n);
+    }
+    staying = warpSum(staying);
+    if (tid % kWarpSize == 0) scratch[tid / kWarpSize] = staying;
+    __syncthreads();
+    staying = 0;
+    for (int w = 0; w < kWarps; ++w) staying += scratch[w];
+
+    bool const crowded = scored && staying > C;
+    Threshold threshold{0, 0};
+    if (crowded) threshold = thresholdOf(candidates, C + count, C, scratch);
+
+    int ties = 0, free = 0, arrived = 0;
+    for (int base = 0; base < C; base += kThreads) {
+        int const n = base + tid;
+        bool const stays = n < C && candidates.stays(n), held = n < C && positions[n] >= 0;
+        uint32_t const rank = crowded && stays ? candidates.rank(n) : 0;
+        Standing const equal = blockStanding(crowded && stays && rank == threshold.rank, scratch);
+        bool const kept = stays && (!crowded || rank > threshold.rank ||
+                                    (rank == threshold.rank && ties + equal.before < threshold.ties));
+        ties += equal.total;
+        Standing const open = blockStanding(n < C && !kept, scratch);
+        if (n < C) {
+            fates[n] = held && !kept ? kLeaves : kRests;
+            if (!kept) {
+                freed[free + open.before] = n;
+                positions[n] = -1;
+            }
+        }
+        free += open.total;
+    }
+    for (int base = 0; base < count; base += kThreads) {
+        int const i = base + tid, n = C + i;
+        bool const stays = i < count && candidates.stays(n);
+        uint32_t const rank = crowded && stays ? candidates.rank(n) : 0;
+        Standing const equal = blockStanding(crowded && stays && rank == threshold.rank, scratch);
+        bool const kept = stays && (!crowded || rank > threshold.rank ||
+                                    (rank == threshold.rank && ties + equal.before < threshold.ties));
+        ties += equal.total;
+        Standing const arrival = blockStanding(kept, scratch);
+        if (i < count) {
+            int const turn = arrived + arrival.before;
+            // Policy full with more tokens than slots is refused by whoever drives it.
+            fates[n] = !kept ? kLeaves : turn < free ? freed[turn] : kRests;
+            if (fates[n] >= 0) {
+                positions[fates[n]] = past + i;
+                slotScores[fates[n]] = scored ? scores[n] : 0.f;
+            }
+        }
+        arrived += arrival.total;
+    }
+}
+
+constexpr int kFeatures = 8;  // of H that a block updates
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) {
+    LESS_SHARED_MEMORY(raw);
+    int const tid = threadIdx.x, batch = blockIdx.z, C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank,
+              chunk = p.shape.chunk;
+    int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kFeatures;
+    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
+    if (count <= 0) return;
+    int const* const fates = p.fates + head * (C + chunk);
+    int const vectors = D / 8, lanes = kThreads / vectors;  // tokens that the block looks at together
+    int const column = tid % vectors * 8, lane = tid / vectors;
+    float acc[kFeatures][8], mass[kFeatures];
+#pragma unroll
+    for (int r = 0; r < kFeatures; ++r) {
+        mass[r] = 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[r][i] = 0.f;
+    }
+    for (int n = lane; lane < lanes && n < C + count; n += lanes) {
+        if (fates[n] != kLeaves) continue;
+        long const row = n < C ? head * C + n : head * chunk + (n - C);
+        T const* const psi = static_cast<T const*>(n < C ? p.t.presentPsi : p.t.psiK) + row * R + first;
+        T const* const value = static_cast<T const*>(n < C ? p.t.presentValue : p.t.v) + row * D + column;
+        float v[8];
+        unpack(*reinterpret_cast<Vec8<T> const*>(value), v);
+#pragma unroll
+        for (int r = 0; r < kFeatures; ++r) {
+            float const feature = first + r < R ? toFloat(psi[r]) : 0.f;
+            mass[r] += feature;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) acc[r][i] += feature * v[i];
+        }
+    }
+    float* const sums = reinterpret_cast<float*>(raw);  // [lanes][D]
+    float* const masses = sums + lanes * D;             // [lanes]
+    for (int r = 0; r < kFeatures && first + r < R; ++r) {
+        __syncthreads();
+        if (lane < lanes) {
+#pragma unroll
+            for (int f = 0; f < kFeatures; ++f) {
+                if (f != r) continue;
+                for (int i = 0; i < 8; ++i) sums[lane * D + column + i] = acc[f][i];
+                if (column == 0) masses[lane] = mass[f];
+            }
+        }
+        __syncthreads();
+        for (int d = tid; d < D; d += kThreads) {
+            float sum = 0.f;
+            for (int l = 0; l < lanes; ++l) sum += sums[l * D + d];
+            p.t.presentH[(head * R + first + r) * D + d] += sum;
+        }
+        if (tid == 0) {
+            float sum = 0.f;
+            for (int l = 0; l < lanes; ++l) sum += masses[l];
+            p.t.presentZ[head * R + first + r] += sum;
+        }
+    }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
+    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, batch = blockIdx.z;
+    int const C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank, chunk = p.shape.chunk;
+    int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kTileRows;
+    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
+    for (int i = first + warp; i < min(count, first + kTileRows); i += kWarps) {
+        int const slot = p.fates[head * (C + chunk) + C + i];
+        if (slot < 0) continue;
+        long const from = head * chunk + i, to = head * C + slot;
+        for (int d = lane; d < D; d += kWarpSize) {
+            static_cast<T*>(p.t.presentKey)[to * D + d] = static_cast<T const*>(p.t.k)[from * D + d];
+            static_cast<T*>(p.t.presentValue)[to * D + d] = static_cast<T const*>(p.t.v)[from * D + d];
+        }
+        for (int r = lane; r < R; r += kWarpSize) {
+            static_cast<T*>(p.t.presentPsi)[to * R + r] = static_cast<T const*>(p.t.psiK)[from * R + r];
+        }
+    }
+}
+
+}  // namespace less

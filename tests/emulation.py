@@ -1,0 +1,193 @@
+"""The CUDA kernels of ``plugins_trt`` compiled for the host, as an implementation that the oracle can drive.
+
+``library()`` builds them once per session. Emulated kernels are slow, so tests take small shapes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+
+from less_export.contract import LayerSpec
+
+from .oracle import Normal, Run, layer_of
+
+PLUGIN = Path(__file__).parents[1] / "plugins_trt"
+SOURCES = ("less_attention.cu", "less_attention_decode.cu", "less_attention_prefill.cu")
+#: The operator's tensors in the order of the op, which is that of the C struct.
+TOKENS = ("q", "k", "v", "log_phi_q", "psi_k")
+STATE = ("key", "value", "psi", "score", "position", "h", "z")
+LENGTHS = ("past_length", "new_length")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+#: Thread orders of the emulation: see cuda_emu.h.
+ORDERS = range(6)
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        (n, ctypes.c_int32) for n in ["dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank"]
+    ]
+
+
+class _Rules(ctypes.Structure):
+    _fields_ = [
+        ("scale", ctypes.c_float),
+        *((n, ctypes.c_int32) for n in ["policy", "heavy", "recent", "window", "absorb"]),
+    ]
+
+
+class _Tensors(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in (*TOKENS, *STATE, *LENGTHS, "out", *(f"present_{n}" for n in STATE))]
+
+
+def cuda_include() -> Path:
+    """CUDA's headers: of a toolkit, or of the PyPI packages."""
+    roots = [os.environ[n] for n in ("CUDA_HOME", "CUDA_PATH") if n in os.environ]
+    roots += ["/usr/local/cuda", *(f"{p}/nvidia/cu13" for p in sys.path)]
+    return next(Path(r) / "include" for r in roots if (Path(r) / "include/cuda_runtime_api.h").is_file())
+
+
+@functools.cache
+def folder() -> Path:
+    """A folder that lives as long as the process."""
+    made = tempfile.mkdtemp(prefix="less-emulation-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
+def build(
+    out: Path,
+    *flags: str,
+    sources: Path = PLUGIN / "src",
+    reuse: Path | None = None,
+    interface: str = "host_step.cpp",
+) -> None:
+    """Compile the kernels and an interface to them for the host into ``out``, a library (.so) or a program.
+
+    The objects lie beside it.
+    ``sources`` may hold changed copies. ``reuse`` is a library built before with the same flags: objects of it
+    are taken for what is not in ``sources``.
+    """
+    common = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
+    common += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}"]
+    common += ["-isystem", str(cuda_include()), *flags]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    objects, running = [], []
+    for part in (*(sources / s for s in SOURCES), PLUGIN / "emulation" / interface):
+        made = out.with_name(f"{part.stem}.o")
+        if reuse is not None and (part.parent != sources or not part.is_file()):
+            made = reuse.with_name(made.name)
+        else:
+            command = [*common, "-c", str(part), "-o", str(made)]
+            running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        objects.append(str(made))
+    said = "".join(p.communicate()[1] for p in running)
+    assert not said, said
+    assert not any(p.returncode for p in running)
+    kind = ["-shared"] if out.suffix == ".so" else []
+    subprocess.run(["g++", *kind, *flags, *objects, "-o", str(out)], check=True)
+
+
+@functools.cache
+def library() -> Path:
+    """All the kernels, or the library that LESS_EMULATION_LIBRARY names."""
+    if "LESS_EMULATION_LIBRARY" in os.environ:
+        return Path(os.environ["LESS_EMULATION_LIBRARY"])
+    out = folder() / "kernels/libless_emulated.so"
+    build(out, "-O1")
+    return out
+
+
+@functools.cache
+def load(path: Path) -> ctypes.CDLL:
+    lib = ctypes.CDLL(str(path))
+    lib.less_why_unsupported.restype = ctypes.c_char_p
+    return lib
+
+
+def set_order(order: int, path: Path | None = None) -> None:
+    """Thread order of the launches to come."""
+    load(path or library()).less_host_set_order(order)
+
+
+def set_blocks(wanted: int, path: Path | None = None) -> None:
+    """Blocks that a decode launch is cut into: 1 keeps every head in one block, 512 is the kernels' own."""
+    load(path or library()).less_host_set_blocks(wanted)
+
+
+def why_unsupported(layer: LayerSpec, dtype: str = "float16") -> str:
+    """The launcher's reason to refuse a layer, or nothing."""
+    rules = _Rules(*layer.attributes().values())
+    reason = load(library()).less_why_unsupported(ctypes.byref(_shape(layer, dtype, 1, 1)), ctypes.byref(rules))
+    return reason.decode() if reason else ""
+
+
+def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int) -> _Shape:
+    heads = (layer.query_heads, layer.kv_heads)
+    return _Shape(list(DTYPES).index(dtype), batch, *heads, chunk, layer.head_dim, layer.capacity, layer.rank)
+
+
+def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None) -> Run:
+    """The kernels on arrays, where float32 holds 16-bit values as in ``test_ops.torch_run``."""
+    lib, rules = load(path or library()), _Rules(*layer.attributes().values())
+    wide = {3, 8, 10, 11}  # log_phi_q, past_score, past_h, past_z stay float32
+
+    def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
+        for i, t in enumerate(tensors):
+            tensors[i] = t.to(DTYPES[dtype]) if t.is_floating_point() and i not in wide else t.clone()
+        batch, chunk = tensors[1].shape[0], tensors[1].shape[2]
+        past = tensors[len(TOKENS) : len(TOKENS) + len(STATE)]
+        present = past if in_place else [torch.full_like(x, -7) for x in past]
+        out = torch.full_like(tensors[0], math.nan)
+        if recording is not None:
+            numbers = (*bytes(_shape(layer, dtype, batch, chunk)), *bytes(rules))
+            recording.write(bytes(numbers) + b"".join(_raw(t) for t in tensors))
+        pointers = _Tensors(*(t.data_ptr() for t in (*tensors, out, *present)))
+        status = lib.less_host_step(
+            ctypes.byref(_shape(layer, dtype, batch, chunk)), ctypes.byref(rules), ctypes.byref(pointers)
+        )
+        assert status == 0, f"less_host_step says {status}"
+        return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in (out, *present)]
+
+    return run
+
+
+#: Where the inputs of all launches go, for emulation/replay.cpp; nowhere usually.
+recording: IO[bytes] | None = None
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def rounded(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    """To the values that ``dtype`` can hold."""
+    return lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[dtype]).float().numpy()
+
+
+def normal(dtype: str, logit: float = 1.5, log_phi: tuple[float, float] = (-4.0, 3.0)) -> Normal:
+    """Gaussian tokens of a dtype."""
+    return Normal(logit, log_phi, rounded(dtype))
+
+
+def kernel_layer(policy: str, capacity: int, head_dim: int, group: int, rank: int, kv_heads: int = 2) -> LayerSpec:
+    """A layer with the budget split as the policy does; rank 1 absorbs nothing."""
+    split = {"h2o": capacity // 2, "tova": capacity - 1, "sink": min(4, capacity - 1)}
+    heavy = split.get(policy, 0)
+    window = capacity if policy == "window" else 0
+    heads = (group * kv_heads, kv_heads)
+    return layer_of(policy, heavy, capacity - heavy, window, rank > 1, heads, head_dim, rank)

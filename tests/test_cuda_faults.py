@@ -1,0 +1,255 @@
+"""A test of the tests: kernels with one thing broken must fail the comparison with the oracle.
+
+A small build (float16, head_dim up to 64) is made anew for each fault. Barriers and waits are removed one at a time,
+all of them; a fault that nothing here can see stands in SURVIVORS with the reason, and the test fails as well when
+such a fault begins to be caught, so that the list stays true.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from less_export.contract import LayerSpec
+
+from . import emulation
+from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
+from .oracle import Arrays, OneHot, Step, follow, scenario
+from .test_cuda import FLOOR, compare_on_scattered_states
+from .test_ops import DECODE, MIXED, empty, tied, torch_run
+
+SMALL = ("-DLESS_TRIAL", "-O1")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The ``nth`` occurrence (from 0) of ``old`` in a file becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+    nth: int = 0
+
+    def applied(self, text: str) -> str:
+        at = -1
+        for _ in range(self.nth + 1):
+            at = text.index(self.old, at + 1)
+        return text[:at] + self.new + text[at + len(self.old) :]
+
+
+def waits() -> dict[str, Fault]:
+    """Every barrier and every wait for a copy, removed."""
+    found = {}
+    for file in ("decode.cuh", "attend.cuh", "settle.cuh"):
+        text = (PLUGIN / "src" / file).read_text()
+        for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
+            for nth, match in enumerate(re.finditer(re.escape(old), text)):
+                line = text.count("\n", 0, match.start()) + 1
+                found[f"{file}:{line} without {old[:-3]}"] = Fault(file, old, ";", nth)
+    return found
+
+
+FAULTS = {
+    "decode: maximum not rescaled": Fault("decode.cuh", "mass[g] *= shrink;", ";"),
+    "decode: accumulator not rescaled": Fault("decode.cuh", "acc[g][i] *= shrink;", ";"),
+    "decode: low-rank term without its maximum": Fault(
+        "decode.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
+    ),
+    "decode: victim not absorbed": Fault(
+        "decode.cuh", "if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;", ";"
+    ),
+    "decode: z forgets the victim": Fault("decode.cuh", "z[r] += leaverPsi[r];", ";"),
+    "decode: new token one slot off": Fault(
+        "decode.cuh", "min(choice.free, victim);", "min(choice.free, victim) == 0 ? 1 : min(choice.free, victim) - 1;"
+    ),
+    "decode: ties evict the lower index": Fault(
+        "decode.cuh", "(0xffffffffu - static_cast<unsigned>(c)));", "static_cast<unsigned>(c));"
+    ),
+    "decode: a warp left out of the merge": Fault(
+        "decode.cuh",
+        "for (int w = 0; w < kWarps; ++w) top = fmaxf(top",
+        "for (int w = 1; w < kWarps; ++w) top = fmaxf(top",
+    ),
+    "decode: counter not reset": Fault("decode.cuh", "if (tid == 0) p.counters[head] = 0;", ";"),
+    "decode: parked row goes on": Fault(
+        "decode.cuh", "if (p.t.newLength[batch] <= 0) {", "if (p.t.newLength[batch] < 0) {"
+    ),
+    "decode: unseen values not dropped": Fault("decode.cuh", "if (!seen) zero(value[u]);", ";"),
+    "rules: causal bound one too far": Fault("rules.cuh", "position <= now &&", "position <= now + 1 &&"),
+    "rules: causal bound one too near": Fault("rules.cuh", "position <= now &&", "position < now &&"),
+    "rules: window one too wide": Fault("rules.cuh", "position > now - rules.window", "position >= now - rules.window"),
+    "rules: compressed window without grace": Fault("rules.cuh", "kWindow ? 0 : 1", "kWindow ? 0 : 0"),
+    "rules: recent one too many": Fault(
+        "rules.cuh", "position >= end - rules.recent ? kNewest", "position >= end - rules.recent - 1 ? kNewest"
+    ),
+    "rules: recent one too few": Fault(
+        "rules.cuh", "position >= end - rules.recent ? kNewest", "position > end - rules.recent ? kNewest"
+    ),
+    "rules: a sink too few": Fault("rules.cuh", "position < rules.heavy", "position < rules.heavy - 1"),
+    "prefill: maximum not rescaled": Fault("attend.cuh", "mass[r] *= shrink;", ";"),
+    "prefill: maximum of one lane": Fault(
+        "attend.cuh", "top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));", ";"
+    ),
+    "prefill: low-rank term without its maximum": Fault(
+        "attend.cuh", "all = fmaxf(all, logPhi[f] + __logf(z[f]));", ";"
+    ),
+    "prefill: scores without a head's tiles": Fault("attend.cuh", "tiles = perHead * G;", "tiles = perHead;"),
+    "prefill: tova counts all queries": Fault(
+        "attend.cuh", "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"
+    ),
+    "prefill: padding is a key": Fault(
+        "attend.cuh", "if (index < count) position = past + index;", "position = past + index;"
+    ),
+    "prefill: ties keep the higher index": Fault(
+        "settle.cuh", "ties + equal.before < threshold.ties", "ties + equal.before >= threshold.ties"
+    ),
+    "prefill: ties not carried to the next tile": Fault("settle.cuh", "ties += equal.total;", ";"),
+    "prefill: all ties stay": Fault("settle.cuh", "rank > threshold.rank ||", "rank >= threshold.rank ||"),
+    "prefill: a dropped byte of the rank": Fault("settle.cuh", "shift >= 0; shift -= 8", "shift >= 8; shift -= 8"),
+    "prefill: swapped slots": Fault("settle.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
+    "prefill: nothing absorbed": Fault("settle.cuh", "p.t.presentH[(head * R + first + r) * D + d] += sum;", ";"),
+    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += sum;", ";"),
+    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n];", ";"),
+    "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
+}
+
+#: Faults that cannot be seen here, and why.
+SURVIVORS: dict[str, str] = {}
+
+
+def _halves(rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> Arrays:
+    """Tokens whose scores tie, in float16."""
+    drawn = OneHot(layer.recent, 0.5 if layer.policy.label == "tova" else 0.0)(rng, layer, positions)
+    return {n: x if n == "log_phi_q" else emulation.rounded("float16")(x) for n, x in drawn.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, its steps, how decode is cut, fresh rows, and the errors of the torch reference."""
+
+    layer: LayerSpec
+    steps: list[Step]
+    blocks: int
+    fresh: list[np.ndarray]
+    reference: dict[str, float]
+
+
+def case(layer: LayerSpec, steps: list[Step], blocks: int = 512) -> Case:
+    fresh = empty(layer, torch.float16, len(steps[0].inputs["new_length"]))
+    return Case(layer, steps, blocks, fresh, follow(torch_run(layer, dtype=torch.float16), steps, fresh))
+
+
+@functools.cache
+def racing() -> list[Case]:
+    """What reaches every barrier; run in all thread orders."""
+    chunks = [(70, 9), *[(1, 1)] * 6, (20, 66), *[(1, 1)] * 3]
+    layers = [kernel_layer("h2o", 90, 40, group, 9, kv_heads=1) for group in (2, 3)]
+    sliding = replace(kernel_layer("h2o", 12, 16, 2, 8, kv_heads=1), window=20)
+    crowd = scenario(sliding, [(30, 9), (1, 1), (17, 25), (1, 1)], 2, normal("float16"))
+    return [
+        *(case(la, scenario(la, chunks, 6, normal("float16")), blocks) for la in layers for blocks in (512, 1)),
+        case(sliding, crowd),
+    ]
+
+
+@functools.cache
+def cases() -> list[Case]:
+    """What reaches every rule."""
+    chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
+    layers = [kernel_layer(p, 70, 40, 2, 8, kv_heads=1) for p in ("tova", "sink", "window")]
+    ties = [tied(kernel_layer(p, 7, 64, 2, 8)) for p in ("h2o", "tova")]
+    loud, heavy = normal("float16", logit=80, log_phi=(-60, 60)), normal("float16", log_phi=(-60, 120))
+    return [
+        *racing(),
+        *(case(la, scenario(la, chunks, 6, normal("float16"))) for la in layers),
+        *(case(la, scenario(la, [*MIXED, *DECODE], 0, _halves)) for la in ties),
+        case(layers[1], scenario(layers[1], chunks, 1, loud), blocks=1),
+        case(layers[1], scenario(layers[1], chunks, 1, heavy)),
+    ]
+
+
+def passes(path: Path, orders: Sequence[int]) -> bool:
+    """Whether a library agrees with the oracle, in every case once and in the racing ones in all orders."""
+    for order in orders:
+        emulation.set_order(order, path)
+        try:
+            for c in cases() if order == orders[0] else racing():
+                emulation.set_blocks(c.blocks, path)
+                errors = follow(emulated(c.layer, "float16", path=path), c.steps, c.fresh)
+                if any(e > 2 * c.reference[n] + FLOOR for n, e in errors.items()):
+                    return False
+            compare_on_scattered_states("float16", path)
+        except AssertionError:
+            return False
+    return True
+
+
+@functools.cache
+def sound() -> Path:
+    """The kernels as they are."""
+    out = emulation.folder() / "small/libless_sound.so"
+    emulation.build(out, *SMALL)
+    return out
+
+
+def broken(folder: Path, fault: Fault) -> Path:
+    """The kernels with a fault; what does not include the changed file is not compiled again."""
+    sources, include = folder / "src", f'#include "{fault.file}"'
+    shutil.copytree(PLUGIN / "src", sources)
+    text = (sources / fault.file).read_text()
+    (sources / fault.file).write_text(fault.applied(text))
+    shared = fault.file == "rules.cuh"
+    for part in emulation.SOURCES:
+        text = (sources / part).read_text()
+        if not shared and include not in text and not (fault.file == "attend.cuh" and "settle.cuh" in text):
+            (sources / part).unlink()
+    emulation.build(folder / "libless_broken.so", *SMALL, "-w", sources=sources, reuse=sound())
+    return folder / "libless_broken.so"
+
+
+def caught(library: Path, orders: Sequence[int]) -> bool:
+    """Compare a library with the oracle in a process of its own: broken ones hang or crash."""
+    cases()
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(library, orders))
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return True
+    return process.exitcode != 0
+
+
+def _work(library: Path, orders: Sequence[int]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os._exit(0 if passes(library, orders) else 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_kernels_without_a_fault_pass() -> None:
+    assert not caught(sound(), ORDERS)
+
+
+@pytest.mark.parametrize("name", [*FAULTS, *waits()])
+def test_fault_is_caught(name: str, tmp_path: Path) -> None:
+    library = broken(tmp_path, {**FAULTS, **waits()}[name])
+    orders = ORDERS if name in waits() else ORDERS[:1]
+    assert caught(library, orders) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
+
+
+def test_survivors_are_faults() -> None:
+    assert set(SURVIVORS) <= {*FAULTS, *waits()}

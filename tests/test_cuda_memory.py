@@ -1,0 +1,70 @@
+"""The CUDA kernels, on the host, under the address and undefined behaviour sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import emulation
+from .emulation import PLUGIN, emulated, kernel_layer, normal
+from .oracle import play, scenario
+from .test_ops import empty
+
+FLAGS = ("-O1", "-DLESS_TRIAL", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+CHUNKS = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1)]
+#: Policy, head_dim, group, rank.
+KINDS = [("h2o", 64, 2, 8), ("tova", 24, 3, 5), ("sink", 40, 1, 16), ("window", 64, 4, 1), ("h2o", 8, 9, 32)]
+
+
+@pytest.fixture(scope="module")
+def replay() -> Path:
+    program = emulation.folder() / "sanitized/replay"
+    emulation.build(program, *FLAGS, interface="replay.cpp")
+    return program
+
+
+def sanitized(program: Path, launches: Path, *orders: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, launches, *map(str, orders)], capture_output=True, text=True)
+
+
+def record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of launches of every policy, decode and prefill."""
+    with open(path, "wb") as file, monkeypatch.context() as patch:
+        patch.setattr(emulation, "recording", file)
+        for policy, head_dim, group, rank in KINDS:
+            layer = kernel_layer(policy, 77, head_dim, group, rank, kv_heads=1)
+            steps = scenario(layer, CHUNKS, 6, normal("float16"))
+            for _ in play(emulated(layer, "float16"), steps, empty(layer, torch.float16, 2)):
+                pass
+
+
+def test_nothing_out_of_bounds_and_nothing_undefined(
+    replay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two thread orders, decode split over blocks and not."""
+    record(tmp_path / "launches", monkeypatch)
+    done = sanitized(replay, tmp_path / "launches", 0, 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout == f"{len(KINDS) * len(CHUNKS)} launches\n"
+
+
+def test_the_sanitizers_would_say(replay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with a decode kernel that reads one row of slots too many."""
+    source = "less_attention_decode.cu"
+    shutil.copytree(PLUGIN / "src", tmp_path / "src", ignore=lambda _, names: {n for n in names if n.endswith(".cu")})
+    shutil.copy(PLUGIN / "src" / source, tmp_path / "src")
+    kernel = tmp_path / "src/decode.cuh"
+    text = kernel.read_text()
+    assert text.count("u * kRows, end - 1)") == 1
+    kernel.write_text(text.replace("u * kRows, end - 1)", "u * kRows, end)"))
+    program = tmp_path / "replay"
+    emulation.build(program, *FLAGS, sources=tmp_path / "src", reuse=replay, interface="replay.cpp")
+    record(tmp_path / "launches", monkeypatch)
+    done = sanitized(program, tmp_path / "launches", 0)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
