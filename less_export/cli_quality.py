@@ -94,7 +94,9 @@ def evaluate(arguments: list[str]) -> int:
     what.add_argument(
         "--compare", metavar="A,B", help="of full, sparse, sparse+4, sparse+bytes, less (default: all there are)"
     )
-    what.add_argument("--seqs", type=int, default=16, metavar="N", help="sequences, or summaries (default: 16)")
+    what.add_argument(
+        "--seqs", type=int, metavar="N", help="sequences of each text (default: 16), or items of a task (default: all)"
+    )
     what.add_argument("--seq-len", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
     what.add_argument("--chunk", type=int, default=1, metavar="N", help="tokens per step (default: 1, decoding)")
     what.add_argument("--positions", type=int, default=256, metavar="N", help="scored positions (default: 256)")
@@ -152,7 +154,7 @@ def _perplexity(args: argparse.Namespace) -> int:
 
     config = run.EvalConfig(
         compare=tuple(args.compare.split(",")) if args.compare else None,
-        seqs=args.seqs,
+        seqs=16 if args.seqs is None else args.seqs,
         seq_len=args.seq_len,
         chunk=args.chunk,
         positions=args.positions,

@@ -14,9 +14,9 @@ _METRICS = ("rouge1", "rouge2", "rougeL")
 
 
 def summarize(
-    bundle: str, files: Sequence[str], count: int, max_new_tokens: int, backend: str | None = None
+    bundle: str, files: Sequence[str], count: int | None, max_new_tokens: int, backend: str | None = None
 ) -> dict[str, Any]:
-    """Greedy summaries of the first ``count`` lines of a jsonl and their mean ROUGE F1 against its own.
+    """Greedy summaries of the first ``count`` lines of a jsonl (all for None) and their mean ROUGE F1 against its own.
 
     Each line is an object with ``text`` and ``summary``. Generation stops at the first line break.
 
