@@ -12,7 +12,7 @@ import numpy as np
 from less_export.evaluation import statistics
 
 #: ``domain | setting | less R8 hidden 128 exp steps 500 seed 0 | chunk 1``
-_LESS = re.compile(r"less R(\d+) hidden (\d+) (\w+) steps (\d+) seed (\d+)$")
+_LESS = re.compile(r"less R(\d+) hidden (\d+) (\w+) steps (\d+) seed (\d+)( \+ end to end)?$")
 PLAIN = (8, 128, "exp", 500)
 NOT_YET = "not measured yet"
 
@@ -49,8 +49,8 @@ class Quality:
             setting, cache, how = [*parts[1:], "", ""][:3] if len(parts) > 2 else ("", "full", "")
             recipe, seed = None, 0
             if match := _LESS.match(cache):
-                rank, hidden, kind, steps, seed_ = match.groups()
-                recipe, seed, cache = (int(rank), int(hidden), kind, int(steps)), int(seed_), "less"
+                rank, hidden, kind, steps, seed_, tuned = match.groups()
+                recipe, seed, cache = (int(rank), int(hidden), kind + (tuned or ""), int(steps)), int(seed_), "less"
             self.found.append(Found(parts[0], setting, cache, how, recipe, seed, row))
 
     def one(self, domain: str, setting: str, cache: str, how: str = "chunk 1") -> Found | None:
