@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .exporter.build import export
     from .runtime.backend import RowState
     from .runtime.sampling import SamplingParams
+    from .training.job import train
 
 _WHERE = {
     "export": ".exporter.build",
@@ -25,6 +26,7 @@ _WHERE = {
     "LessExportError": ".errors",
     "RowState": ".runtime.backend",
     "SamplingParams": ".runtime.sampling",
+    "train": ".training.job",
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "export",
     "open_bundle",
+    "train",
 ]
 
 

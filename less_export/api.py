@@ -32,17 +32,21 @@ def open_bundle(path: str | Path, backend: str | None = None, **options: Any) ->
 
 def generator(bundle: Bundle, backend: Backend) -> Generator:
     """A generator over an open bundle's backend, with its tokenizer where there is one."""
+    return Generator(backend, tokenizer(bundle))
+
+
+def tokenizer(bundle: Bundle) -> Tokenizer | None:
+    """The tokenizer of an open bundle, if it has one."""
     facts = bundle.manifest.tokenizer
-    tokenizer = None
-    if facts is not None:
-        tokenizer = Tokenizer(
-            bundle.path(facts.file),
-            bos_id=facts.bos_id,
-            eos_ids=facts.eos_ids,
-            add_bos=facts.add_bos,
-            chat_template=facts.chat_template,
-        )
-    return Generator(backend, tokenizer)
+    if facts is None:
+        return None
+    return Tokenizer(
+        bundle.path(facts.file),
+        bos_id=facts.bos_id,
+        eos_ids=facts.eos_ids,
+        add_bos=facts.add_bos,
+        chat_template=facts.chat_template,
+    )
 
 
 def load_backend(bundle: Bundle, name: str | None = None, **options: Any) -> Backend:

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._version import __version__
+from .arguments import Parser as _Parser
+from .arguments import common as _common
 from .config import DEFAULT_BUDGET, TARGETS, ExportConfig
 from .contract import COMPUTE_DTYPES
 from .errors import LessExportError, UsageError
@@ -26,6 +27,9 @@ every evicted token) to ONNX and TensorRT. Memory stays constant however long th
 
   less-export MODEL --out DIR|x.onnx|x.plan   export (this command)
   less-export generate BUNDLE --prompt TEXT   generate with what was exported
+  less-export train MODEL --data TEXT --out FILE  train the kernels of the low-rank term
+  less-export eval BUNDLE|MODEL --data TEXT   what the cache costs in perplexity, against sparse and full
+  less-export import-kernels DIR --out FILE   read the paper's authors' kernels
   less-export check BUNDLE                    compare it with the torch reference
   less-export info BUNDLE                     show what is in it
   less-export recipes                         list the named models
@@ -37,13 +41,6 @@ examples:
   less-export ./my-checkpoint --out bundle --policy sink --budget 256
   less-export gemma3-270m --out bundle --target both --engine
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line per mistake, exit code 1."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "info": _info,
         "recipes": _recipes,
         "build-plugin": _build_plugin,
+        "train": lambda words: _quality("train", words),
+        "import-kernels": lambda words: _quality("import_kernels", words),
+        "eval": lambda words: _quality("evaluate", words),
     }
     try:
         with _plain_warnings(verbose):
@@ -71,8 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(str(error))
     except KeyboardInterrupt:
-        exporting = not (arguments and arguments[0] in commands)
-        return _fail("interrupted; nothing was left behind" if exporting else "interrupted")
+        command = arguments[0] if arguments and arguments[0] in commands else None
+        kept = {None: "interrupted; nothing was left behind", "train": "interrupted; the same command goes on"}
+        return _fail(kept.get(command, "interrupted"))
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
@@ -167,11 +168,6 @@ def _export_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verbose", action="store_true", help="library warnings, and tracebacks of errors")
-    parser.add_argument("--version", action="version", version=f"less-export {__version__}")
-
-
 def _export(arguments: list[str]) -> int:
     options = vars(_export_parser().parse_args(arguments))
     model, out = options.pop("model"), options.pop("out")
@@ -259,6 +255,15 @@ def _read_text(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UsageError(f"cannot read {path}: {reason}") from error
+
+
+# ------------------------------------------------------------------ kernels
+
+
+def _quality(command: str, arguments: list[str]) -> int:
+    from . import cli_quality
+
+    return int(getattr(cli_quality, command)(arguments))
 
 
 # ------------------------------------------------------------------ check, info, recipes

@@ -121,7 +121,9 @@ class PaperMap(FeatureMap):
         return F.gelu(hidden.float() @ self.get_parameter(f"{side}_out").float())
 
     def log_phi(self, q: Tensor) -> Tensor:
-        return self._hidden("q", q).abs().log() + self.get_parameter("q_offset").float()
+        phi = self._hidden("q", q).abs()
+        zero = phi == 0  # away from log before it is taken: its gradient there is not finite
+        return torch.where(zero, -torch.inf, torch.where(zero, 1.0, phi).log()) + self.get_parameter("q_offset").float()
 
     def psi(self, k: Tensor) -> Tensor:
         base = self.get_parameter("k_scale").float().abs() * self._hidden("k", k)

@@ -47,7 +47,7 @@ def _attend(
     return torch.where(query_valid, out, 0.0)
 
 
-def _place(kept: Tensor, slots: int) -> Tensor:
+def place(kept: Tensor, slots: int) -> Tensor:
     """Source index of every slot, [B,Hk,C] into [slots, chunk]; -1 leaves the slot empty.
 
     A kept slot is its own source; the j-th kept new token fills the j-th free slot.
@@ -145,7 +145,7 @@ def less_attention(
     if policy == Policy.FULL and bool((kept.sum(-1) > slots).any()):
         raise BackendError(f"policy full holds {slots} tokens and was fed more: export with a larger --context")
 
-    source = _place(kept, slots)
+    source = place(kept, slots)
     index = source.clamp(min=0)
 
     def slotted(past: Tensor, new: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import matplotlib
+import numpy as np
+import quality_tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -40,5 +42,70 @@ def decode_cost() -> None:
     print(f"wrote {RESULTS / 'decode_cost.png'}")
 
 
+def quality() -> None:
+    """Perplexity of every setting, and the relative error of the layers, with and without LESS."""
+    found = quality_tables.Quality(json.loads((RESULTS / "quality.json").read_text()))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=[3, 2])
+    settings = [s for s in found.settings() if found.less("in", s)]
+    caches = {"sparse": "sparse", "sparse+4": "+4 tokens", "sparse+bytes R8": "= bytes of LESS"}
+    for marker, (cache, label) in zip("v^s", caches.items(), strict=True):
+        rows = [(i, found.one("in", s, cache)) for i, s in enumerate(settings)]
+        shown = [(i, r.row["perplexity"]) for i, r in rows if r is not None]
+        left.plot(*zip(*shown, strict=True), marker, label=label) if shown else None
+    less = [np.mean([f.row["perplexity"] for f in found.less("in", s)]) for s in settings]
+    left.plot(range(len(settings)), less, "o", label="LESS, R = 8")
+    full = found.one("in", "", "full")
+    if full is not None:
+        left.axhline(full.row["perplexity"], color="black", linestyle=":", label="full cache")
+    left.set_xticks(range(len(settings)), [s.replace(", ", "\n") for s in settings], fontsize=8)
+    left.set_ylabel("perplexity, WikiText-2 test")
+    whole = [(s, r) for s, r in found.training if r == "R8 hidden 128 exp steps 500 seed 0"]
+    layers = max((found.training[k] for k in whole), key=len)
+    places = range(len(layers))
+    for shift, (name, label) in enumerate((("sparse", "sparse"), ("start", "k-means start"), ("less", "LESS"))):
+        right.bar([i + 0.27 * (shift - 1) for i in places], [x[name] for x in layers], 0.27, label=label)
+    right.set_xticks(places, [str(x["layer"]) for x in layers], fontsize=8)
+    right.set_xlabel("layer")
+    right.set_ylabel("relative error of the layer's output")
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(fontsize=8)
+    figure.suptitle("Gemma 3 270M, contexts of 1,024 tokens, one token a step", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "quality.png", dpi=120)
+    print(f"wrote {RESULTS / 'quality.png'}")
+
+
+def gpu() -> None:
+    """Decode on a GPU: bandwidth against a copy, and time against attention over a full cache."""
+    data = json.loads((RESULTS / "gpu.json").read_text())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    rows = data["decode"]
+    left.bar(range(len(rows)), [r["gb_per_s"] for r in rows])
+    left.axhline(data["bandwidth"]["gb_per_s"], color="black", linestyle=":", label="device-to-device copy")
+    labels = [f"B{r['batch']}\nC{r['slots']}\nHk{r['kv_heads']}" for r in rows]
+    left.set_xticks(range(len(rows)), labels, fontsize=7)
+    left.set_ylabel("decode step, GB/s")
+    for batch in sorted({r["batch"] for r in data["full_cache"]}):
+        of = [r for r in data["full_cache"] if r["batch"] == batch]
+        (line,) = right.plot([r["context"] for r in of], [r["sdpa_us"] for r in of], "o-", label=f"SDPA, batch {batch}")
+        ours = [r["plugin_us"] for r in of]
+        right.plot([r["context"] for r in of], ours, "s--", color=line.get_color(), label=f"LESS, batch {batch}")
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xlabel("context, tokens")
+    right.set_ylabel("decode step, us")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{data['machine']['gpu']}, float16, policy h2o, D 128, R 16", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "gpu.png", dpi=120)
+    print(f"wrote {RESULTS / 'gpu.png'}")
+
+
 if __name__ == "__main__":
     decode_cost()
+    quality()
+    if (RESULTS / "gpu.json").is_file():
+        gpu()

@@ -58,7 +58,11 @@ def harness() -> ctypes.CDLL:
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
-    lib = ctypes.CDLL(str(out))
+    return prepared(ctypes.CDLL(str(out)))
+
+
+def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """A harness library with the types of what its functions return."""
     for name in ("plugin_create", "plugin_round_trip", "plugin_clone", "plugin_attach"):
         getattr(lib, name).restype = ctypes.c_void_p
     for name in ("plugin_text", "harness_log"):
@@ -138,13 +142,13 @@ def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int) -> l
     return [*inputs, inputs[0], *inputs[5:12]]
 
 
-def plugin_run(plugin_: Plugin, layer: LayerSpec, dtype: str, in_place: bool = True) -> Run:
+def plugin_run(plugin_: Plugin, layer: LayerSpec, dtype: str, in_place: bool = True, device: str = "cpu") -> Run:
     """``onShapeChange`` and ``enqueue`` on arrays; the workspace has the size that the plugin asked for."""
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
         kinds = [FIXED.get(i, DTYPES[dtype]) for i in range(INPUTS)]
         given = [torch.from_numpy(np.ascontiguousarray(a)).to(k) for a, k in zip(arrays, kinds, strict=True)]
-        given = [x.clone() for x in given]
+        given = [x.clone().to(device) for x in given]
         batch, chunk = given[1].shape[0], given[1].shape[2]
         past = given[len(TOKENS) : len(TOKENS) + len(STATE)]
         present = past if in_place else [torch.full_like(x, -7) for x in past]
@@ -152,22 +156,29 @@ def plugin_run(plugin_: Plugin, layer: LayerSpec, dtype: str, in_place: bool = T
         tensors = described(layer, DTYPES[dtype], batch, chunk)
         assert plugin_.tensors("shape_change", tensors) == 0, log()
         size = plugin_.tensors("workspace", tensors)
-        store = np.full(size + 256, 0xFF, np.uint8)
-        start = -store.ctypes.data % 256
-        status = enqueue(plugin_, tensors, given, results, store[start : start + size].ctypes.data)
+        store = torch.full((size + 256,), 0xFF, dtype=torch.uint8, device=device)
+        start = store.data_ptr() + -store.data_ptr() % 256
+        status = enqueue(plugin_, tensors, given, results, start)
         assert status == 0, log()
-        return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in results]
+        return [t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy() for t in results]
 
     return run
 
 
 def enqueue(
-    plugin_: Plugin, tensors: Sequence[Tensor], given: Sequence[Any], results: Sequence[Any], workspace: int | None
+    plugin_: Plugin,
+    tensors: Sequence[Tensor],
+    given: Sequence[Any],
+    results: Sequence[Any],
+    workspace: int | None,
+    stream: int = 0,
 ) -> int:
+    """The plugin's ``enqueue``; ``stream`` is a cudaStream_t."""
     array = (Tensor * len(tensors))(*tensors)
 
     def pointers(values: Sequence[Any]) -> Any:
         return (ctypes.c_void_p * len(values))(*(None if v is None else v.data_ptr() for v in values))
 
     call: Callable[..., Any] = plugin_.call
-    return int(call("enqueue", array, INPUTS, OUTPUTS, pointers(given), pointers(results), ctypes.c_void_p(workspace)))
+    places = (pointers(given), pointers(results), ctypes.c_void_p(workspace), ctypes.c_void_p(stream))
+    return int(call("enqueue", array, INPUTS, OUTPUTS, *places))

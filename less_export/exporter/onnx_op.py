@@ -158,7 +158,7 @@ def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str) -> 
 
 
 def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
-    """Source of every slot, i64 [B,Hk,C] into [slots, chunk]; -1 leaves it empty (see ``ops._place``)."""
+    """Source of every slot, i64 [B,Hk,C] into [slots, chunk]; -1 leaves it empty (see ``ops.place``)."""
     axis, zero = op.ints(2), op.ints(0)
     kept_slot = op.Slice(kept, zero, s.slots, axis)
     kept_new = op.Slice(kept, s.slots, op.Add(s.slots, s.chunk), axis)

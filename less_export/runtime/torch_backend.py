@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..artifact import Artifact, Bundle
+from ..contract import Contract
 from ..errors import BackendError
 from ..exporter import weights
 from ..exporter.wrapper import LessDecoder, fresh_state
@@ -18,26 +19,38 @@ from ..feature_maps import Kernels
 from .backend import Array, Backend, State
 
 
-class TorchBackend(Backend):
-    """Runs an artifact's contract in float32, whatever its compute dtype; slow, and what parity is judged by."""
+def bundle_model(bundle: Bundle) -> PreTrainedModel:
+    """The Hugging Face model of a bundle, in float32, its weights read from the bundle's files.
+
+    Raises:
+        BackendError: a plan that carries its weights inside, or weights that lack a tensor.
+    """
+    if not bundle.manifest.weights:
+        raise BackendError("this plan carries its weights inside: the torch backend needs a bundle with a graph")
+    described = dict(bundle.manifest.model["config"])
+    config = AutoConfig.for_model(described.pop("model_type"), **described)
+    model = weights.bare_model(config, torch.float32)
+    tensors, missing = weights.locate(model, [bundle.path(w.file) for w in bundle.manifest.weights])
+    if missing:
+        raise BackendError(f"the bundle's weights lack {missing[0]}: export again")
+    weights.fill(model, tensors)
+    return model.eval()
+
+
+def bundle_kernels(bundle: Bundle) -> Kernels:
+    """The kernels of a bundle, none where it has none."""
+    facts = bundle.manifest.kernels
+    return Kernels.load(bundle.path(facts.file)) if facts is not None else Kernels({}, {})
+
+
+class ModelBackend(Backend):
+    """Runs any contract of a loaded model; computes in the model's own dtype."""
 
     name = "torch"
 
-    def __init__(self, bundle: Bundle, artifact: Artifact, device: str = "cpu") -> None:
-        if not bundle.manifest.weights:
-            raise BackendError("this plan carries its weights inside: the torch backend needs a bundle with a graph")
-        super().__init__(replace(artifact.contract, dtype="float32"))
-        described = dict(bundle.manifest.model["config"])
-        config = AutoConfig.for_model(described.pop("model_type"), **described)
-        model = weights.bare_model(config, torch.float32)
-        files = [bundle.path(w.file) for w in bundle.manifest.weights]
-        tensors, missing = weights.locate(model, files)
-        if missing:
-            raise BackendError(f"the bundle's weights lack {missing[0]}: export again")
-        weights.fill(model, tensors)
-        facts = bundle.manifest.kernels
-        kernels = Kernels.load(bundle.path(facts.file)) if facts is not None else Kernels({}, {})
-        self._decoder = LessDecoder(model, self.contract, kernels).eval().to(device)
+    def __init__(self, model: PreTrainedModel, contract: Contract, kernels: Kernels, device: str = "cpu") -> None:
+        super().__init__(contract)
+        self._decoder = LessDecoder(model, contract, kernels).eval().to(device)
         self._device = device
         self._state: list[torch.Tensor] = []
 
@@ -63,3 +76,11 @@ class TorchBackend(Backend):
         with torch.inference_mode():
             for spec, x in zip(self.contract.state(), self._state, strict=True):
                 x[row] = torch.from_numpy(np.ascontiguousarray(tensors[spec.past.name])).to(self._device)
+
+
+class TorchBackend(ModelBackend):
+    """Runs an artifact's contract in float32, whatever its compute dtype; slow, and what parity is judged by."""
+
+    def __init__(self, bundle: Bundle, artifact: Artifact, device: str = "cpu") -> None:
+        contract = replace(artifact.contract, dtype="float32")
+        super().__init__(bundle_model(bundle), contract, bundle_kernels(bundle), device)

@@ -27,8 +27,9 @@ struct Log final : ILogger, ILoggerFinder {
 
 }  // namespace
 
-// ---- the CUDA runtime calls of the plugin class
+// ---- the CUDA runtime calls of the plugin class; on a device they are CUDA's own
 
+#ifndef LESS_HARNESS_ON_DEVICE
 extern "C" {
 cudaError_t cudaMalloc(void** address, size_t bytes) {
     if (!driver) return cudaErrorInsufficientDriver;
@@ -53,6 +54,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 char const* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInvalidValue ? "invalid" : "failed"; }
 }
+#endif
 
 // ---- what the tests call
 
@@ -199,8 +201,8 @@ int32_t plugin_shape_change(IPluginV3* plugin, Tensor const* tensors, int32_t nb
     return runtime(plugin)->onShapeChange(all.data(), nbIn, all.data() + nbIn, nbOut);
 }
 int32_t plugin_enqueue(IPluginV3* plugin, Tensor const* tensors, int32_t nbIn, int32_t nbOut, void const* const* inputs,
-                       void* const* outputs, void* workspace) {
+                       void* const* outputs, void* workspace, cudaStream_t stream) {
     auto const all = descriptors(tensors, nbIn + nbOut);
-    return runtime(plugin)->enqueue(all.data(), all.data() + nbIn, inputs, outputs, workspace, nullptr);
+    return runtime(plugin)->enqueue(all.data(), all.data() + nbIn, inputs, outputs, workspace, stream);
 }
 }

@@ -1,0 +1,33 @@
+"""What the parsers of all commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from ._version import __version__
+from .errors import UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """One line per mistake, exit code 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    """Options that every command has."""
+    parser.add_argument("--verbose", action="store_true", help="library warnings, and tracebacks of errors")
+    parser.add_argument("--version", action="version", version=f"less-export {__version__}")
+
+
+def cache_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the cache that is trained for or compared."""
+    group = parser.add_argument_group("cache")
+    group.add_argument(
+        "--policy", choices=("h2o", "tova", "sink"), help="which tokens keep a slot (default: recipe's, or h2o)"
+    )
+    group.add_argument("--budget", metavar="N|P%", help="slots per layer and KV head (default: recipe's, or 5%%)")
+    group.add_argument("--context", type=int, metavar="N", help="tokens that a percentage refers to")
+    group.add_argument("--compress-sliding", action="store_true", help="give sliding layers the policy too")

@@ -1,0 +1,208 @@
+"""The commands around kernels: train, import-kernels, eval."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from . import reporting
+from .arguments import Parser, cache_options, common
+from .errors import UsageError
+
+_PARAMETRISATIONS = ("exp", "paper")
+
+
+def train(arguments: list[str]) -> int:
+    """``less-export train``"""
+    parser = Parser(
+        "less-export train",
+        description="Train the kernels of the low-rank term on text, layer by layer. What is finished survives an "
+        "interrupt: the same command goes on. Under torchrun the processes share the layers.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="recipe name, hub id (org/name), checkpoint folder or GGUF file")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="kernel file (.safetensors) to write")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="TEXT",
+        help="UTF-8 files, folders of .txt, hf:NAME[/CONFIG][:SPLIT], or 'calibration' (the text that ships with "
+        "less-export, and the default); several are mixed in equal shares",
+    )  # fmt: skip
+    cache_options(parser)
+    kernels = parser.add_argument_group("kernels")
+    kernels.add_argument("--rank", type=int, metavar="R", help="features (default: recipe's, or 8)")
+    kernels.add_argument("--hidden", type=int, metavar="N", help="hidden width (default: recipe's, or 128)")
+    kernels.add_argument("--parametrisation", choices=_PARAMETRISATIONS, default="exp", help="default: exp")
+    kernels.add_argument("--layers", metavar="0-7", help="train these layers only")
+    fit = parser.add_argument_group("training")
+    fit.add_argument(
+        "--quality", choices=("fast", "high"), default="fast",
+        help="fast: 500 steps a layer on 32 sequences (default); high: 1500 on 64",
+    )  # fmt: skip
+    fit.add_argument("--steps", type=int, metavar="N", help="steps a layer; 0 keeps the k-means start")
+    fit.add_argument("--seqs", type=int, metavar="N", help="training sequences")
+    fit.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default: 1024)")
+    fit.add_argument("--end-to-end", action="store_true", help="tune all kernels together at the end")
+    fit.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same kernels (default: 0)")
+    fit.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    common(parser)
+    options = vars(parser.parse_args(arguments))
+    model, out, texts = (options.pop(n) for n in ("model", "out", "data"))
+    options.pop("verbose")
+
+    from .progress import Bars
+    from .training import job
+    from .training.options import Processes, TrainConfig
+
+    reports = job.train(model, out, texts, TrainConfig(**options), progress=Bars())
+    if Processes.here().first:
+        made = reporting.table(
+            "relative error of the layers' outputs", "layer", "sparse", "start", "LESS", "seconds", ""
+        )
+        for r in reports:
+            used = "" if r.used else "switched off"
+            figures = (f"{x:.4f}" for x in (r.sparse, r.start, r.less))
+            made.add_row(str(r.layer), *figures, f"{r.seconds:.0f}", used)
+        reporting.show(made)
+        print(out)
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """``less-export eval``"""
+    parser = Parser(
+        "less-export eval",
+        description="Measure what the cache does to the model: perplexity of LESS beside the full cache and sparse "
+        "caches of equal bytes (default), ROUGE of summaries, or a task of lm-evaluation-harness.",
+    )
+    parser.add_argument(
+        "target", metavar="BUNDLE|MODEL", help="what was exported, or a model with the options of its cache"
+    )
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="TEXT",
+        help="texts of the kind the kernels were trained on, as for train (default: held_out, which ships with "
+        "less-export); for summarize one .jsonl with text and summary",
+    )  # fmt: skip
+    parser.add_argument("--out-of-domain", nargs="+", default=[], metavar="TEXT", help="texts of other kinds")
+    parser.add_argument(
+        "--task", nargs="+", default=["perplexity"], metavar="TASK",
+        help="perplexity (default), summarize, or lm-eval TASK [FOLDER of task files]",
+    )  # fmt: skip
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="trained kernels, for a MODEL")
+    cache_options(parser)
+    what = parser.add_argument_group("perplexity")
+    what.add_argument(
+        "--compare", metavar="A,B", help="of full, sparse, sparse+4, sparse+bytes, less (default: all there are)"
+    )
+    what.add_argument(
+        "--seqs", type=int, metavar="N", help="sequences of each text (default: 16), or items of a task (default: all)"
+    )
+    what.add_argument("--seq-len", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
+    what.add_argument("--chunk", type=int, default=1, metavar="N", help="tokens per step (default: 1, decoding)")
+    what.add_argument("--positions", type=int, default=256, metavar="N", help="scored positions (default: 256)")
+    what.add_argument("--budgets", metavar="A,B", help="more budgets, e.g. 2%%,5%%,10%% (MODEL only)")
+    what.add_argument(
+        "--backend", choices=("ort", "trt", "torch"),
+        help="stream step by step through it, as generation does (default for perplexity: simulate, faster)",
+    )  # fmt: skip
+    what.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of a summary (default: 64)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity against the state's bytes (.png)")
+    common(parser)
+    args = parser.parse_args(arguments)
+    task = args.task[0]
+    if task == "perplexity":
+        return _perplexity(args)
+    if task == "summarize":
+        from .evaluation.summarize import summarize
+
+        return _report(args, summarize(args.target, args.data, args.seqs, args.max_new_tokens, args.backend))
+    if task == "lm-eval" and len(args.task) in (2, 3):
+        from .evaluation.harness import run_task
+
+        folder = args.task[2] if len(args.task) == 3 else None
+        return _report(args, run_task(args.target, args.task[1], folder, args.backend, args.seqs))
+    raise UsageError(f"--task {' '.join(args.task)}: choose perplexity, summarize, or lm-eval TASK [FOLDER]")
+
+
+def _report(args: argparse.Namespace, figures: dict[str, Any]) -> int:
+    made = reporting.table("scores", "metric", "value")
+    for name, value in figures["scores"].items():
+        made.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    reporting.show(made)
+    _write_json(args.json, figures)
+    return 0
+
+
+def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is None:
+        return
+    from .files import write_atomically
+
+    try:
+        write_atomically(path, (json.dumps(figures, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _perplexity(args: argparse.Namespace) -> int:
+    from .config import ExportConfig
+    from .evaluation import run
+    from .evaluation.subject import open_subject
+    from .progress import Bars
+    from .training import data
+
+    config = run.EvalConfig(
+        compare=tuple(args.compare.split(",")) if args.compare else None,
+        seqs=16 if args.seqs is None else args.seqs,
+        seq_len=args.seq_len,
+        chunk=args.chunk,
+        positions=args.positions,
+        backend=args.backend,
+        budgets=tuple(args.budgets.split(",")) if args.budgets else (),
+    )
+    cache = ExportConfig(
+        policy=args.policy, budget=args.budget, context=args.context, compress_sliding=args.compress_sliding
+    )
+    inside, outside = data.read(args.data or ["held_out"]), data.read(args.out_of_domain)
+    bars = Bars()
+    bars.say(f"loading {args.target}")
+    subject = open_subject(args.target, cache, args.kernels, args.backend is not None)
+    rows = run.evaluate(subject, inside, outside, config, bars)
+    made = reporting.table(
+        f"perplexity, {config.seqs} sequences of {config.seq_len} tokens, {config.chunk} a step",
+        "text", "domain", "budget", "cache", "perplexity", "95%", "state", "of gap", "95%", "against", "how",
+    )  # fmt: skip
+    for r in rows:
+        p = r.perplexity
+        against = next(iter(r.share), None)
+        share = r.share.get(against) if against else None
+        gap = (f"{share.value:.2f}", f"{share.low:.2f} to {share.high:.2f}", str(against)) if share else ("", "", "")
+        figures = (f"{p.value:.2f}", f"{p.low:.2f} to {p.high:.2f}", reporting.size(r.state_bytes))
+        made.add_row(r.text, r.domain, r.budget, r.kind, *figures, *gap, r.how)
+    reporting.show(made)
+    if subject.kernels.layers:
+        print(f"kernels' weights, once for all sequences: {reporting.size(subject.kernels.nbytes())}")
+    _write_json(args.json, run.as_json(rows, subject, config))
+    if args.plot:
+        run.plot(rows, subject, args.plot)
+    return 0
+
+
+def import_kernels(arguments: list[str]) -> int:
+    """``less-export import-kernels``"""
+    parser = Parser(
+        "less-export import-kernels",
+        description="Read the checkpoints of the LESS authors' code (layer_{i}.pth) into a kernel file. Only tensors "
+        "are read; nothing that a checkpoint holds is run.",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with layer_0.pth, layer_1.pth, ...")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="kernel file (.safetensors) to write")
+    parser.add_argument("--model", required=True, metavar="MODEL", help="the model they were trained for")
+    common(parser)
+    args = parser.parse_args(arguments)
+    from .training.authors import import_folder
+
+    layers = import_folder(args.folder, args.model, args.out)
+    print(f"{args.out}: {len(layers)} layers")
+    return 0

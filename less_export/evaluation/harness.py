@@ -1,0 +1,136 @@
+"""Bundles as a model of EleutherAI's lm-evaluation-harness, which calls it ``less``.
+
+The harness finds only models it knows by itself, so its command line is started from here, with the model
+registered: ``less-lm-eval --model less --model_args bundle=DIR --tasks ...`` takes all that ``lm_eval`` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .. import api
+from ..artifact import Bundle
+from ..errors import UsageError
+from ..runtime.generate import Generator
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ImportError:
+    raise UsageError("lm-evaluation-harness is not installed: pip install 'less-export[eval]'") from None
+
+#: New tokens of a generation whose task does not say how many.
+_NEW_TOKENS = 256
+
+
+class Scorer(Generator):
+    """Scores given continuations through the same steps that generate them."""
+
+    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """For each (context, continuation): the continuation's log probability, and whether greedy is the same."""
+        found: list[tuple[float, bool]] = []
+        size = self.backend.contract.max_batch
+        for begin in range(0, len(pairs), size):
+            found += self._score(
+                [p for p, _ in pairs[begin : begin + size]], [c for _, c in pairs[begin : begin + size]]
+            )
+        return found
+
+    def _score(self, contexts: list[list[int]], continuations: list[list[int]]) -> list[tuple[float, bool]]:
+        self._start(len(contexts), None)
+        logits = self._prefill(contexts)
+        total, greedy = np.zeros(len(contexts)), np.ones(len(contexts), bool)
+        longest = max(map(len, continuations))
+        for at in range(longest):
+            for row, tokens in enumerate(continuations):
+                if at < len(tokens):
+                    scores = logits[row].astype(np.float64)
+                    peak = scores.max()
+                    total[row] += scores[tokens[at]] - peak - np.log(np.exp(scores - peak).sum())
+                    greedy[row] &= int(scores.argmax()) == tokens[at]
+            if at + 1 < longest:
+                active = np.array([int(at + 1 < len(c)) for c in continuations])
+                ids = np.array([[c[at] if a else 0] for c, a in zip(continuations, active, strict=True)])
+                logits = self.backend.step(ids, active)[:, 0]
+        return [(float(t), bool(g)) for t, g in zip(total, greedy, strict=True)]
+
+
+@register_model("less")
+class LessLM(TemplateLM):
+    """``bundle``: what less-export wrote. ``backend``: ort, trt or torch; default by what the bundle holds."""
+
+    def __init__(self, bundle: str, backend: str | None = None, **_: Any) -> None:
+        super().__init__()
+        opened = Bundle.open(bundle)
+        tokenizer = api.tokenizer(opened)
+        if tokenizer is None:
+            raise UsageError(f"{bundle} has no tokenizer, which tasks on text need")
+        self._tokenizer = tokenizer
+        self._scorer = Scorer(api.load_backend(opened, backend), tokenizer)
+        self._bundle = bundle
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_ids[0] if self._tokenizer.eos_ids else 0
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._bundle
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        return self._tokenizer.encode(string, special=add_special_tokens is not False)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        return self._scorer.score([(context, continuation) for _, context, continuation in requests])
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        texts = [self.tok_encode(r.args[0], add_special_tokens=False) for r in requests]
+        return [score for score, _ in self._scorer.score([([self.prefix_token_id], ids) for ids in texts])]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        found = []
+        for context, options in (r.args for r in requests):
+            until = options.get("until") or ()
+            stop = (until,) if isinstance(until, str) else tuple(u for u in until if u)
+            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            most = int(options.get("max_gen_toks", _NEW_TOKENS))
+            (made,) = self._scorer.generate([context], max_new_tokens=most, stop=stop, temperature=temperature)
+            found.append(made.text)
+        return found
+
+
+def run_task(bundle: str, task: str, folder: str | None, backend: str | None, limit: int | None) -> dict[str, Any]:
+    """Run one task; ``folder`` holds task files of the user's own, ``limit`` the most items.
+
+    Raises:
+        UsageError: no such task, or its data cannot be loaded.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=folder)
+    if task not in manager.all_tasks:
+        raise UsageError(f"lm-evaluation-harness knows no task '{task}': give the folder of its file after it")
+    found = simple_evaluate(LessLM(bundle, backend), tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0)
+    scores = {n: v for n, v in found["results"][task].items() if isinstance(v, int | float)}
+    return {"task": task, "scores": scores}
+
+
+def main() -> None:
+    """``lm_eval`` with the model ``less``."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The perplexity table: every variant on every text, by streaming or by simulation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..contract import LayerSpec
+from ..errors import UsageError
+from ..progress import Progress
+from ..training import data
+from . import perplexity, statistics
+from .statistics import Interval, Nll
+from .subject import Subject
+from .variants import BASELINES, KINDS, Kind, Variant, build
+
+#: Sequences streamed at a time.
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What a user may choose.
+
+    compare: variants, in the table's order; None takes all that the subject can have. seqs, seq_len: sequences of
+    each text and their tokens. chunk: tokens per step. positions: scored positions of a sequence, spread evenly
+    past the budget. backend: stream through it; None simulates. budgets: more budgets, for the plot.
+    """
+
+    compare: tuple[Kind, ...] | None = None
+    seqs: int = 16
+    seq_len: int = 1024
+    chunk: int = 1
+    positions: int = 256
+    backend: str | None = None
+    budgets: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("seqs", "seq_len", "chunk", "positions"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        wrong = [k for k in self.compare or () if k not in KINDS]
+        if wrong:
+            raise UsageError(f"--compare: unknown '{wrong[0]}'; choose from {', '.join(KINDS)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. ``share`` is the part of the gap between full and each baseline that LESS closes."""
+
+    text: str
+    domain: str
+    budget: str
+    kind: Kind
+    how: str
+    perplexity: Interval
+    state_bytes: int
+    share: dict[str, Interval]
+
+
+def evaluate(
+    subject: Subject,
+    inside: Sequence[data.Source],
+    outside: Sequence[data.Source],
+    config: EvalConfig,
+    progress: Progress,
+) -> list[Row]:
+    """Perplexity of every variant, for each text apart.
+
+    Args:
+        inside: texts of the kind the kernels were trained on. outside: of other kinds.
+
+    Raises:
+        UsageError: a text that is too short, a variant that is impossible.
+    """
+    wanted = config.compare or [k for k in KINDS if k != "less" or subject.kernels.layers]
+    kinds = sorted(wanted, key=KINDS.index)  # LESS last: its share needs the others
+    plans: list[tuple[str, Sequence[LayerSpec]]] = [(_slots(subject.plan), subject.plan)]
+    if config.budgets:
+        if subject.plan_for is None:
+            raise UsageError("--budgets needs a MODEL: a bundle has one budget")
+        plans += [(b, subject.plan_for(b)) for b in config.budgets]
+    if config.backend not in (None, "torch") and subject.own is None:
+        raise UsageError(f"--backend {config.backend} runs bundles: export the model first, or take --backend torch")
+    _warn_of_training_text(subject, [*inside, *outside])
+    maps = subject.kernels.layers
+    compared = [(budget, build(kinds, p, maps, config.seq_len, subject.cache_dtype)) for budget, p in plans]
+    first = max(v.first() for _, made in compared for v in made)  # the same positions for all of them
+    if first > config.seq_len - 2:
+        raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: raise it")
+    positions = torch.linspace(first, config.seq_len - 2, config.positions).long().unique()
+    rows: list[Row] = []
+    for domain, sources in (("in", inside), ("out", outside)):
+        for source in sources:
+            corpus = data.sequences([source], subject.encode, subject.bos, config.seqs, config.seq_len, None)
+            for budget, made in compared:
+                done: dict[Kind, Nll] = {}
+                for variant in made:
+                    nll, how = _score(subject, variant, corpus.ids, positions, config, progress, source.name)
+                    done[variant.kind] = nll
+                    rows.append(_row(source.name, domain, budget, variant, how, done, subject, config.seed))
+    return rows
+
+
+def _slots(plan: Sequence[LayerSpec]) -> str:
+    sizes = sorted({s.capacity for s in plan if s.absorb} or {min(s.capacity for s in plan)})
+    return "/".join(map(str, sizes)) + " tokens"
+
+
+def _score(
+    subject: Subject,
+    variant: Variant,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    config: EvalConfig,
+    progress: Progress,
+    text: str,
+) -> tuple[Nll, str]:
+    """nll and how it was found."""
+    name = f"{text}: {variant.kind}"
+    if config.backend == "torch" or (config.backend is not None and subject.exported(variant)):
+        batch = min(BATCH, len(ids))
+        backend = subject.backend(variant, config.backend, batch, config.chunk)
+        steps = -(-len(ids) // backend.contract.max_batch) * -(-(int(positions[-1]) + 1) // config.chunk)
+        with progress.phase(name, steps) as step:
+            found = perplexity.streamed(backend, ids.numpy(), config.chunk, positions.tolist(), step)
+        backend.close()
+        return found, f"streamed, {config.backend}"
+    with progress.phase(name, len(ids)) as step:
+        found = perplexity.simulated(subject.model, ids, variant, config.chunk, positions, lambda rows: step("", rows))
+    return found, "simulated"
+
+
+def _row(
+    text: str, domain: str, budget: str, variant: Variant, how: str, done: dict[Kind, Nll], subject: Subject, seed: int
+) -> Row:
+    share: dict[str, Interval] = {}
+    if variant.kind == "less" and "full" in done:
+        share = {b: statistics.share_of_gap(done["full"], done[b], done["less"], seed) for b in BASELINES if b in done}
+    bytes_ = variant.state_bytes(subject.cache_dtype)
+    return Row(text, domain, budget, variant.kind, how, statistics.perplexity(done[variant.kind], seed), bytes_, share)
+
+
+def _warn_of_training_text(subject: Subject, sources: Sequence[data.Source]) -> None:
+    trained = {x.get("sha256") for x in subject.kernels.provenance.get("data", ()) if isinstance(x, dict)}
+    seen = [s.name for s in sources if s.facts()["sha256"] in trained]
+    if seen:
+        warnings.warn(f"the kernels were trained on {seen[0]}: its figures flatter them", stacklevel=3)
+
+
+def as_json(rows: Sequence[Row], subject: Subject, config: EvalConfig) -> dict[str, Any]:
+    """The table and what made it, for a file."""
+    shown = [
+        {**vars(r), "perplexity": vars(r.perplexity), "share": {n: vars(s) for n, s in r.share.items()}} for r in rows
+    ]
+    layers = subject.kernels.provenance.get("layers", {})
+    facts = {n: v for n, v in vars(config).items() if v is not None}
+    return {
+        "subject": subject.name,
+        "options": facts,
+        "kernel_bytes": subject.kernels.nbytes(),
+        "kernels": dict(subject.kernels.provenance),
+        "layers": layers,
+        "rows": shown,
+    }
+
+
+def plot(rows: Sequence[Row], subject: Subject, path: str) -> None:
+    """Perplexity against budget for every variant and text, and the layers' errors from the kernel file.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'less-export[eval]'") from None
+    texts = list(dict.fromkeys(r.text for r in rows))
+    layers = subject.kernels.provenance.get("layers", {})
+    figure, axes = plt.subplots(
+        1, len(texts) + bool(layers), figsize=(5 * (len(texts) + bool(layers)), 4), squeeze=False
+    )
+    for ax, text in zip(axes[0], texts, strict=False):
+        for kind in dict.fromkeys(r.kind for r in rows):
+            mine = sorted((r for r in rows if r.text == text and r.kind == kind), key=lambda r: r.state_bytes)
+            x = np.array([r.state_bytes for r in mine]) / 1e3
+            if kind == "full":
+                ax.axhline(mine[0].perplexity.value, color="black", linestyle=":", label=kind)
+                continue
+            spread = [
+                [r.perplexity.value - r.perplexity.low for r in mine],
+                [r.perplexity.high - r.perplexity.value for r in mine],
+            ]
+            ax.errorbar(x, [r.perplexity.value for r in mine], spread, marker="o", capsize=2, label=kind)
+        ax.set_title(text)
+        ax.set_xlabel("state of one sequence, kB")
+        ax.set_ylabel("perplexity")
+        ax.grid(alpha=0.3)
+        ax.legend()
+    if layers:
+        ax, at = axes[0][-1], np.arange(len(layers))
+        for shift, name in ((-0.2, "sparse"), (0.2, "less")):
+            ax.bar(at + shift, [x[name] for x in layers.values()], 0.4, label=name)
+        ax.set_xticks(at, list(layers))
+        ax.set_xlabel("layer")
+        ax.set_ylabel("relative error")
+        ax.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

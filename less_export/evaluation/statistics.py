@@ -1,0 +1,50 @@
+"""Perplexities with confidence intervals, and the share of a gap that LESS closes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Nll = npt.NDArray[np.float64]
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and its 95% bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def _draws(count: int, seed: int) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+
+
+def _interval(value: float, draws: Nll) -> Interval:
+    draws = draws[np.isfinite(draws)]
+    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (value, value)
+    return Interval(float(value), float(low), float(high))
+
+
+def perplexity(nll: Nll, seed: int = 0) -> Interval:
+    """exp of the mean of nll [N,P]; resamples whole sequences, since tokens of one are not independent."""
+    rows = nll.mean(1)
+    return _interval(np.exp(rows.mean()), np.exp(rows[_draws(len(rows), seed)].mean(1)))
+
+
+def share_of_gap(full: Nll, baseline: Nll, less: Nll, seed: int = 0) -> Interval:
+    """(baseline - less) / (baseline - full) in perplexity, the same sequences resampled in all three."""
+    draws = _draws(len(full), seed)
+
+    def share(parts: list[Nll]) -> Nll:
+        a, b, c = (np.exp(x) for x in parts)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray((b - c) / (b - a))
+
+    rows = [x.mean(1) for x in (full, baseline, less)]
+    value = share([np.asarray(x.mean()) for x in rows])
+    return _interval(float(value), share([x[draws].mean(1) for x in rows]))

@@ -1,0 +1,112 @@
+"""The caches that are compared: full, sparse, sparse with LESS's bytes given back to it, and LESS."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from ..contract import ITEM_BYTES, STATE_FIELDS, LayerSpec, Policy
+from ..errors import UsageError
+from ..feature_maps import FeatureMap
+from ..policies import POLICIES
+
+#: ``sparse+4`` gives the sparse cache the 4 tokens of the paper (section 4.1), ``sparse+bytes`` every byte that
+#: LESS adds to a sequence.
+Kind = Literal["full", "sparse", "sparse+4", "sparse+bytes", "less"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+#: Baselines, the hardest to beat first.
+BASELINES: tuple[Kind, ...] = ("sparse+bytes", "sparse+4", "sparse")
+PAPER_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A cache: its name, the plan of every layer, and the kernels of those that have a low-rank term."""
+
+    kind: Kind
+    plan: tuple[LayerSpec, ...]
+    kernels: Mapping[int, FeatureMap]
+
+    def state_bytes(self, dtype: str) -> int:
+        """Bytes of one sequence's state; of the full cache only keys and values, as an ordinary decoder keeps them."""
+        plain = sum(2 * s.kv_heads * s.capacity * s.head_dim * ITEM_BYTES[dtype] for s in self.plan)
+        return plain if self.kind == "full" else sum(layer_bytes(s, dtype) for s in self.plan)
+
+    def first(self) -> int:
+        """First position whose query may be without a token that the full cache has."""
+        return max((s.capacity for s in self.plan if s.policy not in (Policy.WINDOW, Policy.FULL)), default=0) + 1
+
+
+def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
+    """State bytes of one layer for one sequence; ``tokens`` in place of its capacity.
+
+    psi, H and z count only where the layer absorbs: elsewhere they are placeholders of rank 1.
+    """
+    total = 0
+    for field in STATE_FIELDS:
+        if field.name in ("psi", "h", "z") and not spec.absorb:
+            continue
+        sizes = {d: getattr(spec, d) for d in field.dims}
+        if tokens is not None and "capacity" in sizes:
+            sizes["capacity"] = tokens
+        total += math.prod(sizes.values()) * ITEM_BYTES[dtype if field.dtype == "T" else field.dtype]
+    return total
+
+
+def extra_tokens(spec: LayerSpec, dtype: str) -> int:
+    """Tokens that the bytes of the low-rank state would hold beside the layer's slots, rounded up."""
+    without = replace(spec, absorb=False, rank=1)
+    added = layer_bytes(spec, dtype) - layer_bytes(without, dtype)
+    token = layer_bytes(without, dtype, spec.capacity + 1) - layer_bytes(without, dtype)
+    return -(-added // token)
+
+
+def build(
+    kinds: Sequence[Kind], plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap], context: int, dtype: str
+) -> list[Variant]:
+    """The variants of a comparison.
+
+    Args:
+        plan: that of LESS. maps: its kernels, needed for "less" only. context: tokens the full cache must hold.
+        dtype: that of the cache, which bytes are counted in.
+
+    Raises:
+        UsageError: LESS without kernels.
+    """
+    made = []
+    for kind in kinds:
+        if kind == "full":
+            made.append(Variant(kind, tuple(_full(s, context) for s in plan), {}))
+        elif kind == "less":
+            used = {i: maps[i] for i, s in enumerate(plan) if s.absorb and i in maps}
+            if not used:
+                raise UsageError(
+                    "no layer has kernels, so LESS is the sparse cache: give --kernels, or drop less from --compare"
+                )
+            made.append(Variant(kind, tuple(plan), used))
+        else:
+            grown = (_grown(s, _more(kind, s, dtype)) if s.absorb else s for s in plan)
+            made.append(Variant(kind, tuple(grown), {}))
+    return made
+
+
+def _more(kind: Kind, spec: LayerSpec, dtype: str) -> int:
+    """Slots that a sparse baseline gets back."""
+    return {"sparse": 0, "sparse+4": PAPER_TOKENS, "sparse+bytes": extra_tokens(spec, dtype)}[kind]
+
+
+def _grown(spec: LayerSpec, more: int) -> LayerSpec:
+    """The layer with ``more`` slots, split as its policy splits a budget, and without a low-rank term."""
+    split = POLICIES[spec.policy].split
+    heavy, recent = split(spec.capacity + more)
+    if (spec.heavy, spec.recent) != split(spec.capacity):  # a split of the user's own keeps its heavy tokens
+        heavy, recent = spec.heavy, spec.recent + more
+    return replace(spec, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=heavy + recent)
+
+
+def _full(spec: LayerSpec, context: int) -> LayerSpec:
+    """The layer with everything it would see without LESS."""
+    policy, size = (Policy.WINDOW, spec.window) if spec.window else (Policy.FULL, context)
+    return replace(spec, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)

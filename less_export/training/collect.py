@@ -1,0 +1,162 @@
+"""What attention layers see: q, k and v of every sequence, on disk, and the layers' output projections."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .. import simulate
+from ..contract import LayerSpec
+from ..errors import ModelError, UnsupportedModelError
+from ..files import write_atomically
+from ..progress import Progress
+from ..surgery import AttentionCall, less_attention
+
+_MARK = "collected.json"
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its output embedding, whose logits nobody here looks at."""
+    return getattr(model, model.base_model_prefix, model)
+
+
+class Activations:
+    """q, k and v of some layers for N sequences, one file a layer: [N, Hq + 2 Hk, T, D], memory-mapped."""
+
+    def __init__(self, folder: Path, plan: Sequence[LayerSpec], count: int, length: int, dtype: torch.dtype) -> None:
+        self.folder, self._plan = folder, plan
+        self._count, self._length, self._dtype = count, length, dtype
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer}.bin"
+
+    def shape(self, layer: int) -> torch.Size:
+        spec = self._plan[layer]
+        return torch.Size((self._count, spec.query_heads + 2 * spec.kv_heads, self._length, spec.head_dim))
+
+    def tensor(self, layer: int) -> Tensor:
+        shape = self.shape(layer)
+        size = shape.numel()
+        return torch.from_file(str(self._file(layer)), shared=True, size=size, dtype=self._dtype).view(shape)
+
+    def nbytes(self, layer: int) -> int:
+        return self.shape(layer).numel() * self._dtype.itemsize
+
+    def done(self) -> set[int]:
+        """Layers whose files are whole."""
+        mark = self.folder / _MARK
+        return set(json.loads(mark.read_text())) if mark.exists() else set()
+
+    def mark_done(self, layers: Sequence[int]) -> None:
+        write_atomically(self.folder / _MARK, json.dumps(sorted(layers)).encode())
+
+    def drop(self) -> None:
+        """Give the disk space back."""
+        for file in (self.folder / _MARK, *self.folder.glob("layer_*.bin")):
+            file.unlink(missing_ok=True)
+
+
+@torch.inference_mode()
+def collect(
+    model: PreTrainedModel,
+    ids: Tensor,
+    plan: Sequence[LayerSpec],
+    layers: Sequence[int],
+    into: Activations,
+    share: tuple[int, int],
+    progress: Progress,
+) -> None:
+    """Run the model with its own full attention and keep what ``layers`` are given.
+
+    ``share`` = (rank, processes): this process runs every ``processes``-th sequence.
+
+    Raises:
+        ModelError: a layer is given NaN or inf.
+    """
+    into.folder.mkdir(parents=True, exist_ok=True)
+    files = {i: into.tensor(i) for i in layers}
+    rank, processes = share
+    mine = list(range(rank, len(ids), processes))
+    row = 0
+
+    def keep(call: AttentionCall) -> Tensor:
+        if call.layer in files:
+            seen = torch.cat([call.q, call.k, call.v], 1)
+            if not bool(seen.isfinite().all()):
+                raise ModelError(
+                    f"layer {call.layer} is given NaN or inf: the weights are damaged, or overflow {seen.dtype}"
+                )
+            files[call.layer][row] = seen[0]
+        return simulate.full(call.q, call.k, call.v, plan[call.layer])
+
+    with progress.phase("collecting activations", len(mine)) as step, less_attention(model, keep):
+        for row in mine:
+            _forward(model, ids[row : row + 1].to(model.device))
+            step()
+
+
+def _forward(model: PreTrainedModel, ids: Tensor) -> None:
+    steps = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+    decoder_of(model)(input_ids=ids, position_ids=steps, use_cache=False)
+
+
+def output_projections(model: PreTrainedModel, plan: Sequence[LayerSpec]) -> dict[int, Tensor]:
+    """The matrix that follows each layer's attention, f32 [Hq * D, width]: what a layer adds comes out of it.
+
+    Raises:
+        UnsupportedModelError: no linear map is applied to a layer's attention output.
+    """
+    found: dict[int, Tensor] = {}
+    waiting: list[int] = []
+
+    def attention(call: AttentionCall) -> Tensor:
+        waiting.append(call.layer)
+        return torch.zeros_like(call.q)
+
+    def linear(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if waiting:
+            layer = waiting.pop()
+            width = plan[layer].query_heads * plan[layer].head_dim
+            weight = module.get_parameter("weight").detach()
+            weight = weight if isinstance(module, Conv1D) else weight.T
+            if weight.shape[0] == width:
+                found[layer] = weight.float()
+
+    with _hooks(model, linear), less_attention(model, attention), torch.no_grad():
+        _forward(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    missing = [i for i in range(len(plan)) if i not in found]
+    if missing:
+        raise UnsupportedModelError(f"layer {missing[0]}: its attention is not followed by a linear output projection")
+    return found
+
+
+@contextlib.contextmanager
+def _hooks(model: nn.Module, hook: object) -> Iterator[None]:
+    kinds = (nn.Linear, Conv1D)
+    handles = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, kinds)]  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def groups(layers: Sequence[int], into: Activations, most_bytes: int) -> list[list[int]]:
+    """Split ``layers`` so that the files of each group fit into ``most_bytes`` of disk (one layer at least)."""
+    split: list[list[int]] = []
+    used = 0
+    for layer in layers:
+        size = into.nbytes(layer)
+        if not split or used + size > most_bytes:
+            split.append([])
+            used = 0
+        split[-1].append(layer)
+        used += size
+    return split

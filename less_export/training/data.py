@@ -1,0 +1,187 @@
+"""From text to sequences: files, folders and datasets, mixed in equal shares."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+#: Most characters read of one source: far more than training looks at, and what keeps memory bounded.
+MOST_CHARACTERS = 64_000_000
+
+#: Texts that come with the package.
+SHIPPED = ("calibration", "held_out")
+
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text: its name, what is in it, and the hash of that."""
+
+    name: str
+    text: str
+
+    def facts(self) -> dict[str, Any]:
+        """Provenance of the text."""
+        return {
+            "name": self.name,
+            "characters": len(self.text),
+            "sha256": hashlib.sha256(self.text.encode()).hexdigest(),
+        }
+
+
+def read(names: Sequence[str]) -> list[Source]:
+    """The texts behind ``--data``: UTF-8 files, folders of ``*.txt``, ``hf:NAME[/CONFIG][:SPLIT]``, or one of
+    the package's own, ``calibration`` and ``held_out``.
+
+    Raises:
+        UsageError: missing, not UTF-8, or empty.
+    """
+    found = []
+    for name in names:
+        if name in SHIPPED and not Path(name).exists():
+            found.append(shipped(name))
+            continue
+        text = _dataset(name[3:]) if name.startswith("hf:") else _files(Path(name).expanduser())
+        if not text.strip():
+            raise UsageError(f"--data {name} is empty: give a text")
+        found.append(Source(name if name.startswith("hf:") else Path(name).name, plain(text)))
+    return found
+
+
+def shipped(folder: str) -> Source:
+    """The texts that come with the package: ``calibration`` to train on, ``held_out`` to evaluate on."""
+    files = importlib.resources.files("less_export") / "data" / folder
+    names = sorted(f.name for f in files.iterdir() if f.name.endswith(".txt"))
+    return Source(folder, "\n\n".join((files / n).read_text(encoding="utf-8") for n in names))
+
+
+def _files(path: Path) -> str:
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*.txt") if p.is_file())
+        if not files:
+            raise UsageError(f"--data {path} holds no .txt file")
+    else:
+        files = [path]
+    texts, room = [], MOST_CHARACTERS
+    for file in files:
+        try:
+            with open(file, encoding="utf-8") as opened:
+                texts.append(opened.read(room))
+        except UnicodeDecodeError:
+            raise UsageError(f"--data {file} is not UTF-8 text: convert it, e.g. with iconv") from None
+        except OSError as error:
+            raise UsageError(f"cannot read --data {file}: {error.strerror or error}") from error
+        room -= len(texts[-1])
+        if room <= 0:
+            break
+    return "\n\n".join(texts)
+
+
+def _dataset(name: str) -> str:
+    """A dataset of the hub, or a local one that the datasets library can load, by its column ``text``."""
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError("--data hf:... needs the datasets library: pip install 'less-export[eval]'") from None
+    path, _, split = name.partition(":")
+    config = None
+    if not Path(path).exists() and path.count("/") == 2:
+        path, _, config = path.rpartition("/")
+    try:
+        rows = datasets.load_dataset(path, config, split=split or "train", streaming=True)
+        texts, room = [], MOST_CHARACTERS
+        for row in rows:
+            texts.append(str(row["text"]))
+            room -= len(texts[-1])
+            if room <= 0:
+                break
+    except KeyError:
+        raise UsageError(f"--data hf:{name} has no column 'text'") from None
+    except Exception as error:  # what the hub, the network and the library raise shares no base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--data hf:{name} cannot be loaded ({reason}): check its name, or give a file") from error
+    return "\n".join(texts)
+
+
+def plain(text: str) -> str:
+    """Text in WikiText's tokenised form (`` @-@ ``, spaced punctuation) as people write it; others as they are."""
+    if not re.search(r" @[-,.]@ ", text):
+        return text
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" ([.,;:!?)\]'])", r"\1", text)
+    text = re.sub(r"([(\[]) ", r"\1", text).replace(" n't", "n't").replace("$ ", "$")
+    text = re.sub(r"^ *(?:= )+(.*?)(?: =)+ *$", r"\1", text, flags=re.M)
+    return re.sub(r"\n{2,}", "\n", re.sub(r"\n +", "\n", text))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Sequences ``ids`` [N, L] and the name of the source that each came from."""
+
+    ids: Tensor
+    origin: tuple[str, ...]
+
+    def hash(self) -> str:
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+
+def sequences(
+    sources: Sequence[Source], encode: Encode, bos: int | None, count: int, length: int, seed: int | None
+) -> Corpus:
+    """Cut the sources into sequences of ``length`` tokens and take ``count`` of them, in equal shares.
+
+    A source that has fewer gives all it has and the others fill in. Sequences start with ``bos`` where the
+    model has one. They are taken evenly over each text; ``seed`` shuffles them, None leaves text order.
+
+    Raises:
+        UsageError: the texts have fewer than one sequence.
+    """
+    step = length - (bos is not None)
+    pieces: list[tuple[str, Tensor]] = []
+    lengths = []
+    for source in sources:
+        needed = 24 * step * count  # no tokenizer gives fewer than one token per 24 characters of text
+        ids = torch.tensor(encode(source.text[: max(needed, 1)]), dtype=torch.long)
+        rows = ids[: len(ids) // step * step].view(-1, step)
+        lengths.append(len(ids))
+        if bos is not None:
+            rows = torch.cat([torch.full((len(rows), 1), bos), rows], 1)
+        pieces.append((source.name, rows))
+    if sum(len(rows) for _, rows in pieces) == 0:
+        raise UsageError(
+            f"the text has {max(lengths, default=0)} tokens, fewer than one sequence of {length}: "
+            "give more text or a smaller --seq-len"
+        )
+    chosen: list[tuple[str, Tensor]] = []
+    left = count
+    for place, (name, rows) in enumerate(sorted(pieces, key=lambda p: len(p[1]))):
+        share = min(len(rows), -(-left // (len(pieces) - place)))
+        picks = torch.linspace(0, len(rows) - 1, share).long() if share else torch.empty(0, dtype=torch.long)
+        chosen += [(name, rows[i]) for i in picks.tolist()]
+        left -= share
+    if seed is not None:
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
+        chosen = [chosen[i] for i in order]
+    return Corpus(torch.stack([row for _, row in chosen]), tuple(name for name, _ in chosen))
+
+
+def encoder(tokenizer: Any) -> tuple[Encode, int | None]:
+    """``(encode, bos)`` of a Hugging Face tokenizer; bos is None where the model starts without one."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    bos = tokenizer.bos_token_id
+    starts = tokenizer("a").input_ids[:1] == [bos]
+    return encode, int(bos) if bos is not None and starts else None

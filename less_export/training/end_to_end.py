@@ -1,0 +1,100 @@
+"""All kernels together: the model with LESS is brought closer to what it says with its full cache."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from .. import simulate
+from ..contract import LayerSpec
+from ..feature_maps import FeatureMap
+from ..progress import Progress
+from ..surgery import AttentionCall, less_attention
+
+STEPS = 48
+_POSITIONS = 96
+_RATE = 1e-3
+_WARM_UP = 8
+
+
+def tune(
+    model: PreTrainedModel,
+    train: Tensor,
+    validation: Tensor,
+    plan: Sequence[LayerSpec],
+    maps: Mapping[int, FeatureMap],
+    seed: int,
+    progress: Progress,
+    steps: int = STEPS,
+) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
+    """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
+
+    Returns:
+        The tuned maps, or the given ones where validation text does not agree that they are better, and the
+        divergences (nats per token) before and after.
+    """
+    model.requires_grad_(False)
+    first = max(plan[i].capacity for i in maps) + 1
+    everywhere = torch.arange(first, train.shape[1])
+    tuned = {i: copy.deepcopy(m).to(model.device) for i, m in maps.items()}
+    spread = everywhere[:: max(1, len(everywhere) // _POSITIONS)]
+
+    def measure() -> float:
+        with torch.no_grad():
+            return sum(float(_divergence(model, row, plan, tuned, spread)) for row in validation) / len(validation)
+
+    before = measure()
+    parameters = [p for m in tuned.values() for p in m.requires_grad_().parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
+    generator = torch.Generator().manual_seed(seed)
+    with progress.phase("end to end", steps) as step:
+        for number in range(steps):
+            cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * number / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = _RATE * min(1.0, (number + 1) / _WARM_UP) * cosine
+            positions = everywhere[torch.randperm(len(everywhere), generator=generator)[:_POSITIONS]]
+            loss = _divergence(model, train[number % len(train)], plan, tuned, positions)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            step(f"divergence {loss.item():.4f}")
+    for made in tuned.values():
+        made.requires_grad_(False)
+    after = measure()
+    better = after < before
+    facts = {"steps": steps, "divergence_before": before, "divergence_after": after, "used": better}
+    return ({i: m.cpu() for i, m in tuned.items()} if better else dict(maps)), facts
+
+
+def _divergence(
+    model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap], positions: Tensor
+) -> Tensor:
+    def teacher(call: AttentionCall) -> Tensor:
+        return simulate.full(call.q, call.k, call.v, plan[call.layer])
+
+    def student(call: AttentionCall) -> Tensor:
+        made = maps.get(call.layer)
+        features = (made.log_phi(call.q), made.psi(call.k)) if made is not None else None
+        # Recomputed on the way back: masks and weights of T x T per head would not fit for larger models.
+        return checkpoint(simulate.attend, call.q, call.k, call.v, plan[call.layer], features, 1, use_reentrant=False)
+
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, positions.to(args[0].device)], *args[1:]))
+    row = ids[None].to(model.device)
+    steps = torch.arange(row.shape[1], device=row.device)[None]
+    try:
+        with torch.no_grad(), less_attention(model, teacher):
+            wanted = torch.log_softmax(model(input_ids=row, position_ids=steps, use_cache=False).logits[0].float(), -1)
+        with less_attention(model, student):
+            said = torch.log_softmax(model(input_ids=row, position_ids=steps, use_cache=False).logits[0].float(), -1)
+    finally:
+        hook.remove()
+    return (wanted.exp() * (wanted - said)).sum(-1).mean()

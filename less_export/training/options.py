@@ -1,0 +1,152 @@
+"""Options of a training, validated once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from ..config import ExportConfig
+from ..errors import UsageError
+from ..feature_maps import PARAMETRISATIONS
+
+Quality = Literal["fast", "high"]
+#: Steps per layer and training sequences of each quality.
+QUALITIES: dict[str, tuple[int, int]] = {"fast": (500, 32), "high": (1500, 64)}
+DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 8, 128, 1024
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a user may choose; ``None`` leaves it to the recipe, then to the default.
+
+    policy, budget, context, compress_sliding: as of an export. rank, hidden: sizes of the kernels.
+    quality: sets ``steps`` and ``seqs`` where they are not given. seqs, seq_len: training sequences and their
+    tokens (validation takes a twelfth more). layers: ``"0-7,9"``. end_to_end: tune all kernels together at the end.
+    """
+
+    policy: str | None = None
+    budget: str | None = None
+    context: int | None = None
+    compress_sliding: bool = False
+    rank: int | None = None
+    hidden: int | None = None
+    parametrisation: str = "exp"
+    quality: Quality = "fast"
+    steps: int | None = None
+    seqs: int | None = None
+    seq_len: int | None = None
+    layers: str | None = None
+    end_to_end: bool = False
+    seed: int = 0
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.parametrisation not in PARAMETRISATIONS:
+            choices = ", ".join(PARAMETRISATIONS)
+            raise UsageError(f"unknown parametrisation '{self.parametrisation}': choose one of {choices}")
+        if self.quality not in QUALITIES:
+            raise UsageError(f"unknown quality '{self.quality}': choose one of {', '.join(QUALITIES)}")
+        if self.policy == "full":
+            raise UsageError("policy full evicts nothing, so there is nothing to train: take h2o, tova or sink")
+        for name in ("rank", "hidden", "seqs", "seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.steps is not None and self.steps < 0:
+            raise UsageError(f"--steps must be at least 0, not {self.steps}")
+        self.cache()
+
+    def cache(self) -> ExportConfig:
+        """The options of the cache."""
+        return ExportConfig(
+            policy=self.policy, budget=self.budget, context=self.context, compress_sliding=self.compress_sliding
+        )
+
+    @property
+    def step_count(self) -> int:
+        return QUALITIES[self.quality][0] if self.steps is None else self.steps
+
+    @property
+    def sequence_count(self) -> int:
+        return self.seqs or QUALITIES[self.quality][1]
+
+
+def parse_layers(text: str | None, available: list[int]) -> list[int]:
+    """Layers of ``"0-7,9"`` among those that have a low-rank term; all of them for None.
+
+    Raises:
+        UsageError: not such a list, or a layer that keeps everything it sees.
+    """
+    if text is None:
+        return available
+    chosen: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            chosen |= set(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise UsageError(f"--layers '{text}' is not a list like 0-7,9") from None
+    wrong = sorted(chosen - set(available))
+    if wrong or not chosen:
+        raise UsageError(
+            f"--layers {text}: layer {wrong[0] if wrong else 'none'} evicts nothing or is not there; "
+            f"those that do: {','.join(map(str, available))}"
+        )
+    return sorted(chosen)
+
+
+def device(name: str | None) -> str:
+    """The device to train on: the given one, this process's GPU, or the CPU."""
+    if name is None:
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def compute_dtype(config: Any, device: str) -> torch.dtype:
+    """What the model computes in while activations are collected: 16 bits where weights and device allow it."""
+    stored = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    if stored == "float32":
+        return torch.float32
+    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that torchrun started (one of one without it)."""
+
+    rank: int
+    count: int
+
+    @classmethod
+    def here(cls) -> Processes:
+        return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+
+    def join(self) -> None:
+        """Meet the others."""
+        if self.count > 1:
+            torch.distributed.init_process_group("gloo")
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Part, also after an error: torchrun then ends the others."""
+        if self.count > 1:
+            torch.distributed.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0

@@ -1,0 +1,314 @@
+"""What LESS does to Gemma 3 270M's perplexity: kernels trained here, against sparse baselines of equal bytes.
+
+Every figure is a row of ``benchmarks/results/quality.json``, written as soon as it is there; ``--resume`` goes on
+where an interrupted run ended. Rows are measured by simulation in the order of decoding (one token a step)
+unless they say otherwise; ``tests/test_simulate.py`` holds the simulation to the operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import RESULTS, machine
+
+from less_export.config import ExportConfig, plan_layers
+from less_export.contract import Contract
+from less_export.evaluation import perplexity, statistics, variants
+from less_export.feature_maps import FeatureMap, Kernels
+from less_export.files import write_atomically
+from less_export.progress import Bars
+from less_export.runtime.torch_backend import ModelBackend
+from less_export.sources import resolve
+from less_export.surgery import discover
+from less_export.training import collect, data, end_to_end, fit
+
+MODEL, LENGTH = "gemma3-270m", 1024
+TRAIN, VALIDATION, EVALUATION = 48, 4, 16
+#: Every fourth position past the largest budget of the table.
+POSITIONS = torch.arange(127, LENGTH - 1, 4)
+FILE = RESULTS / "quality.json"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One cache: which policy and budget, on the three full layers or on all eighteen."""
+
+    policy: str
+    budget: str
+    all_layers: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy} {self.budget}, {'all 18 layers' if self.all_layers else '3 full layers'}"
+
+    def config(self) -> ExportConfig:
+        return ExportConfig(policy=self.policy, budget=self.budget, compress_sliding=self.all_layers)
+
+
+SETTINGS = (
+    Setting("h2o", "5%"),
+    Setting("h2o", "10%"),
+    Setting("sink", "5%"),
+    Setting("sink", "10%"),
+    Setting("h2o", "5%", all_layers=True),
+)
+
+
+#: About the bytes of the first setting at R = 8 (50 slots), otherwise divided between slots and rank.
+SPLITS = ((Setting("h2o", "42"), 16), (Setting("h2o", "34"), 24))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How kernels are made; the defaults are those of ``less-export train``."""
+
+    rank: int = 8
+    hidden: int = 128
+    seed: int = 0
+    steps: int = 500
+    parametrisation: str = "exp"
+    end_to_end: bool = False
+
+    @property
+    def name(self) -> str:
+        tuned = " + end to end" if self.end_to_end else ""
+        return f"R{self.rank} hidden {self.hidden} {self.parametrisation} steps {self.steps} seed {self.seed}{tuned}"
+
+
+class Bench:
+    """The model, the texts and the rows found so far."""
+
+    def __init__(self, work: Path, train_text: Path, eval_text: Path, other: Path | None, resume: bool) -> None:
+        self.work = work
+        work.mkdir(parents=True, exist_ok=True)
+        self.rows: dict[str, dict[str, Any]] = {}
+        if resume and FILE.exists():
+            self.rows = {r["key"]: r for r in json.loads(FILE.read_text())["rows"]}
+        source = resolve(MODEL)
+        encode, bos = data.encoder(source.tokenizer())
+        texts = data.read([str(train_text), "calibration"])
+        self.train = data.sequences(texts, encode, bos, TRAIN + VALIDATION, LENGTH, 0)
+        outside = data.read([str(other)]) if other else [data.Source("Python reference (pydoc_data)", _pydoc())]
+        read = {"in": data.read([str(eval_text)]), "out": outside, "shipped": data.read(["held_out"])}
+        self.eval = {n: data.sequences(s, encode, bos, EVALUATION, LENGTH, None) for n, s in read.items()}
+        self.texts = {"train": [s.facts() for s in texts]} | {n: [s.facts() for s in x] for n, x in read.items()}
+        self.model = source.load(torch.bfloat16)
+        self.layers = discover(self.model)
+        self.projections: dict[int, torch.Tensor] = {}
+        self.bars = Bars()
+
+    # ------------------------------------------------------------ rows
+
+    def row(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of that key, measured now if it is not there."""
+        if key not in self.rows:
+            begin = time.perf_counter()
+            self.rows[key] = {"key": key, **make(), "seconds": round(time.perf_counter() - begin, 1)}
+            self._write()
+            shown = {n: v for n, v in self.rows[key].items() if n not in ("sequences", "layers", "key")}
+            print(key, shown, flush=True)
+        return self.rows[key]
+
+    def _write(self) -> None:
+        facts = {"model": MODEL, "length": LENGTH, "positions": len(POSITIONS), "texts": self.texts}
+        facts |= {"train_sequences": TRAIN, "validation_sequences": VALIDATION, "linears": "bfloat16"}
+        rows = list(self.rows.values())
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_atomically(FILE, (json.dumps({"machine": machine(), **facts, "rows": rows}, indent=1) + "\n").encode())
+
+    def perplexity(self, variant: variants.Variant, domain: str, chunk: int) -> dict[str, Any]:
+        nll = perplexity.simulated(self.model, self.eval[domain].ids, variant, chunk, POSITIONS)
+        return {"state_bytes": variant.state_bytes("bfloat16"), **self._figures(nll)}
+
+    def _figures(self, nll: statistics.Nll) -> dict[str, Any]:
+        """A perplexity with its interval, and the mean of every sequence, which shares of gaps need."""
+        found = statistics.perplexity(nll)
+        means = [round(float(x), 6) for x in nll.mean(1)]
+        return {"perplexity": found.value, "low": found.low, "high": found.high, "sequences": means}
+
+    def full(self, domain: str = "in") -> None:
+        none = self._variant("full", SETTINGS[0], {}, 8)
+        self.row(f"{domain} | full", lambda: self.perplexity(none, domain, 1))
+
+    def _variant(self, kind: variants.Kind, s: Setting, maps: Mapping[int, FeatureMap], rank: int) -> variants.Variant:
+        """A cache of the setting; without kernels, every compressed layer counts as one of ``rank``."""
+        ranks = {i: m.rank for i, m in maps.items()} or dict.fromkeys(range(len(self.layers)), rank)
+        plan = plan_layers(self.layers, s.config(), LENGTH, ranks)
+        return variants.build([kind], plan, maps, LENGTH, "bfloat16")[0]
+
+    def baseline(self, s: Setting, kind: variants.Kind, domain: str = "in", chunk: int = 1, rank: int = 8) -> None:
+        """A sparse cache; what it gets back is counted against kernels of ``rank`` on every compressed layer."""
+        more = f" R{rank}" if kind == "sparse+bytes" else ""
+        key = f"{domain} | {s.name} | {kind}{more} | chunk {chunk}"
+        self.row(key, lambda: self.perplexity(self._variant(kind, s, {}, rank), domain, chunk))
+
+    def less(self, s: Setting, r: Recipe, domain: str = "in", chunk: int = 1) -> None:
+        self.trained(s, [r])
+
+        def make() -> dict[str, Any]:
+            kernels = Kernels.load(self._file(s, r))
+            variant = self._variant("less", s, kernels.layers, r.rank)
+            return {"kernel_bytes": kernels.nbytes(), **self.perplexity(variant, domain, chunk)}
+
+        self.row(f"{domain} | {s.name} | less {r.name} | chunk {chunk}", make)
+
+    def sweep(self, s: Setting, recipes: list[Recipe]) -> None:
+        """Other kernels for one setting, each beside the sparse cache of its bytes."""
+        self.trained(s, recipes)
+        for r in recipes:
+            self.less(s, r)
+            self.baseline(s, "sparse+bytes", rank=r.rank)
+
+    def stream(self, s: Setting, r: Recipe) -> None:
+        """The row of those kernels again, token by token through a backend."""
+        self.trained(s, [r])
+
+        def make() -> dict[str, Any]:
+            variant = self._variant("less", s, Kernels.load(self._file(s, r)).layers, r.rank)
+            contract = Contract(variant.plan, int(self.model.config.vocab_size), "bfloat16", 1, EVALUATION)
+            backend = ModelBackend(self.model, contract, Kernels(variant.kernels, {}))
+            ids = self.eval["in"].ids.numpy()
+            with self.bars.phase(f"streaming {s.name}", LENGTH) as step:
+                nll = perplexity.streamed(backend, ids, 1, POSITIONS.tolist(), step)
+            backend.close()
+            return self._figures(nll)
+
+        self.row(f"in | {s.name} | less {r.name} | streamed", make)
+
+    # ------------------------------------------------------------ training
+
+    def _file(self, s: Setting, r: Recipe) -> Path:
+        words = f"{s.name} {r.name}".replace(" ", "_").replace("%", "").replace(",", "")
+        return self.work / f"{words}.safetensors"
+
+    def trained(self, s: Setting, recipes: list[Recipe]) -> None:
+        """Train the kernels that are missing; recipes of one setting share what is prepared."""
+        for r in recipes:
+            if r.end_to_end:
+                self._tuned(s, r)
+        recipes = [r for r in recipes if not r.end_to_end]
+        todo = [r for r in recipes if f"train | {s.name} | {r.name}" not in self.rows or not self._file(s, r).exists()]
+        if not todo:
+            return
+        plan = plan_layers(self.layers, s.config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
+        used = [i for i, spec in enumerate(plan) if spec.absorb]
+        activations = self._activations(used)
+        maps: dict[Recipe, dict[int, Any]] = {r: {} for r in todo}
+        figures: dict[Recipe, list[dict[str, Any]]] = {r: [] for r in todo}
+        for layer in used:
+            begin = time.perf_counter()
+            ready = fit.prepare(activations.tensor(layer), plan[layer], self.projections[layer], "cpu")
+            train, held = ready.rows(slice(0, TRAIN)), ready.rows(slice(TRAIN, None))
+            prepared = time.perf_counter() - begin
+            for r in todo:
+                begin = time.perf_counter()
+                recipe = replace(fit.Fit(), steps=r.steps)
+                made, errors = fit.fit(
+                    train, held, r.parametrisation, r.rank, r.hidden, recipe, r.seed, lambda words: None
+                )
+                seconds = time.perf_counter() - begin
+                if errors.less < errors.sparse:
+                    maps[r][layer] = made
+                facts = {"layer": layer, **vars(errors), "prepare_seconds": prepared, "fit_seconds": seconds}
+                figures[r].append({n: round(x, 5) for n, x in facts.items()})
+                print(s.name, r.name, figures[r][-1], flush=True)
+        for r in todo:
+            Kernels(maps[r], {"model": MODEL, "setting": s.name, "recipe": r.name}).save(self._file(s, r))
+            key = f"train | {s.name} | {r.name}"
+            self.rows.pop(key, None)
+            self.row(key, lambda r=r: {"layers": figures[r]})  # type: ignore[misc]
+
+    def _tuned(self, s: Setting, r: Recipe) -> None:
+        """Tune the kernels of the recipe without its last stage end to end."""
+        if self._file(s, r).exists():
+            return
+        before = replace(r, end_to_end=False)
+        self.trained(s, [before])
+        maps = Kernels.load(self._file(s, before)).layers
+        plan = plan_layers(self.layers, s.config(), LENGTH, {i: m.rank for i, m in maps.items()})
+        learn, check = self.train.ids.split([TRAIN, VALIDATION])
+        maps, facts = end_to_end.tune(self.model, learn, check, plan, maps, r.seed, self.bars)
+        print(s.name, r.name, facts, flush=True)
+        Kernels(maps, {"model": MODEL, "setting": s.name, "recipe": r.name, "end_to_end": facts}).save(self._file(s, r))
+
+    def _activations(self, layers: list[int]) -> collect.Activations:
+        count = TRAIN + VALIDATION
+        plan = plan_layers(self.layers, SETTINGS[0].config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
+        into = collect.Activations(self.work / "activations", plan, count, LENGTH, torch.bfloat16)
+        if not self.projections:
+            self.projections = collect.output_projections(self.model, plan)
+        if not set(range(len(plan))) <= into.done():  # all at once: they serve every setting
+            everything = list(range(len(plan)))
+            collect.collect(self.model, self.train.ids, plan, everything, into, (0, 1), self.bars)
+            into.mark_done(everything)
+        return into
+
+
+def _pydoc() -> str:
+    """The reference manual that every CPython carries: a domain that no kernel here is trained on."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[n] for n in sorted(topics))
+
+
+def measure(b: Bench) -> None:
+    """All rows, those that say most first."""
+    plain, more = Recipe(), [Recipe(seed=1), Recipe(seed=2)]
+    first, whole = SETTINGS[0], SETTINGS[4]
+    b.full()
+    for s in SETTINGS:
+        b.baseline(s, "sparse+bytes")
+        b.less(s, plain)
+    for s in SETTINGS:
+        b.baseline(s, "sparse+4")
+        b.baseline(s, "sparse")
+    for domain in ("out", "shipped"):
+        b.full(domain)
+        b.baseline(first, "sparse+bytes", domain)
+        b.less(first, plain, domain)
+    for s, rank in SPLITS:
+        b.baseline(s, "sparse+bytes", rank=rank)
+        b.less(s, Recipe(rank=rank))
+    for s in SETTINGS[:4]:
+        b.trained(s, more)
+        for r in more:
+            b.less(s, r)
+    b.sweep(first, [Recipe(steps=0), Recipe(rank=16), Recipe(rank=4), Recipe(hidden=64), Recipe(hidden=32)])
+    b.stream(first, plain)
+    b.sweep(first, [Recipe(steps=1500), Recipe(parametrisation="paper", hidden=512)])
+    for s in (first, SETTINGS[2]):
+        b.baseline(s, "sparse+bytes", chunk=256)
+        b.less(s, plain, chunk=256)
+    b.less(first, Recipe(end_to_end=True))
+    b.stream(SETTINGS[2], plain)
+    for domain in ("out", "shipped"):
+        for s in SETTINGS[1:]:
+            b.baseline(s, "sparse+bytes", domain)
+            b.less(s, plain, domain)
+    b.trained(whole, more)
+    for r in more:
+        b.less(whole, r)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--train-text", type=Path, required=True, help="WikiText-2 valid, one half of the training text"
+    )
+    parser.add_argument("--eval-text", type=Path, required=True, help="WikiText-2 test")
+    parser.add_argument("--other-text", type=Path, help="another domain (default: Python's reference manual)")
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="activations and kernels (3 GB)")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    args = parser.parse_args()
+    measure(Bench(args.work, args.train_text, args.eval_text, args.other_text, args.resume))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""The tables of ``benchmarks/results/quality.json``: perplexities, shares of the gap, sweeps, domains, memory, time."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from less_export.evaluation import statistics
+
+#: ``domain | setting | less R8 hidden 128 exp steps 500 seed 0 | chunk 1``
+_LESS = re.compile(r"less R(\d+) hidden (\d+) (\w+) steps (\d+) seed (\d+)( \+ end to end)?$")
+PLAIN = (8, 128, "exp", 500)
+NOT_YET = "not measured yet"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row of the results by what it is about; ``recipe`` is (rank, hidden, parametrisation, steps)."""
+
+    domain: str
+    setting: str
+    cache: str
+    how: str
+    recipe: tuple[int, int, str, int] | None
+    seed: int
+    row: dict[str, Any]
+
+    @property
+    def nll(self) -> np.ndarray:
+        return np.array(self.row["sequences"])[:, None]
+
+
+class Quality:
+    """The measured rows, to be looked up."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.data = data
+        self.found: list[Found] = []
+        self.training: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in data["rows"]:
+            parts = row["key"].split(" | ")
+            if parts[0] == "train":
+                self.training[parts[1], parts[2]] = row["layers"]
+                continue
+            setting, cache, how = [*parts[1:], "", ""][:3] if len(parts) > 2 else ("", "full", "")
+            recipe, seed = None, 0
+            if match := _LESS.match(cache):
+                rank, hidden, kind, steps, seed_, tuned = match.groups()
+                recipe, seed, cache = (int(rank), int(hidden), kind + (tuned or ""), int(steps)), int(seed_), "less"
+            self.found.append(Found(parts[0], setting, cache, how, recipe, seed, row))
+
+    def one(self, domain: str, setting: str, cache: str, how: str = "chunk 1") -> Found | None:
+        wanted = (domain, setting, cache, how) if cache != "full" else (domain, "", "full", "")
+        return next((f for f in self.found if (f.domain, f.setting, f.cache, f.how) == wanted), None)
+
+    def less(
+        self, domain: str, setting: str, recipe: tuple[int, int, str, int] = PLAIN, how: str = "chunk 1"
+    ) -> list[Found]:
+        """One per seed."""
+        wanted = (domain, setting, "less", how, recipe)
+        mine = [f for f in self.found if (f.domain, f.setting, f.cache, f.how, f.recipe) == wanted]
+        return sorted(mine, key=lambda f: f.seed)
+
+    def share(self, domain: str, baseline: Found | None, less: list[Found]) -> statistics.Interval | None:
+        """Part of the gap that LESS closes, its perplexity averaged over the seeds sequence by sequence."""
+        full = self.one(domain, "", "full")
+        if full is None or baseline is None or not less:
+            return None
+        return statistics.share_of_gap(full.nll, baseline.nll, np.mean([f.nll for f in less], 0))
+
+    def settings(self) -> list[str]:
+        """Those of the main table: budgets in percent."""
+        return list(dict.fromkeys(f.setting for f in self.found if "%" in f.setting))
+
+    def splits(self) -> list[str]:
+        """The first of them, and those with its bytes divided otherwise: budgets in tokens."""
+        others = dict.fromkeys(f.setting for f in self.found if f.setting and "%" not in f.setting)
+        return [self.settings()[0], *others]
+
+
+def _ppl(found: Found | None) -> str:
+    return f"{found.row['perplexity']:.2f}" if found else NOT_YET
+
+
+def _seeds(less: list[Found]) -> str:
+    if not less:
+        return NOT_YET
+    values = [f.row["perplexity"] for f in less]
+    spread = f" ({min(values):.2f} to {max(values):.2f}, {len(values)} seeds)" if len(values) > 1 else " (1 seed)"
+    return f"{np.mean(values):.2f}{spread}"
+
+
+def _share(share: statistics.Interval | None) -> str:
+    return f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]" if share else NOT_YET
+
+
+def settings(q: Quality) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for name in q.settings():
+        less = q.less("in", name)
+        four, same = q.one("in", name, "sparse+4"), q.one("in", name, "sparse+bytes R8")
+        shares = [_share(q.share("in", b, less)) for b in (same, four)]
+        rows.append([name, _ppl(q.one("in", name, "sparse")), _ppl(four), _ppl(same), _seeds(less), *shares])
+    header = ["setting, R = 8", "sparse", "+4 tokens", "= bytes", "LESS", "share of the gap (= bytes)", "share (+4)"]
+    return header, rows
+
+
+def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
+    setting = q.settings()[0]
+    recipes = dict.fromkeys(f.recipe for f in q.found if f.setting == setting and f.recipe and f.domain == "in")
+    rows = []
+    for recipe in sorted(r for r in recipes if r):
+        rank, hidden, kind, steps = recipe
+        less = q.less("in", setting, recipe)
+        if not less:
+            continue
+        baseline = q.one("in", setting, f"sparse+bytes R{rank}")
+        layers = q.training.get((setting, f"R{rank} hidden {hidden} {kind} steps {steps} seed {less[0].seed}"), [])
+        error = f"{np.mean([x['less'] for x in layers]):.4f}" if layers else ""
+        kernel = f"{less[0].row['kernel_bytes'] / 1e6:.2f}"
+        cells = [
+            str(rank),
+            str(hidden),
+            kind,
+            str(steps),
+            kernel,
+            error,
+            _seeds(less),
+            _share(q.share("in", baseline, less)),
+        ]
+        rows.append(cells)
+    header = [
+        "R",
+        "hidden",
+        "parametrisation",
+        "steps",
+        "kernels, MB",
+        "layers' error",
+        "LESS",
+        "share of the gap (= bytes)",
+    ]
+    return header, rows
+
+
+def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
+    """The same bytes as slots or as rank; all against the sparse cache of the first one's bytes."""
+    first, *_ = names = q.splits()
+    baseline = q.one("in", first, "sparse+bytes R8")
+    rows = []
+    for name in names:
+        mine = [f for f in q.found if f.setting == name and f.cache == "less" and f.domain == "in" and f.seed == 0]
+        mine = [f for f in mine if f.how == "chunk 1" and f.recipe and f.recipe[1:] == PLAIN[1:]]
+        if name == first:
+            mine = [f for f in mine if f.recipe == PLAIN]
+        for f in mine:
+            state, rank = f"{f.row['state_bytes'] / 1e6:.3f}", str(f.recipe[0] if f.recipe else "")
+            rows.append([name, rank, state, _ppl(f), _share(q.share("in", baseline, [f]))])
+    return ["setting", "R", "state, MB", "LESS", "share of the gap (= bytes of the first)"], rows
+
+
+def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    names = {"in": "WikiText-2 test", "shipped": "held-out part of the shipped text", "out": "Python reference manual"}
+    for setting in q.settings():
+        if not any(q.less(d, setting) for d in ("out", "shipped")):
+            continue
+        for domain, label in names.items():
+            less, baseline = q.less(domain, setting), q.one(domain, setting, "sparse+bytes R8")
+            if less:
+                share = _share(q.share(domain, baseline, less))
+                rows.append([setting, label, _ppl(q.one(domain, "", "full")), _ppl(baseline), _seeds(less), share])
+    return ["setting", "text", "full", "= bytes", "LESS", "share of the gap"], rows
+
+
+def orders(q: Quality) -> tuple[list[str], list[list[str]]]:
+    """The same kernels in chunks of 256 and streamed through a backend."""
+    rows = []
+    for setting in q.settings():
+        for how, label in (
+            ("chunk 1", "one token a step"),
+            ("streamed", "the same, streamed"),
+            ("chunk 256", "256 a step"),
+        ):
+            less = [f for f in q.less("in", setting, how=how) if f.seed == 0]
+            if not less or (
+                how == "chunk 1" and not any(q.less("in", setting, how=h) for h in ("streamed", "chunk 256"))
+            ):
+                continue
+            baseline = q.one("in", setting, "sparse+bytes R8", "chunk 1" if how == "streamed" else how)
+            rows.append([setting, label, _ppl(baseline), _ppl(less[0]), _share(q.share("in", baseline, less))])
+    return ["setting", "order", "= bytes", "LESS", "share of the gap"], rows
+
+
+def memory(q: Quality) -> tuple[list[str], list[list[str]]]:
+    """Bytes of a sequence, of the kernels, and the batch from which LESS takes less in all."""
+    rows = []
+    full = q.one("in", "", "full")
+    for setting in q.settings():
+        less, same = q.less("in", setting), q.one("in", setting, "sparse+bytes R8")
+        if not less or same is None or full is None:
+            continue
+        kernels, state = less[0].row["kernel_bytes"], less[0].row["state_bytes"]
+        cells = [f"{full.row['state_bytes'] / 1e6:.3f}", f"{same.row['state_bytes'] / 1e6:.3f}", f"{state / 1e6:.3f}"]
+        cells += [f"{kernels / 1e6:.2f}", _batch(kernels, full.row["state_bytes"] - state)]
+        rows.append([setting, *cells, _batch(kernels, same.row["state_bytes"] - state)])
+    header = [
+        "setting",
+        "full cache, MB",
+        "= bytes, MB",
+        "LESS, MB",
+        "kernels, MB",
+        "less than full from",
+        "less than = bytes from",
+    ]
+    return header, rows
+
+
+def _batch(kernels: int, saved: int) -> str:
+    return f"batch {kernels // saved + 1:,}" if saved > 0 else "never"
+
+
+def times(q: Quality) -> tuple[list[str], list[list[str]]]:
+    """Seconds of training per layer and in all."""
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for (setting, recipe), layers in q.training.items():
+        grouped[setting, re.sub(r" seed \d+$", "", recipe)] += layers
+    rows = []
+    for (setting, recipe), layers in grouped.items():
+        prepare, fit = (np.array([x[n] for x in layers]) for n in ("prepare_seconds", "fit_seconds"))
+        used = len({x["layer"] for x in layers})
+        typical = np.median(prepare) + np.median(fit)
+        cells = [f"{np.median(prepare):.0f}", f"{fit.min():.0f} to {fit.max():.0f}", f"{typical * used:.0f}"]
+        rows.append([setting, recipe, str(used), *cells])
+    return ["setting", "recipe", "layers", "prepare a layer, s", "fit a layer, s", "all layers, s"], rows
+
+
+PARTS = ("settings", "splits", "sweep", "domains", "orders", "memory", "times")
+
+
+def note(q: Quality, part: str) -> str:
+    """What a table's figures are, in words, before the machine."""
+    d = q.data
+    if part == "times":
+        return "one thread, beside other work on the machine; "
+    if part == "memory":
+        return f"16-bit cache, f32 state, one sequence of {d['length']:,} tokens; "
+    full = q.one("in", "", "full") if part == "settings" else None
+    return (
+        (f"full cache {full.row['perplexity']:.2f}; " if full else "")
+        + f"{len(q.found[0].row['sequences'])} sequences of {d['length']:,} tokens, {d['positions']} positions each; "
+        "95% intervals by bootstrap over sequences; "
+    )

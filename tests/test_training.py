@@ -1,0 +1,368 @@
+"""Training on tiny random models: it learns, its errors are the runtime's, and it goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from less_export import ops
+from less_export.config import ExportConfig, plan_layers
+from less_export.contract import LayerSpec
+from less_export.errors import LessExportError, ModelError, UsageError
+from less_export.feature_maps import Kernels
+from less_export.progress import Silent
+from less_export.surgery import AttentionCall, discover, less_attention
+from less_export.testing import empty_state
+from less_export.training import collect, data, fit, job
+
+from . import bundles
+from .bundles import Run, refused
+
+pytest_plugins = ["tests.bundles"]
+
+LENGTH = 48
+#: A quick training: 4 + 4 slots of 48 tokens, 2 layers.
+QUICK: dict[str, Any] = {"budget": "8", "rank": 3, "hidden": 8, "steps": 40, "seqs": 8, "seq_len": LENGTH}
+WORDS = ("--budget", 8, "--rank", 3, "--hidden", 8, "--steps", 5, "--seqs", 6, "--seq-len", LENGTH)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand tokens of the tiny tokenizer."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    words = bundles.PROMPT.split()
+    picks = torch.randint(len(words), (4000,), generator=torch.Generator().manual_seed(0)).tolist()
+    file.write_text(" ".join(words[i] for i in picks))
+    return file
+
+
+def model_folder(folder: Path, heads: int = 4, kv_heads: int = 2, **changes: Any) -> Path:
+    """A checkpoint whose attention is sharp enough that what is evicted matters."""
+    return bundles.checkpoint(
+        folder, num_attention_heads=heads, num_key_value_heads=kv_heads, initializer_range=0.6, **changes
+    )
+
+
+def trained(folder: Path, text: Path, **options: Any) -> tuple[Path, tuple[job.LayerReport, ...]]:
+    out = folder.parent / f"{folder.name}.safetensors"
+    return out, job.train(str(folder), out, [str(text)], **QUICK | options)
+
+
+def runtime_error(folder: Path, text: Path, file: Path, options: dict[str, Any], layer: int, with_less: bool) -> float:
+    """The layer's relative error on the validation sequences as the operator gives it, token by token."""
+    config = QUICK | options
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    kernels = Kernels.load(file)
+    cache = ExportConfig(budget=config["budget"], policy=options.get("policy"))
+    ranks = dict.fromkeys(range(2), config["rank"])
+    plan = plan_layers(discover(model), cache, bundles.CONTEXT, ranks)
+    from transformers import AutoTokenizer
+
+    encode, bos = data.encoder(AutoTokenizer.from_pretrained(folder))
+    corpus = data.sequences(data.read([str(text)]), encode, bos, config["seqs"] + 1, LENGTH, 0)
+    spec = plan[layer] if with_less else replace(plan[layer], absorb=False, rank=1)
+    seen: list[AttentionCall] = []
+
+    def handler(call: AttentionCall) -> torch.Tensor:
+        if call.layer == layer:
+            seen.append(call)
+        return torch.nn.functional.scaled_dot_product_attention(
+            call.q, call.k, call.v, is_causal=True, scale=call.scale, enable_gqa=True
+        )
+
+    ids = corpus.ids[-1:]
+    with torch.no_grad(), less_attention(model, handler):
+        model(input_ids=ids, position_ids=torch.arange(LENGTH)[None], use_cache=False)
+    call = seen[0]
+    made = kernels.layers[layer]
+    log_phi, psi = made.log_phi(call.q), made.psi(call.k)
+    if not with_less:
+        log_phi, psi = torch.zeros_like(log_phi[..., :1]), torch.zeros_like(psi[..., :1])
+    got = stream(spec, call, log_phi, psi)
+    want = handler(call)
+    projection = model.model.layers[layer].self_attn.o_proj
+
+    def added(x: torch.Tensor) -> torch.Tensor:
+        return projection(x.transpose(1, 2).flatten(2))[:, spec.capacity + 1 :]
+
+    with torch.no_grad():
+        return float((added(got) - added(want)).pow(2).sum() / added(want).pow(2).sum())
+
+
+def stream(spec: LayerSpec, call: AttentionCall, log_phi: torch.Tensor, psi: torch.Tensor) -> torch.Tensor:
+    state, outs = empty_state(spec, 1, poison=True), []
+    for t in range(LENGTH):
+        piece = [x[:, :, t : t + 1] for x in (call.q, call.k, call.v, log_phi, psi)]
+        lengths = torch.tensor([t], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        out, *state = ops.less_attention(*piece, *state, *lengths, **spec.attributes())
+        outs.append(out)
+    return torch.cat(outs, 2)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (4, 4)])
+@pytest.mark.parametrize("policy", ["h2o", "sink", "tova"])
+def test_training_helps_and_its_errors_are_the_runtimes(
+    heads: int, kv_heads: int, policy: str, text: Path, tmp_path: Path
+) -> None:
+    folder = model_folder(tmp_path / "model", heads, kv_heads)
+    file, reports = trained(folder, text, policy=policy)
+    assert [r.layer for r in reports] == [0, 1]
+    assert all(r.less < r.start or r.less < r.sparse for r in reports)
+    assert any(r.less < 0.9 * r.sparse for r in reports)
+    kernels = Kernels.load(file)
+    assert set(kernels.layers) == {r.layer for r in reports if r.used}
+    for r in reports:
+        if r.used:
+            options = {"policy": policy}
+            assert runtime_error(folder, text, file, options, r.layer, True) == pytest.approx(r.less, rel=1e-3)
+            assert runtime_error(folder, text, file, options, r.layer, False) == pytest.approx(r.sparse, rel=1e-3)
+
+
+def test_the_papers_parametrisation_trains(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, reports = trained(folder, text, parametrisation="paper", hidden=32, steps=80)
+    assert all(r.less < r.start for r in reports)
+    assert any(r.less < 0.95 * r.sparse for r in reports)
+    assert Kernels.load(file).parametrisation == "paper"
+
+
+def test_same_seed_same_kernels(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    made = []
+    for seed in (3, 3, 4):
+        trained(folder, text, seed=seed, steps=5)
+        made.append(load_file(tmp_path / "model.safetensors"))
+    assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
+    assert any(not torch.equal(made[0][n], made[2][n]) for n in made[0] if n in made[2])
+
+
+def test_a_finished_layer_is_not_trained_again(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    whole, _ = trained(folder, text, steps=5)
+    want = load_file(whole)
+    whole.unlink()
+    real, calls = fit.fit, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args[0].layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(fit, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, text, steps=5)
+    assert not whole.exists()
+    monkeypatch.setattr(collect, "collect", None)  # what was collected is still there
+    trained(folder, text, steps=5)
+    assert len(calls) == 3
+    assert all(torch.equal(x, want[n]) for n, x in load_file(whole).items())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.safetensors"]
+
+
+def test_other_options_do_not_resume(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder, text, steps=5)
+    calls = []
+    real = fit.fit
+    monkeypatch.setattr(fit, "fit", lambda *args: calls.append(1) or real(*args))
+    trained(folder, text, steps=5)
+    assert calls == []
+    trained(folder, text, steps=6)
+    assert len(calls) == 2
+
+
+def test_layers_that_lose_are_switched_off(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    real = fit.fit
+
+    def worse(*args: Any) -> Any:
+        made, errors = real(*args)
+        return made, replace(errors, less=errors.sparse + 0.1) if args[6] == 1 else errors  # layer 1
+
+    monkeypatch.setattr(fit, "fit", worse)
+    with pytest.warns(UserWarning, match=r"layers \[1\]: LESS does not beat"):
+        file, reports = trained(folder, text)
+    kernels = Kernels.load(file)
+    assert [r.used for r in reports] == [True, False]
+    assert list(kernels.layers) == [0]
+    assert kernels.provenance["layers"]["1"]["used"] is False
+
+
+def test_provenance(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, reports = trained(folder, text, steps=5, layers="1")
+    facts = Kernels.load(file).provenance
+    assert facts["model"] == "model"
+    assert len(facts["model_sha256"]) == 64
+    assert (facts["policy"], facts["slots"]) == ("h2o", {"1": [4, 4]})
+    assert facts["data"][0]["name"] == "text.txt"
+    assert facts["sequences"]["length"] == LENGTH
+    (report,) = reports
+    assert facts["layers"] == {"1": {n: v for n, v in vars(report).items() if n != "layer"}}
+
+
+def test_end_to_end_never_leaves_the_kernels_worse(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, _ = trained(folder, text, end_to_end=True)
+    tuned = Kernels.load(file).provenance["end_to_end"]
+    assert tuned["used"] == (tuned["divergence_after"] < tuned["divergence_before"])
+    assert tuned["divergence_before"] > 0
+
+
+def test_sliding_layers_stay_exact_unless_compressed(text: Path, tmp_path: Path) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    folder = bundles.checkpoint(tmp_path / "model")
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 300, "sliding_window": 16}
+    sizes |= {"layer_types": ["sliding_attention", "full_attention"], "max_position_embeddings": 256}
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(Gemma3TextConfig(**sizes, initializer_range=0.4)).save_pretrained(folder)
+    _, reports = trained(folder, text, steps=5)
+    assert [r.layer for r in reports] == [1]
+    _, reports = trained(folder, text, steps=5, compress_sliding=True)
+    assert [r.layer for r in reports] == [0, 1]
+    with pytest.raises(UsageError, match="layer 0 evicts nothing"):
+        trained(folder, text, layers="0")
+
+
+# ------------------------------------------------------------------ what a user can get wrong
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xff\xfe\x00A", "not UTF-8"),
+        (b"", "is empty"),
+        (b" \n ", "is empty"),
+        (b"Alice", "fewer than one sequence of 48"),
+        (b"Alice was tired of sitting. " * 5, "need two"),
+    ],
+)
+def test_bad_text(content: bytes, says: str, source: Path, tmp_path: Path, run: Run) -> None:
+    file = tmp_path / "bad.txt"
+    file.write_bytes(content)
+    refused(run("train", source, "--data", file, "--out", tmp_path / "k.safetensors", *WORDS), says)
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_bad_options(source: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    def train(*words: object) -> Any:
+        return run("train", source, "--data", text, "--out", tmp_path / "k.safetensors", *words)
+
+    refused(train("--budget", 60, "--seq-len", 60), "shorter than the budget of 60 tokens")
+    refused(train("--layers", "0-9"), "--layers 0-9: layer 2 evicts nothing or is not there")
+    refused(train("--layers", "a"), "not a list like 0-7,9")
+    refused(train("--steps", "-1"), "--steps must be at least 0")
+    refused(train("--policy", "full"), "invalid choice")
+    refused(train("--device", "tpu9"), "--device tpu9 cannot be used")
+    refused(run("train", source, "--data", tmp_path / "none", "--out", tmp_path / "k"), "No such file")
+    refused(run("train", source, "--data", tmp_path, "--out", tmp_path / "k"), "holds no .txt file")
+    refused(run("train", source, "--data", text, "--out", tmp_path), "is a folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_activations_names_the_layer(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(ModelError, match="layer 1 is given NaN or inf"):
+        trained(folder, text)
+
+
+def test_the_command(source: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "k.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = run("train", source, "--data", text, "--out", out, *WORDS)
+    assert result.code == 0, result.err
+    assert "layer 1" in result.err
+    assert out.name in result.out
+    assert json.dumps(Kernels.load(out).provenance)
+
+
+def test_without_text_the_shipped_one_is_used(source: Path, tmp_path: Path, run: Run) -> None:
+    result = run("train", source, "--out", tmp_path / "k.safetensors", *WORDS)
+    assert result.code == 0, result.err
+    assert "training on the text that ships with less-export" in result.err
+    (facts,) = Kernels.load(tmp_path / "k.safetensors").provenance["data"]
+    assert facts["name"] == "calibration"
+
+
+# ------------------------------------------------------------------ parts
+
+
+def test_shares_of_mixed_text() -> None:
+    sources = [data.Source("a", "a" * 1000), data.Source("b", "b" * 30), data.Source("c", "c" * 1000)]
+    corpus = data.sequences(sources, lambda t: [ord(c) for c in t], 1, 12, 11, seed=0)
+    assert {n: corpus.origin.count(n) for n in "abc"} == {"a": 5, "b": 3, "c": 4} or {
+        n: corpus.origin.count(n) for n in "abc"
+    } == {"a": 4, "b": 3, "c": 5}
+    assert corpus.ids.shape == (12, 11)
+    assert bool((corpus.ids[:, 0] == 1).all())
+    for row, name in zip(corpus.ids, corpus.origin, strict=True):
+        assert set(row[1:].tolist()) == {ord(name)}
+
+
+def test_a_local_dataset(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("Alice", "a cat")))
+    (source,) = data.read([f"hf:{tmp_path}:train"])
+    assert source.text == "Alice\na cat"
+    (tmp_path / "data.jsonl").write_text(json.dumps({"words": "Alice"}) + "\n")
+    with pytest.raises(UsageError, match="no column 'text'"):
+        data.read([f"hf:{tmp_path}"])
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        data.read([f"hf:{tmp_path}/none"])
+
+
+def test_wikitext_is_put_back_to_plain_text() -> None:
+    raw = " = = Robert Boulter = = \n \n He was 24 @-@ year old , and ( in 2000 ) won 1 @,@ 000 prizes . \n"
+    assert data.plain(raw) == "Robert Boulter\nHe was 24-year old, and (in 2000) won 1,000 prizes. \n"
+    assert data.plain("a , b") == "a , b"
+
+
+def test_shipped_texts_do_not_overlap() -> None:
+    calibration, held_out = data.shipped("calibration").text, data.shipped("held_out").text
+    assert len(calibration) > 400_000
+    lines = {x for x in calibration.splitlines() if len(x) > 75}
+    assert not [x for x in held_out.splitlines() if len(x) > 75 and x in lines]
+
+
+def test_output_projection_of_convolutions(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50, n_positions=64)).eval()
+    plan = plan_layers(discover(model), ExportConfig(budget="8"), 64, {})
+    found = collect.output_projections(model, plan)
+    assert torch.equal(found[1], model.transformer.h[1].attn.c_proj.weight)
+
+
+def test_a_loss_that_explodes_is_an_error(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    monkeypatch.setattr(fit.Fit, "rate_at", lambda self, step: float("nan"))
+    with pytest.raises(LessExportError, match="the loss became nan in step 1"):
+        trained(folder, text)
+
+
+def test_groups_of_layers_fit_on_disk(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder(tmp_path / "model", num_hidden_layers=5))
+    plan = plan_layers(discover(model), ExportConfig(budget="8"), 64, {})
+    into = collect.Activations(tmp_path, plan, 2, 16, torch.float32)
+    assert collect.groups(range(5), into, 2 * into.nbytes(0)) == [[0, 1], [2, 3], [4]]
+    assert collect.groups(range(2), into, 1) == [[0], [1]]
+    assert Silent().phase("x", 1)
