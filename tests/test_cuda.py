@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,15 @@ def test_logits_of_200_and_low_rank_masses_of_e120(policy: str, logit: float, lo
     layer = kernel_layer(policy, 100, 64, 2, 8)
     lengths = [(30, 9), (1, 1), (40, 3), (1, 1)]
     earned(layer, scenario(layer, lengths, 1, normal(dtype, logit, (-60, log_phi))), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("policy", ["window", "h2o", "sink"])
+def test_chunks_longer_than_the_window(policy: str, dtype: str) -> None:
+    """Whole tiles of slots and of the chunk are out of sight of later rows."""
+    layer = kernel_layer(policy, 20, 64, 2, 8)
+    layer = replace(layer, window=layer.window or 30)
+    earned(layer, scenario(layer, [(150, 70), (1, 1), (200, 131), (1, 1)], 6, normal(dtype)), dtype)
 
 
 @pytest.mark.parametrize("name", ["h2o", "tova sliding", "window"])

@@ -103,7 +103,15 @@ FAULTS = {
     "prefill: low-rank term without its maximum": Fault(
         "attend.cuh", "all = fmaxf(all, logPhi[f] + __logf(z[f]));", ";"
     ),
-    "prefill: scores without a head's tiles": Fault("attend.cuh", "tiles = perHead * G;", "tiles = perHead;"),
+    "prefill: scores of one head of the group": Fault(
+        "settle.cuh", "for (int g = 1; g < G; ++g) scores", "for (int g = 1; g < 0; ++g) scores"
+    ),
+    "prefill: a tile too many hidden by the window": Fault(
+        "attend.cuh", "max(0, first - rules.window + 1) / N", "max(0, first - rules.window + N) / N"
+    ),
+    "prefill: slots hidden a row early": Fault(
+        "attend.cuh", "first >= rules.window;", "first + kTileRows > rules.window;"
+    ),
     "prefill: tova counts all queries": Fault(
         "attend.cuh", "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"
     ),
@@ -167,11 +175,13 @@ def cases() -> list[Case]:
     """What reaches every rule."""
     chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
     layers = [kernel_layer(p, 70, 40, 2, 8, kv_heads=1) for p in ("tova", "sink", "window")]
+    narrow = kernel_layer("window", 20, 40, 2, 1, kv_heads=1)
     ties = [tied(kernel_layer(p, 7, 64, 2, 8)) for p in ("h2o", "tova")]
     loud, heavy = normal("float16", logit=80, log_phi=(-60, 60)), normal("float16", log_phi=(-60, 120))
     return [
         *racing(),
         *(case(la, scenario(la, chunks, 6, normal("float16"))) for la in layers),
+        case(narrow, scenario(narrow, [(150, 70), (1, 1), (100, 131)], 6, normal("float16"))),
         *(case(la, scenario(la, [*MIXED, *DECODE], 0, _halves)) for la in ties),
         case(layers[1], scenario(layers[1], chunks, 1, loud), blocks=1),
         case(layers[1], scenario(layers[1], chunks, 1, heavy)),

@@ -1,8 +1,8 @@
 // Prefill (T > 1), what looks at queries and keys together: the attention itself, and the scores it leaves.
 //
 // attendKernel: grid (ceil(T / 64), Hq, B), 16 query rows a warp, over tiles of slots and then of the chunk.
-// scoreKernel: grid (ceil((C + T) / 64), Hk, B), 16 keys a warp, over tiles of all the group's queries: the sums over
-// queries of the attention probabilities, which need every query's final maximum and sum.
+// scoreKernel: grid (ceil(C / 64) + ceil(T / 64), Hq, B), 16 keys a warp, over tiles of the head's queries: the sums
+// over queries of the attention probabilities, which need every query's final maximum and sum.
 #pragma once
 
 #include "rules.cuh"
@@ -16,7 +16,7 @@ struct PrefillParams {
     AttentionTensors t;
     float* peaks;   // [B,Hq,T] maximum logit of a query over slots and chunk
     float* scales;  // [B,Hq,T] 1 / sum over those
-    float* gained;  // [B,Hk,C+T] score from this chunk
+    float* gained;  // [B,Hq,C+T] score from this chunk
     int* fates;     // [B,Hk,C+T] where a token goes, see settle.cuh
     int* freed;     // [B,Hk,C] slots to fill
 };
@@ -26,8 +26,7 @@ struct Source {
     bool chunk;
     int base, length;
 };
-__device__ __forceinline__ Source sourceOf(int tile, int rows, int slots, int chunk) {
-    int const slotTiles = (slots + rows - 1) / rows;
+__device__ __forceinline__ Source sourceOf(int tile, int slotTiles, int rows, int slots, int chunk) {
     return tile < slotTiles ? Source{false, tile * rows, slots} : Source{true, (tile - slotTiles) * rows, chunk};
 }
 
@@ -50,7 +49,8 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
               R = p.shape.rank, chunk = p.shape.chunk;
     int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
     long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G;
-    int const first = static_cast<int>(blockIdx.x) * kTileRows, low = first + warp * 16 + g;  // rows low and low + 8
+    // The last rows see most and start first. A thread's rows are low and low + 8.
+    int const first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kTileRows, low = first + warp * 16 + g;
     T* const out = static_cast<T*>(p.t.out) + queryHead * chunk * D;
     if (first >= count) {  // padding only
         for (int x = tid; x < min(kTileRows, chunk - first) * D; x += kThreads) out[first * D + x] = fromFloat<T>(0.f);
@@ -60,9 +60,13 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     WarpRows<T, W> queries;
     queries.load(low < count ? q + low * D : nullptr, low + 8 < count ? q + (low + 8) * D : nullptr, D, t);
 
-    int const slotTiles = (C + N - 1) / N, tiles = slotTiles + (min(count, first + kTileRows) + N - 1) / N;
+    // Tiles that the window hides from all of these rows are left out.
+    bool const slotsHidden = rules.window > 0 && first >= rules.window;
+    int const slotTiles = slotsHidden ? 0 : (C + N - 1) / N;
+    int const hidden = rules.window > 0 ? max(0, first - rules.window + 1) / N : 0;
+    int const tiles = slotTiles + (min(count, first + kTileRows) + N - 1) / N - hidden;
     auto const fetch = [&](int tile, int stage) {
-        Source const from = sourceOf(tile, N, C, chunk);
+        Source const from = sourceOf(tile < slotTiles ? tile : tile + hidden, slotTiles, N, C, chunk);
         T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + head * from.length * D;
         T const* const values = static_cast<T const*>(from.chunk ? p.t.v : p.t.presentValue) + head * from.length * D;
         constexpr int kVectors = W / Tiles::kVector;
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
 #pragma unroll
             for (int i = 0; i < W / 8; ++i) {
                 int const d = i * 8 + t * 2;
-                if (d < D) out[query * D + d] = out[query * D + d + 1] = fromFloat<T>(0.f);
+                if (d < D) storePair(out + query * D + d, 0.f, 0.f);
             }
             continue;
         }
@@ -176,17 +180,16 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
                 for (int i = 0; i < W / 8; ++i) {
                     int const d = i * 8 + t * 2;
                     if (d >= D) continue;
-                    o[i][2 * r] += weight * h[f * D + d];
-                    o[i][2 * r + 1] += weight * h[f * D + d + 1];
+                    float2 const mean = *reinterpret_cast<float2 const*>(h + f * D + d);
+                    o[i][2 * r] += weight * mean.x;
+                    o[i][2 * r + 1] += weight * mean.y;
                 }
             }
         }
 #pragma unroll
         for (int i = 0; i < W / 8; ++i) {
             int const d = i * 8 + t * 2;
-            if (d >= D) continue;
-            out[query * D + d] = fromFloat<T>(o[i][2 * r] / total);
-            out[query * D + d + 1] = fromFloat<T>(o[i][2 * r + 1] / total);
+            if (d < D) storePair(out + query * D + d, o[i][2 * r] / total, o[i][2 * r + 1] / total);
         }
         if (t == 0 && keepsScores(rules)) {
             p.peaks[queryHead * chunk + query] = peak[r];
@@ -213,9 +216,9 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
     int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
               chunk = p.shape.chunk;
     int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
-    long const head = static_cast<long>(batch) * Hk + blockIdx.y;
+    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G;
     if (count <= 0) return;
-    Source const from = sourceOf(blockIdx.x, kTileRows, C, chunk);
+    Source const from = sourceOf(blockIdx.x, (C + kTileRows - 1) / kTileRows, kTileRows, C, chunk);
     if (from.chunk && from.base >= count) return;
     T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + head * from.length * D;
     int position[2];
@@ -237,11 +240,10 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
     // Queries that count: all of them, or the last; none of those before a key of the chunk.
     int const start = rules.policy == Policy::kTova ? count - 1 : 0;
     int const skipped = (from.chunk ? max(start, from.base) : start) / N;
-    int const perHead = (count + N - 1) / N - skipped, tiles = perHead * G;
+    int const tiles = (count + N - 1) / N - skipped;
+    T const* const q = static_cast<T const*>(p.t.q) + queryHead * chunk * D;
     auto const fetch = [&](int tile, int stage) {
-        long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y * G + tile / perHead;
-        int const base = (skipped + tile % perHead) * N;
-        T const* const q = static_cast<T const*>(p.t.q) + queryHead * chunk * D;
+        int const base = (skipped + tile) * N;
         constexpr int kVectors = W / Tiles::kVector;
         for (int x = tid; x < N * kVectors; x += kThreads) {
             int const row = x / kVectors, column = x % kVectors * Tiles::kVector, query = base + row;
@@ -271,7 +273,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
         __syncthreads();
         float s[N / 8][4];
         warpKeys.template multiply<N>(s, shared.queries[stage].x, Tiles::kStride, D, lane);
-        int const now = past + (skipped + tile % perHead) * N + t * 2;
+        int const now = past + (skipped + tile) * N + t * 2;
 #pragma unroll
         for (int i = 0; i < N / 8; ++i) {
 #pragma unroll
@@ -290,7 +292,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
         gained[r] += __shfl_xor_sync(~0u, gained[r], 1);
         gained[r] += __shfl_xor_sync(~0u, gained[r], 2);
         int const index = from.base + warp * 16 + g + r * 8;
-        if (t == 0 && position[r] >= 0) p.gained[head * (C + chunk) + (from.chunk ? C : 0) + index] = gained[r];
+        if (t == 0 && position[r] >= 0) p.gained[queryHead * (C + chunk) + (from.chunk ? C : 0) + index] = gained[r];
     }
 }
 

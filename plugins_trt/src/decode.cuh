@@ -11,7 +11,7 @@
 namespace less {
 
 template <class T, int LPR, int GT>
-__global__ void __launch_bounds__(kThreads) decodeKernel(DecodeParams const p) {
+__global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeParams const p) {
     using Layout = DecodeLayout<LPR, GT>;
     constexpr int kWidth = Layout::kWidth;
     constexpr int kRowsPerWarp = kWarpSize / LPR;
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads) decodeKernel(DecodeParams const p) {
         }
     }
     if (!direct) {
-        __threadfence();
+        if (p.splits > 1) __threadfence();
         __syncthreads();
         if (p.splits > 1) {
             if (tid == 0) *lastFlag = atomicAdd(p.counters + head, 1u) == static_cast<uint32_t>(p.splits) - 1;
@@ -208,14 +208,16 @@ __global__ void __launch_bounds__(kThreads) decodeKernel(DecodeParams const p) {
     for (int g = warp; g < G; g += kWarps) {
         float top = -kInfinity, total = 0.f;
         int const shares = direct ? kWarps : p.splits;
-        for (int s = 0; s < shares; ++s) {
-            top = fmaxf(top, direct ? peakShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D));
-        }
-        for (int s = 0; s < shares; ++s) {
-            float const part = direct ? peakShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D);
-            float const mass = direct ? massShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D + 1);
-            total += expDifference(part, top) * mass;
-        }
+        auto const peakOf = [&](int s) {
+            return direct ? peakShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D);
+        };
+        auto const massOf = [&](int s) {
+            return direct ? massShared[s * GT + g] : __ldcg(parts + s * stride + g * (D + 2) + D + 1);
+        };
+        for (int s = lane; s < shares; s += kWarpSize) top = fmaxf(top, peakOf(s));
+        top = warpMax(top);
+        for (int s = lane; s < shares; s += kWarpSize) total += expDifference(peakOf(s), top) * massOf(s);
+        total = warpSum(total);
         float dot = 0.f;
         for (int d = lane; d < D; d += kWarpSize) dot += toFloat(q[g * D + d]) * toFloat(newKey[d]);
         float const fresh = warpSum(dot) * rules.scale;
@@ -318,7 +320,7 @@ __global__ void __launch_bounds__(kThreads) decodeKernel(DecodeParams const p) {
                 result[g] = sum * oldWeight[tile + g] + fresh * newWeight[tile + g];
             }
             if (rules.absorb) {
-#pragma unroll 4
+#pragma unroll 8
                 for (int r = 0; r < R; ++r) {
                     float const mean = h[r * D + d];
 #pragma unroll

@@ -23,7 +23,7 @@ struct DecodeLayout {
     static constexpr int kPeak = kAcc + kWarps * GT * kWidth;  // [kWarps][GT]
     static constexpr int kMass = kPeak + kWarps * GT;          // [kWarps][GT]
     static constexpr int kReduce = kMass + kWarps * GT;        // [kWarps] of Choice, 24 bytes each, and a flag
-    static constexpr int kHeads = kReduce + kWarps * 6 + 2;    // per head: see Head
+    static constexpr int kHeads = kReduce + kWarps * 6 + 2;    // per head: kHeadStats, then factors of H
     static constexpr int kHeadStats = 6;
     static int floats(int group, int rank, int keptLogits) {
         return kHeads + group * (kHeadStats + rank) + rank + group * keptLogits;

@@ -83,6 +83,15 @@ __device__ __forceinline__ void zero(Vec8<T>& vector) {
     }
 }
 
+// Two neighbouring elements, the first at an even place.
+template <class T>
+__device__ __forceinline__ void storePair(T* target, float first, float second) {
+    struct alignas(2 * sizeof(T)) Pair {
+        T first, second;
+    };
+    *reinterpret_cast<Pair*>(target) = {fromFloat<T>(first), fromFloat<T>(second)};
+}
+
 // ---- sums over lanes
 
 template <class T>
@@ -128,8 +137,9 @@ cudaError_t run(Mode mode, void (*kernel)(Params), dim3 grid, size_t sharedBytes
     if (mode == Mode::kPrepare) {
         cudaFuncAttributes attributes;
         cudaError_t const status = cudaFuncGetAttributes(&attributes, function);
-        bool const allowed = static_cast<size_t>(attributes.maxDynamicSharedSizeBytes) >= sharedBytes;
-        if (status != cudaSuccess || allowed) return status;  // never lowered: other layers share the kernel
+        if (status != cudaSuccess) return status;
+        if (static_cast<size_t>(attributes.maxDynamicSharedSizeBytes) >= sharedBytes) return cudaSuccess;
+        // Raised, never lowered: other layers share the kernel.
         return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(sharedBytes));
     }

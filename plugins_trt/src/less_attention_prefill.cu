@@ -13,7 +13,7 @@ struct Workspace {
     size_t statistics, gained, fates, freed;  // bytes of each part, aligned; there are two statistics
     explicit Workspace(AttentionShape const& s)
         : statistics(aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
-          gained(aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(float))),
+          gained(aligned(static_cast<size_t>(s.batch) * s.queryHeads * (s.slots + s.chunk) * sizeof(float))),
           fates(aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(int))),
           freed(aligned(headsOf(s) * s.slots * sizeof(int))) {}
     size_t total() const { return 2 * statistics + gained + fates + freed; }
@@ -26,7 +26,7 @@ cudaError_t runAttention(Mode mode, PrefillParams const& params, cudaStream_t st
     AttentionShape const& s = params.shape;
     auto const batch = static_cast<unsigned>(s.batch);
     dim3 const queries(tilesOf(s.chunk), s.queryHeads, batch),
-        keys(tilesOf(s.slots) + tilesOf(s.chunk), s.kvHeads, batch);
+        keys(tilesOf(s.slots) + tilesOf(s.chunk), s.queryHeads, batch);
     cudaError_t const status = run(mode, attendKernel<T, W>, queries, sizeof(AttendShared<T, W>), params, stream);
     if (status != cudaSuccess || !keepsScores(params.rules)) return status;
     return run(mode, scoreKernel<T, W>, keys, sizeof(ScoreShared<T, W>), params, stream);

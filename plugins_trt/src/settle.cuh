@@ -102,7 +102,8 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
     if (count <= 0) return;  // parked: the state stays as it is
     int* const positions = p.t.presentPosition + head * C;
     float* const slotScores = p.t.presentScore + head * C;
-    float* const scores = p.gained + head * (C + chunk);
+    int const G = p.shape.queryHeads / p.shape.kvHeads;
+    float* const scores = p.gained + head * G * (C + chunk);  // of the group's first head, then of them all
     int* const fates = p.fates + head * (C + chunk);
     int* const freed = p.freed + head * C;
     Candidates const candidates{p.rules, positions, scores, C, past, past + count};
@@ -113,6 +114,7 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
     for (int n = tid; n < C + count; n += kThreads) {
         bool const held = candidates.position(n) >= 0;
         if (scored && held) {
+            for (int g = 1; g < G; ++g) scores[n] += scores[g * (C + chunk) + n];
             if (n < C && p.rules.policy == Policy::kH2O) scores[n] += slotScores[n];
             if (n < C) slotScores[n] = scores[n];
         }
@@ -189,19 +191,32 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[r][i] = 0.f;
     }
-    for (int n = lane; lane < lanes && n < C + count; n += lanes) {
-        if (fates[n] != kLeaves) continue;
-        long const row = n < C ? head * C + n : head * chunk + (n - C);
-        T const* const psi = static_cast<T const*>(n < C ? p.t.presentPsi : p.t.psiK) + row * R + first;
-        T const* const value = static_cast<T const*>(n < C ? p.t.presentValue : p.t.v) + row * D + column;
-        float v[8];
-        unpack(*reinterpret_cast<Vec8<T> const*>(value), v);
+    constexpr int kAhead = 4;  // tokens in flight per thread
+    for (int base = lane; lane < lanes && base < C + count; base += kAhead * lanes) {
+        Vec8<T> values[kAhead];
+        float features[kAhead][kFeatures];
 #pragma unroll
-        for (int r = 0; r < kFeatures; ++r) {
-            float const feature = first + r < R ? toFloat(psi[r]) : 0.f;
-            mass[r] += feature;
+        for (int u = 0; u < kAhead; ++u) {
+            int const n = base + u * lanes;
+            bool const leaves = n < C + count && fates[n] == kLeaves;
+            long const row = n < C ? head * C + n : head * chunk + (n - C);
+            T const* const psi = static_cast<T const*>(n < C ? p.t.presentPsi : p.t.psiK) + row * R + first;
+            T const* const value = static_cast<T const*>(n < C ? p.t.presentValue : p.t.v) + row * D + column;
+            zero(values[u]);
+            if (leaves) values[u] = *reinterpret_cast<Vec8<T> const*>(value);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) acc[r][i] += feature * v[i];
+            for (int r = 0; r < kFeatures; ++r) features[u][r] = leaves && first + r < R ? toFloat(psi[r]) : 0.f;
+        }
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+            float v[8];
+            unpack(values[u], v);
+#pragma unroll
+            for (int r = 0; r < kFeatures; ++r) {
+                mass[r] += features[u][r];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) acc[r][i] += features[u][r] * v[i];
+            }
         }
     }
     float* const sums = reinterpret_cast<float*>(raw);  // [lanes][D]

@@ -63,7 +63,6 @@ __device__ __forceinline__ void awaitCopies() {
 #else
 
 namespace twin {
-template <class T>
 struct Fragments {
     float a[2][4];  // [row g or g + 8][columns 2t, 2t + 1, 2t + 8, 2t + 9]
     float b[4];     // rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g
@@ -79,7 +78,7 @@ float half(uint32_t reg, int which) {
 
 template <class T>
 void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
-    twin::Fragments<T> mine;
+    twin::Fragments mine;
     for (int i = 0; i < 4; ++i) {
         for (int e = 0; e < 2; ++e) mine.a[i & 1][(i >> 1) * 2 + e] = twin::half<T>(a[i], e);
     }
@@ -87,8 +86,8 @@ void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
         for (int e = 0; e < 2; ++e) mine.b[i * 2 + e] = twin::half<T>(b[i], e);
     }
     auto const* const lane0 = reinterpret_cast<unsigned char const*>(&emu::shown(mine, 0));
-    auto const of = [&](int lane) -> twin::Fragments<T> const& {
-        return *reinterpret_cast<twin::Fragments<T> const*>(lane0 + lane * sizeof(emu::Exchange::bytes[0][0]));
+    auto const of = [&](int lane) -> twin::Fragments const& {
+        return *reinterpret_cast<twin::Fragments const*>(lane0 + lane * sizeof(emu::Exchange::bytes[0][0]));
     };
     int const g = emu::lane() / 4, t = emu::lane() % 4;
     for (int row = 0; row < 2; ++row) {

@@ -68,13 +68,21 @@ struct WarpRows<float, W> {
     __device__ __forceinline__ void multiply(float (&s)[N / 8][4], float const* tile, int stride, int D,
                                              int lane) const {
 #pragma unroll
-        for (int i = 0; i < N / 8; ++i) {
-            for (int e = 0; e < 4; ++e) {
-                float const* const row = rows[e >> 1];
-                float const* const other = tile + (i * 8 + lane % 4 * 2 + (e & 1)) * stride;
-                float sum = 0.f;
-                for (int d = 0; row != nullptr && d < D; ++d) sum += row[d] * other[d];
-                s[i][e] = sum;
+        for (int i = 0; i < N / 8; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
+        for (int d = 0; d < D; d += 4) {
+            float4 own[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                own[r] = rows[r] != nullptr ? *reinterpret_cast<float4 const*>(rows[r] + d) : float4{0, 0, 0, 0};
+            }
+#pragma unroll
+            for (int i = 0; i < N / 8; ++i) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    float const* const other = tile + (i * 8 + lane % 4 * 2 + (e & 1)) * stride + d;
+                    float4 const x = own[e >> 1], y = *reinterpret_cast<float4 const*>(other);
+                    s[i][e] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+                }
             }
         }
     }
