@@ -42,8 +42,10 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         reference = follow(test_ops.torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
         try:
             errors = follow(plugin_run(Plugin.of(layer).attach(), layer, dtype, device=device), steps, fresh)
-        except AssertionError as error:
+        except Exception as error:  # a difference, or an error of CUDA
             failed.append(f"{name}: {' '.join(str(error).split())[:160]}")
+            if device == "cuda":
+                torch.cuda.synchronize()  # raises where nothing more can run in this process
             return
         ratio = max(e / (2 * reference[n] + test_cuda.FLOOR) for n, e in errors.items())
         worst = max(worst, ratio)
@@ -80,25 +82,44 @@ def primitives(lib: Any, device: str) -> dict[str, Any]:
     return {"cases": 16, "failed": failed}
 
 
-def sanitize(library: Path) -> dict[str, str]:
-    """compute-sanitizer over a few decode and prefill steps, in processes of their own."""
+def sanitize(library: Path) -> dict[str, Any]:
+    """compute-sanitizer over decode and prefill steps, in processes of their own, without torch's caching allocator."""
+    said: dict[str, Any] = {"failed": []}
     if shutil.which("compute-sanitizer") is None:
-        return dict.fromkeys(TOOLS, "compute-sanitizer is not here")
-    said = {}
+        return {**dict.fromkeys(TOOLS, "compute-sanitizer is not here"), "failed": []}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in TOOLS:
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
-        done = subprocess.run([*command, "--exercise", str(library)], capture_output=True, text=True, timeout=300)
-        lines = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
-        said[tool] = lines[-1].strip("= ") if lines else f"exit code {done.returncode}: {done.stderr[-200:]}"
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        command += [sys.executable, __file__, "--exercise", str(library)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+        except subprocess.TimeoutExpired:
+            said[tool] = "timed out"
+            said["failed"].append(f"{tool}: timed out")
+            continue
+        lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+        said[tool] = lines[-1].strip("= ") if lines else f"exit code {done.returncode}"
+        if done.returncode:
+            said["failed"].append(f"{tool}: {done.stdout[-1500:]} {done.stderr[-500:]}")
     return said
 
 
 def exercise(library: Path) -> None:
-    """What runs under compute-sanitizer: each kernel, split over blocks and not."""
+    """What runs under compute-sanitizer: every kernel; slots split over blocks and not; narrow and wide heads."""
     gpu_kernels.use(library)
-    for policy, dtype, batch in (("h2o", "float16", 1), ("h2o", "bfloat16", 40), ("tova", "float32", 1)):
+    kinds = [
+        ("h2o", "float16", 1, 100, 128, 4),
+        ("h2o", "bfloat16", 40, 100, 128, 4),
+        ("tova", "float32", 1, 100, 128, 4),
+    ]
+    kinds += [
+        ("sink", "float16", 2, 100, 80, 1),
+        ("h2o", "bfloat16", 2, 100, 256, 12),
+        ("h2o", "float16", 70, 1100, 64, 4),
+    ]
+    for policy, dtype, batch, slots, head_dim, group in kinds:
         for chunk in (1, 70):
-            layer = kernel_layer(policy, 100, 128, 4, 8, kv_heads=8)
+            layer = kernel_layer(policy, slots, head_dim, group, 8, kv_heads=8)
             gpu_kernels.Step(layer, dtype, batch, chunk, "cuda").launch()
     torch.cuda.synchronize()
 
@@ -126,20 +147,27 @@ def engine() -> dict[str, str]:
     return said
 
 
+def engine_elsewhere() -> dict[str, str]:
+    """:func:`engine` in a process of its own: TensorRT-RTX may abort on a GPU that it does not know."""
+    command = [sys.executable, __file__, "--engine"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return dict.fromkeys(("plugin", "no plugin"), f"exit code {done.returncode}: {done.stderr[-200:]}")
+    return dict(json.loads(lines[-1]))
+
+
 def machine() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.splitlines()
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    )
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout if shutil.which("nvidia-smi") else "unknown"
     return {
         "gpu": properties.name,
         "memory_gb": round(properties.total_memory / 1e9, 1),
         "multiprocessors": properties.multi_processor_count,
         "l2_mb": round(properties.L2_cache_size / 1e6, 1),
-        "driver": driver.stdout.strip(),
+        "driver": driver.strip(),
         "nvcc": next((line.strip() for line in nvcc if "release" in line), ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -152,10 +180,14 @@ def main() -> int:
     parser.add_argument("--only", choices=("check", "time"), help="half of it")
     parser.add_argument("--dry-run", action="store_true", help="emulated kernels, tiny sizes, nothing written")
     parser.add_argument("--exercise", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.exercise:
         exercise(args.exercise)
+        return 0
+    if args.engine:
+        print(json.dumps(engine()))
         return 0
     if not args.dry_run and not torch.cuda.is_available():
         print("gpu_check: no GPU here; --dry-run goes through the motions without one", file=sys.stderr)
@@ -164,23 +196,30 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="less-gpu-"))
     library = None if args.dry_run else gpu_kernels.build(folder)
     lib = gpu_kernels.use(library)
-    data: dict[str, Any] = {} if args.dry_run else {"machine": machine()}
-    steps: list[tuple[str, Callable[[], Any]]] = []
+    path = args.out / "gpu.json"
+    data: dict[str, Any] = {}
+    if not args.dry_run:  # the halves may be run one after the other
+        data = {**(json.loads(path.read_text()) if path.is_file() else {}), "machine": machine()}
+    # What may take the process or the time with it comes last.
+    parts: dict[str, Callable[[], Any]] = {}
     if args.only != "time":
-        steps += [("primitives", lambda: primitives(lib, device)), ("parity", lambda: parity(device, args.dry_run))]
-        if library is not None:
-            steps += [("sanitizers", lambda: sanitize(library)), ("engine", engine)]
+        parts |= {"primitives": lambda: primitives(lib, device), "parity": lambda: parity(device, args.dry_run)}
     if args.only != "check":
-        steps += [(n, lambda f=f: f(device, args.dry_run)) for n, f in gpu_bench.BENCHMARKS.items()]
-    for name, run in steps:
-        data[name] = run()
+        parts |= {n: lambda f=f: f(device, args.dry_run) for n, f in gpu_bench.BENCHMARKS.items()}
+    if args.only != "time" and library is not None:
+        parts |= {"sanitizers": lambda: sanitize(library), "engine": engine_elsewhere}
+    for name, run in parts.items():
+        try:
+            data[name] = run()
+        except Exception as error:
+            data[name] = {"failed": [f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"]}
         print(f"{name}: {json.dumps(data[name])[:400]}", flush=True)
         if not args.dry_run:  # after every part: the machine may be taken away
             args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "gpu.json").write_text(json.dumps(data, indent=1) + "\n")
+            path.write_text(json.dumps(data, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    failed = [*data.get("primitives", {}).get("failed", []), *data.get("parity", {}).get("failed", [])]
-    print(gpu_bench.summary(data))
+    failed = [f for n in parts if isinstance(data[n], dict) for f in data[n].get("failed", [])]
+    print(gpu_bench.summary({n: x for n, x in data.items() if not (isinstance(x, dict) and x.get("failed"))}))
     print("\n".join(failed) or "nothing failed")
     return 1 if failed else 0
 

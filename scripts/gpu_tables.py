@@ -32,10 +32,13 @@ def peers(data: dict[str, Any]) -> Table:
         [str(r["batch"]), "the same step, eager", f"{r['plugin_us']:.1f}", f"{r['eager_us']:.1f}", f"{r['ratio']:.1f}x"]
         for r in data.get("eager", [])
     ]
+    for r in data.get("eager", []):
+        what = [f"{r['plugin_us']:.1f}", f"{r['eager_graph_us']:.1f}", f"{r['eager_graph_us'] / r['plugin_us']:.1f}x"]
+        rows.append([str(r["batch"]), "the same step, eager, in a CUDA graph", *what])
     rows += [
         [
             str(r["batch"]),
-            f"SDPA over {r['context']:,} tokens",
+            f"SDPA ({r['sdpa']}) over {r['context']:,} tokens",
             f"{r['plugin_us']:.1f}",
             f"{r['sdpa_us']:.1f}",
             f"{r['ratio']:.1f}x",
@@ -62,7 +65,9 @@ def checks(data: dict[str, Any]) -> Table:
     for name, label in (("primitives", "tensor-core primitives"), ("parity", "parity through the plugin's interface")):
         found = data.get(name)
         rows.append([label, f"{found['cases'] - len(found['failed'])} of {found['cases']}" if found else MISSING])
-    sanitizers = data.get("sanitizers") or dict.fromkeys(("memcheck", "racecheck", "synccheck"), MISSING)
+    sanitizers = {n: x for n, x in data.get("sanitizers", {}).items() if n != "failed"} or dict.fromkeys(
+        ("memcheck", "racecheck", "synccheck"), MISSING
+    )
     rows += [[f"compute-sanitizer {tool}", said] for tool, said in sanitizers.items()]
     engines = data.get("engine") or dict.fromkeys(("plugin", "no plugin"), MISSING)
     rows += [[f"engine on TensorRT-RTX, {name}", said] for name, said in engines.items()]
