@@ -111,8 +111,6 @@ def exercise(library: Path) -> None:
         ("h2o", "float16", 1, 100, 128, 4),
         ("h2o", "bfloat16", 40, 100, 128, 4),
         ("tova", "float32", 1, 100, 128, 4),
-    ]
-    kinds += [
         ("sink", "float16", 2, 100, 80, 1),
         ("h2o", "bfloat16", 2, 100, 256, 12),
         ("h2o", "float16", 70, 1100, 64, 4),

@@ -65,9 +65,8 @@ def checks(data: dict[str, Any]) -> Table:
     for name, label in (("primitives", "tensor-core primitives"), ("parity", "parity through the plugin's interface")):
         found = data.get(name)
         rows.append([label, f"{found['cases'] - len(found['failed'])} of {found['cases']}" if found else MISSING])
-    sanitizers = {n: x for n, x in data.get("sanitizers", {}).items() if n != "failed"} or dict.fromkeys(
-        ("memcheck", "racecheck", "synccheck"), MISSING
-    )
+    tools = ("memcheck", "racecheck", "synccheck")
+    sanitizers = {t: data.get("sanitizers", {}).get(t, MISSING) for t in tools}
     rows += [[f"compute-sanitizer {tool}", said] for tool, said in sanitizers.items()]
     engines = data.get("engine") or dict.fromkeys(("plugin", "no plugin"), MISSING)
     rows += [[f"engine on TensorRT-RTX, {name}", said] for name, said in engines.items()]

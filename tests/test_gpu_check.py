@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,34 @@ def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
         assert f"\n{part}: " in f"\n{done.stdout}"
     assert done.stdout.endswith("nothing failed\n")
     assert list(tmp_path.iterdir()) == []  # times of an emulation are no results
+
+
+def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of the README's tables from results of the shape that gpu_check writes."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_tables
+
+    place = {"batch": 16, "slots": 256, "kv_heads": 8}
+    data = {
+        "machine": {"gpu": "a GPU", "driver": "1", "nvcc": "2", "torch": "3"},
+        "bandwidth": {"gb_per_s": 200.0},
+        "decode": [{**place, "query_heads": 32, "us": 10.0, "bytes": 1_800_000, "gb_per_s": 180.0}],
+        "eager": [{**place, "plugin_us": 10.0, "eager_us": 200.0, "eager_graph_us": 50.0, "ratio": 20.0}],
+        "full_cache": [{**place, "context": 4096, "sdpa": "flash", "plugin_us": 10.0, "sdpa_us": 70.0, "ratio": 7.0}],
+        "prefill": [{**place, "policy": "h2o", "chunk": 256, "us": 100.0, "tflop_per_s": 50.0}],
+        "primitives": {"cases": 16, "failed": []},
+        "parity": {"cases": 90, "failed": ["one"], "largest_error_of_allowed": 1.2},
+        "sanitizers": {"memcheck": "0 errors", "failed": []},
+    }
+    for part in gpu_tables.PARTS.values():
+        for measured in ({}, data):
+            header, rows = part(measured)
+            assert rows
+            assert {len(row) for row in rows} == {len(header)}
+    assert gpu_tables.decode(data)[1][0][-1] == "90%"
+    assert gpu_tables.peers(data)[1][1][-1] == "5.0x"
+    assert ["parity through the plugin's interface", "89 of 90"] in gpu_tables.checks(data)[1]
+    assert "a GPU" in gpu_tables.note(data)
 
 
 def test_says_that_there_is_no_gpu() -> None:
