@@ -15,8 +15,8 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     using Layout = DecodeLayout<LPR, GT>;
     constexpr int kWidth = Layout::kWidth;
     constexpr int kRowsPerWarp = kWarpSize / LPR;
-    constexpr int kUnroll = GT > 4 ? 2 : 4;       // slots in flight per thread
-    constexpr int kRows = kWarps * kRowsPerWarp;  // slots that a block looks at together
+    constexpr int kUnroll = GT > 4 || sizeof(T) == 4 ? 2 : 4;  // slots in flight per thread
+    constexpr int kRows = kWarps * kRowsPerWarp;               // slots that a block looks at together
     LESS_SHARED_MEMORY(raw);
     float* const shared = reinterpret_cast<float*>(raw);
     float* const accShared = shared + Layout::kAcc;
