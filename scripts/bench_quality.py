@@ -270,15 +270,19 @@ def measure(b: Bench) -> None:
         b.less(s, plain)
     for s in SETTINGS:
         b.baseline(s, "sparse+4")
-        b.baseline(s, "sparse")
     for domain in ("out", "shipped"):
         b.full(domain)
         b.baseline(first, "sparse+bytes", domain)
         b.less(first, plain, domain)
     b.stream(first, plain)
+    b.trained(first, more)
+    for r in more:
+        b.less(first, r)
+    for s in SETTINGS:
+        b.baseline(s, "sparse")
     for s, rank in SPLITS:
         b.less(s, Recipe(rank=rank))
-    for s in SETTINGS[:4]:
+    for s in SETTINGS[1:4]:
         b.trained(s, more)
         for r in more:
             b.less(s, r)
