@@ -200,6 +200,8 @@ def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text
     refused(run("eval", source, "--data", text, "--backend", "ort", *WORDS), "runs bundles", after=1)
     refused(run("eval", streaming, "--data", text, "--budget", 8), "is a bundle, whose cache is fixed", after=1)
     refused(run("eval", source, "--data", text, "--seqs", 0), "--seqs must be at least 1")
+    plot = run("eval", source, "--data", text, "--compare", "full", "--budget", 8, *WORDS, "--plot", "/none/x.png")
+    refused(plot, "cannot write /none/x.png", after=2)
     refused(run("eval", source, "--task", "poetry"), "choose perplexity, summarize, or lm-eval TASK")
     refused(run("eval", streaming, "--data", text, "--task", "summarize"), "no jsonl")
 
