@@ -278,6 +278,8 @@ def measure(b: Bench) -> None:
     b.trained(first, more)
     for r in more:
         b.less(first, r)
+    for domain in ("in", "shipped", "out"):
+        b.less(first, Recipe(end_to_end=True), domain)
     for s in SETTINGS:
         b.baseline(s, "sparse")
     for s, rank in SPLITS:
@@ -291,7 +293,6 @@ def measure(b: Bench) -> None:
     for s in (first, SETTINGS[2]):
         b.baseline(s, "sparse+bytes", chunk=256)
         b.less(s, plain, chunk=256)
-    b.less(first, Recipe(end_to_end=True))
     b.stream(SETTINGS[2], plain)
     for domain in ("out", "shipped"):
         for s in SETTINGS[1:]:

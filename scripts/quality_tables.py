@@ -165,14 +165,17 @@ def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
 def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
     rows = []
     names = {"in": "WikiText-2 test", "shipped": "held-out part of the shipped text", "out": "Python reference manual"}
+    recipes = {"": PLAIN, "tuned end to end: ": (*PLAIN[:2], f"{PLAIN[2]} + end to end", PLAIN[3])}
     for setting in q.settings():
         if not any(q.less(d, setting) for d in ("out", "shipped")):
             continue
         for domain, label in names.items():
-            less, baseline = q.less(domain, setting), q.one(domain, setting, "sparse+bytes R8")
-            if less:
-                share = _share(q.share(domain, baseline, less))
-                rows.append([setting, label, _ppl(q.one(domain, "", "full")), _ppl(baseline), _seeds(less), share])
+            full, baseline = q.one(domain, "", "full"), q.one(domain, setting, "sparse+bytes R8")
+            for prefix, recipe in recipes.items():
+                less = q.less(domain, setting, recipe)
+                if less:
+                    share = _share(q.share(domain, baseline, less))
+                    rows.append([setting, prefix + label, _ppl(full), _ppl(baseline), _seeds(less), share])
     return ["setting", "text", "full", "= bytes", "LESS", "share of the gap"], rows
 
 
