@@ -7,6 +7,7 @@ from typing import Any
 
 from .artifact import Artifact, Bundle
 from .errors import BackendError, UsageError
+from .plugin import PluginFacts
 from .runtime.backend import Backend
 from .runtime.generate import Generator
 from .runtime.tokenizer import Tokenizer
@@ -69,6 +70,9 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
         from .runtime.trt_backend import TrtBackend
 
         found = _artifact(bundle, ("plan",), "engine.plan (--out x.plan, or --engine)")
+        facts = found.details.get("plugin")
+        if facts:  # a library beside the plan may be named by its file name
+            options.setdefault("plugin", PluginFacts(**{**facts, "library": str(bundle.path(facts["library"]))}))
         return TrtBackend(found.contract, bundle.path(found.file), **options)
     try:
         from .runtime.torch_backend import TorchBackend

@@ -33,6 +33,7 @@ every evicted token) to ONNX and TensorRT. Memory stays constant however long th
   less-export check BUNDLE                    compare it with the torch reference
   less-export info BUNDLE                     show what is in it
   less-export recipes                         list the named models
+  less-export build-plugin                    build the TensorRT plugin for other tools
 """
 _EPILOG = """\
 examples:
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "check": _check,
         "info": _info,
         "recipes": _recipes,
+        "build-plugin": _build_plugin,
         "train": lambda words: _quality("train", words),
         "import-kernels": lambda words: _quality("import_kernels", words),
         "eval": lambda words: _quality("evaluate", words),
@@ -160,6 +162,7 @@ def _export_parser() -> argparse.ArgumentParser:
     )
     graph.add_argument("--num-hidden-layers", type=int, metavar="N", help="keep only the first N layers, for trials")
     graph.add_argument("--gpu-arch", metavar="SM", help="GPU architectures of the engine, e.g. sm_89 (TensorRT-RTX)")
+    graph.add_argument("--no-plugin", action="store_true", help="engine of standard operators, without the plugin")
     graph.add_argument("--no-validate", action="store_true", help="skip the check against Hugging Face")
     _common(parser)
     return parser
@@ -170,6 +173,7 @@ def _export(arguments: list[str]) -> int:
     model, out = options.pop("model"), options.pop("out")
     engine_plan = options.pop("engine")
     options["validate"] = not options.pop("no_validate")
+    options["plugin"] = not options.pop("no_plugin")
     options.pop("verbose")
     config = ExportConfig(**options)
     from .exporter.build import export
@@ -313,6 +317,7 @@ def _info(arguments: list[str]) -> int:
     parser = _Parser("less-export info", description="Show what a bundle holds and what it costs.")
     parser.add_argument("bundle", metavar="BUNDLE", help="bundle folder, x.onnx or x.plan")
     parser.add_argument("--json", action="store_true", help="the manifest as JSON")
+    parser.add_argument("--polygraphy", action="store_true", help="options for polygraphy convert of model.trt.onnx")
     _common(parser)
     args = parser.parse_args(arguments)
     from . import reporting
@@ -321,6 +326,13 @@ def _info(arguments: list[str]) -> int:
     bundle = Bundle.open(args.bundle)
     if args.json:
         print(bundle.manifest.dump().decode())
+    elif args.polygraphy:
+        from .engine import polygraphy_options
+
+        graph = bundle.artifact("trt")
+        if graph is None:
+            raise UsageError(f"{args.bundle} has no graph for TensorRT: export it with --target trt or both")
+        print(*polygraphy_options(graph.contract))
     else:
         reporting.print_info(bundle)
     return 0
@@ -333,6 +345,31 @@ def _recipes(arguments: list[str]) -> int:
     from . import recipes, reporting
 
     reporting.print_recipes([r for r in map(recipes.load, recipes.names()) if r is not None])
+    return 0
+
+
+def _build_plugin(arguments: list[str]) -> int:
+    parser = _Parser(
+        "less-export build-plugin",
+        description="Build the TensorRT plugin library, or take it from the cache; prints its path.",
+    )
+    parser.add_argument("--gpu-arch", metavar="SM", help="GPU architectures, e.g. sm_89,sm_90 (default: all)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="copy it here")
+    _common(parser)
+    args = parser.parse_args(arguments)
+    from . import plugin
+
+    archs = plugin.parse_archs(args.gpu_arch)
+    with _status() as progress:
+        built = plugin.library(archs, progress=progress, verbose=args.verbose)
+    if args.out is not None:
+        from .files import write_atomically
+
+        try:
+            write_atomically(args.out, built.read_bytes())
+        except OSError as error:
+            raise UsageError(f"cannot write {args.out}: {error.strerror or error}") from error
+    print(args.out or built)
     return 0
 
 

@@ -46,6 +46,7 @@ class ExportConfig:
     context: tokens; what percentages refer to, and the capacity of policy ``full``.
     heavy, recent: how the budget is split, in tokens. dtype: compute dtype, over the target's own choice.
     rank: must match the kernels when both are given. chunk: most tokens per step. max_batch: most rows.
+    plugin: engines run LESS in the plugin, not in standard operators.
     """
 
     target: Target | None = None
@@ -62,6 +63,7 @@ class ExportConfig:
     num_hidden_layers: int | None = None
     logits: Literal["last", "all"] = "last"
     gpu_arch: str | None = None
+    plugin: bool = True
     compress_sliding: bool = False
     validate: bool = True
 

@@ -6,24 +6,22 @@ Two flavours share one API. ``tensorrt`` (data-center GPUs) builds for the GPU i
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import importlib
 import os
 import re
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import plugin
 from .contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, Policy, TensorSpec
 from .errors import EngineError, UsageError
 from .files import scratch_folder
+from .plugin import PluginFacts
+from .trt_log import implement, log_of, one_line
 
 #: Called with a few words as each phase begins. TensorRT's own steps say nothing about time: nearly all of
 #: it is one opaque step per profile.
@@ -112,106 +110,6 @@ def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def implement(interface: Any, **methods: Callable[..., Any]) -> Any:
-    """An object of TensorRT's ``interface`` whose methods are these functions (called without self)."""
-    body = {"__init__": lambda self: interface.__init__(self)}
-    body.update({name: staticmethod(f) for name, f in methods.items()})
-    return type(f"Less{interface.__name__}", (interface,), body)()
-
-
-class Log:
-    """TensorRT's logger: keeps the errors, prints everything when verbose.
-
-    TensorRT takes one logger per process and keeps the first, so there is one of these per flavour.
-    Nothing may be raised through TensorRT's frames: an exception inside a call-back waits in ``stopped``,
-    call-backs that can cancel do, and :meth:`listening` raises it at the end.
-    """
-
-    def __init__(self, module: Any) -> None:
-        self.errors: list[str] = []
-        self.verbose = False
-        self.watch: Callable[[str], None] | None = None
-        self.stopped: BaseException | None = None
-        self._lock = threading.RLock()  # TensorRT calls from several threads
-        self._serious = (module.ILogger.Severity.ERROR, module.ILogger.Severity.INTERNAL_ERROR)
-        self.interface = implement(module.ILogger, log=self.guarded(self._take))
-
-    def _take(self, severity: Any, message: str) -> None:
-        if severity in self._serious:
-            self.errors.append(message)
-        if self.watch is not None:
-            self.watch(message)
-        if self.verbose:
-            print(f"[{severity.name}] {message}", file=sys.stderr)
-
-    def guarded(self, function: Callable[..., Any], failed: Any = None) -> Callable[..., Any]:
-        """``function`` for TensorRT to call: an exception is kept, and ``failed`` returned from then on."""
-
-        def call(*args: Any) -> Any:
-            try:
-                with self._lock:
-                    return failed if self.stopped else function(*args)
-            except BaseException as error:
-                self.stopped = error
-                return failed
-
-        return call
-
-    @contextlib.contextmanager
-    def listening(self, verbose: bool = False, watch: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Start with no errors; on the way out raise what a call-back raised, before anything else.
-
-        ``verbose`` prints every message to stderr, ``watch`` is called with each.
-        """
-        self.errors, self.verbose, self.watch, self.stopped = [], verbose, watch, None
-        try:
-            yield
-        except EngineError:
-            if self.stopped is None:
-                raise
-        finally:
-            self.verbose, self.watch = False, None
-        if self.stopped is not None:
-            raise self.stopped
-
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Ctrl-C stops what goes on at its next call-back (raised there, TensorRT would swallow it)."""
-        usual, main = signal.default_int_handler, threading.main_thread()
-        if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not usual:
-            yield
-            return
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", KeyboardInterrupt()))
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, usual)
-
-    def reason(self) -> str:
-        """The most useful of the errors: the first that is neither a frame nor an echo of another."""
-        echoes = ("While parsing node", "--- Begin node", "--- End node", "catchCudaError")
-        causes = [e for e in self.errors if not any(echo in e for echo in echoes)]
-        if not causes:
-            return "it gave no reason (--verbose shows its log)"
-        if re.search(r"cudaError (35|100)\b", causes[0]):
-            return "no CUDA driver, or none recent enough, or no GPU: run nvidia-smi"
-        return one_line(causes[0])
-
-
-@functools.cache
-def log_of(module: ModuleType) -> Log:
-    """The one logger of a flavour."""
-    return Log(module)
-
-
-def one_line(message: str) -> str:
-    """A message of TensorRT's without line breaks and source positions."""
-    text = " ".join(message.split())
-    text = re.sub(r"^(\S+\.cpp:\d+:? |ERROR: |In function \w+: |\[\d+\] )+", "", text)
-    text = re.sub(r"[. ]*In \w+ at /\S+:\d+", "", text)
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
 @dataclass(frozen=True)
 class Profile:
     """One optimisation profile: the chunk lengths it takes, and (min, opt, max) of every input."""
@@ -234,6 +132,16 @@ def profiles(contract: Contract) -> tuple[Profile, ...]:
 
     prefill = (profile("prefill", contract.chunk),) if contract.chunk > 1 else ()
     return (profile("decode", 1), *prefill)
+
+
+def polygraphy_options(contract: Contract) -> list[str]:
+    """What ``polygraphy convert`` must be told to build the plan that :func:`build_plan` builds with the plugin."""
+    words = ["--strongly-typed", "--preview-features", "ALIASED_PLUGIN_IO_10_03"]
+    for profile in profiles(contract):
+        for index, bound in enumerate(("min", "opt", "max")):
+            sizes = (f"{n}:[{','.join(map(str, s[index]))}]" for n, s in profile.shapes.items())
+            words += [f"--trt-{bound}-shapes", *sizes]
+    return words
 
 
 def check_limits(contract: Contract) -> None:
@@ -269,7 +177,10 @@ def dtype_name(dtype: Any) -> str:
 
 @dataclass(frozen=True)
 class PlanInfo:
-    """How a plan was made: file size, time, TensorRT's layers; ``gpu_arch`` like "sm_86,sm_89", or the default."""
+    """How a plan was made: file size, time, TensorRT's layers; ``gpu_arch`` like "sm_86,sm_89", or the default.
+
+    ``plugin_layers`` of the layers are plugins; ``plugin`` says where their library is.
+    """
 
     flavour: str
     version: str
@@ -277,6 +188,8 @@ class PlanInfo:
     bytes: int
     seconds: float
     layers: int
+    plugin_layers: int = 0
+    plugin: PluginFacts | None = None
 
 
 def build_plan(
@@ -286,6 +199,7 @@ def build_plan(
     out: Path,
     weights_dir: Path,
     gpu_arch: str | None = None,
+    library: Path | None = None,
     progress: Progress | None = None,
     verbose: bool = False,
 ) -> PlanInfo:
@@ -294,9 +208,10 @@ def build_plan(
     The plan is streamed to disk where TensorRT can (RTX does), so that the host holds it at no time.
 
     Args:
-        model: serialised ONNX with the LessAttention bodies inside.
+        model: serialised ONNX, with the LessAttention bodies inside or, with a ``library``, bare nodes.
         weights_dir: the folder that external data locations are relative to.
         gpu_arch: see :func:`parse_gpu_arch`.
+        library: the plugin (see :func:`less_export.plugin.library`); TensorRT-RTX puts it into the plan.
         progress: told what is being done; what it raises cancels the build and comes out of here.
         verbose: print TensorRT's log to stderr.
 
@@ -306,7 +221,10 @@ def build_plan(
     """
     chosen = flavour()
     archs = parse_gpu_arch(chosen, gpu_arch)
-    check_limits(contract)
+    if library is None:
+        check_limits(contract)
+    else:
+        plugin.check_layers(library, contract)
     started = time.monotonic()
     log, names = log_of(chosen.module), [p.name for p in profiles(contract)]
 
@@ -319,28 +237,43 @@ def build_plan(
         with scratch_folder(out) as folder:
             part = folder / out.name
             with log.listening(verbose, watch), log.interruptible():
-                layers = _build(chosen, model, contract, weights_dir, archs, part)
+                layers, plugins = _build(chosen, model, contract, weights_dir, archs, library, part)
             os.replace(part, out)
     except OSError as error:
         raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
-    return PlanInfo(chosen.name, chosen.version, ",".join(archs) or None, out.stat().st_size, seconds, layers)
+    facts = None if library is None else PluginFacts.of(library, _embeds(chosen))
+    size = out.stat().st_size
+    return PlanInfo(chosen.name, chosen.version, ",".join(archs) or None, size, seconds, layers, plugins, facts)
+
+
+def _embeds(chosen: Flavour) -> bool:
+    """Whether plans carry the plugin library (TensorRT does so for version-compatible plans only)."""
+    return chosen.name == "tensorrt_rtx"
 
 
 def _build(
-    chosen: Flavour, model: bytes, contract: Contract, weights_dir: Path, archs: tuple[str, ...], part: Path
-) -> int:
-    """Write the plan to ``part``; returns the number of layers. Everything else is released on return."""
+    chosen: Flavour,
+    model: bytes,
+    contract: Contract,
+    weights_dir: Path,
+    archs: tuple[str, ...],
+    library: Path | None,
+    part: Path,
+) -> tuple[int, int]:
+    """Write the plan to ``part``; returns the number of layers and of plugins among them."""
     module: Any = chosen.module
     log = log_of(chosen.module)
     try:
         builder = module.Builder(log.interface)
     except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
         raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
+    if library is not None:
+        plugin.load(module, library)
     network = builder.create_network(1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = module.OnnxParser(network, log.interface)  # maps the weights: it must outlive the build
     if not parser.parse(model, path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
-        raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser)}: {log.reason()}")
+        raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser, library)}: {log.reason()}")
     for get, count, specs in (
         (network.get_input, network.num_inputs, contract.inputs()),
         (network.get_output, network.num_outputs, contract.outputs()),
@@ -348,6 +281,10 @@ def _build(
         found = {t.name: (dtype_name(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
         check_tensors(found, specs, "the graph")
     config = _configure(module, builder, contract, archs)
+    if library is not None:
+        config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        if _embeds(chosen):
+            config.plugins_to_serialize = [os.fspath(library)]
     monitor = implement(  # a name of its own: TensorRT does not keep it alive
         module.IProgressMonitor,
         phase_start=lambda *_: None,
@@ -355,7 +292,7 @@ def _build(
         phase_finish=lambda *_: None,
     )
     config.progress_monitor = monitor
-    layers = int(network.num_layers)
+    layers = [network.get_layer(i).type for i in range(network.num_layers)]
     with open(part, "wb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
             writer = implement(module.IStreamWriter, write=log.guarded(file.write, failed=0))
@@ -365,15 +302,15 @@ def _build(
             built = plan is not None and file.write(memoryview(plan))
     if not built:
         raise EngineError(f"{chosen.label} cannot build the engine: {log.reason()}")
-    return layers
+    return len(layers), layers.count(module.LayerType.PLUGIN_V3)
 
 
-def _culprit(parser: Any) -> str:
+def _culprit(parser: Any, library: Path | None) -> str:
     """The node that the parser stumbled over, for a message."""
     if parser.num_errors == 0 or not parser.get_error(0).node_operator():
         return ""
     error = parser.get_error(0)
-    hint = ", which has no body inside" if error.node_operator() == OP_NAME else ""
+    hint = ", which has no body inside" if error.node_operator() == OP_NAME and library is None else ""
     return f" at node '{error.node_name()}' ({error.node_operator()}{hint})"
 
 

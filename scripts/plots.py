@@ -76,6 +76,36 @@ def quality() -> None:
     print(f"wrote {RESULTS / 'quality.png'}")
 
 
+def gpu() -> None:
+    """Decode on a GPU: bandwidth against a copy, and time against attention over a full cache."""
+    data = json.loads((RESULTS / "gpu.json").read_text())
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    rows = data["decode"]
+    left.bar(range(len(rows)), [r["gb_per_s"] for r in rows])
+    left.axhline(data["bandwidth"]["gb_per_s"], color="black", linestyle=":", label="device-to-device copy")
+    labels = [f"B{r['batch']}\nC{r['slots']}\nHk{r['kv_heads']}" for r in rows]
+    left.set_xticks(range(len(rows)), labels, fontsize=7)
+    left.set_ylabel("decode step, GB/s")
+    for batch in sorted({r["batch"] for r in data["full_cache"]}):
+        of = [r for r in data["full_cache"] if r["batch"] == batch]
+        (line,) = right.plot([r["context"] for r in of], [r["sdpa_us"] for r in of], "o-", label=f"SDPA, batch {batch}")
+        ours = [r["plugin_us"] for r in of]
+        right.plot([r["context"] for r in of], ours, "s--", color=line.get_color(), label=f"LESS, batch {batch}")
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xlabel("context, tokens")
+    right.set_ylabel("decode step, us")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{data['machine']['gpu']}, float16, policy h2o, D 128, R 16", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "gpu.png", dpi=120)
+    print(f"wrote {RESULTS / 'gpu.png'}")
+
+
 if __name__ == "__main__":
     decode_cost()
     quality()
+    if (RESULTS / "gpu.json").is_file():
+        gpu()

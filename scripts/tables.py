@@ -1,6 +1,6 @@
-"""The figures in README.md, from ``benchmarks/results``: rewrites what lies between its markers.
+"""The figures in the READMEs, from ``benchmarks/results``: rewrites what lies between their markers.
 
-``python scripts/tables.py`` writes, ``--check`` only says whether the README is up to date.
+``python scripts/tables.py`` writes, ``--check`` only says whether they are up to date.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import quality_tables
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+READMES = (ROOT / "README.md", ROOT / "plugins_trt" / "README.md")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -97,9 +98,16 @@ def quality(part: str) -> str:
     return table(*getattr(quality_tables, part)(found)) + f"\n\n({quality_tables.note(found, part)}{where(found.data)})"
 
 
+def gpu(part: str) -> str:
+    """One of the tables of what gpu_check measured, which may not have been anything yet."""
+    found = results("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").is_file() else {}
+    return table(*gpu_tables.PARTS[part](found)) + f"\n\n({gpu_tables.note(found)})"
+
+
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
+    makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}
 
     def fresh(match: re.Match[str]) -> str:
@@ -109,12 +117,13 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
+    stale = {p: fresh for p in READMES if (fresh := rendered(text := p.read_text(encoding="utf-8"))) != text}
+    names = ", ".join(str(p.relative_to(ROOT)) for p in stale)
     if "--check" in sys.argv[1:]:
-        current = rendered(text) == text
-        print("README.md is up to date" if current else "README.md is stale: run scripts/tables.py")
-        return 0 if current else 1
-    README.write_text(rendered(text), encoding="utf-8")
+        print(f"stale: {names}; run scripts/tables.py" if stale else "the tables are up to date")
+        return 1 if stale else 0
+    for path, text in stale.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -14,6 +14,8 @@ venv() {
         rm -rf "$folder"
         "$python" -m venv "$folder"
         "$py" -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt -e ".[$extras]"
+        # TensorRT's headers; what the package itself depends on (triton) is not needed for them.
+        "$py" -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt --no-deps kernel-lens
         echo "$stamp" >"$folder/.stamp"
     fi
 }

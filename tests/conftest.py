@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from less_export.runtime.backend import Backend
 
     from .families import Tiny
+
+#: Architecture that the tests compile the plugin and engines for.
+PLUGIN_ARCH = "sm_89"
 
 #: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both kept.
 Exported = Callable[..., "Tiny"]
@@ -33,6 +37,23 @@ def _quick() -> Iterator[None]:
     gc.set_threshold(*before)
     if torch:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compiled plugins go into a folder of the session, or where LESS_EXPORT_CACHE says."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "LESS_EXPORT_CACHE" not in os.environ:
+            patch.setenv("LESS_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def plugin_library(_cache: None) -> Path:
+    """The TensorRT plugin, compiled for one architecture, once a session."""
+    from less_export import plugin
+
+    return plugin.library((PLUGIN_ARCH,))
 
 
 @pytest.fixture(scope="session")

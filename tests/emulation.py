@@ -68,6 +68,21 @@ def folder() -> Path:
     return Path(made)
 
 
+def _compiler(*flags: str) -> list[str]:
+    words = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
+    words += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
+    return [*words, "-isystem", str(cuda_include()), *flags]
+
+
+def compile_source(source: Path, out: Path, *flags: str) -> None:
+    """One CUDA source as a host library of its own."""
+    done = subprocess.run(
+        [*_compiler("-O1", *flags), "-shared", str(source), "-o", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+
+
 def build(
     out: Path,
     *flags: str,
@@ -81,9 +96,7 @@ def build(
     ``sources`` may hold changed copies. ``reuse`` is a library built before with the same flags: objects of it
     are taken for what is not in ``sources``.
     """
-    common = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
-    common += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}"]
-    common += ["-isystem", str(cuda_include()), *flags]
+    common = _compiler(*flags)
     out.parent.mkdir(parents=True, exist_ok=True)
     objects, running = [], []
     for part in (*(sources / s for s in SOURCES), PLUGIN / "emulation" / interface):

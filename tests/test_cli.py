@@ -13,11 +13,12 @@ import httpx2
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from less_export import __version__, engine, recipes
+from less_export import __version__, engine, plugin, recipes
 from less_export.artifact import Bundle
 from less_export.cli import main
 from less_export.config import ExportConfig
 from less_export.exporter import build
+from less_export.plugin import PluginFacts
 
 from . import bundles
 from .bundles import PROMPT, Result, Run, generated, refused
@@ -50,18 +51,19 @@ def test_the_line_users_know(run: Run, asked: list[Any]) -> None:
 
 
 def test_the_line_users_know_end_to_end(
-    run: Run, source: Path, kernel_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, source: Path, plugin_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiny weights where the hub's would be, and an engine builder that only writes down what it is given."""
 
-    def build_plan(model: bytes, contract: Any, out: Path, **options: Any) -> engine.Flavour:
+    def build_plan(model: bytes, contract: Any, out: Path, library: Path, **options: Any) -> engine.PlanInfo:
         out.write_bytes(b"ftrt" + model)
-        return engine.Flavour("tensorrt", dataclasses, "10.3")
+        return engine.PlanInfo("tensorrt", "10.3", None, 1, 0.0, 9, 1, PluginFacts.of(library, inside=False))
 
     monkeypatch.setattr(recipes.Recipe, "gguf_package", None)
     monkeypatch.setattr("less_export.sources._download", lambda hub: source)
     monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", dataclasses, "10.3"))
     monkeypatch.setattr(engine, "build_plan", build_plan)
+    monkeypatch.setattr(plugin, "library", lambda archs, progress: plugin_library)
     monkeypatch.chdir(tmp_path)
     result = run(
         "llama2-7b", "--out", "engine.plan", "--num_hidden_layers", "1", "--no-validate", "--kernels",
@@ -72,6 +74,7 @@ def test_the_line_users_know_end_to_end(
         "engine.json", "engine.plan", "engine.tokenizer.json", "k.safetensors",
     ]  # fmt: skip
     (artifact,) = Bundle.open("engine.plan").manifest.artifacts
+    assert artifact.details["plugin"] == vars(PluginFacts.of(plugin_library, inside=False))
     spec, contract = artifact.contract.layers[0], artifact.contract
     assert (artifact.kind, contract.dtype, contract.chunk) == ("plan", "float16", 256)
     assert (spec.policy.label, spec.heavy, spec.recent, spec.rank) == ("h2o", 102, 102, 3)  # 5% of 4096
@@ -85,13 +88,13 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
     kebab = ["org/a_b", "--out", "o_u-t", "--target", "both", "--engine", "--policy", "sink", "--budget", "7%"]
     kebab += ["--context", "99", "--heavy", "1", "--recent", "6", "--compress-sliding", "--kernels", "k_1.st"]
     kebab += ["--rank", "3", "--dtype", "bfloat16", "--max-batch", "5", "--chunk=17", "--logits", "all"]
-    kebab += ["--num-hidden-layers=2", "--gpu-arch", "sm_89", "--no-validate"]
+    kebab += ["--num-hidden-layers=2", "--gpu-arch", "sm_89", "--no-plugin", "--no-validate"]
     snake = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") else w for w in kebab]
     assert snake != kebab
     want = ExportConfig(
         target="both", policy="sink", budget="7%", context=99, heavy=1, recent=6, compress_sliding=True, rank=3,
         kernels=Path("k_1.st"), dtype="bfloat16", max_batch=5, chunk=17, logits="all", num_hidden_layers=2,
-        gpu_arch="sm_89", validate=False,
+        gpu_arch="sm_89", plugin=False, validate=False,
     )  # fmt: skip
     assert run(*kebab).code == run(*snake).code == 0
     assert asked == [("org/a_b", "o_u-t", want, True)] * 2
@@ -120,6 +123,7 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
         (["check"], "required: BUNDLE"),
         (["info"], "required: BUNDLE"),
         (["recipes", "x"], "unrecognized arguments: x"),
+        (["build-plugin", "--gpu-arch", "sm_75"], "give architectures from sm_80 on"),
     ],
 )
 def test_wrong_words(words: list[str], says: str, run: Run, asked: list[Any]) -> None:

@@ -50,7 +50,7 @@ class Fault:
 def waits() -> dict[str, Fault]:
     """Every barrier and every wait for a copy, removed."""
     found = {}
-    for file in ("decode.cuh", "attend.cuh", "settle.cuh"):
+    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "settle.cuh"):
         text = (PLUGIN / "src" / file).read_text()
         for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
@@ -202,16 +202,20 @@ def sound() -> Path:
     return out
 
 
+def includes(source: Path) -> set[str]:
+    """Names of the files that a source includes, directly or not."""
+    direct = set(re.findall(r'#include "(\w+\.cuh)"', source.read_text()))
+    return direct.union(*(includes(source.with_name(n)) for n in direct))
+
+
 def broken(folder: Path, fault: Fault) -> Path:
     """The kernels with a fault; what does not include the changed file is not compiled again."""
-    sources, include = folder / "src", f'#include "{fault.file}"'
+    sources = folder / "src"
     shutil.copytree(PLUGIN / "src", sources)
     text = (sources / fault.file).read_text()
     (sources / fault.file).write_text(fault.applied(text))
-    shared = fault.file == "rules.cuh"
     for part in emulation.SOURCES:
-        text = (sources / part).read_text()
-        if not shared and include not in text and not (fault.file == "attend.cuh" and "settle.cuh" in text):
+        if fault.file not in includes(sources / part):
             (sources / part).unlink()
     emulation.build(folder / "libless_broken.so", *SMALL, "-w", sources=sources, reuse=sound())
     return folder / "libless_broken.so"

@@ -30,7 +30,8 @@ def test_options_of_the_readme_exist(capsys: pytest.CaptureFixture[str]) -> None
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     used = {x for line in re.findall(r"^less-export .*$", text, re.M) for x in re.findall(r"--[\w-]+", line)}
     known = ""
-    for words in ([], ["generate"], ["check"], ["info"], ["recipes"], ["train"], ["eval"], ["import-kernels"]):
+    commands = ("generate", "check", "info", "recipes", "build-plugin", "train", "eval", "import-kernels")
+    for words in ([], *([c] for c in commands)):
         with pytest.raises(SystemExit):
             cli.main([*words, "--help"])
         known += capsys.readouterr().out

@@ -46,7 +46,7 @@ def clean() -> dict[str, str]:
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ``bin`` of a fresh virtual environment with ``less-export[cpu]`` from this checkout."""
     folder = tmp_path_factory.mktemp("runtime")
-    for name in ("less_export", "models"):
+    for name in ("less_export", "models", "plugins_trt"):
         shutil.copytree(ROOT / name, folder / "src" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / "src" / name)
@@ -72,6 +72,24 @@ def test_only_the_runtime_is_there(runtime: Path) -> None:
     names = {p["name"].lower().replace("_", "-") for p in json.loads(done.stdout)}
     assert {"less-export", "numpy", "onnxruntime", "safetensors", "tokenizers", "jinja2", "rich"} <= names
     assert not names & {"torch", "transformers", "onnx", "onnx-ir", "onnxscript", "polygraphy", "accelerate"}
+
+
+def test_the_sources_of_the_plugin_are_shipped(runtime: Path, tmp_path: Path) -> None:
+    """Whoever installs the package can compile the plugin: every file that the compilers need is there."""
+    code = "from less_export import plugin; print(plugin.sources())"
+    done = subprocess.run([runtime / "python", "-c", code], capture_output=True, text=True, env=clean(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    shipped = Path(done.stdout.strip())
+    assert shipped.is_relative_to(runtime.parent)
+    source = ROOT / "plugins_trt"
+    for pattern in ("src/*", "include/*", "*.txt", "*.map", "README.md"):
+        names = {str(p.relative_to(source)) for p in source.glob(pattern)}
+        assert names
+        assert names <= {str(p.relative_to(shipped)) for p in shipped.glob(pattern)}
+    done = call(runtime, tmp_path, "build-plugin", "--gpu-arch", "sm_75")
+    assert done.stderr == (
+        "less-export: error: the plugin cannot be built for 'sm_75': give architectures from sm_80 on\n"
+    )
 
 
 def test_generate_from_python(runtime: Path, plain: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from less_export.artifact import Bundle
 from less_export.runtime.trt_backend import inspect_plan
 
 from . import families
+from .conftest import PLUGIN_ARCH
 
 
 def has_gpu() -> bool:
@@ -19,11 +20,15 @@ def has_gpu() -> bool:
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype", "policy"),
-    [("gemma3", torch.bfloat16, "h2o"), ("llama", torch.float16, "sink"), ("falcon_mqa", torch.bfloat16, "tova")],
+    ("family", "dtype", "policy", "plugin"),
+    [
+        ("gemma3", torch.bfloat16, "h2o", True),
+        ("llama", torch.float16, "sink", True),
+        ("falcon_mqa", torch.bfloat16, "tova", False),
+    ],
 )
 def test_checkpoint_to_plan(
-    family: str, dtype: torch.dtype, policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    family: str, dtype: torch.dtype, policy: str, plugin: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = families.save(family, tmp_path / "checkpoint", dtype)
     out = tmp_path / "made" / "engine.plan"
@@ -39,6 +44,9 @@ def test_checkpoint_to_plan(
         "--chunk",
         "16",
         "--no-validate",
+        "--gpu-arch",
+        PLUGIN_ARCH,
+        *([] if plugin else ["--no-plugin"]),
     ]
     assert cli.main([str(checkpoint), *words]) == 0
     capsys.readouterr()
@@ -51,7 +59,9 @@ def test_checkpoint_to_plan(
     assert plan is not None
     assert plan.contract.dtype == str(dtype).removeprefix("torch.")
     assert plan.details["flavour"] == header.flavour
-    assert plan.details["layers"] > 100
+    assert plan.details["layers"] > (50 if plugin else 100)
+    assert plan.details["plugin_layers"] == (len(plan.contract.layers) if plugin else 0)
+    assert (plan.details["plugin"] is not None) == plugin
     assert {s.policy.label for s in plan.contract.layers} <= {policy, "window"}
     assert cli.main(["info", str(out)]) == 0
     assert "TensorRT engine" in capsys.readouterr().out
@@ -64,6 +74,7 @@ def test_folder_with_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     checkpoint = families.save("llama", tmp_path / "checkpoint", torch.float16)
     out = tmp_path / "bundle"
     words = ["--out", str(out), "--target", "both", "--engine", "--budget", "12", "--context", "64", "--no-validate"]
+    words += ["--gpu-arch", PLUGIN_ARCH]
     assert cli.main([str(checkpoint), *words]) == 0
     kinds = {a.kind: a.contract.dtype for a in Bundle.open(out).manifest.artifacts}
     assert kinds == {"ort": "float32", "trt": "float16", "plan": "float16"}

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .. import artifact, engine
+from .. import artifact, engine, plugin
 from ..artifact import Artifact, Layout, Manifest, WeightFile
 from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, EVICTING, ExportConfig, default_context, plan_layers, unused_kernels
 from ..contract import Contract, Policy
@@ -47,6 +47,8 @@ class _Job:
     model_facts: dict[str, Any]
     position_limit: int | None
     tokenizer: Any = None
+    #: The plugin library, where an engine is built with it.
+    library: Path | None = None
 
     def contract(self, dtype: str) -> Contract:
         text = self.hf_config.get_text_config()
@@ -177,7 +179,12 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     job = _Job(source, config, hf_config, layers, kernels, {}, {}, learned_positions(bare))
     contracts = {k: job.contract(_compute_dtype(k, job)) for k in kinds}
     if "plan" in contracts:
-        engine.check_limits(contracts["plan"])
+        if config.plugin:
+            archs = engine.parse_gpu_arch(engine.flavour(), config.gpu_arch)
+            job.library = plugin.library(archs, progress=progress)
+            plugin.check_layers(job.library, contracts["plan"])
+        else:
+            engine.check_limits(contracts["plan"])
     job.tokenizer = source.tokenizer()
     if source.gguf is not None:
         progress("dequantising the GGUF weights")
@@ -302,16 +309,17 @@ def _write(
             graph, contract = graphs["trt"]
             progress(f"building the engine with {flavour.name if flavour else 'TensorRT'}")
             file = layout.artifact or artifact.ARTIFACT_FILES["plan"]
-            onnx_op.add_bodies(graph)
+            (onnx_op.strip_bodies if job.library else onnx_op.add_bodies)(graph)
             info = engine.build_plan(
                 ir.to_proto(graph).SerializeToString(),
                 contract,
                 weights_dir=scratch,
                 gpu_arch=job.config.gpu_arch,
+                library=job.library,
                 out=scratch / file,
                 progress=lambda text: progress(f"building the engine: {text}"),
             )
-            artifacts.append(Artifact("plan", file, sha256(scratch / file), contract, package.plain(info)))
+            artifacts.append(Artifact("plan", file, sha256(scratch / file), contract, package.details(info)))
         progress("writing tokenizer and manifest")
         tokenizer = package.place_tokenizer(job.source, job.hf_config, job.tokenizer, layout, scratch)
         stored = tuple(

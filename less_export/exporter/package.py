@@ -75,9 +75,9 @@ def _eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, 
     return tuple(found)
 
 
-def plain(info: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON values."""
-    return {k: v if isinstance(v, (int, float, str, bool, type(None))) else str(v) for k, v in vars(info).items()}
+def details(info: engine.PlanInfo) -> dict[str, Any]:
+    """What the manifest says of a plan, as JSON values."""
+    return {**vars(info), "plugin": vars(info.plugin) if info.plugin else None}
 
 
 def tools(flavour: engine.Flavour | None) -> dict[str, str]:

@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .. import plugin as plugins
 from ..contract import INPUT_IDS, ITEM_BYTES, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
-from ..engine import Flavour, check_tensors, dtype_name, flavour, log_of, profiles
+from ..engine import Flavour, check_tensors, dtype_name, flavour, profiles
 from ..errors import BackendError, EngineError
+from ..plugin import PluginFacts
+from ..trt_log import log_of
 from .backend import Array, Backend, State, empty, numpy_dtype
 
 #: First bytes of a plan -> the flavour that wrote it.
@@ -69,12 +72,14 @@ class LoadedPlan:
     engine: Any
 
 
-def load_plan(path: Path, contract: Contract) -> LoadedPlan:
+def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None) -> LoadedPlan:
     """Deserialise a plan on the GPU and check its tensors and profiles against the contract.
+
+    ``plugin`` is what the manifest says of the plan's plugin.
 
     Raises:
         EngineError: no plan, its flavour is not installed, no driver, made by another version or for
-            another GPU, or not of this contract.
+            another GPU, or not of this contract; its plugin is missing or another one.
     """
     header = inspect_plan(path)
     chosen = flavour(header.flavour)
@@ -85,6 +90,10 @@ def load_plan(path: Path, contract: Contract) -> LoadedPlan:
             runtime = module.Runtime(log.interface)
         except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
             raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
+        if plugin is not None and plugin.inside:
+            runtime.engine_host_code_allowed = True  # the library inside; the plan's hash was checked
+        elif plugin is not None:
+            plugins.load(module, plugins.find(plugin))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
@@ -220,8 +229,8 @@ class TrtBackend(Backend):
 
     name = "trt"
 
-    def __init__(self, contract: Contract, plan_path: Path) -> None:
-        """Load the plan.
+    def __init__(self, contract: Contract, plan_path: Path, plugin: PluginFacts | None = None) -> None:
+        """Load the plan; ``plugin`` is what the manifest says of its plugin.
 
         Raises:
             BackendError: cuda-bindings, the driver or a GPU is missing.
@@ -229,7 +238,7 @@ class TrtBackend(Backend):
         """
         super().__init__(contract)
         self._device = _Device()  # first: without a driver its message is the clear one
-        self._plan = load_plan(plan_path, contract)
+        self._plan = load_plan(plan_path, contract, plugin)
         self._log = log_of(self._plan.flavour.module)
         self._profiles = profiles(contract)
         self._in_place = self._aliases()

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "rules.cuh"
-#include "tensor_ops.cuh"
+#include "tiles.cuh"
 
 namespace less {
 
@@ -20,118 +20,6 @@ struct PrefillParams {
     int* fates;     // [B,Hk,C+T] where a token goes, see settle.cuh
     int* freed;     // [B,Hk,C] slots to fill
 };
-
-constexpr int kTileRows = 64;  // rows that a block owns, 16 a warp
-
-// Geometry of the tiles that stream by: W is D rounded up.
-template <class T, int W>
-struct Tiling {
-    static constexpr int kRows = W > 128 ? 32 : 64;
-    static constexpr int kStride = W + 16 / sizeof(T);  // no two rows of a matrix load in the same banks
-    static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
-    static constexpr int kVector = 16 / sizeof(T);  // elements of a copy
-    struct Tile {
-        T x[kRows * kStride];
-    };
-};
-
-// Rows of one operand that a warp keeps: rows g and g + 8 of its 16. 16-bit elements lie in registers as A fragments,
-// f32 stays where it is, in global memory.
-template <class T, int W>
-struct WarpRows {
-    uint32_t fragments[W / 16][4];
-    __device__ __forceinline__ void load(T const* low, T const* high, int D, int t) {
-#pragma unroll
-        for (int k = 0; k < W / 16; ++k) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                T const* const row = i & 1 ? high : low;
-                int const column = k * 16 + (i >> 1) * 8 + t * 2;
-                fragments[k][i] = row != nullptr && column < D ? *reinterpret_cast<uint32_t const*>(row + column) : 0u;
-            }
-        }
-    }
-    // s = rows * tile^T
-    template <int N>
-    __device__ __forceinline__ void multiply(float (&s)[N / 8][4], T const* tile, int stride, int D, int lane) const {
-        (void)D;
-#pragma unroll
-        for (int i = 0; i < N / 8; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
-#pragma unroll
-        for (int k = 0; k < W / 16; ++k) {
-#pragma unroll
-            for (int i = 0; i < N / 16; ++i) {
-                uint32_t b[4];
-                loadMatrices<false>(b, tile + (i * 16 + lane / 16 * 8 + lane % 8) * stride + k * 16 + lane / 8 % 2 * 8);
-                multiplyAdd<T>(s[2 * i], fragments[k], b);
-                multiplyAdd<T>(s[2 * i + 1], fragments[k], b + 2);
-            }
-        }
-    }
-};
-
-template <int W>
-struct WarpRows<float, W> {
-    float const* rows[2];
-    __device__ __forceinline__ void load(float const* low, float const* high, int, int) {
-        rows[0] = low;
-        rows[1] = high;
-    }
-    template <int N>
-    __device__ __forceinline__ void multiply(float (&s)[N / 8][4], float const* tile, int stride, int D,
-                                             int lane) const {
-#pragma unroll
-        for (int i = 0; i < N / 8; ++i) {
-            for (int e = 0; e < 4; ++e) {
-                float const* const row = rows[e >> 1];
-                float const* const other = tile + (i * 8 + lane % 4 * 2 + (e & 1)) * stride;
-                float sum = 0.f;
-                for (int d = 0; row != nullptr && d < D; ++d) sum += row[d] * other[d];
-                s[i][e] = sum;
-            }
-        }
-    }
-};
-
-// o += p * tile for the probabilities p [16 x N] of a warp.
-template <class T, int W, int N>
-__device__ __forceinline__ void accumulate(float (&o)[W / 8][4], float const (&p)[N / 8][4], T const* tile, int stride,
-                                           int lane) {
-    if constexpr (sizeof(T) == 2) {
-#pragma unroll
-        for (int k = 0; k < N / 16; ++k) {
-            uint32_t const a[4] = {packed<T>(p[2 * k][0], p[2 * k][1]), packed<T>(p[2 * k][2], p[2 * k][3]),
-                                   packed<T>(p[2 * k + 1][0], p[2 * k + 1][1]),
-                                   packed<T>(p[2 * k + 1][2], p[2 * k + 1][3])};
-#pragma unroll
-            for (int i = 0; i < W / 16; ++i) {
-                uint32_t b[4];
-                loadMatrices<true>(b, tile + (k * 16 + lane % 16) * stride + i * 16 + lane / 16 * 8);
-                multiplyAdd<T>(o[2 * i], a, b);
-                multiplyAdd<T>(o[2 * i + 1], a, b + 2);
-            }
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N / 8; ++i) {
-            for (int owner = 0; owner < 4; ++owner) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    float const low = __shfl_sync(~0u, p[i][e], lane / 4 * 4 + owner);
-                    float const high = __shfl_sync(~0u, p[i][2 + e], lane / 4 * 4 + owner);
-                    float const* const row = tile + (i * 8 + owner * 2 + e) * stride + lane % 4 * 2;
-#pragma unroll
-                    for (int n = 0; n < W / 8; ++n) {
-                        o[n][0] += low * row[n * 8];
-                        o[n][1] += low * row[n * 8 + 1];
-                        o[n][2] += high * row[n * 8];
-                        o[n][3] += high * row[n * 8 + 1];
-                    }
-                }
-            }
-        }
-    }
-}
 
 // Where the j-th tile of [slots, chunk] lies: tiles never straddle the two.
 struct Source {

@@ -1,0 +1,327 @@
+"""The TensorRT plugin library: its toolchain, its build into a cache, and what it can run.
+
+The sources are those of ``plugins_trt``, which ship with the package. Building needs nvcc and a C++
+compiler, no GPU and no TensorRT but its headers; the result is kept in a cache.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import hashlib
+import importlib.resources
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .contract import COMPUTE_DTYPES, OP_VERSION, Contract, LayerSpec
+from .errors import EngineError, UsageError
+from .files import scratch_folder, sha256
+from .trt_log import log_of
+
+#: Called with a few words as each phase begins.
+Progress = Callable[[str], None]
+
+LIBRARY = "libless_plugins.so"
+_INSTALL = "pip install 'less-export[plugin]'"
+_COMPILE = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all")
+#: The first CUDA that compiles for every architecture of the default list.
+_FIRST_CUDA = (12, 8)
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What the plugin is compiled with; ``cuda`` is nvcc's version like "13.0.88"."""
+
+    nvcc: Path
+    cuda: str
+    host: str
+    tensorrt_include: Path
+    tensorrt: str
+
+    @property
+    def library_folders(self) -> list[Path]:
+        """Where the static CUDA runtime may lie (PyPI's packages have no lib64, which nvcc looks in)."""
+        return [f for f in (self.nvcc.parents[1] / "lib64", self.nvcc.parents[1] / "lib") if f.is_dir()]
+
+
+def sources() -> Path:
+    """The folder ``plugins_trt``."""
+    return Path(str(importlib.resources.files("less_export.plugins_trt")))
+
+
+def _listed(name: str) -> list[str]:
+    lines = (sources() / name).read_text(encoding="utf-8").splitlines()
+    return [x.strip() for x in lines if x.strip() and not x.startswith("#")]
+
+
+def default_archs() -> tuple[str, ...]:
+    """Architectures that are built unless others are asked for, like "sm_89"."""
+    return tuple(f"sm_{n}" for n in _listed("architectures.txt"))
+
+
+def parse_archs(text: str | None) -> tuple[str, ...]:
+    """Architectures of an option: "sm_89", "89" or "8.9", several with commas; ``None`` or "all" for the default."""
+    if text is None or text.strip().lower() == "all":
+        return default_archs()
+    found = []
+    for item in text.split(","):
+        match = re.fullmatch(r"(?:sm_?)?(\d+?)\.?(\d)", item.strip().lower())
+        if match is None or int(match[1] + match[2]) < 80:
+            raise UsageError(f"the plugin cannot be built for '{item.strip()}': give architectures from sm_80 on")
+        found.append(f"sm_{match[1]}{match[2]}")
+    return tuple(dict.fromkeys(found))
+
+
+# ------------------------------------------------------------------ the toolchain
+
+
+def toolchain() -> Toolchain:
+    """nvcc, a C++ compiler and TensorRT's headers.
+
+    Raises:
+        EngineError: one of them is missing, or nvcc is too old; says where it was looked for.
+    """
+    nvcc = next((p for p in _nvcc_places() if p.is_file()), None)
+    if nvcc is None:
+        raise EngineError(f"the plugin needs nvcc, which is neither in CUDA_HOME nor on the PATH: {_INSTALL}")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"V(\d+)\.(\d+)\.(\d+)", said)
+    if version is None:
+        raise EngineError(f"{nvcc} does not say its version: {_INSTALL}")
+    if (int(version[1]), int(version[2])) < _FIRST_CUDA:
+        needed = ".".join(map(str, _FIRST_CUDA))
+        raise EngineError(f"{nvcc} is of CUDA {version[1]}.{version[2]}, the plugin needs {needed}: {_INSTALL}")
+    host = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+    if host is None:
+        raise EngineError("the plugin needs a C++ compiler: install g++")
+    headers = tensorrt_include()
+    return Toolchain(nvcc, version[0][1:], host, headers, _tensorrt_version(headers))
+
+
+def tensorrt_include() -> Path:
+    """The folder of NvInfer.h; raises :class:`EngineError` where there is none."""
+    headers = next((p for p in _header_places() if (p / "NvInfer.h").is_file()), None)
+    if headers is None:
+        raise EngineError(
+            f"the plugin needs TensorRT's headers: set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h, or {_INSTALL}"
+        )
+    return headers
+
+
+def _nvcc_places() -> Iterator[Path]:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield Path(os.environ[variable]) / "bin" / "nvcc"
+    if on_path := shutil.which("nvcc"):
+        yield Path(on_path).resolve()
+    yield Path("/usr/local/cuda/bin/nvcc")
+    spec = importlib.util.find_spec("nvidia")  # a namespace of PyPI's packages
+    for folder in spec.submodule_search_locations or () if spec else ():
+        yield Path(folder) / "cu13" / "bin" / "nvcc"
+
+
+def _header_places() -> Iterator[Path]:
+    if os.environ.get("TENSORRT_INCLUDE_DIR"):
+        yield Path(os.environ["TENSORRT_INCLUDE_DIR"])
+        return
+    machine = os.uname().machine
+    yield from map(Path, (f"/usr/include/{machine}-linux-gnu", "/usr/include", "/usr/local/tensorrt/include"))
+    spec = importlib.util.find_spec("kernel_lens")  # found, never imported: it needs triton
+    for folder in spec.submodule_search_locations or () if spec else ():
+        yield Path(folder) / "include" / "tensorrt"
+
+
+def _tensorrt_version(headers: Path) -> str:
+    text = (headers / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
+    values = dict(re.findall(r"#define (\w+) (\w+)", text))
+    numbers = [values.get(f"NV_TENSORRT_{part}", "?") for part in ("MAJOR", "MINOR", "PATCH")]
+    return ".".join(values.get(n, n) for n in numbers)
+
+
+# ------------------------------------------------------------------ building
+
+
+def cache_folder() -> Path:
+    """LESS_EXPORT_CACHE, or less-export in XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("LESS_EXPORT_CACHE"):
+        return Path(os.environ["LESS_EXPORT_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-export"
+
+
+def library(archs: Sequence[str] = (), *, progress: Progress = lambda _: None, verbose: bool = False) -> Path:
+    """The plugin library for ``archs`` (default: all), out of the cache or built into it.
+
+    Processes that build the same thing at a time do it twice; one of the two results stays.
+
+    Raises:
+        EngineError: no toolchain, or it fails.
+    """
+    wanted = tuple(archs) or default_archs()
+    tools = toolchain()
+    target = cache_folder() / "plugins" / _key(tools, wanted) / LIBRARY
+    if target.is_file():
+        return target
+    try:
+        with scratch_folder(target.parent) as folder:
+            compile_library(folder / LIBRARY, wanted, tools, progress=progress, verbose=verbose)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / LIBRARY, target)
+    except OSError as error:
+        raise EngineError(
+            f"cannot write the plugin to {target.parent}: {error.strerror or error} (LESS_EXPORT_CACHE names another)"
+        ) from error
+    return target
+
+
+def _key(tools: Toolchain, archs: Sequence[str]) -> str:
+    """What the library depends on: sources, compilers, headers, architectures."""
+    digest = hashlib.sha256()
+    names = [p for pattern in ("src/*", "include/*", "*.txt", "*.map") for p in sorted(sources().glob(pattern))]
+    for path in names:
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    host = subprocess.run([tools.host, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False)
+    facts = (tools.cuda, tools.tensorrt, os.uname().machine, tools.host, host.stdout, *archs, *_COMPILE)
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()[:20]
+
+
+def compile_library(
+    out: Path, archs: Sequence[str], tools: Toolchain, *, progress: Progress = lambda _: None, verbose: bool = False
+) -> None:
+    """Compile the plugin to ``out``; objects are left beside it.
+
+    Raises:
+        EngineError: the compiler fails; its first complaint is the message (``verbose`` shows all).
+    """
+    base = sources()
+    numbers = [a.removeprefix("sm_") for a in archs]
+    newest = max(numbers, key=int)
+    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    nvcc = [str(tools.nvcc), "-ccbin", tools.host, *_COMPILE]
+    paths = ["-I", str(base / "include"), "-isystem", str(tools.tensorrt_include)]
+    names, cores = _listed("sources.txt"), os.cpu_count() or 1
+
+    def compile_one(name: str) -> str:
+        made = out.parent / f"{Path(name).name}.o"
+        device = [*targets, "--threads", str(min(len(targets), cores))] if name.endswith(".cu") else []
+        _run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(made)], name, verbose)
+        return str(made)
+
+    progress(f"compiling the plugin for {', '.join(archs)} (once; a minute or two per architecture)")
+    with concurrent.futures.ThreadPoolExecutor(min(len(names), cores)) as pool:
+        running = [pool.submit(compile_one, n) for n in names]
+        try:
+            for count, done in enumerate(concurrent.futures.as_completed(running), 1):
+                done.result()
+                progress(f"compiling the plugin for {', '.join(archs)}: {count} of {len(names)} files done")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    objects = [r.result() for r in running]
+    progress("linking the plugin")
+    options = f"--version-script={base / 'exports.map'},--exclude-libs=ALL,-z,nodelete,--no-undefined"
+    folders = [f"-L{f}" for f in tools.library_folders]
+    link = [*nvcc, "-shared", "-cudart=static", *folders, "-Xlinker", options, *objects, "-o", str(out)]
+    _run(link, LIBRARY, verbose)
+
+
+def _run(words: Sequence[str], what: str, verbose: bool) -> None:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if verbose:
+        print(" ".join(words), done.stdout, done.stderr, sep="\n")
+    if done.returncode:
+        lines = [x for x in (done.stderr + done.stdout).splitlines() if x.strip()]
+        why = next((x for x in lines if "error" in x or "fatal" in x), lines[0] if lines else "no reason given")
+        raise EngineError(f"the plugin does not compile ({what}): {why.strip()[:300]}")
+
+
+# ------------------------------------------------------------------ what it can run
+
+
+def why_unsupported(path: Path, layer: LayerSpec, dtype: str) -> str | None:
+    """Why the plugin in ``path`` cannot run a layer that computes in ``dtype``; ``None`` where it can."""
+    ask = ctypes.CDLL(os.fspath(path)).lessWhyUnsupported
+    ask.restype = ctypes.c_char_p
+    sizes = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank)
+    scale, *rules = layer.attributes().values()
+    ints = [ctypes.c_int32(int(n)) for n in (COMPUTE_DTYPES.index(dtype), *sizes)]
+    reason = ask(*ints, ctypes.c_float(scale), *(ctypes.c_int32(int(n)) for n in rules))
+    return reason.decode() if reason else None
+
+
+def check_layers(path: Path, contract: Contract) -> None:
+    """Raise :class:`EngineError` for a contract with a layer that the plugin in ``path`` cannot run."""
+    for index, layer in enumerate(contract.layers):
+        if reason := why_unsupported(path, layer, contract.dtype):
+            raise EngineError(
+                f"the plugin cannot run layer {index} ({reason}): --no-plugin builds from standard operators"
+            )
+
+
+# ------------------------------------------------------------------ in TensorRT
+
+#: Name of a TensorRT module -> the library that its registry holds, and its handle.
+_loaded: dict[str, tuple[Path, Any]] = {}
+_ErrorSink = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+#: Call-backs that the libraries hold.
+_sinks: dict[str, Any] = {}
+
+
+def load(module: Any, path: Path) -> None:
+    """Register the library's operators with a TensorRT, once; another build of them goes out.
+
+    What they complain about goes to the flavour's log.
+
+    Raises:
+        EngineError: the library does not load, or somebody else has registered operators of that name.
+    """
+    if module.__name__ not in _sinks:
+        _sinks[module.__name__] = _ErrorSink(lambda text: log_of(module).error(text.decode(errors="replace")))
+    ctypes.CDLL(os.fspath(path)).lessOnError(_sinks[module.__name__])
+    registry, held = module.get_plugin_registry(), _loaded.get(module.__name__)
+    if held is not None:
+        if held[0] == path:
+            return
+        registry.deregister_library(held[1])  # its code stays: engines may use it
+        del _loaded[module.__name__]
+    handle = registry.load_library(os.fspath(path))
+    if handle is None:
+        raise EngineError(f"TensorRT does not load the plugin {path}: is another one loaded in this process?")
+    _loaded[module.__name__] = (path, handle)
+
+
+@dataclass(frozen=True)
+class PluginFacts:
+    """What a manifest says of a plan's plugin: it is ``inside`` the plan, or the ``library`` with this hash."""
+
+    library: str
+    sha256: str
+    version: str
+    inside: bool
+
+    @classmethod
+    def of(cls, path: Path, inside: bool) -> PluginFacts:
+        return cls(os.fspath(path), sha256(path), str(OP_VERSION), inside)
+
+
+def find(facts: PluginFacts) -> Path:
+    """The library that a plan was built with: where it was, or where LESS_EXPORT_PLUGIN says.
+
+    Raises:
+        EngineError: it is missing, or another one lies there.
+    """
+    path = Path(os.environ.get("LESS_EXPORT_PLUGIN") or facts.library)
+    cure = "build the engine again, or set LESS_EXPORT_PLUGIN to the library that it was built with"
+    if not path.is_file():
+        raise EngineError(f"the plugin of this engine is missing ({path}): {cure}")
+    if sha256(path) != facts.sha256:
+        raise EngineError(f"{path} is not the plugin that this engine was built with (hash differs): {cure}")
+    return path

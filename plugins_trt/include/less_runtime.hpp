@@ -1,0 +1,268 @@
+// LESS bundles in C++: open one, prefill, decode, keep rows of state. No Python.
+//
+// Mirrors less_export/contract.py, artifact.py and runtime/. Everything that fails throws less::Error with one line
+// that says what is wrong and what to do. Bundle, Contract and RowState are plain values, safe to share between
+// threads that read them. A Session belongs to one thread at a time; several sessions may run at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace less {
+
+// ------------------------------------------------------------------ errors
+
+// Base of everything this library throws on purpose.
+class Error : public std::runtime_error {
+ public:
+    using std::runtime_error::runtime_error;
+};
+// A bundle or saved state that is missing, damaged, changed, or written by a newer version.
+class BundleError : public Error {
+    using Error::Error;
+};
+// Arguments outside their range, a prompt that does not fit.
+class UsageError : public Error {
+    using Error::Error;
+};
+// A plan that TensorRT refuses or that does not match the contract.
+class EngineError : public Error {
+    using Error::Error;
+};
+// No driver or GPU, no memory, a step that the contract forbids or that failed.
+class BackendError : public Error {
+    using Error::Error;
+};
+
+// ------------------------------------------------------------------ contract
+
+enum class ElementType { kInt64, kInt32, kFloat32, kFloat16, kBFloat16 };
+enum class EvictionPolicy { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull = 4 };
+
+int64_t bytesOf(ElementType type) noexcept;
+char const* nameOf(ElementType type) noexcept;  // as in manifests: "float16"
+
+using Shape = std::vector<int64_t>;
+// Dynamic axes in the shape of a TensorSpec.
+constexpr int64_t kBatch = -1;
+constexpr int64_t kChunk = -2;
+
+// Static facts of one attention layer.
+struct LayerSpec {
+    int64_t queryHeads, kvHeads, headDim;
+    double scale;
+    EvictionPolicy policy;
+    int64_t heavy, recent, window;
+    bool absorb;
+    int64_t capacity, rank;
+};
+
+// One input or output of the graph.
+struct TensorSpec {
+    std::string name;
+    ElementType type;
+    Shape shape;
+
+    Shape sized(int64_t batch, int64_t chunk) const;  // with its dynamic axes filled in
+    int64_t bytes(int64_t batch, int64_t chunk) const;
+};
+
+// One state tensor of one layer: `past` goes in, `present` comes out.
+struct StateTensor {
+    TensorSpec past, present;
+    int64_t rowBytes;  // of one sequence
+    int empty;         // what a fresh row is filled with: 0 or -1
+};
+
+// Everything a runtime must know to drive one artifact: the one place of tensor names and shapes.
+struct Contract {
+    std::vector<LayerSpec> layers;
+    int64_t vocabSize;
+    ElementType dtype;  // compute dtype of the slots
+    int64_t chunk;      // most tokens of a step
+    int64_t maxBatch;   // most rows
+    bool allLogits;     // logits [B,T,V] instead of [B,1,V]
+    std::optional<int64_t> positionLimit, trainedLength;
+
+    std::vector<StateTensor> state() const;  // in the graph's order
+    TensorSpec inputIds() const;             // [B,T] i64
+    TensorSpec pastLength() const;           // [B] i32, tokens a row has seen
+    TensorSpec newLength() const;            // [B] i32, valid tokens of this step
+    TensorSpec logits() const;               // f32
+    std::vector<TensorSpec> inputs() const;
+    std::vector<TensorSpec> outputs() const;
+    int64_t stateBytes() const;                 // of one sequence, whatever its length
+    std::optional<int64_t> tokenLimit() const;  // longest sequence, if there is a limit
+};
+
+// ------------------------------------------------------------------ bundle
+
+// The library with the LessAttention plugin that a plan needs.
+struct PluginFacts {
+    std::filesystem::path library;  // empty where the plan carries it
+    std::string sha256;
+    bool inside;
+};
+
+// The first bytes of a plan: which TensorRT wrote it.
+struct PlanHeader {
+    bool rtx;             // TensorRT-RTX, else TensorRT
+    std::string version;  // "1.7.1.116"
+};
+
+// An opened bundle: its manifest, plan and plugin verified by hash.
+struct Bundle {
+    std::filesystem::path plan;
+    PlanHeader header;
+    Contract contract;
+    std::optional<PluginFacts> plugin;
+    std::string identity;  // what a sequence's state depends on: model, weights and kernels
+    std::string modelName;
+    std::vector<int64_t> eosIds;
+    std::optional<int64_t> bosId;
+    bool addBos = false;  // whether prompts begin with bosId
+
+    // A bundle folder with an engine.plan, or x.plan with x.json beside it. Reading a large plan takes a while:
+    // `verifyPlan` false skips the plan's hash (not the manifest's, nor the plugin's).
+    static Bundle open(std::filesystem::path const& path, bool verifyPlan = true);
+};
+
+// ------------------------------------------------------------------ sampling
+
+// How to choose tokens and when to stop; the meaning of every field is that of the Python package.
+struct SamplingParams {
+    double temperature = 0;        // 0: greedy, the lowest id of the highest logits
+    int64_t topK = 0;              // 0: all
+    double topP = 1;               // 1: all
+    std::optional<uint64_t> seed;  // same seed, prompt and row: same tokens; none: different every time
+    int64_t maxNewTokens = 128;
+    bool ignoreEos = false;
+
+    void validate() const;  // throws UsageError
+};
+
+// Chooses from `logits` [vocab]; -inf forbids a token. `uniform` in [0, 1) decides where temperature > 0.
+int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& params, double uniform);
+
+// The random numbers of one row (mt19937_64: the same everywhere, but not Python's stream).
+class Sampler {
+ public:
+    Sampler(SamplingParams const& params, uint64_t row);
+    int64_t operator()(float const* logits, int64_t vocab);
+
+ private:
+    SamplingParams params_;
+    std::mt19937_64 random_;
+};
+
+// ------------------------------------------------------------------ session
+
+// The state of one sequence: a few megabytes however long it is. Its file is the Python package's.
+struct RowState {
+    int64_t length = 0;           // tokens seen
+    std::vector<std::byte> data;  // the state tensors of the contract, one after another
+    std::string identity;
+
+    void save(std::filesystem::path const& path, Contract const& contract) const;  // whole or not at all
+    static RowState load(std::filesystem::path const& path, Contract const& contract);
+};
+
+// Logits of a step, in memory of the session's that the next step overwrites.
+struct Logits {
+    float const* data;
+    int64_t tokens, vocab;  // tokens: 1, or the chunk's with Contract::allLogits
+    float const* row(int64_t row, int64_t token = 0) const { return data + (row * tokens + token) * vocab; }
+};
+
+class PlanRunner;
+
+// State and steps of `batch` independent rows.
+//
+// A row with new length 0 is parked: its state stays as it is. For continuous batching, reset or write a row that
+// has finished and go on. If a step fails on the GPU the state is undefined: open again.
+class Session {
+ public:
+    // openSession makes one; directly for other machines (runtime/src/plan_runner.hpp).
+    Session(Contract contract, std::string identity, std::unique_ptr<PlanRunner> runner);
+    Session(Session&&) noexcept;
+    Session& operator=(Session&&) noexcept;
+    ~Session();
+
+    Contract const& contract() const noexcept { return contract_; }
+    std::string const& identity() const noexcept { return identity_; }
+    int64_t batch() const noexcept { return static_cast<int64_t>(lengths_.size()); }
+    int32_t length(int64_t row) const;  // tokens the row has seen
+
+    // Allocates `batch` empty rows, 1..maxBatch. Opening again starts afresh.
+    void open(int64_t batch);
+    void close();
+
+    // Feeds one chunk and advances the state. `inputIds` [B,T], right padded, 1 <= T <= chunk; `newLength` [B]:
+    // valid tokens of each row, 0..T. Logits of a parked row mean nothing.
+    Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength);
+
+    void resetRow(int64_t row);
+    void copyRow(int64_t from, int64_t to);
+    RowState readRow(int64_t row);
+    void writeRow(int64_t row, RowState const& state);
+
+ private:
+    void checkRow(int64_t row) const;
+    void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength) const;
+
+    Contract contract_;
+    std::string identity_;
+    std::unique_ptr<PlanRunner> runner_;
+    std::vector<int32_t> lengths_;
+    std::vector<int64_t> padded_;  // the ids of a step, padding replaced
+    bool failed_ = false;
+};
+
+struct SessionOptions {
+    int device = 0;          // CUDA device
+    bool cudaGraphs = true;  // capture the decode step, where the engine allows it
+    bool verbose = false;    // print what TensorRT says to stderr
+};
+
+// Loads the plan of a bundle onto a GPU. The session is not open yet.
+Session openSession(Bundle const& bundle, SessionOptions const& options = {});
+
+// ------------------------------------------------------------------ generation
+
+enum class FinishReason { kEos, kLength };
+
+// One new token of prompt `row`; the last one has a reason.
+struct Token {
+    size_t row;
+    int64_t id;
+    std::optional<FinishReason> finish;
+};
+
+struct Generation {
+    std::vector<int64_t> tokens;  // new ones only, the eos token included
+    FinishReason finish;
+};
+
+using Prompt = std::vector<int64_t>;
+
+// Continues every prompt; more prompts than maxBatch run group after group. Takes over the session's rows.
+//
+// A prompt is fed as chunk, chunk, ..., remainder, whatever runs beside it, so that its tokens do not depend on its
+// batch mates. With a `prefix` every prompt continues that state. `onToken` sees the tokens as they come.
+std::vector<Generation> generate(Session& session, std::vector<Prompt> const& prompts, SamplingParams const& params,
+                                 std::vector<int64_t> const& eosIds, RowState const* prefix = nullptr,
+                                 std::function<void(Token const&)> const& onToken = {});
+
+// The state after `prefix` and `prompt`, to continue any number of times. It holds no logits: a continuation needs
+// at least one token of its own.
+RowState prefill(Session& session, Prompt const& prompt, RowState const* prefix = nullptr);
+
+}  // namespace less

@@ -1,0 +1,90 @@
+// What a session needs of a machine: memory in stream order, and an engine. CUDA and TensorRT implement it, and so
+// does the host in tests.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "less_runtime.hpp"
+
+namespace less {
+
+// Work that was recorded once and can be launched again.
+class Graph {
+ public:
+    virtual ~Graph() = default;
+    virtual void launch() = 0;
+};
+
+// The memory and the one stream of a device. What is asked of it happens in order, and is done after wait().
+// Failures throw BackendError.
+class Device {
+ public:
+    virtual ~Device() = default;
+    // Makes this the calling thread's device.
+    virtual void activate() = 0;
+    // Fresh memory, aligned to 256, contents undefined: on the device, or on the host where a stream can reach it.
+    virtual void* allocate(size_t bytes) = 0;
+    virtual void* allocateHost(size_t bytes) = 0;
+    virtual void release(void* memory) noexcept = 0;
+    virtual void releaseHost(void* memory) noexcept = 0;
+    // Host to device, device to host, within the device. Host memory must live until wait().
+    virtual void copy(void* to, void const* from, size_t bytes) = 0;
+    virtual void fill(void* at, int byte, size_t bytes) = 0;
+    virtual void wait() = 0;
+    // Records what `work` asks for instead of doing it; nullptr where that cannot be recorded.
+    virtual std::unique_ptr<Graph> capture(std::function<void()> const& work) = 0;
+};
+
+// An engine tensor; -1 in the shape is a dynamic axis.
+struct PlanTensor {
+    std::string name;
+    bool input;
+    std::string dtype;  // the contract's name of it
+    Shape shape;
+};
+
+// A deserialised plan with one execution context per profile, on the stream of a device.
+class Plan {
+ public:
+    virtual ~Plan() = default;
+    virtual std::vector<PlanTensor> tensors() const = 0;
+    virtual int profiles() const = 0;
+    // Least and most of an input's shape in a profile.
+    virtual std::pair<Shape, Shape> range(std::string const& input, int profile) const = 0;
+    // The input whose memory an output shares, or "".
+    virtual std::string aliasedInput(std::string const& output) const = 0;
+    virtual bool setShape(int profile, std::string const& input, Shape const& shape) = 0;
+    virtual Shape shape(int profile, std::string const& tensor) const = 0;
+    virtual void bind(int profile, std::string const& tensor, void* memory) = 0;
+    virtual void enqueue(int profile) = 0;
+};
+
+// Memory that is given back at the end.
+class Memory {
+ public:
+    Memory() = default;
+    Memory(Device& device, size_t bytes, bool host = false)
+        : device_(&device), host_(host), at_(host ? device.allocateHost(bytes) : device.allocate(bytes)) {}
+    Memory(Memory&& other) noexcept { *this = std::move(other); }
+    Memory& operator=(Memory&& other) noexcept {
+        std::swap(device_, other.device_);
+        std::swap(host_, other.host_);
+        std::swap(at_, other.at_);
+        return *this;
+    }
+    ~Memory() {
+        if (at_ && host_) device_->releaseHost(at_);
+        if (at_ && !host_) device_->release(at_);
+    }
+    std::byte* get() const { return static_cast<std::byte*>(at_); }
+
+ private:
+    Device* device_ = nullptr;
+    bool host_ = false;
+    void* at_ = nullptr;
+};
+
+}  // namespace less

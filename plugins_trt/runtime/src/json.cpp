@@ -1,0 +1,292 @@
+#include "json.hpp"
+
+#include <charconv>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+namespace less {
+namespace {
+
+constexpr int kDeepest = 64;
+
+bool isDigit(char c) { return c >= '0' && c <= '9'; }
+
+void appendUtf8(std::string& out, uint32_t code) {
+    if (code < 0x80) {
+        out += static_cast<char>(code);
+        return;
+    }
+    int const more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    static constexpr unsigned char kLead[] = {0, 0xC0, 0xE0, 0xF0};
+    out += static_cast<char>(kLead[more] | (code >> (6 * more)));
+    for (int i = more - 1; i >= 0; --i) out += static_cast<char>(0x80 | ((code >> (6 * i)) & 0x3F));
+}
+
+// The code point at the front of `text` and its length in bytes; length 0 where it is no UTF-8.
+std::pair<uint32_t, size_t> decodeUtf8(std::string_view text, bool surrogates) {
+    auto const lead = static_cast<unsigned char>(text[0]);
+    if (lead < 0x80) return {lead, 1};
+    size_t const length = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
+    if (lead < 0xC2 || lead > 0xF4 || text.size() < length) return {0, 0};
+    uint32_t code = lead & (0xFFu >> (length + 1));
+    for (size_t i = 1; i < length; ++i) {
+        auto const next = static_cast<unsigned char>(text[i]);
+        if ((next & 0xC0) != 0x80) return {0, 0};
+        code = code << 6 | (next & 0x3Fu);
+    }
+    static constexpr uint32_t kLeast[] = {0, 0, 0x80, 0x800, 0x10000};
+    bool const half = code >= 0xD800 && code < 0xE000;
+    if (code < kLeast[length] || code > 0x10FFFF || (half && !surrogates)) return {0, 0};
+    return {code, length};
+}
+
+}  // namespace
+
+class JsonReader {
+ public:
+    explicit JsonReader(std::string_view text) : text_(text) {}
+
+    Json document() {
+        Json result = value(0);
+        space();
+        if (at_ != text_.size()) fail("something follows the value");
+        return result;
+    }
+
+ private:
+    [[noreturn]] void fail(char const* why) const {
+        throw JsonError(std::string(why) + " at byte " + std::to_string(at_));
+    }
+
+    char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
+
+    bool take(std::string_view word) {
+        if (text_.substr(at_, word.size()) != word) return false;
+        at_ += word.size();
+        return true;
+    }
+
+    void space() {
+        while (at_ < text_.size() && std::string_view(" \t\n\r").find(text_[at_]) != std::string_view::npos) ++at_;
+    }
+
+    Json value(int depth) {
+        if (depth > kDeepest) fail("too many levels");
+        space();
+        Json result;
+        if (peek() == '{') {
+            result.value_ = object(depth);
+        } else if (peek() == '[') {
+            result.value_ = array(depth);
+        } else if (peek() == '"') {
+            result.value_ = string();
+        } else if (take("true")) {
+            result.value_ = true;
+        } else if (take("false")) {
+            result.value_ = false;
+        } else if (!take("null")) {
+            result.value_ = Json::Number{number()};
+        }
+        return result;
+    }
+
+    Json::Object object(int depth) {
+        Json::Object result;
+        ++at_;
+        space();
+        if (take("}")) return result;
+        do {
+            space();
+            if (peek() != '"') fail("a key is missing");
+            std::string key = string();
+            space();
+            if (!take(":")) fail("a colon is missing");
+            if (!result.emplace(std::move(key), value(depth + 1)).second) fail("a key occurs twice");
+            space();
+        } while (take(","));
+        if (!take("}")) fail("an object does not end");
+        return result;
+    }
+
+    Json::Array array(int depth) {
+        Json::Array result;
+        ++at_;
+        space();
+        if (take("]")) return result;
+        do {
+            result.push_back(value(depth + 1));
+            space();
+        } while (take(","));
+        if (!take("]")) fail("a list does not end");
+        return result;
+    }
+
+    std::string number() {
+        size_t const begin = at_;
+        for (char const* word : {"NaN", "Infinity", "-Infinity"}) {
+            if (take(word)) return word;
+        }
+        take("-");
+        if (!take("0")) digits();
+        if (take(".")) digits();
+        if (take("e") || take("E")) {
+            if (!take("+")) take("-");
+            digits();
+        }
+        return std::string(text_.substr(begin, at_ - begin));
+    }
+
+    void digits() {
+        if (!isDigit(peek())) fail("a value is missing or damaged");
+        while (isDigit(peek())) ++at_;
+    }
+
+    std::string string() {
+        std::string out;
+        ++at_;
+        while (!take("\"")) {
+            if (at_ == text_.size()) fail("a string does not end");
+            if (take("\\")) {
+                escape(out);
+                continue;
+            }
+            auto const [code, length] = decodeUtf8(text_.substr(at_), false);
+            if (length == 0) fail("the text is no UTF-8");
+            if (code < 0x20) fail("a control character stands in a string");
+            out += text_.substr(at_, length);
+            at_ += length;
+        }
+        return out;
+    }
+
+    void escape(std::string& out) {
+        static constexpr std::string_view kNames = "\"\\/bfnrt", kMeanings = "\"\\/\b\f\n\r\t";
+        if (take("u")) {
+            uint32_t code = hex4();
+            size_t const after = at_;
+            if (code >= 0xD800 && code < 0xDC00 && take("\\u")) {
+                uint32_t const low = hex4();
+                bool const pair = low >= 0xDC00 && low < 0xE000;
+                if (pair) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+                if (!pair) at_ = after;
+            }
+            return appendUtf8(out, code);
+        }
+        size_t const which = at_ < text_.size() ? kNames.find(text_[at_]) : std::string_view::npos;
+        if (which == std::string_view::npos) fail("an unknown escape");
+        out += kMeanings[which];
+        ++at_;
+    }
+
+    uint32_t hex4() {
+        uint32_t code = 0;
+        std::string_view const four = text_.substr(at_, 4);
+        auto const [end, error] = std::from_chars(four.data(), four.data() + four.size(), code, 16);
+        if (error != std::errc() || end != four.data() + 4) fail("an unknown escape");
+        at_ += 4;
+        return code;
+    }
+
+    std::string_view text_;
+    size_t at_ = 0;
+};
+
+Json Json::parse(std::string_view text) { return JsonReader(text).document(); }
+
+int64_t Json::integer() const {
+    std::string const& text = get<Number>("a number").text;
+    int64_t result = 0;
+    auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), result);
+    if (error != std::errc() || end != text.data() + text.size()) throw JsonError(text + " is not a whole number");
+    return result;
+}
+
+double Json::number() const {
+    // from_chars knows no locale, which strtod would follow.
+    std::string const& text = get<Number>("a number").text;
+    double result = 0;
+    auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), result);
+    if (error != std::errc() || end != text.data() + text.size()) throw JsonError(text + " is not a usable number");
+    return result;
+}
+
+Json const& Json::operator[](std::string_view key) const {
+    auto const found = object().find(key);
+    if (found == object().end()) throw JsonError("'" + std::string(key) + "' is missing");
+    return found->second;
+}
+
+Json const* Json::find(std::string_view key) const {
+    auto const found = object().find(key);
+    return found == object().end() || found->second.isNull() ? nullptr : &found->second;
+}
+
+Json Json::without(std::string_view key) const {
+    Object rest = object();
+    if (auto const found = rest.find(key); found != rest.end()) rest.erase(found);
+    Json result;
+    result.value_ = std::move(rest);
+    return result;
+}
+
+std::string jsonString(std::string_view text) {
+    std::string out = "\"";
+    auto const unit = [&out](uint32_t code) {
+        char buffer[8];
+        std::snprintf(buffer, sizeof buffer, "\\u%04x", code & 0xFFFF);
+        out += buffer;
+    };
+    while (!text.empty()) {
+        auto const [code, length] = decodeUtf8(text, true);
+        if (length == 0) throw JsonError("a string is no UTF-8");
+        static constexpr std::string_view kNamed = "\"\\\n\r\t\f\b", kNames = "\"\\nrtfb";
+        size_t const named = code < 0x80 ? kNamed.find(static_cast<char>(code)) : std::string_view::npos;
+        if (named != std::string_view::npos) {
+            out += '\\';
+            out += kNames[named];
+        } else if (code >= 0x20 && code < 0x7F) {
+            out += static_cast<char>(code);
+        } else if (code < 0x10000) {
+            unit(code);
+        } else {
+            unit(0xD800 + ((code - 0x10000) >> 10));
+            unit(0xDC00 + (code & 0x3FF));
+        }
+        text.remove_prefix(length);
+    }
+    return out + '"';
+}
+
+std::string Json::canonical() const {
+    std::string out;
+    write(out);
+    return out;
+}
+
+void Json::write(std::string& out) const {
+    char const* between = "";
+    if (auto const* list = std::get_if<Array>(&value_)) {
+        out += '[';
+        for (Json const& item : *list) {
+            out += std::exchange(between, ", ");
+            item.write(out);
+        }
+        out += ']';
+    } else if (auto const* members = std::get_if<Object>(&value_)) {
+        out += '{';
+        for (auto const& [key, item] : *members) {
+            out += std::exchange(between, ", ") + jsonString(key) + ": ";
+            item.write(out);
+        }
+        out += '}';
+    } else if (auto const* text = std::get_if<std::string>(&value_)) {
+        out += jsonString(*text);
+    } else if (auto const* number = std::get_if<Number>(&value_)) {
+        out += number->text;
+    } else {
+        out += isNull() ? "null" : boolean() ? "true" : "false";
+    }
+}
+
+}  // namespace less

@@ -1,0 +1,239 @@
+#include "plan_runner.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+namespace less {
+namespace {
+
+constexpr size_t kAlignment = 256;
+
+size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+std::string text(Shape const& shape) {
+    std::string result = "[";
+    for (int64_t d : shape) result += (result.size() > 1 ? ", " : "") + std::to_string(d);
+    return result + "]";
+}
+
+bool fits(Shape const& actual, Shape const& declared) {
+    return actual.size() == declared.size() &&
+           std::equal(actual.begin(), actual.end(), declared.begin(), [](auto a, auto b) { return a == -1 || a == b; });
+}
+
+}  // namespace
+
+PlanRunner::PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool graphs)
+    : contract_(std::move(contract)), device_(std::move(device)), plan_(std::move(plan)), graphs_(graphs) {
+    checkPlan();
+    for (StateTensor& tensor : contract_.state()) {
+        std::string const alias = plan_->aliasedInput(tensor.present.name);
+        if (!alias.empty() && alias != tensor.past.name) {
+            throw EngineError("the plan writes " + tensor.present.name + " into " + alias + ": build it again");
+        }
+        swaps_ |= alias.empty();
+        slots_.push_back({std::move(tensor), !alias.empty(), {}});
+    }
+}
+
+void PlanRunner::checkPlan() const {
+    checkTensors(contract_.inputs(), true);
+    checkTensors(contract_.outputs(), false);
+    // Profile 0 decodes one token, profile 1 prefills up to a chunk.
+    int const expected = contract_.chunk > 1 ? 2 : 1;
+    if (plan_->profiles() != expected) {
+        throw EngineError("the plan has " + std::to_string(plan_->profiles()) + " profiles instead of " +
+                          std::to_string(expected) + ": build it again");
+    }
+    for (int profile = 0; profile < expected; ++profile) {
+        for (TensorSpec const& spec : contract_.inputs()) {
+            auto const [least, most] = plan_->range(spec.name, profile);
+            Shape const low = spec.sized(1, 1), high = spec.sized(contract_.maxBatch, profile ? contract_.chunk : 1);
+            bool inside = least.size() == low.size() && most.size() == low.size();
+            for (size_t i = 0; inside && i < low.size(); ++i) inside = least[i] <= low[i] && high[i] <= most[i];
+            if (!inside) {
+                throw EngineError("the plan's profile " + std::to_string(profile) + " takes " + spec.name + " from " +
+                                  text(least) + " to " + text(most) + ", the contract needs " + text(low) + " to " +
+                                  text(high) + ": build it again");
+            }
+        }
+    }
+}
+
+void PlanRunner::checkTensors(std::vector<TensorSpec> const& specs, bool input) const {
+    std::vector<PlanTensor> found = plan_->tensors();
+    found.erase(std::remove_if(found.begin(), found.end(), [&](auto const& t) { return t.input != input; }),
+                found.end());
+    auto const named = [](auto const& list, std::string const& name) {
+        return std::find_if(list.begin(), list.end(), [&](auto const& t) { return t.name == name; });
+    };
+    for (PlanTensor const& tensor : found) {
+        if (named(specs, tensor.name) == specs.end()) {
+            throw EngineError("the plan has, and the contract does not, the tensor " + tensor.name +
+                              ": export the bundle again");
+        }
+    }
+    for (TensorSpec const& spec : specs) {
+        auto const tensor = named(found, spec.name);
+        if (tensor == found.end()) {
+            throw EngineError("the plan lacks the tensor " + spec.name + ": export the bundle again");
+        }
+        Shape const declared = spec.sized(-1, -1);
+        if (tensor->dtype != nameOf(spec.type) || !fits(tensor->shape, declared)) {
+            throw EngineError("the plan has " + spec.name + " as " + tensor->dtype + " " + text(tensor->shape) +
+                              " where the contract says " + nameOf(spec.type) + " " + text(declared) +
+                              ": export the bundle again");
+        }
+    }
+}
+
+std::byte* PlanRunner::at(Slot const& slot, int side) const {
+    int const block = slot.inPlace ? 0 : side;
+    return state_[block].get() + slot.offset[block];
+}
+
+void PlanRunner::open(int64_t batch) {
+    device_->activate();
+    if (batch != batch_) allocate(batch);
+    for (Slot const& slot : slots_) {
+        device_->fill(at(slot, side_), slot.tensor.empty, batch_ * slot.tensor.rowBytes);
+    }
+    device_->wait();
+}
+
+void PlanRunner::allocate(int64_t batch) try {
+    close();
+    std::array<size_t, 2> total{};
+    for (Slot& slot : slots_) {
+        for (int block = 0; block < (slot.inPlace ? 1 : 2); ++block) {
+            slot.offset[block] = total[block];
+            total[block] += aligned(batch * slot.tensor.rowBytes);
+        }
+    }
+    for (int block = 0; block < (swaps_ ? 2 : 1); ++block) state_[block] = Memory(*device_, total[block]);
+    // past_length, new_length, input_ids: in this order, so that a decode step copies only its first bytes.
+    newOffset_ = aligned(contract_.pastLength().bytes(batch, 1));
+    idsOffset_ = newOffset_ + aligned(contract_.newLength().bytes(batch, 1));
+    size_t const input = idsOffset_ + contract_.inputIds().bytes(batch, contract_.chunk);
+    size_t const logits = contract_.logits().bytes(batch, contract_.chunk);
+    input_ = Memory(*device_, input);
+    hostInput_ = Memory(*device_, input, true);
+    logits_ = Memory(*device_, logits);
+    hostLogits_ = Memory(*device_, logits, true);
+    shaped_.assign(static_cast<size_t>(plan_->profiles()), 0);
+    batch_ = batch;
+} catch (BackendError const& error) {
+    close();
+    char megabytes[32];
+    std::snprintf(megabytes, sizeof megabytes, "%.1f", static_cast<double>(contract_.stateBytes()) / 1e6);
+    throw BackendError("no room on the GPU for " + std::to_string(batch) + " rows of " + megabytes +
+                       " MB: use fewer rows at a time (" + error.what() + ")");
+}
+
+PlanRunner::~PlanRunner() { drain(); }
+
+void PlanRunner::drain() noexcept try {
+    device_->activate();
+    device_->wait();
+} catch (BackendError const&) {
+    // A failed step said so already; what matters here is that nothing uses the memory any more.
+}
+
+void PlanRunner::close() {
+    drain();
+    decode_ = {};
+    for (Memory& block : state_) block = Memory();
+    for (Memory* memory : {&input_, &hostInput_, &logits_, &hostLogits_}) *memory = Memory();
+    batch_ = 0;
+    side_ = 0;
+}
+
+float const* PlanRunner::step(int64_t const* ids, int64_t tokens, int32_t const* past, int32_t const* fresh) {
+    device_->activate();
+    std::memcpy(hostInput_.get(), past, batch_ * sizeof *past);
+    std::memcpy(hostInput_.get() + newOffset_, fresh, batch_ * sizeof *fresh);
+    std::memcpy(hostInput_.get() + idsOffset_, ids, batch_ * tokens * sizeof *ids);
+    int const profile = tokens == 1 ? 0 : 1;
+    // After a change of shapes an engine has to run once before it can be captured.
+    bool const warm = shaped_[profile] == tokens;
+    if (!warm) reshape(profile, tokens);
+    std::unique_ptr<Graph>& graph = decode_[side_];
+    if (graphs_ && warm && profile == 0 && !graph) {
+        graph = device_->capture([&] { run(profile, tokens); });
+        graphs_ = graph != nullptr;
+    }
+    if (profile == 0 && graph) {
+        graph->launch();
+    } else {
+        run(profile, tokens);
+    }
+    device_->wait();
+    if (swaps_) side_ = 1 - side_;
+    return reinterpret_cast<float const*>(hostLogits_.get());
+}
+
+void PlanRunner::reshape(int profile, int64_t tokens) {
+    shaped_[profile] = 0;
+    for (TensorSpec const& spec : contract_.inputs()) {
+        Shape const shape = spec.sized(batch_, tokens);
+        if (!plan_->setShape(profile, spec.name, shape)) {
+            throw BackendError("the plan does not take " + spec.name + " " + text(shape) + ": build it again");
+        }
+    }
+    // What comes out must fit the memory that is there for it.
+    for (TensorSpec const& spec : contract_.outputs()) {
+        Shape const shape = spec.sized(batch_, tokens), actual = plan_->shape(profile, spec.name);
+        if (actual != shape) {
+            throw BackendError("the plan makes " + spec.name + " " + text(actual) + ", not " + text(shape) +
+                               ": build it again");
+        }
+    }
+    shaped_[profile] = tokens;
+}
+
+void PlanRunner::run(int profile, int64_t tokens) {
+    plan_->bind(profile, contract_.pastLength().name, input_.get());
+    plan_->bind(profile, contract_.newLength().name, input_.get() + newOffset_);
+    plan_->bind(profile, contract_.inputIds().name, input_.get() + idsOffset_);
+    plan_->bind(profile, contract_.logits().name, logits_.get());
+    for (Slot const& slot : slots_) {
+        plan_->bind(profile, slot.tensor.past.name, at(slot, side_));
+        plan_->bind(profile, slot.tensor.present.name, at(slot, 1 - side_));
+    }
+    device_->copy(input_.get(), hostInput_.get(), idsOffset_ + contract_.inputIds().bytes(batch_, tokens));
+    plan_->enqueue(profile);
+    device_->copy(hostLogits_.get(), logits_.get(), contract_.logits().bytes(batch_, tokens));
+}
+
+void PlanRunner::resetRow(int64_t row) {
+    device_->activate();
+    for (Slot const& slot : slots_) device_->fill(rowOf(slot, row), slot.tensor.empty, slot.tensor.rowBytes);
+    device_->wait();
+}
+
+void PlanRunner::copyRow(int64_t from, int64_t to) {
+    device_->activate();
+    for (Slot const& slot : slots_) device_->copy(rowOf(slot, to), rowOf(slot, from), slot.tensor.rowBytes);
+    device_->wait();
+}
+
+void PlanRunner::readRow(int64_t row, std::byte* data) {
+    device_->activate();
+    for (Slot const& slot : slots_) {
+        device_->copy(data, rowOf(slot, row), slot.tensor.rowBytes);
+        data += slot.tensor.rowBytes;
+    }
+    device_->wait();
+}
+
+void PlanRunner::writeRow(int64_t row, std::byte const* data) {
+    device_->activate();
+    for (Slot const& slot : slots_) {
+        device_->copy(rowOf(slot, row), data, slot.tensor.rowBytes);
+        data += slot.tensor.rowBytes;
+    }
+    device_->wait();
+}
+
+}  // namespace less

@@ -1,0 +1,68 @@
+// Runs a plan step by step and keeps its state on the device.
+#pragma once
+
+#include <array>
+#include <memory>
+
+#include "engine.hpp"
+
+namespace less {
+
+// State is allocated once. Where the engine aliases an output to its input there is one copy of it, elsewhere two
+// that swap roles after every step. The decode step is captured into a graph (one for each role) that copies the
+// token and the lengths from pinned memory, runs the engine and copies the logits back.
+class PlanRunner {
+ public:
+    // Throws EngineError where the plan is not of this contract.
+    PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool graphs);
+
+    ~PlanRunner();
+    PlanRunner(PlanRunner const&) = delete;
+    PlanRunner& operator=(PlanRunner const&) = delete;
+
+    void open(int64_t batch);  // empty rows; memory and graph stay where the batch is the same
+    void close();
+    // Logits in pinned memory, until the next step.
+    float const* step(int64_t const* inputIds, int64_t tokens, int32_t const* past, int32_t const* fresh);
+
+    // Rows in the layout of RowState::data.
+    void resetRow(int64_t row);
+    void copyRow(int64_t from, int64_t to);
+    void readRow(int64_t row, std::byte* data);
+    void writeRow(int64_t row, std::byte const* data);
+
+ private:
+    // One state tensor: its place in the two blocks of memory (the same one where `inPlace`).
+    struct Slot {
+        StateTensor tensor;
+        bool inPlace;
+        std::array<size_t, 2> offset;
+    };
+
+    void checkPlan() const;
+    void checkTensors(std::vector<TensorSpec> const& specs, bool input) const;
+    void allocate(int64_t batch);
+    void drain() noexcept;
+    std::byte* at(Slot const& slot, int side) const;
+    std::byte* rowOf(Slot const& slot, int64_t row) const { return at(slot, side_) + row * slot.tensor.rowBytes; }
+    void reshape(int profile, int64_t tokens);
+    void run(int profile, int64_t tokens);
+
+    Contract contract_;
+    std::unique_ptr<Device> device_;
+    std::unique_ptr<Plan> plan_;  // outlives the graphs and memory below
+    bool graphs_;
+    bool swaps_ = false;  // some state is not in place
+    std::vector<Slot> slots_;
+
+    int64_t batch_ = 0;
+    int side_ = 0;  // which block holds the past
+    std::array<Memory, 2> state_;
+    // Lengths and ids, and the logits, on the device and on the host.
+    Memory input_, hostInput_, logits_, hostLogits_;
+    size_t newOffset_ = 0, idsOffset_ = 0;
+    std::vector<int64_t> shaped_;  // tokens that each profile is shaped for, 0 for none
+    std::array<std::unique_ptr<Graph>, 2> decode_;
+};
+
+}  // namespace less

@@ -1,0 +1,122 @@
+#include <algorithm>
+#include <limits>
+
+#include "less_runtime.hpp"
+#include "plan_runner.hpp"
+
+namespace less {
+namespace {
+
+void require(bool ok, std::string const& why) {
+    if (!ok) throw BackendError(why);
+}
+
+}  // namespace
+
+Session::Session(Contract contract, std::string identity, std::unique_ptr<PlanRunner> runner)
+    : contract_(std::move(contract)), identity_(std::move(identity)), runner_(std::move(runner)) {}
+
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+void Session::open(int64_t batch) {
+    require(batch >= 1 && batch <= contract_.maxBatch,
+            "batch " + std::to_string(batch) + " is outside 1.." + std::to_string(contract_.maxBatch) +
+                ": use fewer rows at a time or export with a larger --max-batch");
+    lengths_.clear();
+    runner_->open(batch);
+    lengths_.assign(static_cast<size_t>(batch), 0);
+    failed_ = false;
+}
+
+void Session::close() {
+    lengths_.clear();
+    runner_->close();
+}
+
+int32_t Session::length(int64_t row) const {
+    checkRow(row);
+    return lengths_[static_cast<size_t>(row)];
+}
+
+Logits Session::step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength) {
+    require(batch() > 0, "the session is not open: call open(batch) first");
+    require(!failed_, "an earlier step failed, and the state is undefined: call open(batch) again");
+    int64_t const tokens = static_cast<int64_t>(inputIds.size()) / batch();
+    checkStep(inputIds, tokens, newLength);
+    // Padding may hold anything; the embedding must still find a row for it.
+    padded_ = inputIds;
+    for (int64_t row = 0; row < batch(); ++row) {
+        auto const begin = padded_.begin() + row * tokens;
+        std::fill(begin + newLength[static_cast<size_t>(row)], begin + tokens, 0);
+    }
+    failed_ = true;
+    float const* logits = runner_->step(padded_.data(), tokens, lengths_.data(), newLength.data());
+    failed_ = false;
+    for (size_t row = 0; row < lengths_.size(); ++row) lengths_[row] += newLength[row];
+    return {logits, contract_.allLogits ? tokens : 1, contract_.vocabSize};
+}
+
+void Session::checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength) const {
+    std::string const rows = std::to_string(batch());
+    require(tokens > 0 && static_cast<int64_t>(ids.size()) == batch() * tokens,
+            "input_ids must be [" + rows + ", T], not " + std::to_string(ids.size()) + " tokens");
+    require(tokens <= contract_.chunk, "a step takes at most " + std::to_string(contract_.chunk) +
+                                           " tokens (--chunk), not " + std::to_string(tokens));
+    require(static_cast<int64_t>(newLength.size()) == batch(),
+            "new_length must be [" + rows + "], not [" + std::to_string(newLength.size()) + "]");
+    int64_t const limit = contract_.tokenLimit().value_or(std::numeric_limits<int32_t>::max());
+    for (int64_t row = 0; row < batch(); ++row) {
+        int64_t const fresh = newLength[static_cast<size_t>(row)];
+        require(fresh >= 0 && fresh <= tokens, "new_length must lie in 0.." + std::to_string(tokens));
+        for (int64_t t = 0; t < fresh; ++t) {
+            int64_t const id = ids[static_cast<size_t>(row * tokens + t)];
+            require(id >= 0 && id < contract_.vocabSize,
+                    "token ids must lie in 0.." + std::to_string(contract_.vocabSize - 1));
+        }
+        int64_t const longest = lengths_[static_cast<size_t>(row)] + fresh;
+        require(longest <= limit, "this artifact takes sequences of at most " + std::to_string(limit) +
+                                      " tokens, not " + std::to_string(longest) +
+                                      ": shorten the text, or export with a larger --context or an evicting --policy");
+    }
+}
+
+void Session::checkRow(int64_t row) const {
+    require(batch() > 0, "the session is not open: call open(batch) first");
+    require(row >= 0 && row < batch(), "row " + std::to_string(row) + " is outside 0.." + std::to_string(batch() - 1));
+}
+
+void Session::resetRow(int64_t row) {
+    checkRow(row);
+    runner_->resetRow(row);
+    lengths_[static_cast<size_t>(row)] = 0;
+}
+
+void Session::copyRow(int64_t from, int64_t to) {
+    checkRow(from);
+    checkRow(to);
+    if (from == to) return;
+    runner_->copyRow(from, to);
+    lengths_[static_cast<size_t>(to)] = lengths_[static_cast<size_t>(from)];
+}
+
+RowState Session::readRow(int64_t row) {
+    checkRow(row);
+    RowState state{length(row), std::vector<std::byte>(static_cast<size_t>(contract_.stateBytes())), identity_};
+    runner_->readRow(row, state.data.data());
+    return state;
+}
+
+void Session::writeRow(int64_t row, RowState const& state) {
+    checkRow(row);
+    bool const ours = identity_.empty() || state.identity.empty() || identity_ == state.identity;
+    require(ours && static_cast<int64_t>(state.data.size()) == contract_.stateBytes(),
+            "this state belongs to another export (model, kernels or contract differ): prefill again");
+    require(state.length >= 0 && state.length <= std::numeric_limits<int32_t>::max(),
+            "this state is damaged (length " + std::to_string(state.length) + "): prefill again");
+    runner_->writeRow(row, state.data.data());
+    lengths_[static_cast<size_t>(row)] = static_cast<int32_t>(state.length);
+}
+
+}  // namespace less

@@ -1,0 +1,187 @@
+// TensorRT plans (either flavour) as Plan, and openSession, which puts everything together.
+#include <NvInferRuntime.h>
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <mutex>
+
+#include "aliases.hpp"
+#include "cuda_device.hpp"
+#include "files.hpp"
+#include "plan_header.hpp"
+#include "plan_runner.hpp"
+
+extern "C" int32_t getInferLibVersion() noexcept;
+
+namespace less {
+namespace {
+
+namespace trt = nvinfer1;
+
+// TensorRT's logger, one per process as TensorRT wants it: keeps the errors since listen(), prints when verbose.
+class Log : public trt::ILogger {
+ public:
+    void log(Severity severity, char const* message) noexcept override {
+        try {
+            std::lock_guard const lock(mutex_);
+            if (verbose_) std::fprintf(stderr, "%s\n", message);
+            if (severity <= Severity::kERROR) errors_.emplace_back(message);
+        } catch (...) {  // no memory: the message is lost, nothing may be thrown through TensorRT
+        }
+    }
+
+    void listen(bool verbose) {
+        std::lock_guard const lock(mutex_);
+        verbose_ |= verbose;
+        errors_.clear();
+    }
+
+    // The first error that is no echo of another, in one line.
+    std::string reason() {
+        std::lock_guard const lock(mutex_);
+        for (std::string text : errors_) {
+            if (text.find("catchCudaError") != std::string::npos) continue;
+            std::replace(text.begin(), text.end(), '\n', ' ');
+            return text.size() > 300 ? text.substr(0, 297) + "..." : text;
+        }
+        return "it gave no reason (its log may say more)";
+    }
+
+ private:
+    std::mutex mutex_;
+    bool verbose_ = false;
+    std::vector<std::string> errors_;
+};
+
+Log& sharedLog() {
+    static Log* log = new Log;  // TensorRT may log until the very end
+    return *log;
+}
+
+Shape shapeOf(trt::Dims const& dims) { return {dims.d, dims.d + std::max(dims.nbDims, 0)}; }
+
+std::string typeName(trt::DataType type) {
+    switch (type) {
+        case trt::DataType::kFLOAT:
+            return nameOf(ElementType::kFloat32);
+        case trt::DataType::kHALF:
+            return nameOf(ElementType::kFloat16);
+        case trt::DataType::kBF16:
+            return nameOf(ElementType::kBFloat16);
+        case trt::DataType::kINT32:
+            return nameOf(ElementType::kInt32);
+        case trt::DataType::kINT64:
+            return nameOf(ElementType::kInt64);
+        default:
+            return "TensorRT type " + std::to_string(static_cast<int>(type));
+    }
+}
+
+class TrtPlan : public Plan {
+ public:
+    TrtPlan(Bundle const& bundle, cudaStream_t stream) : stream_(stream) {
+        if (bundle.plugin) {
+            for (StateTensor const& t : bundle.contract.state()) inPlace_[t.present.name] = t.past.name;
+        }
+        runtime_.reset(trt::createInferRuntime(sharedLog()));
+        if (!runtime_) throw EngineError("TensorRT cannot start: " + sharedLog().reason());
+        // A plugin inside the plan is code of the plan's.
+        if (bundle.plugin && bundle.plugin->inside) runtime_->setEngineHostCodeAllowed(true);
+        MappedFile const file(bundle.plan);
+        engine_.reset(runtime_->deserializeCudaEngine(file.view().data(), file.view().size()));
+        if (!engine_) {
+            throw EngineError("TensorRT cannot load " + bundle.plan.string() + ", which version " +
+                              bundle.header.version + " built: " + sharedLog().reason() +
+                              ": build it again with this version, for this GPU");
+        }
+        for (int profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
+            contexts_.emplace_back(
+                engine_->createExecutionContext(trt::ExecutionContextAllocationStrategy::kON_PROFILE_CHANGE));
+            if (!contexts_.back() || !contexts_.back()->setOptimizationProfileAsync(profile, stream_)) {
+                throw EngineError("TensorRT cannot prepare profile " + std::to_string(profile) + ": " +
+                                  sharedLog().reason());
+            }
+        }
+    }
+
+    std::vector<PlanTensor> tensors() const override {
+        std::vector<PlanTensor> result;
+        for (int i = 0; i < engine_->getNbIOTensors(); ++i) {
+            char const* name = engine_->getIOTensorName(i);
+            bool const input = engine_->getTensorIOMode(name) == trt::TensorIOMode::kINPUT;
+            result.push_back(
+                {name, input, typeName(engine_->getTensorDataType(name)), shapeOf(engine_->getTensorShape(name))});
+        }
+        return result;
+    }
+
+    int profiles() const override { return static_cast<int>(contexts_.size()); }
+
+    std::pair<Shape, Shape> range(std::string const& input, int profile) const override {
+        auto const shape = [&](trt::OptProfileSelector which) {
+            return shapeOf(engine_->getProfileShape(input.c_str(), profile, which));
+        };
+        return {shape(trt::OptProfileSelector::kMIN), shape(trt::OptProfileSelector::kMAX)};
+    }
+
+    std::string aliasedInput(std::string const& output) const override {
+        auto const stated = inPlace_.find(output);
+        return aliasOf(*engine_, output, stated == inPlace_.end() ? "" : stated->second, 0);
+    }
+
+    bool setShape(int profile, std::string const& input, Shape const& shape) override {
+        trt::Dims dims{};
+        if (shape.size() > trt::Dims::MAX_DIMS) return false;
+        dims.nbDims = static_cast<int32_t>(shape.size());
+        std::copy(shape.begin(), shape.end(), dims.d);
+        return contexts_[profile]->setInputShape(input.c_str(), dims);
+    }
+
+    Shape shape(int profile, std::string const& tensor) const override {
+        return shapeOf(contexts_[profile]->getTensorShape(tensor.c_str()));
+    }
+
+    void bind(int profile, std::string const& tensor, void* memory) override {
+        if (!contexts_[profile]->setTensorAddress(tensor.c_str(), memory)) fail();
+    }
+
+    void enqueue(int profile) override {
+        sharedLog().listen(false);
+        if (!contexts_[profile]->enqueueV3(stream_)) fail();
+    }
+
+ private:
+    [[noreturn]] static void fail() { throw BackendError("TensorRT cannot run this step: " + sharedLog().reason()); }
+
+    cudaStream_t stream_;
+    std::map<std::string, std::string> inPlace_;  // present name -> past name
+    std::unique_ptr<trt::IRuntime> runtime_;      // outlives the engine
+    std::unique_ptr<trt::ICudaEngine> engine_;    // outlives its contexts
+    std::vector<std::unique_ptr<trt::IExecutionContext>> contexts_;
+};
+
+// The library registers the plugin when it is loaded, and stays loaded: engines may use it to the end.
+void loadPlugin(Bundle const& bundle) {
+    if (!bundle.plugin || bundle.plugin->inside) return;
+    if (!::dlopen(std::filesystem::absolute(bundle.plugin->library).c_str(), RTLD_NOW | RTLD_LOCAL)) {
+        char const* why = ::dlerror();
+        throw EngineError(std::string("the plugin does not load: ") + (why ? why : "no reason given"));
+    }
+}
+
+}  // namespace
+
+Session openSession(Bundle const& bundle, SessionOptions const& options) {
+    auto device = std::make_unique<CudaDevice>(options.device);  // first: without a driver its message is the clear one
+    checkLibrary(NV_TENSORRT_VERSION, getInferLibVersion());
+    checkFlavour(bundle.header, bundle.plan, getInferLibVersion());
+    sharedLog().listen(options.verbose);
+    loadPlugin(bundle);
+    auto plan = std::make_unique<TrtPlan>(bundle, device->stream());
+    auto runner = std::make_unique<PlanRunner>(bundle.contract, std::move(device), std::move(plan), options.cudaGraphs);
+    return Session(bundle.contract, bundle.identity, std::move(runner));
+}
+
+}  // namespace less

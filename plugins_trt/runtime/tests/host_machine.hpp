@@ -1,0 +1,242 @@
+// A device made of host memory and an engine made of arithmetic, for tests of everything above them.
+//
+// The stream runs when it is waited for. Fresh memory is poison, and every access is checked against what is
+// allocated. The engine mixes every byte of the state with each token, its position and its place, so a tensor, row or
+// block that is swapped, shifted or stale changes the logits.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <set>
+
+#include "engine.hpp"
+
+namespace less::testing {
+
+[[noreturn]] inline void bug(char const* what) {
+    std::fprintf(stderr, "host machine: %s\n", what);
+    std::abort();
+}
+
+// One byte of state after a token.
+inline unsigned char mixed(unsigned char byte, int64_t token, int64_t position, size_t tensor, size_t index) {
+    return static_cast<unsigned char>(byte * 31 + token + position + 7 * tensor + index);
+}
+
+// What the logits depend on: the sum of hashed(...) over the state tensors of a row.
+inline uint64_t hashed(unsigned char const* bytes, size_t count, size_t tensor) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < count; ++i) sum += bytes[i] * (i * 2654435761u + tensor + 1);
+    return sum;
+}
+
+inline float logit(uint64_t hash, int64_t token) {
+    uint64_t const x = (hash ^ static_cast<uint64_t>(token) * 0x9E3779B97F4A7C15u) * 0xBF58476D1CE4E5B9u;
+    return static_cast<float>(x >> 40) * 0x1p-20f;
+}
+
+// What a test sets and sees; it outlives the session.
+struct Machine {
+    size_t room = size_t{1} << 30;
+    bool captures = true, runs = true;
+    std::set<std::string> separate;  // state fields that the engine does not update in place
+    bool inPlace = true;
+    int launches = 0, captured = 0, tries = 0;
+    std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
+    std::map<char*, size_t> memory;
+    std::vector<std::function<void()>> stream;
+    std::vector<std::function<void()>>* sink = &stream;
+
+    void check(void const* at, size_t bytes) {
+        auto const* begin = static_cast<char const*>(at);
+        for (auto const& [base, size] : memory) {
+            if (begin >= base && begin + bytes <= base + size) return;
+        }
+        bug("an access outside of what is allocated");
+    }
+};
+
+class HostDevice : public Device {
+ public:
+    explicit HostDevice(Machine& machine) : machine_(machine) {}
+    ~HostDevice() override {
+        if (!machine_.memory.empty()) bug("memory is left");
+    }
+    void activate() override {}
+    void* allocate(size_t bytes) override {
+        if (bytes > machine_.room) throw BackendError("cudaMalloc failed on the GPU: out of memory");
+        machine_.room -= bytes;
+        auto* memory = static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+        std::memset(memory, 0xA5, bytes);
+        machine_.memory[memory] = bytes;
+        return memory;
+    }
+    void* allocateHost(size_t bytes) override { return allocate(bytes); }
+    void release(void* memory) noexcept override {
+        auto const found = machine_.memory.find(static_cast<char*>(memory));
+        if (found == machine_.memory.end()) bug("released twice");
+        machine_.room += found->second;
+        machine_.memory.erase(found);
+        std::free(memory);
+    }
+    void releaseHost(void* memory) noexcept override { release(memory); }
+    void copy(void* to, void const* from, size_t bytes) override {
+        machine_.sink->push_back([=] { std::memcpy(to, from, bytes); });
+    }
+    void fill(void* at, int byte, size_t bytes) override {
+        machine_.check(at, bytes);
+        machine_.sink->push_back([=] { std::memset(at, byte, bytes); });
+    }
+    void wait() override {
+        for (auto const& work : machine_.stream) work();
+        machine_.stream.clear();
+    }
+    std::unique_ptr<Graph> capture(std::function<void()> const& work) override;
+
+ private:
+    Machine& machine_;
+};
+
+class HostGraph : public Graph {
+ public:
+    explicit HostGraph(Machine& machine) : machine_(machine) {}
+    void launch() override {
+        ++machine_.launches;
+        machine_.stream.insert(machine_.stream.end(), work.begin(), work.end());
+    }
+    std::vector<std::function<void()>> work;
+
+ private:
+    Machine& machine_;
+};
+
+inline std::unique_ptr<Graph> HostDevice::capture(std::function<void()> const& work) {
+    auto graph = std::make_unique<HostGraph>(machine_);
+    bool recorded = machine_.captures;
+    ++machine_.tries;
+    machine_.sink = &graph->work;
+    try {
+        work();
+    } catch (BackendError const&) {
+        recorded = false;
+    }
+    machine_.sink = &machine_.stream;
+    if (!recorded) return nullptr;
+    ++machine_.captured;
+    return graph;
+}
+
+class HostPlan : public Plan {
+ public:
+    HostPlan(Contract contract, Machine& machine) : contract_(std::move(contract)), machine_(machine) {
+        for (bool input : {true, false}) {
+            for (TensorSpec const& spec : input ? contract_.inputs() : contract_.outputs()) {
+                io.push_back({spec.name, input, nameOf(spec.type), spec.sized(-1, -1)});
+            }
+        }
+        profileCount = contract_.chunk > 1 ? 2 : 1;
+        longest = contract_.chunk;
+    }
+
+    // For tests to change.
+    std::vector<PlanTensor> io;
+    int profileCount;
+    int64_t longest;
+    std::string alias;
+
+    std::vector<PlanTensor> tensors() const override { return io; }
+    int profiles() const override { return profileCount; }
+    std::pair<Shape, Shape> range(std::string const& input, int profile) const override {
+        for (TensorSpec const& spec : contract_.inputs()) {
+            if (spec.name == input) return {spec.sized(1, 1), spec.sized(contract_.maxBatch, profile ? longest : 1)};
+        }
+        bug("no such input");
+    }
+    std::string aliasedInput(std::string const& output) const override {
+        std::string const field = output.substr(output.rfind('.') + 1);
+        if (!machine_.inPlace || machine_.separate.count(field)) return "";
+        return alias.empty() ? "past" + output.substr(output.find('.')) : alias;
+    }
+    bool setShape(int profile, std::string const& input, Shape const& shape) override {
+        auto const [least, most] = range(input, profile);
+        for (size_t i = 0; i < shape.size(); ++i) {
+            if (shape[i] < least[i] || shape[i] > most[i]) return false;
+        }
+        shapes_[{profile, input}] = shape;
+        return true;
+    }
+    Shape shape(int profile, std::string const& tensor) const override {
+        Shape const& ids = shapes_.at({profile, contract_.inputIds().name});
+        for (TensorSpec const& spec : contract_.outputs()) {
+            if (spec.name == tensor) return spec.sized(ids[0], ids[1]);
+        }
+        return shapes_.at({profile, tensor});
+    }
+    void bind(int profile, std::string const& tensor, void* memory) override {
+        if (reinterpret_cast<uintptr_t>(memory) % 256) bug("an address is not aligned");
+        bound_[{profile, tensor}] = static_cast<unsigned char*>(memory);
+    }
+    void enqueue(int profile) override {
+        if (!machine_.runs) throw BackendError("TensorRT cannot run this step: told so");
+        Shape const ids = shapes_.at({profile, contract_.inputIds().name});
+        std::map<std::string, unsigned char*> at;
+        for (auto const& [key, memory] : bound_) {
+            if (key.first == profile) at[key.second] = memory;
+        }
+        auto const sized = [&](TensorSpec const& spec) {
+            machine_.check(at.at(spec.name), spec.bytes(ids[0], ids[1]));
+        };
+        for (TensorSpec const& spec : contract_.inputs()) sized(spec);
+        for (TensorSpec const& spec : contract_.outputs()) sized(spec);
+        machine_.sink->push_back([=] { run(profile, ids, at); });
+    }
+
+ private:
+    void run(int profile, Shape const& shape, std::map<std::string, unsigned char*> const& at) const {
+        machine_.steps.emplace_back(profile, shape);
+        auto const* ids = reinterpret_cast<int64_t const*>(at.at(contract_.inputIds().name));
+        auto const* past = reinterpret_cast<int32_t const*>(at.at(contract_.pastLength().name));
+        auto const* fresh = reinterpret_cast<int32_t const*>(at.at(contract_.newLength().name));
+        auto* logits = reinterpret_cast<float*>(at.at(contract_.logits().name));
+        std::vector<StateTensor> const tensors = contract_.state();
+        int64_t const kept = contract_.allLogits ? shape[1] : 1;
+        for (int64_t row = 0; row < shape[0]; ++row) {
+            std::vector<uint64_t> hash(static_cast<size_t>(shape[1]), 0);
+            for (int64_t t = fresh[row]; t < shape[1]; ++t) {
+                if (ids[row * shape[1] + t] != 0) bug("padding reaches the embedding");
+            }
+            for (size_t i = 0; i < tensors.size(); ++i) {
+                auto const bytes = static_cast<size_t>(tensors[i].rowBytes);
+                unsigned char const* from = at.at(tensors[i].past.name);
+                unsigned char* to = at.at(tensors[i].present.name);
+                if ((from == to) != (aliasedInput(tensors[i].present.name) == tensors[i].past.name)) {
+                    bug("memory is shared where the engine does not, or the reverse");
+                }
+                std::memmove(to + row * bytes, from + row * bytes, bytes);
+                unsigned char* state = to + row * bytes;
+                for (int64_t t = 0; t < fresh[row]; ++t) {
+                    for (size_t j = 0; j < bytes; ++j) {
+                        state[j] = mixed(state[j], ids[row * shape[1] + t], past[row] + t, i, j);
+                    }
+                    hash[static_cast<size_t>(t)] += hashed(state, bytes, i);
+                }
+            }
+            for (int64_t t = 0; t < kept; ++t) {
+                int64_t const token = contract_.allLogits ? t : std::max(fresh[row] - 1, 0);
+                for (int64_t v = 0; v < contract_.vocabSize; ++v) {
+                    logits[(row * kept + t) * contract_.vocabSize + v] = logit(hash[static_cast<size_t>(token)], v);
+                }
+            }
+        }
+    }
+
+    Contract contract_;
+    Machine& machine_;
+    std::map<std::pair<int, std::string>, Shape> shapes_;
+    std::map<std::pair<int, std::string>, unsigned char*> bound_;
+};
+
+}  // namespace less::testing

@@ -1,0 +1,118 @@
+// What the runtime makes of files, printed for tests/test_cpp_runtime.py to compare with the Python package.
+#include <cstdio>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <sstream>
+
+#include "files.hpp"
+#include "host_machine.hpp"
+#include "json.hpp"
+#include "plan_runner.hpp"
+
+namespace {
+
+using namespace less;
+
+std::string read(std::istream& in) { return {std::istreambuf_iterator<char>(in), {}}; }
+
+std::string list(std::vector<int64_t> const& values) {
+    std::string text;
+    for (int64_t value : values) text += (text.empty() ? "" : ", ") + std::to_string(value);
+    return "[" + text + "]";
+}
+
+std::string number(std::optional<int64_t> const& value) { return value ? std::to_string(*value) : "null"; }
+
+std::string specs(std::vector<TensorSpec> const& all) {
+    std::string text;
+    for (TensorSpec const& spec : all) {
+        text += (text.empty() ? "[" : ", [") + jsonString(spec.name) + ", " + jsonString(nameOf(spec.type)) + ", " +
+                list(spec.shape) + "]";
+    }
+    return "[" + text + "]";
+}
+
+void describe(Bundle const& b) {
+    std::vector<int64_t> rows, empties;
+    for (StateTensor const& tensor : b.contract.state()) {
+        rows.push_back(tensor.rowBytes);
+        empties.push_back(tensor.empty);
+    }
+    std::cout << "{\"inputs\": " << specs(b.contract.inputs()) << ", \"outputs\": " << specs(b.contract.outputs())
+              << ", \"row_bytes\": " << list(rows) << ", \"empty\": " << list(empties)
+              << ", \"state_bytes\": " << b.contract.stateBytes()
+              << ", \"token_limit\": " << number(b.contract.tokenLimit())
+              << ", \"trained_length\": " << number(b.contract.trainedLength) << ", \"chunk\": " << b.contract.chunk
+              << ", \"max_batch\": " << b.contract.maxBatch << ", \"identity\": " << jsonString(b.identity)
+              << ", \"name\": " << jsonString(b.modelName) << ", \"eos_ids\": " << list(b.eosIds)
+              << ", \"bos_id\": " << number(b.bosId) << ", \"add_bos\": " << (b.addBos ? "true" : "false")
+              << ", \"plan\": " << jsonString(b.plan.string()) << ", \"version\": " << jsonString(b.header.version)
+              << ", \"rtx\": " << (b.header.rtx ? "true" : "false") << ", \"plugin\": "
+              << (b.plugin ? jsonString(b.plugin->inside ? "inside" : b.plugin->library.string()) : "null") << "}\n";
+}
+
+// A case a line: temperature, top_k, top_p, uniform, then the logits.
+void sample() {
+    for (std::string line; std::getline(std::cin, line);) {
+        std::istringstream words(line);
+        std::string word;
+        auto const next = [&] { return words >> word ? std::strtod(word.c_str(), nullptr) : 0; };
+        SamplingParams params;
+        params.temperature = next();
+        params.topK = static_cast<int64_t>(next());
+        params.topP = next();
+        double const uniform = next();
+        std::vector<float> logits;
+        while (words >> word) logits.push_back(std::strtof(word.c_str(), nullptr));
+        std::cout << chooseToken(logits.data(), static_cast<int64_t>(logits.size()), params, uniform) << '\n';
+    }
+}
+
+// Prompts a line on the host machine, its state in place or not; optionally after a prefix prompt.
+void generateOn(Bundle const& bundle, bool inPlace, int64_t most, Prompt const& prefix) {
+    testing::Machine machine;
+    machine.inPlace = inPlace;
+    Session session(bundle.contract, bundle.identity,
+                    std::make_unique<PlanRunner>(bundle.contract, std::make_unique<testing::HostDevice>(machine),
+                                                 std::make_unique<testing::HostPlan>(bundle.contract, machine), true));
+    std::vector<Prompt> prompts;
+    for (std::string line; std::getline(std::cin, line);) {
+        std::istringstream words(line);
+        prompts.emplace_back(std::istream_iterator<int64_t>(words), std::istream_iterator<int64_t>());
+    }
+    SamplingParams params;
+    params.maxNewTokens = most;
+    std::optional<RowState> state;
+    if (!prefix.empty()) state = prefill(session, prefix);
+    for (Generation const& g : generate(session, prompts, params, bundle.eosIds, state ? &*state : nullptr)) {
+        std::cout << list(g.tokens) << (g.finish == FinishReason::kEos ? " eos" : " length") << '\n';
+    }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+    std::vector<std::string> const words(argv + 1, argv + argc);
+    std::string const& what = words.at(0);
+    if (what == "describe") describe(Bundle::open(words.at(1), words.size() == 2));
+    if (what == "canonical") std::cout << Json::parse(read(std::cin)).canonical();
+    if (what == "sha256") std::cout << sha256(MappedFile(words.at(1)).view());
+    if (what == "sample") sample();
+    if (what == "state") {
+        Contract const contract = Bundle::open(words.at(1)).contract;
+        RowState::load(words.at(2), contract).save(words.at(3), contract);
+    }
+    if (what == "generate") {
+        std::istringstream prefix(words.at(4));
+        generateOn(Bundle::open(words.at(1)), words.at(2) == "in-place", std::stoll(words.at(3)),
+                   Prompt(std::istream_iterator<int64_t>(prefix), std::istream_iterator<int64_t>()));
+    }
+    return 0;
+} catch (Error const& error) {
+    std::fprintf(stderr, "error: %s\n", error.what());
+    return 1;
+} catch (JsonError const& error) {
+    std::fprintf(stderr, "json: %s\n", error.what());
+    return 2;
+}

@@ -1,0 +1,137 @@
+// openSession, the CUDA device and the TensorRT plan, on mocks of both libraries.
+#include <dlfcn.h>
+#include <unistd.h>
+
+#include <fstream>
+
+#include "check.hpp"
+#include "contracts.hpp"
+#include "mock_sdk.hpp"
+
+namespace {
+
+using namespace less;
+using namespace less::testing;
+
+// A bundle around a plan of a few bytes.
+struct Rig {
+    Rig() {
+        resetMockSdk(bundle.contract);
+        std::ofstream(bundle.plan) << "plan";
+    }
+    ~Rig() { std::filesystem::remove(bundle.plan); }
+    Bundle bundle = [] {
+        Bundle b;
+        b.plan = std::filesystem::temp_directory_path() / ("less." + std::to_string(::getpid()) + ".plan");
+        b.header = {false, "10.16.0.1"};
+        b.contract = twoLayers();
+        b.identity = "this one";
+        return b;
+    }();
+};
+
+SamplingParams most(int64_t tokens) {
+    SamplingParams p;
+    p.maxNewTokens = tokens;
+    return p;
+}
+
+TEST(runs_as_on_the_host_machine) {
+    std::vector<Prompt> const prompts = {{1, 2, 3, 4, 5, 6}, {7}, {8, 9, 10, 11, 12}, {13, 14}};
+    std::vector<std::vector<int64_t>> first;
+    for (bool inPlace : {true, false}) {
+        for (bool captures : {true, false}) {
+            for (bool graphs : {true, false}) {
+                Rig rig;
+                mockSdk().machine.inPlace = inPlace;
+                mockSdk().captures = captures;
+                SessionOptions options;
+                options.cudaGraphs = graphs;
+                Session session = openSession(rig.bundle, options);
+                CHECK(mockSdk().current == 0 && !mockSdk().hostCode && session.identity() == "this one");
+                std::vector<std::vector<int64_t>> tokens;
+                for (Generation const& g : generate(session, prompts, most(9), {})) tokens.push_back(g.tokens);
+                if (first.empty()) first = tokens;
+                CHECK(tokens == first);
+                CHECK((mockSdk().machine.launches > 0) == (captures && graphs));
+                CHECK(mockSdk().graphs == (captures && graphs ? (inPlace ? 1 : 2) : 0));
+            }
+        }
+    }
+    CHECK(first[0] != first[1]);
+    resetMockSdk(twoLayers());  // finds what is left
+}
+
+TEST(machines_that_cannot) {
+    Rig rig;
+    auto const refused = [&](char const* words, SessionOptions const& options = {}) {
+        REFUSES(BackendError, words, openSession(rig.bundle, options));
+    };
+    SessionOptions third;
+    third.device = 3;
+    refused("there is no GPU 3: choose one of 0..0", third);
+    mockSdk().devices = 0;
+    refused("no CUDA GPU (no device): run nvidia-smi, and check CUDA_VISIBLE_DEVICES");
+    mockSdk().driver = 12080;
+    refused("the driver knows CUDA up to 12.8, this program is for 13.0: update the driver");
+    mockSdk().driver = 0;
+    refused("no CUDA driver: run this where nvidia-smi lists a GPU");
+    CHECK(mockSdk().streams == 0);
+}
+
+TEST(plans_that_cannot) {
+    Rig rig;
+    auto const refused = [&](char const* words) { REFUSES(EngineError, words, openSession(rig.bundle)); };
+    mockSdk().prepares = false;
+    refused("cannot prepare profile 0: no memory for it");
+    mockSdk().loads = false;
+    refused(
+        "which version 10.16.0.1 built: The engine plan file is generated on an incompatible device: build it again");
+    mockSdk().starts = false;
+    refused("TensorRT cannot start: CUDA initialization failure");
+    mockSdk().library = 10701;
+    refused("compiled with the headers of TensorRT 10.16.0 and runs with TensorRT-RTX 1.7.1");
+    mockSdk().library = 101600;
+    rig.bundle.header.rtx = true;
+    refused("was built by TensorRT-RTX 10.16.0.1, and this program is linked with TensorRT 10.16.0");
+    CHECK(mockSdk().streams == 0);
+}
+
+TEST(plans_of_another_contract) {
+    Rig rig;
+    mockSdk().plan->io[3].dtype = "fp8";
+    REFUSES(EngineError, "past.0.key as TensorRT type 6 [-1, 2, 6, 8]", openSession(rig.bundle));
+    mockSdk().plan->io[3].dtype = "float16";
+    mockSdk().plan->alias = "past.1.z";
+    REFUSES(EngineError, "writes present.0.key into past.1.z", openSession(rig.bundle));
+    CHECK(mockSdk().streams == 0);
+}
+
+TEST(steps_and_memory_that_fail) {
+    Rig rig;
+    Session session = openSession(rig.bundle);
+    mockSdk().machine.room = 4000;
+    REFUSES(BackendError, "no room on the GPU for 3 rows of 0.0 MB: use fewer rows at a time (cudaMalloc failed",
+            session.open(3));
+    mockSdk().machine.room = 1 << 20;
+    session.open(3);
+    session.step({1, 2, 3}, {1, 1, 1});
+    mockSdk().machine.runs = mockSdk().loads = false;
+    REFUSES(EngineError, "on an incompatible device", openSession(rig.bundle));  // not the reason of what follows
+    REFUSES(BackendError, "TensorRT cannot run this step: a kernel is missing", session.step({1, 2, 3}, {1, 1, 1}));
+}
+
+TEST(plugins) {
+    Rig rig;
+    rig.bundle.plugin = PluginFacts{{}, "", true};
+    openSession(rig.bundle);
+    CHECK(mockSdk().hostCode);
+    Dl_info here{};
+    ::dladdr(reinterpret_cast<void*>(&std::fopen), &here);
+    rig.bundle.plugin = PluginFacts{here.dli_fname, "", false};  // any library
+    openSession(rig.bundle);
+    rig.bundle.plugin->library = rig.bundle.plan;
+    REFUSES(EngineError, "the plugin does not load", openSession(rig.bundle));
+}
+
+}  // namespace

@@ -1,0 +1,126 @@
+// LessAttention as a TensorRT plugin: names, dtypes and shapes on top, less_attention.h below.
+//
+// The class keeps the rules (the node's attributes) and nothing else; a copy that is attached to an execution
+// context owns the counters of its launches. Nothing here throws through TensorRT: what is wrong is logged.
+#pragma once
+
+#include <NvInfer.h>
+
+#include <string>
+
+#include "less_attention.h"
+
+namespace less {
+
+inline constexpr char const* kPluginName = "LessAttention";
+// The version of the operator (contract.OP_VERSION). Any change of fields, inputs, outputs or semantics bumps it:
+// a plan names the plugin that it was built with, and must not meet another.
+inline constexpr char const* kPluginVersion = "1";
+inline constexpr char const* kPluginNamespace = "";
+
+// Inputs and outputs in the operator's order.
+enum Input : int32_t {
+    kQ,
+    kK,
+    kV,
+    kLogPhiQ,
+    kPsiK,
+    kPastKey,
+    kPastValue,
+    kPastPsi,
+    kPastScore,
+    kPastPosition,
+    kPastH,
+    kPastZ,
+    kPastLength,
+    kNewLength,
+    kInputs
+};
+enum Output : int32_t {
+    kOut,
+    kPresentKey,
+    kPresentValue,
+    kPresentPsi,
+    kPresentScore,
+    kPresentPosition,
+    kPresentH,
+    kPresentZ,
+    kOutputs
+};
+
+// The input whose memory an output is written into, -1 for `out`.
+constexpr int32_t aliasedInput(int32_t output) { return output == kOut ? -1 : kPastKey + output - kPresentKey; }
+
+// The node's attributes from plugin fields; throws std::invalid_argument that names the field.
+AttentionRules rulesOf(nvinfer1::PluginFieldCollection const& fields);
+
+class LessAttentionPlugin final : public nvinfer1::IPluginV3,
+                                  public nvinfer1::IPluginV3OneCore,
+                                  public nvinfer1::IPluginV3OneBuildV2,
+                                  public nvinfer1::IPluginV3OneRuntime {
+ public:
+    explicit LessAttentionPlugin(AttentionRules const& rules);
+    LessAttentionPlugin(LessAttentionPlugin const&) = delete;
+    LessAttentionPlugin& operator=(LessAttentionPlugin const&) = delete;
+    ~LessAttentionPlugin() noexcept override;
+
+    // IPluginV3
+    nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
+    nvinfer1::IPluginV3* clone() noexcept override;
+
+    // IPluginV3OneCore
+    char const* getPluginName() const noexcept override { return kPluginName; }
+    char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+    char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+    // IPluginV3OneBuild
+    int32_t getNbOutputs() const noexcept override { return kOutputs; }
+    int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t nbOutputs, nvinfer1::DataType const* inputs,
+                               int32_t nbInputs) const noexcept override;
+    int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs, nvinfer1::DimsExprs const* shapeInputs,
+                            int32_t nbShapeInputs, nvinfer1::DimsExprs* outputs, int32_t nbOutputs,
+                            nvinfer1::IExprBuilder& builder) noexcept override;
+    bool supportsFormatCombination(int32_t pos, nvinfer1::DynamicPluginTensorDesc const* inOut, int32_t nbInputs,
+                                   int32_t nbOutputs) noexcept override;
+    int32_t getAliasedInput(int32_t output) noexcept override;
+    int32_t configurePlugin(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                            nvinfer1::DynamicPluginTensorDesc const* out, int32_t nbOutputs) noexcept override;
+    size_t getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const* in, int32_t nbInputs,
+                            nvinfer1::DynamicPluginTensorDesc const* out, int32_t nbOutputs) const noexcept override;
+    char const* getTimingCacheID() noexcept override { return description_.c_str(); }
+    char const* getMetadataString() noexcept override { return description_.c_str(); }
+
+    // IPluginV3OneRuntime
+    int32_t onShapeChange(nvinfer1::PluginTensorDesc const* in, int32_t nbInputs, nvinfer1::PluginTensorDesc const* out,
+                          int32_t nbOutputs) noexcept override;
+    int32_t enqueue(nvinfer1::PluginTensorDesc const* in, nvinfer1::PluginTensorDesc const* out,
+                    void const* const* inputs, void* const* outputs, void* workspace,
+                    cudaStream_t stream) noexcept override;
+    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
+    nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
+
+ private:
+    AttentionRules rules_;
+    std::string description_;
+    nvinfer1::PluginField fields_[6];
+    nvinfer1::PluginFieldCollection collection_;
+    // kCounterBytes of device memory, only in a copy that is attached to a context.
+    uint32_t* counters_ = nullptr;
+};
+
+class LessAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
+ public:
+    LessAttentionCreator();
+    nvinfer1::IPluginV3* createPlugin(char const* name, nvinfer1::PluginFieldCollection const* fields,
+                                      nvinfer1::TensorRTPhase phase) noexcept override;
+    nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &collection_; }
+    char const* getPluginName() const noexcept override { return kPluginName; }
+    char const* getPluginVersion() const noexcept override { return kPluginVersion; }
+    char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
+
+ private:
+    nvinfer1::PluginField fields_[6];
+    nvinfer1::PluginFieldCollection collection_;
+};
+
+}  // namespace less

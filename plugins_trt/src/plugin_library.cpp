@@ -1,0 +1,163 @@
+// The library's entry points, and its registration where it is merely opened (Polygraphy's --plugins).
+#include "plugin_library.h"
+
+#include <dlfcn.h>
+#include <link.h>
+
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "less_attention_plugin.h"
+
+#define LESS_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace less {
+
+// The registry of TensorRT-RTX 1: that of TensorRT without the functions for IPluginCreator, which is gone there.
+// NVIDIA publishes its headers with the SDK only; TensorRT's would call the wrong entries. (Outside of
+// the anonymous namespace, where the compiler would conclude that nobody implements it.)
+class RtxRegistry {
+ protected:
+    virtual ~RtxRegistry() noexcept = default;
+
+ public:
+    virtual void setErrorRecorder(nvinfer1::IErrorRecorder* recorder) noexcept = 0;
+    virtual nvinfer1::IErrorRecorder* getErrorRecorder() const noexcept = 0;
+    virtual bool isParentSearchEnabled() const = 0;
+    virtual void setParentSearchEnabled(bool enabled) = 0;
+    virtual void* loadLibrary(char const* path) noexcept = 0;
+    virtual void deregisterLibrary(void* handle) noexcept = 0;
+    virtual bool registerCreator(nvinfer1::IPluginCreatorInterface& creator, char const* space) noexcept = 0;
+    virtual nvinfer1::IPluginCreatorInterface* const* getAllCreators(int32_t* count) const noexcept = 0;
+    virtual nvinfer1::IPluginCreatorInterface* getCreator(char const* name, char const* version,
+                                                          char const* space) noexcept = 0;
+    virtual bool deregisterCreator(nvinfer1::IPluginCreatorInterface const& creator) noexcept = 0;
+};
+
+namespace {
+
+void (*errorSink)(char const*) = nullptr;
+nvinfer1::ILoggerFinder* loggerFinder = nullptr;
+
+LessAttentionCreator& creator() {
+    static LessAttentionCreator it;
+    return it;
+}
+
+// TensorRT libraries that own a plugin registry, by the start of their file name.
+constexpr char const* kRtx = "libtensorrt_rtx.so";
+constexpr char const* kRtxSoname = "libtensorrt_rtx.so.1";
+constexpr char const* kTensorRT[] = {"libnvinfer.so", "libnvinfer_lean.so", "libnvinfer_dispatch.so", kRtx};
+
+char const* baseName(char const* path) {
+    char const* slash = std::strrchr(path, '/');
+    return slash == nullptr ? path : slash + 1;
+}
+
+// Paths of the TensorRT libraries in this process. The library is linked with none: it may be opened without
+// TensorRT, and serves TensorRT and TensorRT-RTX alike.
+std::vector<std::string> loadedTensorRT() {
+    std::vector<std::string> found;
+    auto const take = [](dl_phdr_info* info, size_t, void* data) {
+        for (char const* name : kTensorRT)
+            if (std::strncmp(baseName(info->dlpi_name), name, std::strlen(name)) == 0)
+                static_cast<std::vector<std::string>*>(data)->push_back(info->dlpi_name);
+        return 0;
+    };
+    dl_iterate_phdr(take, &found);
+    return found;
+}
+
+// A function of an open library, without keeping it open.
+template <typename Function>
+Function* symbolOf(std::string const& path, char const* name) {
+    void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return nullptr;
+    auto* const found = reinterpret_cast<Function*>(dlsym(library, name));
+    dlclose(library);
+    return found;
+}
+
+// Registers the creator where the library is opened, with every TensorRT that is there by then.
+class Registration {
+ public:
+    Registration() noexcept {
+        try {
+            for (std::string const& path : loadedTensorRT()) {
+                char const* const name = baseName(path.c_str());
+                bool const rtx = std::strncmp(name, kRtx, std::strlen(kRtx)) == 0;
+                if (rtx && std::strcmp(name, kRtxSoname) != 0) continue;  // not the interface we know
+                if (rtx) provideUnversionedName(name);
+                auto* const get = symbolOf<void*()>(path, "getPluginRegistry");
+                void* const registry = get == nullptr ? nullptr : get();
+                if (rtx)
+                    enter(static_cast<RtxRegistry*>(registry), rtx_);
+                else
+                    enter(static_cast<nvinfer1::IPluginRegistry*>(registry), full_);
+            }
+        } catch (...) {
+            logError("LessAttention: cannot register with TensorRT");
+        }
+    }
+
+    // Takes the creator out again: a registry that loads the library itself refuses names that it has.
+    void undo() noexcept {
+        if (rtx_ != nullptr) rtx_->deregisterCreator(creator());
+        if (full_ != nullptr) full_->deregisterCreator(creator());
+        rtx_ = nullptr;
+        full_ = nullptr;
+    }
+
+ private:
+    // Remembers the registry where it took the creator: it has none of that name yet.
+    template <typename Registry>
+    static void enter(Registry* registry, Registry*& entered) noexcept {
+        if (registry != nullptr && registry->registerCreator(creator(), kPluginNamespace)) entered = registry;
+    }
+
+    RtxRegistry* rtx_ = nullptr;
+    nvinfer1::IPluginRegistry* full_ = nullptr;
+};
+
+Registration registration;
+
+}  // namespace
+
+void logError(char const* message) noexcept {
+    if (errorSink != nullptr) return errorSink(message);
+    try {
+        // TensorRT has one at hand for some calls only, and none while a network is made.
+        if (nvinfer1::ILogger* logger = loggerFinder == nullptr ? nullptr : loggerFinder->findLogger()) {
+            return logger->log(nvinfer1::ILogger::Severity::kERROR, message);
+        }
+    } catch (...) {
+    }
+    std::fprintf(stderr, "%s\n", message);
+}
+
+}  // namespace less
+
+// TensorRT calls these two when it loads the library as one of plugins (IPluginRegistry::loadLibrary, or out of a
+// plan), and then registers the creators itself.
+LESS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { less::loggerFinder = finder; }
+
+LESS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
+    static nvinfer1::IPluginCreatorInterface* const all[] = {&less::creator()};
+    less::registration.undo();
+    count = 1;
+    return all;
+}
+
+// Where errors go from now on, in place of TensorRT's logger and stderr; nullptr for those again.
+LESS_EXPORT void lessOnError(void (*sink)(char const*)) noexcept { less::errorSink = sink; }
+
+// less::whyUnsupported for callers that are not C++: nullptr, or the reason in words.
+LESS_EXPORT char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim,
+                                           int32_t slots, int32_t rank, float scale, int32_t policy, int32_t heavy,
+                                           int32_t recent, int32_t window, int32_t absorb) noexcept {
+    less::AttentionShape const shape{less::DType{dtype}, 1, queryHeads, kvHeads, 1, headDim, slots, rank};
+    return less::whyUnsupported(shape, {scale, less::Policy{policy}, heavy, recent, window, absorb});
+}

@@ -1,0 +1,193 @@
+"""Timings for gpu_check: CUDA events, medians of 100 replays of a captured graph.
+
+A graph runs one step on each of several sets of state, together at least four times the L2 cache, so that no step
+finds its slots in the cache. Both sides of a comparison run in this process, one after the other.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from gpu_kernels import Step, decode_bytes, total_bytes
+from torch.nn.functional import scaled_dot_product_attention
+
+from less_export import ops
+from less_export.contract import LayerSpec
+from tests.emulation import kernel_layer
+
+REPLAYS = 100
+DTYPE = "float16"
+HEAD_DIM, GROUP, RANK = 128, 4, 16
+
+
+def replayed(runs: Sequence[Callable[[], object]], device: str, replays: int = REPLAYS) -> float:
+    """Median microseconds of one of ``runs``, captured one after another in a CUDA graph."""
+    if device == "cpu":
+        started = time.perf_counter()
+        for run in runs:
+            run()
+        return (time.perf_counter() - started) / len(runs) * 1e6
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for run in runs:
+            run()
+    return timed(graph.replay, replays) / len(runs)
+
+
+def timed(run: Callable[[], object], repeats: int) -> float:
+    """Median microseconds of a call between two events on the current stream."""
+    for _ in range(3):
+        run()
+    spans = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        spans.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(spans)
+
+
+def sets_for(one: int, device: str) -> int:
+    """How many sets of ``one`` bytes exceed four times the L2 cache."""
+    if device == "cpu":
+        return 2
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(64, -(-4 * cache // one)))
+
+
+def current_stream(device: str) -> int:
+    return 0 if device == "cpu" else int(torch.cuda.current_stream().cuda_stream)
+
+
+def launches(layer: LayerSpec, batch: int, chunk: int, device: str) -> list[Callable[[], object]]:
+    """A launch for each of enough sets of state."""
+    first = Step(layer, DTYPE, batch, chunk, device)
+    more = sets_for(total_bytes(first.inputs[5:12]), device) - 1
+    steps = [first, *(Step(layer, DTYPE, batch, chunk, device, seed + 1) for seed in range(more))]
+    return [lambda s=s: s.launch(current_stream(device)) for s in steps]
+
+
+def bandwidth(device: str, dry: bool) -> dict[str, Any]:
+    """A device-to-device copy: bytes read and written per second."""
+    size = 2**16 if dry else 2**30
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    micros = replayed([lambda: target.copy_(source)], device)
+    return {"bytes": 2 * size, "gb_per_s": round(2 * size / micros / 1e3, 1)}
+
+
+def decode(device: str, dry: bool) -> list[dict[str, Any]]:
+    """Decode steps of policy h2o."""
+    rows = []
+    for batch in (1, 16, 64):
+        for slots in (128, 256, 1024):
+            for heads in (8, 32):
+                if dry and (batch, slots, heads) != (1, 128, 8):
+                    continue
+                group = GROUP if heads == 8 else 1
+                layer = kernel_layer("h2o", slots, 64 if dry else HEAD_DIM, group, RANK, heads)
+                micros, moved = replayed(launches(layer, batch, 1, device), device), decode_bytes(layer, DTYPE, batch)
+                row = {"batch": batch, "slots": slots, "kv_heads": heads, "query_heads": group * heads}
+                rows.append({**row, "us": round(micros, 2), "bytes": moved, "gb_per_s": round(moved / micros / 1e3, 1)})
+    return rows
+
+
+def prefill(device: str, dry: bool) -> list[dict[str, Any]]:
+    """Chunks of prefill; operations are those of the attention alone (two products per visible pair)."""
+    rows = []
+    for policy in ("h2o", "sink"):
+        for batch, chunk in ((1, 256), (1, 1024), (8, 256), (8, 1024)):
+            if dry and (policy, batch, chunk) != ("h2o", 1, 256):
+                continue
+            slots, heads, tokens = 256, 1 if dry else 8, 8 if dry else chunk
+            layer = kernel_layer(policy, slots, 64 if dry else HEAD_DIM, GROUP, RANK, heads)
+            micros = replayed(launches(layer, batch, tokens, device), device)
+            pairs = sum(slots + t + 1 for t in range(tokens))
+            work = 4 * batch * layer.query_heads * layer.head_dim * pairs
+            row = {"policy": policy, "batch": batch, "chunk": tokens, "slots": slots, "kv_heads": heads}
+            rows.append({**row, "us": round(micros, 1), "tflop_per_s": round(work / micros / 1e6, 1)})
+    return rows
+
+
+def eager(device: str, dry: bool) -> list[dict[str, Any]]:
+    """The same decode step by torch, eager, on the same state."""
+    rows = []
+    for batch in (1, 16, 64):
+        if dry and batch > 1:
+            continue
+        layer = kernel_layer("h2o", 256, 64 if dry else HEAD_DIM, GROUP, RANK, 8)
+        ours = replayed(launches(layer, batch, 1, device), device)
+        step = Step(layer, DTYPE, batch, 1, device)
+
+        def run(step: Step = step) -> object:
+            return ops.less_attention(*step.inputs, **step.attributes)
+
+        theirs = replayed([run], device) if dry else timed(run, REPLAYS)
+        row = {"batch": batch, "slots": 256, "kv_heads": 8, "plugin_us": round(ours, 2), "eager_us": round(theirs, 2)}
+        rows.append({**row, "ratio": round(theirs / ours, 2)})
+    return rows
+
+
+def full_cache(device: str, dry: bool) -> list[dict[str, Any]]:
+    """scaled_dot_product_attention of one query over a full cache, against a decode step with 256 slots."""
+    rows = []
+    heads = 8
+    for batch in (1, 16, 64):
+        layer = kernel_layer("h2o", 256, 64 if dry else HEAD_DIM, GROUP, RANK, heads)
+        if dry and batch > 1:
+            continue
+        ours = replayed(launches(layer, batch, 1, device), device)
+        for context in (64,) if dry else (1024, 4096, 16384, 65536):
+            size = 2 * batch * heads * context * HEAD_DIM * 2
+            if not dry and 2 * size > 0.8 * torch.cuda.get_device_properties(0).total_memory:
+                continue
+            shape = (batch, heads, context, HEAD_DIM)
+            caches = [
+                tuple(torch.randn(shape, device=device, dtype=torch.float16) for _ in range(2))
+                for _ in range(sets_for(size, device))
+            ]
+            q = torch.randn(batch, heads * GROUP, 1, HEAD_DIM, device=device, dtype=torch.float16)
+            theirs = replayed(
+                [lambda c=c, q=q: scaled_dot_product_attention(q, *c, enable_gqa=True) for c in caches], device
+            )
+            row = {"batch": batch, "context": context, "slots": 256, "kv_heads": heads}
+            row |= {"plugin_us": round(ours, 2), "sdpa_us": round(theirs, 2), "ratio": round(theirs / ours, 2)}
+            rows.append(row)
+            del caches
+    return rows
+
+
+BENCHMARKS: dict[str, Callable[[str, bool], Any]] = {
+    "bandwidth": bandwidth,
+    "decode": decode,
+    "eager": eager,
+    "full_cache": full_cache,
+    "prefill": prefill,
+}
+
+
+def summary(data: dict[str, Any]) -> str:
+    """The figures that matter, in a few lines."""
+    lines = []
+    copy = data.get("bandwidth", {}).get("gb_per_s")
+    for r in data.get("decode", []):
+        share = f"{100 * r['gb_per_s'] / copy:5.1f}% of a copy" if copy else ""
+        lines.append(f"decode  B{r['batch']:<3} C{r['slots']:<5} Hk{r['kv_heads']:<3} {r['us']:9.2f} us  {share}")
+    for r in data.get("full_cache", []):
+        lines.append(f"SDPA    B{r['batch']:<3} context {r['context']:<6} {r['sdpa_us']:9.2f} us  {r['ratio']:.1f}x")
+    for r in data.get("eager", []):
+        lines.append(f"eager   B{r['batch']:<3} {r['eager_us']:9.2f} us  {r['ratio']:.1f}x")
+    for r in data.get("prefill", []):
+        lines.append(f"prefill B{r['batch']:<3} T{r['chunk']:<5} {r['policy']:5} {r['tflop_per_s']:7.1f} TFLOP/s")
+    return "\n".join(lines)

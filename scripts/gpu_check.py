@@ -1,0 +1,190 @@
+"""Check and time the plugin's kernels on this machine's GPU; prints a short table, writes gpu.json.
+
+``--dry-run`` goes through everything with the emulated kernels and tiny sizes, on a machine without a GPU: its
+times mean nothing and are not written anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu_bench
+import gpu_kernels
+import torch
+from bench_common import RESULTS
+
+from tests import test_cuda, test_cuda_primitives, test_ops
+from tests.emulation import DTYPES, kernel_layer, normal
+from tests.oracle import follow, scenario
+from tests.plugin_host import Plugin, plugin_run
+
+TOOLS = ("memcheck", "racecheck", "synccheck")
+
+
+def parity(device: str, quick: bool) -> dict[str, Any]:
+    """Every case of tests/test_cuda.py through the plugin's interface: the largest error over the one allowed."""
+    worst, failed, count = 0.0, [], 0
+
+    def check(name: str, layer: Any, steps: Any, dtype: str) -> None:
+        nonlocal worst, count
+        count += 1
+        fresh = test_ops.empty(layer, DTYPES[dtype], len(steps[0].inputs["new_length"]))
+        reference = follow(test_ops.torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
+        try:
+            errors = follow(plugin_run(Plugin.of(layer).attach(), layer, dtype, device=device), steps, fresh)
+        except AssertionError as error:
+            failed.append(f"{name}: {' '.join(str(error).split())[:160]}")
+            return
+        ratio = max(e / (2 * reference[n] + test_cuda.FLOOR) for n, e in errors.items())
+        worst = max(worst, ratio)
+        if ratio > 1:
+            failed.append(f"{name}: {ratio:.2f} of what is allowed")
+
+    for dtype, policy, head_dim, group, rank in test_cuda.CHOSEN[: 3 if quick else None]:
+        capacity = 150 if policy == "full" else 100
+        layer = kernel_layer(policy, capacity, head_dim, group, rank, 1 if group > 8 else 2)
+        steps = scenario(layer, test_cuda.CHUNKS, 3, normal(dtype))
+        check(f"{dtype} {policy} D{head_dim} G{group} R{rank}", layer, steps, dtype)
+    for name, layer in list({**test_ops.VARIANTS, **test_ops.EDGES}.items())[: 4 if quick else None]:
+        for decode in (False, True):
+            if not (layer.window == 1 and layer.policy.label != "window"):
+                check(name, layer, test_ops.ordinary(layer, decode), "float32")
+        if name.startswith(("h2o", "tova")) and name in test_ops.VARIANTS:
+            tied = test_ops.tied(layer)
+            check(f"{name}, ties", tied, test_ops.tie_steps(tied, 0), "float32")
+    layer = kernel_layer("h2o", 24, 16, 2, 8)
+    steps = scenario(layer, [(40, 11), *[(1, 1)] * (5 if quick else 500)], 8, normal("bfloat16"))
+    check("500 steps", layer, steps, "bfloat16")
+    return {"cases": count, "failed": failed, "largest_error_of_allowed": round(worst, 3)}
+
+
+def primitives(lib: Any, device: str) -> dict[str, Any]:
+    """The tensor core against plain products; the host twins are held to the same in tests/."""
+    failed = []
+    for dtype in ("float16", "bfloat16"):
+        for seed in range(8):
+            try:
+                test_cuda_primitives.check(lib.less_primitives, dtype, seed, device)
+            except AssertionError as error:
+                failed.append(f"{dtype} {seed}: {' '.join(str(error).split())[:160]}")
+    return {"cases": 16, "failed": failed}
+
+
+def sanitize(library: Path) -> dict[str, str]:
+    """compute-sanitizer over a few decode and prefill steps, in processes of their own."""
+    if shutil.which("compute-sanitizer") is None:
+        return dict.fromkeys(TOOLS, "compute-sanitizer is not here")
+    said = {}
+    for tool in TOOLS:
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
+        done = subprocess.run([*command, "--exercise", str(library)], capture_output=True, text=True, timeout=300)
+        lines = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
+        said[tool] = lines[-1].strip("= ") if lines else f"exit code {done.returncode}: {done.stderr[-200:]}"
+    return said
+
+
+def exercise(library: Path) -> None:
+    """What runs under compute-sanitizer: each kernel, split over blocks and not."""
+    gpu_kernels.use(library)
+    for policy, dtype, batch in (("h2o", "float16", 1), ("h2o", "bfloat16", 40), ("tova", "float32", 1)):
+        for chunk in (1, 70):
+            layer = kernel_layer(policy, 100, 128, 4, 8, kv_heads=8)
+            gpu_kernels.Step(layer, dtype, batch, chunk, "cuda").launch()
+    torch.cuda.synchronize()
+
+
+def engine() -> dict[str, str]:
+    """Whether plans run here at all (TensorRT-RTX does not list every GPU), and tokens per second if they do."""
+    from bench_common import random_checkpoint
+
+    import less_export
+
+    said = {}
+    for name, plugin in (("plugin", True), ("no plugin", False)):
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                random_checkpoint(Path(folder) / "model", "float16", layers=2)
+                bundle = Path(folder) / "bundle"
+                options = {"target": "trt", "budget": "256", "chunk": 64, "validate": False, "plugin": plugin}
+                config = less_export.ExportConfig(**options)
+                less_export.export(str(Path(folder) / "model"), bundle, config, engine_plan=True)
+                model = less_export.open_bundle(bundle, backend="trt")
+                model.generate([[1, 2, 3] * 100], max_new_tokens=200)
+            said[name] = f"{model.timing.decode_rate:.1f} tokens/s (2 layers of TinyLlama's shape, float16)"
+        except Exception as error:  # whatever a library that does not know this GPU raises
+            said[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return said
+
+
+def machine() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout.splitlines()
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "gpu": properties.name,
+        "memory_gb": round(properties.total_memory / 1e9, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_mb": round(properties.L2_cache_size / 1e6, 1),
+        "driver": driver.stdout.strip(),
+        "nvcc": next((line.strip() for line in nvcc if "release" in line), ""),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.json (default: benchmarks/results)")
+    parser.add_argument("--only", choices=("check", "time"), help="half of it")
+    parser.add_argument("--dry-run", action="store_true", help="emulated kernels, tiny sizes, nothing written")
+    parser.add_argument("--exercise", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.exercise:
+        exercise(args.exercise)
+        return 0
+    if not args.dry_run and not torch.cuda.is_available():
+        print("gpu_check: no GPU here; --dry-run goes through the motions without one", file=sys.stderr)
+        return 1
+    device = "cpu" if args.dry_run else "cuda"
+    folder = Path(tempfile.mkdtemp(prefix="less-gpu-"))
+    library = None if args.dry_run else gpu_kernels.build(folder)
+    lib = gpu_kernels.use(library)
+    data: dict[str, Any] = {} if args.dry_run else {"machine": machine()}
+    steps: list[tuple[str, Callable[[], Any]]] = []
+    if args.only != "time":
+        steps += [("primitives", lambda: primitives(lib, device)), ("parity", lambda: parity(device, args.dry_run))]
+        if library is not None:
+            steps += [("sanitizers", lambda: sanitize(library)), ("engine", engine)]
+    if args.only != "check":
+        steps += [(n, lambda f=f: f(device, args.dry_run)) for n, f in gpu_bench.BENCHMARKS.items()]
+    for name, run in steps:
+        data[name] = run()
+        print(f"{name}: {json.dumps(data[name])[:400]}", flush=True)
+        if not args.dry_run:  # after every part: the machine may be taken away
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "gpu.json").write_text(json.dumps(data, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    failed = [*data.get("primitives", {}).get("failed", []), *data.get("parity", {}).get("failed", [])]
+    print(gpu_bench.summary(data))
+    print("\n".join(failed) or "nothing failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as users have it: nothing may load inside a capture
+    sys.exit(main())

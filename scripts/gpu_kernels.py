@@ -1,0 +1,102 @@
+"""The plugin's kernels on a GPU, driven through TensorRT's plugin interface from torch tensors.
+
+The plugin class, the kernels and the harness of the tests are compiled into one library that needs no TensorRT.
+On a machine without a GPU the same code drives the emulated kernels on host memory (``gpu_check --dry-run``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from less_export import plugin
+from less_export.contract import LayerSpec
+from tests import plugin_host
+from tests.emulation import DTYPES, PLUGIN
+
+
+def build(folder: Path) -> Path:
+    """The plugin, its harness and the primitives for this machine's GPU; returns the library."""
+    out = folder / "libless_gpu_check.so"
+    sources = [PLUGIN / line for line in (PLUGIN / "sources.txt").read_text().splitlines() if line.startswith("src/")]
+    sources += [PLUGIN / "tests/plugin_harness.cpp", PLUGIN / "tests/primitives.cu"]
+    words = ["nvcc", "-std=c++17", "-O3", "-arch=native", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "-w"]
+    words += ["--threads", "0", "-DLESS_HARNESS_ON_DEVICE", f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
+    words += [f"-I{plugin.tensorrt_include()}", *map(str, sources), "-ldl", "-o", str(out)]
+    subprocess.run(words, check=True)
+    return out
+
+
+def use(library: Path | None) -> ctypes.CDLL:
+    """Drive this library from now on (``None``: the emulated kernels); returns what holds the primitives."""
+    if library is None:
+        plugin_host.harness()
+        from tests.test_cuda_primitives import primitives
+
+        return primitives()
+    lib = plugin_host.prepared(ctypes.CDLL(str(library)))
+    plugin_host.harness = lambda: lib
+    return lib
+
+
+class Step:
+    """One layer on the device with state of its own: :meth:`launch` runs it once more, in place."""
+
+    def __init__(self, layer: LayerSpec, dtype: str, batch: int, chunk: int, device: str, seed: int = 0) -> None:
+        kind, generator = DTYPES[dtype], torch.Generator(device).manual_seed(seed)
+        d, c, r = layer.head_dim, layer.capacity, layer.rank
+
+        def normal(*shape: int, to: torch.dtype = kind) -> torch.Tensor:
+            return torch.randn(batch, *shape, generator=generator, device=device, dtype=torch.float32).to(to)
+
+        def uniform(*shape: int, to: torch.dtype = kind) -> torch.Tensor:
+            return torch.rand(batch, *shape, generator=generator, device=device, dtype=torch.float32).to(to)
+
+        queries, keys = (layer.query_heads, chunk), (layer.kv_heads, chunk)
+        tokens = [normal(*queries, d), normal(*keys, d), normal(*keys, d), normal(*queries, r, to=torch.float32)]
+        tokens += [uniform(*keys, r)]
+        slots = (layer.kv_heads, c)
+        position = torch.arange(c, dtype=torch.int32, device=device).expand(batch, *slots).contiguous()
+        state = [normal(*slots, d), normal(*slots, d), uniform(*slots, r), uniform(*slots, to=torch.float32), position]
+        state += [normal(layer.kv_heads, r, d, to=torch.float32), 1 + uniform(layer.kv_heads, r, to=torch.float32)]
+        past = torch.full((batch,), c, dtype=torch.int32, device=device)
+        self.inputs = [*tokens, *state, past, torch.full_like(past, chunk)]
+        self.results = [torch.empty_like(tokens[0]), *state]
+        self.layer, self.attributes = layer, layer.attributes()
+        self._described = plugin_host.described(layer, kind, batch, chunk)
+        self._plugin = plugin_host.Plugin.of(layer).attach()
+        assert self._plugin.tensors("shape_change", self._described) == 0, plugin_host.log()
+        size = self._plugin.tensors("workspace", self._described)
+        self._workspace = torch.empty(size + 256, dtype=torch.uint8, device=device)
+
+    def launch(self, stream: int = 0) -> None:
+        """Enqueue on a stream (a cudaStream_t; 0 is the default one)."""
+        start = self._workspace.data_ptr()
+        start += -start % 256
+        status = plugin_host.enqueue(self._plugin, self._described, self.inputs, self.results, start, stream)
+        assert status == 0, plugin_host.log()
+
+
+def total_bytes(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def decode_bytes(layer: LayerSpec, dtype: str, batch: int) -> int:
+    """Bytes that a decode step must move: everything once, by formula.
+
+    Per row and KV head: K and V of all slots, positions, scores (read and written where there are any), psi of
+    the token that leaves and of the new one, the new token's K and V (read and written), H and z (read and
+    written where the layer absorbs); per query head: q, out, log phi.
+    """
+    item = torch.finfo(DTYPES[dtype]).bits // 8
+    d, c, r = layer.head_dim, layer.capacity, layer.rank
+    scored = layer.policy.label in ("h2o", "tova")
+    slots = c * (2 * d * item + 4 + (8 if scored else 0))
+    new = 4 * d * item + 3 * r * item
+    low = 2 * r * (d + 1) * 4 if layer.absorb else 0
+    queries = layer.group * (2 * d * item + (r * 4 if layer.absorb else 0))
+    return batch * layer.kv_heads * (slots + new + low + queries)

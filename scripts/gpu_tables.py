@@ -1,0 +1,80 @@
+"""Tables of plugins_trt/README.md from what ``gpu_check`` measured (``benchmarks/results/gpu.json``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MISSING = "not measured yet"
+Table = tuple[list[str], list[list[str]]]
+
+
+def decode(data: dict[str, Any]) -> Table:
+    """Decode against a device-to-device copy of the same run."""
+    header = ["batch", "slots", "KV heads", "query heads", "us", "MB moved", "GB/s", "of a copy"]
+    copy = data.get("bandwidth", {}).get("gb_per_s")
+    rows = [
+        [
+            *(str(r[n]) for n in ("batch", "slots", "kv_heads", "query_heads")),
+            f"{r['us']:.1f}",
+            f"{r['bytes'] / 1e6:.1f}",
+            f"{r['gb_per_s']:,.0f}",
+            f"{r['gb_per_s'] / copy:.0%}" if copy else MISSING,
+        ]
+        for r in data.get("decode", [])
+    ]
+    return header, rows or [["1, 16, 64", "128, 256, 1024", "8, 32", "32", *[MISSING] * 4]]
+
+
+def peers(data: dict[str, Any]) -> Table:
+    """A decode step against torch: the same step eager, and attention over a full cache."""
+    header = ["batch", "against", "plugin, us", "torch, us", "ratio"]
+    rows = [
+        [str(r["batch"]), "the same step, eager", f"{r['plugin_us']:.1f}", f"{r['eager_us']:.1f}", f"{r['ratio']:.1f}x"]
+        for r in data.get("eager", [])
+    ]
+    rows += [
+        [
+            str(r["batch"]),
+            f"SDPA over {r['context']:,} tokens",
+            f"{r['plugin_us']:.1f}",
+            f"{r['sdpa_us']:.1f}",
+            f"{r['ratio']:.1f}x",
+        ]
+        for r in data.get("full_cache", [])
+    ]
+    contexts = "SDPA over 1,024 to 65,536 tokens"
+    return header, rows or [["1, 16, 64", what, *[MISSING] * 3] for what in ("the same step, eager", contexts)]
+
+
+def prefill(data: dict[str, Any]) -> Table:
+    """Chunks of prefill."""
+    header = ["policy", "batch", "chunk", "slots", "us", "TFLOP/s"]
+    rows = [
+        [r["policy"], *(str(r[n]) for n in ("batch", "chunk", "slots")), f"{r['us']:.1f}", f"{r['tflop_per_s']:.1f}"]
+        for r in data.get("prefill", [])
+    ]
+    return header, rows or [["h2o, sink", "1, 8", "256, 1024", "256", *[MISSING] * 2]]
+
+
+def checks(data: dict[str, Any]) -> Table:
+    """What was checked on the GPU."""
+    rows = []
+    for name, label in (("primitives", "tensor-core primitives"), ("parity", "parity through the plugin's interface")):
+        found = data.get(name)
+        rows.append([label, f"{found['cases'] - len(found['failed'])} of {found['cases']}" if found else MISSING])
+    sanitizers = data.get("sanitizers") or dict.fromkeys(("memcheck", "racecheck", "synccheck"), MISSING)
+    rows += [[f"compute-sanitizer {tool}", said] for tool, said in sanitizers.items()]
+    engines = data.get("engine") or dict.fromkeys(("plugin", "no plugin"), MISSING)
+    rows += [[f"engine on TensorRT-RTX, {name}", said] for name, said in engines.items()]
+    return ["check", "result"], rows
+
+
+def note(data: dict[str, Any]) -> str:
+    """The machine in words."""
+    if "machine" not in data:
+        return "no GPU yet: `scripts/gpu_check` measures it"
+    m = data["machine"]
+    return f"{m['gpu']}, driver {m['driver']}; {m['nvcc']}; torch {m['torch']}"
+
+
+PARTS = {"decode": decode, "peers": peers, "prefill": prefill, "checks": checks}

@@ -1,0 +1,184 @@
+"""The plugin class on host memory: TensorRT's interfaces from the creator to ``enqueue``, driven from Python.
+
+The class is compiled as it is; the harness stands in for TensorRT and the CUDA runtime, and the kernels are
+the emulated ones (see ``emulation.py``).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import subprocess
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from less_export import plugin
+from less_export.contract import LayerSpec
+
+from . import emulation
+from .emulation import DTYPES, PLUGIN, STATE, TOKENS
+from .oracle import Run
+
+FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb")
+INPUTS, OUTPUTS = 14, 8
+#: nvinfer1::DataType and nvinfer1::PluginFieldType.
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int32: 3, torch.int64: 8}
+FIELD_TYPES = {"f32": (1, ctypes.c_float), "f64": (2, ctypes.c_double), "i32": (5, ctypes.c_int32)}
+FIELD_TYPES["i64"] = (10, ctypes.c_int64)
+#: Inputs whose dtype is not that of q.
+FIXED = {3: torch.float32, 8: torch.float32, 9: torch.int32, 10: torch.float32, 11: torch.float32}
+FIXED |= {12: torch.int32, 13: torch.int32}
+
+
+class Field(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("type", ctypes.c_int32), ("n", ctypes.c_int32))
+
+
+class Tensor(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_int32) for n in ("type", "format", "rank")),
+        ("dims", ctypes.c_int64 * 5),
+    )
+
+
+@functools.cache
+def harness() -> ctypes.CDLL:
+    """The harness, the plugin's own sources and the emulated kernels, in one library."""
+    out, kernels = emulation.folder() / "libplugin_harness.so", emulation.library()
+    names = ("src/less_attention_plugin.cpp", "src/plugin_library.cpp", "src/rtx_name.cpp", "tests/plugin_harness.cpp")
+    words = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-deprecated-declarations"]
+    words += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
+    words += ["-I", str(PLUGIN / "include"), "-I", str(PLUGIN / "src"), "-isystem", str(emulation.cuda_include())]
+    words += ["-isystem", str(plugin.tensorrt_include()), *(str(PLUGIN / n) for n in names), str(kernels)]
+    words += [f"-Wl,-rpath,{kernels.parent}", "-ldl", "-o", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return prepared(ctypes.CDLL(str(out)))
+
+
+def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """A harness library with the types of what its functions return."""
+    for name in ("plugin_create", "plugin_round_trip", "plugin_clone", "plugin_attach"):
+        getattr(lib, name).restype = ctypes.c_void_p
+    for name in ("plugin_text", "harness_log"):
+        getattr(lib, name).restype = ctypes.c_char_p
+    lib.plugin_workspace.restype = ctypes.c_int64
+    lib.harness_start()
+    return lib
+
+
+def log() -> str:
+    """What the plugin has logged since the last call."""
+    return str(harness().harness_log().decode())
+
+
+class Plugin:
+    """One plugin object; its methods are those of the C++ class, a refusal is what they return."""
+
+    def __init__(self, handle: int | None) -> None:
+        self.handle = handle
+
+    def __del__(self) -> None:
+        if self.handle:
+            harness().plugin_destroy(ctypes.c_void_p(self.handle))
+
+    @classmethod
+    def create(cls, fields: Sequence[tuple[str, Any, str]], runtime: bool = False) -> Plugin:
+        """From (name, value or None, key of FIELD_TYPES) triples."""
+        kept: list[Any] = []
+        made = (Field * len(fields))()
+        for place, (name, value, kind) in zip(made, fields, strict=True):
+            number, ctype = FIELD_TYPES[kind]
+            kept.append(None if value is None else ctype(value))
+            data = None if value is None else ctypes.cast(ctypes.byref(kept[-1]), ctypes.c_void_p)
+            place.name, place.data, place.type, place.n = name.encode(), data, number, 1
+        return cls(harness().plugin_create(made, len(fields), int(runtime)))
+
+    @classmethod
+    def of(cls, layer: LayerSpec, integers: str = "i32", floats: str = "f32") -> Plugin:
+        values = layer.attributes().items()
+        made = cls.create([(n, v, floats if n == "scale" else integers) for n, v in values])
+        assert made.handle, log()
+        return made
+
+    def call(self, name: str, *args: Any) -> Any:
+        return getattr(harness(), f"plugin_{name}")(ctypes.c_void_p(self.handle), *args)
+
+    def texts(self) -> list[str]:
+        found = iter(lambda: self.call("text", len(said)), None)
+        said: list[str] = []
+        for text in found:
+            said.append(text.decode())
+        return said
+
+    def round_trip(self) -> Plugin:
+        return Plugin(self.call("round_trip"))
+
+    def attach(self) -> Plugin:
+        return Plugin(self.call("attach"))
+
+    def tensors(self, name: str, described: Sequence[Tensor], outputs: int = OUTPUTS) -> int:
+        """A method that takes all inputs and outputs."""
+        array = (Tensor * len(described))(*described)
+        return int(self.call(name, array, len(described) - outputs, outputs))
+
+
+def describe(dtype: torch.dtype, shape: Sequence[int], form: int = 0) -> Tensor:
+    return Tensor(TYPES[dtype], form, len(shape), (ctypes.c_int64 * 5)(*shape))
+
+
+def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int) -> list[Tensor]:
+    """All inputs and outputs of a layer."""
+    hq, hk, d, c, r = layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank
+    tokens = [(hq, chunk, d), (hk, chunk, d), (hk, chunk, d), (hq, chunk, r), (hk, chunk, r)]
+    state = [(hk, c, d), (hk, c, d), (hk, c, r), (hk, c), (hk, c), (hk, r, d), (hk, r)]
+    shapes = [(batch, *s) for s in (*tokens, *state, (), ())]
+    inputs = [describe(FIXED.get(i, dtype), s) for i, s in enumerate(shapes)]
+    return [*inputs, inputs[0], *inputs[5:12]]
+
+
+def plugin_run(plugin_: Plugin, layer: LayerSpec, dtype: str, in_place: bool = True, device: str = "cpu") -> Run:
+    """``onShapeChange`` and ``enqueue`` on arrays; the workspace has the size that the plugin asked for."""
+
+    def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        kinds = [FIXED.get(i, DTYPES[dtype]) for i in range(INPUTS)]
+        given = [torch.from_numpy(np.ascontiguousarray(a)).to(k) for a, k in zip(arrays, kinds, strict=True)]
+        given = [x.clone().to(device) for x in given]
+        batch, chunk = given[1].shape[0], given[1].shape[2]
+        past = given[len(TOKENS) : len(TOKENS) + len(STATE)]
+        present = past if in_place else [torch.full_like(x, -7) for x in past]
+        results = [torch.full_like(given[0], math.nan), *present]
+        tensors = described(layer, DTYPES[dtype], batch, chunk)
+        assert plugin_.tensors("shape_change", tensors) == 0, log()
+        size = plugin_.tensors("workspace", tensors)
+        store = torch.full((size + 256,), 0xFF, dtype=torch.uint8, device=device)
+        start = store.data_ptr() + -store.data_ptr() % 256
+        status = enqueue(plugin_, tensors, given, results, start)
+        assert status == 0, log()
+        return [t.float().cpu().numpy() if t.is_floating_point() else t.cpu().numpy() for t in results]
+
+    return run
+
+
+def enqueue(
+    plugin_: Plugin,
+    tensors: Sequence[Tensor],
+    given: Sequence[Any],
+    results: Sequence[Any],
+    workspace: int | None,
+    stream: int = 0,
+) -> int:
+    """The plugin's ``enqueue``; ``stream`` is a cudaStream_t."""
+    array = (Tensor * len(tensors))(*tensors)
+
+    def pointers(values: Sequence[Any]) -> Any:
+        return (ctypes.c_void_p * len(values))(*(None if v is None else v.data_ptr() for v in values))
+
+    call: Callable[..., Any] = plugin_.call
+    places = (pointers(given), pointers(results), ctypes.c_void_p(workspace), ctypes.c_void_p(stream))
+    return int(call("enqueue", array, INPUTS, OUTPUTS, *places))

@@ -1,0 +1,210 @@
+"""The plugin class through TensorRT's interfaces, on host memory, against the torch reference."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from less_export.contract import OP_NAME, OP_VERSION, LayerSpec
+
+from . import plugin_host
+from .emulation import DTYPES, kernel_layer, normal
+from .oracle import follow, scenario
+from .plugin_host import FIELDS, INPUTS, OUTPUTS, Plugin, describe, described, enqueue, harness, log, plugin_run
+from .test_ops import empty, torch_run
+
+#: As in test_cuda.py.
+FLOOR = 5e-7
+LAYER = kernel_layer("h2o", 24, 64, 2, 8)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    log()
+    yield
+    harness().harness_driver(1)
+    assert harness().harness_allocations() == 0, "device memory was not given back"
+    assert log() == "", "a message that no test expected"
+
+
+def refused(result: object, *words: str) -> None:
+    """A refusal, and a message in one line that names what is wrong."""
+    said = log()
+    assert result in (-1, None, 0, False)
+    assert said.count("\n") == 1
+    assert said.startswith(f"{OP_NAME}: ")
+    assert all(w in said for w in words), said
+
+
+def test_identity() -> None:
+    plugin = Plugin.of(LAYER)
+    name, version, space, metadata, *fields = plugin.texts()
+    assert (name, version, space) == (OP_NAME, str(OP_VERSION), "")
+    assert tuple(fields) == FIELDS == tuple(LAYER.attributes())
+    assert "heavy=12 recent=12" in metadata
+    assert harness().creator_matches(ctypes.c_void_p(plugin.handle))
+
+
+@pytest.mark.parametrize("integers", ["i32", "i64"])
+@pytest.mark.parametrize("floats", ["f32", "f64"])
+def test_fields_survive_serialisation(integers: str, floats: str) -> None:
+    for layer in (LAYER, kernel_layer("window", 9, 64, 1, 1), kernel_layer("sink", 9, 64, 1, 4)):
+        plugin = Plugin.of(layer, integers, floats)
+        again = plugin.round_trip()
+        assert again.texts() == plugin.texts() == Plugin(plugin.call("clone")).texts()
+        values = dict(x.split("=") for x in again.texts()[3].split())
+        assert {n: float(v) for n, v in values.items()} == pytest.approx(
+            {n: float(v) for n, v in layer.attributes().items()}, abs=1e-6
+        )
+
+
+def test_fields_that_are_refused() -> None:
+    good = [(n, v, "f32" if n == "scale" else "i32") for n, v in LAYER.attributes().items()]
+
+    def with_field(name: str, value: float | None, kind: str) -> list[tuple[str, float | None, str]]:
+        return [(n, value, kind) if n == name else (n, v, k) for n, v, k in good]
+
+    def bad(fields: object, *words: str) -> None:
+        refused(Plugin.create(fields).handle, *words)  # type: ignore[arg-type]
+
+    for index, name in enumerate(FIELDS):
+        bad(good[:index] + good[index + 1 :], f"attribute {name} is missing")
+        bad([*good, good[index]], f"attribute {name} stands there twice")
+        bad(with_field(name, None, good[index][2]), f"attribute {name} must have one value, not 0")
+    bad([*good, ("plugin_version", 1, "i32")], "unknown attribute plugin_version")
+    bad(with_field("policy", 0.0, "f32"), "attribute policy is no integer")
+    bad(with_field("scale", 1, "i32"), "attribute scale is no finite float")
+    bad(with_field("scale", float("nan"), "f32"), "attribute scale is no finite float")
+    bad(with_field("policy", 5, "i32"), "attribute policy must be 0 to 4")
+    bad(with_field("absorb", 2, "i64"), "attribute absorb must be 0 or 1")
+    bad(with_field("recent", 0, "i32"), "attribute recent must be at least 1")
+    bad(with_field("heavy", -1, "i32"), "attribute heavy is -1, out of range")
+    bad(with_field("heavy", 1 << 40, "i64"), "attribute heavy is 1099511627776, out of range")
+    refused(harness().plugin_create(None, 0, 0), "no attributes")
+
+
+def test_outputs_follow_the_inputs() -> None:
+    plugin = Plugin.of(LAYER)
+    assert plugin.call("outputs") == OUTPUTS
+    assert [plugin.call("alias", i) for i in range(-1, 9)] == [-1, -1, 5, 6, 7, 8, 9, 10, 11, -1]
+    for dtype in DTYPES.values():
+        all_ = described(LAYER, dtype, 3, 5)
+        given = (ctypes.c_int32 * INPUTS)(*(t.type for t in all_[:INPUTS]))
+        found = (ctypes.c_int32 * OUTPUTS)()
+        assert plugin.call("output_types", given, INPUTS, found, OUTPUTS) == 0
+        assert [*found] == [t.type for t in all_[INPUTS:]]
+        array = (plugin_host.Tensor * INPUTS)(*all_[:INPUTS])
+        made = (plugin_host.Tensor * OUTPUTS)()
+        assert plugin.call("output_shapes", array, INPUTS, made, OUTPUTS) == 0
+        assert [(t.rank, [*t.dims]) for t in made] == [(t.rank, [*t.dims]) for t in all_[INPUTS:]]
+        for position in range(INPUTS + OUTPUTS):
+            for kind in plugin_host.TYPES:
+                for form in (0, 1):  # linear, and one that is not
+                    trial = [*all_]
+                    trial[position] = describe(kind, [*all_[position].dims][: all_[position].rank], form)
+                    both = (plugin_host.Tensor * len(trial))(*trial)
+                    takes = plugin.call("supports", position, both, INPUTS, OUTPUTS)
+                    fits = kind in DTYPES.values() if position == 0 else trial[position].type == all_[position].type
+                    assert takes == (fits and form == 0), (position, kind, form)
+    refused(plugin.call("output_types", given, 13, found, OUTPUTS), "takes 14 inputs and gives 8 outputs, not 13 and 8")
+    refused(plugin.call("output_shapes", array, INPUTS, made, 7), "not 14 and 7")
+
+
+@pytest.mark.parametrize("method", ["configure", "shape_change"])
+def test_tensors_that_are_refused(method: str) -> None:
+    plugin, good = Plugin.of(LAYER), described(LAYER, torch.float16, 3, 5)
+    assert plugin.tensors(method, good) == 0
+
+    def bad(index: int, dtype: torch.dtype, shape: list[int], *words: str, layer: Plugin = plugin) -> None:
+        tensors = [*good]
+        tensors[index] = describe(dtype, shape)
+        refused(layer.tensors(method, tensors), *words)
+
+    f16, f32, i32 = torch.float16, torch.float32, torch.int32
+    bad(0, i32, [3, 4, 5, 64], "q is int32, it must be float16, bfloat16 or float32")
+    bad(1, torch.bfloat16, [3, 2, 5, 64], "k is bfloat16, it must be float16")
+    bad(3, f16, [3, 4, 5, 8], "log_phi_q is float16, it must be float32")
+    bad(9, torch.int64, [3, 2, 24], "past_position is int64, it must be int32")
+    bad(11, f16, [3, 2, 8], "past_z is float16, it must be float32")
+    bad(2, f16, [3, 2, 6, 64], "v has shape [", "6,64]", "its dimension 2 must be 5")
+    bad(6, f16, [3, 2, 25, 64], "past_value has shape", "its dimension 2 must be 24")
+    bad(7, f16, [3, 2, 24, 4], "past_psi has shape", "its dimension 3 must be 8")
+    bad(10, f32, [3, 8, 64], "past_h has shape [", "it must have 4 dimensions")
+    bad(13, i32, [2], "new_length has shape [2], its dimension 0 must be 3")
+    bad(12, i32, [0], "past_length has shape [0], its dimension 0")
+    refused(plugin.tensors(method, good, outputs=7), "not 15 and 7")
+    odd = kernel_layer("h2o", 24, 60, 2, 8)
+    refused(Plugin.of(odd).tensors(method, described(odd, f16, 3, 5)), "head_dim must be a multiple of 8")
+    other = Plugin.of(kernel_layer("h2o", 26, 64, 2, 8))
+    refused(other.tensors(method, good), "heavy + recent must equal the number of slots")
+
+
+def test_workspace_covers_smaller_steps() -> None:
+    plugin = Plugin.of(LAYER)
+    sizes = {n: plugin.tensors("workspace", described(LAYER, torch.float16, *n)) for n in [(1, 1), (3, 1), (3, 70)]}
+    assert 4096 <= sizes[1, 1] <= sizes[3, 1] <= sizes[3, 70]
+
+
+def test_enqueue_without_memory() -> None:
+    plugin = Plugin.of(LAYER)
+    tensors = described(LAYER, torch.float32, 1, 1)
+    given = [torch.zeros([*t.dims][: t.rank], dtype=plugin_host.FIXED.get(i)) for i, t in enumerate(tensors[:INPUTS])]
+    results = [torch.zeros_like(given[0]), *given[5:12]]
+    for index in range(INPUTS):
+        refused(
+            enqueue(plugin, tensors, [None if i == index else x for i, x in enumerate(given)], results, 1), "memory"
+        )
+    for index in range(OUTPUTS):
+        partly = [None if i == index else x for i, x in enumerate(results)]
+        refused(enqueue(plugin, tensors, given, partly, 1), f"output {index} has no memory")
+    refused(enqueue(plugin, tensors, given, results, None), "enqueue without workspace")
+
+
+def earned(layer: LayerSpec, dtype: str, run: object) -> None:
+    """Slots exactly, and at most twice as far from the oracle as the torch reference at the same precision."""
+    steps = scenario(layer, [(70, 9), (1, 1), (1, 0), (1, 1), (30, 66), (0, 1), (1, 1)], 5, normal(dtype))
+    fresh = empty(layer, DTYPES[dtype], len(steps[0].inputs["new_length"]))
+    reference = follow(torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
+    for name, error in follow(run, steps, fresh).items():  # type: ignore[arg-type]
+        assert error <= 2 * reference[name] + FLOOR, (name, error, reference[name])
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "dtype", "in_place"),
+    [("h2o", "float16", True), ("tova", "bfloat16", True), ("sink", "float32", False), ("window", "float16", False)],
+)
+def test_enqueue_is_the_operator(policy: str, dtype: str, in_place: bool, attached: bool) -> None:
+    """Prefill past the budget, decode, parked rows, more prefill; with counters of its own and without.
+
+    A hundred slots a head are spread over several blocks, which meet at the counters.
+    """
+    layer = kernel_layer(policy, 100, 64, 2, 1 if policy == "window" else 8)
+    made = Plugin.of(layer, "i64").round_trip()
+    assert harness().harness_allocations() == 0  # nothing before it is attached
+    plugin = made.attach() if attached else made
+    assert harness().harness_allocations() == attached
+    earned(layer, dtype, plugin_run(plugin, layer, dtype, in_place))
+
+
+def test_without_a_driver_it_attaches_all_the_same() -> None:
+    """TensorRT-RTX attaches while it builds, on machines without a GPU, and crashes where that fails."""
+    harness().harness_driver(0)
+    plugin = Plugin.of(LAYER).attach()
+    assert plugin.handle
+    assert harness().harness_allocations() == 0
+    earned(LAYER, "float16", plugin_run(plugin, LAYER, "float16"))
+
+
+def test_every_context_has_counters_of_its_own() -> None:
+    made = Plugin.of(LAYER)
+    copies = [made.attach() for _ in range(3)]
+    again = copies[0].attach()
+    assert harness().harness_allocations() == 4
+    copies.clear()
+    assert harness().harness_allocations() == 1
+    del again
+    assert harness().harness_allocations() == 0
