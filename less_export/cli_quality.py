@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import reporting
 from .arguments import Parser, cache_options, common
 from .errors import UsageError
+
+if TYPE_CHECKING:
+    from .evaluation.statistics import Interval
 
 _PARAMETRISATIONS = ("exp", "paper")
 
@@ -171,15 +174,13 @@ def _perplexity(args: argparse.Namespace) -> int:
     rows = run.evaluate(subject, inside, outside, config, bars)
     made = reporting.table(
         f"perplexity, {config.seqs} sequences of {config.seq_len} tokens, {config.chunk} a step",
-        "text", "domain", "budget", "cache", "perplexity", "95%", "state", "of gap", "95%", "against", "how",
+        "text", "domain", "budget", "cache", "perplexity", "state", "share of gap", "against", "how",
     )  # fmt: skip
     for r in rows:
-        p = r.perplexity
-        against = next(iter(r.share), None)
-        share = r.share.get(against) if against else None
-        gap = (f"{share.value:.2f}", f"{share.low:.2f} to {share.high:.2f}", str(against)) if share else ("", "", "")
-        figures = (f"{p.value:.2f}", f"{p.low:.2f} to {p.high:.2f}", reporting.size(r.state_bytes))
-        made.add_row(r.text, r.domain, r.budget, r.kind, *figures, *gap, r.how)
+        against = next(iter(r.share), "")
+        share = f"{_interval(r.share[against])}" if against else ""
+        figures = (_interval(r.perplexity), reporting.size(r.state_bytes), share)
+        made.add_row(r.text, r.domain, r.budget, r.kind, *figures, against, r.how)
     reporting.show(made)
     if subject.kernels.layers:
         print(f"kernels' weights, once for all sequences: {reporting.size(subject.kernels.nbytes())}")
@@ -187,6 +188,10 @@ def _perplexity(args: argparse.Namespace) -> int:
     if args.plot:
         run.plot(rows, subject, args.plot)
     return 0
+
+
+def _interval(x: Interval) -> str:
+    return f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]"
 
 
 def import_kernels(arguments: list[str]) -> int:

@@ -165,34 +165,36 @@ def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
 def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
     rows = []
     names = {"in": "WikiText-2 test", "shipped": "held-out part of the shipped text", "out": "Python reference manual"}
+    recipes = {"": PLAIN, "tuned end to end: ": (*PLAIN[:2], f"{PLAIN[2]} + end to end", PLAIN[3])}
     for setting in q.settings():
         if not any(q.less(d, setting) for d in ("out", "shipped")):
             continue
         for domain, label in names.items():
-            less, baseline = q.less(domain, setting), q.one(domain, setting, "sparse+bytes R8")
-            if less:
-                share = _share(q.share(domain, baseline, less))
-                rows.append([setting, label, _ppl(q.one(domain, "", "full")), _ppl(baseline), _seeds(less), share])
+            full, baseline = q.one(domain, "", "full"), q.one(domain, setting, "sparse+bytes R8")
+            for prefix, recipe in recipes.items():
+                less = q.less(domain, setting, recipe)
+                if less:
+                    share = _share(q.share(domain, baseline, less))
+                    rows.append([setting, prefix + label, _ppl(full), _ppl(baseline), _seeds(less), share])
     return ["setting", "text", "full", "= bytes", "LESS", "share of the gap"], rows
 
 
 def orders(q: Quality) -> tuple[list[str], list[list[str]]]:
-    """The same kernels in chunks of 256 and streamed through a backend."""
+    """The same kernels in chunks of 256, and streamed through a backend beside the simulation of those sequences."""
     rows = []
     for setting in q.settings():
-        for how, label in (
-            ("chunk 1", "one token a step"),
-            ("streamed", "the same, streamed"),
-            ("chunk 256", "256 a step"),
-        ):
-            less = [f for f in q.less("in", setting, how=how) if f.seed == 0]
-            if not less or (
-                how == "chunk 1" and not any(q.less("in", setting, how=h) for h in ("streamed", "chunk 256"))
-            ):
-                continue
-            baseline = q.one("in", setting, "sparse+bytes R8", "chunk 1" if how == "streamed" else how)
-            rows.append([setting, label, _ppl(baseline), _ppl(less[0]), _share(q.share("in", baseline, less))])
-    return ["setting", "order", "= bytes", "LESS", "share of the gap"], rows
+        one, streamed, large = (q.less("in", setting, how=h)[:1] for h in ("chunk 1", "streamed", "chunk 256"))
+        for label, less, how in (("one token a step", one, "chunk 1"), ("256 tokens a step", large, "chunk 256")):
+            if less and large:
+                baseline = q.one("in", setting, "sparse+bytes R8", how)
+                cells = [str(len(less[0].nll)), _ppl(baseline), _ppl(less[0]), _share(q.share("in", baseline, less))]
+                rows.append([setting, label, *cells])
+        if streamed and one:
+            count = len(streamed[0].nll)
+            for label, found in (("one token a step, simulated", one[0]), ("the same, streamed", streamed[0])):
+                value = f"{statistics.perplexity(found.nll[:count]).value:.2f}"
+                rows.append([setting, label, str(count), "", value, ""])
+    return ["setting", "order", "sequences", "= bytes", "LESS", "share of the gap"], rows
 
 
 def memory(q: Quality) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,8 @@ def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text
     refused(run("eval", source, "--data", text, "--backend", "ort", *WORDS), "runs bundles", after=1)
     refused(run("eval", streaming, "--data", text, "--budget", 8), "is a bundle, whose cache is fixed", after=1)
     refused(run("eval", source, "--data", text, "--seqs", 0), "--seqs must be at least 1")
+    plot = run("eval", source, "--data", text, "--compare", "full", "--budget", 8, *WORDS, "--plot", "/none/x.png")
+    refused(plot, "cannot write /none/x.png", after=2)
     refused(run("eval", source, "--task", "poetry"), "choose perplexity, summarize, or lm-eval TASK")
     refused(run("eval", streaming, "--data", text, "--task", "summarize"), "no jsonl")
 
@@ -278,6 +281,19 @@ def test_the_harness_runs_a_local_task(run: Run, plain: Path, task: Path, tmp_pa
         right += int(np.argmax(scores)) == answer
     assert json.loads(out.read_text())["scores"]["acc,none"] == right / 2
     refused(run("eval", plain, "--task", "lm-eval", "no_such_task"), "knows no task")
+
+
+@pytest.mark.slow
+def test_the_harness_finds_the_model_by_name(
+    plain: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line of lm-evaluation-harness itself, as ``less-lm-eval`` starts it."""
+    from less_export.evaluation import harness
+
+    words = ["--model", "less", "--model_args", f"bundle={plain}", "--tasks", "less_local"]
+    monkeypatch.setattr(sys, "argv", ["less-lm-eval", *words, "--include_path", str(task)])
+    harness.main()
+    assert "|less_local|" in capsys.readouterr().out
 
 
 def log_probability(model: Any, context: list[int], continuation: list[int]) -> float:

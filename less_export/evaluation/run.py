@@ -175,7 +175,7 @@ def plot(rows: Sequence[Row], subject: Subject, path: str) -> None:
     """Perplexity against budget for every variant and text, and the layers' errors from the kernel file.
 
     Raises:
-        UsageError: matplotlib is not installed.
+        UsageError: matplotlib is not installed, or ``path`` cannot be written.
     """
     try:
         import matplotlib
@@ -215,5 +215,9 @@ def plot(rows: Sequence[Row], subject: Subject, path: str) -> None:
         ax.set_ylabel("relative error")
         ax.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
+        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        plt.close(figure)
