@@ -174,7 +174,13 @@ def test_control_c_while_tracing(source: Path, place: Path) -> None:
     """A real process and a real signal."""
     before = bundles.snapshot(place)
     words = [sys.executable, "-m", "less_export.cli", str(source), "--out", str(place / "out"), *QUICK_WORDS]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    ) as process:
         assert process.stderr is not None
         assert process.stdout is not None
         seen = []
