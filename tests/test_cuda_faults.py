@@ -165,9 +165,11 @@ def racing() -> list[Case]:
     layers = [kernel_layer("h2o", 90, 40, group, 9, kv_heads=1) for group in (2, 3)]
     sliding = replace(kernel_layer("h2o", 12, 16, 2, 8, kv_heads=1), window=20)
     crowd = scenario(sliding, [(30, 9), (1, 1), (17, 25), (1, 1)], 2, normal("float16"))
+    long = kernel_layer("h2o", 24, 16, 1, 8, kv_heads=1)  # enough tiles of queries to use a buffer again
     return [
         *(case(la, scenario(la, chunks, 6, normal("float16")), blocks) for la in layers for blocks in (512, 1)),
         case(sliding, crowd),
+        case(long, scenario(long, [(200, 9), (1, 1)], 6, normal("float16"))),
     ]
 
 
