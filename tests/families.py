@@ -97,6 +97,48 @@ OTHERS: dict[str, Make] = {
 FAMILIES: dict[str, Make] = {**MAIN, **OTHERS}
 
 
+def _rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 1e4, **values}
+
+
+#: What single decoders do differently, each in the smallest model that has it.
+VARIANTS: dict[str, Make] = {
+    "llama3_rope": lambda: tr.LlamaForCausalLM(
+        tr.LlamaConfig(
+            **ONE,
+            rope_parameters=_rope(
+                "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+            ),
+        )
+    ),
+    "yarn_rope": lambda: tr.LlamaForCausalLM(
+        tr.LlamaConfig(**ONE, rope_parameters=_rope("yarn", factor=4.0, original_max_position_embeddings=128))
+    ),
+    "rope_per_layer_kind": lambda: tr.Gemma3ForCausalLM(  # as Gemma 3 from 4B on
+        tr.Gemma3TextConfig(
+            **_TWO, head_dim=16, query_pre_attn_scalar=16, sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters={
+                "sliding_attention": _rope("default"), "full_attention": _rope("linear", rope_theta=1e6, factor=8.0),
+            },
+        )
+    ),
+    "attention_bias": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**ONE, attention_bias=True)),
+    "tied_embeddings": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**ONE, tie_word_embeddings=True)),
+    "glm": lambda: tr.GlmForCausalLM(tr.GlmConfig(**ONE, head_dim=16)),  # rotates half of each head, interleaved
+    "gpt_bigcode": lambda: tr.GPTBigCodeForCausalLM(tr.GPTBigCodeConfig(**_GPT2)),  # MQA, learned positions
+    "cohere2": lambda: tr.Cohere2ForCausalLM(  # no rotary embedding where it does not slide
+        tr.Cohere2Config(**_TWO, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "olmoe": lambda: tr.OlmoeForCausalLM(tr.OlmoeConfig(**ONE, num_experts=4, num_experts_per_tok=2)),
+    "glm4_moe": lambda: tr.Glm4MoeForCausalLM(  # first layer dense, then a shared expert beside the routed ones
+        tr.Glm4MoeConfig(
+            **_TWO, head_dim=16, use_qk_norm=True, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
+        )
+    ),
+}  # fmt: skip
+
+
 def small(**changes: Any) -> Make:
     """A Llama of one layer, the quickest to trace."""
     return lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**{**ONE, **changes}))
@@ -110,7 +152,7 @@ def shallow(family: str) -> Make:
 def build(family: str | Make, seed: int = 0) -> PreTrainedModel:
     """The model in f32, eager; the same weights for the same seed."""
     torch.manual_seed(seed)
-    model = (FAMILIES[family] if isinstance(family, str) else family)().eval()
+    model = ({**FAMILIES, **VARIANTS}[family] if isinstance(family, str) else family)().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

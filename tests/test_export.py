@@ -249,13 +249,3 @@ def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
     position, z = state.tensors["past.0.position"], state.tensors["past.0.z"]
     assert ((position < 0) | (position > state.length - 10)).all()  # what the next query cannot see is gone
     np.testing.assert_allclose((position >= 0).sum(-1) + z.sum(-1), state.length, rtol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", families.OTHERS)
-def test_other_families_are_the_hugging_face_model(family: str, exported: Exported, opened: Opened) -> None:
-    ids = text(2, 48)
-    expected, own_error = families.truth(families.load(exported(family, "full").checkpoint), ids)
-    backend = opened(family, "full", "ort", rows=2)
-    found = np.concatenate(feed(backend, ids, [16, 9, 1, 16, 1, 1, 4]), 1)
-    assert relative(found, expected) <= max(2 * own_error, FLOOR)

@@ -1,0 +1,129 @@
+"""What decoders do differently (rotary kinds, norms, biases, experts, ...), each against Hugging Face.
+
+Every model is exported once, with random kernels and 24 slots: up to 24 tokens nothing is evicted and it must be
+the Hugging Face model, afterwards ONNX Runtime must agree with the torch reference. That the variant is at work
+at all is told by taking it out of the Hugging Face model, whose logits then change.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import families
+from .families import BUDGET, WINDOW, differences, evicted, feed, relative, text
+
+ROUNDING, FLOOR = 2e-5, 1e-6
+STEPS = (11, 8, 1, 1, 1, 1, 1)
+AFTER = (16, 7, 1, 1, 1)
+assert sum(STEPS) == BUDGET
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", {**families.OTHERS, **families.VARIANTS})
+def test_is_the_hugging_face_model_until_it_evicts(family: str, tmp_path: Path) -> None:
+    checkpoint = families.save(family, tmp_path / "model")
+    model = families.load(checkpoint)
+    kernels = families.kernels(model, tmp_path / "kernels.safetensors")
+    tiny = families.export(checkpoint, tmp_path / "x", budget=str(BUDGET), kernels=kernels, logits="all")
+    ids = text(2, sum(STEPS) + sum(AFTER))
+    expected, own_error = families.truth(model, ids[:, :BUDGET])
+    torch_backend, ort = tiny.backend("torch", 2), tiny.backend("ort", 2)
+    before = [np.concatenate(feed(backend, ids, STEPS), 1) for backend in (torch_backend, ort)]
+    assert max(relative(x, expected) for x in before) <= max(2 * own_error, FLOOR)
+    after = [np.concatenate(feed(backend, ids, AFTER), 1) for backend in (torch_backend, ort)]
+    assert relative(after[1], after[0]) < ROUNDING
+    assert max(differences(ort, torch_backend).values()) < ROUNDING
+    assert evicted(ort) >= sum(AFTER)
+
+
+# ------------------------------------------------------------------ the variants are at work
+
+Without = Callable[[PreTrainedModel], PreTrainedModel]
+
+
+def configured(**changes: Any) -> Without:
+    """The same weights under a changed configuration; tensors that it has no place for are left out."""
+
+    def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
+        config = copy.deepcopy(model.config)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        other = type(model)(config).eval()
+        missing, _ = other.load_state_dict(model.state_dict(), strict=False)
+        assert not missing
+        return other
+
+    return rebuilt
+
+
+def without_qk_norm(model: PreTrainedModel) -> PreTrainedModel:
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if hasattr(module, "q_norm"):
+            module.q_norm = module.k_norm = nn.Identity()
+    return other
+
+
+def with_a_head_of_its_own(model: PreTrainedModel) -> PreTrainedModel:
+    other = configured(tie_word_embeddings=False)(model)
+    nn.init.normal_(other.lm_head.weight)
+    return other
+
+
+_PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+_MANY = 512
+WITHOUT: dict[str, tuple[str, Without]] = {
+    "llama3 scaling": ("llama3_rope", configured(rope_parameters=_PLAIN)),
+    "yarn": ("yarn_rope", configured(rope_parameters=_PLAIN)),
+    "linear scaling and theta by layer": (
+        "rope_per_layer_kind",
+        configured(rope_parameters={"sliding_attention": _PLAIN, "full_attention": _PLAIN}),
+    ),
+    "theta by layer": (
+        "gemma3", configured(rope_parameters={"sliding_attention": _PLAIN, "full_attention": _PLAIN}),
+    ),
+    "partial rotary (StableLM)": (
+        "stablelm", configured(rope_parameters={**_PLAIN, "partial_rotary_factor": 1.0}),
+    ),
+    "partial rotary (Phi)": ("phi", configured(rope_parameters={**_PLAIN, "partial_rotary_factor": 1.0})),
+    "no rotary on some layers": ("smollm3", configured(no_rope_layers=[1, 1])),
+    "norms of each head (Qwen3)": ("qwen3", without_qk_norm),
+    "norms over all heads (OLMo2)": ("olmo2", without_qk_norm),
+    "norms over all heads (OLMoE)": ("olmoe", without_qk_norm),
+    "attention bias": ("attention_bias", configured(attention_bias=False)),
+    "tied embeddings": ("tied_embeddings", with_a_head_of_its_own),
+    "parallel blocks (GPT-NeoX)": ("gpt_neox", configured(use_parallel_residual=False)),
+    "scaled logits (Granite)": ("granite", configured(logits_scaling=1.0)),
+    "scaled attention (Granite)": ("granite", configured(attention_multiplier=0.25)),
+    "scaled residuals (Granite)": ("granite", configured(residual_multiplier=1.0)),
+    "scaled logits (Cohere)": ("cohere", configured(logit_scale=1.0)),
+    "final softcap": ("gemma2", configured(final_logit_softcapping=None)),
+    "alternating sliding layers (Gemma 2)": ("gemma2", configured(sliding_window=_MANY)),
+    "alternating sliding layers (Gemma 3)": ("gemma3", configured(sliding_window=_MANY)),
+    "alternating sliding layers (Cohere 2)": ("cohere2", configured(sliding_window=_MANY)),
+    "experts (Mixtral)": ("mixtral", configured(num_experts_per_tok=1)),
+    "experts (Qwen3)": ("qwen3_moe", configured(num_experts_per_tok=1)),
+    "experts (OLMoE)": ("olmoe", configured(num_experts_per_tok=1)),
+    "experts (GLM-4)": ("glm4_moe", configured(num_experts_per_tok=1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", WITHOUT)
+def test_the_variant_changes_the_logits(variant: str) -> None:
+    # In the tests above and in test_export the model would agree without it as well if it did not.
+    family, without = WITHOUT[variant]
+    model = families.build(family)
+    ids = torch.from_numpy(text(2, BUDGET))
+    assert BUDGET > WINDOW
+    with torch.no_grad():
+        changed, expected = (m(input_ids=ids, use_cache=False).logits for m in (without(model), model))
+    assert relative(changed, expected) > 50 * ROUNDING
