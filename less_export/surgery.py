@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -123,8 +124,9 @@ def _configs(model: PreTrainedModel) -> list[Any]:
 
 
 def on_interface(model: PreTrainedModel) -> bool:
-    """Whether the decoder's attention goes through transformers' attention interface."""
-    return bool(model._can_set_attn_implementation())
+    """Whether the decoder's attention goes through transformers' attention interface (a vision tower's may not)."""
+    decoder = model.get_decoder()
+    return bool((decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation())
 
 
 _MASKS = {n: f for n, f in vars(masking_utils).items() if n.startswith("create_") and callable(f)}
@@ -227,6 +229,11 @@ class _Mask:
     def __getattr__(self, name: str) -> Any:
         raise UnsupportedModelError(f"layer 0: the model edits its attention mask (.{name}): not plain causal")
 
+    def __getitem__(self, index: Any) -> _Mask:
+        if all(isinstance(x, slice) and x in (slice(None), slice(0, None)) for x in index):  # all of it (Gemma 4)
+            return self
+        raise UnsupportedModelError("layer 0: the model edits its attention mask (slices it): not plain causal")
+
 
 def _mask_kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Mask:
     """What a call of a transformers mask function stands for."""
@@ -263,8 +270,10 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
 
     def probe(call: AttentionCall) -> Tensor:
         where = f"layer {call.layer}"
-        if call.layer < 0 or call.layer in found:
-            raise UnsupportedModelError(f"{where}: attention is called twice, or without a layer index")
+        if call.layer < 0:
+            raise UnsupportedModelError(f"{type(model).__name__}: attention is called without a layer index")
+        if call.layer in found:
+            raise UnsupportedModelError(f"{where}: attends more than once in a forward pass")
         found[call.layer] = _accept(call, where)
         return torch.empty_like(call.q)
 
@@ -274,13 +283,15 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
             model(input_ids=ids, position_ids=torch.arange(2)[None], use_cache=False)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, DataDependentOutputException):
+            reason = f"it branches on the values of its tensors, which cannot be traced ({reason})"
         raise UnsupportedModelError(f"{type(model).__name__} does not run as a plain decoder: {reason}") from error
     expected = int(model.config.get_text_config().num_hidden_layers)
     if sorted(found) != list(range(expected)):
         route = "the attention interface" if on_interface(model) else "scaled_dot_product_attention"
         raise UnsupportedModelError(
             f"{type(model).__name__}: {len(found)} of {expected} layers attend through {route}; "
-            "the others use an attention of their own, which LESS cannot replace"
+            "the others are recurrent, skipped, or use an attention of their own, which LESS cannot replace"
         )
     return tuple(found[i] for i in range(expected))
 
@@ -338,7 +349,10 @@ def refuse_by_config(model: PreTrainedModel) -> None:
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no output embedding, so it is no language model")
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(f"{type(model).__name__} takes no position_ids, so evicted positions are lost")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} takes no position_ids: it is recurrent, or counts positions in a cache, "
+            "where evicted tokens are missing"
+        )
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
@@ -356,8 +370,6 @@ def _table_sizes(table: nn.Embedding) -> tuple[int, int]:
 
 
 def _fake() -> contextlib.AbstractContextManager[Any]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

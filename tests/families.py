@@ -130,6 +130,13 @@ VARIANTS: dict[str, Make] = {
     "cohere2": lambda: tr.Cohere2ForCausalLM(  # no rotary embedding where it does not slide
         tr.Cohere2Config(**_TWO, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
     ),
+    "gemma4": lambda: tr.Gemma4ForCausalLM(  # the last layer takes keys and values of the one before
+        tr.Gemma4TextConfig(
+            **_TWO, head_dim=16, global_head_dim=32, sliding_window=WINDOW, num_kv_shared_layers=1,
+            layer_types=["full_attention", "full_attention"], vocab_size_per_layer_input=VOCAB,
+            hidden_size_per_layer_input=16,
+        )
+    ),
     "olmoe": lambda: tr.OlmoeForCausalLM(tr.OlmoeConfig(**ONE, num_experts=4, num_experts_per_tok=2)),
     "glm4_moe": lambda: tr.Glm4MoeForCausalLM(  # first layer dense, then a shared expert beside the routed ones
         tr.Glm4MoeConfig(

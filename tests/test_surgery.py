@@ -66,6 +66,14 @@ def test_discovers_every_layer(family: str) -> None:
     assert on_interface(model) == (not family.startswith("falcon"))
 
 
+def test_a_vision_tower_off_the_interface_does_not_matter() -> None:
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text = {**size, "model_type": "qwen2", "num_key_value_heads": 1, "vocab_size": VOCAB}
+    vision = {**size, "num_hidden_layers": 1, "mlp_dim": 32, "image_size": 64, "patch_size": 16, "output_channels": 32}
+    config = tr.GotOcr2Config(text_config=text, vision_config=vision)
+    assert discover(bare_model(config, torch.float32)) == (AttentionLayer(2, 1, 16, _QUARTER, 0),)
+
+
 # ------------------------------------------------------------------ refusals
 
 _HEADS = {"num_attention_heads": 4, "max_position_embeddings": 64, "intermediate_size": 48}
@@ -135,6 +143,31 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "recurrent layers (Jamba)": (
         lambda: tr.JambaConfig(**_GQA, num_experts=2), r"^the model has recurrent .*layers beside attention"
     ),
+    "linear attention layers (Qwen3-Next)": (
+        lambda: tr.Qwen3NextConfig(**_GQA, head_dim=8, num_experts=2, num_experts_per_tok=1),
+        r"^the model has recurrent .*layers beside attention",
+    ),
+    "linear attention (RWKV)": (
+        lambda: tr.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32),
+        r"^RwkvForCausalLM takes no position_ids: it is recurrent, or",
+    ),
+    "tokens chosen by an indexer (GLM-5)": (
+        lambda: tr.GlmMoeDsaConfig(**{**_BASE, "num_hidden_layers": 1}, n_routed_experts=2, num_experts_per_tok=1),
+        r"^layer 0: the model edits its attention mask \(slices it\): not plain causal",
+    ),
+    "differential attention (DiffLlama)": (
+        lambda: tr.DiffLlamaConfig(**_GQA), r"^layer 0: attends more than once in a forward pass"
+    ),
+    "experts that are counted on the spot (JetMoE)": (
+        lambda: tr.JetMoeConfig(
+            **{**_BASE, "num_hidden_layers": 1}, kv_channels=8, num_local_experts=2, num_experts_per_tok=1
+        ),
+        r"^JetMoeForCausalLM does not run .*: it branches on the values of its tensors, which cannot be traced",
+    ),
+    "cross attention to images (Llama 3.2 Vision)": (
+        lambda: tr.MllamaConfig(text_config={**_GQA, "cross_attention_layers": [1], "pad_token_id": 0}),
+        r"^MllamaForCausalLM: 1 of 2 layers attend .*; the others are recurrent, skipped, or use an attention of their",
+    ),
     "no positions (Mamba)": (
         lambda: tr.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
         r"^MambaForCausalLM takes no position_ids",
@@ -165,6 +198,16 @@ def test_refuses_a_bidirectional_overlay() -> None:
             module.is_causal = True
     with pytest.raises(UnsupportedModelError, match=r"layer 0: its causal mask is overlaid \(or_mask_function\)"):
         discover(model)
+
+
+def test_refuses_what_onnx_has_no_word_for(nothing_left: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    families.save(families.small(), tmp_path / "model")
+    plain = tr.models.llama.modeling_llama.LlamaMLP.forward
+    monkeypatch.setattr(
+        tr.models.llama.modeling_llama.LlamaMLP, "forward", lambda self, x: torch.special.erfinv(plain(self, x))
+    )
+    with pytest.raises(UnsupportedModelError, match=r"^LlamaForCausalLM cannot be written as ONNX: .*erf_?inv[^\n]*$"):
+        less_export.export(str(tmp_path / "model"), nothing_left / "bundle", budget="8", validate=False)
 
 
 def test_refuses_a_window_that_mask_and_attention_do_not_share() -> None:

@@ -50,19 +50,31 @@ def test_is_the_hugging_face_model_until_it_evicts(family: str, tmp_path: Path) 
 Without = Callable[[PreTrainedModel], PreTrainedModel]
 
 
-def configured(**changes: Any) -> Without:
-    """The same weights under a changed configuration; tensors that it has no place for are left out."""
+def rebuilt(model: PreTrainedModel, changes: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """The weights in a model of a changed configuration, and the names of its tensors that stay random."""
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    other = type(model)(config).eval()
+    missing, _ = other.load_state_dict(model.state_dict(), strict=False)
+    return other, list(missing)
 
-    def rebuilt(model: PreTrainedModel) -> PreTrainedModel:
-        config = copy.deepcopy(model.config)
-        for name, value in changes.items():
-            setattr(config, name, value)
-        other = type(model)(config).eval()
-        missing, _ = other.load_state_dict(model.state_dict(), strict=False)
+
+def configured(**changes: Any) -> Without:
+    """The same weights under a changed configuration."""
+
+    def changed(model: PreTrainedModel) -> PreTrainedModel:
+        other, missing = rebuilt(model, changes)
         assert not missing
         return other
 
-    return rebuilt
+    return changed
+
+
+def with_its_own_keys_and_values(model: PreTrainedModel) -> PreTrainedModel:
+    other, missing = rebuilt(model, {"num_kv_shared_layers": 0})
+    assert {n.split(".")[-2] for n in missing} == {"k_proj", "v_proj", "k_norm"}
+    return other
 
 
 def without_qk_norm(model: PreTrainedModel) -> PreTrainedModel:
@@ -74,7 +86,7 @@ def without_qk_norm(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_a_head_of_its_own(model: PreTrainedModel) -> PreTrainedModel:
-    other = configured(tie_word_embeddings=False)(model)
+    other, _ = rebuilt(model, {"tie_word_embeddings": False})
     nn.init.normal_(other.lm_head.weight)
     return other
 
@@ -110,6 +122,7 @@ WITHOUT: dict[str, tuple[str, Without]] = {
     "alternating sliding layers (Gemma 2)": ("gemma2", configured(sliding_window=_MANY)),
     "alternating sliding layers (Gemma 3)": ("gemma3", configured(sliding_window=_MANY)),
     "alternating sliding layers (Cohere 2)": ("cohere2", configured(sliding_window=_MANY)),
+    "keys and values of another layer (Gemma 4)": ("gemma4", with_its_own_keys_and_values),
     "experts (Mixtral)": ("mixtral", configured(num_experts_per_tok=1)),
     "experts (Qwen3)": ("qwen3_moe", configured(num_experts_per_tok=1)),
     "experts (OLMoE)": ("olmoe", configured(num_experts_per_tok=1)),

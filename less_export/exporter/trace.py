@@ -31,6 +31,7 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
     Raises:
         UnsupportedModelError: the model cannot be traced, or nodes and layers do not match.
     """
+    name = type(decoder.model).__name__
     batch = torch.export.Dim(BATCH, min=1, max=4096)
     chunk = torch.export.Dim(CHUNK, min=1, max=1 << 20)
     state = fresh_state(contract, _BATCH)
@@ -52,22 +53,28 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
             program = torch.export.export(decoder, example, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            name = type(decoder.model).__name__
             raise UnsupportedModelError(f"{name} cannot be traced with dynamic batch and chunk: {reason}") from error
-        result = torch.onnx.export(
-            program,
-            dynamo=True,
-            custom_translation_table=onnx_op.translation_table(),
-            input_names=[s.name for s in contract.inputs()],
-            output_names=[s.name for s in contract.outputs()],
-            opset_version=onnx_op.OPSET,
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            result = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=onnx_op.translation_table(),
+                input_names=[s.name for s in contract.inputs()],
+                output_names=[s.name for s in contract.outputs()],
+                opset_version=onnx_op.OPSET,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            reason = str(cause).strip().splitlines()[0]
+            raise UnsupportedModelError(f"{name} cannot be written as ONNX: {reason}") from error
         assert result is not None
-        for name in unbound:
-            if name in result.model.graph.initializers:
-                result.model.graph.initializers[name].const_value = None
+        for initializer in unbound:
+            if initializer in result.model.graph.initializers:
+                result.model.graph.initializers[initializer].const_value = None
         model = _optimise(result.model)
     _tidy(model)
     found = len(onnx_op.less_nodes(model))
