@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+import transformers as tr
 from torch import Tensor
 
 import less_export
@@ -18,7 +19,7 @@ from less_export.config import ExportConfig, plan_layers
 from less_export.contract import Contract, Policy
 from less_export.errors import ValidationError
 from less_export.exporter import onnx_op, weights, wrapper
-from less_export.exporter.check import self_check
+from less_export.exporter.check import self_check, twin_config
 from less_export.policies import POLICIES
 from less_export.surgery import discover
 
@@ -49,6 +50,29 @@ def test_passes_what_is_right(family: families.Make, policy: str, rank: int, com
     error = self_check(config, Contract(plan_layers(layers, options, 64, ranks), 97, "float32", 16, 2), tmp_path)
     assert 0 < error < 1e-5
     assert config.to_json_string(use_diff=False) == before
+
+
+def test_the_twin_has_two_layers_of_each_kind() -> None:
+    size = {**families.ONE, "vocab_size": 97, "num_hidden_layers": 12, "head_dim": 16}
+    sliding, full = "sliding_attention", "full_attention"
+    for config, kept in (
+        (tr.Qwen3Config(**size), [0, 1]),
+        (tr.SmolLM3Config(**size, no_rope_layers=[1, 1, 1, 0] * 3), [0, 1, 3, 7]),
+        (tr.Gemma3TextConfig(**size, layer_types=[*[sliding] * 5, full] * 2), [0, 1, 5, 11]),
+        (
+            tr.Gemma4TextConfig(**size, layer_types=[sliding, full] * 6, num_kv_shared_layers=5),
+            [*range(4), *range(7, 11)],
+        ),
+    ):
+        layers = discover(weights.bare_model(config, torch.float32))
+        contract = Contract(plan_layers(layers, ExportConfig(budget="8"), 64, {}), 97, "float32", 16, 2)
+        twin, found = twin_config(config, contract)
+        assert found == kept
+        assert [x.window > 0 for x in discover(weights.bare_model(twin, torch.float32))] == [
+            layers[i].window > 0 for i in kept
+        ]
+        assert getattr(twin, "no_rope_layers", [1, 1, 0, 0]) == [1, 1, 0, 0]
+        assert getattr(twin, "num_kv_shared_layers", 4) == 4
 
 
 def test_a_checked_export_holds_nothing_of_the_check(tmp_path: Path, nothing_left: Path) -> None:

@@ -47,7 +47,7 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
         raise UsageError(
             "checking the export needs ONNX Runtime: pip install 'less-export[cpu]', or --no-validate"
         ) from None
-    config, kept = _twin_config(hf_config, contract)
+    config, kept = twin_config(hf_config, contract)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     twin, kernels = _twin_contract(model, contract, kept)
@@ -93,24 +93,26 @@ def twin_budget(twin: Contract) -> int:
     return min((s.capacity for s in twin.layers if s.policy is not Policy.WINDOW), default=sum(_STEPS))
 
 
-def _twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
+def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
     """A config with two layers of each kind, and which layers of the model they are."""
     config = copy.deepcopy(hf_config)
     text = config.get_text_config()
     kinds: dict[Any, list[int]] = {}
-    for index, layer in enumerate(contract.layers):
-        kinds.setdefault((bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb), []).append(index)
+    for index, (layer, said) in enumerate(zip(contract.layers, weights.layer_kinds(text), strict=True)):
+        kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, said
+        kinds.setdefault(kind, []).append(index)
     kept = sorted(i for indices in kinds.values() for i in indices[:2])
     weights.keep_layers(text, kept)
     text.vocab_size = _VOCAB
+    if hasattr(text, "vocab_size_per_layer_input"):
+        text.vocab_size_per_layer_input = _VOCAB
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
     if getattr(text, "sliding_window", None):
         text.sliding_window = _WINDOW
     if hasattr(text, "initializer_range"):  # activations keep their size, so that attention matters
         text.initializer_range = text.hidden_size**-0.5
-    for name in ("_attn_implementation_internal",):
-        setattr(config, name, "eager")
+    config._attn_implementation_internal = "eager"
     return config, kept
 
 
