@@ -30,4 +30,8 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--budget", metavar="N|P%", help="slots per layer and KV head (default: recipe's, or 5%%)")
     group.add_argument("--context", type=int, metavar="N", help="tokens that a percentage refers to")
-    group.add_argument("--compress-sliding", action="store_true", help="give sliding layers the policy too")
+    group.add_argument(
+        "--compress-sliding",
+        action=argparse.BooleanOptionalAction,
+        help="give sliding layers the policy too (default: recipe's, or not)",
+    )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import recipes
 from .arguments import Parser as _Parser
 from .arguments import common as _common
 from .config import DEFAULT_BUDGET, TARGETS, ExportConfig
@@ -146,7 +147,11 @@ def _export_parser() -> argparse.ArgumentParser:
         "--heavy", type=int, metavar="N", help="slots for heavy hitters or sinks (default: by the policy)"
     )
     cache.add_argument("--recent", type=int, metavar="N", help="slots for the newest tokens (default: by the policy)")
-    cache.add_argument("--compress-sliding", action="store_true", help="give sliding layers the policy too")
+    cache.add_argument(
+        "--compress-sliding",
+        action=argparse.BooleanOptionalAction,
+        help="give sliding layers the policy too (default: recipe's, or not)",
+    )
     cache.add_argument("--kernels", type=Path, metavar="FILE", help="trained phi/psi kernels (.safetensors)")
     cache.add_argument("--rank", type=int, metavar="R", help="refuse kernels of another rank")
     graph = parser.add_argument_group("graph")
@@ -161,6 +166,12 @@ def _export_parser() -> argparse.ArgumentParser:
         "--logits", choices=("last", "all"), default="last", help="of the last token, or of all (evaluation)"
     )
     graph.add_argument("--num-hidden-layers", type=int, metavar="N", help="keep only the first N layers, for trials")
+    graph.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="make the weights up: a checkpoint of the model's true shape is written beside PATH and kept",
+    )
+    graph.add_argument("--seed", type=int, metavar="N", help="of --random-weights (default: 0)")
     graph.add_argument("--gpu-arch", metavar="SM", help="GPU architectures of the engine, e.g. sm_89 (TensorRT-RTX)")
     graph.add_argument("--no-plugin", action="store_true", help="engine of standard operators, without the plugin")
     graph.add_argument("--no-validate", action="store_true", help="skip the check against Hugging Face")
@@ -176,6 +187,7 @@ def _export(arguments: list[str]) -> int:
     options["plugin"] = not options.pop("no_plugin")
     options.pop("verbose")
     config = ExportConfig(**options)
+    recipes.refuse_unknown(model)
     from .exporter.build import export
 
     with _status() as progress:
@@ -339,12 +351,20 @@ def _info(arguments: list[str]) -> int:
 
 
 def _recipes(arguments: list[str]) -> int:
-    parser = _Parser("less-export recipes", description="List the named models.")
+    parser = _Parser(
+        "less-export recipes",
+        description="List the named models, with the bytes that one sequence takes in a 16-bit cache.",
+    )
+    parser.add_argument("--json", action="store_true", help="everything about them as JSON")
     _common(parser)
-    parser.parse_args(arguments)
-    from . import recipes, reporting
+    args = parser.parse_args(arguments)
+    from . import reporting
 
-    reporting.print_recipes([r for r in map(recipes.load, recipes.names()) if r is not None])
+    found = recipes.all_recipes()
+    if args.json:
+        print(json.dumps([reporting.recipe_figures(r) for r in found], indent=1))
+    else:
+        reporting.print_recipes(found)
     return 0
 
 

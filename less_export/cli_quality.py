@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import reporting
+from . import recipes, reporting
 from .arguments import Parser, cache_options, common
 from .errors import UsageError
 
@@ -52,6 +52,7 @@ def train(arguments: list[str]) -> int:
     options = vars(parser.parse_args(arguments))
     model, out, texts = (options.pop(n) for n in ("model", "out", "data"))
     options.pop("verbose")
+    recipes.refuse_unknown(model)
 
     from .progress import Bars
     from .training import job
@@ -149,6 +150,7 @@ def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 
 def _perplexity(args: argparse.Namespace) -> int:
+    recipes.refuse_unknown(args.target)
     from .config import ExportConfig
     from .evaluation import run
     from .evaluation.subject import open_subject
@@ -206,6 +208,7 @@ def import_kernels(arguments: list[str]) -> int:
     parser.add_argument("--model", required=True, metavar="MODEL", help="the model they were trained for")
     common(parser)
     args = parser.parse_args(arguments)
+    recipes.refuse_unknown(args.model)
     from .training.authors import import_folder
 
     layers = import_folder(args.folder, args.model, args.out)

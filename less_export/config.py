@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from .contract import COMPUTE_DTYPES, LayerSpec, Policy
 from .errors import UsageError
@@ -23,19 +23,15 @@ DEFAULT_BUDGET = "5%"
 DEFAULT_CHUNK = 256
 
 
-class Layer(Protocol):
-    """What :func:`plan_layers` needs to know of an attention layer (see ``surgery.AttentionLayer``)."""
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What a decoder's layer asks of attention. ``window`` is 0 where the layer does not slide."""
 
-    @property
-    def query_heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def scale(self) -> float: ...
-    @property
-    def window(self) -> int: ...
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class ExportConfig:
     context: tokens; what percentages refer to, and the capacity of policy ``full``.
     heavy, recent: how the budget is split, in tokens. dtype: compute dtype, over the target's own choice.
     rank: must match the kernels when both are given. chunk: most tokens per step. max_batch: most rows.
-    plugin: engines run LESS in the plugin, not in standard operators.
+    plugin: engines run LESS in the plugin, not in standard operators. random_weights: make the weights up,
+    from ``seed`` (0 unless given).
     """
 
     target: Target | None = None
@@ -64,8 +61,10 @@ class ExportConfig:
     logits: Literal["last", "all"] = "last"
     gpu_arch: str | None = None
     plugin: bool = True
-    compress_sliding: bool = False
+    compress_sliding: bool | None = None
     validate: bool = True
+    random_weights: bool = False
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.target is not None and self.target not in TARGETS:
@@ -80,10 +79,14 @@ class ExportConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.heavy is not None and self.heavy < 0:
             raise UsageError(f"--heavy must be at least 0, not {self.heavy}")
+        if self.seed is not None and not self.random_weights:
+            raise UsageError("--seed is for --random-weights: add it, or drop --seed")
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"--seed must be at least 0, not {self.seed}")
 
     def with_defaults(self, recipe: dict[str, Any]) -> ExportConfig:
         """The same options, those that are unset and that nothing else settles taken from ``recipe``."""
-        given = {n for n in ("policy", "budget", "context", "chunk") if getattr(self, n) is not None}
+        given = {n for n in recipe if getattr(self, n) is not None}
         policy = self.policy or recipe.get("policy")
         whole = self.heavy is not None and (self.recent is not None or policy == Policy.TOVA.label)
         if policy == Policy.FULL.label or whole:
@@ -137,7 +140,7 @@ def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
 
 
 def plan_layers(
-    layers: Sequence[Layer], config: ExportConfig, context: int, ranks: dict[int, int]
+    layers: Sequence[AttentionLayer], config: ExportConfig, context: int, ranks: dict[int, int]
 ) -> tuple[LayerSpec, ...]:
     """What every layer's cache will be.
 

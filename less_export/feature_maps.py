@@ -22,20 +22,12 @@ from torch import Tensor, nn
 
 from .errors import KernelError
 from .files import write_atomically
+from .kernel_shapes import Heads, exp_shapes
 
 FORMAT_VERSION = 1
 _HEADER = "less_kernels"
 #: Dtypes of stored parameters, which the graphs can point at.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Heads:
-    """The facts of an attention layer that its kernels must match."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
 
 
 class FeatureMap(nn.Module, abc.ABC):
@@ -70,13 +62,7 @@ class ExpMap(FeatureMap):
 
     @staticmethod
     def shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for side, n in (("q", heads.query_heads), ("k", heads.kv_heads)):
-            shapes[f"{side}_in"] = (n, heads.head_dim, hidden)
-            shapes[f"{side}_out"] = (n, hidden, rank)
-            shapes[f"{side}_skip"] = (n, heads.head_dim, rank)
-            shapes[f"{side}_bias"] = (n, 1, rank)
-        return shapes
+        return exp_shapes(heads, rank, hidden)
 
     def _features(self, side: str, x: Tensor) -> Tensor:
         def weight(name: str) -> Tensor:

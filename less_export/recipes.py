@@ -1,17 +1,27 @@
-"""Named models: a recipe is a TOML file under ``models/`` with a source and the options that suit it."""
+"""Named models: a recipe is a TOML file under ``models/`` with a source, its architecture and suitable options."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.resources
+import re
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from .config import ExportConfig, budget_tokens
-from .errors import UsageError
+from .config import AttentionLayer, ExportConfig, plan_layers
+from .contract import Contract
+from .errors import ModelError, UsageError
+from .kernel_shapes import Heads, kernel_bytes
 
-_OPTIONS = ("policy", "budget", "context", "chunk")
+_OPTIONS = ("policy", "budget", "context", "chunk", "compress_sliding")
+_HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
+#: Facts that every decoder has, all positive whole numbers.
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+#: Keys of older config.json that transformers turns into others, and what it makes of them.
+REWRITTEN = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
+_DERIVED = ("rope_parameters", "layer_types", "no_rope_layers")
 
 
 @dataclass(frozen=True)
@@ -19,8 +29,9 @@ class Recipe:
     """One file under ``models/``.
 
     hub: Hugging Face id. gguf_package: Python package that ships the model as GGUF, tried first.
-    policy, budget, context, chunk: defaults of :class:`~less_export.config.ExportConfig`. rank and hidden
-    are what kernels for this model are trained with, dtype is what TensorRT computes in.
+    policy, budget, context, chunk, compress_sliding: defaults of :class:`~less_export.config.ExportConfig`.
+    rank and hidden are what kernels for this model are trained with, dtype is what TensorRT computes in.
+    architecture: keys of the (text) config.json that fix shapes and arithmetic.
     """
 
     name: str
@@ -32,17 +43,67 @@ class Recipe:
     hidden: int
     chunk: int
     dtype: str
+    architecture: dict[str, Any] = field(hash=False)
+    compress_sliding: bool | None = None
     gguf_package: str | None = None
 
     def __post_init__(self) -> None:
         ExportConfig(**self.options(), rank=self.rank, dtype=self.dtype)
-        budget_tokens(self.budget, self.context)
-        if self.hidden < 1 or "/" not in self.hub:
-            raise UsageError(f"recipe {self.name}: hidden must be positive and hub an id like org/name")
+        if self.hidden < 1 or not _HUB_ID.match(self.hub):
+            raise UsageError("hidden must be positive and hub an id like org/name")
+        for key in _SIZES:
+            value = self.architecture.get(key)
+            if type(value) is not int or value < 1:
+                raise UsageError(f"architecture.{key} must be a positive whole number, not {value}")
+        if not isinstance(self.architecture.get("model_type"), str):
+            raise UsageError("architecture.model_type must name a model type of transformers")
+        self.contract()
 
     def options(self) -> dict[str, Any]:
         """Defaults for :meth:`ExportConfig.with_defaults`."""
         return {name: getattr(self, name) for name in _OPTIONS}
+
+    def layers(self) -> tuple[AttentionLayer, ...]:
+        """The attention layers that ``surgery.discover`` finds in such a model."""
+        facts = self.architecture
+        heads = facts["num_attention_heads"]
+        kv_heads = 1 if facts.get("multi_query") else facts.get("num_key_value_heads", heads)
+        head_dim = facts.get("head_dim", facts["hidden_size"] // heads)
+        scale = facts.get("attention_multiplier", facts.get("query_pre_attn_scalar", head_dim) ** -0.5)
+        window, full_every = facts.get("sliding_window", 0), facts.get("sliding_window_pattern", 0)
+        windows = [
+            0 if full_every and i % full_every == 0 else window for i in range(1, facts["num_hidden_layers"] + 1)
+        ]
+        return tuple(AttentionLayer(heads, kv_heads, head_dim, scale, w) for w in windows)
+
+    def contract(self) -> Contract:
+        """The contract of an export with this recipe's options and trained kernels, in its dtype."""
+        layers = self.layers()
+        config = ExportConfig().with_defaults(self.options())
+        plan = plan_layers(layers, config, self.context, dict.fromkeys(range(len(layers)), self.rank))
+        return Contract(plan, self.architecture["vocab_size"], self.dtype, self.chunk, ExportConfig().max_batch)
+
+    def kernel_bytes(self) -> int:
+        """Bytes of the trained kernels' weights, once for all sequences."""
+        absorbing = [Heads(s.query_heads, s.kv_heads, s.head_dim) for s in self.contract().layers if s.absorb]
+        return sum(kernel_bytes(heads, self.rank, self.hidden) for heads in absorbing)
+
+    def facts(self) -> dict[str, Any]:
+        """The architecture as arguments of a transformers config: a ``sliding_window`` of 0 is None there."""
+        facts = dict(self.architecture)
+        if facts.get("sliding_window") == 0:
+            facts["sliding_window"] = None
+        return facts
+
+    def compare(self, described: Any, found: Any) -> None:
+        """Raise :class:`ModelError` where two configs differ: made of this recipe, read from a checkpoint."""
+        for key in (*self.architecture, *_DERIVED):
+            want, got = getattr(described, key, None), getattr(found, key, None)
+            if key not in REWRITTEN and want != got:
+                raise ModelError(
+                    f"{self.hub} is not the model of recipe {self.name}: its config.json says {key} = {got}, the "
+                    f"recipe {want}; give {self.hub} as MODEL to export it without the recipe"
+                )
 
 
 def _files() -> dict[str, Any]:
@@ -63,16 +124,29 @@ def load(name: str) -> Recipe | None:
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
         return Recipe(name=name, **data)
-    except (ValueError, TypeError, UsageError) as error:
+    except (ValueError, TypeError, AttributeError, UsageError) as error:
         known = ", ".join(f.name for f in fields(Recipe) if f.name != "name")
         raise UsageError(f"recipe {name}.toml is not valid ({error}); its keys are {known}") from error
 
 
-def unknown(name: str) -> UsageError:
-    """The error for a MODEL that is no recipe, folder, GGUF file or hub id."""
-    close = difflib.get_close_matches(name, names(), n=1, cutoff=0.5)
+def all_recipes() -> list[Recipe]:
+    """Every recipe, by name."""
+    return [r for r in map(load, names()) if r is not None]
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a MODEL that is no file can be an id like org/name."""
+    return bool(_HUB_ID.match(model))
+
+
+def refuse_unknown(model: str) -> None:
+    """Raise :class:`UsageError` for a MODEL that is no recipe, file, folder or hub id; needs no torch."""
+    path = Path(model).expanduser()
+    if model in _files() or path.exists() or path.suffix == ".gguf" or is_hub_id(model):
+        return
+    close = difflib.get_close_matches(model, names(), n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    return UsageError(
-        f"unknown model '{name}': {hint}MODEL is a recipe ({', '.join(names())}), "
+    raise UsageError(
+        f"unknown model '{model}': {hint}MODEL is a recipe ({', '.join(names())}), "
         "a hub id like org/name, a checkpoint folder or a .gguf file"
     )

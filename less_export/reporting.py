@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -137,13 +138,31 @@ def figures(report: Report) -> dict[str, Any]:
     }
 
 
+#: Lengths at which a recipe's full cache is shown.
+RECIPE_LENGTHS = (4096, 32768)
+
+
+def recipe_figures(recipe: Recipe) -> dict[str, Any]:
+    """A recipe and what one sequence of it takes, as JSON values."""
+    contract = recipe.contract()
+    figures = {
+        "state_bytes": contract.state_bytes(),
+        "full_cache_bytes": {str(n): contract.full_cache_bytes(n) for n in RECIPE_LENGTHS},
+        "kernel_bytes": recipe.kernel_bytes(),
+    }
+    return {**asdict(recipe), "memory": figures}
+
+
 def print_recipes(found: Sequence[Recipe]) -> None:
-    """The named models and what they choose."""
-    made = table("recipes", "name", "source", "policy", "budget", "context", "rank", "chunk", "dtype")
+    """The named models, what they choose and what one sequence of them takes."""
+    lengths = [f"full at {n // 1024}k" for n in RECIPE_LENGTHS]
+    made = table("recipes", "name", "source", "cache", "LESS, any length", *lengths, "kernels")
     for r in found:
-        numbers = (r.budget, r.context, r.rank, r.chunk, r.dtype)
-        made.add_row(r.name, r.hub, r.policy, *(str(x) for x in numbers))
+        memory = recipe_figures(r)["memory"]
+        figures = (memory["state_bytes"], *memory["full_cache_bytes"].values(), memory["kernel_bytes"])
+        made.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *map(size, figures))
     show(made)
+    print("LESS and full cache: bytes of one sequence. Kernels: the low-rank term's weights, once for all sequences.")
 
 
 def story() -> str:

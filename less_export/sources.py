@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,34 +11,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from . import recipes
 from .errors import ModelError
 
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-#: What a snapshot needs: weights, configuration, tokenizer.
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+#: What a snapshot needs to be understood: configuration, tokenizer; and then its weights.
+_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+_WEIGHT_FILES = ["*.safetensors"]
+#: How the decoder's weights are called in checkpoints that also see or hear, and in the decoder alone.
+TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on disk. ``gguf`` is the file, for GGUF; ``folder`` holds config and tokenizer otherwise."""
+    """A model on disk. ``gguf`` is the file, for GGUF; ``folder`` holds config and tokenizer otherwise.
+
+    Of a hub id (``hub``) only the small files are there until :meth:`fetch`.
+    """
 
     name: str
     folder: Path
     gguf: Path | None = None
     recipe: recipes.Recipe | None = None
+    hub: str | None = None
+
+    def fetch(self) -> None:
+        """Download the weights of a hub id; raises :class:`ModelError`."""
+        if self.hub is not None:
+            _download(self.hub, [*_SMALL_FILES, *_WEIGHT_FILES])
 
     def _arguments(self) -> dict[str, Any]:
         # Code that a checkpoint brings along is neither run nor asked about.
         return {"trust_remote_code": False, **({"gguf_file": self.gguf.name} if self.gguf else {})}
 
     def config(self) -> Any:
-        """The Hugging Face configuration; raises :class:`ModelError`."""
+        """The decoder's Hugging Face configuration, of the text part where there are others.
+
+        Raises:
+            ModelError: unreadable.
+        """
         with _explained(self, "configuration"):
-            return AutoConfig.from_pretrained(self.folder, **self._arguments())
+            return _text_part(AutoConfig.from_pretrained(self.folder, **self._arguments()))
 
     def load(self, dtype: torch.dtype | str, config: Any = None) -> PreTrainedModel:
         """The model with its weights in memory (GGUF is dequantised).
@@ -47,7 +61,10 @@ class ModelSource:
         Raises:
             ModelError: unreadable, or weights are missing (transformers would make them up).
         """
-        extra = {} if config is None else {"config": config}
+        self.fetch()
+        if config is None and self.gguf is None:
+            config = self.config()
+        extra = {} if config is None else {"config": config, "key_mapping": TEXT_PART}
         with _explained(self, "weights"):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder,
@@ -72,6 +89,17 @@ class ModelSource:
             return None
         with _explained(self, "tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+
+
+def _text_part(config: Any) -> Any:
+    """The config of the decoder inside a model that also sees or hears; others as they are."""
+    text = config.get_text_config()
+    if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return config
+    for name in ("dtype", "quantization_config"):
+        if getattr(text, name, None) is None and getattr(config, name, None) is not None:
+            setattr(text, name, getattr(config, name))
+    return text
 
 
 @contextlib.contextmanager
@@ -124,12 +152,15 @@ def resolve(model: str) -> ModelSource:
     Raises:
         UsageError: nothing of that name. ModelError: found, but cannot be read or downloaded.
     """
+    recipes.refuse_unknown(model)
     recipe = recipes.load(model)
     if recipe is not None:
         package = _gguf_of(recipe)
         if package is not None:
             return ModelSource(model, package.parent, package, recipe)
-        return ModelSource(model, _download(recipe.hub), None, recipe)
+        found = ModelSource(model, _download(recipe.hub, _SMALL_FILES), None, recipe, recipe.hub)
+        recipe.compare(described(recipe), found.config())
+        return found
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -148,9 +179,18 @@ def resolve(model: str) -> ModelSource:
         return ModelSource(path.resolve().name, path)
     if path.exists():
         raise ModelError(f"{path} is a file, not a checkpoint folder; only .gguf files are read by themselves")
-    if _HUB_ID.match(model) and not model.startswith("."):
-        return ModelSource(model, _download(model))
-    raise recipes.unknown(model)
+    return ModelSource(model, _download(model, _SMALL_FILES), hub=model)
+
+
+def described(recipe: recipes.Recipe) -> Any:
+    """The Hugging Face configuration that a recipe's facts make."""
+    try:
+        config = AutoConfig.for_model(**recipe.facts())
+    except Exception as error:  # whatever a config class makes of values it does not expect
+        reason = textwrap.shorten(str(error), 160) or type(error).__name__
+        raise ModelError(f"recipe {recipe.name} describes no model of transformers: {reason}") from error
+    config.dtype = getattr(torch, recipe.dtype)
+    return config
 
 
 def _gguf_of(recipe: recipes.Recipe) -> Path | None:
@@ -167,28 +207,29 @@ def _gguf_of(recipe: recipes.Recipe) -> Path | None:
         raise ModelError(f"package {recipe.gguf_package} is damaged ({error}): reinstall it") from error
 
 
-def _download(hub_id: str) -> Path:
-    """Snapshot folder of a hub id, from the cache or the hub."""
+def _download(hub_id: str, patterns: list[str]) -> Path:
+    """Snapshot folder of a hub id with the files that match, from the cache or the hub."""
     from huggingface_hub import errors, snapshot_download
 
+    instead = "or give a local checkpoint folder as MODEL"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except errors.GatedRepoError:
         raise ModelError(
-            f"{hub_id} is gated: accept its licence on the hub and run `hf auth login`, or give a local folder as MODEL"
+            f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id} and run `hf auth login`, "
+            f"{instead} (to try without: --random-weights)"
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
-            f"{hub_id} is not on the hub, or private: check the id, run `hf auth login`, or give a local folder"
+            f"{hub_id} is not on the hub, or private: check the id, run `hf auth login`, {instead}"
         ) from None
     except errors.LocalEntryNotFoundError:
         raise ModelError(
-            f"the weights of {hub_id} are not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): "
-            "check the network, or give a local checkpoint folder as MODEL"
+            f"{hub_id} is not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): "
+            f"check the network, {instead}"
         ) from None
     except Exception as error:  # what the hub, the network and the disk raise shares no base class
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
         raise ModelError(
-            f"the weights of {hub_id} cannot be downloaded ({reason}): check the network and the disk, "
-            "or give a local checkpoint folder as MODEL"
+            f"{hub_id} cannot be downloaded ({reason}): check the network and the disk, {instead}"
         ) from error

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .config import AttentionLayer
 from .errors import UnsupportedModelError
 
 #: ``handler(call) -> [B,Hq,T,D]``
@@ -198,17 +199,6 @@ def _experts_in_one_matmul(model: PreTrainedModel) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------ discovery
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """What a decoder's layer asks of attention. ``window`` is 0 where the layer does not slide."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int
 
 
 class _Mask:

@@ -15,8 +15,11 @@ from typing import Any
 import gpu_tables
 import quality_tables
 
+from less_export import reporting
+from less_export.recipes import all_recipes
+
 ROOT = Path(__file__).parent.parent
-READMES = (ROOT / "README.md", ROOT / "plugins_trt" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "plugins_trt" / "README.md", ROOT / "models" / "README.md")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -92,6 +95,18 @@ def decode_cost() -> str:
     return table(header, rows) + f"\n\n({what}; {where(data)})"
 
 
+def recipes() -> str:
+    """Memory of the recipes, computed from their facts."""
+    rows = []
+    for r in all_recipes():
+        memory = reporting.recipe_figures(r)["memory"]
+        state, full = memory["state_bytes"], memory["full_cache_bytes"].values()
+        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x)" for n in full)]
+        rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, reporting.size(memory["kernel_bytes"])])
+    lengths = [f"full cache at {n:,}" for n in reporting.RECIPE_LENGTHS]
+    return table(["recipe", "hub", "cache", "LESS, any length", *lengths, "kernels"], rows)
+
+
 def quality(part: str) -> str:
     """One of the tables of the quality benchmark."""
     found = quality_tables.Quality(results("quality"))
@@ -106,7 +121,7 @@ def gpu(part: str) -> str:
 
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
-    makers = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
+    makers = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost, "recipes": recipes}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}
 

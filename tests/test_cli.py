@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def test_the_line_users_know_end_to_end(
         return engine.PlanInfo("tensorrt", "10.3", None, 1, 0.0, 9, 1, PluginFacts.of(library, inside=False))
 
     monkeypatch.setattr(recipes.Recipe, "gguf_package", None)
-    monkeypatch.setattr("less_export.sources._download", lambda hub: source)
+    monkeypatch.setattr(recipes.Recipe, "compare", lambda *_: None)
+    monkeypatch.setattr("less_export.sources._download", lambda hub, patterns: source)
     monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", dataclasses, "10.3"))
     monkeypatch.setattr(engine, "build_plan", build_plan)
     monkeypatch.setattr(plugin, "library", lambda archs, progress: plugin_library)
@@ -89,12 +91,13 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
     kebab += ["--context", "99", "--heavy", "1", "--recent", "6", "--compress-sliding", "--kernels", "k_1.st"]
     kebab += ["--rank", "3", "--dtype", "bfloat16", "--max-batch", "5", "--chunk=17", "--logits", "all"]
     kebab += ["--num-hidden-layers=2", "--gpu-arch", "sm_89", "--no-plugin", "--no-validate"]
+    kebab += ["--random-weights", "--seed", "7"]
     snake = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") else w for w in kebab]
     assert snake != kebab
     want = ExportConfig(
         target="both", policy="sink", budget="7%", context=99, heavy=1, recent=6, compress_sliding=True, rank=3,
         kernels=Path("k_1.st"), dtype="bfloat16", max_batch=5, chunk=17, logits="all", num_hidden_layers=2,
-        gpu_arch="sm_89", plugin=False, validate=False,
+        gpu_arch="sm_89", plugin=False, validate=False, random_weights=True, seed=7,
     )  # fmt: skip
     assert run(*kebab).code == run(*snake).code == 0
     assert asked == [("org/a_b", "o_u-t", want, True)] * 2
@@ -113,6 +116,9 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
         (["m", "--out", "x", "--chunk", "many"], "--chunk: invalid int value: 'many'"),
         (["m", "--out", "x", "--chunk", "0"], "--chunk must be at least 1"),
         (["m", "--out", "x", "--budget", "-5%"], "--budget"),
+        (["m", "--out", "x", "--seed", "1"], "--seed is for --random-weights"),
+        (["m", "--out", "x", "--random-weights", "--seed", "-1"], "--seed must be at least 0"),
+        (["lama2-7b", "--out", "x"], "unknown model 'lama2-7b': did you mean llama2-7b?"),
         (["generate", "b"], "one of the arguments --prompt --prompt-file --chat is required"),
         (["generate", "b", "--prompt", "x", "--chat", "y"], "not allowed with"),
         (["generate", "--prompt", "x"], "required: BUNDLE"),
@@ -164,9 +170,10 @@ def _answer(code: int) -> httpx2.Response:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (hub_errors.GatedRepoError("no", response=_answer(403)), "is gated: accept its licence"),
+        (hub_errors.GatedRepoError("no", response=_answer(403)), "is gated: accept its licence at https://"),
+        (hub_errors.GatedRepoError("no", response=_answer(401)), "run `hf auth login`"),
         (hub_errors.RepositoryNotFoundError("no", response=_answer(404)), "is not on the hub, or private"),
-        (hub_errors.LocalEntryNotFoundError("no\nno"), "are not in the cache, and the hub cannot be reached"),
+        (hub_errors.LocalEntryNotFoundError("no\nno"), "is not in the cache, and the hub cannot be reached"),
         (hub_errors.HfHubHTTPError("500\nOops", response=_answer(500)), "downloaded (HfHubHTTPError: 500 Oops)"),
         (hub_errors.HFValidationError("odd id"), "cannot be downloaded (HFValidationError: odd id)"),
         (httpx2.ReadTimeout("slow"), "cannot be downloaded (ReadTimeout: slow)"),
@@ -182,7 +189,8 @@ def test_weights_cannot_be_had(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for out in ("engine.plan", "bundle"):
-        refused(run("llama2-7b", "--out", tmp_path / out), "meta-llama/Llama-2-7b-hf", "local", says)
+        for model in ("llama2-7b", "meta-llama/Llama-2-7b-hf"):
+            refused(run(model, "--out", tmp_path / out), "meta-llama/Llama-2-7b-hf", "local", says)
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +198,7 @@ def test_offline_as_a_user_sees_it(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     words = [str(Path(sys.executable).with_name("less-export")), "llama2-7b", "--out", "b"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    refused(Result(done.returncode, done.stdout, done.stderr), "meta-llama/Llama-2-7b-hf are not in the cache")
+    refused(Result(done.returncode, done.stdout, done.stderr), "meta-llama/Llama-2-7b-hf is not in the cache")
     assert done.stdout == ""
     assert not (tmp_path / "b").exists()
 
@@ -201,9 +209,23 @@ def test_offline_as_a_user_sees_it(tmp_path: Path) -> None:
 def test_recipes(run: Run) -> None:
     result = run("recipes")
     assert (result.code, result.err) == (0, "")
-    for name in recipes.names():
-        assert name in result.out
-    assert "meta-llama/Llama-2-7b-hf" in result.out
+    for recipe in recipes.all_recipes():
+        row = next(line for line in result.out.splitlines() if line.split()[:1] == [recipe.name])
+        assert recipe.hub in row
+    shown = {x["name"]: x for x in json.loads(run("recipes", "--json").out)}
+    assert list(shown) == recipes.names()
+    assert shown["llama2-7b"]["memory"]["full_cache_bytes"] == {"4096": 2 << 30, "32768": 16 << 30}
+    assert shown["llama2-7b"]["architecture"]["hidden_size"] == 4096
+
+
+@pytest.mark.parametrize(
+    "words", [["recipes"], ["recipes", "--json"], ["lama2-7b", "--out", "x"], ["eval", "lama2-7b"]]
+)
+def test_words_that_need_no_torch(words: list[str]) -> None:
+    code = f"import sys; from less_export.cli import main; main({words}); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("lama2-7b" in words) == ("did you mean llama2-7b?" in done.stderr)
 
 
 def test_export_says_what_it_does(run: Run, source: Path, plain: Path, quick: None, tmp_path: Path) -> None:

@@ -196,12 +196,13 @@ def test_every_recipe_is_valid() -> None:
 
 
 def test_options_win_over_the_recipe() -> None:
-    recipe = {"policy": "h2o", "budget": "5%", "context": 1000, "chunk": 64}
+    recipe = {"policy": "h2o", "budget": "5%", "context": 1000, "chunk": 64, "compress_sliding": True}
 
     def settled(**options: Any) -> ExportConfig:
         return ExportConfig(**options).with_defaults(recipe)
 
     assert settled() == ExportConfig(**recipe)
+    assert settled(compress_sliding=False).compress_sliding is False
     assert settled(budget="10%", chunk=8) == ExportConfig(**recipe | {"budget": "10%", "chunk": 8})
     for options in (
         {"policy": "full"},
@@ -228,6 +229,11 @@ def test_options_win_over_the_recipe() -> None:
         (('policy = "h2o"', 'policy = "window"'), "not for choosing"),
         (('"google/gemma', '"gemma'), "hub an id like org/name"),
         (("hidden = 128", ""), "missing 1 required"),
+        (("hidden_size = 640", ""), "architecture.hidden_size must be a positive whole number, not None"),
+        (("num_hidden_layers = 18", "num_hidden_layers = 1.5"), "architecture.num_hidden_layers must be"),
+        (("num_attention_heads = 4", "num_attention_heads = true"), "architecture.num_attention_heads must be"),
+        (("num_key_value_heads = 1", "num_key_value_heads = 3"), "multiple of KV heads"),
+        (('model_type = "gemma3_text"', ""), "architecture.model_type must name"),
         (("=", "", 1), "Expected '='"),
     ],
 )

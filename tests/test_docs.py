@@ -14,7 +14,7 @@ from less_export import cli, recipes
 ROOT = Path(__file__).parent.parent
 
 
-def test_tables_of_the_readme_are_those_of_the_results() -> None:
+def test_tables_of_the_readmes_are_those_of_the_results() -> None:
     done = subprocess.run([sys.executable, ROOT / "scripts" / "tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

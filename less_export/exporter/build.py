@@ -28,6 +28,7 @@ from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
 from . import onnx_op, package, weights
 from .check import self_check
+from .random_checkpoint import random_source
 from .trace import trace
 from .wrapper import LessDecoder, torch_dtype
 
@@ -97,9 +98,9 @@ def export(
         engine.parse_gpu_arch(flavour, config.gpu_arch)
     elif config.gpu_arch is not None:
         raise UsageError("--gpu-arch is for engines: add --engine, or --out x.plan")
-    source = resolve(model)
-    config = config.with_defaults(source.recipe.options() if source.recipe else {})
     destination = layout.folder if layout.stem is None else layout.folder / str(layout.artifact)
+    source = random_source(model, config, destination, progress) if config.random_weights else resolve(model)
+    config = config.with_defaults(source.recipe.options() if source.recipe else {})
     try:
         with scratch_folder(destination) as scratch:
             job = _prepare(source, config, kinds, scratch, progress)
@@ -190,6 +191,9 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         progress("dequantising the GGUF weights")
         files = [_convert(source, hf_config, bare, None, _stored_dtype(job), scratch)]
     else:
+        if source.hub is not None:
+            progress(f"fetching the weights of {source.hub}")
+            source.fetch()
         files = weights.checkpoint_files(source.folder)
     tensors, missing = weights.locate(bare, files)
     if missing:

@@ -157,7 +157,7 @@ def _prepare(
         "model_sha256": _model_hash(source),
         "policy": cache.policy or plan[chosen[0]].policy.label,
         "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
-        "compress_sliding": cache.compress_sliding,
+        "compress_sliding": bool(cache.compress_sliding),
         "data": [s.facts() for s in sources],
         "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash()},
         "rank": config.rank,
@@ -176,6 +176,7 @@ def _prepare(
 
 def _model_hash(source: ModelSource) -> str:
     """Hash of the weights, over the hashes of their files."""
+    source.fetch()
     files = [source.gguf] if source.gguf else weights.checkpoint_files(source.folder)
     return hashlib.sha256("".join(sha256(f) for f in files if f).encode()).hexdigest()
 

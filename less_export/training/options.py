@@ -30,7 +30,7 @@ class TrainConfig:
     policy: str | None = None
     budget: str | None = None
     context: int | None = None
-    compress_sliding: bool = False
+    compress_sliding: bool | None = None
     rank: int | None = None
     hidden: int | None = None
     parametrisation: str = "exp"

@@ -1,0 +1,211 @@
+"""Checkpoints of true shape with made-up weights: sharded safetensors beside a config, as the hub has them.
+
+Nothing of the model is ever in memory but one shard. Normal numbers cost more time than a disk does, so one
+block of them is made, and every matrix reads it from another place on, around and around. The block's length is
+prime, so no two rows are equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .. import recipes
+from ..config import ExportConfig
+from ..errors import LessExportError, UnsupportedModelError, UsageError
+from ..files import publish, scratch_folder
+from ..sources import ModelSource, described, resolve
+from ..surgery import discover
+from . import weights
+
+_BLOCK = 16_777_213  # prime
+_SHARD = 10**9
+_INDEX = "model.safetensors.index.json"
+
+Progress = Callable[[str], None]
+
+
+def random_source(model: str, config: ExportConfig, beside: Path, progress: Progress) -> ModelSource:
+    """MODEL with random weights: a recipe, or anything with a config.json.
+
+    The checkpoint is a folder next to ``beside``, named after the model, and stays there: a second run with
+    the same model, layers and seed takes it as it is.
+
+    Raises:
+        LessExportError: no decoder that LESS can be put into, no room, or another checkpoint in its place.
+    """
+    recipe = recipes.load(model)
+    origin = None if recipe is not None else resolve(model)
+    if origin is not None and origin.gguf is not None:
+        raise UsageError(f"--random-weights makes safetensors: give a recipe or a folder with config.json, not {model}")
+    hf_config = described(recipe) if recipe is not None else origin.config()  # type: ignore[union-attr]
+    vars(hf_config).pop("quantization_config", None)
+    name = model if origin is None else origin.folder.resolve().name if origin.hub is None else model.split("/")[-1]
+    parts = [name, "random"]
+    if config.num_hidden_layers is not None:
+        _cut(hf_config.get_text_config(), config.num_hidden_layers)
+        parts.append(f"{config.num_hidden_layers}-layers")
+    if config.seed:
+        parts.append(f"seed-{config.seed}")
+    folder = beside.parent / "-".join(parts)
+    if folder == beside:
+        raise UsageError(f"--out {beside} is where the random checkpoint goes: choose another name")
+    size, made = write(hf_config, folder, config.seed or 0, progress, origin.tokenizer() if origin else None)
+    where = "written to" if made else "taken from"
+    warnings.warn(f"the weights are random, {size / 1e9:.2f} GB {where} {folder}", stacklevel=2)
+    return ModelSource(model, folder, None, recipe)
+
+
+def write(
+    hf_config: Any, folder: Path, seed: int = 0, progress: Progress = lambda _: None, tokenizer: Any = None
+) -> tuple[int, bool]:
+    """Write a random checkpoint of ``hf_config`` in its dtype, or find it written.
+
+    Args:
+        folder: where it goes, under a temporary name until it is whole.
+        tokenizer: of transformers, to be saved beside the weights.
+
+    Returns:
+        The weights' bytes, and whether they had to be written.
+    """
+    bare = _bare(hf_config)
+    tensors = dict(bare.named_parameters()) | _buffers(bare)
+    plan = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=_nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD,
+    )
+    total = sum(map(_nbytes, tensors.values()))
+    index = {"metadata": {"total_size": total, "seed": seed}, "weight_map": plan.tensor_to_filename}
+    with _no_room(folder), scratch_folder(folder) as scratch:
+        hf_config.architectures = [type(bare).__name__]
+        hf_config.save_pretrained(scratch)
+        GenerationConfig.from_model_config(hf_config).save_pretrained(scratch)
+        (scratch / _INDEX).write_text(json.dumps(index, indent=1))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        if folder.exists():
+            if _same(scratch, folder, [*plan.filename_to_tensors]):
+                return total, False
+            raise UsageError(f"{folder} is not the random checkpoint that this command makes: remove it")
+        free = shutil.disk_usage(scratch).free
+        if free < total:
+            raise LessExportError(
+                f"the random checkpoint takes {total / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free: "
+                "make room, choose another --out, or try fewer layers with --num-hidden-layers"
+            )
+        values = _Values(bare, seed)
+        for number, (file_name, names) in enumerate(plan.filename_to_tensors.items(), 1):
+            progress(f"writing random weights, {total / 1e9:.1f} GB: shard {number} of {len(plan.filename_to_tensors)}")
+            path = scratch / file_name
+            save_file({n: values.of(n, tensors[n]) for n in names}, path, {"format": "pt"})
+            path.chmod(0o644)  # safetensors makes files that only their owner may read
+        os.chmod(scratch, 0o755)
+        publish([(scratch, folder)])
+    return total, True
+
+
+@contextlib.contextmanager
+def _no_room(folder: Path) -> Iterator[None]:
+    """What the disk says against writing ``folder``, in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise LessExportError(f"cannot write {folder}: {reason}; nothing was left behind") from error
+
+
+def _bare(hf_config: Any) -> PreTrainedModel:
+    """The model without memory, in its dtype; refused now if LESS cannot be put into it."""
+    dtype = getattr(hf_config, "dtype", None) or torch.bfloat16
+    hf_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    try:
+        bare = weights.bare_model(hf_config, hf_config.dtype)
+    except Exception as error:  # whatever a model's constructor makes of a config
+        reason = textwrap.shorten(str(error), 160) or type(error).__name__
+        raise UnsupportedModelError(f"transformers makes no decoder of this config.json: {reason}") from error
+    discover(bare)
+    return bare
+
+
+def _buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside parameters; its values are the model's own."""
+    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    return {n: t for n, t in model.state_dict().items() if n not in parameters}
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.element_size()
+
+
+def _same(wanted: Path, folder: Path, shards: list[str]) -> bool:
+    """Whether ``folder`` holds these files and the shards (which were renamed into place whole)."""
+    files = [p.name for p in wanted.iterdir()]
+    there = all((folder / n).is_file() for n in (*files, *shards))
+    return there and all((wanted / n).read_bytes() == (folder / n).read_bytes() for n in files)
+
+
+def _cut(text: Any, count: int) -> None:
+    """Keep ``count`` layers: the first ones, but one of each kind as far as that goes."""
+    total = text.num_hidden_layers
+    if count > total:
+        raise UsageError(f"--num-hidden-layers {count}: the model has {total}")
+    kinds: dict[str, int] = {}
+    for index, kind in enumerate(weights.layer_kinds(text)):
+        kinds.setdefault(kind, index)
+    kept = sorted(kinds.values())[:count]
+    kept += [i for i in range(total) if i not in kept][: count - len(kept)]
+    weights.keep_layers(text, sorted(kept))
+
+
+class _Values:
+    """Random values of a model's tensors: normal with its ``initializer_range``, norms and biases as it starts."""
+
+    def __init__(self, model: PreTrainedModel, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        std = float(getattr(model.config.get_text_config(), "initializer_range", None) or 0.02)
+        self._block = (torch.randn(_BLOCK, generator=self._generator) * std).to(model.dtype)
+        self._vectors = dict(_vectors(model))
+
+    def of(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The tensor called ``name``, of the shape of ``like``; to be called once a name, in order."""
+        if name in self._vectors:
+            return self._vectors[name]
+        out = torch.empty(like.shape, dtype=like.dtype)
+        flat, done = out.view(-1), 0
+        start = int(torch.randint(_BLOCK, (), generator=self._generator))
+        while done < flat.numel():
+            piece = self._block[start : start + flat.numel() - done]
+            flat[done : done + piece.numel()] = piece
+            done, start = done + piece.numel(), 0
+        return out
+
+
+def _vectors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Norm weights as the model initialises them (ones, or zeros for 1 + w), other vectors zero; buffers."""
+    for prefix, module in model.named_modules():
+        owned = {n: p for n, p in module._parameters.items() if p is not None}
+        small = {n: torch.full(p.shape, float(n == "weight"), dtype=p.dtype) for n, p in owned.items() if p.ndim <= 1}
+        for name, values in small.items():
+            module._parameters[name] = nn.Parameter(values, requires_grad=False)
+        if small and len(small) == len(owned):
+            model._init_weights(module)
+        for name, values in small.items():
+            yield f"{prefix}.{name}" if prefix else name, values
+    yield from _buffers(model).items()

@@ -1,0 +1,138 @@
+"""Recipes: their facts describe the models of the hub, and a checkpoint must be what its recipe says."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from less_export import recipes, sources
+from less_export.errors import ModelError
+from less_export.exporter.weights import bare_model
+from less_export.feature_maps import Heads, random_kernels
+from less_export.recipes import Recipe
+from less_export.sources import described
+from less_export.surgery import discover
+
+from .bundles import Run, refused
+
+pytest_plugins = ["tests.bundles"]
+
+#: Parameters of the hub's checkpoints; of gemma3-4b without its eyes.
+PARAMETERS = {
+    "falcon-7b": 6_921_720_704,
+    "gemma3-1b": 999_885_952,
+    "gemma3-270m": 268_098_176,
+    "gemma3-4b": 3_880_263_168,
+    "granite-3.3-2b": 2_533_539_840,
+    "llama2-13b": 13_015_864_320,
+    "llama2-7b": 6_738_415_616,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.2-1b": 1_235_814_400,
+    "mistral-7b": 7_248_023_552,
+    "olmo2-7b": 7_298_617_344,
+    "phi3-mini-4k": 3_821_079_552,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "smollm3-3b": 3_075_098_624,
+    "tinyllama-1.1b": 1_100_048_384,
+}
+
+
+def recipe(name: str, **architecture: Any) -> Recipe:
+    """A recipe with some facts changed."""
+    found = recipes.load(name)
+    assert found is not None
+    return dataclasses.replace(found, architecture=found.architecture | architecture)
+
+
+def parameters(r: Recipe) -> int:
+    return sum(p.numel() for p in bare_model(described(r), torch.float32).parameters())
+
+
+def test_all_are_tested() -> None:
+    assert sorted(PARAMETERS) == recipes.names()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_facts_make_the_model(name: str) -> None:
+    one, two = (parameters(recipe(name, num_hidden_layers=n)) for n in (1, 2))
+    whole = recipe(name)
+    assert one + (whole.architecture["num_hidden_layers"] - 1) * (two - one) == PARAMETERS[name]
+    config = described(whole)
+    assert set(whole.architecture) <= {f.name for f in dataclasses.fields(config)} | {"model_type", *recipes.REWRITTEN}
+    few = recipe(name, num_hidden_layers=whole.architecture.get("sliding_window_pattern", 2))
+    assert discover(bare_model(described(few), torch.float32)) == few.layers()
+
+
+def test_memory() -> None:
+    llama = recipe("llama2-7b")
+    contract = llama.contract()
+    assert {(s.policy.label, s.heavy, s.recent, s.rank) for s in contract.layers} == {("h2o", 102, 102, 8)}
+    slots, low_rank = 204 * (2 * (2 * 128 + 8) + 8), 4 * 8 * (128 + 1)  # key, value, psi, score, position; H, z
+    assert contract.state_bytes() == 32 * 32 * (slots + low_rank)
+    assert contract.full_cache_bytes(4096) == 2 << 30
+    maps = random_kernels([Heads(32, 32, 128)], [0], llama.rank, llama.hidden)
+    assert llama.kernel_bytes() == 32 * maps.nbytes()
+    gemma = recipe("gemma3-1b").contract()  # 22 layers see 512 tokens, the 4 others everything
+    assert gemma.full_cache_bytes(4096) == (22 * 512 + 4 * 4096) * 2 * 256 * 2
+    assert [i for i, s in enumerate(gemma.layers) if s.absorb] == [5, 11, 17, 23]
+    phi = recipe("phi3-mini-4k").contract()
+    assert {(s.policy.label, s.capacity, s.window, s.absorb) for s in phi.layers} == {("h2o", 204, 2047, True)}
+    assert phi.full_cache_bytes(32768) == 32 * 2047 * 2 * 32 * 96 * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "says"),
+    [
+        ("llama2-7b", {"num_hidden_layers": 33}, "num_hidden_layers = 33, the recipe 32"),
+        ("llama3.1-8b", {"rope_theta": 5e5 + 1}, "500001.0"),
+        ("llama3.1-8b", {"rope_scaling": None}, "'rope_type': 'default'"),
+        ("gemma3-1b", {"sliding_window_pattern": 2}, "layer_types = "),
+        ("mistral-7b", {"sliding_window": 4096}, "sliding_window = 4096, the recipe None"),
+        ("smollm3-3b", {"no_rope_layer_interval": 2}, "no_rope_layer_interval = 2, the recipe 4"),
+        ("qwen3-8b", {"tie_word_embeddings": True}, "tie_word_embeddings = True, the recipe False"),
+    ],
+)
+def test_checkpoint_of_another_model(
+    name: str, changes: dict[str, Any], says: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "hub", tmp_path / "out"
+    monkeypatch.setattr(sources, "_download", lambda hub, patterns: folder)
+    described(recipe(name)).save_pretrained(folder)
+    assert sources.resolve(name).folder == folder
+    described(recipe(name, **changes)).save_pretrained(folder)
+    refused(run(name, "--out", out), "is not the model of recipe", says)
+    assert not out.exists()
+
+
+def test_facts_that_make_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match="recipe llama2-7b describes no model of transformers"):
+        described(recipe("llama2-7b", model_type="lama"))
+
+
+def test_what_is_refused_is_not_downloaded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi-3 mini with 128k: 8 GB of weights must not be fetched to say that longrope cannot be had."""
+    asked: list[list[str]] = []
+
+    def snapshot_download(hub: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    config = described(recipe("phi3-mini-4k", max_position_embeddings=131072, num_hidden_layers=2)).to_dict()
+    factors = {"short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    config |= {"rope_scaling": {"type": "longrope", **factors}, "original_max_position_embeddings": 4096}
+    del config["rope_parameters"]
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    result = run("microsoft/Phi-3-mini-128k-instruct", "--out", tmp_path / "out")
+    refused(result, "rotary embedding 'longrope' depends on the longest row")
+    assert asked == [sources._SMALL_FILES]
+    assert not (tmp_path / "out").exists()
