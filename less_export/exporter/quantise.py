@@ -59,10 +59,13 @@ def _multiplies(node: ir.Node) -> bool:
 
 
 def block_of(matrix: tuple[int, ...], bits: int) -> int | None:
-    """Block size for a matrix [in, out], None where it cannot be quantised."""
+    """Block size for a matrix [in, out], None where it cannot be quantised.
+
+    At least two blocks: several int8 products of one input with a single block stop TensorRT-RTX 1.7.1.
+    """
     if bits == 4 and matrix[1] % 2:  # two codes to a byte, within a row
         return None
-    return next((b for b in BLOCKS if matrix[0] % b == 0), None)
+    return next((b for b in BLOCKS if matrix[0] % b == 0 and matrix[0] > b), None)
 
 
 @dataclass(frozen=True)
