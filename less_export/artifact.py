@@ -25,6 +25,7 @@ ARTIFACT_FILES = {"ort": "model.onnx", "trt": "model.trt.onnx", "plan": "engine.
 KERNELS = "kernels.safetensors"
 TOKENIZER = "tokenizer.json"
 CONVERTED_WEIGHTS = "converted.safetensors"
+QUANTISED_WEIGHTS = "quantised.safetensors"
 #: Suffixes of a bundle that is one artifact with companions.
 SINGLE_SUFFIXES = (".onnx", ".plan", ".engine")
 

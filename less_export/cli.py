@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from . import recipes
 from .arguments import Parser as _Parser
 from .arguments import common as _common
-from .config import DEFAULT_BUDGET, TARGETS, ExportConfig
+from .config import DEFAULT_BUDGET, TARGETS, WEIGHTS, ExportConfig
 from .contract import COMPUTE_DTYPES
 from .errors import LessExportError, UsageError
 
@@ -157,6 +157,9 @@ def _export_parser() -> argparse.ArgumentParser:
     graph = parser.add_argument_group("graph")
     graph.add_argument(
         "--dtype", choices=COMPUTE_DTYPES, help="compute dtype (default: f32 for ort, the model's for trt)"
+    )
+    graph.add_argument(
+        "--weights", choices=WEIGHTS, help="quantise the weights of linear layers (default: leave them as they are)"
     )
     graph.add_argument("--max-batch", type=int, default=8, metavar="N", help="most sequences at a time (default: 8)")
     graph.add_argument(
@@ -313,7 +316,8 @@ def _check(arguments: list[str]) -> int:
     ids = reporting.enough_tokens(generator(bundle, backend), text, args.tokens, own_text=bool(args.text_file))
     with _status() as progress:
         progress(f"comparing {backend.name} with torch over {len(ids)} tokens")
-        report = parity.check(reference, backend, ids)
+        rounded = backend.name == "ort" and bundle.manifest.settings.get("weights") is not None
+        report = parity.check(reference, backend, ids, precision=parity.QUANTISED_PRECISION if rounded else None)
     if args.json:
         from .files import write_atomically
 

@@ -15,6 +15,8 @@ from .policies import POLICIES
 
 Target = Literal["ort", "trt", "both"]
 TARGETS: tuple[Target, ...] = ("ort", "trt", "both")
+Weights = Literal["int8", "int4"]
+WEIGHTS: tuple[Weights, ...] = ("int8", "int4")
 #: Policies a user may ask for; ``window`` is what a sliding layer gets by itself.
 EVICTING = (Policy.H2O, Policy.TOVA, Policy.SINK)
 DEFAULT_POLICY = Policy.H2O.label
@@ -41,7 +43,8 @@ class ExportConfig:
     budget: tokens per layer and head (``"256"``) or a share of ``context`` (``"5%"``).
     context: tokens; what percentages refer to, and the capacity of policy ``full``.
     heavy, recent: how the budget is split, in tokens. dtype: compute dtype, over the target's own choice.
-    rank: must match the kernels when both are given. chunk: most tokens per step. max_batch: most rows.
+    weights: what linear layers' weights are quantised to. max_batch: most rows.
+    rank: must match the kernels when both are given. chunk: most tokens per step.
     plugin: engines run LESS in the plugin, not in standard operators. random_weights: make the weights up,
     from ``seed`` (0 unless given).
     """
@@ -55,6 +58,7 @@ class ExportConfig:
     rank: int | None = None
     kernels: Path | None = None
     dtype: str | None = None
+    weights: Weights | None = None
     max_batch: int = 8
     chunk: int | None = None
     num_hidden_layers: int | None = None
@@ -71,6 +75,8 @@ class ExportConfig:
             raise UsageError(f"unknown target '{self.target}': choose one of {', '.join(TARGETS)}")
         if self.dtype is not None and self.dtype not in COMPUTE_DTYPES:
             raise UsageError(f"unknown dtype '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise UsageError(f"unknown weights '{self.weights}': choose one of {', '.join(WEIGHTS)}")
         if self.policy is not None and Policy.parse(self.policy) not in (*EVICTING, Policy.FULL):
             raise UsageError(f"policy '{self.policy}' is not for choosing: take h2o, tova, sink or full")
         for name in ("context", "recent", "rank", "max_batch", "chunk", "num_hidden_layers"):

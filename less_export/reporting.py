@@ -55,8 +55,9 @@ def print_info(bundle: Bundle) -> None:
     kinds = {"ort": "graph for ONNX Runtime", "trt": "graph for TensorRT", "plan": "TensorRT engine"}
     for found in m.artifacts:
         files.add_row(found.file, kinds.get(found.kind, found.kind), size(bundle.path(found.file).stat().st_size))
+    kind = m.settings.get("weights")
     for weight in m.weights:
-        files.add_row(weight.file, "weights", size(weight.bytes))
+        files.add_row(weight.file, f"weights, linear layers in {kind}" if kind else "weights", size(weight.bytes))
     for name, extra in (("tokenizer", m.tokenizer), ("kernels", m.kernels)):
         if extra is not None and extra.file:
             files.add_row(extra.file, name, size(bundle.path(extra.file).stat().st_size))

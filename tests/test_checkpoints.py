@@ -79,9 +79,14 @@ def byte_ranges(path: Path) -> set[tuple[int, int]]:
 
 
 def casts(model: onnx.ModelProto) -> set[str]:
-    """Weights that are stored in another dtype than the graph computes in (a model casts some itself)."""
+    """Weights that are stored in another dtype than the graph computes in (a model casts some itself).
+
+    Of those that are only looked up, the rows that were found are cast.
+    """
     external = places(model)
-    stored = {n.input[0] for n in model.graph.node if n.op_type == "Cast" and n.input[0].endswith(".stored")}
+    rows = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Gather"}
+    cast = {rows.get(n.input[0], n.input[0]) for n in model.graph.node if n.op_type == "Cast"}
+    stored = {name for name in cast if name.endswith(".stored")}
     assert stored <= external.keys()
     return stored
 
@@ -273,6 +278,94 @@ def test_mixed_dtypes(tmp_path: Path) -> None:
     assert casts(graph(tiny, "ort")) == matrices
     assert casts(graph(tiny, "trt")) == norms
     assert_linked(tiny, [path])
+    assert_is_the_model(tiny)
+
+
+def test_embeddings_that_are_only_looked_up_stay_as_they_are(tmp_path: Path) -> None:
+    # Their rows are cast, not the table, which ONNX Runtime would otherwise hold in f32.
+    checkpoint = families.save(families.small(), tmp_path / "model", torch.bfloat16)
+    model = graph(families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET)), "ort")
+    table = "model.model.embed_tokens.weight.stored"
+    users = [n for n in model.graph.node if table in n.input]
+    assert [n.op_type for n in users] == ["Gather"]
+    assert [n.op_type for n in model.graph.node if users[0].output[0] in n.input] == ["Cast"]
+
+
+def test_folder_that_may_only_be_read(tmp_path: Path) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model", max_shard_size="40KB")
+    for path in checkpoint.iterdir():
+        path.chmod(0o444)
+    checkpoint.chmod(0o555)
+    try:
+        before = {p.name: p.read_bytes() for p in checkpoint.iterdir()}
+        tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
+        assert_is_the_model(tiny)
+        assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
+        assert all(p.stat().st_mode & 0o777 == 0o444 for p in checkpoint.iterdir())
+    finally:
+        checkpoint.chmod(0o755)
+    shutil.rmtree(tiny.bundle)  # a bundle of links can go, the checkpoint stays
+    assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
+
+
+def test_checkpoint_on_another_file_system(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("only one file system here")
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        checkpoint = families.save(families.small(), Path(folder) / "model", torch.float16, max_shard_size="40KB")
+        shards = sorted(p.name for p in checkpoint.glob("*.safetensors"))
+        assert len(shards) > 1
+        with pytest.warns(UserWarning, match=f"hard links are not possible here: copied {', '.join(shards)}"):
+            tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
+        copies = {p.name: p for p in tiny.bundle.glob("*.safetensors")}
+        assert sorted(copies) == shards
+        assert all(copies[n].read_bytes() == (checkpoint / n).read_bytes() for n in shards)
+        assert_is_the_model(tiny)
+    ids = text(1, 8)  # the checkpoint is gone, the bundle is whole
+    feed(tiny.backend("ort", 1), ids, [8])
+
+
+@pytest.mark.parametrize("gap", [1 << 31, (1 << 32) + 4096])
+def test_weights_beyond_two_and_four_gigabytes(tmp_path: Path, gap: int) -> None:
+    # A hole in a sparse file: nothing is written, but every weight behind it lies past the limit.
+    checkpoint = families.save(families.small(), tmp_path / "model", torch.float16)
+    path = checkpoint / "model.safetensors"
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    for name, entry in header.items():
+        if name != "__metadata__":
+            entry["data_offsets"] = [x + gap for x in entry["data_offsets"]]
+    header["a.hole"] = {"dtype": "U8", "shape": [gap], "data_offsets": [0, gap]}
+    said = json.dumps(header).encode()
+    said += b" " * (-len(said) % 8)
+    with open(path, "wb") as file:
+        file.write(len(said).to_bytes(8, "little") + said)
+        file.seek(8 + len(said) + gap)
+        file.write(data[start:])
+    if path.stat().st_blocks * 512 > gap // 2:
+        pytest.skip("this file system has no sparse files")
+    original = families.save(families.small(), tmp_path / "original", torch.float16)
+    plain = families.export(original, tmp_path / "plain", budget=str(BUDGET))
+    tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET), target="both")
+    assert min(offset for _, offset, _ in places(graph(tiny, "trt")).values()) > gap
+    assert (tiny.bundle / "model.onnx").stat().st_size < 1 << 20
+    ids, sizes = text(1, 12), [8, 1, 3]
+    for name in ("ort", "torch"):
+        found, expected = (feed(t.backend(name, 1), ids, sizes) for t in (tiny, plain))
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_seventy_layers(tmp_path: Path) -> None:
+    deep = families.small(
+        num_hidden_layers=70, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
+        initializer_range=0.1,
+    )  # fmt: skip
+    checkpoint = families.save(deep, tmp_path / "model", max_shard_size="20KB")
+    tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
+    assert len(artifact(tiny, "ort").contract.layers) == 70
     assert_is_the_model(tiny)
 
 

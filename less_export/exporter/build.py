@@ -26,7 +26,7 @@ from ..feature_maps import Heads, Kernels
 from ..files import scratch_folder, sha256
 from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
-from . import onnx_op, package, weights
+from . import onnx_op, package, quantise, weights
 from .check import self_check
 from .random_checkpoint import random_source
 from .trace import trace
@@ -44,7 +44,7 @@ class _Job:
     hf_config: Any
     layers: tuple[AttentionLayer, ...]
     kernels: Kernels
-    tensors: dict[str, weights.StoredTensor]
+    tensors: dict[str, weights.Stored]
     model_facts: dict[str, Any]
     position_limit: int | None
     tokenizer: Any = None
@@ -286,7 +286,7 @@ def _write(
 ) -> Manifest:
     """Make every file in ``scratch`` under its final name, and the manifest that describes them."""
     # The weights are linked under their names in the bundle; graphs (and the engine builder) look there.
-    used = sorted({t.file for t in job.tensors.values()})
+    used = sorted({t.file for t in job.tensors.values()}) if job.config.weights is None else []
     names = {f: layout.companion(f.name) for f in used}
     copied = [f.name for f in used if package.place_weights(f, scratch / names[f])]
     if copied:
@@ -301,8 +301,15 @@ def _write(
         for kind in traced:
             progress(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
             contract = job.contract(_compute_dtype(kind, job))
-            graphs[kind] = (_graph(job, contract, names, layout, scratch), contract)
+            graphs[kind] = (_graph(job, contract), contract)
+        if job.config.weights is not None:
+            progress(f"quantising the weights to {job.config.weights}")
+            made = scratch / layout.companion(artifact.QUANTISED_WEIGHTS)
+            _quantise(job, graphs[traced[0]][0], made)
+            names = {made: made.name}
+            hashes = {made: pool.submit(sha256, made)} if keep_weights else {}
         for kind, (graph, contract) in graphs.items():
+            _bind(job, graph, names, scratch / layout.companion(artifact.KERNELS))
             if kind not in kinds:
                 continue
             (onnx_op.add_bodies if kind == "ort" else onnx_op.strip_bodies)(graph)
@@ -340,17 +347,39 @@ def _write(
     )
 
 
-def _graph(job: _Job, contract: Contract, names: dict[Path, str], layout: Layout, scratch: Path) -> ir.Model:
-    """The traced graph of one artifact, its initializers bound to the bundle's files."""
-    bare = weights.bare_model(job.hf_config, torch_dtype(contract.dtype))
-    decoder = LessDecoder(bare, contract, job.kernels).eval()
-    tensors = {f"model.{n}": t for n, t in job.tensors.items()}
-    kernel_file = scratch / layout.companion(artifact.KERNELS)
-    files = dict(names)
+def _bare(job: _Job, dtype: str) -> PreTrainedModel:
+    """The decoder without weights, as it is traced."""
+    bare = weights.bare_model(job.hf_config, torch_dtype(dtype))
+    if job.config.weights is not None:  # a quantised output embedding is not the input's table
+        weights.untie(bare)
+    return bare
+
+
+def _graph(job: _Job, contract: Contract) -> ir.Model:
+    """The traced graph of one artifact, its weights not yet bound."""
+    decoder = LessDecoder(_bare(job, contract.dtype), contract, job.kernels).eval()
+    maps = [f"maps.{n.removeprefix('layers.')}" for n in job.kernels.tensors()]
+    return trace(decoder, contract, [*(f"model.{n}" for n in job.tensors), *maps])
+
+
+def _quantise(job: _Job, graph: ir.Model, path: Path) -> None:
+    """Write all weights to ``path``, quantised as the options say, and let the job have them from there."""
+    bare = _bare(job, "float32")
+    left = quantise.write(path, bare, graph.graph, job.tensors, str(job.config.weights))
+    if left:
+        warnings.warn(
+            f"not quantised: {left[0]} (and {len(left) - 1} more); only linear layers of a multiple of "
+            f"{quantise.BLOCKS[-1]} inputs are",
+            stacklevel=2,
+        )
+    job.tensors = weights.locate(bare, [path])[0]
+
+
+def _bind(job: _Job, graph: ir.Model, names: dict[Path, str], kernel_file: Path) -> None:
+    """Point a graph's initializers at the bundle's files."""
+    tensors, files = {f"model.{n}": t for n, t in job.tensors.items()}, dict(names)
     if job.kernels.layers:
         header = weights.read_header(kernel_file)
         tensors |= {f"maps.{n.removeprefix('layers.')}": t for n, t in header.items()}
         files[kernel_file] = kernel_file.name
-    graph = trace(decoder, contract, tensors)
-    weights.bind(graph, tensors, files, scratch)
-    return graph
+    weights.bind(graph, tensors, files, kernel_file.parent)

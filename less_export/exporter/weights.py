@@ -2,7 +2,8 @@
 
 A safetensors file is a header and raw tensors, so an ONNX initializer can point into it. The model is
 built with one-element parameters stretched to their shapes (stride 0), traced, and its initializers are
-bound to the checkpoint's byte ranges, behind a Cast where the graph computes in another dtype.
+bound to the checkpoint's byte ranges, behind a Cast where the graph computes in another dtype. Weights that
+were quantised lie in a file of the bundle as codes and scales, behind a DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from ..errors import ModelError
 from ..sources import TEXT_PART
 
 _ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+#: What is read of safetensors, as torch calls it; the integers are codes of quantised weights.
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """The tensor itself, mapped from the file and not to be written to."""
-        dtype = _TORCH_DTYPES[self.dtype]
+        dtype = DTYPES[self.dtype]
         if self.length == 0:
             return torch.empty(self.shape, dtype=dtype)
         count = self.length // dtype.itemsize
@@ -49,6 +57,70 @@ class StoredTensor:
             return raw[self.offset :].clone().view(dtype).view(self.shape)
         raw = torch.from_file(str(self.file), shared=False, size=self.offset // dtype.itemsize + count, dtype=dtype)
         return raw[-count:].view(self.shape)
+
+
+@dataclass(frozen=True)
+class QuantisedTensor:
+    """A weight matrix as codes [in, out] and float32 scales [in / block, out]: ``weight = code * scale``.
+
+    Codes are int8, or int4 two to a byte (dtype ``U8``), the even column in the low bits, as ONNX packs them.
+    ``transposed``: the parameter is [out, in], as that of ``nn.Linear``.
+    """
+
+    codes: StoredTensor
+    scales: StoredTensor
+    transposed: bool
+
+    @property
+    def file(self) -> Path:
+        return self.codes.file
+
+    @property
+    def packed(self) -> bool:
+        """Whether the codes are int4."""
+        return self.codes.dtype == "U8"
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(in, out)"""
+        rows, columns = self.codes.shape
+        return rows, columns * (2 if self.packed else 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return self.matrix[:: -1 if self.transposed else 1]
+
+    @property
+    def block(self) -> int:
+        """Input features that share a scale."""
+        return self.matrix[0] // self.scales.shape[0]
+
+    def read(self) -> torch.Tensor:
+        """The dequantised parameter, float32, a tensor of its own."""
+        codes = self.codes.read()
+        if self.packed:
+            codes = torch.stack([codes << 4, codes & 0xF0], -1).view(torch.int8).flatten(1) >> 4
+        blocks = codes.view(-1, self.block, self.matrix[1]).float() * self.scales.read()[:, None]
+        weight = blocks.view(self.matrix)
+        return weight.T.contiguous() if self.transposed else weight
+
+
+Stored = StoredTensor | QuantisedTensor
+#: What a quantised weight's codes are called after its name, by whether they are transposed; and its scales.
+CODES, SCALES = {False: ".codes", True: ".codes.T"}, ".scales"
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Tensors of a safetensors file by name, the codes and scales of a quantised weight as one."""
+    header = read_header(path)
+    found: dict[str, Stored] = dict(header)
+    for key in header:
+        for transposed, suffix in CODES.items():
+            name = key.removesuffix(suffix)
+            if key.endswith(suffix) and name + SCALES in header:
+                found[name] = QuantisedTensor(found.pop(key), found.pop(name + SCALES), transposed)  # type: ignore[arg-type]
+    return found
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -71,8 +143,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"{path.name} is corrupt or truncated ({error}): download it again") from error
     for name, tensor in tensors.items():
-        if tensor.dtype in _TORCH_DTYPES:
-            expected = math.prod(tensor.shape) * _TORCH_DTYPES[tensor.dtype].itemsize
+        if tensor.dtype in DTYPES:
+            expected = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
             if expected != tensor.length:
                 raise ModelError(f"{path.name} is corrupt: '{name}' has {tensor.length} bytes, not {expected}")
     return tensors
@@ -99,7 +171,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return files
 
 
-def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, StoredTensor], list[str]]:
+def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, Stored], list[str]]:
     """Where the parameters (and saved buffers) of ``model`` lie in a checkpoint.
 
     Returns the tensors by parameter name, tied names included, and the names that are not stored as they
@@ -113,13 +185,14 @@ def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, StoredT
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     wanted: dict[str, torch.Tensor] = dict(model.state_dict())
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, Stored] = {}
     for path in files:
-        for key, tensor in read_header(path).items():
+        for key, tensor in stored_tensors(path).items():
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
             if name not in wanted and key in wanted:
                 name, pattern = key, None
-            if pattern is None and name in wanted and tensor.dtype in _ONNX_DTYPES:
+            usable = isinstance(tensor, QuantisedTensor) or tensor.dtype in _ONNX_DTYPES
+            if pattern is None and name in wanted and usable:
                 if tensor.shape != tuple(wanted[name].shape):
                     raise ModelError(
                         f"{path.name}: '{key}' is {list(tensor.shape)}, config.json makes it "
@@ -193,48 +266,106 @@ def _stretch(like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(torch.zeros(1, dtype=like.dtype).expand(like.shape), requires_grad=False)
 
 
-def fill(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> None:
-    """Give a bare model its real weights, in each parameter's own dtype (tied parameters stay tied)."""
-    filled: dict[int, nn.Parameter] = {}
+def untie(model: PreTrainedModel) -> None:
+    """Give the output embedding of a bare model a parameter of its own."""
+    head = model.get_output_embeddings()
+    head.weight = _stretch(head.weight)
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Stored]) -> None:
+    """Give a bare model its real weights, in each parameter's own dtype.
+
+    Tied parameters stay tied, unless they are stored apart (a quantised output embedding).
+    """
+    filled: dict[tuple[int, Stored], nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
-            if id(parameter) not in filled:
-                source = tensors[f"{prefix}.{name}" if prefix else name]
-                filled[id(parameter)] = nn.Parameter(source.read().to(parameter.dtype), requires_grad=False)
-            module._parameters[name] = filled[id(parameter)]
+            source = tensors[f"{prefix}.{name}" if prefix else name]
+            key = (id(parameter), source)
+            if key not in filled:
+                filled[key] = nn.Parameter(source.read().to(parameter.dtype), requires_grad=False)
+            module._parameters[name] = filled[key]
         for name, buffer in list(module._buffers.items()):
             stored = tensors.get(f"{prefix}.{name}" if prefix else name)
             if buffer is not None and stored is not None:
                 module._buffers[name] = stored.read().to(buffer.dtype)
 
 
-def bind(model: ir.Model, tensors: Mapping[str, StoredTensor], names: Mapping[Path, str], folder: Path) -> None:
+def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, str], folder: Path) -> None:
     """Point the initializers named in ``tensors`` at their bytes.
 
     ``names`` gives each weight file's name inside ``folder``, where the graph will lie. An initializer
-    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load.
+    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load; a
+    table that is only looked up (embeddings) has its rows cast instead, so that it stays as it is.
     """
     graph = model.graph
+
+    def external(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
+        place = (names[stored.file], stored.offset, stored.length, dtype)
+        tensor = ir.ExternalTensor(*place, name=name, shape=ir.Shape(shape), base_dir=folder)
+        graph.initializers[name] = ir.Value(
+            name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
+        )
+        return graph.initializers[name]
+
     for name, value in list(graph.initializers.items()):
-        stored = tensors.get(name)
+        stored, wanted = tensors.get(name), value.dtype
         if stored is None:
             continue
-        dtype = _ONNX_DTYPES[stored.dtype]
-        shape = ir.Shape(stored.shape)
-        external = ir.ExternalTensor(
-            names[stored.file], stored.offset, stored.length, dtype, name=name, shape=shape, base_dir=folder
-        )
-        assert value.dtype is not None
-        if dtype == value.dtype:
-            value.const_value = external
+        assert wanted is not None
+        if isinstance(stored, QuantisedTensor):
+            del graph.initializers[name]
+            dtype = ir.DataType.INT4 if stored.packed else ir.DataType.INT8
+            codes = external(f"{name}.codes", stored.codes, dtype, stored.matrix)
+            scales = external(f"{name}{SCALES}", stored.scales, ir.DataType.FLOAT, stored.scales.shape)
+            _dequantise(graph, value, stored, codes, scales)
             continue
-        raw = ir.Value(name=f"{name}.stored", shape=shape, type=ir.TensorType(dtype), const_value=external)
-        cast = ir.node("Cast", [raw], attributes={"to": value.dtype}, name=f"{name}.cast")
-        cast.outputs[0].shape, cast.outputs[0].type = shape, ir.TensorType(value.dtype)
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+        dtype = _ONNX_DTYPES[stored.dtype]
+        if dtype == wanted:
+            value.const_value = external(name, stored, dtype, stored.shape).const_value
+            graph.initializers[name] = value
+            continue
         del graph.initializers[name]
-        cast.outputs[0].name = name
-        graph.initializers[raw.name or ""] = raw
-        graph.insert_before(graph[0], cast)
+        raw = external(f"{name}.stored", stored, dtype, stored.shape)
+        users = [node for node, _ in value.uses()]
+        if all(node.op_type == "Gather" for node in users):
+            for node in users:
+                node.replace_input_with(0, raw)
+                rows = node.outputs[0]
+                rows.type = ir.TensorType(dtype)
+                cast = _cast(rows, wanted, f"{node.name}.cast")
+                ir.convenience.replace_all_uses_with(rows, cast.outputs[0])
+                cast.replace_input_with(0, rows)
+                graph.insert_after(node, cast)
+        else:
+            cast = _cast(raw, wanted, f"{name}.cast")
+            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+            cast.outputs[0].name = name
+            graph.insert_before(graph[0], cast)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    """A node that casts ``value``, not yet in the graph."""
+    node = ir.node("Cast", [value], attributes={"to": dtype}, name=name)
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{name}.out", value.shape, ir.TensorType(dtype)
+    return node
+
+
+def _dequantise(graph: ir.Graph, value: ir.Value, stored: QuantisedTensor, codes: ir.Value, scales: ir.Value) -> None:
+    """Let what multiplied by ``value``, or by its transpose, multiply by codes * scales in ``value``'s dtype."""
+    nodes = []
+    if value.dtype != scales.dtype:
+        assert value.dtype is not None
+        nodes.append(_cast(scales, value.dtype, f"{scales.name}.cast"))
+        scales = nodes[0].outputs[0]
+    attributes = {"axis": 0, "block_size": stored.block}
+    nodes.append(ir.node("DequantizeLinear", [codes, scales], attributes=attributes, name=f"{value.name}.dequantise"))
+    matrix = nodes[-1].outputs[0]
+    matrix.name, matrix.shape, matrix.type = f"{value.name}.matrix", codes.shape, scales.type
+    turned = [node for node, _ in value.uses()] if stored.transposed else []
+    for before in [node.outputs[0] for node in turned] or [value]:
+        ir.convenience.replace_all_uses_with(before, matrix)
+    graph.remove(turned, safe=True)
+    graph.insert_before(graph[0], nodes)

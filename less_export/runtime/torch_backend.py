@@ -20,7 +20,7 @@ from .backend import Array, Backend, State
 
 
 def bundle_model(bundle: Bundle) -> PreTrainedModel:
-    """The Hugging Face model of a bundle, in float32, its weights read from the bundle's files.
+    """The Hugging Face model of a bundle, in float32, its weights read from the bundle's files (and dequantised).
 
     Raises:
         BackendError: a plan that carries its weights inside, or weights that lack a tensor.

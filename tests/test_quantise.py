@@ -1,0 +1,260 @@
+"""Weights quantised to int8 and int4: their file, what both targets compute with them, and what is refused."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tensorrt_rtx
+import torch
+import transformers as tr
+from onnxruntime.quantization.neural_compressor.weight_only import qdq_tensor
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import less_export
+from less_export.api import load_backend
+from less_export.artifact import QUANTISED_WEIGHTS, Bundle
+from less_export.cli import main
+from less_export.errors import BundleError, LessExportError, UsageError
+from less_export.exporter import quantise
+from less_export.exporter.weights import QuantisedTensor, stored_tensors
+from less_export.runtime.torch_backend import bundle_model
+
+from . import families
+from .families import Tiny, feed, relative, text
+
+BITS = {"int8": 8, "int4": 4}
+every_kind = pytest.mark.parametrize("kind", BITS)
+#: A model for each layout: [out, in] apart and tied, fused QKV, [in, out] with biases (Gemm), experts.
+MODELS = ("llama", "gemma3", "phi3", "gpt2", "falcon_mqa", "mixtral")
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Tiny]:
+    """Bundles by family and kind, one layer of each kind, policy full, all logits; made when first asked for."""
+    folder = tmp_path_factory.mktemp("quantised")
+    made: dict[tuple[str, str], Tiny] = {}
+
+    def export(family: str, kind: str) -> Tiny:
+        if (family, kind) not in made:
+            checkpoint = folder / f"{family}.model"
+            if not checkpoint.exists():
+                families.save(families.shallow(family), checkpoint, torch.bfloat16)
+            options = {"policy": "full", "context": families.CONTEXT, "logits": "all", "target": "both"}
+            made[family, kind] = families.export(checkpoint, folder / f"{family}.{kind}", weights=kind, **options)
+        return made[family, kind]
+
+    return export
+
+
+def optimised(bundle: Path, out: Path) -> collections.Counter[str]:
+    """Operators of the graph that ONNX Runtime runs, by type."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(out), 3
+    onnxruntime.InferenceSession(str(bundle / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return collections.Counter(n.op_type for n in onnx.load(out, load_external_data=False).graph.node)
+
+
+def linear(bundle: Path) -> dict[str, QuantisedTensor]:
+    found = stored_tensors(bundle / QUANTISED_WEIGHTS)
+    return {n: t for n, t in found.items() if isinstance(t, QuantisedTensor)}
+
+
+@every_kind
+@pytest.mark.parametrize("family", MODELS)
+def test_weights_are_the_librarys(quantised: Callable[[str, str], Tiny], family: str, kind: str) -> None:
+    tiny = quantised(family, kind)
+    model = families.load(tiny.checkpoint)
+    head = model.get_output_embeddings()
+    matrices = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, tr.pytorch_utils.Conv1D))}
+    found = linear(tiny.bundle)
+    assert found.keys() == {f"{n}.weight" for n in matrices}
+    for name, module in matrices.items():
+        stored, weight = found[f"{name}.weight"], module.weight.detach()
+        rows = weight if stored.transposed else weight.T
+        assert stored.transposed == isinstance(module, torch.nn.Linear)
+        bits = 8 if module is head else BITS[kind]
+        assert stored.packed == (bits == 4)
+        block = {64: 32, 96: 32, 256: 64}[rows.shape[1]]
+        assert stored.block == block
+        expected = qdq_tensor(rows.numpy(), bits, block, "sym", "int").astype(np.float32)
+        dequantised = stored.read()
+        dequantised = dequantised if stored.transposed else dequantised.T
+        np.testing.assert_allclose(dequantised.numpy(), expected, rtol=2e-7)
+        scale = stored.scales.read()
+        assert bool((scale > 0).all())  # TensorRT takes no others
+        error = (dequantised - rows).abs().view(rows.shape[0], -1, block)
+        assert bool((error <= 0.5001 * scale.T[..., None]).all())
+
+
+@every_kind
+@pytest.mark.parametrize("family", MODELS)
+def test_onnx_runtime_computes_with_the_dequantised_weights(
+    quantised: Callable[[str, str], Tiny], family: str, kind: str
+) -> None:
+    tiny, ids, sizes = quantised(family, kind), text(2, 24), [16, 1, 7]
+    model = bundle_model(tiny.opened)
+    model.set_experts_implementation("eager")  # grouped products know no f64
+    if model.config.get_text_config().tie_word_embeddings:
+        assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    expected, own_error = families.truth(model, ids)
+    exact = load_backend(tiny.opened, "ort", threads=1, accuracy_level=1)
+    exact.open(2)
+    assert relative(np.concatenate(feed(exact, ids, sizes), 1), expected) <= max(2 * own_error, 2e-6)
+    rounded = np.concatenate(feed(tiny.backend("ort", 2), ids, sizes), 1)
+    assert 1e-4 < relative(rounded, expected) < 0.1  # activations in 8 bits
+    original, _ = families.truth(families.load(tiny.checkpoint), ids)
+    assert relative(expected, original) > 1e-3
+
+
+@every_kind
+@pytest.mark.parametrize("family", MODELS)
+def test_onnx_runtime_multiplies_by_the_codes(
+    quantised: Callable[[str, str], Tiny], family: str, kind: str, tmp_path: Path
+) -> None:
+    tiny = quantised(family, kind)
+    operators = optimised(tiny.bundle, tmp_path / "optimised.onnx")
+    assert operators["MatMulNBits"] == len(linear(tiny.bundle))
+    assert operators["DequantizeLinear"] == 0
+
+
+@every_kind
+def test_file_is_all_that_the_bundle_needs(quantised: Callable[[str, str], Tiny], kind: str) -> None:
+    tiny = quantised("gemma3", kind)
+    assert {p.name for p in tiny.bundle.iterdir()} == {
+        "manifest.json", "model.onnx", "model.trt.onnx", QUANTISED_WEIGHTS,
+    }  # fmt: skip
+    path = tiny.bundle / QUANTISED_WEIGHTS
+    assert (path.stat().st_nlink, path.stat().st_mode & 0o777) == (1, 0o644)
+    kept, original = load_file(path), load_file(tiny.checkpoint / "model.safetensors")
+    for name, tensor in original.items():
+        if f"{name}.codes.T" not in kept:
+            assert torch.equal(kept[name].view(torch.uint8), tensor.view(torch.uint8))
+    assert "model.embed_tokens.weight" in kept
+    with safe_open(path, "pt") as file:
+        codes = [n for n in file.keys() if ".codes" in n]  # noqa: SIM118
+        assert {str(file.get_tensor(n).dtype) for n in codes} == (
+            {"torch.int8"} if kind == "int8" else {"torch.int8", "torch.uint8"}
+        )
+    manifest = tiny.opened.manifest
+    assert manifest.settings["weights"] == kind
+    assert [w.file for w in manifest.weights] == [QUANTISED_WEIGHTS]
+    for graph in ("model.onnx", "model.trt.onnx"):
+        onnx.checker.check_model(str(tiny.bundle / graph), full_check=True)
+
+
+def test_damage_is_seen(quantised: Callable[[str, str], Tiny], tmp_path: Path) -> None:
+    from .bundles import copy
+
+    broken = copy(quantised("llama", "int4").bundle, tmp_path / "copy")
+    data = bytearray((broken / QUANTISED_WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (broken / QUANTISED_WEIGHTS).write_bytes(data)
+    Bundle.open(broken)
+    with pytest.raises(BundleError, match=QUANTISED_WEIGHTS):
+        Bundle.open(broken, full=True)
+
+
+@every_kind
+def test_tensorrt_takes_the_graph(kind: str, tmp_path: Path) -> None:
+    wide = families.small(hidden_size=512, intermediate_size=1024)
+    checkpoint = families.save(wide, tmp_path / "model", torch.float16)
+    sizes = {}
+    for weights in (None, kind):
+        bundle = tmp_path / str(weights)
+        less_export.export(
+            str(checkpoint), bundle, target="trt", engine_plan=True, weights=weights, plugin=False, policy="sink",
+            budget="16", chunk=4, max_batch=1, gpu_arch="sm_89", validate=False,
+        )  # fmt: skip
+        plan = Bundle.open(bundle).artifact("plan")
+        assert plan is not None
+        assert plan.details["version"] == tensorrt_rtx.__version__
+        sizes[weights] = plan.details["bytes"]
+    stored = linear(tmp_path / kind).values()
+    halves = sum(2 * t.codes.shape[0] * t.codes.shape[1] * (2 if t.packed else 1) for t in stored)
+    kept = sum(t.codes.length + t.scales.length // 2 for t in stored)  # scales are halves there
+    assert sizes[kind] - sizes[None] < -0.5 * (halves - kept)
+
+
+@every_kind
+def test_check_and_info_know(
+    quantised: Callable[[str, str], Tiny], kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny = quantised("falcon_mqa", kind)
+    assert main(["check", str(tiny.bundle), "--tokens", "40", "--full", "--json", str(tmp_path / "x.json")]) == 0
+    figures = json.loads((tmp_path / "x.json").read_text())["differences"]
+    assert next(d for d in figures if d["tensor"] == "logits")["limit"] == 8e-2
+    assert main(["info", str(tiny.bundle)]) == 0
+    assert f"linear layers in {kind}" in capsys.readouterr().out
+
+
+def test_single_artifact_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+    out = tmp_path / "x.onnx"
+    assert main([str(checkpoint), "--out", str(out), "--weights", "int4", "--budget", "16", "--no-validate"]) == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "x.onnx", "x.json", f"x.{QUANTISED_WEIGHTS}"}
+    assert "quantising the weights to int4" in capsys.readouterr().err
+    assert Bundle.open(out).manifest.settings["weights"] == "int4"
+
+
+def test_matrices_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
+    odd = families.small(intermediate_size=72)
+    checkpoint = families.save(odd, tmp_path / "model")
+    with pytest.warns(UserWarning, match=r"not quantised: model\.layers\.0\.mlp\.down_proj\.weight \(and 0 more\)"):
+        tiny = families.export(checkpoint, tmp_path / "bundle", weights="int4", budget="16")
+    assert "model.layers.0.mlp.down_proj.weight" not in linear(tiny.bundle)
+    assert len(linear(tiny.bundle)) == 7
+    feed(tiny.backend("ort", 1), text(1, 8), [8])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "bits", "block"),
+    [
+        ((128, 8), 4, 64),
+        ((64, 8), 4, 32),
+        ((96, 8), 4, 32),
+        ((48, 8), 8, 16),
+        ((16, 8), 8, None),
+        ((40, 8), 8, None),
+        ((128, 7), 4, None),
+        ((128, 7), 8, 64),
+    ],
+)
+def test_block_divides_the_inputs(matrix: tuple[int, int], bits: int, block: int | None) -> None:
+    assert quantise.block_of(matrix, bits) == block
+
+
+def test_matrices_are_quantised_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+    whole = families.export(checkpoint, tmp_path / "whole", weights="int4", budget="16")
+    monkeypatch.setattr(quantise, "_PIECE", 640)  # 10 of 64 inputs, 6 of 96
+    pieces = families.export(checkpoint, tmp_path / "pieces", weights="int4", budget="16")
+    assert (whole.bundle / QUANTISED_WEIGHTS).read_bytes() == (pieces.bundle / QUANTISED_WEIGHTS).read_bytes()
+
+
+def test_zeros_stay_zeros(tmp_path: Path) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.self_attn.q_proj.weight"].zero_()
+    save_file(tensors, path, {"format": "pt"})
+    tiny = families.export(checkpoint, tmp_path / "bundle", weights="int4", budget="16")
+    assert not linear(tiny.bundle)["model.layers.0.self_attn.q_proj.weight"].read().any()
+    assert np.isfinite(feed(tiny.backend("ort", 1), text(1, 8), [8])[0]).all()
+
+
+def test_refusals(tmp_path: Path, nothing_left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+    with pytest.raises(UsageError, match="unknown weights 'int2': choose one of int8, int4"):
+        families.export(checkpoint, nothing_left / "x", weights="int2")
+    monkeypatch.setitem(sys.modules, "onnxruntime.quantization.neural_compressor.weight_only", None)
+    with pytest.raises(LessExportError, match="--weights needs ONNX Runtime"):
+        families.export(checkpoint, nothing_left / "x", weights="int4", budget="16")
