@@ -6,6 +6,7 @@ import argparse
 from typing import NoReturn
 
 from ._version import __version__
+from .config import DEFAULT_BUDGET
 from .errors import UsageError
 
 
@@ -22,16 +23,26 @@ def common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"less-export {__version__}")
 
 
-def cache_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the cache that is trained for or compared."""
+def cache_options(parser: argparse.ArgumentParser, *, full: bool = False) -> argparse._ArgumentGroup:
+    """Options of a cache; with ``full``, of one that may also keep everything."""
     group = parser.add_argument_group("cache")
     group.add_argument(
-        "--policy", choices=("h2o", "tova", "sink"), help="which tokens keep a slot (default: recipe's, or h2o)"
+        "--policy",
+        choices=("h2o", "tova", "sink", *(["full"] if full else [])),
+        help="which tokens keep a slot (default: recipe's, or h2o)",
     )
-    group.add_argument("--budget", metavar="N|P%", help="slots per layer and KV head (default: recipe's, or 5%%)")
-    group.add_argument("--context", type=int, metavar="N", help="tokens that a percentage refers to")
+    group.add_argument(
+        "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {DEFAULT_BUDGET}%)"
+    )
+    group.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="tokens that a percentage refers to" + ("; slots of policy full" if full else ""),
+    )
     group.add_argument(
         "--compress-sliding",
         action=argparse.BooleanOptionalAction,
         help="give sliding layers the policy too (default: recipe's, or not)",
     )
+    return group

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 
 from . import recipes
 from .arguments import Parser as _Parser
+from .arguments import cache_options
 from .arguments import common as _common
-from .config import DEFAULT_BUDGET, TARGETS, WEIGHTS, ExportConfig
+from .config import TARGETS, WEIGHTS, ExportConfig
 from .contract import COMPUTE_DTYPES
 from .errors import LessExportError, UsageError
 
@@ -133,25 +134,11 @@ def _export_parser() -> argparse.ArgumentParser:
         "--target", choices=TARGETS, help="graph for ONNX Runtime, TensorRT or both (default: ort; trt for a .plan)"
     )
     parser.add_argument("--engine", action="store_true", help="also build engine.plan into a folder bundle")
-    cache = parser.add_argument_group("cache")
-    cache.add_argument(
-        "--policy", choices=("h2o", "tova", "sink", "full"), help="which tokens keep a slot (default: recipe's, or h2o)"
-    )
-    cache.add_argument(
-        "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {DEFAULT_BUDGET}%)"
-    )
-    cache.add_argument(
-        "--context", type=int, metavar="N", help="tokens that a percentage refers to; slots of policy full"
-    )
+    cache = cache_options(parser, full=True)
     cache.add_argument(
         "--heavy", type=int, metavar="N", help="slots for heavy hitters or sinks (default: by the policy)"
     )
     cache.add_argument("--recent", type=int, metavar="N", help="slots for the newest tokens (default: by the policy)")
-    cache.add_argument(
-        "--compress-sliding",
-        action=argparse.BooleanOptionalAction,
-        help="give sliding layers the policy too (default: recipe's, or not)",
-    )
     cache.add_argument("--kernels", type=Path, metavar="FILE", help="trained phi/psi kernels (.safetensors)")
     cache.add_argument("--rank", type=int, metavar="R", help="refuse kernels of another rank")
     graph = parser.add_argument_group("graph")
