@@ -5,12 +5,13 @@ passes is built with large random weights, saved, exported with policy ``full``,
 and token by token beside eager Hugging Face, past its sliding window. Every model has a process of its own, so
 that none can end or stall the run.
 
-``python scripts/zoo.py`` writes ``benchmarks/results/zoo.json``; with model types as arguments it only prints.
+``python scripts/zoo.py`` writes ``benchmarks/results/zoo.json``; model types as arguments renew their rows in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 import torch
-from bench_common import write_results
+from bench_common import RESULTS, write_results
 from isolated import isolated, one_line
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -98,14 +99,15 @@ def row(model_type: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE")
-    chosen = parser.parse_args().model_types
-    rows = []
+    chosen, path = parser.parse_args().model_types, RESULTS / "zoo.json"
+    rows: dict[str, dict[str, Any]] = {}
+    if chosen and path.is_file():
+        rows = {r["model_type"]: r for r in json.loads(path.read_text())["rows"]}
     for model_type in chosen or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows.append(row(model_type))
-        said = rows[-1].get("reason") or f"{rows[-1]['error']:.1e} {rows[-1]['layers']}"
-        print(f"{model_type}: {rows[-1]['outcome']}: {said}", flush=True)
-    if not chosen:
-        write_results("zoo", {"steps": list(STEPS), "rows": rows})
+        rows[model_type] = found = row(model_type)
+        said = found.get("reason") or f"{found['error']:.1e} {found['layers']}"
+        print(f"{model_type}: {found['outcome']}: {said}", flush=True)
+    write_results("zoo", {"steps": list(STEPS), "rows": [rows[n] for n in sorted(rows)]})
 
 
 if __name__ == "__main__":
