@@ -49,6 +49,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2},
     "gemma4_unified_assistant": {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 2},
     "glm4_moe_lite": {"qk_rope_head_dim": 64, "num_key_value_heads": 4},
+    "got_ocr2": {"tie_word_embeddings": True},
     "gptj": {"rotary_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["full_attention", "conv"]},
