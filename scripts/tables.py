@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import model_tables
 import quality_tables
 
 from less_export import reporting
 from less_export.recipes import all_recipes
 
 ROOT = Path(__file__).parent.parent
-READMES = (ROOT / "README.md", ROOT / "plugins_trt" / "README.md", ROOT / "models" / "README.md")
+READMES = (
+    ROOT / "README.md",
+    ROOT / "plugins_trt" / "README.md",
+    ROOT / "models" / "README.md",
+    ROOT / "models" / "ARCHITECTURES.md",
+)
 
 
 def results(name: str) -> dict[str, Any]:
@@ -119,10 +125,18 @@ def gpu(part: str) -> str:
     return table(*gpu_tables.PARTS[part](found)) + f"\n\n({gpu_tables.note(found)})"
 
 
+def models(part: str) -> str:
+    """One of the tables about architectures."""
+    name, maker = model_tables.PARTS[part]
+    data = results(name)
+    return table(*maker(data)) + f"\n\n({where(data)})"
+
+
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost, "recipes": recipes}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
+    makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}
 
     def fresh(match: re.Match[str]) -> str:

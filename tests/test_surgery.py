@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
 import re
 import sys
 import threading
@@ -29,6 +31,8 @@ from less_export.surgery import AttentionCall, AttentionLayer, discover, learned
 
 from . import families
 from .families import VOCAB, WINDOW
+
+ROOT = Path(__file__).parent.parent
 
 # ------------------------------------------------------------------ discovery
 
@@ -187,6 +191,24 @@ def test_refuses_before_anything_is_written(cause: str, tmp_path: Path, nothing_
         with pytest.raises(UnsupportedModelError, match=reason) as refusal:
             less_export.export(str(tmp_path / "model"), nothing_left / out, budget="8")
         assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["cohere2", "gemma2", "gemma4_text", "glm4_moe", "gpt_oss", "gptj", "llama4", "phimoe"]
+)
+def test_the_list_of_architectures_says_what_discovery_says(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    tiny_config = importlib.import_module("zoo_configs").tiny_config
+    rows = json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text())["rows"]
+    (row,) = (r for r in rows if r["model_type"] == model_type)
+    model = bare_model(tiny_config(model_type), torch.float32)
+    if row["outcome"] == "supported":
+        layers = [[x.query_heads, x.kv_heads, x.head_dim, x.window] for x in discover(model)]
+        assert layers == row["layers"]
+    else:
+        with pytest.raises(UnsupportedModelError) as refusal:
+            discover(model)
+        assert (row["outcome"], row["reason"]) == ("refused", str(refusal.value))
 
 
 def test_refuses_a_bidirectional_overlay() -> None:

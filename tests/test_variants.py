@@ -16,12 +16,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from less_export import recipes
+from less_export.config import ExportConfig, plan_layers
+from less_export.contract import Contract
+from less_export.exporter.check import twin_config
+from less_export.exporter.wrapper import LessDecoder, fresh_state
+from less_export.feature_maps import Kernels
+from less_export.sources import described
+from less_export.surgery import discover
 
 from . import families
 from .families import BUDGET, WINDOW, differences, evicted, feed, relative, text
 
-ROUNDING, FLOOR = 2e-5, 1e-6
+#: What differs by the order of float32 sums only (shares of the largest value), in one model and between two.
+ROUNDING, FLOOR = 2e-5, 5e-6
 STEPS = (11, 8, 1, 1, 1, 1, 1)
 AFTER = (16, 7, 1, 1, 1)
 assert sum(STEPS) == BUDGET
@@ -43,6 +53,45 @@ def test_is_the_hugging_face_model_until_it_evicts(family: str, tmp_path: Path) 
     assert relative(after[1], after[0]) < ROUNDING
     assert max(differences(ort, torch_backend).values()) < ROUNDING
     assert evicted(ort) >= sum(AFTER)
+
+
+# ------------------------------------------------------------------ recipes
+
+
+def narrow(recipe: recipes.Recipe) -> PreTrainedModel:
+    """Two layers of each kind of a recipe's model, 16 wide in each of at most eight heads, with small windows."""
+    config, _ = twin_config(described(recipe), recipe.contract())
+    text, layer = config.get_text_config(), recipe.layers()[0]
+    kv_heads = min(layer.kv_heads, 2)
+    heads = min(layer.query_heads // layer.kv_heads, 4) * kv_heads
+    sizes = {"hidden_size": 16 * heads, "intermediate_size": 96, "num_attention_heads": heads, "initializer_range": 0.3}
+    for name, value in {**sizes, "num_key_value_heads": kv_heads, "head_dim": 16}.items():
+        if vars(text).get(name) is not None:
+            setattr(text, name, value)
+    return families.build(
+        lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    )
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_narrow_twin_of_every_recipe_is_the_hugging_face_model(name: str) -> None:
+    # At full width: scripts/bench_full_width.py.
+    recipe = recipes.load(name)
+    assert recipe is not None
+    model = narrow(recipe)
+    found = discover(model)
+    assert {x.window > 0 for x in found} == {x.window > 0 for x in recipe.layers()}
+    layers = plan_layers(found, ExportConfig(policy="full"), 64, {})
+    decoder = LessDecoder(model, Contract(layers, families.VOCAB, "float32", 16, 1, "all"), Kernels({}, {}))
+    ids = torch.from_numpy(text(2, 40))
+    past, state, logits = torch.zeros(2, dtype=torch.int32), fresh_state(decoder.contract, 2), []
+    with torch.no_grad():
+        for chunk in ids.split([16, 13, 1, 1, 9], 1):
+            new = torch.full_like(past, chunk.shape[1])
+            out, *state = decoder(chunk, past, new, state)
+            past, logits = past + new, [*logits, out]
+    expected, _ = families.truth(model, ids.numpy())
+    assert relative(torch.cat(logits, 1), expected) < ROUNDING
 
 
 # ------------------------------------------------------------------ the variants are at work

@@ -93,15 +93,21 @@ def twin_budget(twin: Contract) -> int:
     return min((s.capacity for s in twin.layers if s.policy is not Policy.WINDOW), default=sum(_STEPS))
 
 
+def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
+    """The first two layers of each kind: of attention, and by what the config says of them."""
+    kinds: dict[Any, list[int]] = {}
+    said = weights.layer_kinds(hf_config.get_text_config())
+    for index, (layer, words) in enumerate(zip(contract.layers, said, strict=True)):
+        kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, words
+        kinds.setdefault(kind, []).append(index)
+    return sorted(i for indices in kinds.values() for i in indices[:2])
+
+
 def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
     """A config with two layers of each kind, and which layers of the model they are."""
     config = copy.deepcopy(hf_config)
     text = config.get_text_config()
-    kinds: dict[Any, list[int]] = {}
-    for index, (layer, said) in enumerate(zip(contract.layers, weights.layer_kinds(text), strict=True)):
-        kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, said
-        kinds.setdefault(kind, []).append(index)
-    kept = sorted(i for indices in kinds.values() for i in indices[:2])
+    kept = two_of_each_kind(config, contract)
     weights.keep_layers(text, kept)
     text.vocab_size = _VOCAB
     if hasattr(text, "vocab_size_per_layer_input"):

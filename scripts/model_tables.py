@@ -1,0 +1,76 @@
+"""Tables of what was tried with model architectures: at full width, and all of transformers in a tiny size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def full_width(data: dict[str, Any]) -> Table:
+    """Every recipe's architecture with two layers of each kind."""
+    header = ["recipe", "class", "layers", "weights", "torch vs HF", "ONNX vs torch", "export, CPU time", "peak RSS"]
+    rows = [
+        [
+            f"`{r['recipe']}`",
+            f"`{r['class']}`",
+            ", ".join(map(str, r["layers"])),
+            f"{r['weight_bytes'] / 1e9:.2f} GB",
+            f"{r['torch_against_hf']:.1e}",
+            f"{r['onnx_against_torch']:.1e}",
+            f"{r['export_cpu_seconds']:.0f} s",
+            f"{r['peak_rss_mb'] / 1e3:.1f} GB",
+        ]
+        for r in data["rows"]
+    ]
+    return header, rows
+
+
+def _with(outcome: str, data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [r for r in data["rows"] if r["outcome"] == outcome]
+
+
+def supported(data: dict[str, Any]) -> Table:
+    """Model types that were exported and agree with Hugging Face."""
+    rows = [
+        [f"`{r['model_type']}`", f"`{r['class']}`", _sliding(r["layers"]), f"{r['error']:.1e}"]
+        for r in _with("supported", data)
+    ]
+    return ["model type", "class", "sliding layers", "difference"], rows
+
+
+def _sliding(layers: list[list[int]]) -> str:
+    windows = [bool(layer[-1]) for layer in layers]
+    return "all" if all(windows) else "some" if any(windows) else ""
+
+
+def refused(data: dict[str, Any]) -> Table:
+    """Decoders that LESS cannot express, in the words of the refusal."""
+    return ["model type", "reason"], [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with("refused", data)]
+
+
+def unknown(data: dict[str, Any]) -> Table:
+    """Model types of which nothing was learned."""
+    rows = [*_with("failed", data), *_with("no tiny config", data)]
+    return ["model type", "why"], [[f"`{r['model_type']}`", _cell(r["reason"])] for r in rows]
+
+
+def not_decoders(data: dict[str, Any]) -> Table:
+    """Encoders and halves of encoder-decoders that transformers lists beside the decoders."""
+    rows = [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with("not a decoder", data)]
+    return ["model type", "reason"], rows
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+#: Table by name: the result it is made of, and how.
+PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], Table]]] = {
+    "full_width": ("full_width", full_width),
+    "zoo_supported": ("zoo", supported),
+    "zoo_refused": ("zoo", refused),
+    "zoo_unknown": ("zoo", unknown),
+    "zoo_not_decoders": ("zoo", not_decoders),
+}

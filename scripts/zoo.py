@@ -1,0 +1,114 @@
+"""Every causal language model of transformers, tiny: supported, refused and why, or not a decoder.
+
+Each model type of transformers' mapping is given a small config and put before LESS's own discovery. One that
+passes is built with large random weights, saved, exported with policy ``full``, and run on ONNX Runtime in chunks
+and token by token beside eager Hugging Face, past its sliding window. Every model has a process of its own, so
+that none can end or stall the run.
+
+``python scripts/zoo.py`` writes ``benchmarks/results/zoo.json``; model types as arguments renew their rows in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import torch
+from bench_common import RESULTS, write_results
+from isolated import isolated, one_line
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from zoo_configs import tiny_config
+
+from less_export.errors import UnsupportedModelError
+from less_export.exporter import weights
+from less_export.exporter.check import TOLERANCE
+from less_export.surgery import discover
+from tests import families
+
+#: A model that takes longer counts as failed.
+SECONDS = 300
+#: More parameters are not tiny: the config has a size that zoo_configs does not know.
+MOST_PARAMETERS = 100_000_000
+STEPS = (16, 9, 1, 1, 16, 1, 1, 1)
+
+
+def visit(model_type: str) -> dict[str, Any]:
+    """What becomes of one model type: ``outcome`` and, with it, ``reason`` or ``layers`` and ``error``."""
+    try:
+        config = tiny_config(model_type)
+    except Exception as error:  # whatever a config's own checks raise
+        return {"outcome": "no tiny config", "reason": one_line(error)}
+    encoder = config.is_encoder_decoder or getattr(config, "is_decoder", None) is False
+    refused = "not a decoder" if encoder else "refused"
+    try:
+        bare = weights.bare_model(config, torch.float32)
+    except Exception as error:  # whatever a model's constructor raises
+        return {"outcome": "not a decoder" if encoder else "no tiny config", "reason": one_line(error)}
+    try:
+        layers = discover(bare)
+    except UnsupportedModelError as refusal:
+        return {"outcome": refused, "reason": str(refusal)}
+    count = sum(p.numel() for p in bare.parameters())
+    if count > MOST_PARAMETERS:
+        return {"outcome": "no tiny config", "reason": f"{count / 1e6:,.0f} million parameters"}
+    try:
+        error = difference(config)
+    except UnsupportedModelError as refusal:
+        return {"outcome": refused, "reason": str(refusal)}
+    except Exception as reason:  # of the exporter, of torch or of ONNX Runtime: the row says it failed
+        return {"outcome": "failed", "reason": one_line(reason)}
+    found = {"layers": [[x.query_heads, x.kv_heads, x.head_dim, x.window] for x in layers], "error": error}
+    if not error <= TOLERANCE:
+        return {"outcome": "failed", "reason": f"differs from Hugging Face by {error:.1e}", **found}
+    return {"outcome": "supported", **found}
+
+
+def difference(config: Any) -> float:
+    """Largest difference of the exported logits from eager Hugging Face's, as a share of the largest logit."""
+    model = families.build(
+        lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    )
+    ids = families.text(2, sum(STEPS))
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "model")
+        tiny = families.export(Path(folder) / "model", Path(folder) / "x", policy="full", context=64, logits="all")
+        found = np.concatenate(families.feed(tiny.backend("ort", 2), ids, STEPS), 1)
+    return families.relative(found, expected)
+
+
+def row(model_type: str) -> dict[str, Any]:
+    """The row of one model type, from a process that may crash or hang."""
+    found = isolated(visit, model_type, seconds=SECONDS)
+    if "failed" in found:
+        found = {"outcome": "failed", "reason": found["failed"]}
+    return {"model_type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], **found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE")
+    chosen, path = parser.parse_args().model_types, RESULTS / "zoo.json"
+    rows: dict[str, dict[str, Any]] = {}
+    if chosen and path.is_file():
+        rows = {r["model_type"]: r for r in json.loads(path.read_text())["rows"]}
+    for model_type in chosen or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        rows[model_type] = found = row(model_type)
+        said = found.get("reason") or f"{found['error']:.1e} {found['layers']}"
+        print(f"{model_type}: {found['outcome']}: {said}", flush=True)
+    write_results("zoo", {"steps": list(STEPS), "rows": [rows[n] for n in sorted(rows)]})
+
+
+if __name__ == "__main__":
+    main()
