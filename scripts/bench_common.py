@@ -6,76 +6,80 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
+from less_export.recipes import all_recipes
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
-#: TinyLlama-1.1B (TinyLlama/TinyLlama-1.1B-Chat-v1.0), the shape every benchmark here uses.
-TINYLLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 2048,
-    "vocab_size": 32000,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+#: Facts of TinyLlama-1.1B, the shape that most benchmarks here use.
+TINYLLAMA = next(r for r in all_recipes() if r.name == "tinyllama-1.1b").architecture
 
 
 def random_checkpoint(folder: Path, dtype: str, layers: int, context: int | None = None) -> int:
     """Write a Llama of TinyLlama's shape with random weights, shard by shard; returns its bytes."""
-    folder.mkdir(parents=True)
-    config = {**TINYLLAMA, "num_hidden_layers": layers, "dtype": dtype}
+    import torch
+    from transformers import AutoConfig
+
+    from less_export.exporter import random_checkpoint
+
+    facts = {**TINYLLAMA, "num_hidden_layers": layers}
     if context is not None:
-        config["max_position_embeddings"] = context
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    hidden, inner = TINYLLAMA["hidden_size"], TINYLLAMA["intermediate_size"]
-    kv = hidden // TINYLLAMA["num_attention_heads"] * TINYLLAMA["num_key_value_heads"]
-    vocab = TINYLLAMA["vocab_size"]
-    outer = {
-        "model.embed_tokens.weight": (vocab, hidden),
-        "lm_head.weight": (vocab, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    layer = {
-        "self_attn.q_proj.weight": (hidden, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, hidden),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-        "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-    }
-    shards = [outer, *({f"model.layers.{i}.{n}": s for n, s in layer.items()} for i in range(layers))]
-    rng, weight_map, total = np.random.default_rng(0), {}, 0
-    for index, shapes in enumerate(shards):
-        file = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {n: _random(rng, s).astype(dtype) for n, s in shapes.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
-        weight_map.update(dict.fromkeys(shapes, file))
-        total += sum(t.nbytes for t in tensors.values())
-    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
-    return total
+        facts["max_position_embeddings"] = context
+    return random_checkpoint.write(AutoConfig.for_model(**facts, dtype=getattr(torch, dtype)), folder)[0]
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    return rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5
+@dataclass(frozen=True)
+class Run:
+    """What a command took. ``reached`` is the last line of its progress, ``why`` the reason of a failure."""
+
+    seconds: float
+    peak_rss_mb: float
+    reached: str = ""
+    why: str = ""
+
+
+def measure(command: list[str], limit_gb: float | None = None) -> Run:
+    """Run a command in a process of its own, and end it when it takes more than ``limit_gb`` of memory."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        over = _watch(process, limit_gb) if limit_gb is not None else False
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        lines = [line for line in errors.read().splitlines() if line.strip()]
+    why = ""
+    if process.returncode:
+        why = f"took more than {limit_gb:g} GB" if over else (lines or [f"exit code {process.returncode}"])[-1]
+    progress = [x.removeprefix("less-export: ") for x in lines if "warning:" not in x and "error:" not in x]
+    return Run(time.perf_counter() - start, usage.ru_maxrss / 1024, (progress or [""])[-1], why)
+
+
+def _watch(process: subprocess.Popen[bytes], limit_gb: float) -> bool:
+    """Wait until a process ends by itself, or takes too much memory and is killed (True)."""
+    import psutil
+
+    watched = psutil.Process(process.pid)
+    try:
+        while watched.status() != psutil.STATUS_ZOMBIE:
+            if watched.memory_info().rss > limit_gb * 1e9:
+                process.kill()
+                return True
+            time.sleep(0.2)
+    except psutil.NoSuchProcess:
+        pass
+    return False
+
+
+def written(folder: Path) -> int:
+    """Bytes of files below a folder that are not links to others."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
 
 
 def machine() -> dict[str, Any]:

@@ -10,15 +10,13 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-from bench_common import TINYLLAMA, random_checkpoint, write_results
+from bench_common import TINYLLAMA, measure, random_checkpoint, write_results, written
 
 BUDGET = "256"
 
@@ -58,19 +56,14 @@ def ordinary(checkpoint: Path, out: Path) -> None:
         )
 
 
-def measure(command: list[str], out: Path) -> dict[str, float]:
-    """Run a command; wall seconds, peak RSS in MB, MB written (links to the checkpoint do not count)."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)} failed:\n{errors}")
-    seconds = time.perf_counter() - start
-    written = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
+def side(command: list[str], out: Path) -> dict[str, float]:
+    """Run one side; wall seconds, peak RSS in MB, MB written (links to the checkpoint do not count)."""
+    run = measure(command)
+    if run.why:
+        sys.exit(f"{' '.join(command)} failed: {run.why}")
+    figures = {"seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb, "written_mb": written(out) / 1e6}
     shutil.rmtree(out)
-    return {"seconds": seconds, "peak_rss_mb": usage.ru_maxrss / 1024, "written_mb": written / 1e6}
+    return figures
 
 
 def main() -> None:
@@ -92,7 +85,7 @@ def main() -> None:
         sides: dict[str, list[dict[str, float]]] = {"less_export": [], "ordinary": []}
         for _ in range(args.runs):
             for name, command in (("less_export", ours), ("ordinary", theirs)):
-                sides[name].append(measure(command, out))
+                sides[name].append(side(command, out))
                 print(name, {k: round(v, 1) for k, v in sides[name][-1].items()}, flush=True)
     median: dict[str, Any] = {
         name: {k: round(statistics.median(r[k] for r in runs), 2) for k in runs[0]} for name, runs in sides.items()

@@ -15,7 +15,7 @@ import torch
 import transformers as tr
 from safetensors.torch import load_file
 
-from less_export import open_bundle, recipes
+from less_export import open_bundle, recipes, sources
 from less_export.artifact import Bundle
 from less_export.config import ExportConfig
 from less_export.exporter import random_checkpoint, weights
@@ -94,7 +94,7 @@ def test_hugging_face_loads_it(
     size = sum(t.numel() * t.element_size() for t in stored.values())
     index = json.loads((source.folder / "model.safetensors.index.json").read_text())
     assert (index["metadata"]["total_size"], sorted(index["weight_map"])) == (size, sorted(stored))
-    assert {id(p) for p in model.parameters()} == {id(model.get_parameter(n)) for n in stored}  # tied ones once
+    assert sorted(map(id, model.parameters())) == sorted(id(model.get_parameter(n)) for n in stored)  # tied ones once
     fresh = type(model)(model.config)
     for name, tensor in stored.items():
         if tensor.ndim == 1:
@@ -189,6 +189,16 @@ def test_folder_without_weights(run: Run, source: Path, tmp_path: Path, quick: N
     assert "no tokenizer" not in result.err
     assert tensors(tmp_path / "mine-random").keys() == tensors(source).keys()
     assert generated(run, tmp_path / "b", "--prompt", bundles.PROMPT)
+
+
+def test_hub_id_without_its_weights(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(sources, "_download", lambda *words: asked.append(words) or source)
+    found = random_checkpoint.random_source("org/mine", ExportConfig(random_weights=True), tmp_path / "out", print)
+    assert asked == [("org/mine", sources._SMALL_FILES)]
+    assert (found.folder, found.name) == (tmp_path / "mine-random", "mine")
+    found.fetch()  # nothing to fetch
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("there", ["another", "nothing", "half"])

@@ -50,12 +50,16 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
         LessExportError: no decoder that LESS can be put into, no room, or another checkpoint in its place.
     """
     recipe = recipes.load(model)
-    origin = None if recipe is not None else resolve(model)
-    if origin is not None and origin.gguf is not None:
-        raise UsageError(f"--random-weights makes safetensors: give a recipe or a folder with config.json, not {model}")
-    hf_config = described(recipe) if recipe is not None else origin.config()  # type: ignore[union-attr]
+    if recipe is not None:
+        hf_config, name, tokenizer = described(recipe), model, None
+    else:
+        origin = resolve(model)
+        if origin.gguf is not None:
+            raise UsageError(
+                f"--random-weights makes safetensors: give a recipe or a folder with config.json, not {model}"
+            )
+        hf_config, name, tokenizer = origin.config(), origin.name.split("/")[-1], origin.tokenizer()
     vars(hf_config).pop("quantization_config", None)
-    name = model if origin is None else origin.folder.resolve().name if origin.hub is None else model.split("/")[-1]
     parts = [name, "random"]
     if config.num_hidden_layers is not None:
         _cut(hf_config.get_text_config(), config.num_hidden_layers)
@@ -65,10 +69,10 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
     folder = beside.parent / "-".join(parts)
     if folder == beside:
         raise UsageError(f"--out {beside} is where the random checkpoint goes: choose another name")
-    size, made = write(hf_config, folder, config.seed or 0, progress, origin.tokenizer() if origin else None)
+    size, made = write(hf_config, folder, config.seed or 0, progress, tokenizer)
     where = "written to" if made else "taken from"
     warnings.warn(f"the weights are random, {size / 1e9:.2f} GB {where} {folder}", stacklevel=2)
-    return ModelSource(model, folder, None, recipe)
+    return ModelSource(name, folder, None, recipe)
 
 
 def write(

@@ -1,0 +1,109 @@
+"""What full size costs: a random Llama-2-7B, its export for TensorRT, and TensorRT-RTX plans of its layers.
+
+Everything runs in processes of its own, whose wall time, peak RSS and bytes written are taken from outside. A
+plan whose build takes more memory than there is (``--limit-gb``) is ended, and how far it got is written down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench_common import RESULTS, Run, measure, write_results, written
+
+MODEL = "llama2-7b"
+PROGRAM = str(Path(sysconfig.get_path("scripts")) / "less-export")
+
+
+def write(folder: Path, layers: int) -> None:
+    """The checkpoint that ``--random-weights`` takes when it finds it; runs in a process of its own."""
+    from less_export.config import ExportConfig
+    from less_export.exporter.random_checkpoint import random_source
+
+    random_source(MODEL, ExportConfig(random_weights=True, num_hidden_layers=layers), folder / "out", lambda _: None)
+
+
+def words(layers: int, out: Path) -> list[str]:
+    return [PROGRAM, MODEL, "--random-weights", "--num-hidden-layers", str(layers), "--no-validate", "--out", str(out)]
+
+
+def rounded(run: Run, **more: float) -> dict[str, Any]:
+    """A run and what it left, as JSON values; without its progress if it went through."""
+    said = asdict(run) if run.why else {"seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb}
+    return {k: round(v, 1) if isinstance(v, float) else v for k, v in (said | more).items()}
+
+
+def checkpoint(folder: Path, layers: int) -> dict[str, Any]:
+    """Write the checkpoint into ``folder``."""
+    run = measure([sys.executable, __file__, "--write", str(folder), "--layers", str(layers)])
+    if run.why:
+        sys.exit(f"the checkpoint of {layers} layers was not written: {run.why}")
+    return {"layers": layers, **rounded(run, written_mb=written(folder) / 1e6)}
+
+
+def export(folder: Path, layers: int) -> dict[str, Any]:
+    """Export the checkpoint in ``folder`` for TensorRT, weights linked."""
+    out = folder / "bundle"
+    run = measure([*words(layers, out), "--target", "trt"])
+    return {"layers": layers, **rounded(run, written_mb=written(out) / 1e6)}
+
+
+def plan(folder: Path, layers: int, arch: str, limit_gb: float) -> dict[str, Any]:
+    """Build an engine with the plugin from the checkpoint in ``folder``."""
+    out = folder / "engine.plan"
+    run = measure([*words(layers, out), "--gpu-arch", arch], limit_gb)
+    size = {"plan_mb": out.stat().st_size / 1e6} if out.exists() else {}
+    return {"layers": layers, "gpu_arch": arch, "limit_gb": limit_gb, **rounded(run, **size)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("export", "plans"), help="measure this part; the other stays as it was")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="of the plans (default: 8 16 32); the last "
+                        "one's number is the export's")  # fmt: skip
+    parser.add_argument("--gpu-arch", default="sm_89", help="of the plans (default: sm_89)")
+    parser.add_argument("--limit-gb", type=float, default=22.0, help="most memory of a build (default: 22)")
+    parser.add_argument("--results", default="large", help="name of the results file (default: large)")
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    layers = args.layers or [8, 16, 32]
+    if args.write:
+        write(args.write, layers[-1])
+        return
+    file = RESULTS / f"{args.results}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if args.only and file.exists() else {}
+    found = {k: v for k, v in found.items() if k != "machine"} | {"model": MODEL, "dtype": "float16"}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
+        if args.only != "plans":
+            folder = Path(scratch) / "export"
+            folder.mkdir()
+            found["checkpoint"] = checkpoint(folder, layers[-1])
+            print("checkpoint", found["checkpoint"], flush=True)
+            found["export"] = export(folder, layers[-1])
+            print("export", found["export"], flush=True)
+            shutil.rmtree(folder)
+        if args.only != "export":
+            found["plans"] = []
+            built = measure([PROGRAM, "build-plugin", "--gpu-arch", args.gpu_arch])  # kept in the cache
+            if built.why:
+                sys.exit(f"no plugin: {built.why}")
+            for count in layers:
+                folder = Path(scratch) / f"plan-{count}"
+                folder.mkdir()
+                checkpoint(folder, count)
+                found["plans"].append(plan(folder, count, args.gpu_arch, args.limit_gb))
+                print("plan", found["plans"][-1], flush=True)
+                shutil.rmtree(folder)
+    write_results(args.results, found)
+
+
+if __name__ == "__main__":
+    main()
