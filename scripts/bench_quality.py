@@ -8,11 +8,14 @@ unless they say otherwise; ``tests/test_simulate.py`` holds the simulation to th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,9 +33,15 @@ from less_export.surgery import discover
 from less_export.training import collect, data, end_to_end, fit
 
 MODEL, LENGTH = "gemma3-270m", 1024
-TRAIN, VALIDATION, EVALUATION = 48, 4, 16
+TRAIN, EVALUATION = 48, 16
+#: Sequences of the rows that are trained on all there is of the shipped text, and as much of the other.
+MANY = 207
 #: Sequences of the rows that are streamed step by step, the first of those evaluated.
 STREAMED = 4
+#: The authors' training script for a layer: 40 epochs of 512 sequences, 2 a step, all positions, 512 hidden features.
+AUTHORS_STEPS, AUTHORS_HIDDEN = 40 * 512 // 2, 512
+#: Steps timed of either recipe.
+TIMED = 12
 #: Every fourth position past the largest budget of the table.
 POSITIONS = torch.arange(127, LENGTH - 1, 4)
 FILE = RESULTS / "quality.json"
@@ -76,12 +85,15 @@ class Recipe:
     seed: int = 0
     steps: int = 500
     parametrisation: str = "exp"
+    sequences: int = TRAIN
     end_to_end: bool = False
 
     @property
     def name(self) -> str:
+        more = f" {self.sequences} sequences" if self.sequences != TRAIN else ""
         tuned = " + end to end" if self.end_to_end else ""
-        return f"R{self.rank} hidden {self.hidden} {self.parametrisation} steps {self.steps} seed {self.seed}{tuned}"
+        sizes = f"R{self.rank} hidden {self.hidden} {self.parametrisation}"
+        return f"{sizes} steps {self.steps} seed {self.seed}{more}{tuned}"
 
 
 class Bench:
@@ -96,7 +108,7 @@ class Bench:
         source = resolve(MODEL)
         encode, bos = data.encoder(source.tokenizer())
         texts = data.read([str(train_text), "calibration"])
-        self.train = data.sequences(texts, encode, bos, TRAIN + VALIDATION, LENGTH, 0)
+        self.training_text = functools.partial(data.sequences, texts, encode, bos, length=LENGTH, seed=0)
         outside = data.read([str(other)]) if other else [data.Source("Python reference (pydoc_data)", _pydoc())]
         read = {"in": data.read([str(eval_text)]), "out": outside, "shipped": data.read(["held_out"])}
         self.eval = {n: data.sequences(s, encode, bos, EVALUATION, LENGTH, None) for n, s in read.items()}
@@ -120,7 +132,7 @@ class Bench:
 
     def _write(self) -> None:
         facts = {"model": MODEL, "length": LENGTH, "positions": len(POSITIONS), "texts": self.texts}
-        facts |= {"train_sequences": TRAIN, "validation_sequences": VALIDATION, "linears": "bfloat16"}
+        facts |= {"train_sequences": TRAIN, "validation_sequences": _held(TRAIN), "linears": "bfloat16"}
         rows = list(self.rows.values())
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_atomically(FILE, (json.dumps({"machine": machine(), **facts, "rows": rows}, indent=1) + "\n").encode())
@@ -195,19 +207,22 @@ class Bench:
         for r in recipes:
             if r.end_to_end:
                 self._tuned(s, r)
-        recipes = [r for r in recipes if not r.end_to_end]
-        todo = [r for r in recipes if f"train | {s.name} | {r.name}" not in self.rows or not self._file(s, r).exists()]
-        if not todo:
-            return
+        for count in {r.sequences for r in recipes}:
+            mine = [r for r in recipes if r.sequences == count and not r.end_to_end]
+            found = [f"train | {s.name} | {r.name}" in self.rows and self._file(s, r).exists() for r in mine]
+            if not all(found):
+                self._train(s, [r for r, there in zip(mine, found, strict=True) if not there], count)
+
+    def _train(self, s: Setting, todo: list[Recipe], count: int) -> None:
         plan = plan_layers(self.layers, s.config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
         used = [i for i, spec in enumerate(plan) if spec.absorb]
-        activations = self._activations(used)
+        activations = self._activations(used, count)
         maps: dict[Recipe, dict[int, Any]] = {r: {} for r in todo}
         figures: dict[Recipe, list[dict[str, Any]]] = {r: [] for r in todo}
         for layer in used:
             begin = time.perf_counter()
             ready = fit.prepare(activations.tensor(layer), plan[layer], self.projections[layer], "cpu")
-            train, held = ready.rows(slice(0, TRAIN)), ready.rows(slice(TRAIN, None))
+            train, held = ready.rows(slice(0, count)), ready.rows(slice(count, None))
             prepared = time.perf_counter() - begin
             for r in todo:
                 begin = time.perf_counter()
@@ -227,6 +242,23 @@ class Bench:
             self.rows.pop(key, None)
             self.row(key, lambda r=r: {"layers": figures[r]})  # type: ignore[misc]
 
+    def paces(self, s: Setting) -> None:
+        """Seconds that a step takes, ours and the authors', layer by layer in this process."""
+
+        def make() -> dict[str, Any]:
+            plan = plan_layers(self.layers, s.config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
+            used = [i for i, spec in enumerate(plan) if spec.absorb]
+            activations = self._activations(used, TRAIN)
+            layers = []
+            for layer in used:
+                ready = fit.prepare(activations.tensor(layer)[:4], plan[layer], self.projections[layer], "cpu")
+                ours = _pace(ready, "exp", 128, fit.Fit(steps=TIMED))
+                theirs = _pace(ready, "paper", AUTHORS_HIDDEN, fit.Fit(steps=TIMED, positions=LENGTH))
+                layers.append({"layer": layer, "ours": ours, "authors": theirs})
+            return {"layers": layers, "steps": {"ours": fit.Fit().steps, "authors": AUTHORS_STEPS}}
+
+        self.row(f"pace | {s.name}", make)
+
     def _tuned(self, s: Setting, r: Recipe) -> None:
         """Tune the kernels of the recipe without its last stage end to end."""
         if self._file(s, r).exists():
@@ -235,22 +267,39 @@ class Bench:
         self.trained(s, [before])
         maps = Kernels.load(self._file(s, before)).layers
         plan = plan_layers(self.layers, s.config(), LENGTH, {i: m.rank for i, m in maps.items()})
-        learn, check = self.train.ids.split([TRAIN, VALIDATION])
+        ids = self.training_text(count=r.sequences + _held(r.sequences)).ids
+        learn, check = ids.split([r.sequences, _held(r.sequences)])
         maps, facts = end_to_end.tune(self.model, learn, check, plan, maps, r.seed, self.bars)
         print(s.name, r.name, facts, flush=True)
         Kernels(maps, {"model": MODEL, "setting": s.name, "recipe": r.name, "end_to_end": facts}).save(self._file(s, r))
 
-    def _activations(self, layers: list[int]) -> collect.Activations:
-        count = TRAIN + VALIDATION
+    def _activations(self, layers: list[int], sequences: int) -> collect.Activations:
+        """Those of all layers at once where they serve every setting."""
+        count = sequences + _held(sequences)
         plan = plan_layers(self.layers, SETTINGS[0].config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
-        into = collect.Activations(self.work / "activations", plan, count, LENGTH, torch.bfloat16)
+        wanted = list(range(len(plan))) if sequences == TRAIN else layers
+        into = collect.Activations(self.work / f"activations_{count}", plan, count, LENGTH, torch.bfloat16)
         if not self.projections:
             self.projections = collect.output_projections(self.model, plan)
-        if not set(range(len(plan))) <= into.done():  # all at once: they serve every setting
-            everything = list(range(len(plan)))
-            collect.collect(self.model, self.train.ids, plan, everything, into, (0, 1), self.bars)
-            into.mark_done(everything)
+        if not set(wanted) <= into.done():
+            ids = self.training_text(count=count).ids
+            collect.collect(self.model, ids, plan, wanted, into, (0, 1), self.bars)
+            into.mark_done(wanted)
         return into
+
+
+def _held(sequences: int) -> int:
+    """Sequences of the training text that are kept for validation."""
+    return sequences // 12
+
+
+def _pace(ready: fit.Prepared, parametrisation: str, hidden: int, recipe: fit.Fit) -> float:
+    """Median seconds of a step."""
+    at: list[float] = []
+    fit.fit(
+        ready, ready.rows(slice(0, 1)), parametrisation, 8, hidden, recipe, 0, lambda _: at.append(time.perf_counter())
+    )
+    return round(median(b - a for a, b in pairwise(at)), 4)
 
 
 def _pydoc() -> str:
@@ -278,8 +327,6 @@ def measure(b: Bench) -> None:
     b.trained(first, more)
     for r in more:
         b.less(first, r)
-    for domain in ("in", "shipped", "out"):
-        b.less(first, Recipe(end_to_end=True), domain)
     for s in SETTINGS:
         b.baseline(s, "sparse")
     for s, rank in SPLITS:
@@ -294,10 +341,13 @@ def measure(b: Bench) -> None:
         b.baseline(s, "sparse+bytes", chunk=256)
         b.less(s, plain, chunk=256)
     b.stream(SETTINGS[2], plain)
-    for domain in ("out", "shipped"):
-        for s in SETTINGS[1:]:
-            b.baseline(s, "sparse+bytes", domain)
-            b.less(s, plain, domain)
+    b.paces(first)
+    for s in SETTINGS[1:]:
+        b.baseline(s, "sparse+bytes", "out")
+        b.less(s, plain, "out")
+    for r in (Recipe(sequences=MANY), Recipe(sequences=MANY, end_to_end=True)):
+        for domain in ("in", "shipped", "out"):
+            b.less(first, r, domain)
     b.trained(whole, more)
     for r in more:
         b.less(whole, r)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,20 +12,39 @@ import numpy as np
 from less_export.evaluation import statistics
 
 #: ``domain | setting | less R8 hidden 128 exp steps 500 seed 0 | chunk 1``
-_LESS = re.compile(r"less R(\d+) hidden (\d+) (\w+) steps (\d+) seed (\d+)( \+ end to end)?$")
-PLAIN = (8, 128, "exp", 500)
+_LESS = re.compile(r"less R(\d+) hidden (\d+) (\w+) steps (\d+) seed (\d+)(?: (\d+) sequences)?( \+ end to end)?$")
+
+
+@dataclass(frozen=True, order=True)
+class Made:
+    """How kernels were made; 0 sequences stand for what the results call ``train_sequences``."""
+
+    rank: int = 8
+    hidden: int = 128
+    kind: str = "exp"
+    steps: int = 500
+    sequences: int = 0
+    tuned: bool = False
+
+    @property
+    def trained(self) -> str:
+        """The name of their training without its last stage, up to the seed and what follows it."""
+        return f"R{self.rank} hidden {self.hidden} {self.kind} steps {self.steps}"
+
+
+PLAIN = Made()
 NOT_YET = "not measured yet"
 
 
 @dataclass(frozen=True)
 class Found:
-    """A row of the results by what it is about; ``recipe`` is (rank, hidden, parametrisation, steps)."""
+    """A row of the results by what it is about."""
 
     domain: str
     setting: str
     cache: str
     how: str
-    recipe: tuple[int, int, str, int] | None
+    recipe: Made | None
     seed: int
     row: dict[str, Any]
 
@@ -41,25 +60,28 @@ class Quality:
         self.data = data
         self.found: list[Found] = []
         self.training: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self.paces: dict[str, dict[str, Any]] = {}
         for row in data["rows"]:
             parts = row["key"].split(" | ")
             if parts[0] == "train":
                 self.training[parts[1], parts[2]] = row["layers"]
                 continue
+            if parts[0] == "pace":
+                self.paces[parts[1]] = row
+                continue
             setting, cache, how = [*parts[1:], "", ""][:3] if len(parts) > 2 else ("", "full", "")
             recipe, seed = None, 0
             if match := _LESS.match(cache):
-                rank, hidden, kind, steps, seed_, tuned = match.groups()
-                recipe, seed, cache = (int(rank), int(hidden), kind + (tuned or ""), int(steps)), int(seed_), "less"
+                rank, hidden, kind, steps, seed_, more, tuned = match.groups()
+                recipe = Made(int(rank), int(hidden), kind, int(steps), int(more or 0), tuned is not None)
+                seed, cache = int(seed_), "less"
             self.found.append(Found(parts[0], setting, cache, how, recipe, seed, row))
 
     def one(self, domain: str, setting: str, cache: str, how: str = "chunk 1") -> Found | None:
         wanted = (domain, setting, cache, how) if cache != "full" else (domain, "", "full", "")
         return next((f for f in self.found if (f.domain, f.setting, f.cache, f.how) == wanted), None)
 
-    def less(
-        self, domain: str, setting: str, recipe: tuple[int, int, str, int] = PLAIN, how: str = "chunk 1"
-    ) -> list[Found]:
+    def less(self, domain: str, setting: str, recipe: Made = PLAIN, how: str = "chunk 1") -> list[Found]:
         """One per seed."""
         wanted = (domain, setting, "less", how, recipe)
         mine = [f for f in self.found if (f.domain, f.setting, f.cache, f.how, f.recipe) == wanted]
@@ -114,19 +136,21 @@ def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
     recipes = dict.fromkeys(f.recipe for f in q.found if f.setting == setting and f.recipe and f.domain == "in")
     rows = []
     for recipe in sorted(r for r in recipes if r):
-        rank, hidden, kind, steps = recipe
         less = q.less("in", setting, recipe)
         if not less:
             continue
-        baseline = q.one("in", setting, f"sparse+bytes R{rank}")
-        layers = q.training.get((setting, f"R{rank} hidden {hidden} {kind} steps {steps} seed {less[0].seed}"), [])
+        baseline = q.one("in", setting, f"sparse+bytes R{recipe.rank}")
+        more = f" {recipe.sequences} sequences" if recipe.sequences else ""
+        name = f"{recipe.trained} seed {less[0].seed}{more}"
+        layers = [] if recipe.tuned else q.training.get((setting, name), [])
         error = f"{np.mean([x['less'] for x in layers]):.4f}" if layers else ""
         kernel = f"{less[0].row['kernel_bytes'] / 1e6:.2f}"
         cells = [
-            str(rank),
-            str(hidden),
-            kind,
-            str(steps),
+            str(recipe.rank),
+            str(recipe.hidden),
+            recipe.kind,
+            str(recipe.steps) + (" + end to end" if recipe.tuned else ""),
+            str(recipe.sequences or q.data["train_sequences"]),
             kernel,
             error,
             _seeds(less),
@@ -138,6 +162,7 @@ def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
         "hidden",
         "parametrisation",
         "steps",
+        "sequences",
         "kernels, MB",
         "layers' error",
         "LESS",
@@ -153,11 +178,11 @@ def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name in names:
         mine = [f for f in q.found if f.setting == name and f.cache == "less" and f.domain == "in" and f.seed == 0]
-        mine = [f for f in mine if f.how == "chunk 1" and f.recipe and f.recipe[1:] == PLAIN[1:]]
+        mine = [f for f in mine if f.how == "chunk 1" and f.recipe and replace(f.recipe, rank=8) == PLAIN]
         if name == first:
             mine = [f for f in mine if f.recipe == PLAIN]
         for f in mine:
-            state, rank = f"{f.row['state_bytes'] / 1e6:.3f}", str(f.recipe[0] if f.recipe else "")
+            state, rank = f"{f.row['state_bytes'] / 1e6:.3f}", str(f.recipe.rank if f.recipe else "")
             rows.append([name, rank, state, _ppl(f), _share(q.share("in", baseline, [f]))])
     return ["setting", "R", "state, MB", "LESS", "share of the gap (= bytes of the first)"], rows
 
@@ -165,18 +190,20 @@ def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
 def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
     rows = []
     names = {"in": "WikiText-2 test", "shipped": "held-out part of the shipped text", "out": "Python reference manual"}
-    recipes = {"": PLAIN, "tuned end to end: ": (*PLAIN[:2], f"{PLAIN[2]} + end to end", PLAIN[3])}
+    made = {f.recipe for f in q.found if f.domain != "in" and f.recipe}
     for setting in q.settings():
         if not any(q.less(d, setting) for d in ("out", "shipped")):
             continue
         for domain, label in names.items():
             full, baseline = q.one(domain, "", "full"), q.one(domain, setting, "sparse+bytes R8")
-            for prefix, recipe in recipes.items():
+            for recipe in sorted(made):
                 less = q.less(domain, setting, recipe)
                 if less:
+                    how = f"{recipe.sequences or q.data['train_sequences']} sequences"
+                    how += ", end to end" if recipe.tuned else ""
                     share = _share(q.share(domain, baseline, less))
-                    rows.append([setting, prefix + label, _ppl(full), _ppl(baseline), _seeds(less), share])
-    return ["setting", "text", "full", "= bytes", "LESS", "share of the gap"], rows
+                    rows.append([setting, label, how, _ppl(full), _ppl(baseline), _seeds(less), share])
+    return ["setting", "text", "trained on", "full", "= bytes", "LESS", "share of the gap"], rows
 
 
 def orders(q: Quality) -> tuple[list[str], list[list[str]]]:
@@ -240,13 +267,25 @@ def times(q: Quality) -> tuple[list[str], list[list[str]]]:
     return ["setting", "recipe", "layers", "prepare a layer, s", "fit a layer, s", "all layers, s"], rows
 
 
-PARTS = ("settings", "splits", "sweep", "domains", "orders", "memory", "times")
+def pace(q: Quality) -> tuple[list[str], list[list[str]]]:
+    """Our recipe beside the authors': seconds of a step, and of all steps at that pace."""
+    rows = []
+    for setting, row in q.paces.items():
+        for name, label in (("ours", "ours"), ("authors", "the authors'")):
+            steps = row["steps"][name]
+            seconds = [x[name] for x in row["layers"]]
+            cells = [f"{np.mean(seconds):.3f}", f"{steps:,}", f"{np.mean(seconds) * steps / 60:.1f}"]
+            rows.append([setting, label, *cells, f"{np.sum(seconds) * steps / 60:.1f}"])
+    return ["setting", "recipe", "a step, s", "steps", "a layer, min", "all layers, min"], rows
+
+
+PARTS = ("settings", "splits", "sweep", "domains", "orders", "memory", "times", "pace")
 
 
 def note(q: Quality, part: str) -> str:
     """What a table's figures are, in words, before the machine."""
     d = q.data
-    if part == "times":
+    if part in ("times", "pace"):
         return "one thread, beside other work on the machine; "
     if part == "memory":
         return f"16-bit cache, f32 state, one sequence of {d['length']:,} tokens; "
