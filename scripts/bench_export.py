@@ -58,8 +58,11 @@ def ordinary(checkpoint: Path, out: Path) -> None:
         )
 
 
-def measure(command: list[str], out: Path) -> dict[str, float]:
-    """Run a command; wall seconds, peak RSS in MB, MB written (links to the checkpoint do not count)."""
+def measure(command: list[str], out: Path, keep: bool = False) -> dict[str, float]:
+    """Run a command; wall seconds, peak RSS in MB, MB written to ``out`` (links to the checkpoint do not count).
+
+    What was written is removed, unless ``keep``.
+    """
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
@@ -69,7 +72,8 @@ def measure(command: list[str], out: Path) -> dict[str, float]:
         sys.exit(f"{' '.join(command)} failed:\n{errors}")
     seconds = time.perf_counter() - start
     written = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
-    shutil.rmtree(out)
+    if not keep:
+        shutil.rmtree(out)
     return {"seconds": seconds, "peak_rss_mb": usage.ru_maxrss / 1024, "written_mb": written / 1e6}
 
 

@@ -326,9 +326,9 @@ def test_checkpoint_on_another_file_system(tmp_path: Path) -> None:
     feed(tiny.backend("ort", 1), ids, [8])
 
 
-@pytest.mark.parametrize("gap", [1 << 31, (1 << 32) + 4096])
-def test_weights_beyond_two_and_four_gigabytes(tmp_path: Path, gap: int) -> None:
-    # A hole in a sparse file: nothing is written, but every weight behind it lies past the limit.
+def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
+    # A hole in a sparse file: nothing is written, but every weight behind it lies past 32 bits.
+    gap = (1 << 32) + 4096
     checkpoint = families.save(families.small(), tmp_path / "model", torch.float16)
     path = checkpoint / "model.safetensors"
     data = path.read_bytes()
