@@ -4,7 +4,8 @@ A random Llama of TinyLlama-1.1B's shape, fp16, is exported by each; wall time, 
 are taken by the parent. Then every model decodes on this environment's ONNX Runtime, each in a process of its
 own: less-export's through its backend, its 256 slots full and its position set to the context; the peers' graphs with
 a past of that length (random numbers, bound once; GenAI's attention writes into the buffer it reads, as its
-runtime has it). Each peer is installed into an environment of its own, made under ``--environments``; one
+runtime has it). int4 is each one's own: ours has blocks of 64, an int8 output embedding and the checkpoint's input
+embedding, GenAI's blocks of 32, an int4 output embedding and an f32 input embedding. Each peer is installed into an environment of its own, made under ``--environments``; one
 that cannot be installed or fails is recorded with the reason.
 """
 
@@ -86,9 +87,12 @@ def commands(checkpoint: Path, scratch: Path, folder: Path) -> dict[tuple[str, s
 
 
 class Step:
-    """One decode step of a peer's graph at a fixed context, inputs bound once; the past does not advance."""
+    """One decode step of a peer's graph at a fixed context, inputs bound once; the past does not advance.
 
-    def __init__(self, model: Path, context: int) -> None:
+    ``shared``: the graph writes the new token into the buffer that it reads the past from.
+    """
+
+    def __init__(self, model: Path, context: int, shared: bool) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -97,7 +101,6 @@ class Step:
         self.binding = self.session.io_binding()
         heads = TINYLLAMA["num_key_value_heads"]
         width = TINYLLAMA["hidden_size"] // TINYLLAMA["num_attention_heads"]
-        shared = b"GroupQueryAttention" in model.read_bytes()  # writes the new token into the past's buffer
         rng, buffers = np.random.default_rng(0), {}
         for node in self.session.get_inputs():
             if node.name.startswith("past"):
@@ -140,7 +143,11 @@ def less_step(bundle: Path, context: int) -> Any:
 
 def child(who: str, out: Path, context: int) -> None:
     """Decode at one context and print the figures as JSON."""
-    step = less_step(out, context) if who == "less-export" else Step(out / "model.onnx", context)
+    step = (
+        less_step(out, context)
+        if who == "less-export"
+        else Step(out / "model.onnx", context, who == "onnxruntime-genai")
+    )
     times = []
     for _ in range(STEPS + 1):
         start = time.perf_counter()
