@@ -4,9 +4,10 @@ A random Llama of TinyLlama-1.1B's shape, fp16, is exported by each; wall time, 
 are taken by the parent. Then every model decodes on this environment's ONNX Runtime, each in a process of its
 own: less-export's through its backend, its 256 slots full and its position set to the context; the peers' graphs with
 a past of that length (random numbers, bound once; GenAI's attention writes into the buffer it reads, as its
-runtime has it). int4 is each one's own: ours has blocks of 64, an int8 output embedding and the checkpoint's input
-embedding, GenAI's blocks of 32, an int4 output embedding and an f32 input embedding. Each peer is installed into an environment of its own, made under ``--environments``; one
-that cannot be installed or fails is recorded with the reason.
+runtime has it). int4 is each one's own: ours has blocks of 64, an int8 output embedding and the checkpoint's
+input embedding, GenAI's blocks of 32, an int4 output embedding and an f32 input embedding. Each peer is
+installed into an environment of its own, made under ``--environments``; one that cannot be installed or
+fails is recorded with the reason.
 """
 
 from __future__ import annotations
