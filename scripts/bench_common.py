@@ -11,9 +11,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from less_export.recipes import all_recipes
+
+if TYPE_CHECKING:
+    from less_export.feature_maps import Kernels
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -32,6 +35,15 @@ def random_checkpoint(folder: Path, dtype: str, layers: int, context: int | None
     if context is not None:
         facts["max_position_embeddings"] = context
     return random_checkpoint.write(AutoConfig.for_model(**facts, dtype=getattr(torch, dtype)), folder)[0]
+
+
+def kernels(layers: int, rank: int, hidden: int) -> Kernels:
+    """Kernels of the size that training makes, with random weights: the same work, no quality."""
+    from less_export.feature_maps import Heads, random_kernels
+
+    heads, kv_heads = TINYLLAMA["num_attention_heads"], TINYLLAMA["num_key_value_heads"]
+    shape = Heads(heads, kv_heads, TINYLLAMA["hidden_size"] // heads)
+    return random_kernels([shape] * layers, range(layers), rank, hidden)
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from bench_common import TINYLLAMA, random_checkpoint, write_results
+from bench_common import TINYLLAMA, kernels, random_checkpoint, write_results
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import less_export
 from less_export import RowState
-from less_export.feature_maps import Heads, Kernels, random_kernels
 
 HEADS, DIM = TINYLLAMA["num_key_value_heads"], TINYLLAMA["hidden_size"] // TINYLLAMA["num_attention_heads"]
 
@@ -161,12 +160,6 @@ def main() -> None:
             "rows": rows,
         },
     )
-
-
-def kernels(layers: int, rank: int, hidden: int) -> Kernels:
-    """Kernels of the size that training makes, with random weights: the same work, no quality."""
-    heads = Heads(TINYLLAMA["num_attention_heads"], HEADS, DIM)
-    return random_kernels([heads] * layers, range(layers), rank, hidden)
 
 
 def filled(backend: Any, context: int) -> RowState:

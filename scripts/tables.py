@@ -113,6 +113,47 @@ def recipes() -> str:
     return table(["recipe", "hub", "cache", "LESS, any length", *lengths, "kernels"], rows)
 
 
+def memory() -> str:
+    """What a bundle holds in memory."""
+    data = results("memory")
+    first = next(r["variant"] for r in data["rows"])
+    rows = [
+        [
+            r["weights"],
+            f"{r['weight_mb']:,.0f}",
+            f"{r['loaded']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
+            f"{r['running']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
+            f"{r['running']['peak_mb'] - r['empty']['resident_mb']:,.0f}",
+            f"{r['decode_ms']:.0f}",
+        ]
+        for r in data["rows"]
+        if r["variant"] == first
+    ]
+    what = f"{data['parameters'] / 1e9:.2f}e9 parameters, {data['layers']} layers, less the process before loading"
+    header = ["weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB", "decode step, ms"]
+    return table(header, rows) + f"\n\n({what}; {where(data)})"
+
+
+def peers() -> str:
+    """Export and decoding against other exporters."""
+    data, rows = results("peers"), []
+    contexts = sorted({c["context"] for r in data["rows"] for c in r.get("contexts", [])})
+    for r in data["rows"]:
+        if "failed" in r:
+            rows.append([r["who"], r["precision"], r["failed"], *[""] * (2 + 2 * len(contexts))])
+            continue
+        cells = [f"{r['seconds']:.0f}", f"{r['peak_rss_mb']:,.0f}", f"{r['written_mb']:,.1f}"]
+        for c in r["contexts"]:
+            cells += (
+                [c["failed"], ""] if "failed" in c else [f"{c['tokens_per_second']:.2f}", f"{c['resident_mb']:,.0f}"]
+            )
+        rows.append([r["who"], r["precision"], *cells])
+    header = ["exporter", "weights", "export, s", "its peak RSS, MB", "written, MB"]
+    header += [h for c in contexts for h in (f"tokens/s at {c:,}", f"resident at {c:,}, MB")]
+    what = f"{data['layers']} layers, fp16 checkpoint of {data['checkpoint_mb']:,.0f} MB, {data['slots']} slots"
+    return table(header, rows) + f"\n\n({what}, {data['threads']} threads; {where(data)})"
+
+
 def quality(part: str) -> str:
     """One of the tables of the quality benchmark."""
     found = quality_tables.Quality(results("quality"))
@@ -134,7 +175,8 @@ def models(part: str) -> str:
 
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
-    makers = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost, "recipes": recipes}
+    makers: dict[str, Any] = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
+    makers |= {"recipes": recipes, "memory": memory, "peers": peers}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}

@@ -326,9 +326,9 @@ def test_checkpoint_on_another_file_system(tmp_path: Path) -> None:
     feed(tiny.backend("ort", 1), ids, [8])
 
 
-@pytest.mark.parametrize("gap", [1 << 31, (1 << 32) + 4096])
-def test_weights_beyond_two_and_four_gigabytes(tmp_path: Path, gap: int) -> None:
-    # A hole in a sparse file: nothing is written, but every weight behind it lies past the limit.
+def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
+    # A hole in a sparse file: nothing is written, but every weight behind it lies past 32 bits.
+    gap = (1 << 32) + 4096
     checkpoint = families.save(families.small(), tmp_path / "model", torch.float16)
     path = checkpoint / "model.safetensors"
     data = path.read_bytes()
@@ -355,18 +355,6 @@ def test_weights_beyond_two_and_four_gigabytes(tmp_path: Path, gap: int) -> None
     for name in ("ort", "torch"):
         found, expected = (feed(t.backend(name, 1), ids, sizes) for t in (tiny, plain))
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.slow
-def test_seventy_layers(tmp_path: Path) -> None:
-    deep = families.small(
-        num_hidden_layers=70, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
-        initializer_range=0.1,
-    )  # fmt: skip
-    checkpoint = families.save(deep, tmp_path / "model", max_shard_size="20KB")
-    tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
-    assert len(artifact(tiny, "ort").contract.layers) == 70
-    assert_is_the_model(tiny)
 
 
 def test_single_artifact_of_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

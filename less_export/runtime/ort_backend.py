@@ -4,6 +4,8 @@ The state lives in two sets of tensors, bound once: a step reads one set and wri
 step goes the other way. Nothing of the state is copied or allocated between steps.
 
 Session options are ONNX Runtime's own but for scratch memory. Measured on two cores:
+- What loading a model frees goes back to the system at once (glibc keeps it otherwise): an int4 model of 1.1B
+  parameters (746 MB on disk, of which 131 MB of embeddings are only mapped) holds 841 MB after loading, not 1,136 MB.
 - 10 layers of 1024 x 4096 (320 MB, external data): weights are held once (375 MB with the interpreter, f32
   or bf16 behind a folded Cast). Leaving out prepacking saves nothing and decodes two to three times slower.
 - 8 LESS layers (16 heads of 64, C 256), 4 rows, chunks of 128: after prefill the process held 835 MB. Without
@@ -13,7 +15,9 @@ Session options are ONNX Runtime's own but for scratch memory. Measured on two c
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from importlib import metadata
@@ -52,6 +56,13 @@ def _reason(error: BaseException) -> str:
     """First line of an exception, without ONNX Runtime's prefix."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]).rstrip(" .")
+
+
+def _hand_back() -> None:
+    """Give what was freed back to the system, where the C library is glibc and would keep it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _installed(package: str) -> bool:
@@ -145,6 +156,7 @@ class OrtBackend(Backend):
             raise BackendError(f"cannot load {path}: {_reason(error)}; export the bundle again") from error
         if provider not in session.get_providers():
             raise BackendError("ONNX Runtime could not start CUDA: check the driver, CUDA and cuDNN, or use the cpu")
+        _hand_back()
         return session
 
     def _check_graph(self, path: Path) -> None:

@@ -1,0 +1,217 @@
+"""less-export against optimum-onnx and ONNX Runtime GenAI's model builder, on one checkpoint.
+
+A random Llama of TinyLlama-1.1B's shape, fp16, is exported by each; wall time, peak RSS and bytes written
+are taken by the parent. Then every model decodes on this environment's ONNX Runtime, each in a process of its
+own: less-export's through its backend, its 256 slots full and its position set to the context; the peers' graphs with
+a past of that length (random numbers, bound once; GenAI's attention writes into the buffer it reads, as its
+runtime has it). int4 is each one's own: ours has blocks of 64, an int8 output embedding and the checkpoint's
+input embedding, GenAI's blocks of 32, an int4 output embedding and an f32 input embedding. Each peer is
+installed into an environment of its own, made under ``--environments``; one that cannot be installed or
+fails is recorded with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_common import TINYLLAMA, kernels, measure, random_checkpoint, write_results, written
+from bench_memory import resident
+
+BUDGET, RANK, HIDDEN, STEPS = 256, 8, 128, 12
+#: Packages of each peer. torch is the version that has a CPU wheel wherever this runs.
+PEERS = {
+    "optimum-onnx": ["torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0"],
+    "onnxruntime-genai": [
+        "torch==2.13.0", "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "transformers==5.23.0", "onnx==1.23.2",
+        "onnx-ir==1.1.0",
+    ],
+}  # fmt: skip
+
+
+def environment(peer: str, folder: Path) -> Path:
+    """The python of a peer's environment, made where it is not there."""
+    python = folder / peer / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder / peer)], check=True)
+        try:
+            subprocess.run([str(python), "-m", "pip", "install", "-q", *PEERS[peer]], check=True)
+        except subprocess.CalledProcessError:
+            python.unlink()
+            raise
+    return python
+
+
+def tokenizer(folder: Path) -> None:
+    """A tokenizer of single letters: GenAI's builder copies one and fails without."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(97 + i): i for i in range(26)}
+    bare = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="b", eos_token="c").save_pretrained(folder)
+
+
+def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict[tuple[str, str], Any]:
+    """How each exports, by (who, precision); a command, or the reason why there is none."""
+    made = scratch / "kernels.safetensors"
+    kernels(layers, RANK, HIDDEN).save(made)
+    ours = [sys.executable, "-m", "less_export.cli", str(checkpoint), "--no-validate", "--budget", str(BUDGET)]
+    ours += ["--kernels", str(made), "--max-batch", "1"]
+    found: dict[tuple[str, str], Any] = {
+        ("less-export", "f32"): ours,
+        ("less-export", "int4"): [*ours, "--weights", "int4"],
+    }
+    for peer in PEERS:
+        try:
+            python = str(environment(peer, folder))
+        except (OSError, subprocess.CalledProcessError) as error:
+            found[peer, "f32"] = found[peer, "int4"] = f"cannot be installed: {error}"
+            continue
+        if peer == "optimum-onnx":
+            command = [str(Path(python).with_name("optimum-cli")), "export", "onnx", "-m", str(checkpoint)]
+            found[peer, "f32"] = [*command, "--task", "text-generation-with-past", "--no-post-process"]
+            found[peer, "int4"] = "its exporter has no weight-only int4"
+        else:
+            builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-e", "cpu"]
+            for precision, name in (("f32", "fp32"), ("int4", "int4")):
+                found[peer, precision] = [*builder, "-p", name, "-c", str(scratch / "cache")]
+    return found
+
+
+class Step:
+    """One decode step of a peer's graph at a fixed context, inputs bound once; the past does not advance.
+
+    ``shared``: the graph writes the new token into the buffer that it reads the past from.
+    """
+
+    def __init__(self, model: Path, context: int, shared: bool) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = os.cpu_count() or 1
+        self.session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        self.binding = self.session.io_binding()
+        heads = TINYLLAMA["num_key_value_heads"]
+        width = TINYLLAMA["hidden_size"] // TINYLLAMA["num_attention_heads"]
+        rng, buffers = np.random.default_rng(0), {}
+        for node in self.session.get_inputs():
+            if node.name.startswith("past"):
+                length = context if shared else context - 1
+                value = rng.standard_normal((1, heads, length, width), np.float32)
+            elif node.name == "attention_mask":
+                value = np.ones((1, context), np.int64)
+            else:
+                value = np.full((1, 1), context - 1 if node.name == "position_ids" else 5, np.int64)
+            buffers[node.name] = ort.OrtValue.ortvalue_from_numpy(value)
+            self.binding.bind_ortvalue_input(node.name, buffers[node.name])
+        for node in self.session.get_outputs():
+            past = node.name.replace("present", "past_key_values")
+            if shared and past in buffers:
+                self.binding.bind_ortvalue_output(node.name, buffers[past])
+            else:
+                self.binding.bind_output(node.name, "cpu")
+
+    def __call__(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+
+def less_step(bundle: Path, context: int) -> Any:
+    """One decode step of a bundle whose slots are full, at position ``context - 1``; the state advances by one."""
+    import less_export
+    from less_export import RowState
+
+    backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count()).backend
+    backend.open(1)
+    rng = np.random.default_rng(0)
+    for _ in range(0, BUDGET + backend.contract.chunk, backend.contract.chunk):
+        backend.step(rng.integers(3, 1000, (1, backend.contract.chunk)))
+    state = backend.read_row(0)
+    gone = context - 1 - state.length  # positions move with it, so that the newest stay the newest
+    tensors = {n: np.where(x >= 0, x + gone, x) if n.endswith("position") else x for n, x in state.tensors.items()}
+    tensors = {n: x.astype(state.tensors[n].dtype) for n, x in tensors.items()}
+    backend.write_row(0, RowState(context - 1, tensors, state.identity))
+    return lambda: backend.step([[5]])
+
+
+def child(who: str, out: Path, context: int) -> None:
+    """Decode at one context and print the figures as JSON."""
+    step = (
+        less_step(out, context)
+        if who == "less-export"
+        else Step(out / "model.onnx", context, who == "onnxruntime-genai")
+    )
+    times = []
+    for _ in range(STEPS + 1):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    rate = round(1 / statistics.median(times[1:]), 2)
+    print(json.dumps({"tokens_per_second": rate, **resident()}))
+
+
+def reason(error: BaseException | str) -> str:
+    """Last line of an error."""
+    lines = str(error).strip().splitlines()
+    return lines[-1][:200] if lines else type(error).__name__
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=TINYLLAMA["num_hidden_layers"])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "less-export-peers")
+    parser.add_argument("--child", nargs=3, metavar=("WHO", "OUT", "CONTEXT"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        return child(args.child[0], Path(args.child[1]), int(args.child[2]))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        scratch = Path(folder)
+        checkpoint = scratch / "checkpoint"
+        nbytes = random_checkpoint(checkpoint, "float16", args.layers, context=1 << 15)
+        tokenizer(checkpoint)
+        for (who, precision), command in commands(checkpoint, scratch, args.environments, args.layers).items():
+            row: dict[str, Any] = {"who": who, "precision": precision}
+            rows.append(row)
+            if isinstance(command, str):
+                row["failed"] = command
+                continue
+            out = scratch / "out"
+            target = {"less-export": ["--out", str(out)], "onnxruntime-genai": ["-o", str(out)]}.get(who, [str(out)])
+            run = measure([*command, *target])
+            if run.why:
+                row["failed"] = run.why
+                shutil.rmtree(out, ignore_errors=True)
+                continue
+            figures = {"seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb, "written_mb": written(out) / 1e6}
+            row |= {n: round(x, 1) for n, x in figures.items()}
+            row["contexts"] = []
+            for context in args.contexts:
+                words = [sys.executable, __file__, "--child", who, str(out), str(context)]
+                done = subprocess.run(words, capture_output=True, text=True)
+                figures = {"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout)
+                row["contexts"].append({"context": context, **figures})
+            print(row, flush=True)
+            shutil.rmtree(out)
+    what = {
+        "model": "random Llama, TinyLlama-1.1B shape",
+        "layers": args.layers,
+        "checkpoint_mb": round(nbytes / 1e6, 1),
+    }
+    write_results("peers", {**what, "slots": BUDGET, "peers": PEERS, "threads": os.cpu_count(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
