@@ -131,8 +131,8 @@ def test_seeds(tmp_path: Path) -> None:
     assert not any(torch.equal(one[n], other[n]) for n in one if one[n].ndim > 1)
 
 
-def test_experts_and_buffers_are_found(tmp_path: Path) -> None:
-    for family in ("mixtral", "gpt_neox", "opt", "qwen3_moe"):
+def test_experts_are_found(tmp_path: Path) -> None:
+    for family in ("mixtral", "opt", "qwen3_moe"):
         config = families.FAMILIES[family]().config
         config.dtype = torch.float32
         folder = write(tmp_path / family, config)

@@ -88,7 +88,7 @@ def write(
         The weights' bytes, and whether they had to be written.
     """
     bare = _bare(hf_config)
-    tensors = dict(bare.named_parameters()) | _buffers(bare)
+    tensors = dict(bare.named_parameters())  # tied ones once
     plan = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=_nbytes,
@@ -148,12 +148,6 @@ def _bare(hf_config: Any) -> PreTrainedModel:
     return bare
 
 
-def _buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds beside parameters; its values are the model's own."""
-    parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    return {n: t for n, t in model.state_dict().items() if n not in parameters}
-
-
 def _nbytes(tensor: torch.Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()
 
@@ -202,7 +196,7 @@ class _Values:
 
 
 def _vectors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Norm weights as the model initialises them (ones, or zeros for 1 + w), other vectors zero; buffers."""
+    """Norm weights as the model initialises them (ones, or zeros for 1 + w), other vectors zero."""
     for prefix, module in model.named_modules():
         owned = {n: p for n, p in module._parameters.items() if p is not None}
         small = {n: torch.full(p.shape, float(n == "weight"), dtype=p.dtype) for n, p in owned.items() if p.ndim <= 1}
@@ -212,4 +206,3 @@ def _vectors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
             model._init_weights(module)
         for name, values in small.items():
             yield f"{prefix}.{name}" if prefix else name, values
-    yield from _buffers(model).items()
