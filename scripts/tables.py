@@ -154,6 +154,20 @@ def peers() -> str:
     return table(header, rows) + f"\n\n({what}, {data['threads']} threads; {where(data)})"
 
 
+def large() -> str:
+    """A full-size model: writing it, exporting it, building engines of its layers."""
+    data = results("large")
+    steps = [("random checkpoint", data["checkpoint"]), ("export for TensorRT, weights linked", data["export"])]
+    steps += [(f"engine with the plugin, {p['gpu_arch']}", p) for p in data["plans"]]
+    rows = []
+    for what, run in steps:
+        size = run.get("written_mb", run.get("plan_mb"))
+        left = f"{size:,.1f}" if size is not None else f"stopped: {run['why']}, at: {run['reached']}"
+        rows.append([what, str(run["layers"]), f"{run['seconds']:.0f}", f"{run['peak_rss_mb']:,.0f}", left])
+    header = ["step", "layers", "wall time, s", "peak RSS, MB", "written, MB"]
+    return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}; {where(data)})"
+
+
 def quality(part: str) -> str:
     """One of the tables of the quality benchmark."""
     found = quality_tables.Quality(results("quality"))
@@ -176,7 +190,7 @@ def models(part: str) -> str:
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers: dict[str, Any] = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
-    makers |= {"recipes": recipes, "memory": memory, "peers": peers}
+    makers |= {"recipes": recipes, "memory": memory, "peers": peers, "large": large}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}
