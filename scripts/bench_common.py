@@ -70,7 +70,7 @@ def measure(command: list[str], limit_gb: float | None = None) -> Run:
     if process.returncode:
         why = f"took more than {limit_gb:g} GB" if over else (lines or [f"exit code {process.returncode}"])[-1]
     progress = [x.removeprefix("less-export: ") for x in lines if "warning:" not in x and "error:" not in x]
-    return Run(time.perf_counter() - start, usage.ru_maxrss / 1024, (progress or [""])[-1], why)
+    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6, (progress or [""])[-1], why)
 
 
 def _watch(process: subprocess.Popen[bytes], limit_gb: float) -> bool:

@@ -2,15 +2,17 @@
 
 Each is built from the recipe's facts with random weights in float32, exported with policy ``full``, and fed in
 chunks and token by token. Weights are large enough for attention to be far from uniform, and sliding windows are
-made short, so that they are passed; nothing else differs from the real model but its depth.
+made short, so that they are passed. ``--num-hidden-layers`` would keep the first layers only,
+which need not be of all kinds.
 
-``--resume`` keeps the rows that are there, ``--only NAME`` measures one recipe (again).
+``--resume`` keeps the rows whose recipe has not changed, ``--only NAME`` measures one recipe (again).
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import resource
@@ -70,7 +72,13 @@ def measure(name: str) -> dict[str, Any]:
         model = families.load(checkpoint)
         with torch.no_grad():
             truth = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
-        facts = {"recipe": name, "class": type(model).__name__, "layers": kept, "weight_bytes": size}
+        facts = {
+            "recipe": name,
+            "architecture_sha256": described_by(name),
+            "class": type(model).__name__,
+            "layers": kept,
+            "weight_bytes": size,
+        }
         del model
         logits = {}
         for backend in ("torch", "ort"):
@@ -85,8 +93,15 @@ def measure(name: str) -> dict[str, Any]:
         "onnx_against_torch": families.relative(logits["ort"], logits["torch"]),
         "export_cpu_seconds": exported,
         "seconds": time.perf_counter() - began,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
     }
+
+
+def described_by(name: str) -> str:
+    """Hash of a recipe's architecture: a row is measured again when it changes."""
+    recipe = recipes.load(name)
+    assert recipe is not None
+    return hashlib.sha256(json.dumps(recipe.architecture, sort_keys=True).encode()).hexdigest()
 
 
 def main() -> int:
@@ -97,6 +112,7 @@ def main() -> int:
     path, rows = RESULTS / "full_width.json", dict[str, dict[str, Any]]()
     if path.is_file() and (options.resume or options.only):
         rows = {r["recipe"]: r for r in json.loads(path.read_text())["rows"]}
+    rows = {n: r for n, r in rows.items() if n in recipes.names() and r["architecture_sha256"] == described_by(n)}
     names = [options.only] if options.only else [n for n in recipes.names() if n not in rows]
     bad = []
     for name in names:

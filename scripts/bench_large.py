@@ -53,6 +53,8 @@ def export(folder: Path, layers: int) -> dict[str, Any]:
     """Export the checkpoint in ``folder`` for TensorRT, weights linked."""
     out = folder / "bundle"
     run = measure([*words(layers, out), "--target", "trt"])
+    if run.why:
+        sys.exit(f"the checkpoint of {layers} layers was not exported: {run.why}")
     return {"layers": layers, **rounded(run, written_mb=written(out) / 1e6)}
 
 

@@ -24,6 +24,7 @@ READMES = (
     ROOT / "README.md",
     ROOT / "plugins_trt" / "README.md",
     ROOT / "models" / "README.md",
+    ROOT / "benchmarks" / "README.md",
     ROOT / "models" / "ARCHITECTURES.md",
 )
 
@@ -124,13 +125,12 @@ def memory() -> str:
             f"{r['loaded']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
             f"{r['running']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
             f"{r['running']['peak_mb'] - r['empty']['resident_mb']:,.0f}",
-            f"{r['decode_ms']:.0f}",
         ]
         for r in data["rows"]
         if r["variant"] == first
     ]
     what = f"{data['parameters'] / 1e9:.2f}e9 parameters, {data['layers']} layers, less the process before loading"
-    header = ["weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB", "decode step, ms"]
+    header = ["weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB"]
     return table(header, rows) + f"\n\n({what}; {where(data)})"
 
 
@@ -165,7 +165,7 @@ def large() -> str:
         left = f"{size:,.1f}" if size is not None else f"stopped: {run['why']}, at: {run['reached']}"
         rows.append([what, str(run["layers"]), f"{run['seconds']:.0f}", f"{run['peak_rss_mb']:,.0f}", left])
     header = ["step", "layers", "wall time, s", "peak RSS, MB", "written, MB"]
-    return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}; {where(data)})"
+    return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}, without kernels; {where(data)})"
 
 
 def quality(part: str) -> str:
