@@ -342,12 +342,12 @@ def measure(b: Bench) -> None:
         b.less(s, plain, chunk=256)
     b.stream(SETTINGS[2], plain)
     b.paces(first)
+    for r in (Recipe(sequences=MANY, end_to_end=True), Recipe(sequences=MANY)):
+        for domain in ("in", "shipped", "out"):
+            b.less(first, r, domain)
     for s in SETTINGS[1:]:
         b.baseline(s, "sparse+bytes", "out")
         b.less(s, plain, "out")
-    for r in (Recipe(sequences=MANY), Recipe(sequences=MANY, end_to_end=True)):
-        for domain in ("in", "shipped", "out"):
-            b.less(first, r, domain)
     b.trained(whole, more)
     for r in more:
         b.less(whole, r)

@@ -18,9 +18,9 @@ from ..feature_maps import FeatureMap
 from ..progress import Progress
 from ..surgery import AttentionCall, less_attention
 
-STEPS = 48
+STEPS = 96
 _POSITIONS = 96
-_RATE = 1e-3
+_RATE = 5e-4
 _WARM_UP = 8
 
 
