@@ -131,13 +131,17 @@ def test_seeds(tmp_path: Path) -> None:
     assert not any(torch.equal(one[n], other[n]) for n in one if one[n].ndim > 1)
 
 
-def test_experts_are_found(tmp_path: Path) -> None:
-    for family in ("mixtral", "opt", "qwen3_moe"):
-        config = families.FAMILIES[family]().config
-        config.dtype = torch.float32
-        folder = write(tmp_path / family, config)
-        bare = weights.bare_model(config, torch.float32)
-        assert weights.locate(bare, weights.checkpoint_files(folder))[1] == []
+@pytest.mark.parametrize("family", ["mixtral", "opt", "qwen3_moe", "glm4_moe", "gemma4"])
+def test_every_name_is_found(family: str, tmp_path: Path) -> None:
+    config = (families.FAMILIES | families.VARIANTS)[family]().config
+    config.dtype = torch.float32
+    folder = write(tmp_path / family, config)
+    bare = weights.bare_model(config, torch.float32)
+    assert weights.locate(bare, weights.checkpoint_files(folder))[1] == []
+    stored, fresh = tensors(folder), type(bare)(config)
+    buffers = {n for n, _ in fresh.named_buffers() if n in fresh.state_dict()}
+    assert bool(buffers) == (family in ("glm4_moe", "gemma4"))
+    assert all(torch.equal(stored[n], fresh.get_buffer(n)) for n in buffers)
 
 
 # ------------------------------------------------------------------ layers

@@ -88,7 +88,8 @@ def write(
         The weights' bytes, and whether they had to be written.
     """
     bare = _bare(hf_config)
-    tensors = dict(bare.named_parameters())  # tied ones once
+    saved = bare.state_dict()
+    tensors = dict(bare.named_parameters()) | {n: b for n, b in bare.named_buffers() if n in saved}  # tied ones once
     plan = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=_nbytes,
@@ -173,18 +174,18 @@ def _cut(text: Any, count: int) -> None:
 
 
 class _Values:
-    """Random values of a model's tensors: normal with its ``initializer_range``, norms and biases as it starts."""
+    """Values of a model's tensors: normal with its ``initializer_range``; norms, biases and buffers as it starts."""
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         std = float(getattr(model.config.get_text_config(), "initializer_range", None) or 0.02)
         self._block = (torch.randn(_BLOCK, generator=self._generator) * std).to(model.dtype)
-        self._vectors = dict(_vectors(model))
+        self._given = dict(_vectors(model)) | dict(model.named_buffers())
 
     def of(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """The tensor called ``name``, of the shape of ``like``; to be called once a name, in order."""
-        if name in self._vectors:
-            return self._vectors[name]
+        if name in self._given:
+            return self._given[name]
         out = torch.empty(like.shape, dtype=like.dtype)
         flat, done = out.view(-1), 0
         start = int(torch.randint(_BLOCK, (), generator=self._generator))
