@@ -162,7 +162,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     if quantised is not None and source.gguf is None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise UnsupportedModelError(f"{source.name} is quantised ({method}): give the checkpoint in 16 or 32 bits")
-    _cut_layers(text, config.num_hidden_layers)
+    if config.num_hidden_layers is not None:
+        weights.keep_first(text, config.num_hidden_layers)
     try:
         bare = weights.bare_model(hf_config, torch.float32)
     except Exception as error:  # whatever a model's constructor makes of a config
@@ -186,6 +187,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
             plugin.check_layers(job.library, contracts["plan"])
         else:
             engine.check_limits(contracts["plan"])
+    if config.weights is not None:
+        quantise.load_quantiser()  # refuses where it is not installed
     job.tokenizer = source.tokenizer()
     if source.gguf is not None:
         progress("dequantising the GGUF weights")
@@ -193,7 +196,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     else:
         if source.hub is not None:
             progress(f"fetching the weights of {source.hub}")
-            source.fetch()
+        source.fetch()
         files = weights.checkpoint_files(source.folder)
     tensors, missing = weights.locate(bare, files)
     if missing:
@@ -224,15 +227,6 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     if not evicting and Policy.parse(config.policy or DEFAULT_POLICY) is not Policy.FULL:
         warnings.warn("every layer slides and keeps its window: see --compress-sliding", stacklevel=2)
     return job
-
-
-def _cut_layers(text: Any, layers: int | None) -> None:
-    """Keep the first ``layers`` layers, for trials; per-layer lists in the config follow."""
-    if layers is None:
-        return
-    if layers > text.num_hidden_layers:
-        raise UsageError(f"--num-hidden-layers {layers}: the model has {text.num_hidden_layers}")
-    weights.keep_layers(text, list(range(layers)))
 
 
 def _compute_dtype(kind: str, job: _Job) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..sources import TEXT_PART
 
 _ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
@@ -215,6 +215,13 @@ def layer_kinds(text: Any) -> list[str]:
     lists, single = _lists(text), _overrides(text)
     own = count - _shared_layers(text)
     return [repr([*(v[i] for v in lists.values()), single.get(i), i >= own]) for i in range(count)]
+
+
+def keep_first(text: Any, count: int) -> None:
+    """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many."""
+    if count > text.num_hidden_layers:
+        raise UsageError(f"--num-hidden-layers {count}: the model has {text.num_hidden_layers}")
+    keep_layers(text, list(range(count)))
 
 
 def keep_layers(text: Any, indices: list[int]) -> None:
