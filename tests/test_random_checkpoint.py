@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from less_export import open_bundle, recipes, sources
 from less_export.artifact import Bundle
 from less_export.config import ExportConfig
+from less_export.errors import UsageError
 from less_export.exporter import random_checkpoint, weights
 from less_export.sources import described
 
@@ -208,6 +209,19 @@ def test_hub_id_without_its_weights(source: Path, tmp_path: Path, monkeypatch: p
     found.fetch()  # nothing from the hub
     assert len(asked) == 1
     assert tensors(found.folder).keys() == tensors(source).keys()
+
+
+def test_taken_with_a_folder_of_the_tokenizer_and_another_version(tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "additional_chat_templates").mkdir()
+
+    for made in (True, False):
+        assert random_checkpoint.write(llama(), tmp_path / "c", tokenizer=Tokenizer())[1] == made
+        bundles.edit_json(tmp_path / "c" / "config.json", transformers_version="0.0")
+    bundles.edit_json(tmp_path / "c" / "config.json", rms_norm_eps=0.5)
+    with pytest.raises(UsageError, match="not the random checkpoint that this command makes"):
+        random_checkpoint.write(llama(), tmp_path / "c", tokenizer=Tokenizer())
 
 
 @pytest.mark.parametrize("there", ["another", "nothing", "half"])

@@ -170,10 +170,17 @@ def _nbytes(tensor: torch.Tensor) -> int:
 
 
 def _same(wanted: Path, folder: Path, shards: list[str]) -> bool:
-    """Whether ``folder`` holds these files and the shards (which were renamed into place whole)."""
-    files = [p.name for p in wanted.iterdir()]
-    there = all((folder / n).is_file() for n in (*files, *shards))
-    return there and all((wanted / n).read_bytes() == (folder / n).read_bytes() for n in files)
+    """Whether ``folder`` holds this config and index, and the shards (which were renamed into place whole)."""
+    try:
+        alike = all(_content(wanted / n) == _content(folder / n) for n in ("config.json", _INDEX))
+    except (OSError, ValueError):
+        return False
+    return alike and all((folder / n).is_file() for n in shards)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a JSON file says, whichever transformers wrote it."""
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "transformers_version"}
 
 
 class _Values:
