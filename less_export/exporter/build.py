@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .. import artifact, engine, plugin
+from .. import artifact, engine, plugin, recipes
 from ..artifact import Artifact, Layout, Manifest, WeightFile
 from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, EVICTING, ExportConfig, default_context, plan_layers, unused_kernels
 from ..contract import Contract, Policy
-from ..errors import LessExportError, UnsupportedModelError, UsageError
+from ..errors import GatedModelError, LessExportError, UnsupportedModelError, UsageError
 from ..feature_maps import Heads, Kernels
 from ..files import scratch_folder, sha256
 from ..sources import ModelSource, resolve
@@ -99,7 +99,7 @@ def export(
     elif config.gpu_arch is not None:
         raise UsageError("--gpu-arch is for engines: add --engine, or --out x.plan")
     destination = layout.folder if layout.stem is None else layout.folder / str(layout.artifact)
-    source = random_source(model, config, destination, progress) if config.random_weights else resolve(model)
+    source = _source(model, config, destination, progress)
     config = config.with_defaults(source.recipe.options() if source.recipe else {})
     try:
         with scratch_folder(destination) as scratch:
@@ -115,6 +115,18 @@ def export(
         reason = getattr(error, "strerror", None) or str(error)
         raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
     return destination
+
+
+def _source(model: str, config: ExportConfig, destination: Path, progress: Progress) -> ModelSource:
+    """MODEL on disk, or what is to be made up; where it is gated, the recipe that needs no access is named."""
+    try:
+        return random_source(model, config, destination, progress) if config.random_weights else resolve(model)
+    except GatedModelError as error:
+        named = next((r.name for r in recipes.all_recipes() if r.hub == error.hub), None)
+        if named is None:
+            raise
+        hint = f"{error} (to measure without weights: less-export {named} --random-weights)"
+        raise GatedModelError(hint, error.hub) from None
 
 
 def _plan_files(out: str | Path, config: ExportConfig, engine_plan: bool) -> tuple[Layout, list[str]]:
