@@ -378,7 +378,11 @@ def _quantise(job: _Job, graph: ir.Model, path: Path) -> None:
             f"{quantise.BLOCKS[-1]} inputs are",
             stacklevel=2,
         )
-    job.tensors = weights.locate(bare, [path])[0]
+    job.tensors, lost = weights.locate(bare, [path])
+    if lost:
+        raise UnsupportedModelError(
+            f"{lost[0]} (and {len(lost) - 1} more) cannot be found among the quantised weights: drop --weights"
+        )
 
 
 def _bind(job: _Job, graph: ir.Model, names: dict[Path, str], kernel_file: Path) -> None:

@@ -1,5 +1,6 @@
-"""Checkpoints of true shape with made-up weights: sharded safetensors beside a config, as the hub has them.
+"""Checkpoints of true shape with made-up weights: sharded safetensors beside a config.
 
+Names are those in transformers' model: a layer's experts lie in one tensor, which the hub's files may hold apart.
 Nothing of the model is ever in memory but one shard. Normal numbers cost more time than a disk does, so one
 block of them is made, and every matrix reads it from another place on, around and around. The block's length is
 prime, so no two rows are equal.

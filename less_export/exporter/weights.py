@@ -362,6 +362,10 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
 
 def _dequantise(graph: ir.Graph, value: ir.Value, stored: QuantisedTensor, codes: ir.Value, scales: ir.Value) -> None:
     """Let what multiplied by ``value``, or by its transpose, multiply by codes * scales in ``value``'s dtype."""
+    turned = [node for node, _ in value.uses()] if stored.transposed else []
+    for node in turned:
+        if node.op_type != "Transpose":
+            raise RuntimeError(f"{value.name} was quantised for its Transpose, but {node.op_type} takes it too")
     nodes = []
     if value.dtype != scales.dtype:
         assert value.dtype is not None
@@ -371,7 +375,6 @@ def _dequantise(graph: ir.Graph, value: ir.Value, stored: QuantisedTensor, codes
     nodes.append(ir.node("DequantizeLinear", [codes, scales], attributes=attributes, name=f"{value.name}.dequantise"))
     matrix = nodes[-1].outputs[0]
     matrix.name, matrix.shape, matrix.type = f"{value.name}.matrix", codes.shape, scales.type
-    turned = [node for node, _ in value.uses()] if stored.transposed else []
     for before in [node.outputs[0] for node in turned] or [value]:
         ir.convenience.replace_all_uses_with(before, matrix)
     graph.remove(turned, safe=True)
