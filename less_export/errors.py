@@ -18,6 +18,14 @@ class ModelError(LessExportError):
     """A model that cannot be found or read."""
 
 
+class GatedModelError(ModelError):
+    """A model whose weights the hub keeps until its licence is accepted."""
+
+    def __init__(self, message: str, hub: str) -> None:
+        super().__init__(message)
+        self.hub = hub
+
+
 class UnsupportedModelError(LessExportError):
     """A decoder that LESS cannot express; names the layer and the reason."""
 

@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers.utils import logging as hf_logging
 
 from . import recipes
-from .errors import ModelError
+from .errors import GatedModelError, ModelError
 
 #: What a snapshot needs to be understood: configuration, tokenizer; and then its weights.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -215,9 +215,10 @@ def _download(hub_id: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns))
     except errors.GatedRepoError:
-        raise ModelError(
+        raise GatedModelError(
             f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id} and run `hf auth login`, "
-            f"{instead} (to try without: --random-weights)"
+            f"{instead}",
+            hub_id,
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(

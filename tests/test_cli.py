@@ -194,6 +194,24 @@ def test_weights_cannot_be_had(
     assert not list(tmp_path.iterdir())
 
 
+def test_gated_model_names_the_recipe_that_needs_no_access(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise hub_errors.GatedRepoError("no", response=_answer(403))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    hint = "to measure without weights: less-export llama2-7b --random-weights"
+    recipe, hub_id = "llama2-7b", "meta-llama/Llama-2-7b-hf"
+    for words in ([recipe], [hub_id], [hub_id, "--random-weights"]):
+        refused(run(*words, "--out", tmp_path / "b"), "is gated", hint)
+    (tmp_path / "text.txt").write_text("Once upon a time")
+    train = run("train", hub_id, "--data", tmp_path / "text.txt", "--out", tmp_path / "k.safetensors")
+    for result in (run("org/other", "--out", tmp_path / "b"), train):
+        refused(result, "is gated")
+        assert "--random-weights" not in result.err
+
+
 def test_offline_as_a_user_sees_it(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     words = [str(Path(sys.executable).with_name("less-export")), "llama2-7b", "--out", "b"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import tensorrt_rtx
@@ -23,9 +24,9 @@ import less_export
 from less_export.api import load_backend
 from less_export.artifact import QUANTISED_WEIGHTS, Bundle
 from less_export.cli import main
-from less_export.errors import BundleError, LessExportError, UsageError
+from less_export.errors import BundleError, LessExportError, UnsupportedModelError, UsageError
 from less_export.exporter import quantise
-from less_export.exporter.weights import QuantisedTensor, stored_tensors
+from less_export.exporter.weights import QuantisedTensor, Stored, bind, stored_tensors
 from less_export.runtime.torch_backend import bundle_model
 
 from . import families
@@ -249,6 +250,31 @@ def test_zeros_stay_zeros(tmp_path: Path) -> None:
     tiny = families.export(checkpoint, tmp_path / "bundle", weights="int4", budget="16")
     assert not linear(tiny.bundle)["model.layers.0.self_attn.q_proj.weight"].read().any()
     assert np.isfinite(feed(tiny.backend("ort", 1), text(1, 8), [8])[0]).all()
+
+
+def test_lost_weights_are_named(tmp_path: Path, nothing_left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model")
+    write = quantise.write
+
+    def loses(path: Path, model: tr.PreTrainedModel, graph: ir.Graph, stored: dict[str, Stored], kind: str) -> object:
+        return write(path, model, graph, {n: t for n, t in stored.items() if n != "model.norm.weight"}, kind)
+
+    monkeypatch.setattr(quantise, "write", loses)
+    with pytest.raises(UnsupportedModelError, match=r"model\.norm\.weight \(and 0 more\) cannot be found"):
+        families.export(checkpoint, nothing_left / "x", weights="int4", budget="16")
+
+
+def test_another_use_than_the_transpose_is_not_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    codes, scales = torch.ones(32, 8, dtype=torch.int8), torch.ones(2, 8)
+    save_file({"w.codes.T": codes, "w.scales": scales}, path)
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    weight = ir.Value(name="w", shape=ir.Shape([8, 32]), type=floats, const_value=ir.tensor(np.ones((8, 32), "f4")))
+    nodes = [ir.node("Transpose", [weight], attributes={"perm": [1, 0]}), ir.node("Relu", [weight])]
+    outputs = [n.outputs[0] for n in nodes]
+    graph = ir.Graph([], outputs, nodes=nodes, initializers=[weight], opset_imports={"": 21})
+    with pytest.raises(RuntimeError, match="w was quantised for its Transpose, but Relu takes it too"):
+        bind(ir.Model(graph, ir_version=10), stored_tensors(path), {path: path.name}, tmp_path)
 
 
 def test_refusals(tmp_path: Path, nothing_left: Path, monkeypatch: pytest.MonkeyPatch) -> None:

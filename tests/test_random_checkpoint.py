@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from less_export import open_bundle, recipes, sources
 from less_export.artifact import Bundle
 from less_export.config import ExportConfig
+from less_export.errors import UsageError
 from less_export.exporter import random_checkpoint, weights
 from less_export.sources import described
 
@@ -83,8 +85,10 @@ def test_hugging_face_loads_it(
 ) -> None:
     monkeypatch.setattr(random_checkpoint, "_SHARD", 20_000)
     tiny(kind)
+    source = random_checkpoint.random_source("tiny", ExportConfig(random_weights=True), tmp_path / "out", print)
+    assert not list(tmp_path.iterdir())
     with pytest.warns(UserWarning, match=r"weights are random, 0.00 GB written to .*tiny-random$"):
-        source = random_checkpoint.random_source("tiny", ExportConfig(random_weights=True), tmp_path / "out", print)
+        source.fetch()
     assert source.folder == tmp_path / "tiny-random"
     assert len(list(source.folder.glob("model-*-of-*.safetensors"))) > 2
     model, report = tr.AutoModelForCausalLM.from_pretrained(source.folder, output_loading_info=True)
@@ -131,25 +135,30 @@ def test_seeds(tmp_path: Path) -> None:
     assert not any(torch.equal(one[n], other[n]) for n in one if one[n].ndim > 1)
 
 
-def test_experts_are_found(tmp_path: Path) -> None:
-    for family in ("mixtral", "opt", "qwen3_moe"):
-        config = families.FAMILIES[family]().config
-        config.dtype = torch.float32
-        folder = write(tmp_path / family, config)
-        bare = weights.bare_model(config, torch.float32)
-        assert weights.locate(bare, weights.checkpoint_files(folder))[1] == []
+@pytest.mark.parametrize("family", ["mixtral", "opt", "qwen3_moe", "glm4_moe", "gemma4"])
+def test_every_name_is_found(family: str, tmp_path: Path) -> None:
+    config = (families.FAMILIES | families.VARIANTS)[family]().config
+    config.dtype = torch.float32
+    folder = write(tmp_path / family, config)
+    bare = weights.bare_model(config, torch.float32)
+    assert weights.locate(bare, weights.checkpoint_files(folder))[1] == []
+    stored, fresh = tensors(folder), type(bare)(config)
+    buffers = {n for n, _ in fresh.named_buffers() if n in fresh.state_dict()}
+    assert bool(buffers) == (family in ("glm4_moe", "gemma4"))
+    assert all(torch.equal(stored[n], fresh.get_buffer(n)) for n in buffers)
 
 
 # ------------------------------------------------------------------ layers
 
 
-def test_few_layers_are_of_each_kind(tiny: Callable[..., None], tmp_path: Path) -> None:
+def test_few_layers_are_the_first(tiny: Callable[..., None], tmp_path: Path) -> None:
     tiny("gemma3-1b")
-    for count, kinds in ((1, "s"), (2, "sf"), (3, "ssf"), (4, "ssfs")):
+    for count, kinds in ((1, "s"), (2, "ss"), (3, "ssf"), (4, "ssfs")):
         config = ExportConfig(random_weights=True, num_hidden_layers=count, seed=3)
         source = random_checkpoint.random_source("tiny", config, tmp_path / "out", print)
+        source.fetch()
         assert source.folder.name == f"tiny-random-{count}-layers-seed-3"
-        assert "".join(x[0] for x in source.config().layer_types) == kinds
+        assert "".join(x[0] for x in tr.AutoConfig.from_pretrained(source.folder).layer_types) == kinds
         assert len({n.split(".")[2] for n in tensors(source.folder) if ".layers." in n}) == count
 
 
@@ -197,8 +206,22 @@ def test_hub_id_without_its_weights(source: Path, tmp_path: Path, monkeypatch: p
     found = random_checkpoint.random_source("org/mine", ExportConfig(random_weights=True), tmp_path / "out", print)
     assert asked == [("org/mine", sources._SMALL_FILES)]
     assert (found.folder, found.name) == (tmp_path / "mine-random", "mine")
-    found.fetch()  # nothing to fetch
+    found.fetch()  # nothing from the hub
     assert len(asked) == 1
+    assert tensors(found.folder).keys() == tensors(source).keys()
+
+
+def test_taken_with_a_folder_of_the_tokenizer_and_another_version(tmp_path: Path) -> None:
+    class Tokenizer:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "additional_chat_templates").mkdir()
+
+    for made in (True, False):
+        assert random_checkpoint.write(llama(), tmp_path / "c", tokenizer=Tokenizer())[1] == made
+        bundles.edit_json(tmp_path / "c" / "config.json", transformers_version="0.0")
+    bundles.edit_json(tmp_path / "c" / "config.json", rms_norm_eps=0.5)
+    with pytest.raises(UsageError, match="not the random checkpoint that this command makes"):
+        random_checkpoint.write(llama(), tmp_path / "c", tokenizer=Tokenizer())
 
 
 @pytest.mark.parametrize("there", ["another", "nothing", "half"])
@@ -266,6 +289,17 @@ def test_refused_before_anything_is_written(
         rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
     )
     fails(model=tmp_path / "long", says="rotary embedding 'dynamic'")
+    model = tr.AutoModelForCausalLM.from_config(described(recipes.load("tiny")))  # type: ignore[arg-type]
+    kernels = families.kernels(model, tmp_path / "k.safetensors", rank=4)
+    fails("--kernels", tmp_path / "none.safetensors", says="none.safetensors")
+    fails("--kernels", kernels, "--rank", 8, says="--rank 8, but the kernels of layer 0 have rank 4")
+    fails("--dtype", "bfloat16", says="ONNX Runtime's CPU kernels have no bfloat16")
+    fails("--budget", 1000, says="--budget 1000 is more than the context")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime.quantization.neural_compressor.weight_only", None)
+        fails("--weights", "int4", says="--weights needs ONNX Runtime")
+    families.MAIN["gemma3"]().config.save_pretrained(tmp_path / "gemma")
+    fails("--dtype", "float16", model=tmp_path / "gemma", says="Gemma overflows float16")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(random_checkpoint.shutil, "disk_usage", lambda _: usage)
     fails(says="the random checkpoint takes 0.0 GB")

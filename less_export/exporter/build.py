@@ -17,11 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .. import artifact, engine, plugin
+from .. import artifact, engine, plugin, recipes
 from ..artifact import Artifact, Layout, Manifest, WeightFile
 from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, EVICTING, ExportConfig, default_context, plan_layers, unused_kernels
 from ..contract import Contract, Policy
-from ..errors import LessExportError, UnsupportedModelError, UsageError
+from ..errors import GatedModelError, LessExportError, UnsupportedModelError, UsageError
 from ..feature_maps import Heads, Kernels
 from ..files import scratch_folder, sha256
 from ..sources import ModelSource, resolve
@@ -99,7 +99,7 @@ def export(
     elif config.gpu_arch is not None:
         raise UsageError("--gpu-arch is for engines: add --engine, or --out x.plan")
     destination = layout.folder if layout.stem is None else layout.folder / str(layout.artifact)
-    source = random_source(model, config, destination, progress) if config.random_weights else resolve(model)
+    source = _source(model, config, destination, progress)
     config = config.with_defaults(source.recipe.options() if source.recipe else {})
     try:
         with scratch_folder(destination) as scratch:
@@ -115,6 +115,18 @@ def export(
         reason = getattr(error, "strerror", None) or str(error)
         raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
     return destination
+
+
+def _source(model: str, config: ExportConfig, destination: Path, progress: Progress) -> ModelSource:
+    """MODEL on disk, or what is to be made up; where it is gated, the recipe that needs no access is named."""
+    try:
+        return random_source(model, config, destination, progress) if config.random_weights else resolve(model)
+    except GatedModelError as error:
+        named = next((r.name for r in recipes.all_recipes() if r.hub == error.hub), None)
+        if named is None:
+            raise
+        hint = f"{error} (to measure without weights: less-export {named} --random-weights)"
+        raise GatedModelError(hint, error.hub) from None
 
 
 def _plan_files(out: str | Path, config: ExportConfig, engine_plan: bool) -> tuple[Layout, list[str]]:
@@ -162,7 +174,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     if quantised is not None and source.gguf is None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise UnsupportedModelError(f"{source.name} is quantised ({method}): give the checkpoint in 16 or 32 bits")
-    _cut_layers(text, config.num_hidden_layers)
+    if config.num_hidden_layers is not None:
+        weights.keep_first(text, config.num_hidden_layers)
     try:
         bare = weights.bare_model(hf_config, torch.float32)
     except Exception as error:  # whatever a model's constructor makes of a config
@@ -186,6 +199,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
             plugin.check_layers(job.library, contracts["plan"])
         else:
             engine.check_limits(contracts["plan"])
+    if config.weights is not None:
+        quantise.load_quantiser()  # refuses where it is not installed
     job.tokenizer = source.tokenizer()
     if source.gguf is not None:
         progress("dequantising the GGUF weights")
@@ -193,7 +208,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     else:
         if source.hub is not None:
             progress(f"fetching the weights of {source.hub}")
-            source.fetch()
+        source.fetch()
         files = weights.checkpoint_files(source.folder)
     tensors, missing = weights.locate(bare, files)
     if missing:
@@ -224,15 +239,6 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     if not evicting and Policy.parse(config.policy or DEFAULT_POLICY) is not Policy.FULL:
         warnings.warn("every layer slides and keeps its window: see --compress-sliding", stacklevel=2)
     return job
-
-
-def _cut_layers(text: Any, layers: int | None) -> None:
-    """Keep the first ``layers`` layers, for trials; per-layer lists in the config follow."""
-    if layers is None:
-        return
-    if layers > text.num_hidden_layers:
-        raise UsageError(f"--num-hidden-layers {layers}: the model has {text.num_hidden_layers}")
-    weights.keep_layers(text, list(range(layers)))
 
 
 def _compute_dtype(kind: str, job: _Job) -> str:
@@ -372,7 +378,11 @@ def _quantise(job: _Job, graph: ir.Model, path: Path) -> None:
             f"{quantise.BLOCKS[-1]} inputs are",
             stacklevel=2,
         )
-    job.tensors = weights.locate(bare, [path])[0]
+    job.tensors, lost = weights.locate(bare, [path])
+    if lost:
+        raise UnsupportedModelError(
+            f"{lost[0]} (and {len(lost) - 1} more) cannot be found among the quantised weights: drop --weights"
+        )
 
 
 def _bind(job: _Job, graph: ir.Model, names: dict[Path, str], kernel_file: Path) -> None:

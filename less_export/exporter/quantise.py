@@ -85,7 +85,7 @@ class _Matrix:
 
     def quantised(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
         """Codes (int4 two to a byte) and scales, made from some output features at a time."""
-        quant_tensor = _quant_tensor()
+        quant_tensor = load_quantiser()
         weight = self.stored.read()
         outputs = weight if self.transposed else weight.T  # [out, in]
         columns, rows = outputs.shape
@@ -104,8 +104,8 @@ class _Matrix:
         return codes, scales
 
 
-def _quant_tensor() -> Callable[..., Any]:
-    """ONNX Runtime's round-to-nearest over the rows of a matrix."""
+def load_quantiser() -> Callable[..., Any]:
+    """ONNX Runtime's round-to-nearest over the rows of a matrix; raises :class:`UsageError` without ONNX Runtime."""
     try:
         from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor
     except ImportError:
@@ -128,9 +128,6 @@ def write(
 
     Returns:
         Names of matrices that stay as they are, embeddings aside.
-
-    Raises:
-        UsageError: ONNX Runtime is missing.
     """
     head, linear = model.get_output_embeddings(), linear_weights(model, graph)
     int8 = {f"{n}.weight" for n, m in model.named_modules() if m is head}

@@ -1,5 +1,6 @@
-"""Checkpoints of true shape with made-up weights: sharded safetensors beside a config, as the hub has them.
+"""Checkpoints of true shape with made-up weights: sharded safetensors beside a config.
 
+Names are those in transformers' model: a layer's experts lie in one tensor, which the hub's files may hold apart.
 Nothing of the model is ever in memory but one shard. Normal numbers cost more time than a disk does, so one
 block of them is made, and every matrix reads it from another place on, around and around. The block's length is
 prime, so no two rows are equal.
@@ -8,13 +9,14 @@ prime, so no two rows are equal.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
 import shutil
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .. import recipes
 from ..config import ExportConfig
-from ..errors import LessExportError, UnsupportedModelError, UsageError
+from ..errors import LessExportError, UsageError
 from ..files import publish, scratch_folder
 from ..sources import ModelSource, described, resolve
-from ..surgery import discover
 from . import weights
 
 _BLOCK = 16_777_213  # prime
@@ -40,14 +41,36 @@ _INDEX = "model.safetensors.index.json"
 Progress = Callable[[str], None]
 
 
-def random_source(model: str, config: ExportConfig, beside: Path, progress: Progress) -> ModelSource:
+@dataclass(frozen=True)
+class RandomSource(ModelSource):
+    """A random checkpoint, found or written by :meth:`fetch`."""
+
+    hf_config: Any = None
+    own_tokenizer: Any = None
+    seed: int = 0
+    progress: Progress = lambda _: None
+
+    def fetch(self) -> None:
+        """Write the checkpoint; raises :class:`LessExportError` for no room, or another one in its place."""
+        size, made = write(self.hf_config, self.folder, self.seed, self.progress, self.own_tokenizer)
+        where = "written to" if made else "taken from"
+        warnings.warn(f"the weights are random, {size / 1e9:.2f} GB {where} {self.folder}", stacklevel=2)
+
+    def config(self) -> Any:
+        return copy.deepcopy(self.hf_config)
+
+    def tokenizer(self) -> Any | None:
+        return self.own_tokenizer
+
+
+def random_source(model: str, config: ExportConfig, beside: Path, progress: Progress) -> RandomSource:
     """MODEL with random weights: a recipe, or anything with a config.json.
 
     The checkpoint is a folder next to ``beside``, named after the model, and stays there: a second run with
     the same model, layers and seed takes it as it is.
 
     Raises:
-        LessExportError: no decoder that LESS can be put into, no room, or another checkpoint in its place.
+        LessExportError: no such model, or not so many layers.
     """
     recipe = recipes.load(model)
     if recipe is not None:
@@ -60,19 +83,26 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
             )
         hf_config, name, tokenizer = origin.config(), origin.name.split("/")[-1], origin.tokenizer()
     vars(hf_config).pop("quantization_config", None)
+    dtype = getattr(hf_config, "dtype", None) or torch.bfloat16
+    hf_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     parts = [name, "random"]
     if config.num_hidden_layers is not None:
-        _cut(hf_config.get_text_config(), config.num_hidden_layers)
+        weights.keep_first(hf_config.get_text_config(), config.num_hidden_layers)
         parts.append(f"{config.num_hidden_layers}-layers")
     if config.seed:
         parts.append(f"seed-{config.seed}")
     folder = beside.parent / "-".join(parts)
     if folder == beside:
         raise UsageError(f"--out {beside} is where the random checkpoint goes: choose another name")
-    size, made = write(hf_config, folder, config.seed or 0, progress, tokenizer)
-    where = "written to" if made else "taken from"
-    warnings.warn(f"the weights are random, {size / 1e9:.2f} GB {where} {folder}", stacklevel=2)
-    return ModelSource(name, folder, None, recipe)
+    return RandomSource(
+        name,
+        folder,
+        recipe=recipe,
+        hf_config=hf_config,
+        own_tokenizer=tokenizer,
+        seed=config.seed or 0,
+        progress=progress,
+    )
 
 
 def write(
@@ -87,8 +117,9 @@ def write(
     Returns:
         The weights' bytes, and whether they had to be written.
     """
-    bare = _bare(hf_config)
-    tensors = dict(bare.named_parameters())  # tied ones once
+    bare = weights.bare_model(hf_config, hf_config.dtype)
+    saved = bare.state_dict()
+    tensors = dict(bare.named_parameters()) | {n: b for n, b in bare.named_buffers() if n in saved}  # tied ones once
     plan = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=_nbytes,
@@ -135,56 +166,37 @@ def _no_room(folder: Path) -> Iterator[None]:
         raise LessExportError(f"cannot write {folder}: {reason}; nothing was left behind") from error
 
 
-def _bare(hf_config: Any) -> PreTrainedModel:
-    """The model without memory, in its dtype; refused now if LESS cannot be put into it."""
-    dtype = getattr(hf_config, "dtype", None) or torch.bfloat16
-    hf_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    try:
-        bare = weights.bare_model(hf_config, hf_config.dtype)
-    except Exception as error:  # whatever a model's constructor makes of a config
-        reason = textwrap.shorten(str(error), 160) or type(error).__name__
-        raise UnsupportedModelError(f"transformers makes no decoder of this config.json: {reason}") from error
-    discover(bare)
-    return bare
-
-
 def _nbytes(tensor: torch.Tensor) -> int:
     return math.prod(tensor.shape) * tensor.element_size()
 
 
 def _same(wanted: Path, folder: Path, shards: list[str]) -> bool:
-    """Whether ``folder`` holds these files and the shards (which were renamed into place whole)."""
-    files = [p.name for p in wanted.iterdir()]
-    there = all((folder / n).is_file() for n in (*files, *shards))
-    return there and all((wanted / n).read_bytes() == (folder / n).read_bytes() for n in files)
+    """Whether ``folder`` holds this config and index, and the shards (which were renamed into place whole)."""
+    try:
+        alike = all(_content(wanted / n) == _content(folder / n) for n in ("config.json", _INDEX))
+    except (OSError, ValueError):
+        return False
+    return alike and all((folder / n).is_file() for n in shards)
 
 
-def _cut(text: Any, count: int) -> None:
-    """Keep ``count`` layers: the first ones, but one of each kind as far as that goes."""
-    total = text.num_hidden_layers
-    if count > total:
-        raise UsageError(f"--num-hidden-layers {count}: the model has {total}")
-    kinds: dict[str, int] = {}
-    for index, kind in enumerate(weights.layer_kinds(text)):
-        kinds.setdefault(kind, index)
-    kept = sorted(kinds.values())[:count]
-    kept += [i for i in range(total) if i not in kept][: count - len(kept)]
-    weights.keep_layers(text, sorted(kept))
+def _content(path: Path) -> dict[str, Any]:
+    """What a JSON file says, whichever transformers wrote it."""
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "transformers_version"}
 
 
 class _Values:
-    """Random values of a model's tensors: normal with its ``initializer_range``, norms and biases as it starts."""
+    """Values of a model's tensors: normal with its ``initializer_range``; norms, biases and buffers as it starts."""
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         std = float(getattr(model.config.get_text_config(), "initializer_range", None) or 0.02)
         self._block = (torch.randn(_BLOCK, generator=self._generator) * std).to(model.dtype)
-        self._vectors = dict(_vectors(model))
+        self._given = dict(_vectors(model)) | dict(model.named_buffers())
 
     def of(self, name: str, like: torch.Tensor) -> torch.Tensor:
         """The tensor called ``name``, of the shape of ``like``; to be called once a name, in order."""
-        if name in self._vectors:
-            return self._vectors[name]
+        if name in self._given:
+            return self._given[name]
         out = torch.empty(like.shape, dtype=like.dtype)
         flat, done = out.view(-1), 0
         start = int(torch.randint(_BLOCK, (), generator=self._generator))

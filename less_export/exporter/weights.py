@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..sources import TEXT_PART
 
 _ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
@@ -217,6 +217,13 @@ def layer_kinds(text: Any) -> list[str]:
     return [repr([*(v[i] for v in lists.values()), single.get(i), i >= own]) for i in range(count)]
 
 
+def keep_first(text: Any, count: int) -> None:
+    """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many."""
+    if count > text.num_hidden_layers:
+        raise UsageError(f"--num-hidden-layers {count}: the model has {text.num_hidden_layers}")
+    keep_layers(text, list(range(count)))
+
+
 def keep_layers(text: Any, indices: list[int]) -> None:
     """Reduce a config to some of its layers, with what it says of each."""
     lists, single = _lists(text), _overrides(text)
@@ -355,6 +362,10 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
 
 def _dequantise(graph: ir.Graph, value: ir.Value, stored: QuantisedTensor, codes: ir.Value, scales: ir.Value) -> None:
     """Let what multiplied by ``value``, or by its transpose, multiply by codes * scales in ``value``'s dtype."""
+    turned = [node for node, _ in value.uses()] if stored.transposed else []
+    for node in turned:
+        if node.op_type != "Transpose":
+            raise RuntimeError(f"{value.name} was quantised for its Transpose, but {node.op_type} takes it too")
     nodes = []
     if value.dtype != scales.dtype:
         assert value.dtype is not None
@@ -364,7 +375,6 @@ def _dequantise(graph: ir.Graph, value: ir.Value, stored: QuantisedTensor, codes
     nodes.append(ir.node("DequantizeLinear", [codes, scales], attributes=attributes, name=f"{value.name}.dequantise"))
     matrix = nodes[-1].outputs[0]
     matrix.name, matrix.shape, matrix.type = f"{value.name}.matrix", codes.shape, scales.type
-    turned = [node for node, _ in value.uses()] if stored.transposed else []
     for before in [node.outputs[0] for node in turned] or [value]:
         ir.convenience.replace_all_uses_with(before, matrix)
     graph.remove(turned, safe=True)
