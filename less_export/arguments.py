@@ -17,6 +17,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+def token_ids(words: str) -> list[int]:
+    """The type of ``--token-ids``: whole numbers with commas between."""
+    return [int(word) for word in words.split(",")]
+
+
 def common(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     parser.add_argument("--verbose", action="store_true", help="library warnings, and tracebacks of errors")

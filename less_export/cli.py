@@ -19,6 +19,7 @@ from . import recipes
 from .arguments import Parser as _Parser
 from .arguments import cache_options
 from .arguments import common as _common
+from .arguments import token_ids as _token_ids
 from .config import TARGETS, WEIGHTS, ExportConfig
 from .contract import COMPUTE_DTYPES
 from .errors import LessExportError, UsageError
@@ -209,6 +210,7 @@ def _generate(arguments: list[str]) -> int:
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue ('-' for stdin)")
     prompt.add_argument("--chat", metavar="TEXT", help="a user's message, through the model's chat template")
+    prompt.add_argument("--token-ids", type=_token_ids, metavar="N,N,...", help="token ids to continue")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 is all (default)")
@@ -216,7 +218,7 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
     parser.add_argument("--backend", choices=("ort", "trt", "torch"), help="default: by what the bundle holds")
     parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, default=True, help="print as it comes (default)"
+        "--stream", action=argparse.BooleanOptionalAction, default=True, help="print text as it comes (default)"
     )
     _common(parser)
     args = parser.parse_args(arguments)
@@ -225,18 +227,20 @@ def _generate(arguments: list[str]) -> int:
     from .runtime.sampling import SamplingParams
 
     params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
-    text = next(t for t in (args.prompt, args.chat, args.prompt_file) if t is not None)
+    text = next((t for t in (args.prompt, args.chat, args.prompt_file) if t is not None), "")
     if args.prompt_file is not None:
         text = _read_text(args.prompt_file)
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # bytes that Python could not decode
         raise UsageError("the prompt is not UTF-8 text")
     generator = open_bundle(args.bundle, args.backend)
-    prompt_: Any = text
+    prompt_: Any = text if args.token_ids is None else args.token_ids
     if args.chat is not None:
         if generator.tokenizer is None:
             raise UsageError("this bundle has no tokenizer, so no --chat")
         prompt_ = generator.tokenizer.encode_chat([{"role": "user", "content": text}])
-    if args.stream:
+    if generator.tokenizer is None:
+        print(*generator.generate([prompt_], params)[0].token_ids, sep=",")
+    elif args.stream:
         for token in generator.stream([prompt_], params):
             print(token.text, end="", flush=True)
         print()

@@ -18,7 +18,7 @@ from .kernel_shapes import Heads, kernel_bytes
 _OPTIONS = ("policy", "budget", "context", "chunk", "compress_sliding")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 #: Facts that every decoder has, all positive whole numbers.
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 #: Keys of older config.json that transformers turns into others, and what it makes of them.
 REWRITTEN = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
 _DERIVED = ("rope_parameters", "layer_types", "no_rope_layers")

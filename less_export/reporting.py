@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -34,7 +34,7 @@ def show(made: Table) -> None:
     """Print to stdout, as wide as needed where it is no terminal."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=160)
     console.print(made)
 
 
@@ -140,15 +140,21 @@ def figures(report: Report) -> dict[str, Any]:
 
 
 #: Lengths at which a recipe's full cache is shown.
-RECIPE_LENGTHS = (4096, 32768)
+RECIPE_LENGTHS = (2048, 4096, 32768)
+#: The paper's budgets.
+PAPER_BUDGETS = ("2%", "5%", "10%")
 
 
 def recipe_figures(recipe: Recipe) -> dict[str, Any]:
-    """A recipe and what one sequence of it takes, as JSON values."""
+    """A recipe and what one sequence of it takes, as JSON values: no full cache longer than the model's positions."""
     contract = recipe.contract()
+    longest = recipe.architecture["max_position_embeddings"]
+    full = {str(n): contract.full_cache_bytes(n) if n <= longest else None for n in RECIPE_LENGTHS}
+    budgets = {b: replace(recipe, budget=b).contract().state_bytes() for b in PAPER_BUDGETS}
     figures = {
         "state_bytes": contract.state_bytes(),
-        "full_cache_bytes": {str(n): contract.full_cache_bytes(n) for n in RECIPE_LENGTHS},
+        "state_bytes_at_budget": budgets,
+        "full_cache_bytes": full,
         "kernel_bytes": recipe.kernel_bytes(),
     }
     return {**asdict(recipe), "memory": figures}
@@ -161,9 +167,10 @@ def print_recipes(found: Sequence[Recipe]) -> None:
     for r in found:
         memory = recipe_figures(r)["memory"]
         figures = (memory["state_bytes"], *memory["full_cache_bytes"].values(), memory["kernel_bytes"])
-        made.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *map(size, figures))
+        made.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *(size(n) if n else "-" for n in figures))
     show(made)
     print("LESS and full cache: bytes of one sequence. Kernels: the low-rank term's weights, once for all sequences.")
+    print("-: longer than the model's positions.")
 
 
 def story() -> str:

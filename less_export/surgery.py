@@ -320,11 +320,12 @@ def _accept(call: AttentionCall, where: str) -> AttentionLayer:
 
 
 def refuse_by_config(model: PreTrainedModel) -> None:
-    """Refusals that need no forward pass: rotary that depends on the batch, alibi, no position_ids."""
+    """Refusals that need no forward pass: rotary that depends on the batch, position biases, no position_ids."""
     import inspect
 
-    config = model.config.get_text_config()
-    if getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False):
+    config, base = model.config.get_text_config(), model.base_model
+    alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
+    if alibi or hasattr(base, "build_alibi_tensor"):  # Bloom's config does not say
         raise UnsupportedModelError("layer 0: alibi adds a bias that depends on the distance of every token")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError("layer 0: an encoder-decoder has cross attention; only decoders are supported")
@@ -338,6 +339,10 @@ def refuse_by_config(model: PreTrainedModel) -> None:
                 )
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no output embedding, so it is no language model")
+    if hasattr(base, "position_bias") or hasattr(base, "relative_positional_encoding"):  # CpmAnt, XLNet
+        raise UnsupportedModelError("layer 0: attention adds a bias by the relative position of every token")
+    if hasattr(getattr(base, "embeddings", None), "create_position_ids_from_input_ids"):  # RoBERTa and its kin
+        raise UnsupportedModelError("layer 0: positions are counted past the padding token's id, not from 0")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModelError(
             f"{type(model).__name__} takes no position_ids: it is recurrent, or counts positions in a cache, "

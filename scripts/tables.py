@@ -17,7 +17,7 @@ import model_tables
 import quality_tables
 
 from less_export import reporting
-from less_export.recipes import all_recipes
+from less_export.recipes import all_recipes, load
 
 ROOT = Path(__file__).parent.parent
 READMES = (
@@ -108,10 +108,19 @@ def recipes() -> str:
     for r in all_recipes():
         memory = reporting.recipe_figures(r)["memory"]
         state, full = memory["state_bytes"], memory["full_cache_bytes"].values()
-        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x)" for n in full)]
+        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x)" if n else "-" for n in full)]
         rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, reporting.size(memory["kernel_bytes"])])
     lengths = [f"full cache at {n:,}" for n in reporting.RECIPE_LENGTHS]
     return table(["recipe", "hub", "cache", "LESS, any length", *lengths, "kernels"], rows)
+
+
+def recipe_budgets() -> str:
+    """Memory of the paper's models at the paper's budgets."""
+    rows = []
+    for r in filter(None, map(load, ("llama2-7b", "llama2-13b", "falcon-7b"))):
+        states = reporting.recipe_figures(r)["memory"]["state_bytes_at_budget"]
+        rows.append([f"`{r.name}`", f"{r.context:,}", *map(reporting.size, states.values())])
+    return table(["recipe", "of a context of", *reporting.PAPER_BUDGETS], rows)
 
 
 def memory() -> str:
@@ -190,7 +199,7 @@ def models(part: str) -> str:
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers: dict[str, Any] = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
-    makers |= {"recipes": recipes, "memory": memory, "peers": peers, "large": large}
+    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "peers": peers, "large": large}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}

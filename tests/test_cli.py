@@ -119,8 +119,10 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
         (["m", "--out", "x", "--seed", "1"], "--seed is for --random-weights"),
         (["m", "--out", "x", "--random-weights", "--seed", "-1"], "--seed must be at least 0"),
         (["lama2-7b", "--out", "x"], "unknown model 'lama2-7b': did you mean llama2-7b?"),
-        (["generate", "b"], "one of the arguments --prompt --prompt-file --chat is required"),
+        (["generate", "b"], "one of the arguments --prompt --prompt-file --chat --token-ids is required"),
         (["generate", "b", "--prompt", "x", "--chat", "y"], "not allowed with"),
+        (["generate", "b", "--prompt", "x", "--token-ids", "1"], "not allowed with"),
+        (["generate", "b", "--token-ids", "1,x"], "--token-ids: invalid token_ids value: '1,x'"),
         (["generate", "--prompt", "x"], "required: BUNDLE"),
         (["generate", "b", "--prompt", "x", "--backend", "gpu"], "invalid choice: 'gpu'"),
         (["generate", "b", "--prompt", "x", "--top-p", "2"], "top_p must lie in (0, 1]"),
@@ -232,7 +234,7 @@ def test_recipes(run: Run) -> None:
         assert recipe.hub in row
     shown = {x["name"]: x for x in json.loads(run("recipes", "--json").out)}
     assert list(shown) == recipes.names()
-    assert shown["llama2-7b"]["memory"]["full_cache_bytes"] == {"4096": 2 << 30, "32768": 16 << 30}
+    assert shown["llama2-7b"]["memory"]["full_cache_bytes"] == {"2048": 1 << 30, "4096": 2 << 30, "32768": None}
     assert shown["llama2-7b"]["architecture"]["hidden_size"] == 4096
 
 

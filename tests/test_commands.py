@@ -68,7 +68,20 @@ def test_chat(run: Run, plain: Path, tmp_path: Path) -> None:
     refused(run("generate", bare, "--chat", "Hi"), "no chat template")
     resign(bare, lambda m: dataclasses.replace(m, tokenizer=None))
     refused(run("generate", bare, "--chat", "Hi"), "no tokenizer")
-    refused(run("generate", bare, "--prompt", "Hi"), "need a tokenizer")
+    refused(run("generate", bare, "--prompt", "Hi"), "need a tokenizer", "--token-ids")
+
+
+def test_token_ids(run: Run, plain: Path, tmp_path: Path) -> None:
+    generator = open_bundle(plain)
+    assert generator.tokenizer is not None
+    ids = generator.tokenizer.encode(PROMPT)
+    (want,) = generator.generate([ids], max_new_tokens=12)
+    words = ("--token-ids", ",".join(map(str, ids)))
+    assert generated(run, plain, *words) == want.text + "\n"
+    bare = bundles.copy(plain, tmp_path / "bare")
+    resign(bare, lambda m: dataclasses.replace(m, tokenizer=None))
+    assert generated(run, bare, *words) == ",".join(map(str, want.token_ids)) + "\n"
+    refused(run("generate", bare, "--token-ids", "1,100000"), "token ids must lie in")
 
 
 def test_prompts_that_cannot_be(run: Run, plain: Path, single: Path) -> None:

@@ -15,6 +15,7 @@ from less_export.errors import ModelError
 from less_export.exporter.weights import bare_model
 from less_export.feature_maps import Heads, random_kernels
 from less_export.recipes import Recipe
+from less_export.reporting import recipe_figures
 from less_export.sources import described
 from less_export.surgery import discover
 
@@ -86,6 +87,32 @@ def test_memory() -> None:
     phi = recipe("phi3-mini-4k").contract()
     assert {(s.policy.label, s.capacity, s.window, s.absorb) for s in phi.layers} == {("h2o", 204, 2047, True)}
     assert phi.full_cache_bytes(32768) == 32 * 2047 * 2 * 32 * 96 * 2
+
+
+def test_memory_at_the_papers_budgets() -> None:
+    for name, context in (("llama2-7b", 4096), ("llama2-13b", 4096), ("falcon-7b", 2048)):
+        r = recipe(name)
+        assert r.context == context
+        found = recipe_figures(r)["memory"]
+        heads = sum(x.kv_heads for x in r.layers())
+        width, low_rank = r.layers()[0].head_dim, r.rank * (r.layers()[0].head_dim + 1) * 4
+        slots = {"2%": context // 50 // 2 * 2, "5%": context // 20 // 2 * 2, "10%": context // 10 // 2 * 2}
+        expected = {b: heads * (n * (2 * (2 * width + r.rank) + 8) + low_rank) for b, n in slots.items()}
+        assert found["state_bytes_at_budget"] == expected
+        assert found["state_bytes"] == expected["5%"]
+
+
+@pytest.mark.parametrize(
+    ("name", "within"),
+    [("falcon-7b", ["2048"]), ("llama2-7b", ["2048", "4096"]), ("gemma3-1b", ["2048", "4096", "32768"])],
+)
+def test_full_caches_end_where_the_model_does(name: str, within: list[str], run: Run) -> None:
+    (figures,) = (r for r in json.loads(run("recipes", "--json").out) if r["name"] == name)
+    full = figures["memory"]["full_cache_bytes"]
+    assert list(full) == ["2048", "4096", "32768"]
+    assert [n for n in full if full[n]] == within
+    (row,) = (line.split() for line in run("recipes").out.splitlines() if line.split()[:1] == [name])
+    assert row.count("-") == 3 - len(within)
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tr.GPTJConfig(**_GPT, rotary_dim=4),
         r"^layer 0: the model computes with its attention mask itself; its attention is neither on .*interface",
     ),
-    "own attention, no positions (Bloom)": (
-        lambda: tr.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
-        r"^BloomForCausalLM takes no position_ids",
-    ),
     "no attention through the interface (OpenAI GPT)": (
         lambda: tr.OpenAIGPTConfig(**_GPT),
         r"^OpenAIGPTLMHeadModel: 0 of 2 layers attend through .*attention of their own",
@@ -172,6 +168,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tr.MllamaConfig(text_config={**_GQA, "cross_attention_layers": [1], "pad_token_id": 0}),
         r"^MllamaForCausalLM: 1 of 2 layers attend .*; the others are recurrent, skipped, or use an attention of their",
     ),
+    "alibi (Bloom)": (
+        lambda: tr.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4), r"^layer 0: alibi adds a bias"
+    ),
+    "relative positions (XLNet)": (
+        lambda: tr.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48),
+        r"^layer 0: attention adds a bias by the relative position of every token$",
+    ),
+    "relative positions (CpmAnt)": (
+        lambda: tr.CpmAntConfig(
+            vocab_size=VOCAB, hidden_size=32, num_attention_heads=4, dim_head=8, dim_ff=48, num_hidden_layers=2
+        ),
+        r"^layer 0: attention adds a bias by the relative position of every token$",
+    ),
+    "positions that do not start at 0 (RoBERTa)": (
+        lambda: tr.RobertaConfig(**{**_BASE, "num_hidden_layers": 2}, is_decoder=True),
+        r"^layer 0: positions are counted past the padding token's id, not from 0$",
+    ),
     "no positions (Mamba)": (
         lambda: tr.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
         r"^MambaForCausalLM takes no position_ids",
@@ -229,6 +242,14 @@ def test_refuses_what_onnx_has_no_word_for(nothing_left: Path, monkeypatch: pyte
         tr.models.llama.modeling_llama.LlamaMLP, "forward", lambda self, x: torch.special.erfinv(plain(self, x))
     )
     with pytest.raises(UnsupportedModelError, match=r"^LlamaForCausalLM cannot be written as ONNX: .*erf_?inv[^\n]*$"):
+        less_export.export(str(tmp_path / "model"), nothing_left / "bundle", budget="8", validate=False)
+
+
+def test_refuses_experts_in_a_loop(nothing_left: Path, tmp_path: Path) -> None:
+    config = tr.AriaTextConfig(**families.ONE, moe_num_experts=2, moe_topk=1)
+    families.save(lambda: tr.AriaTextForCausalLM(config), tmp_path / "model")
+    reason = r"^AriaTextForCausalLM cannot be traced .*: its code, such as a loop over experts, holds only for"
+    with pytest.raises(UnsupportedModelError, match=reason):
         less_export.export(str(tmp_path / "model"), nothing_left / "bundle", budget="8", validate=False)
 
 

@@ -374,8 +374,8 @@ def _quantise(job: _Job, graph: ir.Model, path: Path) -> None:
     left = quantise.write(path, bare, graph.graph, job.tensors, str(job.config.weights))
     if left:
         warnings.warn(
-            f"not quantised: {left[0]} (and {len(left) - 1} more); only linear layers of a multiple of "
-            f"{quantise.BLOCKS[-1]} inputs are",
+            f"not quantised: {left[0]} (and {len(left) - 1} more); experts of mixtures, and linear layers "
+            "whose sizes no block divides, stay as they are",
             stacklevel=2,
         )
     job.tensors, lost = weights.locate(bare, [path])

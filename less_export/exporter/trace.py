@@ -53,6 +53,8 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
             program = torch.export.export(decoder, example, dynamic_shapes=shapes, strict=False)
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if reason.startswith("Constraints violated"):
+                reason = "its code, such as a loop over experts, holds only for the sizes that it is traced with"
             raise UnsupportedModelError(f"{name} cannot be traced with dynamic batch and chunk: {reason}") from error
         try:
             result = torch.onnx.export(

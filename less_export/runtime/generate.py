@@ -197,7 +197,7 @@ class Generator:
         """Token ids of a prompt that leaves ``room`` for more, checked."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise UsageError("text prompts need a tokenizer: pass token ids instead")
+                raise UsageError("text prompts need a tokenizer: pass token ids instead (--token-ids)")
             ids = self.tokenizer.encode(prompt, special=prefix is None) if prompt else []
         else:
             try:
