@@ -28,7 +28,8 @@ def write(folder: Path, layers: int) -> None:
     from less_export.config import ExportConfig
     from less_export.exporter.random_checkpoint import random_source
 
-    random_source(MODEL, ExportConfig(random_weights=True, num_hidden_layers=layers), folder / "out", lambda _: None)
+    config = ExportConfig(random_weights=True, num_hidden_layers=layers)
+    random_source(MODEL, config, folder / "out", lambda _: None).fetch()
 
 
 def words(layers: int, out: Path) -> list[str]:
