@@ -57,7 +57,7 @@ def unknown(data: dict[str, Any]) -> Table:
 
 
 def not_decoders(data: dict[str, Any]) -> Table:
-    """Encoders and halves of encoder-decoders that transformers lists beside the decoders."""
+    """Encoder-decoders and halves of them that transformers lists beside the decoders."""
     rows = [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with("not a decoder", data)]
     return ["model type", "reason"], rows
 

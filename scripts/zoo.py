@@ -48,12 +48,12 @@ def visit(model_type: str) -> dict[str, Any]:
         config = tiny_config(model_type)
     except Exception as error:  # whatever a config's own checks raise
         return {"outcome": "no tiny config", "reason": one_line(error)}
-    encoder = config.is_encoder_decoder or getattr(config, "is_decoder", None) is False
-    refused = "not a decoder" if encoder else "refused"
+    refused = "not a decoder" if config.is_encoder_decoder else "refused"
     try:
         bare = weights.bare_model(config, torch.float32)
     except Exception as error:  # whatever a model's constructor raises
-        return {"outcome": "not a decoder" if encoder else "no tiny config", "reason": one_line(error)}
+        outcome = "not a decoder" if config.is_encoder_decoder else "no tiny config"
+        return {"outcome": outcome, "reason": one_line(error)}
     try:
         layers = discover(bare)
     except UnsupportedModelError as refusal:

@@ -15,6 +15,7 @@ SMALL: dict[str, Any] = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": WINDOW},
     **{"max_position_embeddings": 512, "initializer_range": 0.3, "init_std": 0.3},
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "is_decoder": True,  # encoders that can be decoders
     # halves of encoder-decoders
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
@@ -62,7 +63,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "opt": {"word_embed_proj_dim": 64},
     "qwen4_exp": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
-    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
+    "reformer": {"axial_pos_embds_dim": [32, 32]},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -98,6 +99,11 @@ def assert_is_the_model(tiny: Tiny) -> None:
     found = feed(tiny.backend("ort", 2), ids, [10, 6, *[1] * 8])
     at = np.cumsum([10, 6, *[1] * 8]) - 1
     assert relative(np.concatenate(found, 1), expected[:, at]) <= max(2 * own_error, 1e-6)
+
+
+def no_link(*_: object) -> None:
+    """``os.link`` to another file system."""
+    raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
 def assert_linked(tiny: Tiny, weights: list[Path]) -> None:
@@ -308,10 +314,11 @@ def test_folder_that_may_only_be_read(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
 
 
-def test_checkpoint_on_another_file_system(tmp_path: Path) -> None:
+def test_checkpoint_on_another_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("only one file system here")
+        elsewhere = tmp_path
+        monkeypatch.setattr("less_export.files.os.link", no_link)
     with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
         checkpoint = families.save(families.small(), Path(folder) / "model", torch.float16, max_shard_size="40KB")
         shards = sorted(p.name for p in checkpoint.glob("*.safetensors"))
@@ -357,13 +364,23 @@ def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
+def test_more_layers_than_any_recipe(tmp_path: Path) -> None:
+    deep = families.small(
+        num_hidden_layers=66, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
+        initializer_range=0.1,
+    )  # fmt: skip
+    checkpoint = families.save(deep, tmp_path / "model", max_shard_size="20KB")
+    tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
+    assert len(artifact(tiny, "ort").contract.layers) == 66
+    ids = text(1, 4)
+    (found,), (expected,) = (feed(tiny.backend(name, 1), ids, [4]) for name in ("ort", "torch"))
+    assert relative(found, expected) <= 1e-4
+
+
 def test_single_artifact_of_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
-
-    def refuse(*_: object) -> None:
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr("less_export.files.os.link", refuse)
+    monkeypatch.setattr("less_export.files.os.link", no_link)
     with pytest.warns(UserWarning, match=r"copied model\.safetensors"):
         tiny = families.export(checkpoint, tmp_path / "out" / "x.onnx", budget=str(BUDGET))
     assert {p.name for p in tiny.bundle.parent.iterdir()} == {"x.onnx", "x.json", "x.model.safetensors"}
