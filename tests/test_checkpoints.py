@@ -364,7 +364,7 @@ def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_layers_than_any_recipe(tmp_path: Path) -> None:
     deep = families.small(
         num_hidden_layers=66, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
