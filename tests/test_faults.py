@@ -56,7 +56,7 @@ def fails(run: Run, place: Path) -> Fails:
 
 def test_unknown_models(fails: Fails, tmp_path: Path) -> None:
     fails("lama2-7b", "did you mean llama2-7b? MODEL is a recipe (")
-    fails("gemma3", "did you mean gemma3-270m?")
+    fails("gemma3", "did you mean gemma3-")
     fails("zzz", "unknown model 'zzz': MODEL is a recipe (")
     fails(tmp_path / "nowhere", "unknown model")
     fails("./nowhere", "unknown model")
