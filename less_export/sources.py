@@ -99,6 +99,8 @@ def _text_part(config: Any) -> Any:
     for name in ("dtype", "quantization_config"):
         if getattr(text, name, None) is None and getattr(config, name, None) is not None:
             setattr(text, name, getattr(config, name))
+    if getattr(config, "tie_word_embeddings", None) is not None:  # the whole's is what transformers goes by
+        text.tie_word_embeddings = config.tie_word_embeddings
     return text
 
 

@@ -334,7 +334,7 @@ def test_checkpoint_on_another_file_system(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
-    # A hole in a sparse file: nothing is written, but every weight behind it lies past 32 bits.
+    # A hole in a sparse file: where there are such, nothing is written, but every weight behind it lies past 32 bits.
     gap = (1 << 32) + 4096
     checkpoint = families.save(families.small(), tmp_path / "model", torch.float16)
     path = checkpoint / "model.safetensors"
@@ -351,8 +351,6 @@ def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
         file.write(len(said).to_bytes(8, "little") + said)
         file.seek(8 + len(said) + gap)
         file.write(data[start:])
-    if path.stat().st_blocks * 512 > gap // 2:
-        pytest.skip("this file system has no sparse files")
     original = families.save(families.small(), tmp_path / "original", torch.float16)
     plain = families.export(original, tmp_path / "plain", budget=str(BUDGET))
     tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET), target="both")

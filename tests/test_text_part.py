@@ -70,6 +70,23 @@ def test_both_ways_its_weights_are_called(seeing: Path, tmp_path: Path) -> None:
         assert (out / "model.safetensors").stat().st_ino == (folder / "model.safetensors").stat().st_ino
 
 
+def test_an_output_embedding_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    untied = tr.Gemma3Config(
+        text_config=_TEXT, vision_config=_EYES, dtype="float32", tie_word_embeddings=False, **_TOKENS
+    )
+    whole = tr.Gemma3ForConditionalGeneration(untied).eval()
+    whole.save_pretrained(tmp_path / "untied")
+    bundles.edit_json(tmp_path / "untied" / "config.json", tie_word_embeddings=False)
+    ids = families.text(1, 12) % 90
+    with torch.no_grad():
+        want = whole(torch.from_numpy(ids)).logits.numpy()
+        got = resolve(str(tmp_path / "untied")).load(torch.float32)(torch.from_numpy(ids)).logits.numpy()
+    assert families.relative(got, want) < 1e-6
+    full = families.export(tmp_path / "untied", tmp_path / "bundle", policy="full", context=64, logits="all")
+    assert families.relative(np.concatenate(families.feed(full.backend("ort", 1), ids, (12,)), 1), want) < 1e-5
+
+
 def test_quantised_as_a_whole(seeing: Path, tmp_path: Path) -> None:
     folder = bundles.copy(seeing, tmp_path / "quantised")
     quantised: dict[str, Any] = {"quant_method": "gptq", "bits": 4}
