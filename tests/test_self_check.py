@@ -55,10 +55,14 @@ def test_passes_what_is_right(family: families.Make, policy: str, rank: int, com
 def test_the_twin_has_two_layers_of_each_kind() -> None:
     size = {**families.ONE, "vocab_size": 97, "num_hidden_layers": 12, "head_dim": 16}
     sliding, full = "sliding_attention", "full_attention"
+    experts = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
     for config, kept in (
         (tr.Qwen3Config(**size), [0, 1]),
         (tr.SmolLM3Config(**size, no_rope_layers=[1, 1, 1, 0] * 3), [0, 1, 3, 7]),
         (tr.Gemma3TextConfig(**size, layer_types=[*[sliding] * 5, full] * 2), [0, 1, 5, 11]),
+        # Counted, not listed: three dense layers first; every third with experts, but not the sixth.
+        (tr.Glm4MoeConfig(**size, **experts, n_routed_experts=16, first_k_dense_replace=3), [0, 1, 2, 3, 4]),
+        (tr.Qwen3MoeConfig(**size, **experts, num_experts=16, decoder_sparse_step=3, mlp_only_layers=[5]), [*range(9)]),
         (
             tr.Gemma4TextConfig(**size, layer_types=[sliding, full] * 6, num_kv_shared_layers=5),
             [*range(4), *range(7, 11)],
@@ -71,8 +75,25 @@ def test_the_twin_has_two_layers_of_each_kind() -> None:
         assert [x.window > 0 for x in discover(weights.bare_model(twin, torch.float32))] == [
             layers[i].window > 0 for i in kept
         ]
+        true, built = (_parts(c) for c in (config, twin))
+        assert [true[i] for i in kept] == built
         assert getattr(twin, "no_rope_layers", [1, 1, 0, 0]) == [1, 1, 0, 0]
         assert getattr(twin, "num_kv_shared_layers", 4) == 4
+
+
+def _parts(config: Any) -> list[list[str]]:
+    """Names of every layer's parameters."""
+    return [[n for n, _ in x.named_parameters()] for x in weights.bare_model(config, torch.float32).model.layers]
+
+
+def test_the_twin_has_few_experts(tmp_path: Path) -> None:
+    routed = {"num_experts": 64, "num_experts_per_tok": 9, "moe_intermediate_size": 32}
+    config = tr.Qwen3MoeConfig(**families.ONE, head_dim=16, **routed)
+    layers = discover(weights.bare_model(config, torch.float32))
+    contract = Contract(plan_layers(layers, ExportConfig(budget="8"), 64, {}), 97, "float32", 16, 2)
+    assert twin_config(config, contract)[0].num_experts == 9
+    assert config.num_experts == 64
+    assert self_check(config, contract, tmp_path) < 1e-5
 
 
 def test_a_checked_export_holds_nothing_of_the_check(tmp_path: Path, nothing_left: Path) -> None:

@@ -1,6 +1,6 @@
 """The self-check of every export: a twin of the model, two layers of each kind at true width.
 
-The twin has random weights, a small vocabulary and short windows, and goes through the very code that
+The twin has random weights, a small vocabulary, few experts and short windows, and goes through the very code that
 makes the real graph. While nothing is evicted from its budget its ONNX graph must agree with eager
 Hugging Face, windows long passed; afterwards with the torch reference.
 """
@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..contract import Contract, LayerSpec, Policy
@@ -27,7 +28,9 @@ from . import onnx_op, weights
 from .trace import trace
 from .wrapper import LessDecoder, fresh_state
 
-_VOCAB, _WINDOW, _BUDGET = 256, 12, 32
+_VOCAB, _WINDOW, _BUDGET, _EXPERTS = 256, 12, 32, 8
+#: What configs call the number of experts.
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Tokens per step: chunks, then one at a time, past window and budget.
 _STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1)
 #: Largest difference of logits, as a share of the largest logit; float32 rounding is a hundred times less.
@@ -94,13 +97,27 @@ def twin_budget(twin: Contract) -> int:
 
 
 def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
-    """The first two layers of each kind: of attention, and by what the config says of them."""
+    """The first two layers of each kind: of attention, by what the config says of them, and as they are built.
+
+    Where a config counts its layers instead of listing them (the first few dense, every second with experts),
+    those before the last one come too: a rule that counts holds for the first layers only.
+    """
     kinds: dict[Any, list[int]] = {}
     said = weights.layer_kinds(hf_config.get_text_config())
-    for index, (layer, words) in enumerate(zip(contract.layers, said, strict=True)):
-        kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, words
+    built = _built(weights.bare_model(hf_config, torch.float32), len(said))
+    for index, (layer, words, parts) in enumerate(zip(contract.layers, said, built, strict=True)):
+        kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, words, parts
         kinds.setdefault(kind, []).append(index)
-    return sorted(i for indices in kinds.values() for i in indices[:2])
+    kept = sorted(i for indices in kinds.values() for i in indices[:2])
+    listed = len(set(zip(said, built, strict=True))) == len(set(said))
+    return kept if listed else list(range(kept[-1] + 1))
+
+
+def _built(model: PreTrainedModel, count: int) -> list[str]:
+    """Names and shapes of each layer's parameters; equal words, equal layers."""
+    stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    layers = next(stacks, nn.ModuleList(nn.Identity() for _ in range(count)))
+    return [repr([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in layers]
 
 
 def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
@@ -112,6 +129,11 @@ def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
     text.vocab_size = _VOCAB
     if hasattr(text, "vocab_size_per_layer_input"):
         text.vocab_size_per_layer_input = _VOCAB
+    used = getattr(text, "num_experts_per_tok", None)
+    for name in _EXPERT_COUNTS:
+        count = getattr(text, name, None)
+        if isinstance(count, int) and isinstance(used, int) and getattr(text, "n_group", None) in (None, 1):
+            setattr(text, name, min(count, max(used, _EXPERTS)))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(text, name, None)
     if getattr(text, "sliding_window", None):
