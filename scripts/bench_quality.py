@@ -86,12 +86,13 @@ class Recipe:
     steps: int = 500
     parametrisation: str = "exp"
     sequences: int = TRAIN
-    end_to_end: bool = False
+    #: Steps end to end after the layers', 0 for none.
+    end_to_end: int = 0
 
     @property
     def name(self) -> str:
         more = f" {self.sequences} sequences" if self.sequences != TRAIN else ""
-        tuned = " + end to end" if self.end_to_end else ""
+        tuned = f" + {self.end_to_end} end to end" if self.end_to_end else ""
         sizes = f"R{self.rank} hidden {self.hidden} {self.parametrisation}"
         return f"{sizes} steps {self.steps} seed {self.seed}{more}{tuned}"
 
@@ -263,15 +264,21 @@ class Bench:
         """Tune the kernels of the recipe without its last stage end to end."""
         if self._file(s, r).exists():
             return
-        before = replace(r, end_to_end=False)
+        before = replace(r, end_to_end=0)
         self.trained(s, [before])
         maps = Kernels.load(self._file(s, before)).layers
         plan = plan_layers(self.layers, s.config(), LENGTH, {i: m.rank for i, m in maps.items()})
         ids = self.training_text(count=r.sequences + _held(r.sequences)).ids
         learn, check = ids.split([r.sequences, _held(r.sequences)])
-        maps, facts = end_to_end.tune(self.model, learn, check, plan, maps, r.seed, self.bars)
-        print(s.name, r.name, facts, flush=True)
-        Kernels(maps, {"model": MODEL, "setting": s.name, "recipe": r.name, "end_to_end": facts}).save(self._file(s, r))
+
+        def make() -> dict[str, Any]:
+            tuned, facts = end_to_end.tune(self.model, learn, check, plan, maps, r.seed, self.bars, r.end_to_end)
+            Kernels(tuned, {"model": MODEL, "setting": s.name, "recipe": r.name}).save(self._file(s, r))
+            return {"end_to_end": facts}
+
+        key = f"train | {s.name} | {r.name}"
+        self.rows.pop(key, None)
+        self.row(key, make)
 
     def _activations(self, layers: list[int], sequences: int) -> collect.Activations:
         """Those of all layers at once where they serve every setting."""
@@ -342,9 +349,15 @@ def measure(b: Bench) -> None:
         b.less(s, plain, chunk=256)
     b.stream(SETTINGS[2], plain)
     b.paces(first)
-    for r in (Recipe(sequences=MANY, end_to_end=True), Recipe(sequences=MANY)):
+    for steps in (96, 288, 0):
+        r = Recipe(sequences=MANY, end_to_end=steps)
         for domain in ("in", "shipped", "out"):
             b.less(first, r, domain)
+    for s in (first, SETTINGS[2]):
+        for domain in ("in", "shipped"):
+            b.full(domain)
+            b.baseline(s, "sparse+bytes", domain)
+            b.less(s, Recipe(end_to_end=96), domain)
     for s in SETTINGS[1:]:
         b.baseline(s, "sparse+bytes", "out")
         b.less(s, plain, "out")

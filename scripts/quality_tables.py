@@ -12,19 +12,23 @@ import numpy as np
 from less_export.evaluation import statistics
 
 #: ``domain | setting | less R8 hidden 128 exp steps 500 seed 0 | chunk 1``
-_LESS = re.compile(r"less R(\d+) hidden (\d+) (\w+) steps (\d+) seed (\d+)(?: (\d+) sequences)?( \+ end to end)?$")
+_LESS = re.compile(
+    r"less R(\d+) hidden (\d+) (\w+) steps (\d+) seed (\d+)(?: (\d+) sequences)?(?: \+ (\d+) end to end)?$"
+)
+
+_SEED = re.compile(r" seed \d+")
 
 
 @dataclass(frozen=True, order=True)
 class Made:
-    """How kernels were made; 0 sequences stand for what the results call ``train_sequences``."""
+    """How kernels were made; 0 sequences stand for what the results call ``train_sequences``, tuned for steps."""
 
     rank: int = 8
     hidden: int = 128
     kind: str = "exp"
     steps: int = 500
     sequences: int = 0
-    tuned: bool = False
+    tuned: int = 0
 
     @property
     def trained(self) -> str:
@@ -60,11 +64,15 @@ class Quality:
         self.data = data
         self.found: list[Found] = []
         self.training: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self.tuning: dict[tuple[str, str], float] = {}
         self.paces: dict[str, dict[str, Any]] = {}
         for row in data["rows"]:
             parts = row["key"].split(" | ")
             if parts[0] == "train":
-                self.training[parts[1], parts[2]] = row["layers"]
+                if "layers" in row:
+                    self.training[parts[1], parts[2]] = row["layers"]
+                else:
+                    self.tuning[parts[1], parts[2]] = row["seconds"]
                 continue
             if parts[0] == "pace":
                 self.paces[parts[1]] = row
@@ -73,7 +81,7 @@ class Quality:
             recipe, seed = None, 0
             if match := _LESS.match(cache):
                 rank, hidden, kind, steps, seed_, more, tuned = match.groups()
-                recipe = Made(int(rank), int(hidden), kind, int(steps), int(more or 0), tuned is not None)
+                recipe = Made(int(rank), int(hidden), kind, int(steps), int(more or 0), int(tuned or 0))
                 seed, cache = int(seed_), "less"
             self.found.append(Found(parts[0], setting, cache, how, recipe, seed, row))
 
@@ -149,7 +157,7 @@ def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
             str(recipe.rank),
             str(recipe.hidden),
             recipe.kind,
-            str(recipe.steps) + (" + end to end" if recipe.tuned else ""),
+            str(recipe.steps) + (f" + {recipe.tuned} end to end" if recipe.tuned else ""),
             str(recipe.sequences or q.data["train_sequences"]),
             kernel,
             error,
@@ -200,7 +208,7 @@ def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
                 less = q.less(domain, setting, recipe)
                 if less:
                     how = f"{recipe.sequences or q.data['train_sequences']} sequences"
-                    how += ", end to end" if recipe.tuned else ""
+                    how += f", {recipe.tuned} steps end to end" if recipe.tuned else ""
                     share = _share(q.share(domain, baseline, less))
                     rows.append([setting, label, how, _ppl(full), _ppl(baseline), _seeds(less), share])
     return ["setting", "text", "trained on", "full", "= bytes", "LESS", "share of the gap"], rows
@@ -256,7 +264,7 @@ def times(q: Quality) -> tuple[list[str], list[list[str]]]:
     """Seconds of training per layer and in all."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for (setting, recipe), layers in q.training.items():
-        grouped[setting, re.sub(r" seed \d+$", "", recipe)] += layers
+        grouped[setting, _SEED.sub("", recipe)] += layers
     rows = []
     for (setting, recipe), layers in grouped.items():
         prepare, fit = (np.array([x[n] for x in layers]) for n in ("prepare_seconds", "fit_seconds"))
@@ -264,6 +272,8 @@ def times(q: Quality) -> tuple[list[str], list[list[str]]]:
         typical = np.median(prepare) + np.median(fit)
         cells = [f"{np.median(prepare):.0f}", f"{fit.min():.0f} to {fit.max():.0f}", f"{typical * used:.0f}"]
         rows.append([setting, recipe, str(used), *cells])
+    for (setting, recipe), seconds in q.tuning.items():
+        rows.append([setting, _SEED.sub("", recipe), "all at once", "", "", f"{seconds:.0f}"])
     return ["setting", "recipe", "layers", "prepare a layer, s", "fit a layer, s", "all layers, s"], rows
 
 
