@@ -63,6 +63,18 @@ def extra_tokens(spec: LayerSpec, dtype: str) -> int:
     return -(-added // token)
 
 
+def chosen(names: Sequence[str]) -> tuple[Kind, ...]:
+    """The kinds that are named, each once, LESS last (its share of a gap needs the others).
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    wrong = [n for n in names if n not in KINDS]
+    if wrong:
+        raise UsageError(f"--compare: unknown '{wrong[0]}'; choose from {', '.join(KINDS)}")
+    return tuple(k for k in KINDS if k in names)
+
+
 def build(
     kinds: Sequence[Kind], plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap], context: int, dtype: str
 ) -> list[Variant]:
