@@ -129,7 +129,7 @@ def evaluate(arguments: list[str]) -> int:
     return {"perplexity": _perplexity, "summarize": _summarize, "lm-eval": _lm_eval_task}[task](args)
 
 
-_CACHE = {"kernels", "policy", "budget", "context", "compress_sliding"}
+_CACHE = {"kernels", "policy", "budget", "layer_budgets", "context", "compress_sliding"}
 #: The options that each task uses, besides --json.
 _USED = {
     "perplexity": _CACHE
@@ -192,7 +192,7 @@ def lm_eval() -> int:
 
 
 def _cache(args: argparse.Namespace, **more: Any) -> ExportConfig:
-    given = {n: getattr(args, n) for n in ("policy", "budget", "context", "compress_sliding")}
+    given = {n: getattr(args, n) for n in ("policy", "budget", "layer_budgets", "context", "compress_sliding")}
     return ExportConfig(**given, **more)
 
 

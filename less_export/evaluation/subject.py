@@ -114,7 +114,7 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
 
 def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:
     """Raise :class:`UsageError` for options of a cache beside a bundle, which has its own."""
-    names = ("policy", "budget", "context", "compress_sliding", "chunk")
+    names = ("policy", "budget", "layer_budgets", "context", "compress_sliding", "chunk")
     asked = [n for n in names if getattr(cache, n) is not None] + ["kernels"] * (kernel_file is not None)
     if asked:
         option = "--" + asked[0].replace("_", "-")
