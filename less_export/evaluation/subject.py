@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +109,8 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
         return plan_layers(layers, changed, context, ranks)
 
     plan = plan_layers(layers, cache, context, ranks)
+    for words in kernels.doubts(source.names, plan):
+        warnings.warn(words, stacklevel=2)
     chunk = cache.chunk or DEFAULT_CHUNK
     return Subject(target, model, plan, kernels, encode, bos, "bfloat16", runs, chunk, plan_for)
 
