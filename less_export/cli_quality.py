@@ -34,7 +34,7 @@ def train(arguments: list[str]) -> int:
         help="UTF-8 files, folders of .txt, hf:NAME[/CONFIG][:SPLIT], or 'calibration' (the text that ships with "
         "less-export, and the default); several are mixed in equal shares",
     )  # fmt: skip
-    cache_options(parser)
+    cache_options(parser, more="; auto divides the budget by what eviction costs in each layer")
     kernels = parser.add_argument_group("kernels")
     kernels.add_argument("--rank", type=int, metavar="R", help="features (default: recipe's, or 8)")
     kernels.add_argument("--hidden", type=int, metavar="N", help="hidden width (default: recipe's, or 128)")
@@ -43,12 +43,12 @@ def train(arguments: list[str]) -> int:
     fit = parser.add_argument_group("training")
     fit.add_argument(
         "--quality", choices=("fast", "high"), default="fast",
-        help="fast: 500 steps a layer on 32 sequences (default); high: 1500 on 64",
+        help="fast: 48 sequences, layer by layer (default); high: 192, and --end-to-end",
     )  # fmt: skip
     fit.add_argument("--steps", type=int, metavar="N", help="steps a layer; 0 keeps the k-means start")
     fit.add_argument("--seqs", type=int, metavar="N", help="training sequences")
     fit.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default: 1024)")
-    fit.add_argument("--end-to-end", action="store_true", help="tune all kernels together at the end")
+    fit.add_argument("--end-to-end", action=argparse.BooleanOptionalAction, help="tune all kernels together at the end")
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same kernels (default: 0)")
     fit.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     common(parser)
@@ -64,13 +64,15 @@ def train(arguments: list[str]) -> int:
     reports = job.train(model, out, texts, TrainConfig(**options), progress=Bars())
     if Processes.here().first:
         made = reporting.table(
-            "relative error of the layers' outputs", "layer", "sparse", "start", "LESS", "seconds", ""
+            "relative error of the layers' outputs", "layer", "slots", "sparse", "start", "LESS", "seconds", ""
         )
         for r in reports:
             used = "" if r.used else "switched off"
             figures = (f"{x:.4f}" for x in (r.sparse, r.start, r.less))
-            made.add_row(str(r.layer), *figures, f"{r.seconds:.0f}", used)
+            made.add_row(str(r.layer), str(r.slots), *figures, f"{r.seconds:.0f}", used)
         reporting.show(made)
+        if options["layer_budgets"] == "auto":
+            print("give exports and evaluations --layer-budgets " + ",".join(f"{r.layer}:{r.slots}" for r in reports))
         print(out)
     return 0
 

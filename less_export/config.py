@@ -147,6 +147,8 @@ def layer_tokens(text: str, context: int) -> dict[int, int]:
     Raises:
         UsageError: not such a list, a layer named twice, or a budget that is none.
     """
+    if text == "auto":
+        raise UsageError("--layer-budgets auto is for less-export train, which says what to give here")
     found: dict[int, int] = {}
     for part in text.split(","):
         name, colon, budget = part.strip().partition(":")

@@ -18,7 +18,7 @@ from less_export.errors import LessExportError, ModelError, UsageError
 from less_export.feature_maps import Kernels
 from less_export.progress import Silent
 from less_export.surgery import discover
-from less_export.training import collect, data, fit, job
+from less_export.training import collect, data, end_to_end, fit, job
 
 from .bundles import Run, refused
 from .training_support import LENGTH, WORDS, model_folder, sliding_folder, trained
@@ -107,12 +107,38 @@ def test_provenance(text: Path, tmp_path: Path) -> None:
     assert facts["layers"] == {"1": {n: v for n, v in vars(report).items() if n != "layer"}}
 
 
-def test_end_to_end_never_leaves_the_kernels_worse(text: Path, tmp_path: Path) -> None:
+def test_end_to_end_never_leaves_the_kernels_worse(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = model_folder(tmp_path / "model")
-    file, _ = trained(folder, text, end_to_end=True)
-    tuned = Kernels.load(file).provenance["end_to_end"]
-    assert tuned["used"] == (tuned["divergence_after"] < tuned["divergence_before"])
-    assert tuned["divergence_before"] > 0
+    before = Kernels.load(trained(folder, text)[0]).tensors()
+    monkeypatch.setattr(end_to_end, "_RATE", 30.0)
+    after = Kernels.load(trained(folder, text, end_to_end=True)[0])
+    assert after.provenance["end_to_end"]["divergence_after"] > after.provenance["end_to_end"]["divergence_before"]
+    assert after.tensors().keys() == before.keys()
+    assert all(torch.equal(x, before[n]) for n, x in after.tensors().items())
+
+
+def test_end_to_end_goes_on_where_it_was_interrupted(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder(tmp_path / "model")
+    whole = Kernels.load(trained(folder, text, end_to_end=True)[0]).tensors()
+    true, seen = end_to_end.divergence, []
+
+    def divergence(*args: Any) -> torch.Tensor:
+        seen.append(1)
+        if len(seen) == 40:
+            raise KeyboardInterrupt
+        return true(*args)
+
+    monkeypatch.setattr(end_to_end, "divergence", divergence)
+    with pytest.raises(KeyboardInterrupt):
+        trained(folder, text, end_to_end=True)
+    interrupted = len(seen)
+    again = Kernels.load(trained(folder, text, end_to_end=True)[0]).tensors()
+    assert len(seen) - interrupted < end_to_end.STEPS
+    assert all(torch.equal(x, whole[n]) for n, x in again.items())
 
 
 def test_sliding_layers_stay_exact_unless_compressed(text: Path, tmp_path: Path) -> None:

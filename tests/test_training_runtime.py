@@ -110,6 +110,15 @@ def test_training_helps_and_its_errors_are_the_runtimes(
     holds(folder, text, file, reports, {"policy": policy})
 
 
+def test_kernels_that_are_tuned_together(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, reports = trained(folder, text, end_to_end=True)
+    tuned = Kernels.load(file).provenance["end_to_end"]
+    assert 0 < tuned["divergence_after"] < tuned["divergence_before"]
+    holds(folder, text, file, reports, {})
+    assert [r.less for r in reports] != [r.less for r in trained(folder, text)[1]]
+
+
 def test_the_papers_parametrisation(text: Path, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     file, reports = trained(folder, text, parametrisation="paper", hidden=32, steps=80)

@@ -22,7 +22,7 @@ from .end_to_end import divergence, full_cache
 #: Budgets that are tried, as shares of the layer's own; none gets less or more.
 SHARES = (0.25, 0.5, 1.0, 2.0)
 #: Sequences that are looked at, and positions of each.
-SEQUENCES, _POSITIONS = 6, 96
+SEQUENCES, _POSITIONS = 4, 96
 #: Slots that change hands at a time.
 _STEP = 2
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel
 from .. import simulate
 from ..contract import LayerSpec, Policy
 from ..feature_maps import FeatureMap
+from ..files import write_atomically
 from ..progress import Progress
 from ..surgery import AttentionCall, less_attention
 
@@ -22,6 +25,8 @@ STEPS = 96
 _POSITIONS = 96
 _RATE = 5e-4
 _WARM_UP = 8
+#: Steps after which what is done is kept.
+_KEEP = 8
 
 
 def tune(
@@ -33,8 +38,11 @@ def tune(
     seed: int,
     progress: Progress,
     steps: int = STEPS,
+    keep: Path | None = None,
 ) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
     """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
+
+    ``keep``: a file that holds what is done so far, for a run that was interrupted.
 
     Returns:
         The tuned maps, or the given ones where validation text does not agree that they are better, and the
@@ -54,12 +62,22 @@ def tune(
                 step("")
         return total / len(validation)
 
-    before = measure("divergence before")
     parameters = [p for m in tuned.values() for p in m.requires_grad_().parameters()]
     optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
+    begin = 0
+    if keep is not None and keep.exists():
+        state = torch.load(keep, weights_only=True, map_location=model.device)
+        begin, before = state["step"], state["before"]
+        for parameter, value in zip(parameters, state["parameters"], strict=True):
+            parameter.data = value
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+    else:
+        before = measure("divergence before")
     with progress.phase("end to end", steps) as step:
-        for number in range(steps):
+        step("", begin)
+        for number in range(begin, steps):
             cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * number / steps))
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * min(1.0, (number + 1) / _WARM_UP) * cosine
@@ -71,6 +89,12 @@ def tune(
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step(f"divergence {loss.item():.4f}")
+            if keep is not None and (number + 1) % _KEEP == 0:
+                state = {"step": number + 1, "before": before, "parameters": [p.data for p in parameters]}
+                state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+                buffer = io.BytesIO()
+                torch.save(state, buffer)
+                write_atomically(keep, buffer.getvalue())
     for made in tuned.values():
         made.requires_grad_(False)
     after = measure("divergence after")

@@ -23,16 +23,16 @@ import torch
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..config import default_context, plan_layers
+from ..config import default_context, plan_layers, sparse_layer
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
 from ..exporter import weights
-from ..feature_maps import Kernels
-from ..files import sha256
+from ..feature_maps import FeatureMap, Kernels
+from ..files import sha256, write_atomically
 from ..progress import Progress, Silent
 from ..sources import ModelSource, resolve
 from ..surgery import discover, learned_positions
-from . import collect, data, end_to_end, fit, room
+from . import allocate, collect, data, end_to_end, fit, room
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
 from .options import device as choose_device
 
@@ -44,9 +44,13 @@ _VALIDATION = 12
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer fared: see :class:`~less_export.training.fit.Errors`; ``used`` is False where LESS lost."""
+    """How one layer fared: see :class:`~less_export.training.fit.Errors`; ``used`` is False where LESS lost.
+
+    ``less`` is the error of the kernels in the file: after they were tuned together, if they were.
+    """
 
     layer: int
+    slots: int
     sparse: float
     start: float
     less: float
@@ -109,6 +113,8 @@ def train(
         job = _prepare(model, out, texts, config, processes, shown)
         job.aloud = Silent() if processes.first else progress or Silent()
         try:
+            if config.divided:
+                _divide(job)
             _fit_all(job)
             return _finish(job, out)
         except BaseException:
@@ -144,6 +150,7 @@ def _prepare(
     )
     limit = getattr(text_config, "max_position_embeddings", None)
     cache = config.cache().with_defaults(recipe.options() if recipe else {})
+    cache = replace(cache, layer_budgets=None) if config.divided else cache
     context = cache.context or default_context(limit)
     length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if length > (learned_positions(bare) or length):
@@ -187,7 +194,8 @@ def _prepare(
         "hidden": config.hidden,
         "parametrisation": config.parametrisation,
         "fit": asdict(fit.Fit(steps=config.step_count)),
-        "end_to_end": config.end_to_end,
+        "layer_budgets": config.layer_budgets if config.divided else cache.layer_budgets,
+        "end_to_end": config.tuned,
         "seed": config.seed,
         "less_export": __version__,
     }
@@ -227,6 +235,29 @@ def _load(job: _Job) -> PreTrainedModel:
     job.progress.say(f"loading {job.source.name}")
     # Moved as a whole: transformers' own placement would need accelerate for a single device.
     return job.source.load(job.dtype).to(torch.device(job.device))
+
+
+def _divide(job: _Job) -> None:
+    """Give every layer its share of the budget; the first process measures, what it finds is kept beside the layers."""
+    file = job.work / "layer_budgets.json"
+    if job.processes.first and not file.exists():
+        found = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress)
+        write_atomically(file, json.dumps([[i, *x] for i, at in found.items() for x in at.items()]).encode())
+    job.processes.wait()
+    costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
+    for i, slots, cost in json.loads(file.read_text()):
+        costs[i][slots] = cost
+    divided = allocate.divide(costs, job.plan)
+    plan = list(job.plan)
+    for i, slots in divided.items():
+        plan[i] = replace(sparse_layer(plan[i], slots), absorb=True, rank=plan[i].rank)
+    job.plan = tuple(plan)
+    job.facts |= {
+        "layer_budgets": allocate.option(divided),
+        "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in divided},
+        "eviction_costs": {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()},
+    }
+    job.progress.say(f"budgets of the layers: {job.facts['layer_budgets']}")
 
 
 def _fit_all(job: _Job) -> None:
@@ -315,7 +346,7 @@ def _fit_layer(job: _Job, layer: int, activations: torch.Tensor, projection: tor
             config.rank or DEFAULT_RANK,
             config.hidden or DEFAULT_HIDDEN,
             recipe,
-            config.seed + layer,
+            config.seed,
             step,
         )
         step(f"error {errors.less:.4f}, without LESS {errors.sparse:.4f}", 0)
@@ -328,16 +359,15 @@ def _fit_layer(job: _Job, layer: int, activations: torch.Tensor, projection: tor
 def _finish(job: _Job, out: Path) -> tuple[LayerReport, ...]:
     """Put the layers together, tune them if asked to, and write the file (first process only)."""
     loaded = {i: Kernels.load(job.layer_file(i)) for i in job.layers}
-    reports = tuple(LayerReport(i, **k.provenance) for i, k in loaded.items())
+    reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
     maps = {r.layer: loaded[r.layer].layers[r.layer] for r in reports if r.used}
     where = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
     facts = {**job.facts, "torch": torch.__version__, "device": where}
-    facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
     if job.processes.first:
-        if job.config.end_to_end and maps:
-            learn, check = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
-            maps, tuned = end_to_end.tune(_load(job), learn, check, job.plan, maps, job.config.seed, job.progress)
-            facts["end_to_end"] = tuned
+        if job.config.tuned and maps:
+            maps, facts["end_to_end"], errors = _tune(job, maps)
+            reports = tuple(replace(r, less=errors.get(r.layer, r.less)) for r in reports)
+        facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
         Kernels(dict(maps), facts).save(out)
         shutil.rmtree(job.work, ignore_errors=True)
         off = [r.layer for r in reports if not r.used]
@@ -348,3 +378,22 @@ def _finish(job: _Job, out: Path) -> tuple[LayerReport, ...]:
             )
     job.processes.wait()
     return reports
+
+
+def _tune(job: _Job, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any], dict[int, float]]:
+    """Tune the layers' kernels together; also what was found, and the layers' errors with what came out."""
+    model = _load(job)
+    learn, check = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
+    kept = job.work / "end_to_end.pt"
+    tuned, facts = end_to_end.tune(model, learn, check, job.plan, maps, job.config.seed, job.progress, keep=kept)
+    errors: dict[int, float] = {}
+    if facts["used"]:
+        into = collect.Activations(job.work / "tuned", job.plan, len(check), check.shape[1], job.dtype)
+        into.reserve(list(tuned))
+        projections = collect.output_projections(model, job.plan)
+        collect.collect(model, check, job.plan, list(tuned), into, (0, 1), job.progress)
+        for i, made in tuned.items():
+            ready = fit.prepare(into.tensor(i), job.plan[i], projections[i], job.device)
+            errors[i] = fit.relative_error(ready, made.to(job.device))
+            made.cpu()
+    return tuned, facts, errors

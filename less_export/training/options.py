@@ -15,9 +15,11 @@ from ..errors import UsageError
 from ..feature_maps import PARAMETRISATIONS
 
 Quality = Literal["fast", "high"]
-#: Steps per layer and training sequences of each quality.
-QUALITIES: dict[str, tuple[int, int]] = {"fast": (500, 32), "high": (1500, 64)}
+#: Steps per layer, training sequences, and whether all kernels are tuned together at the end, of each quality.
+QUALITIES: dict[str, tuple[int, int, bool]] = {"fast": (500, 48, False), "high": (500, 192, True)}
 DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 8, 128, 1024
+#: The ``layer_budgets`` that are found by measurement.
+DIVIDED = "auto"
 #: Largest seed: layers add their number to it, and torch takes 64 bits.
 _SEED = 2**63 - 1
 #: How long processes wait for each other; one may train for hours while the others have nothing to do.
@@ -28,13 +30,15 @@ _PATIENCE = datetime.timedelta(days=7)
 class TrainConfig:
     """What a user may choose; ``None`` leaves it to the recipe, then to the default.
 
-    policy, budget, context, compress_sliding: as of an export. rank, hidden: sizes of the kernels.
-    quality: sets ``steps`` and ``seqs`` where they are not given. seqs, seq_len: training sequences and their
-    tokens (validation takes a twelfth more). layers: ``"0-7,9"``. end_to_end: tune all kernels together at the end.
+    policy, budget, context, compress_sliding: as of an export; layer_budgets too, or ``"auto"``: the budget is divided
+    by what eviction costs in each layer. rank, hidden: sizes of the kernels. quality: sets ``steps``, ``seqs`` and
+    ``end_to_end`` (tune all kernels together at the end) where they are not given. seqs, seq_len: training sequences
+    and their tokens (validation takes a twelfth more). layers: ``"0-7,9"``.
     """
 
     policy: str | None = None
     budget: str | None = None
+    layer_budgets: str | None = None
     context: int | None = None
     compress_sliding: bool | None = None
     rank: int | None = None
@@ -45,7 +49,7 @@ class TrainConfig:
     seqs: int | None = None
     seq_len: int | None = None
     layers: str | None = None
-    end_to_end: bool = False
+    end_to_end: bool | None = None
     seed: int = 0
     device: str | None = None
 
@@ -70,8 +74,18 @@ class TrainConfig:
     def cache(self) -> ExportConfig:
         """The options of the cache."""
         return ExportConfig(
-            policy=self.policy, budget=self.budget, context=self.context, compress_sliding=self.compress_sliding
-        )
+            policy=self.policy, budget=self.budget, layer_budgets=None if self.divided else self.layer_budgets,
+            context=self.context, compress_sliding=self.compress_sliding,
+        )  # fmt: skip
+
+    @property
+    def divided(self) -> bool:
+        """Whether the budget is to be divided by measurement."""
+        return self.layer_budgets == DIVIDED
+
+    @property
+    def tuned(self) -> bool:
+        return QUALITIES[self.quality][2] if self.end_to_end is None else self.end_to_end
 
     @property
     def step_count(self) -> int:
