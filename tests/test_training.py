@@ -107,9 +107,7 @@ def test_provenance(text: Path, tmp_path: Path) -> None:
     assert facts["layers"] == {"1": {n: v for n, v in vars(report).items() if n != "layer"}}
 
 
-def test_end_to_end_never_leaves_the_kernels_worse(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_end_to_end_never_leaves_the_kernels_worse(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     before = Kernels.load(trained(folder, text)[0]).tensors()
     monkeypatch.setattr(end_to_end, "_RATE", 30.0)

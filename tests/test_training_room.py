@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import warnings
 import weakref
 from dataclasses import replace
@@ -254,6 +255,19 @@ def test_processes_wait_as_long_as_a_training_takes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **words: asked.update(words))
     Processes(0, 2).join()
     assert asked["timeout"].days >= 7
+
+
+def test_nothing_is_removed_before_all_have_read_it(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process meets the others between reading the finished layers and putting them together."""
+    events: list[str] = []
+    load, rmtree = Kernels.load, shutil.rmtree
+    monkeypatch.setattr(Kernels, "load", lambda path: events.append("read") or load(path))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **words: events.append("removed") or rmtree(*args, **words))
+    monkeypatch.setattr(Processes, "wait", lambda self: events.append("met"))
+    trained(model_folder(tmp_path / "model"), text, steps=0)
+    assert events[-5:] == ["read", "read", "met", "removed", "met"]
 
 
 def test_hashing_is_said(text: Path, tmp_path: Path) -> None:

@@ -359,6 +359,7 @@ def _fit_layer(job: _Job, layer: int, activations: torch.Tensor, projection: tor
 def _finish(job: _Job, out: Path) -> tuple[LayerReport, ...]:
     """Put the layers together, tune them if asked to, and write the file (first process only)."""
     loaded = {i: Kernels.load(job.layer_file(i)) for i in job.layers}
+    job.processes.wait()  # all must have read before the first removes them
     reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
     maps = {r.layer: loaded[r.layer].layers[r.layer] for r in reports if r.used}
     where = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
