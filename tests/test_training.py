@@ -107,12 +107,18 @@ def test_provenance(text: Path, tmp_path: Path) -> None:
     assert facts["layers"] == {"1": {n: v for n, v in vars(report).items() if n != "layer"}}
 
 
-def test_end_to_end_never_leaves_the_kernels_worse(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rate", "finite"), [(0.1, True), (30.0, False)])
+def test_end_to_end_never_leaves_the_kernels_worse(
+    rate: float, finite: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = model_folder(tmp_path / "model")
     before = Kernels.load(trained(folder, text)[0]).tensors()
-    monkeypatch.setattr(end_to_end, "_RATE", 30.0)
+    monkeypatch.setattr(end_to_end, "_RATE", rate)
     after = Kernels.load(trained(folder, text, end_to_end=True)[0])
-    assert after.provenance["end_to_end"]["divergence_after"] > after.provenance["end_to_end"]["divergence_before"]
+    tuned = after.provenance["end_to_end"]
+    assert not tuned["used"]
+    assert (tuned["divergence_after"] is not None) == finite
+    assert not finite or tuned["divergence_after"] > tuned["divergence_before"]
     assert after.tensors().keys() == before.keys()
     assert all(torch.equal(x, before[n]) for n, x in after.tensors().items())
 

@@ -46,7 +46,7 @@ def tune(
 
     Returns:
         The tuned maps, or the given ones where validation text does not agree that they are better, and the
-        divergences (nats per token) before and after.
+        divergences (nats per token) before and after (None: not finite).
     """
     model.requires_grad_(False)
     first = max(plan[i].capacity for i in maps) + 1
@@ -84,6 +84,8 @@ def tune(
             positions = everywhere[torch.randperm(len(everywhere), generator=generator)[:_POSITIONS]]
             row = train[number % len(train)]
             loss = divergence(full_cache(model, row, plan, positions), model, row, plan, tuned, positions)
+            if not bool(loss.isfinite()):
+                break
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -99,7 +101,8 @@ def tune(
         made.requires_grad_(False)
     after = measure("divergence after")
     better = after < before
-    facts = {"steps": steps, "divergence_before": before, "divergence_after": after, "used": better}
+    shown = after if math.isfinite(after) else None
+    facts = {"steps": steps, "divergence_before": before, "divergence_after": shown, "used": better}
     return ({i: m.cpu() for i, m in tuned.items()} if better else dict(maps)), facts
 
 
