@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .errors import GatedModelError, ModelError
 #: What a snapshot needs to be understood: configuration, tokenizer; and then its weights.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _WEIGHT_FILES = ["*.safetensors"]
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: How the decoder's weights are called in checkpoints that also see or hear, and in the decoder alone.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 
@@ -182,6 +184,42 @@ def resolve(model: str) -> ModelSource:
     if path.exists():
         raise ModelError(f"{path} is a file, not a checkpoint folder; only .gguf files are read by themselves")
     return ModelSource(model, _download(model, _SMALL_FILES), hub=model)
+
+
+def index_names(folder: Path) -> list[str] | None:
+    """The weight files that a checkpoint's index names; None where there is no index.
+
+    Raises:
+        ModelError: the index is damaged, or names files outside of the folder.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        return None
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [n for n in names if PurePath(n).is_absolute() or ".." in PurePath(n).parts]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index.name} is not a usable index ({error}): download it again") from error
+    if outside:
+        raise ModelError(f"{index.name} names {outside[0]}, which is not in its folder: download the checkpoint again")
+    return names
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, single or sharded; raises :class:`ModelError` without them."""
+    names = index_names(folder)
+    if names is not None:
+        files = [folder / n for n in names]
+    else:
+        files = [folder / _SINGLE]
+        if not files[0].exists():
+            files = sorted(folder.glob("*.safetensors"))
+    missing = [f.name for f in files if not f.exists()]
+    if missing or not files:
+        kinds = sorted(p.suffix for p in folder.glob("*.bin")) and " (convert pytorch .bin files to safetensors first)"
+        what = f"{missing[0]} is missing" if missing else "no .safetensors file"
+        raise ModelError(f"{folder}: {what}{kinds or ''}")
+    return files
 
 
 def described(recipe: recipes.Recipe) -> Any:

@@ -141,7 +141,7 @@ def test_every_name_is_found(family: str, tmp_path: Path) -> None:
     config.dtype = torch.float32
     folder = write(tmp_path / family, config)
     bare = weights.bare_model(config, torch.float32)
-    assert weights.locate(bare, weights.checkpoint_files(folder))[1] == []
+    assert weights.locate(bare, sources.checkpoint_files(folder))[1] == []
     stored, fresh = tensors(folder), type(bare)(config)
     buffers = {n for n, _ in fresh.named_buffers() if n in fresh.state_dict()}
     assert bool(buffers) == (family in ("glm4_moe", "gemma4"))

@@ -24,7 +24,7 @@ from ..contract import Contract, Policy
 from ..errors import GatedModelError, LessExportError, UnsupportedModelError, UsageError
 from ..feature_maps import Heads, Kernels
 from ..files import scratch_folder, sha256
-from ..sources import ModelSource, resolve
+from ..sources import ModelSource, checkpoint_files, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
 from . import onnx_op, package, quantise, weights
 from .check import self_check
@@ -209,7 +209,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         if source.hub is not None:
             progress(f"fetching the weights of {source.hub}")
         source.fetch()
-        files = weights.checkpoint_files(source.folder)
+        files = checkpoint_files(source.folder)
     tensors, missing = weights.locate(bare, files)
     if missing:
         progress(f"converting {len(missing)} tensors that are stored in another layout")
@@ -293,13 +293,13 @@ def _write(
     """Make every file in ``scratch`` under its final name, and the manifest that describes them."""
     # The weights are linked under their names in the bundle; graphs (and the engine builder) look there.
     used = sorted({t.file for t in job.tensors.values()}) if job.config.weights is None else []
-    names = {f: layout.companion(f.name) for f in used}
-    copied = [f.name for f in used if package.place_weights(f, scratch / names[f])]
-    if copied:
+    names = package.weight_names(used, layout, scratch)
+    copied = package.place_weights(names, scratch, progress)
+    keep_weights = kinds != ["plan"]  # a plan carries its weights
+    if copied and keep_weights:
         warnings.warn(f"hard links are not possible here: copied {', '.join(copied)}", stacklevel=2)
     kernel_facts = package.place_kernels(job.kernels, layout, scratch)
     artifacts = []
-    keep_weights = kinds != ["plan"]  # a plan carries its weights
     traced = [k for k in ("ort", "trt") if k in kinds or (k == "trt" and "plan" in kinds)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hashes = {f: pool.submit(sha256, f) for f in used} if keep_weights else {}

@@ -150,27 +150,6 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, single or sharded."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index.name} is not a usable index ({error}): download it again") from error
-        files = [folder / str(n) for n in names]
-    else:
-        files = [folder / "model.safetensors"]
-        if not files[0].exists():
-            files = sorted(folder.glob("*.safetensors"))
-    missing = [f.name for f in files if not f.exists()]
-    if missing or not files:
-        kinds = sorted(p.suffix for p in folder.glob("*.bin")) and " (convert pytorch .bin files to safetensors first)"
-        what = f"{missing[0]} is missing" if missing else "no .safetensors file"
-        raise ModelError(f"{folder}: {what}{kinds or ''}")
-    return files
-
-
 def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, Stored], list[str]]:
     """Where the parameters (and saved buffers) of ``model`` lie in a checkpoint.
 

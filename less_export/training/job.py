@@ -27,7 +27,7 @@ from ..exporter import weights
 from ..feature_maps import Kernels
 from ..files import sha256
 from ..progress import Progress, Silent
-from ..sources import ModelSource, resolve
+from ..sources import ModelSource, checkpoint_files, resolve
 from ..surgery import discover, learned_positions
 from . import collect, data, end_to_end, fit
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
@@ -177,7 +177,7 @@ def _prepare(
 def _model_hash(source: ModelSource) -> str:
     """Hash of the weights, over the hashes of their files."""
     source.fetch()
-    files = [source.gguf] if source.gguf else weights.checkpoint_files(source.folder)
+    files = [source.gguf] if source.gguf else checkpoint_files(source.folder)
     return hashlib.sha256("".join(sha256(f) for f in files if f).encode()).hexdigest()
 
 
