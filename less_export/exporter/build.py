@@ -14,7 +14,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .. import artifact, engine, plugin, recipes
@@ -24,9 +23,9 @@ from ..contract import Contract, Policy
 from ..errors import GatedModelError, LessExportError, UnsupportedModelError, UsageError
 from ..feature_maps import Heads, Kernels
 from ..files import scratch_folder, sha256
-from ..sources import ModelSource, checkpoint_files, resolve
+from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
-from . import onnx_op, package, quantise, weights
+from . import checkpoint, onnx_op, package, quantise, weights
 from .check import self_check
 from .random_checkpoint import random_source
 from .trace import trace
@@ -202,25 +201,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     if config.weights is not None:
         quantise.load_quantiser()  # refuses where it is not installed
     job.tokenizer = source.tokenizer()
-    if source.gguf is not None:
-        progress("dequantising the GGUF weights")
-        files = [_convert(source, hf_config, bare, None, _stored_dtype(job), scratch)]
-    else:
-        if source.hub is not None:
-            progress(f"fetching the weights of {source.hub}")
-        source.fetch()
-        files = checkpoint_files(source.folder)
-    tensors, missing = weights.locate(bare, files)
-    if missing:
-        progress(f"converting {len(missing)} tensors that are stored in another layout")
-        copied = _convert(source, hf_config, bare, missing, "auto", scratch)
-        tensors.update(weights.locate(bare, [copied])[0])
-        missing = [n for n in missing if n not in tensors]
-    if missing:
-        raise LessExportError(
-            f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more): weights and config differ"
-        )
-    job.tensors = tensors
+    bare, job.tensors = checkpoint.take(source, config, hf_config, bare, scratch, progress)
     job.model_facts = {
         "name": source.name,
         "class": type(bare).__name__,
@@ -261,30 +242,6 @@ def _compute_dtype(kind: str, job: _Job) -> str:
     if model_type.startswith("gemma") and stored == "float16":
         return "bfloat16"
     return stored if stored in ("float16", "bfloat16", "float32") else "bfloat16"
-
-
-def _stored_dtype(job: _Job) -> str:
-    """Dtype of dequantised GGUF weights: the compute dtype of TensorRT, 16 bits unless asked otherwise."""
-    return "bfloat16" if job.config.dtype is None else job.config.dtype
-
-
-def _convert(
-    source: ModelSource, hf_config: Any, bare: PreTrainedModel, names: list[str] | None, dtype: str, scratch: Path
-) -> Path:
-    """Write weights that cannot be pointed at (GGUF, fused experts) to a safetensors file of the bundle."""
-    loaded = source.load(dtype if dtype == "auto" else torch_dtype(dtype), None if source.gguf else hf_config)
-    state = loaded.state_dict()
-    wanted = set(bare.state_dict()) if names is None else set(names)
-    kept: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in state.items():
-        if name in wanted and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            kept[name] = tensor.contiguous()
-    path = scratch / artifact.CONVERTED_WEIGHTS
-    save_file(kept, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner may read
-    return path
 
 
 def _write(
