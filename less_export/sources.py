@@ -121,6 +121,9 @@ class ModelSource:
 def _text_part(config: Any) -> Any:
     """The config of the decoder inside a model that also sees or hears; others as they are."""
     text = config.get_text_config()
+    for part in (config, text):
+        if getattr(part, "quantization_config", None) == {}:  # nothing is quantised, but transformers takes offence
+            del part.quantization_config
     if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return config
     for name in ("dtype", "quantization_config"):

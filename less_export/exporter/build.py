@@ -27,7 +27,7 @@ from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
 from . import checkpoint, onnx_op, package, quantise, weights
 from .check import self_check
-from .random_checkpoint import random_source
+from .random_checkpoint import RandomSource, random_source
 from .trace import trace
 from .wrapper import LessDecoder, torch_dtype
 
@@ -112,8 +112,16 @@ def export(
             package.publish_bundle(scratch, layout, {layout.manifest, *package.files_of(manifest)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
+        raise LessExportError(f"cannot write {destination}: {reason}; {_left(source)}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_left(source)}") from None
     return destination
+
+
+def _left(source: ModelSource) -> str:
+    """What is on the disk after an export that failed."""
+    kept = f"but the random checkpoint {source.folder} " if isinstance(source, RandomSource) else ""
+    return f"nothing {kept if kept and source.folder.exists() else ''}was left behind"
 
 
 def _source(model: str, config: ExportConfig, destination: Path, progress: Progress) -> ModelSource:
@@ -172,7 +180,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     quantised = getattr(hf_config, "quantization_config", None)
     if quantised is not None and source.gguf is None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise UnsupportedModelError(f"{source.name} is quantised ({method}): give the checkpoint in 16 or 32 bits")
+        how = method or "by a method that config.json does not name"
+        raise UnsupportedModelError(f"{source.name} is quantised ({how}): give the checkpoint in 16 or 32 bits")
     if config.num_hidden_layers is not None:
         weights.keep_first(text, config.num_hidden_layers)
     try:
