@@ -60,7 +60,7 @@ def take(
         _refuse_lost([n for n in survey.missing if n not in tensors])
     if survey.unused and config.num_hidden_layers is not None:  # those of further layers are left out on purpose
         survey = weights.survey(weights.bare_model(source.config(), torch.float32), files)
-    unused = unused_weights(bare, survey.unused, source.is_part())
+    unused = unused_weights(bare, survey.unused, source.is_part()) if survey.unused else []
     if unused:
         warnings.warn(
             f"config.json has no place for {unused[0]} (and {len(unused) - 1} more tensors of the checkpoint): they "
