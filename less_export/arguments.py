@@ -40,6 +40,9 @@ def cache_options(parser: argparse.ArgumentParser, *, full: bool = False) -> arg
         "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {DEFAULT_BUDGET}%)"
     )
     group.add_argument(
+        "--layer-budgets", metavar="LAYER:N|P%,...", help="layers with another budget, e.g. 5:42,11:88,17:20"
+    )
+    group.add_argument(
         "--context",
         type=int,
         metavar="N",

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .errors import UsageError
+
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write ``data`` under a temporary name and rename it: the file is whole or as it was before."""
@@ -25,6 +27,21 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Say now that a file cannot be written, before the work whose figures it is to hold.
+
+    Raises:
+        UsageError: a folder, or in one that is not there or takes no files.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager

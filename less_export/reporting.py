@@ -150,7 +150,7 @@ def recipe_figures(recipe: Recipe) -> dict[str, Any]:
     contract = recipe.contract()
     longest = recipe.architecture["max_position_embeddings"]
     full = {str(n): contract.full_cache_bytes(n) if n <= longest else None for n in RECIPE_LENGTHS}
-    budgets = {b: replace(recipe, budget=b).contract().state_bytes() for b in PAPER_BUDGETS}
+    budgets = {b: replace(recipe, budget=b, layer_budgets=None).contract().state_bytes() for b in PAPER_BUDGETS}
     figures = {
         "state_bytes": contract.state_bytes(),
         "state_bytes_at_budget": budgets,

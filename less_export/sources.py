@@ -40,6 +40,11 @@ class ModelSource:
     recipe: recipes.Recipe | None = None
     hub: str | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """What the model may be called: its own name and its recipe's ids."""
+        return [n for n in (self.name, self.hub, self.recipe and self.recipe.hub) if n]
+
     def fetch(self) -> None:
         """Download the weights of a hub id: the files that its index names, or the only one.
 

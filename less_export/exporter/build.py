@@ -218,6 +218,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         "config": json.loads(json.dumps(hf_config.to_dict(), default=str)),
         "max_position_embeddings": getattr(text, "max_position_embeddings", None),
     }
+    for words in kernels.doubts(source.names, contracts[kinds[0]].layers):
+        warnings.warn(words, stacklevel=2)
     unused = unused_kernels(contracts[kinds[0]].layers, kernels.layers)
     if unused:
         warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)

@@ -95,14 +95,17 @@ def place_tokenizer(
         return None
     path = scratch / layout.companion(artifact.TOKENIZER)
     path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-    probe = "Hello"
-    adds = tokenizer(probe).input_ids[:1] == [tokenizer.bos_token_id]
-    eos = _eos_ids(source, hf_config, tokenizer)
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, bool(adds), template)
+    eos = eos_ids(source, hf_config, tokenizer)
+    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, adds_bos(tokenizer), template)
 
 
-def _eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, ...]:
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether texts start with the bos token."""
+    return bool(tokenizer("Hello").input_ids[:1] == [tokenizer.bos_token_id])
+
+
+def eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's."""
     generation = source.folder / "generation_config.json"
     stated: list[Any] = [tokenizer.eos_token_id, getattr(hf_config.get_text_config(), "eos_token_id", None)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from .. import simulate
-from ..contract import LayerSpec
+from ..contract import LayerSpec, Policy
 from ..feature_maps import FeatureMap
 from ..progress import Progress
 from ..surgery import AttentionCall, less_attention
@@ -46,11 +46,15 @@ def tune(
     tuned = {i: copy.deepcopy(m).to(model.device) for i, m in maps.items()}
     spread = everywhere[:: max(1, len(everywhere) // _POSITIONS)]
 
-    def measure() -> float:
-        with torch.no_grad():
-            return sum(float(_divergence(model, row, plan, tuned, spread)) for row in validation) / len(validation)
+    def measure(name: str) -> float:
+        total = 0.0
+        with progress.phase(name, len(validation)) as step, torch.no_grad():
+            for row in validation:
+                total += float(divergence(full_cache(model, row, plan, spread), model, row, plan, tuned, spread))
+                step("")
+        return total / len(validation)
 
-    before = measure()
+    before = measure("divergence before")
     parameters = [p for m in tuned.values() for p in m.requires_grad_().parameters()]
     optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
@@ -60,7 +64,8 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * min(1.0, (number + 1) / _WARM_UP) * cosine
             positions = everywhere[torch.randperm(len(everywhere), generator=generator)[:_POSITIONS]]
-            loss = _divergence(model, train[number % len(train)], plan, tuned, positions)
+            row = train[number % len(train)]
+            loss = divergence(full_cache(model, row, plan, positions), model, row, plan, tuned, positions)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -68,33 +73,56 @@ def tune(
             step(f"divergence {loss.item():.4f}")
     for made in tuned.values():
         made.requires_grad_(False)
-    after = measure()
+    after = measure("divergence after")
     better = after < before
     facts = {"steps": steps, "divergence_before": before, "divergence_after": after, "used": better}
     return ({i: m.cpu() for i, m in tuned.items()} if better else dict(maps)), facts
 
 
-def _divergence(
-    model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap], positions: Tensor
+@torch.no_grad()
+def full_cache(model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], positions: Tensor) -> Tensor:
+    """Log probabilities [P,V] of the next token at ``positions`` of one sequence, nothing evicted."""
+    return _log_probabilities(
+        model, ids, positions, lambda call: simulate.full(call.q, call.k, call.v, plan[call.layer])
+    )
+
+
+def divergence(
+    wanted: Tensor,
+    model: PreTrainedModel,
+    ids: Tensor,
+    plan: Sequence[LayerSpec],
+    maps: Mapping[int, FeatureMap],
+    positions: Tensor,
 ) -> Tensor:
-    def teacher(call: AttentionCall) -> Tensor:
-        return simulate.full(call.q, call.k, call.v, plan[call.layer])
+    """Mean over ``positions`` of the KL of :func:`full_cache` from the model with the caches of ``plan``, in nats.
+
+    Layers without a map in ``maps`` evict without a low-rank term.
+    """
 
     def student(call: AttentionCall) -> Tensor:
-        made = maps.get(call.layer)
+        layer, made = plan[call.layer], maps.get(call.layer)
+        if layer.policy in (Policy.WINDOW, Policy.FULL):
+            return simulate.full(call.q, call.k, call.v, layer)
+        left = simulate.evictions(simulate.logits(call.q.detach(), call.k.detach(), layer), layer)
         features = (made.log_phi(call.q), made.psi(call.k)) if made is not None else None
         # Recomputed on the way back: masks and weights of T x T per head would not fit for larger models.
-        return checkpoint(simulate.attend, call.q, call.k, call.v, plan[call.layer], features, 1, use_reentrant=False)
+        return checkpoint(simulate.attend_as, call.q, call.k, call.v, layer, features, left, use_reentrant=False)
 
+    said = _log_probabilities(model, ids, positions, student)
+    return (wanted.exp() * (wanted - said)).sum(-1).mean()
+
+
+def _log_probabilities(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Callable[[AttentionCall], Tensor]
+) -> Tensor:
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, positions.to(args[0].device)], *args[1:]))
     row = ids[None].to(model.device)
     steps = torch.arange(row.shape[1], device=row.device)[None]
     try:
-        with torch.no_grad(), less_attention(model, teacher):
-            wanted = torch.log_softmax(model(input_ids=row, position_ids=steps, use_cache=False).logits[0].float(), -1)
-        with less_attention(model, student):
-            said = torch.log_softmax(model(input_ids=row, position_ids=steps, use_cache=False).logits[0].float(), -1)
+        with less_attention(model, attention):
+            logits = model(input_ids=row, position_ids=steps, use_cache=False).logits[0]
     finally:
         hook.remove()
-    return (wanted.exp() * (wanted - said)).sum(-1).mean()
+    return torch.log_softmax(logits.float(), -1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +18,10 @@ Quality = Literal["fast", "high"]
 #: Steps per layer and training sequences of each quality.
 QUALITIES: dict[str, tuple[int, int]] = {"fast": (500, 32), "high": (1500, 64)}
 DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 8, 128, 1024
+#: Largest seed: layers add their number to it, and torch takes 64 bits.
+_SEED = 2**63 - 1
+#: How long processes wait for each other; one may train for hours while the others have nothing to do.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.steps is not None and self.steps < 0:
             raise UsageError(f"--steps must be at least 0, not {self.steps}")
+        if not 0 <= self.seed <= _SEED:
+            raise UsageError(f"--seed must lie between 0 and {_SEED}, not be {self.seed}")
         self.cache()
 
     def cache(self) -> ExportConfig:
@@ -83,18 +91,21 @@ def parse_layers(text: str | None, available: list[int]) -> list[int]:
     if text is None:
         return available
     chosen: set[int] = set()
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen |= set(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise UsageError(f"--layers '{text}' is not a list like 0-7,9") from None
-    wrong = sorted(chosen - set(available))
-    if wrong or not chosen:
-        raise UsageError(
-            f"--layers {text}: layer {wrong[0] if wrong else 'none'} evicts nothing or is not there; "
-            f"those that do: {','.join(map(str, available))}"
-        )
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        if found is None:
+            raise UsageError(f"--layers '{text}' is not a list like 0-7,9")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise UsageError(f"--layers {text}: {first}-{last} runs backwards, write {last}-{first}")
+        asked = range(first, last + 1)
+        wrong = next((i for i in asked if i not in available), None)  # at most one past those there are
+        if wrong is not None:
+            raise UsageError(
+                f"--layers {text}: layer {wrong} evicts nothing or is not there; "
+                f"those that do: {','.join(map(str, available))}"
+            )
+        chosen.update(asked)
     return sorted(chosen)
 
 
@@ -105,7 +116,7 @@ def device(name: str | None) -> str:
             return "cpu"
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # meta holds nothing
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return name
@@ -135,7 +146,7 @@ class Processes:
     def join(self) -> None:
         """Meet the others."""
         if self.count > 1:
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
 
     def wait(self) -> None:
         """Until all are here."""
@@ -150,3 +161,8 @@ class Processes:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def on_machine(self) -> int:
+        """How many of them share this machine's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
