@@ -86,18 +86,39 @@ def publish(moves: Sequence[tuple[Path, Path]]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def link_or_copy(source: Path, target: Path) -> bool:
-    """Hard-link the file behind ``source`` (links followed) to ``target``; copy where that is impossible.
+def link(source: Path, target: Path) -> bool:
+    """Hard-link the file behind ``source`` (links followed) to ``target``; False where links are impossible.
 
-    Returns True when it had to copy.
+    Raises:
+        FileExistsError: ``target`` is there already.
     """
-    real = source.resolve()
     try:
-        os.link(real, target)
-        return False
+        os.link(source.resolve(), target)
+    except FileExistsError:
+        raise
     except OSError:
-        shutil.copyfile(real, target)
-        return True
+        return False
+    return True
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the file behind ``source`` to ``target``, which is whole or absent.
+
+    Raises:
+        FileExistsError: ``target`` is there already. It may be a link to what nobody may write to.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        shutil.copyfile(source.resolve(), name)
+        os.chmod(name, 0o644)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -30,7 +30,7 @@ from ..exporter import weights
 from ..feature_maps import FeatureMap, Kernels
 from ..files import sha256, write_atomically
 from ..progress import Progress, Silent
-from ..sources import ModelSource, resolve
+from ..sources import ModelSource, checkpoint_files, resolve
 from ..surgery import discover, learned_positions
 from . import allocate, collect, data, end_to_end, fit, room
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
@@ -213,7 +213,7 @@ def _prepare(
 def _model_hash(source: ModelSource, progress: Progress) -> str:
     """Hash of the weights, over the hashes of their files."""
     source.fetch()
-    files = [f for f in ([source.gguf] if source.gguf else weights.checkpoint_files(source.folder)) if f]
+    files = [f for f in ([source.gguf] if source.gguf else checkpoint_files(source.folder)) if f]
     progress.say(f"hashing {sum(f.stat().st_size for f in files) / 1e9:.2f} GB of weights")
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
