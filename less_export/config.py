@@ -99,8 +99,8 @@ class ExportConfig:
         whole = self.heavy is not None and (self.recent is not None or policy == Policy.TOVA.label)
         if policy == Policy.FULL.label or whole:
             given.add("budget")
-        if given & {"budget"} or self.heavy is not None or self.recent is not None:
-            given.add("layer_budgets")  # they divide the recipe's budget, not another one
+        if "budget" in given or (self.heavy, self.recent) != (None, None) or policy != recipe.get("policy"):
+            given.add("layer_budgets")  # they divide the recipe's budget under its policy, no other
         return replace(self, **{n: v for n, v in recipe.items() if n not in given})
 
 
@@ -179,8 +179,10 @@ def plan_layers(
     policy = Policy.parse(config.policy or DEFAULT_POLICY)
     own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
     if policy is Policy.FULL:
-        if own or config.budget is not None or config.heavy is not None or config.recent is not None:
-            raise UsageError("policy full keeps every token: drop the options of budgets, set --context")
+        if config.budget is not None or config.heavy is not None or config.recent is not None:
+            raise UsageError("policy full keeps every token: drop --budget, --heavy and --recent, set --context")
+        if own:
+            raise UsageError("policy full keeps every token: drop --layer-budgets, set --context")
         common = 0, context
     else:
         common = split_budget(policy, config, context)
