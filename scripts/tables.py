@@ -123,24 +123,40 @@ def recipe_budgets() -> str:
     return table(["recipe", "of a context of", *reporting.PAPER_BUDGETS], rows)
 
 
+def _held(row: dict[str, Any]) -> list[str]:
+    """What a bundle held in MB: loaded, decoding, at most; less the process before loading."""
+    figures = (row["loaded"]["resident_mb"], row["running"]["resident_mb"], row["running"]["peak_mb"])
+    return [f"{x - row['empty']['resident_mb']:,.0f}" for x in figures]
+
+
 def memory() -> str:
     """What a bundle holds in memory."""
     data = results("memory")
-    first = next(r["variant"] for r in data["rows"])
     rows = [
-        [
-            r["weights"],
-            f"{r['weight_mb']:,.0f}",
-            f"{r['loaded']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
-            f"{r['running']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
-            f"{r['running']['peak_mb'] - r['empty']['resident_mb']:,.0f}",
-        ]
+        [f"`{r['model']}`, {r['layers']} layers", r["weights"], f"{r['weight_mb']:,.0f}", *_held(r)]
         for r in data["rows"]
-        if r["variant"] == first
+        if r["variant"] == data["rows"][0]["variant"]
     ]
-    what = f"{data['parameters'] / 1e9:.2f}e9 parameters, {data['layers']} layers, less the process before loading"
-    header = ["weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB"]
+    header = ["model", "weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB"]
+    what = f"random weights, batch {data['batch']}, less the process before loading"
     return table(header, rows) + f"\n\n({what}; {where(data)})"
+
+
+def memory_options() -> str:
+    """The same with other session options, where they were tried."""
+    data = results("memory")
+    tried = {r["weights"] for r in data["rows"] if r["variant"] != data["rows"][0]["variant"]}
+    rows = []
+    for r in data["rows"]:
+        if r["weights"] in tried:
+            figures = (
+                [r["failed"], *[""] * 4]
+                if "failed" in r
+                else [*_held(r), f"{r['load_seconds']:.0f}", f"{r['decode_ms']:.0f}"]
+            )
+            rows.append([r["weights"], r["variant"], *figures])
+    header = ["weights", "session options", "loaded, MB", "decoding, MB", "at most, MB", "loading, s", "decode, ms"]
+    return table(header, rows) + f"\n\n({where(data)})"
 
 
 def peers() -> str:
@@ -199,7 +215,8 @@ def models(part: str) -> str:
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers: dict[str, Any] = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
-    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "peers": peers, "large": large}
+    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
+    makers |= {"peers": peers, "large": large}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}

@@ -19,6 +19,7 @@ import transformers as tr
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
+from less_export import recipes
 from less_export.artifact import ARTIFACT_FILES, Artifact
 from less_export.contract import OP_DOMAIN, OP_NAME
 from less_export.errors import UsageError
@@ -377,14 +378,15 @@ def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_more_layers_than_any_recipe(tmp_path: Path) -> None:
-    deep = families.small(
-        num_hidden_layers=66, hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1,
-        initializer_range=0.1,
-    )  # fmt: skip
-    checkpoint = families.save(deep, tmp_path / "model", max_shard_size="20KB")
+    # OPT's layers are the quickest to trace; test_runtime has more.
+    count = 1 + max(r.architecture["num_hidden_layers"] for r in recipes.all_recipes())
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_attention_heads": 2}
+    deep = tr.OPTConfig(**families.OPT | sizes, num_hidden_layers=count)
+    checkpoint = families.save(lambda: tr.OPTForCausalLM(deep), tmp_path / "model", max_shard_size="20KB")
     tiny = families.export(checkpoint, tmp_path / "bundle", policy="sink", budget="6")
-    assert len(artifact(tiny, "ort").contract.layers) == 66
+    assert len(artifact(tiny, "ort").contract.layers) == count
     ids = text(1, 9)
     found, expected = (feed(tiny.backend(name, 1), ids, [8, 1]) for name in ("ort", "torch"))
     assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-4
