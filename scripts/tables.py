@@ -107,8 +107,8 @@ def recipes() -> str:
     rows = []
     for r in all_recipes():
         memory = reporting.recipe_figures(r)["memory"]
-        state, full = memory["state_bytes"], memory["full_cache_bytes"].values()
-        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x)" if n else "-" for n in full)]
+        state, full = memory["state_bytes"], reporting.full_caches(r)
+        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x){mark}" for n, mark in full)]
         rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, reporting.size(memory["kernel_bytes"])])
     lengths = [f"full cache at {n:,}" for n in reporting.RECIPE_LENGTHS]
     return table(["recipe", "hub", "cache", "LESS, any length", *lengths, "kernels"], rows)

@@ -234,7 +234,7 @@ def test_recipes(run: Run) -> None:
         assert recipe.hub in row
     shown = {x["name"]: x for x in json.loads(run("recipes", "--json").out)}
     assert list(shown) == recipes.names()
-    assert shown["llama2-7b"]["memory"]["full_cache_bytes"] == {"2048": 1 << 30, "4096": 2 << 30, "32768": None}
+    assert shown["llama2-7b"]["memory"]["full_cache_bytes"] == {"2048": 1 << 30, "4096": 2 << 30, "32768": 16 << 30}
     assert shown["llama2-7b"]["architecture"]["hidden_size"] == 4096
 
 

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,9 +221,19 @@ def layer_kinds(text: Any) -> list[str]:
 
 
 def keep_first(text: Any, count: int) -> None:
-    """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many."""
+    """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many.
+
+    Warns where they all slide and later ones do not.
+    """
     if count > text.num_hidden_layers:
         raise UsageError(f"--num-hidden-layers {count}: the model has {text.num_hidden_layers}")
+    full = [i for i, kind in enumerate(getattr(text, "layer_types", None) or []) if kind == "full_attention"]
+    if full and full[0] >= count:
+        warnings.warn(
+            f"the first {count} layers all slide: take --num-hidden-layers {full[0] + 1} or more, layer {full[0]} is "
+            "the first that does not",
+            stacklevel=2,
+        )
     keep_layers(text, list(range(count)))
 
 
