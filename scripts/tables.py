@@ -190,7 +190,10 @@ def large() -> str:
         left = f"{size:,.1f}" if size is not None else f"stopped: {run['why']}, at: {run['reached']}"
         rows.append([what, str(run["layers"]), f"{run['seconds']:.0f}", f"{run['peak_rss_mb']:,.0f}", left])
     header = ["step", "layers", "wall time, s", "peak RSS, MB", "written, MB"]
-    return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}, without kernels; {where(data)})"
+    recipe = load(data["model"])
+    assert recipe is not None
+    kernels = f"without kernels: trained ones are {reporting.size(recipe.kernel_bytes())} more"
+    return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}, {kernels}; {where(data)})"
 
 
 def quality(part: str) -> str:
