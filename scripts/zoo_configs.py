@@ -34,7 +34,8 @@ _GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
 _QWEN4 = {
-    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32, "indexer_compress_ratio": 4,
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
 }  # fmt: skip
 #: What a model type needs beyond, or instead of, that.
 CHANGES: dict[str, dict[str, Any]] = {
