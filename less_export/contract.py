@@ -20,6 +20,8 @@ OP_VERSION = 1
 
 #: TensorRT's limit on K of TopK, which the body of h2o and tova uses to choose the slots.
 TENSORRT_TOPK_LIMIT = 3840
+#: Largest rank that the plugin's kernels take.
+PLUGIN_RANK_LIMIT = 64
 
 INPUT_IDS = "input_ids"
 PAST_LENGTH = "past_length"

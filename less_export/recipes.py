@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import AttentionLayer, ExportConfig, plan_layers
-from .contract import Contract
+from .contract import PLUGIN_RANK_LIMIT, Contract
 from .errors import ModelError, UsageError
 from .kernel_shapes import Heads, kernel_bytes
 
@@ -22,6 +22,31 @@ _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads
 #: Keys of older config.json that transformers turns into others, and what it makes of them.
 REWRITTEN = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
 _DERIVED = ("rope_parameters", "layer_types", "no_rope_layers")
+#: What the values of a recipe's keys must be, and of those of its architecture.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "text in quotes": (str,),
+    "a whole number": (int,),
+    "a number": (int, float),
+    "true or false": (bool,),
+    "a table": (dict,),
+}
+_KEYS = {
+    **dict.fromkeys(("hub", "policy", "budget", "dtype", "gguf_package"), "text in quotes"),
+    **dict.fromkeys(("context", "rank", "hidden", "chunk"), "a whole number"),
+    **{"compress_sliding": "true or false", "architecture": "a table"},
+}
+_FACTS = {
+    **dict.fromkeys(("model_type", "hidden_act"), "text in quotes"),
+    **dict.fromkeys(_SIZES, "a whole number"),
+    **dict.fromkeys(("intermediate_size", "num_key_value_heads", "head_dim"), "a whole number"),
+    **dict.fromkeys(("sliding_window", "sliding_window_pattern", "no_rope_layer_interval"), "a whole number"),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_local_base_freq"), "a number"),
+    **dict.fromkeys(("query_pre_attn_scalar", "attention_multiplier", "embedding_multiplier"), "a number"),
+    **dict.fromkeys(("residual_multiplier", "logits_scaling", "logit_scale"), "a number"),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "bias"), "true or false"),
+    **dict.fromkeys(("alibi", "multi_query", "new_decoder_architecture", "parallel_attn"), "true or false"),
+    "rope_scaling": "a table",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         ExportConfig(**self.options(), rank=self.rank, dtype=self.dtype)
+        if self.rank > PLUGIN_RANK_LIMIT:
+            raise UsageError(f"rank must be at most {PLUGIN_RANK_LIMIT}, not {self.rank}")
         if self.hidden < 1 or not _HUB_ID.match(self.hub):
             raise UsageError("hidden must be positive and hub an id like org/name")
         for key in _SIZES:
@@ -91,8 +118,19 @@ class Recipe:
         return sum(kernel_bytes(heads, self.rank, self.hidden) for heads in absorbing)
 
     def facts(self) -> dict[str, Any]:
-        """The architecture as arguments of a transformers config: a ``sliding_window`` of 0 is None there."""
+        """The architecture as arguments of a transformers config: a ``sliding_window`` of 0 is None there.
+
+        Raises :class:`UsageError` for a key that the config of this model type does not have.
+        """
+        from transformers import CONFIG_MAPPING
+
         facts = dict(self.architecture)
+        if facts["model_type"] in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[facts["model_type"]]
+            known = {"model_type", *REWRITTEN, *config.attribute_map, *(f.name for f in fields(config))}
+            for key in facts:
+                if key not in known:
+                    raise UsageError(f"architecture.{key} is not a key of {config.__name__}")
         if facts.get("sliding_window") == 0:
             facts["sliding_window"] = None
         return facts
@@ -106,6 +144,16 @@ class Recipe:
                     f"{self.hub} is not the model of recipe {self.name}: its config.json says {key} = {got}, the "
                     f"recipe {want}; give {self.hub} as MODEL to export it without the recipe"
                 )
+
+
+def _check(given: dict[str, Any], known: dict[str, str], prefix: str = "") -> None:
+    """Raise :class:`UsageError` for keys that are not known and for values of another kind."""
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise UsageError(f"unknown key {prefix}{key}" + (f": did you mean {prefix}{close[0]}?" if close else ""))
+        if type(value) not in _KINDS[known[key]]:
+            raise UsageError(f"{prefix}{key} must be {known[key]}, not {value!r}")
 
 
 def _files() -> dict[str, Any]:
@@ -125,8 +173,10 @@ def load(name: str) -> Recipe | None:
         return None
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
+        _check(data, _KEYS)
+        _check(data.get("architecture", {}), _FACTS, "architecture.")
         return Recipe(name=name, **data)
-    except (ValueError, TypeError, AttributeError, UsageError) as error:
+    except (ValueError, TypeError, UsageError) as error:
         known = ", ".join(f.name for f in fields(Recipe) if f.name != "name")
         raise UsageError(f"recipe {name}.toml is not valid ({error}); its keys are {known}") from error
 

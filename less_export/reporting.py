@@ -91,12 +91,15 @@ def _print_memory(found: Artifact, kernel_bytes: int) -> None:
     memory = table(f"memory of one sequence ({contract.dtype})", "what", "bytes", "against LESS")
     state = contract.state_bytes()
     memory.add_row("LESS state, any length", size(state), "1.0x")
-    for length in (1024, 4096, 32768):
+    marks = {n: _mark(n, contract.trained_length) for n in (1024, 4096, 32768)}
+    for length, mark in marks.items():
         full = contract.full_cache_bytes(length)
-        memory.add_row(f"full cache at {length:,} tokens", size(full), f"{full / state:.1f}x")
+        memory.add_row(f"full cache at {length:,} tokens{mark}", size(full), f"{full / state:.1f}x")
     kernels = size(kernel_bytes) if kernel_bytes else "none (low-rank term off)"
     memory.add_row("kernels' weights, once for all sequences", kernels, "")
     show(memory)
+    if any(marks.values()):
+        print(BEYOND)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -141,15 +144,16 @@ def figures(report: Report) -> dict[str, Any]:
 
 #: Lengths at which a recipe's full cache is shown.
 RECIPE_LENGTHS = (2048, 4096, 32768)
+#: Said of figures that are marked.
+BEYOND = "*: more tokens than the model has positions."
 #: The paper's budgets.
 PAPER_BUDGETS = ("2%", "5%", "10%")
 
 
 def recipe_figures(recipe: Recipe) -> dict[str, Any]:
-    """A recipe and what one sequence of it takes, as JSON values: no full cache longer than the model's positions."""
+    """A recipe and what one sequence of it takes, as JSON values."""
     contract = recipe.contract()
-    longest = recipe.architecture["max_position_embeddings"]
-    full = {str(n): contract.full_cache_bytes(n) if n <= longest else None for n in RECIPE_LENGTHS}
+    full = {str(n): contract.full_cache_bytes(n) for n in RECIPE_LENGTHS}
     budgets = {b: replace(recipe, budget=b, layer_budgets=None).contract().state_bytes() for b in PAPER_BUDGETS}
     figures = {
         "state_bytes": contract.state_bytes(),
@@ -160,17 +164,29 @@ def recipe_figures(recipe: Recipe) -> dict[str, Any]:
     return {**asdict(recipe), "memory": figures}
 
 
+def full_caches(recipe: Recipe) -> list[tuple[int, str]]:
+    """Bytes of the full cache at each of ``RECIPE_LENGTHS``, and ``*`` where the model has fewer positions."""
+    longest = recipe.architecture["max_position_embeddings"]
+    contract = recipe.contract()
+    return [(contract.full_cache_bytes(n), _mark(n, longest)) for n in RECIPE_LENGTHS]
+
+
+def _mark(length: int, longest: int | None) -> str:
+    return BEYOND[0] if longest is not None and length > longest else ""
+
+
 def print_recipes(found: Sequence[Recipe]) -> None:
     """The named models, what they choose and what one sequence of them takes."""
     lengths = [f"full at {n // 1024}k" for n in RECIPE_LENGTHS]
     made = table("recipes", "name", "source", "cache", "LESS, any length", *lengths, "kernels")
     for r in found:
         memory = recipe_figures(r)["memory"]
-        figures = (memory["state_bytes"], *memory["full_cache_bytes"].values(), memory["kernel_bytes"])
-        made.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *(size(n) if n else "-" for n in figures))
+        full = [size(count) + mark for count, mark in full_caches(r)]
+        figures = (size(memory["state_bytes"]), *full, size(memory["kernel_bytes"]))
+        made.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *figures)
     show(made)
     print("LESS and full cache: bytes of one sequence. Kernels: the low-rank term's weights, once for all sequences.")
-    print("-: longer than the model's positions.")
+    print(BEYOND)
 
 
 def story() -> str:

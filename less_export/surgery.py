@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -273,7 +273,7 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
             model(input_ids=ids, position_ids=torch.arange(2)[None], use_cache=False)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, DataDependentOutputException):
+        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
             reason = f"it branches on the values of its tensors, which cannot be traced ({reason})"
         raise UnsupportedModelError(f"{type(model).__name__} does not run as a plain decoder: {reason}") from error
     expected = int(model.config.get_text_config().num_hidden_layers)
@@ -346,10 +346,10 @@ def refuse_by_config(model: PreTrainedModel) -> None:
     if hasattr(getattr(base, "embeddings", None), "create_position_ids_from_input_ids"):  # RoBERTa and its kin
         raise UnsupportedModelError("layer 0: positions are counted past the padding token's id, not from 0")
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} takes no position_ids: it is recurrent, or counts positions in a cache, "
-            "where evicted tokens are missing"
-        )
+        why = "it is recurrent, or counts positions in a cache, where evicted tokens are missing"
+        if any(n.endswith((".encoder_attn", ".cross_attn")) for n, _ in model.named_modules()):
+            why = "it is the decoder of an encoder-decoder and attends to the encoder"
+        raise UnsupportedModelError(f"{type(model).__name__} takes no position_ids: {why}")
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:

@@ -24,14 +24,16 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 TINYLLAMA = next(r for r in all_recipes() if r.name == "tinyllama-1.1b").architecture
 
 
-def random_checkpoint(folder: Path, dtype: str, layers: int, context: int | None = None) -> int:
-    """Write a Llama of TinyLlama's shape with random weights, shard by shard; returns its bytes."""
+def random_checkpoint(
+    folder: Path, dtype: str, layers: int, context: int | None = None, architecture: dict[str, Any] = TINYLLAMA
+) -> int:
+    """Write a model of a recipe's shape (TinyLlama's) with random weights, shard by shard; returns its bytes."""
     import torch
     from transformers import AutoConfig
 
     from less_export.exporter import random_checkpoint
 
-    facts = {**TINYLLAMA, "num_hidden_layers": layers}
+    facts = {**architecture, "num_hidden_layers": layers}
     if context is not None:
         facts["max_position_embeddings"] = context
     return random_checkpoint.write(AutoConfig.for_model(**facts, dtype=getattr(torch, dtype)), folder)[0]

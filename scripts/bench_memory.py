@@ -1,10 +1,11 @@
 """What a bundle holds in memory on ONNX Runtime's CPU, against the bytes of its weights.
 
-A random Llama of TinyLlama-1.1B's shape as f32, bf16 and fp16 checkpoint, and fp16 quantised to int8 and
-int4. Every bundle is opened in a process of its own with the session options of the backend, and with each
-of the options that might save memory changed; resident memory is read from /proc after loading, at its peak
-and at the end, after a chunk of prompt and some steps of decoding. What is mapped from files (``mapped``)
-is part of it, and goes back to the system when memory is short.
+Random weights of TinyLlama-1.1B's shape as f32, bf16 and fp16 checkpoint, and fp16 quantised to int8 and int4; and
+of Qwen3-0.6B's, whose embeddings are tied, as bf16. Every bundle is opened in a process of its own with the session
+options of the backend, and those of ``--variants`` with each of the options that bear on memory changed, too.
+Resident memory is read from /proc after loading, at its peak and at the end, after two chunks of prompt and some
+steps of decoding of four rows. What is mapped from files (``mapped``) is part of it, and goes back to the system
+when memory is short.
 """
 
 from __future__ import annotations
@@ -22,21 +23,25 @@ from typing import Any
 
 from bench_common import random_checkpoint, write_results
 
-BUDGET, CHUNK, STEPS = "256", 128, 12
-#: Checkpoint dtype and quantisation by row.
+BUDGET, CHUNK, BATCH, STEPS = "256", 128, 4, 12
+#: Recipe, checkpoint dtype and quantisation by row.
 ROWS = {
-    "float32": ("float32", None),
-    "bfloat16": ("bfloat16", None),
-    "float16": ("float16", None),
-    "int8": ("float16", "int8"),
-    "int4": ("float16", "int4"),
+    "float32": ("tinyllama-1.1b", "float32", None),
+    "bfloat16": ("tinyllama-1.1b", "bfloat16", None),
+    "float16": ("tinyllama-1.1b", "float16", None),
+    "int8": ("tinyllama-1.1b", "float16", "int8"),
+    "int4": ("tinyllama-1.1b", "float16", "int4"),
+    "bfloat16, tied": ("qwen3-0.6b", "bfloat16", None),
 }
-#: What is changed against the backend's options: attributes, or entries of the session's configuration.
+#: What is changed against the backend's options: attributes of its session options, entries of their
+#: configuration, optimizers left out, or what the backend does besides.
 VARIANTS: dict[str, dict[str, Any]] = {
     "as the backend sets them": {},
-    "no prepacking": {"session.disable_prepacking": "1"},
-    "no arena": {"enable_cpu_mem_arena": False},
     "freed memory kept": {"hand_back": False},
+    "memory patterns": {"enable_mem_pattern": True},
+    "arena never shrunk": {"shrink": False},
+    "no arena": {"enable_cpu_mem_arena": False, "shrink": False},
+    "no prepacking": {"session.disable_prepacking": "1"},
     "initializers outside the arena": {"session.use_device_allocator_for_initializers": "1"},
     "no constant folding": {"disabled": ["ConstantFolding"]},
     "no fusion of quantised products": {"session.disable_quant_qdq": "1"},
@@ -58,35 +63,34 @@ def child(bundle: Path, variant: str) -> None:
     from less_export.runtime import ort_backend
 
     changes = dict(VARIANTS[variant])
-    load, options = onnxruntime.InferenceSession, onnxruntime.SessionOptions
-    disabled = changes.pop("disabled", [])
-    if not changes.pop("hand_back", True):
+    load, disabled = onnxruntime.InferenceSession, changes.pop("disabled", [])
+    hand_back, shrink = changes.pop("hand_back", True), changes.pop("shrink", True)
+    if not hand_back:
         ort_backend._hand_back = lambda: None
 
-    def changed() -> Any:
-        made = options()
+    def session(path: str, options: Any, **rest: Any) -> Any:
         for name, value in changes.items():
             if "." in name:
-                made.add_session_config_entry(name, value)
+                options.add_session_config_entry(name, value)
             else:
-                setattr(made, name, value)
-        return made
+                setattr(options, name, value)
+        return load(path, options, **rest, disabled_optimizers=disabled)
 
-    onnxruntime.SessionOptions = changed
-    onnxruntime.InferenceSession = lambda *args, **kwargs: load(*args, **kwargs, disabled_optimizers=disabled)
+    onnxruntime.InferenceSession = session
     before = resident()
     start = time.perf_counter()
     backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count()).backend
     seconds = time.perf_counter() - start
     loaded = resident()
-    if changes.get("enable_cpu_mem_arena") is False:
-        backend._shrink = None  # there is no arena to shrink
-    backend.open(1)
-    backend.step([[5] * CHUNK])
+    if not shrink:
+        backend._shrink = None
+    backend.open(BATCH)
+    for count in (CHUNK, CHUNK // 2):
+        backend.step([[5] * count] * BATCH)
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        backend.step([[5]])
+        backend.step([[5]] * BATCH)
         times.append((time.perf_counter() - start) * 1e3)
     figures = {"empty": before, "loaded": loaded, "running": resident(), "load_seconds": round(seconds, 2)}
     print(json.dumps({**figures, "decode_ms": round(statistics.median(times), 1)}))
@@ -94,38 +98,44 @@ def child(bundle: Path, variant: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--layers", type=int, metavar="N", help="the first N only")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--variants", action=argparse.BooleanOptionalAction, default=True)
+    tried = "rows that are also measured with other session options (default: bfloat16 int4)"
+    parser.add_argument("--variants", nargs="*", choices=ROWS, default=["bfloat16", "int4"], metavar="ROW", help=tried)
+    parser.add_argument("--results", default="memory", help="name of the results file (default: memory)")
     parser.add_argument("--child", nargs=2, metavar=("BUNDLE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(Path(args.child[0]), args.child[1])
-    import less_export
+    rows = [row for name in args.rows for row in measure(name, args.layers, name in args.variants)]
+    write_results(args.results, {"chunk": CHUNK, "slots": int(BUDGET), "batch": BATCH, "rows": rows})
 
-    rows: list[dict[str, Any]] = []
-    for name in args.rows:
-        dtype, weights = ROWS[name]
-        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
-            folder = Path(scratch)
-            parameters = random_checkpoint(folder / "checkpoint", dtype, args.layers) // (
-                4 if dtype == "float32" else 2
-            )
-            options: dict[str, Any] = {"budget": BUDGET, "chunk": CHUNK, "max_batch": 1, "validate": False}
-            less_export.export(str(folder / "checkpoint"), folder / "bundle", weights=weights, **options)
-            stored = sum(p.stat().st_size for p in (folder / "bundle").glob("*.safetensors"))
-            for variant in VARIANTS if args.variants else list(VARIANTS)[:1]:
-                command = [sys.executable, __file__, "--child", str(folder / "bundle"), variant]
-                done = subprocess.run(command, capture_output=True, text=True)
-                row: dict[str, Any] = {"weights": name, "variant": variant, "weight_mb": round(stored / 1e6, 1)}
-                if done.returncode:
-                    row["failed"] = done.stderr.strip().splitlines()[-1]
-                else:
-                    row |= json.loads(done.stdout)
-                rows.append(row)
-                print(row, flush=True)
-    what = {"model": "random Llama, TinyLlama-1.1B shape", "layers": args.layers, "parameters": parameters}
-    write_results("memory", {**what, "chunk": CHUNK, "slots": int(BUDGET), "batch": 1, "rows": rows})
+
+def measure(name: str, layers: int | None, variants: bool) -> list[dict[str, Any]]:
+    """Export one row's bundle and open it, once for each variant if ``variants``."""
+    import less_export
+    from less_export import recipes
+
+    model, dtype, weights = ROWS[name]
+    recipe = recipes.load(model)
+    assert recipe is not None
+    count = min(layers or 1 << 20, recipe.architecture["num_hidden_layers"])
+    rows = []
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
+        folder = Path(scratch)
+        size = random_checkpoint(folder / "checkpoint", dtype, count, architecture=recipe.architecture)
+        facts = {"model": model, "layers": count, "parameters": size // (4 if dtype == "float32" else 2)}
+        options: dict[str, Any] = {"budget": BUDGET, "chunk": CHUNK, "max_batch": BATCH, "validate": False}
+        less_export.export(str(folder / "checkpoint"), folder / "bundle", weights=weights, **options)
+        stored = sum(p.stat().st_size for p in (folder / "bundle").glob("*.safetensors"))
+        for variant in VARIANTS if variants else list(VARIANTS)[:1]:
+            command = [sys.executable, __file__, "--child", str(folder / "bundle"), variant]
+            done = subprocess.run(command, capture_output=True, text=True)
+            row = {"weights": name, **facts, "variant": variant, "weight_mb": round(stored / 1e6, 1)}
+            row |= {"failed": done.stderr.strip().splitlines()[-1]} if done.returncode else json.loads(done.stdout)
+            rows.append(row)
+            print(row, flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ def recipes() -> str:
     rows = []
     for r in all_recipes():
         memory = reporting.recipe_figures(r)["memory"]
-        state, full = memory["state_bytes"], memory["full_cache_bytes"].values()
-        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x)" if n else "-" for n in full)]
+        state, full = memory["state_bytes"], reporting.full_caches(r)
+        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x){mark}" for n, mark in full)]
         rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, reporting.size(memory["kernel_bytes"])])
     lengths = [f"full cache at {n:,}" for n in reporting.RECIPE_LENGTHS]
     return table(["recipe", "hub", "cache", "LESS, any length", *lengths, "kernels"], rows)
@@ -123,24 +123,40 @@ def recipe_budgets() -> str:
     return table(["recipe", "of a context of", *reporting.PAPER_BUDGETS], rows)
 
 
+def _held(row: dict[str, Any]) -> list[str]:
+    """What a bundle held in MB: loaded, decoding, at most; less the process before loading."""
+    figures = (row["loaded"]["resident_mb"], row["running"]["resident_mb"], row["running"]["peak_mb"])
+    return [f"{x - row['empty']['resident_mb']:,.0f}" for x in figures]
+
+
 def memory() -> str:
     """What a bundle holds in memory."""
     data = results("memory")
-    first = next(r["variant"] for r in data["rows"])
     rows = [
-        [
-            r["weights"],
-            f"{r['weight_mb']:,.0f}",
-            f"{r['loaded']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
-            f"{r['running']['resident_mb'] - r['empty']['resident_mb']:,.0f}",
-            f"{r['running']['peak_mb'] - r['empty']['resident_mb']:,.0f}",
-        ]
+        [f"`{r['model']}`, {r['layers']} layers", r["weights"], f"{r['weight_mb']:,.0f}", *_held(r)]
         for r in data["rows"]
-        if r["variant"] == first
+        if r["variant"] == data["rows"][0]["variant"]
     ]
-    what = f"{data['parameters'] / 1e9:.2f}e9 parameters, {data['layers']} layers, less the process before loading"
-    header = ["weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB"]
+    header = ["model", "weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB"]
+    what = f"random weights, batch {data['batch']}, less the process before loading"
     return table(header, rows) + f"\n\n({what}; {where(data)})"
+
+
+def memory_options() -> str:
+    """The same with other session options, where they were tried."""
+    data = results("memory")
+    tried = {r["weights"] for r in data["rows"] if r["variant"] != data["rows"][0]["variant"]}
+    rows = []
+    for r in data["rows"]:
+        if r["weights"] in tried:
+            figures = (
+                [r["failed"], *[""] * 4]
+                if "failed" in r
+                else [*_held(r), f"{r['load_seconds']:.0f}", f"{r['decode_ms']:.0f}"]
+            )
+            rows.append([r["weights"], r["variant"], *figures])
+    header = ["weights", "session options", "loaded, MB", "decoding, MB", "at most, MB", "loading, s", "decode, ms"]
+    return table(header, rows) + f"\n\n({where(data)})"
 
 
 def peers() -> str:
@@ -174,7 +190,10 @@ def large() -> str:
         left = f"{size:,.1f}" if size is not None else f"stopped: {run['why']}, at: {run['reached']}"
         rows.append([what, str(run["layers"]), f"{run['seconds']:.0f}", f"{run['peak_rss_mb']:,.0f}", left])
     header = ["step", "layers", "wall time, s", "peak RSS, MB", "written, MB"]
-    return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}, without kernels; {where(data)})"
+    recipe = load(data["model"])
+    assert recipe is not None
+    kernels = f"without kernels: trained ones are {reporting.size(recipe.kernel_bytes())} more"
+    return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}, {kernels}; {where(data)})"
 
 
 def quality(part: str) -> str:
@@ -199,7 +218,8 @@ def models(part: str) -> str:
 def rendered(text: str) -> str:
     """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers: dict[str, Any] = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
-    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "peers": peers, "large": large}
+    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
+    makers |= {"peers": peers, "large": large}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}

@@ -43,21 +43,34 @@ STEPS = (16, 9, 1, 1, 16, 1, 1, 1)
 
 
 def visit(model_type: str) -> dict[str, Any]:
-    """What becomes of one model type: ``outcome`` and, with it, ``reason`` or ``layers`` and ``error``."""
+    """What becomes of one model type, or of its text part where no tiny whole can be had."""
+    found, part = attempt(model_type), f"{model_type}_text"
+    if found["outcome"] == "no tiny config" and part in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        of_part = attempt(part)
+        if of_part["outcome"] != "no tiny config":
+            return of_part
+    return found
+
+
+def attempt(model_type: str) -> dict[str, Any]:
+    """``outcome`` and, with it, ``reason`` or ``layers`` and ``error``."""
     try:
         config = tiny_config(model_type)
     except Exception as error:  # whatever a config's own checks raise
         return {"outcome": "no tiny config", "reason": one_line(error)}
-    refused = "not a decoder" if config.is_encoder_decoder else "refused"
     try:
         bare = weights.bare_model(config, torch.float32)
     except Exception as error:  # whatever a model's constructor raises
-        outcome = "not a decoder" if config.is_encoder_decoder else "no tiny config"
-        return {"outcome": outcome, "reason": one_line(error)}
+        if config.is_encoder_decoder:
+            reason = "an encoder-decoder; transformers makes no decoder of its configuration as a whole"
+            return {"outcome": "not a decoder", "reason": reason}
+        return {"outcome": "no tiny config", "reason": one_line(error)}
+    refused = "not a decoder" if config.is_encoder_decoder else "refused"
     try:
         layers = discover(bare)
     except UnsupportedModelError as refusal:
-        return {"outcome": refused, "reason": str(refusal)}
+        behind = "attends to the encoder" in str(refusal)
+        return {"outcome": "not a decoder" if behind else refused, "reason": str(refusal)}
     count = sum(p.numel() for p in bare.parameters())
     if count > MOST_PARAMETERS:
         return {"outcome": "no tiny config", "reason": f"{count / 1e6:,.0f} million parameters"}

@@ -33,11 +33,15 @@ _GEMMA4 = {
     "vocab_size_per_layer_input": VOCAB, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }  # fmt: skip
+_QWEN4 = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 #: What a model type needs beyond, or instead of, that.
 CHANGES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"n_layers": 2, "attn_config": {"kv_n_heads": 2}, "rope_theta": 1e4},
+    "dbrx": {"n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots3_note": {"num_key_value_heads": 4, "per_layer_config": {}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "gemma3n_text": {
@@ -61,11 +65,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mllama": {"cross_attention_layers": [1]},
     "modernbert-decoder": {"local_attention": WINDOW},
     "opt": {"word_embed_proj_dim": 64},
-    "qwen4_exp": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
-    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16},
+    "qwen4_exp": _QWEN4,
+    "qwen4_exp_text": _QWEN4,
     "reformer": {"axial_pos_embds_dim": [32, 32]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip

@@ -40,8 +40,8 @@ _TWO = {**_GQA, "num_hidden_layers": 2}
 _GPT2 = {
     "vocab_size": VOCAB, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 512, "initializer_range": 0.3, **_IDS,
 }  # fmt: skip
-_OPT = {
-    "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+OPT = {
+    "vocab_size": VOCAB, "hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4,
     "max_position_embeddings": 512, "word_embed_proj_dim": 64, "init_std": 0.3, **_IDS,
 }  # fmt: skip
 
@@ -79,7 +79,7 @@ OTHERS: dict[str, Make] = {
         )
     ),
     "gpt2": lambda: tr.GPT2LMHeadModel(tr.GPT2Config(**_GPT2)),
-    "opt": lambda: tr.OPTForCausalLM(tr.OPTConfig(**_OPT)),
+    "opt": lambda: tr.OPTForCausalLM(tr.OPTConfig(**OPT, num_hidden_layers=1)),
     "olmo2": lambda: tr.Olmo2ForCausalLM(tr.Olmo2Config(**ONE)),
     "granite": lambda: tr.GraniteForCausalLM(
         tr.GraniteConfig(**ONE, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=3.0)

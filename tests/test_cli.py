@@ -107,10 +107,10 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
     snake = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") else w for w in kebab]
     assert snake != kebab
     want = ExportConfig(
-        target="both", policy="sink", budget="7%", layer_budgets="1:9,2:3%", context=99, heavy=1, recent=6, compress_sliding=True,
-            rank=3,
-        kernels=Path("k_1.st"), dtype="bfloat16", max_batch=5, chunk=17, logits="all", num_hidden_layers=2,
-        gpu_arch="sm_89", plugin=False, validate=False, random_weights=True, seed=7, weights="int4",
+        target="both", policy="sink", budget="7%", layer_budgets="1:9,2:3%", context=99, heavy=1, recent=6,
+        compress_sliding=True, rank=3, kernels=Path("k_1.st"), dtype="bfloat16", max_batch=5, chunk=17, logits="all",
+        num_hidden_layers=2, gpu_arch="sm_89", plugin=False, validate=False, random_weights=True, seed=7,
+        weights="int4",
     )  # fmt: skip
     assert run(*kebab).code == run(*snake).code == 0
     assert asked == [("org/a_b", "o_u-t", want, True)] * 2
@@ -247,7 +247,7 @@ def test_recipes(run: Run) -> None:
         assert recipe.hub in row
     shown = {x["name"]: x for x in json.loads(run("recipes", "--json").out)}
     assert list(shown) == recipes.names()
-    assert shown["llama2-7b"]["memory"]["full_cache_bytes"] == {"2048": 1 << 30, "4096": 2 << 30, "32768": None}
+    assert shown["llama2-7b"]["memory"]["full_cache_bytes"] == {"2048": 1 << 30, "4096": 2 << 30, "32768": 16 << 30}
     assert shown["llama2-7b"]["architecture"]["hidden_size"] == 4096
 
 

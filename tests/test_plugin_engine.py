@@ -21,7 +21,15 @@ import torch
 from less_export import cli, engine, plugin
 from less_export.api import load_backend
 from less_export.artifact import Artifact, Bundle, Layout, Manifest
-from less_export.contract import OP_NAME, OP_VERSION, STATE_FIELDS, TENSORRT_TOPK_LIMIT, Contract, Policy
+from less_export.contract import (
+    OP_NAME,
+    OP_VERSION,
+    PLUGIN_RANK_LIMIT,
+    STATE_FIELDS,
+    TENSORRT_TOPK_LIMIT,
+    Contract,
+    Policy,
+)
 from less_export.errors import EngineError
 from less_export.exporter import onnx_op
 from less_export.plugin import PluginFacts
@@ -188,7 +196,9 @@ def test_layers_the_plugin_cannot_run(plugin_library: Path, weights: Path) -> No
     for policy in (Policy.H2O, Policy.WINDOW):
         layer = next(x for x in contract.layers if x.policy is policy)
         assert plugin.why_unsupported(plugin_library, layer, "bfloat16") is None
-    wide = dataclasses.replace(contract.layers[0], rank=65)
+    widest = dataclasses.replace(contract.layers[0], rank=PLUGIN_RANK_LIMIT)
+    assert plugin.why_unsupported(plugin_library, widest, "float32") is None
+    wide = dataclasses.replace(contract.layers[0], rank=PLUGIN_RANK_LIMIT + 1)
     assert plugin.why_unsupported(plugin_library, wide, "float32") == "the rank must be 1 to 64"
 
 

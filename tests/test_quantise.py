@@ -27,9 +27,11 @@ from less_export.cli import main
 from less_export.errors import BundleError, LessExportError, UnsupportedModelError, UsageError
 from less_export.exporter import quantise
 from less_export.exporter.weights import QuantisedTensor, Stored, bind, stored_tensors
+from less_export.files import sha256
 from less_export.runtime.torch_backend import bundle_model
 
 from . import families
+from .conftest import PLUGIN_ARCH
 from .families import Tiny, feed, relative, text
 
 BITS = {"int8": 8, "int4": 4}
@@ -183,6 +185,19 @@ def test_tensorrt_takes_the_graph(kind: str, tmp_path: Path) -> None:
     halves = sum(2 * t.codes.shape[0] * t.codes.shape[1] * (2 if t.packed else 1) for t in stored)
     kept = sum(t.codes.length + t.scales.length // 2 for t in stored)  # scales are halves there
     assert sizes[kind] - sizes[None] < -0.5 * (halves - kept)
+
+
+@every_kind
+def test_tensorrt_takes_the_graph_with_the_plugin(kind: str, plugin_library: Path, tmp_path: Path) -> None:
+    checkpoint = families.save(families.small(), tmp_path / "model", torch.float16)
+    options = {"target": "trt", "engine_plan": True, "weights": kind, "budget": "16", "gpu_arch": PLUGIN_ARCH}
+    bundle = families.export(checkpoint, tmp_path / "bundle", max_batch=1, **options).opened
+    plan = bundle.artifact("plan")
+    assert plan is not None
+    assert plan.details["plugin_layers"] == 1
+    assert plan.details["plugin"]["sha256"] == sha256(plugin_library)
+    assert bundle.manifest.settings["weights"] == kind
+    assert {w.file for w in bundle.manifest.weights} == {QUANTISED_WEIGHTS}
 
 
 @every_kind

@@ -15,7 +15,7 @@ from less_export.errors import ModelError
 from less_export.exporter.weights import bare_model
 from less_export.feature_maps import Heads, random_kernels
 from less_export.recipes import Recipe
-from less_export.reporting import recipe_figures
+from less_export.reporting import recipe_figures, size
 from less_export.sources import described
 from less_export.surgery import discover
 
@@ -106,13 +106,16 @@ def test_memory_at_the_papers_budgets() -> None:
     ("name", "within"),
     [("falcon-7b", ["2048"]), ("llama2-7b", ["2048", "4096"]), ("gemma3-1b", ["2048", "4096", "32768"])],
 )
-def test_full_caches_end_where_the_model_does(name: str, within: list[str], run: Run) -> None:
+def test_full_caches_are_marked_beyond_the_models_positions(name: str, within: list[str], run: Run) -> None:
     (figures,) = (r for r in json.loads(run("recipes", "--json").out) if r["name"] == name)
     full = figures["memory"]["full_cache_bytes"]
-    assert list(full) == ["2048", "4096", "32768"]
-    assert [n for n in full if full[n]] == within
-    (row,) = (line.split() for line in run("recipes").out.splitlines() if line.split()[:1] == [name])
-    assert row.count("-") == 3 - len(within)
+    contract = recipe(name).contract()
+    assert full == {str(n): contract.full_cache_bytes(n) for n in (2048, 4096, 32768)}
+    out = run("recipes").out
+    (row,) = (line for line in out.splitlines() if line.split()[:1] == [name])
+    assert [f"{size(full[n])}{'' if n in within else '*'}" in row for n in full] == [True] * 3
+    assert row.count("*") == 3 - len(within)
+    assert "*: more tokens than the model has positions." in out
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,13 @@ def test_checkpoint_of_another_model(
 def test_facts_that_make_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="recipe llama2-7b describes no model of transformers"):
         described(recipe("llama2-7b", model_type="lama"))
+
+
+def test_facts_of_another_architecture() -> None:
+    with pytest.raises(
+        ModelError, match=r"recipe llama2-7b describes .*: architecture.multi_query is not a key of Llama"
+    ):
+        described(recipe("llama2-7b", multi_query=True))
 
 
 def test_what_is_refused_is_not_downloaded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

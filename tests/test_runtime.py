@@ -6,9 +6,10 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from less_export.contract import Contract, Policy
@@ -89,6 +90,17 @@ def test_agrees_with_the_reference(folder: Path, logits: Literal["last", "all"])
     assert (ours.past_length > max(s.capacity for s in LAYERS)).all()  # evictions happened
 
 
+def test_many_layers(folder: Path) -> None:
+    contract = dataclasses.replace(CONTRACT, layers=LAYERS * 22)
+    ours = OrtBackend(contract, onnx_decoder(contract, folder / "deep.onnx"), threads=1)
+    truth = ReferenceBackend(contract)
+    ours.open(1)
+    truth.open(1)
+    for ids in ([[1, 2, 3, 4, 5]], [[6]], [[7, 8, 9]], [[10]]):
+        want = truth.step(ids)
+        assert np.abs(ours.step(ids) - want).max() < 1e-4 * np.abs(want).max()
+
+
 def test_float16(folder: Path) -> None:
     contract = dataclasses.replace(CONTRACT, dtype="float16", layers=LAYERS[1:])
     ours = OrtBackend(contract, onnx_decoder(contract, folder / "half.onnx"), threads=1)
@@ -120,6 +132,42 @@ def test_state_is_allocated_once_and_ping_pongs(ort: OrtBackend) -> None:
     assert seen == [0, 1, 0, 1, 0, 1, 0]
     for logits, copy in kept:  # a result belongs to the caller, later steps leave it alone
         np.testing.assert_array_equal(logits, copy)
+
+
+def test_memory_is_kept_low(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropping any of these options takes more memory, or time: ``scripts/bench_memory.py``."""
+    seen: list[str] = []
+    sessions: list[onnxruntime.SessionOptions] = []
+    load = onnxruntime.InferenceSession
+
+    def session(path: str, options: onnxruntime.SessionOptions, **rest: Any) -> onnxruntime.InferenceSession:
+        seen.append("loads")
+        sessions.append(options)
+        return load(path, options, **rest)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(ort_backend, "_hand_back", lambda: seen.append("hands back"))
+    backend = OrtBackend(CONTRACT, model, threads=1)
+    assert seen == ["loads", "hands back"]
+    assert sessions[0].enable_mem_pattern is False
+    assert sessions[0].enable_cpu_mem_arena is True
+    assert sessions[0].graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    for entry in ("session.disable_prepacking", "session.disable_quant_qdq"):
+        with pytest.raises(RuntimeError):  # not set
+            sessions[0].get_session_config_entry(entry)
+
+    run, shrunk = backend._session.run_with_iobinding, []
+
+    def spy(binding: Any, options: Any = None) -> None:
+        entry = options.get_run_config_entry("memory.enable_memory_arena_shrinkage") if options else None
+        shrunk.append(entry)
+        run(binding, options)
+
+    monkeypatch.setattr(backend._session, "run_with_iobinding", spy)
+    backend.open(1)
+    for ids in ([[1, 2, 3]], [[4, 5]], [[6]], [[7]], [[8, 9]], [[10]]):
+        backend.step(ids)
+    assert shrunk == [None, None, "cpu:0", None, None, "cpu:0"]  # once decoding begins
 
 
 def test_parked_rows_do_not_change(ort: OrtBackend) -> None:

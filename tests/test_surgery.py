@@ -189,6 +189,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: tr.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
         r"^MambaForCausalLM takes no position_ids",
     ),
+    "half of an encoder-decoder (BART)": (
+        lambda: tr.BartConfig(vocab_size=VOCAB, d_model=32, decoder_layers=1, decoder_attention_heads=4),
+        r"^BartForCausalLM takes no position_ids: it is the decoder of an encoder-decoder and attends to the encoder$",
+    ),
     "encoder and decoder (T5)": (
         lambda: tr.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
         r"T5Config",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
@@ -21,9 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from less_export import recipes
 from less_export.config import ExportConfig, plan_layers
 from less_export.contract import Contract
-from less_export.exporter.check import twin_config
+from less_export.exporter.check import twin_config, twin_graph
 from less_export.exporter.wrapper import LessDecoder, fresh_state
 from less_export.feature_maps import Kernels
+from less_export.runtime.ort_backend import OrtBackend
 from less_export.sources import described
 from less_export.surgery import discover
 
@@ -73,8 +75,9 @@ def narrow(recipe: recipes.Recipe) -> PreTrainedModel:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.names())
-def test_a_narrow_twin_of_every_recipe_is_the_hugging_face_model(name: str) -> None:
+def test_a_narrow_twin_of_every_recipe_is_the_hugging_face_model(name: str, tmp_path: Path) -> None:
     # At full width: scripts/bench_full_width.py.
     recipe = recipes.load(name)
     assert recipe is not None
@@ -82,16 +85,23 @@ def test_a_narrow_twin_of_every_recipe_is_the_hugging_face_model(name: str) -> N
     found = discover(model)
     assert {x.window > 0 for x in found} == {x.window > 0 for x in recipe.layers()}
     layers = plan_layers(found, ExportConfig(policy="full"), 64, {})
-    decoder = LessDecoder(model, Contract(layers, families.VOCAB, "float32", 16, 1, "all"), Kernels({}, {}))
-    ids = torch.from_numpy(text(2, 40))
-    past, state, logits = torch.zeros(2, dtype=torch.int32), fresh_state(decoder.contract, 2), []
+    contract = Contract(layers, model.config.get_text_config().vocab_size, "float32", 16, 2, "all")
+    ids, sizes = text(2, 40), [16, 13, 1, 1, 9]
+    expected, _ = families.truth(model, ids)
+
+    decoder = LessDecoder(model, contract, Kernels({}, {}))
+    past, state, logits = torch.zeros(2, dtype=torch.int32), fresh_state(contract, 2), []
     with torch.no_grad():
-        for chunk in ids.split([16, 13, 1, 1, 9], 1):
+        for chunk in torch.from_numpy(ids).split(sizes, 1):
             new = torch.full_like(past, chunk.shape[1])
             out, *state = decoder(chunk, past, new, state)
             past, logits = past + new, [*logits, out]
-    expected, _ = families.truth(model, ids.numpy())
     assert relative(torch.cat(logits, 1), expected) < ROUNDING
+
+    ir.save(twin_graph(model, model.config, contract, Kernels({}, {}), tmp_path), tmp_path / "x.onnx")
+    backend = OrtBackend(contract, tmp_path / "x.onnx", threads=1)
+    backend.open(2)
+    assert relative(np.concatenate(feed(backend, ids, sizes), 1), expected) < ROUNDING
 
 
 # ------------------------------------------------------------------ the variants are at work

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import struct
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from ..errors import ModelError, UsageError
 from ..sources import TEXT_PART, quiet_transformers
 
 _ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+#: Operators that only move the values of a weight, their first input.
+_MOVES = ("Gather", "Transpose")
 #: What is read of safetensors, as torch calls it; the integers are codes of quantised weights.
 DTYPES = {
     "F32": torch.float32,
@@ -235,9 +238,19 @@ def layer_kinds(text: Any) -> list[str]:
 
 
 def keep_first(text: Any, count: int) -> None:
-    """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many."""
+    """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many.
+
+    Warns where they all slide and later ones do not.
+    """
     if count > text.num_hidden_layers:
         raise UsageError(f"--num-hidden-layers {count}: the model has {text.num_hidden_layers}")
+    full = [i for i, kind in enumerate(getattr(text, "layer_types", None) or []) if kind == "full_attention"]
+    if full and full[0] >= count:
+        warnings.warn(
+            f"the first {count} layers all slide: take --num-hidden-layers {full[0] + 1} or more, layer {full[0]} is "
+            "the first that does not",
+            stacklevel=2,
+        )
     keep_layers(text, list(range(count)))
 
 
@@ -321,8 +334,9 @@ def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, st
     """Point the initializers named in ``tensors`` at their bytes.
 
     ``names`` gives each weight file's name inside ``folder``, where the graph will lie. An initializer
-    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load; a
-    table that is only looked up (embeddings) has its rows cast instead, so that it stays as it is.
+    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load, behind
+    what only moves it: rows that are looked up (embeddings) are cast when they are, so that their table stays as
+    it is, and a matrix is transposed while it is small.
     """
     graph = model.graph
 
@@ -353,17 +367,15 @@ def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, st
             continue
         del graph.initializers[name]
         raw = external(f"{name}.stored", stored, dtype, stored.shape)
-        users = [node for node, _ in value.uses()]
-        if all(node.op_type == "Gather" for node in users):
-            for node in users:
-                node.replace_input_with(0, raw)
-                rows = node.outputs[0]
-                rows.type = ir.TensorType(dtype)
-                cast = _cast(rows, wanted, f"{node.name}.cast")
-                ir.convenience.replace_all_uses_with(rows, cast.outputs[0])
-                cast.replace_input_with(0, rows)
-                graph.insert_after(node, cast)
-        else:
+        for node in [node for node, _ in value.uses() if node.op_type in _MOVES]:
+            node.replace_input_with(0, raw)
+            moved = node.outputs[0]
+            moved.type = ir.TensorType(dtype)
+            cast = _cast(moved, wanted, f"{node.name}.cast")
+            ir.convenience.replace_all_uses_with(moved, cast.outputs[0])
+            cast.replace_input_with(0, moved)
+            graph.insert_after(node, cast)
+        if value.uses():
             cast = _cast(raw, wanted, f"{name}.cast")
             ir.convenience.replace_all_uses_with(value, cast.outputs[0])
             cast.outputs[0].name = name
