@@ -31,7 +31,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "a table": (dict,),
 }
 _KEYS = {
-    **dict.fromkeys(("hub", "policy", "budget", "dtype", "gguf_package"), "text in quotes"),
+    **dict.fromkeys(("hub", "policy", "budget", "layer_budgets", "dtype", "gguf_package"), "text in quotes"),
     **dict.fromkeys(("context", "rank", "hidden", "chunk"), "a whole number"),
     **{"compress_sliding": "true or false", "architecture": "a table"},
 }
