@@ -374,14 +374,16 @@ def measure(b: Bench) -> None:
         r = Recipe(sequences=MANY, end_to_end=steps)
         for domain in DOMAINS:
             b.less(first, r, domain=domain)
-    for s in SETTINGS[:4]:
+    d = b.divided(first)
+    for domain in DOMAINS:
+        b.baseline(d, "sparse+bytes", domain)
+        for r in (plain, Recipe(end_to_end=96)):
+            b.less(d, r, domain=domain)
+    b.less(d, *more)
+    for s in (SETTINGS[2], SETTINGS[1], SETTINGS[3]):
         d = b.divided(s)
-        for domain in DOMAINS:
-            b.baseline(d, "sparse+bytes", domain)
-            b.less(d, plain, domain=domain)
-            if s is first:
-                b.less(d, Recipe(end_to_end=96), domain=domain)
-    b.less(b.divided(first), *more)
+        b.baseline(d, "sparse+bytes")
+        b.less(d, plain)
     for s in SETTINGS[1:]:
         b.baseline(s, "sparse+bytes", "out")
         b.less(s, plain, domain="out")
