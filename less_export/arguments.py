@@ -28,8 +28,8 @@ def common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"less-export {__version__}")
 
 
-def cache_options(parser: argparse.ArgumentParser, *, full: bool = False) -> argparse._ArgumentGroup:
-    """Options of a cache; with ``full``, of one that may also keep everything."""
+def cache_options(parser: argparse.ArgumentParser, *, full: bool = False, more: str = "") -> argparse._ArgumentGroup:
+    """Options of a cache; with ``full``, of one that may also keep everything. ``more`` is said of layer budgets."""
     group = parser.add_argument_group("cache")
     group.add_argument(
         "--policy",
@@ -38,6 +38,9 @@ def cache_options(parser: argparse.ArgumentParser, *, full: bool = False) -> arg
     )
     group.add_argument(
         "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {DEFAULT_BUDGET}%)"
+    )
+    group.add_argument(
+        "--layer-budgets", metavar="LAYER:N|P%,...", help="layers with another budget, e.g. 5:42,11:88,17:20" + more
     )
     group.add_argument(
         "--context",

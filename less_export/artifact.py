@@ -35,6 +35,12 @@ def is_manifest(path: Path) -> bool:
     return path.is_file() and b'"manifest_sha256"' in path.read_bytes()
 
 
+def is_bundle(path: str | Path) -> bool:
+    """Whether a bundle is meant: a folder with a manifest, or an artifact's file."""
+    path = Path(path)
+    return (path / MANIFEST).is_file() or (path.is_file() and path.suffix in SINGLE_SUFFIXES)
+
+
 def foreign_files(folder: Path) -> list[str]:
     """Names in a folder that no bundle has there: replacing the folder would lose them."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []

@@ -73,10 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verbose:
             raise
         return _fail(str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         command = arguments[0] if arguments and arguments[0] in commands else None
         kept = {None: "interrupted; nothing was left behind", "train": "interrupted; the same command goes on"}
-        return _fail(kept.get(command, "interrupted"))
+        return _fail(str(error) or kept.get(command, "interrupted"))
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import recipes, reporting
 from .arguments import Parser, cache_options, common
-from .errors import UsageError
+from .config import ExportConfig
+from .errors import LessExportError, UsageError
+from .files import refuse_unwritable
 
 if TYPE_CHECKING:
     from .evaluation.statistics import Interval
@@ -31,7 +34,7 @@ def train(arguments: list[str]) -> int:
         help="UTF-8 files, folders of .txt, hf:NAME[/CONFIG][:SPLIT], or 'calibration' (the text that ships with "
         "less-export, and the default); several are mixed in equal shares",
     )  # fmt: skip
-    cache_options(parser)
+    cache_options(parser, more="; auto divides the budget by what eviction costs in each layer")
     kernels = parser.add_argument_group("kernels")
     kernels.add_argument("--rank", type=int, metavar="R", help="features (default: recipe's, or 8)")
     kernels.add_argument("--hidden", type=int, metavar="N", help="hidden width (default: recipe's, or 128)")
@@ -40,12 +43,12 @@ def train(arguments: list[str]) -> int:
     fit = parser.add_argument_group("training")
     fit.add_argument(
         "--quality", choices=("fast", "high"), default="fast",
-        help="fast: 500 steps a layer on 32 sequences (default); high: 1500 on 64",
+        help="fast: 48 sequences, layer by layer (default); high: 192, and --end-to-end",
     )  # fmt: skip
     fit.add_argument("--steps", type=int, metavar="N", help="steps a layer; 0 keeps the k-means start")
     fit.add_argument("--seqs", type=int, metavar="N", help="training sequences")
     fit.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default: 1024)")
-    fit.add_argument("--end-to-end", action="store_true", help="tune all kernels together at the end")
+    fit.add_argument("--end-to-end", action=argparse.BooleanOptionalAction, help="tune all kernels together at the end")
     fit.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same kernels (default: 0)")
     fit.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     common(parser)
@@ -61,13 +64,15 @@ def train(arguments: list[str]) -> int:
     reports = job.train(model, out, texts, TrainConfig(**options), progress=Bars())
     if Processes.here().first:
         made = reporting.table(
-            "relative error of the layers' outputs", "layer", "sparse", "start", "LESS", "seconds", ""
+            "relative error of the layers' outputs", "layer", "slots", "sparse", "start", "LESS", "seconds", ""
         )
         for r in reports:
             used = "" if r.used else "switched off"
             figures = (f"{x:.4f}" for x in (r.sparse, r.start, r.less))
-            made.add_row(str(r.layer), *figures, f"{r.seconds:.0f}", used)
+            made.add_row(str(r.layer), str(r.slots), *figures, f"{r.seconds:.0f}", used)
         reporting.show(made)
+        if options["layer_budgets"] == "auto":
+            print("give exports and evaluations --layer-budgets " + ",".join(f"{r.layer}:{r.slots}" for r in reports))
         print(out)
     return 0
 
@@ -101,41 +106,96 @@ def evaluate(arguments: list[str]) -> int:
     what.add_argument(
         "--seqs", type=int, metavar="N", help="sequences of each text (default: 16), or items of a task (default: all)"
     )
-    what.add_argument("--seq-len", type=int, default=1024, metavar="N", help="tokens of a sequence (default: 1024)")
-    what.add_argument("--chunk", type=int, default=1, metavar="N", help="tokens per step (default: 1, decoding)")
-    what.add_argument("--positions", type=int, default=256, metavar="N", help="scored positions (default: 256)")
+    what.add_argument("--seq-len", type=int, metavar="N", help="tokens of a sequence (default: 1024)")
+    what.add_argument(
+        "--chunk", type=int, metavar="N",
+        help="tokens per step (default: 1, decoding); for summaries of a MODEL those of a prompt (default: 256)",
+    )  # fmt: skip
+    what.add_argument("--positions", type=int, metavar="N", help="scored positions (default: 256)")
     what.add_argument("--budgets", metavar="A,B", help="more budgets, e.g. 2%%,5%%,10%% (MODEL only)")
     what.add_argument(
         "--backend", choices=("ort", "trt", "torch"),
         help="stream step by step through it, as generation does (default for perplexity: simulate, faster)",
     )  # fmt: skip
-    what.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of a summary (default: 64)")
+    what.add_argument("--max-new-tokens", type=int, metavar="N", help="of a summary (default: 64)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw perplexity against the state's bytes (.png)")
     common(parser)
     args = parser.parse_args(arguments)
     task = args.task[0]
-    if task == "perplexity":
-        return _perplexity(args)
-    if task == "summarize":
-        from .evaluation.summarize import summarize
-
-        return _report(args, summarize(args.target, args.data, args.seqs, args.max_new_tokens, args.backend))
-    if task == "lm-eval" and len(args.task) in (2, 3):
-        from .evaluation.harness import run_task
-
-        folder = args.task[2] if len(args.task) == 3 else None
-        return _report(args, run_task(args.target, args.task[1], folder, args.backend, args.seqs))
-    raise UsageError(f"--task {' '.join(args.task)}: choose perplexity, summarize, or lm-eval TASK [FOLDER]")
+    if task not in _USED or len(args.task) not in ((2, 3) if task == "lm-eval" else (1,)):
+        raise UsageError(f"--task {' '.join(args.task)}: choose perplexity, summarize, or lm-eval TASK [FOLDER]")
+    _refuse_unused(args, task)
+    if args.json:
+        refuse_unwritable(args.json)
+    return {"perplexity": _perplexity, "summarize": _summarize, "lm-eval": _lm_eval_task}[task](args)
 
 
-def _report(args: argparse.Namespace, figures: dict[str, Any]) -> int:
-    made = reporting.table("scores", "metric", "value")
-    for name, value in figures["scores"].items():
-        made.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+_CACHE = {"kernels", "policy", "budget", "layer_budgets", "context", "compress_sliding"}
+#: The options that each task uses, besides --json.
+_USED = {
+    "perplexity": _CACHE
+    | {"data", "out_of_domain", "compare", "seqs", "seq_len", "chunk", "positions", "budgets", "backend", "plot"},
+    "summarize": _CACHE | {"data", "compare", "seqs", "chunk", "backend", "max_new_tokens"},
+    "lm-eval": {"seqs", "backend"},
+}
+
+
+def _refuse_unused(args: argparse.Namespace, task: str) -> None:
+    for name, value in vars(args).items():
+        if name not in {"target", "task", "json", "verbose"} | _USED[task] and value not in (None, []):
+            raise UsageError(f"--task {task} does not use --{name.replace('_', '-')}: drop it")
+
+
+def _summarize(args: argparse.Namespace) -> int:
+    recipes.refuse_unknown(args.target)
+    from .evaluation import summarize
+    from .progress import Bars
+
+    compare = () if args.compare is None else args.compare.split(",")
+    new = 64 if args.max_new_tokens is None else args.max_new_tokens
+    cache = _cache(args, chunk=args.chunk)
+    rows = summarize.summarize(
+        args.target, args.data, args.seqs, new, compare, cache, args.kernels, args.backend, Bars()
+    )
+    made = reporting.table(
+        f"ROUGE F1 of {len(rows[0].texts)} summaries, at most {new} tokens each", "cache", *summarize.METRICS, "how"
+    )
+    for r in rows:
+        made.add_row(r.cache, *(_interval(x, 4) for x in r.scores.values()), f"generated, {r.backend}")
+    reporting.show(made)
+    _write_json(args.json, summarize.as_json(rows, args.target))
+    return 0
+
+
+def _lm_eval_task(args: argparse.Namespace) -> int:
+    from .evaluation.harness import run_task
+
+    figures = run_task(args.target, args.task[1], (*args.task, None)[2], args.backend, args.seqs)
+    made = reporting.table("scores", "task", "metric", "value")
+    for task, scores in figures["scores"].items():
+        for name, value in scores.items():
+            made.add_row(task, name, f"{value:.4f}" if isinstance(value, float) else str(value))
     reporting.show(made)
     _write_json(args.json, figures)
     return 0
+
+
+def lm_eval() -> int:
+    """``less-lm-eval``: the command line of lm-evaluation-harness, with the model ``less``; our errors in one line."""
+    try:
+        from .evaluation import harness
+
+        harness.main()
+    except LessExportError as error:
+        print(f"less-export: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _cache(args: argparse.Namespace, **more: Any) -> ExportConfig:
+    given = {n: getattr(args, n) for n in ("policy", "budget", "layer_budgets", "context", "compress_sliding")}
+    return ExportConfig(**given, **more)
 
 
 def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
@@ -151,38 +211,37 @@ def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 def _perplexity(args: argparse.Namespace) -> int:
     recipes.refuse_unknown(args.target)
-    from .config import ExportConfig
     from .evaluation import run
     from .evaluation.subject import open_subject
     from .progress import Bars
     from .training import data
 
+    numbers = {n: getattr(args, n) for n in ("seqs", "seq_len", "chunk", "positions") if getattr(args, n) is not None}
     config = run.EvalConfig(
-        compare=tuple(args.compare.split(",")) if args.compare else None,
-        seqs=16 if args.seqs is None else args.seqs,
-        seq_len=args.seq_len,
-        chunk=args.chunk,
-        positions=args.positions,
+        compare=None if args.compare is None else tuple(args.compare.split(",")),
         backend=args.backend,
-        budgets=tuple(args.budgets.split(",")) if args.budgets else (),
+        budgets=() if args.budgets is None else tuple(args.budgets.split(",")),
+        **numbers,
     )
-    cache = ExportConfig(
-        policy=args.policy, budget=args.budget, context=args.context, compress_sliding=args.compress_sliding
-    )
+    cache = _cache(args)
+    if args.plot:
+        refuse_unwritable(args.plot)
+        run.refuse_plot(args.plot)
     inside, outside = data.read(args.data or ["held_out"]), data.read(args.out_of_domain)
     bars = Bars()
     bars.say(f"loading {args.target}")
     subject = open_subject(args.target, cache, args.kernels, args.backend is not None)
     rows = run.evaluate(subject, inside, outside, config, bars)
     made = reporting.table(
-        f"perplexity, {config.seqs} sequences of {config.seq_len} tokens, {config.chunk} a step",
-        "text", "domain", "budget", "cache", "perplexity", "state", "share of gap", "against", "how",
+        f"perplexity, sequences of {config.seq_len} tokens, {config.chunk} a step",
+        "text", "domain", "sequences", "budget", "cache", "perplexity", "state", "share of gap", "against", "how",
     )  # fmt: skip
     for r in rows:
         against = next(iter(r.share), "")
-        share = f"{_interval(r.share[against])}" if against else ""
+        gap = r.share.get(against)
+        share = "" if gap is None else _interval(gap)
         figures = (_interval(r.perplexity), reporting.size(r.state_bytes), share)
-        made.add_row(r.text, r.domain, r.budget, r.kind, *figures, against, r.how)
+        made.add_row(r.text, r.domain, str(r.sequences), r.budget, r.kind, *figures, against, r.how)
     reporting.show(made)
     if subject.kernels.layers:
         print(f"kernels' weights, once for all sequences: {reporting.size(subject.kernels.nbytes())}")
@@ -192,8 +251,8 @@ def _perplexity(args: argparse.Namespace) -> int:
     return 0
 
 
-def _interval(x: Interval) -> str:
-    return f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]"
+def _interval(x: Interval, digits: int = 2) -> str:
+    return f"{x.value:.{digits}f} [{x.low:.{digits}f}, {x.high:.{digits}f}]"
 
 
 def import_kernels(arguments: list[str]) -> int:

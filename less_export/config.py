@@ -42,7 +42,8 @@ class ExportConfig:
 
     budget: tokens per layer and head (``"256"``) or a share of ``context`` (``"5%"``).
     context: tokens; what percentages refer to, and the capacity of policy ``full``.
-    heavy, recent: how the budget is split, in tokens. dtype: compute dtype, over the target's own choice.
+    layer_budgets: layers with a budget of their own, ``"5:4%,11:88"``. heavy, recent: how the budget is split, in
+    tokens. dtype: compute dtype, over the target's own choice.
     weights: what linear layers' weights are quantised to. max_batch: most rows.
     rank: must match the kernels when both are given. chunk: most tokens per step.
     plugin: engines run LESS in the plugin, not in standard operators. random_weights: make the weights up,
@@ -52,6 +53,7 @@ class ExportConfig:
     target: Target | None = None
     policy: str | None = None
     budget: str | None = None
+    layer_budgets: str | None = None
     context: int | None = None
     heavy: int | None = None
     recent: int | None = None
@@ -97,11 +99,13 @@ class ExportConfig:
         whole = self.heavy is not None and (self.recent is not None or policy == Policy.TOVA.label)
         if policy == Policy.FULL.label or whole:
             given.add("budget")
+        if "budget" in given or (self.heavy, self.recent) != (None, None) or policy != recipe.get("policy"):
+            given.add("layer_budgets")  # they divide the recipe's budget under its policy, no other
         return replace(self, **{n: v for n, v in recipe.items() if n not in given})
 
 
-def budget_tokens(budget: str, context: int) -> int:
-    """Tokens of a budget option: ``N``, or ``P%`` of ``context`` rounded down to an even number.
+def budget_tokens(budget: str, context: int, option: str = "--budget") -> int:
+    """Tokens of a budget ``option``: ``N``, or ``P%`` of ``context`` rounded down to an even number.
 
     Raises:
         UsageError: not a number, less than 1 token or more than the context.
@@ -110,11 +114,11 @@ def budget_tokens(budget: str, context: int) -> int:
     try:  # exactly: 29% of 200 are 58, which floats miss
         tokens = 2 * math.floor(Fraction(text[:-1]) * context / 200) if text.endswith("%") else int(text)
     except (ValueError, ZeroDivisionError):
-        raise UsageError(f"--budget '{budget}' is neither a number of tokens nor a percentage like 5%") from None
+        raise UsageError(f"{option} '{budget}' is neither a number of tokens nor a percentage like 5%") from None
     if tokens < 1:
-        raise UsageError(f"--budget {budget} leaves no token of a context of {context}: raise it")
+        raise UsageError(f"{option} {budget} leaves no token of a context of {context}: raise it")
     if tokens > context:
-        raise UsageError(f"--budget {budget} is more than the context of {context} tokens: lower it or raise --context")
+        raise UsageError(f"{option} {budget} is more than the context of {context} tokens: lower it or raise --context")
     return tokens
 
 
@@ -137,6 +141,25 @@ def split_budget(policy: Policy, config: ExportConfig, context: int) -> tuple[in
     return _fitting(*POLICIES[policy].split(total), context)
 
 
+def layer_tokens(text: str, context: int) -> dict[int, int]:
+    """Slots of the layers that ``--layer-budgets LAYER:N|P%,...`` names.
+
+    Raises:
+        UsageError: not such a list, a layer named twice, or a budget that is none.
+    """
+    if text == "auto":
+        raise UsageError("--layer-budgets auto is for less-export train, which says what to give here")
+    found: dict[int, int] = {}
+    for part in text.split(","):
+        name, colon, budget = part.strip().partition(":")
+        if not (name.isdecimal() and colon):
+            raise UsageError(f"--layer-budgets '{text}' is not a list like 5:42,11:8.5%")
+        if int(name) in found:
+            raise UsageError(f"--layer-budgets names layer {name} twice: drop one")
+        found[int(name)] = budget_tokens(budget, context, "--layer-budgets")
+    return found
+
+
 def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
     if heavy < 0 or recent < 1:
         raise UsageError(f"the budget leaves {heavy} heavy and {recent} recent tokens: raise it or change the split")
@@ -154,22 +177,50 @@ def plan_layers(
     exactly, unless ``compress_sliding`` gives them the policy with a budget below the window.
     """
     policy = Policy.parse(config.policy or DEFAULT_POLICY)
+    own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
     if policy is Policy.FULL:
         if config.budget is not None or config.heavy is not None or config.recent is not None:
             raise UsageError("policy full keeps every token: drop --budget, --heavy and --recent, set --context")
-        heavy, recent = 0, context
+        if own:
+            raise UsageError("policy full keeps every token: drop --layer-budgets, set --context")
+        common = 0, context
     else:
-        heavy, recent = split_budget(policy, config, context)
+        common = split_budget(policy, config, context)
+    if own and (config.heavy is not None or config.recent is not None):
+        raise UsageError("--layer-budgets are split as the policy does it: drop --heavy and --recent")
+    if own and max(own) >= len(layers):
+        raise UsageError(f"--layer-budgets names layer {max(own)}, but the model has {len(layers)} layers")
     planned = []
     for index, layer in enumerate(layers):
+        heavy, recent = _fitting(*POLICIES[policy].split(own[index]), context) if index in own else common
         facts = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale)
         compressed = config.compress_sliding and policy is not Policy.FULL and heavy + recent < layer.window
         if layer.window and not compressed:
+            if index in own:
+                raise UsageError(
+                    f"--layer-budgets: layer {index} keeps its window of {layer.window} tokens: leave it out, or give "
+                    "--compress-sliding and less than the window"
+                )
             planned.append(LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1))
             continue
         rank = ranks.get(index, 0) if policy is not Policy.FULL else 0
         planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1)))
     return tuple(planned)
+
+
+def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
+    """The layer with ``slots`` slots, split as its policy splits a budget, and without a low-rank term."""
+    split = POLICIES[layer.policy].split
+    heavy, recent = split(slots)
+    if (layer.heavy, layer.recent) != split(layer.capacity):  # a split of the user's own keeps its heavy tokens
+        heavy, recent = layer.heavy, slots - layer.heavy
+    return replace(layer, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=slots)
+
+
+def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
+    """The layer with everything it would see without LESS."""
+    policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
+    return replace(layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)
 
 
 def default_context(max_position_embeddings: int | None) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from .contract import LayerSpec
 from .errors import KernelError
 from .files import write_atomically
 from .kernel_shapes import Heads, exp_shapes
@@ -28,6 +29,10 @@ FORMAT_VERSION = 1
 _HEADER = "less_kernels"
 #: Dtypes of stored parameters, which the graphs can point at.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: Kernels serve budgets up to so many times larger or smaller than the one they were trained at.
+_REACH = 4
+#: What :func:`random_kernels` names as the model.
+_RANDOM = "random"
 
 
 class FeatureMap(nn.Module, abc.ABC):
@@ -161,6 +166,31 @@ class Kernels:
                     f"{layer.heads.query_heads}, {layer.heads.kv_heads} and {layer.heads.head_dim}"
                 )
 
+    def doubts(self, names: Collection[str], plan: Sequence[LayerSpec]) -> list[str]:
+        """What speaks against these kernels for the model called ``names`` with the layers ``plan``, a line each.
+
+        Their provenance may name another model, another policy, or a budget that is far from the plan's.
+        """
+        found, facts = [], self.provenance
+        model, policy, slots = (facts.get(n) for n in ("model", "policy", "slots"))
+        if isinstance(model, str) and model != _RANDOM and _last(model) not in map(_last, names):
+            found.append(
+                f"the kernels were trained for {model}: if {next(iter(names))} is another model, train its own"
+            )
+        used = {i: plan[i] for i in sorted(self.layers) if plan[i].absorb}
+        others = sorted({s.policy.label for s in used.values()} - {policy})
+        if isinstance(policy, str) and others:
+            found.append(f"the kernels were trained for policy {policy}, not {others[0]}: quality may suffer")
+        for index, layer in used.items():
+            then = _slots(slots, index)
+            if then is not None and not then <= _REACH * layer.capacity <= _REACH**2 * then:
+                found.append(
+                    f"the kernels were trained with {then} slots, not {layer.capacity} (layer {index}): "
+                    "quality may suffer"
+                )
+                break
+        return found
+
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the layers' shapes and the provenance in its header."""
         layers = {str(i): {"heads": vars(m.heads), "rank": m.rank, "hidden": m.hidden} for i, m in self.layers.items()}
@@ -204,6 +234,17 @@ class Kernels:
             raise KernelError(f"{path} is not a usable kernel file ({reason})") from error
 
 
+def _slots(stated: Any, layer: int) -> int | None:
+    """Slots of a layer as provenance states them, ``{"0": [heavy, recent]}``."""
+    split = stated.get(str(layer)) if isinstance(stated, dict) else None
+    return sum(split) if isinstance(split, list) and all(isinstance(x, int) for x in split) else None
+
+
+def _last(name: str) -> str:
+    """A model's name without its organisation."""
+    return name.rsplit("/", 1)[-1].casefold()
+
+
 def random_kernels(
     model: Sequence[Heads], layers: Sequence[int], rank: int, hidden: int, parametrisation: str = "exp", seed: int = 0
 ) -> Kernels:
@@ -216,4 +257,4 @@ def random_kernels(
             fan_in = parameter.shape[-2] if parameter.shape[-2] > 1 else 1
             parameter.data = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
         maps[index] = layer
-    return Kernels(maps, {"model": "random"})
+    return Kernels(maps, {"model": _RANDOM})

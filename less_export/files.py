@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from .errors import UsageError
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -24,6 +27,21 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Say now that a file cannot be written, before the work whose figures it is to hold.
+
+    Raises:
+        UsageError: a folder, or in one that is not there or takes no files.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -68,18 +86,39 @@ def publish(moves: Sequence[tuple[Path, Path]]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def link_or_copy(source: Path, target: Path) -> bool:
-    """Hard-link the file behind ``source`` (links followed) to ``target``; copy where that is impossible.
+def link(source: Path, target: Path) -> bool:
+    """Hard-link the file behind ``source`` (links followed) to ``target``; False where links are impossible.
 
-    Returns True when it had to copy.
+    Raises:
+        FileExistsError: ``target`` is there already.
     """
-    real = source.resolve()
     try:
-        os.link(real, target)
-        return False
+        os.link(source.resolve(), target)
+    except FileExistsError:
+        raise
     except OSError:
-        shutil.copyfile(real, target)
-        return True
+        return False
+    return True
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the file behind ``source`` to ``target``, which is whole or absent.
+
+    Raises:
+        FileExistsError: ``target`` is there already. It may be a link to what nobody may write to.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        shutil.copyfile(source.resolve(), name)
+        os.chmod(name, 0o644)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
 
 
 def sha256(path: Path) -> str:

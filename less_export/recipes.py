@@ -15,7 +15,7 @@ from .contract import PLUGIN_RANK_LIMIT, Contract
 from .errors import ModelError, UsageError
 from .kernel_shapes import Heads, kernel_bytes
 
-_OPTIONS = ("policy", "budget", "context", "chunk", "compress_sliding")
+_OPTIONS = ("policy", "budget", "layer_budgets", "context", "chunk", "compress_sliding")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 #: Facts that every decoder has, all positive whole numbers.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -31,7 +31,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "a table": (dict,),
 }
 _KEYS = {
-    **dict.fromkeys(("hub", "policy", "budget", "dtype", "gguf_package"), "text in quotes"),
+    **dict.fromkeys(("hub", "policy", "budget", "layer_budgets", "dtype", "gguf_package"), "text in quotes"),
     **dict.fromkeys(("context", "rank", "hidden", "chunk"), "a whole number"),
     **{"compress_sliding": "true or false", "architecture": "a table"},
 }
@@ -54,7 +54,8 @@ class Recipe:
     """One file under ``models/``.
 
     hub: Hugging Face id. gguf_package: Python package that ships the model as GGUF, tried first.
-    policy, budget, context, chunk, compress_sliding: defaults of :class:`~less_export.config.ExportConfig`.
+    policy, budget, layer_budgets, context, chunk, compress_sliding: defaults of
+    :class:`~less_export.config.ExportConfig`.
     rank and hidden are what kernels for this model are trained with, dtype is what TensorRT computes in.
     architecture: keys of the (text) config.json that fix shapes and arithmetic.
     """
@@ -69,6 +70,7 @@ class Recipe:
     chunk: int
     dtype: str
     architecture: dict[str, Any] = field(hash=False)
+    layer_budgets: str | None = None
     compress_sliding: bool | None = None
     gguf_package: str | None = None
 

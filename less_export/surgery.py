@@ -283,6 +283,8 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
             f"{type(model).__name__}: {len(found)} of {expected} layers attend through {route}; "
             "the others are recurrent, skipped, or use an attention of their own, which LESS cannot replace"
         )
+    if not found:
+        raise UnsupportedModelError(f"{type(model).__name__} has no layers: num_hidden_layers is {expected}")
     return tuple(found[i] for i in range(expected))
 
 

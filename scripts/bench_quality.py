@@ -22,7 +22,7 @@ import torch
 from bench_common import RESULTS, machine
 
 from less_export.config import ExportConfig, plan_layers
-from less_export.contract import Contract
+from less_export.contract import Contract, LayerSpec
 from less_export.evaluation import perplexity, statistics, variants
 from less_export.feature_maps import FeatureMap, Kernels
 from less_export.files import write_atomically
@@ -30,7 +30,7 @@ from less_export.progress import Bars
 from less_export.runtime.torch_backend import ModelBackend
 from less_export.sources import resolve
 from less_export.surgery import discover
-from less_export.training import collect, data, end_to_end, fit
+from less_export.training import allocate, collect, data, end_to_end, fit
 
 MODEL, LENGTH = "gemma3-270m", 1024
 TRAIN, EVALUATION = 48, 16
@@ -45,6 +45,8 @@ TIMED = 12
 #: Every fourth position past the largest budget of the table.
 POSITIONS = torch.arange(127, LENGTH - 1, 4)
 FILE = RESULTS / "quality.json"
+#: WikiText, the held-out part of the shipped text, the reference manual.
+DOMAINS = ("in", "shipped", "out")
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,18 @@ class Setting:
     policy: str
     budget: str
     all_layers: bool = False
+    #: The same budget, divided by what eviction costs in each layer.
+    layer_budgets: str | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.policy} {self.budget}, {'all 18 layers' if self.all_layers else '3 full layers'}"
+        layers = "all 18 layers" if self.all_layers else "3 full layers"
+        return f"{self.policy} {self.budget}, {layers}{', divided' if self.layer_budgets else ''}"
 
     def config(self) -> ExportConfig:
-        return ExportConfig(policy=self.policy, budget=self.budget, compress_sliding=self.all_layers)
+        return ExportConfig(
+            policy=self.policy, budget=self.budget, layer_budgets=self.layer_budgets, compress_sliding=self.all_layers
+        )
 
 
 SETTINGS = (
@@ -78,7 +85,7 @@ SPLITS = ((Setting("h2o", "42"), 16), (Setting("h2o", "34"), 24))
 
 @dataclass(frozen=True)
 class Recipe:
-    """How kernels are made; the defaults are those of ``less-export train``."""
+    """How kernels are made; the defaults are those of ``less-export train`` with rank and hidden of the recipe."""
 
     rank: int = 8
     hidden: int = 128
@@ -164,26 +171,46 @@ class Bench:
         key = f"{domain} | {s.name} | {kind}{more} | chunk {chunk}"
         self.row(key, lambda: self.perplexity(self._variant(kind, s, {}, rank), domain, chunk))
 
-    def less(self, s: Setting, r: Recipe, domain: str = "in", chunk: int = 1) -> None:
-        self.trained(s, [r])
+    def divided(self, s: Setting) -> Setting:
+        """The setting with its budget divided, by measurements on the training text."""
 
         def make() -> dict[str, Any]:
+            plan, used = self._plan(s)
+            ids = self.training_text(count=TRAIN + _held(TRAIN)).ids
+            costs = allocate.measure(self.model, ids, plan, used, self.bars)
+            rounded = {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()}
+            return {"costs": rounded, "layer_budgets": allocate.option(allocate.divide(costs, plan))}
+
+        return replace(s, layer_budgets=self.row(f"divide | {s.name}", make)["layer_budgets"])
+
+    def _plan(self, s: Setting) -> tuple[tuple[LayerSpec, ...], list[int]]:
+        """The cache that kernels are trained for, and its layers that have any."""
+        plan = plan_layers(self.layers, s.config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
+        return plan, [i for i, spec in enumerate(plan) if spec.absorb]
+
+    def less(self, s: Setting, *recipes: Recipe, domain: str = "in", chunk: int = 1) -> None:
+        """LESS; kernels of rows that are missing are trained together."""
+        keys = {r: f"{domain} | {s.name} | less {r.name} | chunk {chunk}" for r in recipes}
+        self.trained(s, [r for r, key in keys.items() if key not in self.rows])
+
+        def make(r: Recipe) -> dict[str, Any]:
             kernels = Kernels.load(self._file(s, r))
             variant = self._variant("less", s, kernels.layers, r.rank)
             return {"kernel_bytes": kernels.nbytes(), **self.perplexity(variant, domain, chunk)}
 
-        self.row(f"{domain} | {s.name} | less {r.name} | chunk {chunk}", make)
+        for r, key in keys.items():
+            self.row(key, functools.partial(make, r))
 
-    def sweep(self, s: Setting, recipes: list[Recipe]) -> None:
+    def sweep(self, s: Setting, *recipes: Recipe) -> None:
         """Other kernels for one setting, each beside the sparse cache of its bytes."""
-        self.trained(s, recipes)
+        self.less(s, *recipes)
         for r in recipes:
-            self.less(s, r)
             self.baseline(s, "sparse+bytes", rank=r.rank)
 
     def stream(self, s: Setting, r: Recipe) -> None:
         """The row of those kernels again, token by token through a backend."""
-        self.trained(s, [r])
+        key = f"in | {s.name} | less {r.name} | streamed"
+        self.trained(s, [] if key in self.rows else [r])
 
         def make() -> dict[str, Any]:
             variant = self._variant("less", s, Kernels.load(self._file(s, r)).layers, r.rank)
@@ -195,7 +222,7 @@ class Bench:
             backend.close()
             return self._figures(nll)
 
-        self.row(f"in | {s.name} | less {r.name} | streamed", make)
+        self.row(key, make)
 
     # ------------------------------------------------------------ training
 
@@ -215,8 +242,7 @@ class Bench:
                 self._train(s, [r for r, there in zip(mine, found, strict=True) if not there], count)
 
     def _train(self, s: Setting, todo: list[Recipe], count: int) -> None:
-        plan = plan_layers(self.layers, s.config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
-        used = [i for i, spec in enumerate(plan) if spec.absorb]
+        plan, used = self._plan(s)
         activations = self._activations(used, count)
         maps: dict[Recipe, dict[int, Any]] = {r: {} for r in todo}
         figures: dict[Recipe, list[dict[str, Any]]] = {r: [] for r in todo}
@@ -247,8 +273,7 @@ class Bench:
         """Seconds that a step takes, ours and the authors', layer by layer in this process."""
 
         def make() -> dict[str, Any]:
-            plan = plan_layers(self.layers, s.config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
-            used = [i for i, spec in enumerate(plan) if spec.absorb]
+            plan, used = self._plan(s)
             activations = self._activations(used, TRAIN)
             layers = []
             for layer in used:
@@ -329,41 +354,38 @@ def measure(b: Bench) -> None:
     for domain in ("out", "shipped"):
         b.full(domain)
         b.baseline(first, "sparse+bytes", domain)
-        b.less(first, plain, domain)
+        b.less(first, plain, domain=domain)
     b.stream(first, plain)
-    b.trained(first, more)
-    for r in more:
-        b.less(first, r)
+    b.less(first, *more)
     for s in SETTINGS:
         b.baseline(s, "sparse")
     for s, rank in SPLITS:
         b.less(s, Recipe(rank=rank))
     for s in SETTINGS[1:4]:
-        b.trained(s, more)
-        for r in more:
-            b.less(s, r)
-    b.sweep(first, [Recipe(steps=0), Recipe(rank=16), Recipe(rank=4), Recipe(hidden=64), Recipe(hidden=32)])
-    b.sweep(first, [Recipe(steps=1500), Recipe(parametrisation="paper", hidden=512)])
+        b.less(s, *more)
+    b.sweep(first, Recipe(steps=0), Recipe(rank=16), Recipe(rank=4), Recipe(hidden=64), Recipe(hidden=32))
+    b.sweep(first, Recipe(steps=1500), Recipe(parametrisation="paper", hidden=512))
     for s in (first, SETTINGS[2]):
         b.baseline(s, "sparse+bytes", chunk=256)
         b.less(s, plain, chunk=256)
     b.stream(SETTINGS[2], plain)
     b.paces(first)
-    for steps in (96, 288, 0):
+    for steps in (96, 0):
         r = Recipe(sequences=MANY, end_to_end=steps)
-        for domain in ("in", "shipped", "out"):
-            b.less(first, r, domain)
-    for s in (first, SETTINGS[2]):
-        for domain in ("in", "shipped"):
-            b.full(domain)
-            b.baseline(s, "sparse+bytes", domain)
-            b.less(s, Recipe(end_to_end=96), domain)
+        for domain in DOMAINS:
+            b.less(first, r, domain=domain)
+    for s in SETTINGS[:4]:
+        d = b.divided(s)
+        for domain in DOMAINS:
+            b.baseline(d, "sparse+bytes", domain)
+            b.less(d, plain, domain=domain)
+            if s is first:
+                b.less(d, Recipe(end_to_end=96), domain=domain)
+    b.less(b.divided(first), *more)
     for s in SETTINGS[1:]:
         b.baseline(s, "sparse+bytes", "out")
-        b.less(s, plain, "out")
-    b.trained(whole, more)
-    for r in more:
-        b.less(whole, r)
+        b.less(s, plain, domain="out")
+    b.less(whole, *more)
 
 
 def main() -> None:

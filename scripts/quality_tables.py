@@ -17,6 +17,8 @@ _LESS = re.compile(
 )
 
 _SEED = re.compile(r" seed \d+")
+#: What the name of a setting ends with whose budget is divided among the layers.
+_DIVIDED = ", divided"
 
 
 @dataclass(frozen=True, order=True)
@@ -66,6 +68,7 @@ class Quality:
         self.training: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.tuning: dict[tuple[str, str], float] = {}
         self.paces: dict[str, dict[str, Any]] = {}
+        self.budgets: dict[str, str] = {}
         for row in data["rows"]:
             parts = row["key"].split(" | ")
             if parts[0] == "train":
@@ -73,6 +76,9 @@ class Quality:
                     self.training[parts[1], parts[2]] = row["layers"]
                 else:
                     self.tuning[parts[1], parts[2]] = row["seconds"]
+                continue
+            if parts[0] == "divide":
+                self.budgets[parts[1]] = row["layer_budgets"]
                 continue
             if parts[0] == "pace":
                 self.paces[parts[1]] = row
@@ -104,7 +110,11 @@ class Quality:
 
     def settings(self) -> list[str]:
         """Those of the main table: budgets in percent."""
-        return list(dict.fromkeys(f.setting for f in self.found if "%" in f.setting))
+        return [s for s in dict.fromkeys(f.setting for f in self.found if "%" in f.setting) if _DIVIDED not in s]
+
+    def divided(self) -> list[str]:
+        """Those whose budget is divided by what eviction costs."""
+        return [s for s in dict.fromkeys(f.setting for f in self.found) if _DIVIDED in s]
 
     def splits(self) -> list[str]:
         """The first of them, and those with its bytes divided otherwise: budgets in tokens."""
@@ -137,6 +147,23 @@ def settings(q: Quality) -> tuple[list[str], list[list[str]]]:
         rows.append([name, _ppl(q.one("in", name, "sparse")), _ppl(four), _ppl(same), _seeds(less), *shares])
     header = ["setting, R = 8", "sparse", "+4 tokens", "= bytes", "LESS", "share of the gap (= bytes)", "share (+4)"]
     return header, rows
+
+
+def divided(q: Quality) -> tuple[list[str], list[list[str]]]:
+    """The same bytes, divided among the layers by what eviction costs, against both sparse caches of those bytes."""
+    rows = []
+    for name in q.divided():
+        even = name.removesuffix(_DIVIDED)
+        baselines = [q.one("in", n, "sparse+bytes R8") for n in (even, name)]
+        recipes = {f.recipe for f in q.found if f.setting == name and f.recipe and f.domain == "in"}
+        for recipe in sorted(r for r in recipes if r):
+            less = q.less("in", name, recipe)
+            how = f", {recipe.tuned} steps end to end" if recipe.tuned else ""
+            shares = [_share(q.share("in", b, less)) for b in baselines]
+            figures = [*map(_ppl, baselines), _seeds(q.less("in", even, recipe)), _seeds(less), *shares]
+            rows.append([even + how, q.budgets[even], *figures])
+    header = ["setting", "slots of the layers", "= bytes", "= bytes, divided", "LESS", "LESS, divided"]
+    return [*header, "share of the gap (= bytes)", "share (= bytes, divided)"], rows
 
 
 def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
@@ -199,7 +226,7 @@ def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
     rows = []
     names = {"in": "WikiText-2 test", "shipped": "held-out part of the shipped text", "out": "Python reference manual"}
     made = {f.recipe for f in q.found if f.domain != "in" and f.recipe}
-    for setting in q.settings():
+    for setting in [*q.settings(), *q.divided()]:
         if not any(q.less(d, setting) for d in ("out", "shipped")):
             continue
         for domain, label in names.items():
@@ -289,7 +316,7 @@ def pace(q: Quality) -> tuple[list[str], list[list[str]]]:
     return ["setting", "recipe", "a step, s", "steps", "a layer, min", "all layers, min"], rows
 
 
-PARTS = ("settings", "splits", "sweep", "domains", "orders", "memory", "times", "pace")
+PARTS = ("settings", "divided", "splits", "sweep", "domains", "orders", "memory", "times", "pace")
 
 
 def note(q: Quality, part: str) -> str:

@@ -88,16 +88,29 @@ def test_the_line_users_know_end_to_end(
 
 def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
     kebab = ["org/a_b", "--out", "o_u-t", "--target", "both", "--engine", "--policy", "sink", "--budget", "7%"]
-    kebab += ["--context", "99", "--heavy", "1", "--recent", "6", "--compress-sliding", "--kernels", "k_1.st"]
+    kebab += [
+        "--layer-budgets",
+        "1:9,2:3%",
+        "--context",
+        "99",
+        "--heavy",
+        "1",
+        "--recent",
+        "6",
+        "--compress-sliding",
+        "--kernels",
+        "k_1.st",
+    ]
     kebab += ["--rank", "3", "--dtype", "bfloat16", "--max-batch", "5", "--chunk=17", "--logits", "all"]
     kebab += ["--num-hidden-layers=2", "--gpu-arch", "sm_89", "--no-plugin", "--no-validate"]
     kebab += ["--random-weights", "--seed", "7", "--weights", "int4"]
     snake = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") else w for w in kebab]
     assert snake != kebab
     want = ExportConfig(
-        target="both", policy="sink", budget="7%", context=99, heavy=1, recent=6, compress_sliding=True, rank=3,
-        kernels=Path("k_1.st"), dtype="bfloat16", max_batch=5, chunk=17, logits="all", num_hidden_layers=2,
-        gpu_arch="sm_89", plugin=False, validate=False, random_weights=True, seed=7, weights="int4",
+        target="both", policy="sink", budget="7%", layer_budgets="1:9,2:3%", context=99, heavy=1, recent=6,
+        compress_sliding=True, rank=3, kernels=Path("k_1.st"), dtype="bfloat16", max_batch=5, chunk=17, logits="all",
+        num_hidden_layers=2, gpu_arch="sm_89", plugin=False, validate=False, random_weights=True, seed=7,
+        weights="int4",
     )  # fmt: skip
     assert run(*kebab).code == run(*snake).code == 0
     assert asked == [("org/a_b", "o_u-t", want, True)] * 2

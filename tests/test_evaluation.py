@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from less_export import open_bundle
 from less_export.config import ExportConfig, plan_layers
 from less_export.contract import LayerSpec, Policy
 from less_export.errors import UsageError
 from less_export.evaluation import perplexity, statistics, variants
+from less_export.evaluation import run as run_module
 from less_export.evaluation.subject import open_subject
 from less_export.feature_maps import Heads, Kernels, random_kernels
 from less_export.surgery import discover
@@ -90,10 +91,12 @@ def test_full_is_hugging_face(family: str) -> None:
     assert [found[i].shape[0] for i in sorted(found)] == [s.query_heads * s.head_dim for s in plan]
 
 
-def test_chunks_need_all_logits(kernelled: Path) -> None:
+def test_chunks_that_an_artifact_does_not_take(kernelled: Path) -> None:
     backend = open_bundle(kernelled).backend
     with pytest.raises(UsageError, match="--logits all"):
         perplexity.streamed(backend, np.zeros((1, 8), np.int64), 4, [5])
+    with pytest.raises(UsageError, match="--chunk 17 is more than the 16 that the bundle takes"):
+        perplexity.streamed(backend, np.zeros((1, 40), np.int64), 17, [5])
 
 
 # ------------------------------------------------------------------ fair baselines
@@ -150,9 +153,14 @@ def test_share_of_the_gap() -> None:
     full = np.log(rng.uniform(30, 40, (32, 1)))
     baseline, less = full + np.log(1.5), full + np.log(1.2)
     found = statistics.share_of_gap(full, baseline, less)
+    assert found is not None
     assert (found.value, found.low, found.high) == pytest.approx((0.6, 0.6, 0.6))
-    assert statistics.share_of_gap(full, baseline, baseline).value == 0
-    assert statistics.share_of_gap(full, baseline, full + np.log(1.8)).value < 0
+    same, worse = (statistics.share_of_gap(full, baseline, x) for x in (baseline, full + np.log(1.8)))
+    assert same is not None
+    assert worse is not None
+    assert same.value == 0 > worse.value
+    assert statistics.share_of_gap(full, full, less) is None
+    assert statistics.share_of_gap(full, full - 1e-6, less) is None
 
 
 # ------------------------------------------------------------------ the command
@@ -169,6 +177,7 @@ def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path
     assert result.code == 0, result.err
     data = json.loads(out.read_text())
     assert len(data["rows"]) == 2 * 3 * 5
+    assert {r["sequences"] for r in data["rows"]} == {3}
     assert {r["domain"] for r in data["rows"]} == {"in", "out"}
     less = [r for r in data["rows"] if r["kind"] == "less"]
     assert all(set(r["share"]) == {"sparse", "sparse+4", "sparse+bytes"} for r in less)
@@ -193,6 +202,72 @@ def test_a_bundle_on_onnx_runtime(run: Run, streaming: Path, text: Path, tmp_pat
     assert want != pytest.approx(simulated["less"]["perplexity"]["value"], rel=1e-4)
 
 
+def test_where_there_is_no_gap_there_is_no_share(
+    run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([np.full((3, 8), x) for x in (2.0, 1.9, 1.8)])
+    monkeypatch.setattr(perplexity, "simulated", lambda *_: next(found))
+    words = ("--kernels", kernel_file, "--budget", 12, "--compare", "less,full,sparse", "--json", tmp_path / "e.json")
+    result = run("eval", source, "--data", text, *words, *WORDS)
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "e.json").read_text())["rows"][2]["share"] == {"sparse": None}
+    assert "6.05 [6.05, 6.05]" in result.out
+    assert result.out.count("[") == 3  # three perplexities
+
+
+def test_what_is_named_twice_is_evaluated_once(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    words = ("--compare", "sparse,full,sparse", "--budget", 8, "--budgets", "8,16,16", "--json", tmp_path / "e.json")
+    assert run("eval", source, "--data", text, *words, *WORDS).code == 0
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert [(r["budget"], r["kind"]) for r in rows] == [
+        ("8 tokens", "full"), ("8 tokens", "sparse"), ("16", "full"), ("16", "sparse"),
+    ]  # fmt: skip
+
+
+def test_fewer_sequences_than_asked_for(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:400])
+    words = ("--compare", "full", "--budget", 8, "--seq-len", LENGTH, "--json", tmp_path / "e.json")
+    result = run("eval", source, "--data", short, *words, "--seqs", 100000)
+    (row,) = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert 1 < row["sequences"] < 20
+    assert f"warning: short.txt has {row['sequences']} sequences of 40 tokens, not 100000" in result.err
+    assert "100000" not in result.out
+
+
+def test_refused_before_anything_is_evaluated(
+    run: Run, source: Path, streaming: Path, kernelled: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "_score", lambda *_: pytest.fail("evaluated"))
+    refused(run("eval", streaming, "--data", text, *WORDS, "--backend", "trt"), "no engine.plan", after=1)
+    refused(run("eval", kernelled, "--data", text, *WORDS, "--backend", "ort", "--chunk", 4), "--logits all", after=1)
+    refused(
+        run("eval", streaming, "--data", text, *WORDS, "--backend", "ort", "--chunk", 17),
+        "--chunk 17 is more than the 16 that the bundle takes", after=1,
+    )  # fmt: skip
+    plain_ = ("eval", source, "--data", text, "--compare", "full", "--budget", 8, *WORDS)
+    refused(run(*plain_, "--plot", "/none/x.png"), "cannot write /none/x.png: No such file")
+    refused(run(*plain_, "--plot", text.parent / "x.doc"), "must end in one of", ".png")
+    refused(run(*plain_, "--json", text.parent), "Is a directory")
+    refused(run(*plain_, "--data", text, text.parent / "none.txt"), "cannot read --data", "none.txt")
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("perplexity", ["--max-new-tokens 8"]),
+        ("summarize", ["--plot x.png", "--budgets 8", "--out-of-domain held_out", "--positions 8", "--seq-len 99"]),
+        ("lm-eval less_local", ["--compare full", "--chunk 4", "--kernels k", "--policy h2o", "--budget 5%",
+                                "--no-compress-sliding", "--data held_out", "--context 8"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_a_task_does_not_use(task: str, options: list[str], run: Run, plain: Path) -> None:
+    for option in options:
+        name = option.split()[0].replace("--no-", "--")
+        refused(run("eval", plain, "--task", *task.split(), *option.split()), f"{task.split()[0]} does not use {name}")
+
+
 def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text: Path) -> None:
     refused(run("eval", source, "--data", text, "--compare", "less", "--budget", 8, *WORDS), "no layer has", after=1)
     refused(run("eval", source, "--data", text, "--compare", "best", *WORDS), "unknown 'best'")
@@ -200,8 +275,9 @@ def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text
     refused(run("eval", source, "--data", text, "--backend", "ort", *WORDS), "runs bundles", after=1)
     refused(run("eval", streaming, "--data", text, "--budget", 8), "is a bundle, whose cache is fixed", after=1)
     refused(run("eval", source, "--data", text, "--seqs", 0), "--seqs must be at least 1")
-    plot = run("eval", source, "--data", text, "--compare", "full", "--budget", 8, *WORDS, "--plot", "/none/x.png")
-    refused(plot, "cannot write /none/x.png", after=2)
+    refused(run("eval", source, "--data", text, "--compare", "", *WORDS), "--compare: unknown ''")
+    refused(run("eval", source, "--data", text, "--budgets", "", *WORDS), "--budgets names an empty budget")
+    refused(run("eval", source, "--task", "perplexity", "summarize"), "choose perplexity, summarize, or lm-eval TASK")
     refused(run("eval", source, "--task", "poetry"), "choose perplexity, summarize, or lm-eval TASK")
     refused(run("eval", streaming, "--data", text, "--task", "summarize"), "no jsonl")
 
@@ -219,102 +295,62 @@ def test_kernels_flatter_themselves_on_their_own_text(
     assert "trained on text.txt" in result.err
 
 
-def test_summaries(run: Run, plain: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def articles(tmp_path: Path) -> Path:
     file = tmp_path / "s.jsonl"
     items = [{"text": bundles.PROMPT, "summary": "a cat sat"}, {"text": "Once upon a time", "summary": "time"}]
     file.write_text("\n".join(map(json.dumps, items)))
-    out = tmp_path / "s.json"
-    words = ("--task", "summarize", "--data", file, "--max-new-tokens", 8, "--json", out)
-    assert run("eval", plain, *words).code == 0
-    figures = json.loads(out.read_text())
-    assert set(figures["scores"]) == {"rouge1", "rouge2", "rougeL"}
-    assert all(0 <= x <= 1 for x in figures["scores"].values())
-    (first, _) = figures["summaries"]
+    return file
+
+
+def summaries(run: Run, target: Path, articles: Path, *words: object) -> dict[str, Any]:
+    """The rows by cache of eight tokens for each item."""
+    out = articles.parent / "s.json"
+    words = ("--task", "summarize", "--data", articles, "--max-new-tokens", 8, "--json", out, *words)
+    result = run("eval", target, *words)
+    assert result.code == 0, result.err
+    found = json.loads(out.read_text())
+    assert found["items"] == 2
+    return {r["cache"]: r for r in found["rows"]}
+
+
+def test_summaries_of_a_bundle(run: Run, plain: Path, articles: Path) -> None:
+    rows = summaries(run, plain, articles)
+    (row,) = rows.values()
+    assert (row["cache"], row["backend"]) == ("as exported", "ort")
+    assert set(row["scores"]) == {"rouge1", "rouge2", "rougeL"}
+    assert all(0 <= x["low"] <= x["value"] <= x["high"] <= 1 for x in row["scores"].values())
     (want,) = open_bundle(plain).generate([f"{bundles.PROMPT}\n\nSummary:"], max_new_tokens=8, stop=("\n",))
-    assert first == want.text
+    assert row["texts"][0] == want.text
     assert len(HEADS) == 2
 
 
-# ------------------------------------------------------------------ lm-evaluation-harness
-
-TASK = """
-task: less_local
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-doc_to_choice: ["a cat", "her sister by the bank"]
-metric_list:
-  - metric: acc
-"""
-
-
-@pytest.fixture
-def task(tmp_path: Path) -> Path:
-    """A multiple-choice task whose data is a local file."""
-    items = [{"question": "Alice was tired of sitting by", "answer": 1}, {"question": "once upon a time,", "answer": 0}]
-    (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "local.yaml").write_text(TASK.format(data=tmp_path / "items.jsonl"))
-    return folder
+def test_summaries_of_every_cache(run: Run, source: Path, kernel_file: Path, streaming: Path, articles: Path) -> None:
+    """A bundle and the model it was made of agree, whatever runs them; the full cache is Hugging Face's."""
+    names = "full,sparse,sparse+bytes,less"
+    bundle = summaries(run, streaming, articles, "--compare", names)
+    assert {n: r["backend"] for n, r in bundle.items()} == {**dict.fromkeys(names.split(","), "torch"), "less": "ort"}
+    words = ("--kernels", kernel_file, "--budget", 12, "--chunk", 16)
+    model = summaries(run, source, articles, "--compare", names, *words)
+    assert {r["backend"] for r in model.values()} == {"torch"}
+    for name in ("full", "sparse", "less"):  # sparse+bytes counts bytes of 16 bits here, of the bundle's 32 there
+        assert model[name]["texts"] == bundle[name]["texts"]
+    assert len({tuple(r["texts"]) for r in model.values()}) > 1
+    assert summaries(run, source, articles, *words).keys() == {"less"}
+    hf, tokenizer = LlamaForCausalLM.from_pretrained(source), bundles.tokenizer()
+    ids = tokenizer(f"{bundles.PROMPT}\n\nSummary:", return_tensors="pt").input_ids
+    made = hf.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
+    assert model["full"]["texts"][0] == tokenizer.decode(made, skip_special_tokens=True).split("\n")[0]
 
 
-def test_the_harness_runs_a_local_task(run: Run, plain: Path, task: Path, tmp_path: Path) -> None:
-    from less_export.evaluation.harness import LessLM
-
-    out = tmp_path / "scores.json"
-    result = run("eval", plain, "--task", "lm-eval", "less_local", task, "--json", out)
-    assert result.code == 0, result.err
-    model = LessLM(str(plain))
-    encode = model.tok_encode
-    right = 0
-    for question, answer in (("Alice was tired of sitting by", 1), ("once upon a time,", 0)):
-        choices = [" a cat", " her sister by the bank"]
-        scores = [
-            log_probability(model, encode(question), encode(question + c)[len(encode(question)) :]) for c in choices
-        ]
-        right += int(np.argmax(scores)) == answer
-    assert json.loads(out.read_text())["scores"]["acc,none"] == right / 2
-    refused(run("eval", plain, "--task", "lm-eval", "no_such_task"), "knows no task")
-
-
-@pytest.mark.slow
-def test_the_harness_finds_the_model_by_name(
-    plain: Path, task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command line of lm-evaluation-harness itself, as ``less-lm-eval`` starts it."""
-    from less_export.evaluation import harness
-
-    words = ["--model", "less", "--model_args", f"bundle={plain}", "--tasks", "less_local"]
-    monkeypatch.setattr(sys, "argv", ["less-lm-eval", *words, "--include_path", str(task)])
-    harness.main()
-    assert "|less_local|" in capsys.readouterr().out
-
-
-def log_probability(model: Any, context: list[int], continuation: list[int]) -> float:
-    """One row by itself: the context in one chunk, then token by token."""
-    backend = model._scorer.backend
-    backend.open(1)
-    total = 0.0
-    for piece, target in zip([context, *([t] for t in continuation)], continuation, strict=False):
-        logits = backend.step(np.array([piece]), np.array([len(piece)]))[0, 0]
-        total += float(torch.log_softmax(torch.from_numpy(logits.astype(np.float64)), -1)[target])
-    return total
-
-
-def test_scores_of_ragged_batches(plain: Path) -> None:
-    from less_export.evaluation.harness import LessLM
-
-    model = LessLM(str(plain))
-    g = torch.Generator().manual_seed(0)
-    pairs = [
-        (torch.randint(2, 300, (n,), generator=g).tolist(), torch.randint(2, 300, (m,), generator=g).tolist())
-        for n, m in ((3, 4), (9, 1), (14, 20))
-    ]
-    found = [score for score, _ in model._scorer.score(pairs)]
-    np.testing.assert_allclose(found, [log_probability(model, c, t) for c, t in pairs], rtol=1e-4)
+def test_summaries_that_cannot_be(run: Run, source: Path, plain: Path, articles: Path) -> None:
+    words = ("--task", "summarize", "--data", articles)
+    refused(run("eval", plain, *words, "--seqs", 0), "--seqs must be at least 1")
+    refused(run("eval", plain, *words, "--compare", ""), "--compare: unknown ''")
+    refused(run("eval", plain, *words, "--max-new-tokens", 0), "max_new_tokens must be")
+    refused(run("eval", plain, *words, "--chunk", 4), "is a bundle, whose cache is fixed: drop --chunk")
+    refused(run("eval", plain, *words, "--kernels", "k"), "drop --kernels")
+    refused(run("eval", source, *words, "--backend", "ort"), "runs bundles", after=1)
+    refused(run("eval", plain, *words, "--compare", "full,less"), "no layer has kernels", after=1)
+    trt = run("eval", plain, *words, "--compare", "full,sparse", "--backend", "trt")
+    refused(trt, "no engine.plan", after=1)

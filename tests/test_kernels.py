@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 
 from less_export import open_bundle
+from less_export.contract import LayerSpec, Policy
 from less_export.errors import KernelError
 from less_export.feature_maps import PARAMETRISATIONS, Heads, Kernels, random_kernels
 
@@ -151,6 +152,61 @@ def test_not_a_kernel_file(content: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value)
     says = {"foreign": "holds no LESS kernels", "absent": "no kernel file at"}.get(content, "not a usable kernel file")
     assert says in str(caught.value)
+
+
+# ------------------------------------------------------------------ another model, policy or budget
+
+
+def trained_for(facts: dict[str, Any], policy: Policy, slots: int, *names: str) -> list[str]:
+    """What is said of kernels with ``facts`` in a model of that policy; its layer 1 keeps all it sees."""
+    heavy, recent = (slots - 1, 1) if policy is Policy.TOVA else (slots // 2, slots // 2)
+    plan = [
+        LayerSpec(h.query_heads, h.kv_heads, h.head_dim, 0.3, policy, heavy, recent, 0, True, slots, 5) for h in HEADS
+    ]
+    plan[1] = LayerSpec(6, 2, 8, 0.3, Policy.WINDOW, 0, 999, 999, False, 999, 1)
+    return Kernels(some("exp", (0, 1, 2)).layers, facts).doubts(names or ("org/Name", "name-270m"), plan)
+
+
+FACTS = {"model": "org/Name", "policy": "h2o", "slots": {"0": [8, 8], "1": [8, 8], "2": [8, 8]}}
+
+
+def test_kernels_for_what_they_were_trained_for() -> None:
+    for slots in (4, 16, 32, 64):
+        assert trained_for(FACTS, Policy.H2O, slots) == []
+    for name in ("name", "NAME", "other/name", "name-270m"):
+        assert trained_for(FACTS | {"model": name}, Policy.H2O, 16) == []
+    for facts in ({}, {"model": "random"}, {"model": 1, "policy": 2, "slots": {"0": "ab", "2": ["a"]}}, {"slots": 3}):
+        assert trained_for(facts, Policy.TOVA, 500) == []
+
+
+def test_kernels_for_something_else() -> None:
+    assert trained_for(FACTS, Policy.H2O, 16, "other") == [
+        "the kernels were trained for org/Name: if other is another model, train its own"
+    ]
+    assert trained_for(FACTS, Policy.SINK, 16) == [
+        "the kernels were trained for policy h2o, not sink: quality may suffer"
+    ]
+    for slots in (2, 66):
+        assert trained_for(FACTS, Policy.H2O, slots) == [
+            f"the kernels were trained with 16 slots, not {slots} (layer 0): quality may suffer"
+        ]
+
+
+def test_other_kernels_are_said(source: Path, kernel_file: Path, quick: None, tmp_path: Path, run: bundles.Run) -> None:
+    facts = {"model": "other", "policy": "tova", "slots": {"0": [59, 1], "1": [59, 1]}}
+    Kernels(Kernels.load(kernel_file).layers, facts).save(tmp_path / "k.safetensors")
+    words = ("--kernels", tmp_path / "k.safetensors", "--budget", 12)
+    says = [
+        "warning: the kernels were trained for other: if checkpoint is another model, train its own",
+        "warning: the kernels were trained for policy tova, not h2o: quality may suffer",
+        "warning: the kernels were trained with 60 slots, not 12 (layer 0): quality may suffer",
+    ]
+    exported = run(source, "--out", tmp_path / "out", *words, *bundles.QUICK_WORDS)
+    few = ("--compare", "less", "--seqs", 1, "--seq-len", 40, "--positions", 4)
+    evaluated = run("eval", source, *words, *few)
+    for result in (exported, evaluated):
+        assert result.code == 0, result.err
+        assert [x.removeprefix("less-export: ") for x in result.err.splitlines() if "trained" in x] == says
 
 
 # ------------------------------------------------------------------ formulas

@@ -20,7 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from less_export import feature_maps, files
 from less_export.artifact import MANIFEST, Bundle
 from less_export.errors import LessExportError
-from less_export.exporter import build
+from less_export.exporter import build, checkpoint
 
 from . import bundles
 from .bundles import QUICK_WORDS, Result, Run
@@ -138,7 +138,7 @@ def test_converted_weights_on_a_full_disk(
     def save_file(*_: object) -> None:
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(build, "save_file", save_file)
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     before = bundles.snapshot(place)
     stopped(run(tmp_path / "mixtral", "--out", place / "out", *QUICK_WORDS), f"cannot write {place / 'out'}: I/O error")
     assert bundles.snapshot(place) == before

@@ -139,7 +139,7 @@ def test_every_name_is_found(family: str, tmp_path: Path) -> None:
     config.dtype = torch.float32
     folder = write(tmp_path / family, config)
     bare = weights.bare_model(config, torch.float32)
-    assert weights.locate(bare, weights.checkpoint_files(folder))[1] == []
+    assert weights.locate(bare, sources.checkpoint_files(folder))[1] == []
     stored, fresh = tensors(folder), type(bare)(config)
     buffers = {n for n, _ in fresh.named_buffers() if n in fresh.state_dict()}
     assert bool(buffers) == (family in ("glm4_moe", "gemma4"))
@@ -265,6 +265,34 @@ def test_nothing_is_left_half_written(
     monkeypatch.setattr(random_checkpoint, "save_file", fails)
     result = run("tiny", "--random-weights", "--out", nothing_left / "b")
     refused(result, says or "interrupted; nothing was left behind", after=2)
+
+
+def test_what_stays_is_said(
+    tiny: Callable[..., None], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("qwen2.5-7b")
+    folder = tmp_path / "tiny-random"
+    for error, says in ((KeyboardInterrupt(), "interrupted"), (OSError(28, "No space left"), "No space left")):
+
+        def fails(*_: object, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr("less_export.exporter.build.trace", fails)
+        result = run("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
+        assert result.code == 1
+        assert result.err.endswith(f"{says}; nothing but the random checkpoint {folder} was left behind\n")
+        assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_damaged_shard(tiny: Callable[..., None], run: Run, tmp_path: Path, quick: None) -> None:
+    tiny("qwen2.5-7b")
+    words = ("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
+    folder = write(tmp_path / "tiny-random", described(recipes.load("tiny")))  # type: ignore[arg-type]
+    shard = folder / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    refused(run(*words), f"{shard} is corrupt or truncated: remove {folder}, it is made anew")
+    shutil.rmtree(folder)
+    assert run(*words).code == 0
 
 
 def test_refused_before_anything_is_written(

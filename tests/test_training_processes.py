@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(str(out)) == 1
         assert [p.name for p in out.parent.iterdir()] == ["k.safetensors"]
+        for layer in range(3):  # also those of the second process
+            assert len(re.findall(rf"layer {layer}: \d+ s, error", done.stderr)) == 1
         outputs.append(load_file(out))
     one, two = outputs
     assert one.keys() == two.keys()

@@ -1,7 +1,7 @@
 """Bundles as a model of EleutherAI's lm-evaluation-harness, which calls it ``less``.
 
-The harness finds only models it knows by itself, so its command line is started from here, with the model
-registered: ``less-lm-eval --model less --model_args bundle=DIR --tasks ...`` takes all that ``lm_eval`` takes.
+Versions after 0.4.13 find it by its entry point. For those before, ``less-lm-eval`` is the harness's command line with
+the model registered; or a task file imports this module, with a ``!function`` under its ``metadata``.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from .. import api
-from ..artifact import Bundle
+from ..artifact import Bundle, is_bundle
 from ..errors import UsageError
 from ..runtime.generate import Generator
 
 try:
+    import lm_eval.models  # noqa: F401  (registers the models that the harness finds by itself)
     from lm_eval.api.model import TemplateLM
-    from lm_eval.api.registry import register_model
+    from lm_eval.api.registry import model_registry, register_model
 except ImportError:
     raise UsageError("lm-evaluation-harness is not installed: pip install 'less-export[eval]'") from None
 
@@ -58,12 +59,13 @@ class Scorer(Generator):
         return [(float(t), bool(g)) for t, g in zip(total, greedy, strict=True)]
 
 
-@register_model("less")
 class LessLM(TemplateLM):
     """``bundle``: what less-export wrote. ``backend``: ort, trt or torch; default by what the bundle holds."""
 
-    def __init__(self, bundle: str, backend: str | None = None, **_: Any) -> None:
+    def __init__(self, bundle: str | None = None, backend: str | None = None, **_: Any) -> None:
         super().__init__()
+        if bundle is None:
+            raise UsageError("the model less needs --model_args bundle=DIR")
         opened = Bundle.open(bundle)
         tokenizer = api.tokenizer(opened)
         if tokenizer is None:
@@ -108,20 +110,42 @@ class LessLM(TemplateLM):
         return found
 
 
+if "less" not in model_registry:  # where it is, an entry point waits to be replaced by the class
+    register_model("less")(LessLM)
+
+
 def run_task(bundle: str, task: str, folder: str | None, backend: str | None, limit: int | None) -> dict[str, Any]:
-    """Run one task; ``folder`` holds task files of the user's own, ``limit`` the most items.
+    """Run a task, a group or a tag; ``folder`` holds task files of the user's own, ``limit`` the most items of each.
+
+    Returns:
+        ``scores``: the metrics of every task and group that has any.
 
     Raises:
-        UsageError: no such task, or its data cannot be loaded.
+        UsageError: no such task, its data cannot be loaded, or no bundle.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    if limit is not None and limit < 1:
+        raise UsageError(f"--seqs must be at least 1, not {limit}")
+    if not is_bundle(bundle):
+        raise UsageError(f"--task lm-eval runs bundles, and {bundle} is none: export the model first")
     manager = TaskManager(include_path=folder)
     if task not in manager.all_tasks:
         raise UsageError(f"lm-evaluation-harness knows no task '{task}': give the folder of its file after it")
-    found = simple_evaluate(LessLM(bundle, backend), tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0)
-    scores = {n: v for n, v in found["results"][task].items() if isinstance(v, int | float)}
+    try:
+        loaded = manager.load([task])
+    except Exception as error:  # what task files, datasets, the hub and the network raise shares no base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"task {task} cannot be loaded ({reason}): check its file and data") from error
+    chosen = [loaded["groups"][task]] if task in loaded["groups"] else list(loaded["tasks"].values())
+    model = LessLM(bundle, backend)
+    found = simple_evaluate(model, tasks=chosen, task_manager=manager, limit=limit, bootstrap_iters=0)
+    scores = {
+        name: {n: v for n, v in figures.items() if isinstance(v, int | float)}
+        for name, figures in found["results"].items()
+        if any("," in n for n in figures)  # metric,filter: a group that does not aggregate has none
+    }
     return {"task": task, "scores": scores}
 
 
@@ -130,7 +154,3 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .. import simulate
+from ..contract import Contract
 from ..errors import UsageError
 from ..runtime.backend import Backend
 from ..surgery import AttentionCall, less_attention
@@ -84,6 +85,16 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     )
 
 
+def refuse_chunk(contract: Contract, chunk: int) -> None:
+    """Raise :class:`UsageError` unless an artifact takes ``chunk`` tokens a step and gives the logits of each."""
+    if chunk > contract.chunk:
+        raise UsageError(f"--chunk {chunk} is more than the {contract.chunk} that the bundle takes: lower it")
+    if chunk > 1 and contract.logits != "all":
+        raise UsageError(
+            f"--chunk {chunk} needs the logits of every token: export with --logits all, or take --chunk 1"
+        )
+
+
 def streamed(
     backend: Backend,
     ids: npt.NDArray[np.int64],
@@ -94,14 +105,10 @@ def streamed(
     """The same through a backend's steps, as generation runs them.
 
     Raises:
-        UsageError: chunks of more than one token from an artifact that gives only the last one's logits.
+        UsageError: chunks that the artifact does not take.
     """
     contract = backend.contract
-    if chunk > 1 and contract.logits != "all":
-        raise UsageError(
-            f"--chunk {chunk} needs the logits of every token: export with --logits all, or take --chunk 1"
-        )
-    chunk = min(chunk, contract.chunk)
+    refuse_chunk(contract, chunk)
     found = np.empty((len(ids), len(positions)))
     column = {p: c for c, p in enumerate(positions)}
     for begin in range(0, len(ids), contract.max_batch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..training import data
 from . import perplexity, statistics
 from .statistics import Interval, Nll
 from .subject import Subject
-from .variants import BASELINES, KINDS, Kind, Variant, build
+from .variants import BASELINES, KINDS, Kind, Variant, build, chosen
 
 #: Sequences streamed at a time.
 BATCH = 8
@@ -45,23 +46,27 @@ class EvalConfig:
         for name in ("seqs", "seq_len", "chunk", "positions"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        wrong = [k for k in self.compare or () if k not in KINDS]
-        if wrong:
-            raise UsageError(f"--compare: unknown '{wrong[0]}'; choose from {', '.join(KINDS)}")
+        chosen(self.compare or ())
+        if not all(self.budgets):
+            raise UsageError("--budgets names an empty budget: give some like 2%,5%,10%")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``share`` is the part of the gap between full and each baseline that LESS closes."""
+    """One line of the table. ``sequences``: how many the text gave.
+
+    ``share`` is the part of the gap between full and each baseline that LESS closes, None where there is no gap.
+    """
 
     text: str
     domain: str
     budget: str
     kind: Kind
     how: str
+    sequences: int
     perplexity: Interval
     state_bytes: int
-    share: dict[str, Interval]
+    share: dict[str, Interval | None]
 
 
 def evaluate(
@@ -77,35 +82,50 @@ def evaluate(
         inside: texts of the kind the kernels were trained on. outside: of other kinds.
 
     Raises:
-        UsageError: a text that is too short, a variant that is impossible.
+        UsageError: a text that is too short, a variant or a step that is impossible; all before anything runs.
     """
-    wanted = config.compare or [k for k in KINDS if k != "less" or subject.kernels.layers]
-    kinds = sorted(wanted, key=KINDS.index)  # LESS last: its share needs the others
+    kinds = chosen(config.compare or [k for k in KINDS if k != "less" or subject.kernels.layers])
     plans: list[tuple[str, Sequence[LayerSpec]]] = [(_slots(subject.plan), subject.plan)]
     if config.budgets:
         if subject.plan_for is None:
             raise UsageError("--budgets needs a MODEL: a bundle has one budget")
-        plans += [(b, subject.plan_for(b)) for b in config.budgets]
-    if config.backend not in (None, "torch") and subject.own is None:
-        raise UsageError(f"--backend {config.backend} runs bundles: export the model first, or take --backend torch")
+        for budget in config.budgets:
+            plan = subject.plan_for(budget)
+            if plan not in [p for _, p in plans]:
+                plans.append((budget, plan))
     _warn_of_training_text(subject, [*inside, *outside])
     maps = subject.kernels.layers
     compared = [(budget, build(kinds, p, maps, config.seq_len, subject.cache_dtype)) for budget, p in plans]
     first = max(v.first() for _, made in compared for v in made)  # the same positions for all of them
     if first > config.seq_len - 2:
         raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: raise it")
+    _refuse_backend(subject, [v for _, made in compared for v in made], config)
     positions = torch.linspace(first, config.seq_len - 2, config.positions).long().unique()
+    texts = [(domain, s, _ids(subject, s, config)) for domain, x in (("in", inside), ("out", outside)) for s in x]
     rows: list[Row] = []
-    for domain, sources in (("in", inside), ("out", outside)):
-        for source in sources:
-            corpus = data.sequences([source], subject.encode, subject.bos, config.seqs, config.seq_len, None)
-            for budget, made in compared:
-                done: dict[Kind, Nll] = {}
-                for variant in made:
-                    nll, how = _score(subject, variant, corpus.ids, positions, config, progress, source.name)
-                    done[variant.kind] = nll
-                    rows.append(_row(source.name, domain, budget, variant, how, done, subject, config.seed))
+    for domain, source, ids in texts:
+        for budget, made in compared:
+            done: dict[Kind, Nll] = {}
+            for variant in made:
+                nll, how = _score(subject, variant, ids, positions, config, progress, source.name)
+                done[variant.kind] = nll
+                rows.append(_row(source.name, domain, budget, variant, how, done, subject, config.seed))
     return rows
+
+
+def _refuse_backend(subject: Subject, variants: Sequence[Variant], config: EvalConfig) -> None:
+    subject.refuse_backend(config.backend)
+    if config.backend not in (None, "torch") and subject.own and any(map(subject.exported, variants)):
+        perplexity.refuse_chunk(subject.own(config.backend).contract, config.chunk)
+
+
+def _ids(subject: Subject, source: data.Source, config: EvalConfig) -> torch.Tensor:
+    """The sequences of a text, [N,L]; says so where it has fewer than were asked for."""
+    ids = data.sequences([source], subject.encode, subject.bos, config.seqs, config.seq_len, None).ids
+    if len(ids) < config.seqs:
+        had = f"{len(ids)} sequence{'s' if len(ids) > 1 else ''} of {config.seq_len} tokens"
+        warnings.warn(f"{source.name} has {had}, not {config.seqs}", stacklevel=3)
+    return ids
 
 
 def _slots(plan: Sequence[LayerSpec]) -> str:
@@ -140,11 +160,11 @@ def _score(
 def _row(
     text: str, domain: str, budget: str, variant: Variant, how: str, done: dict[Kind, Nll], subject: Subject, seed: int
 ) -> Row:
-    share: dict[str, Interval] = {}
+    share: dict[str, Interval | None] = {}
     if variant.kind == "less" and "full" in done:
         share = {b: statistics.share_of_gap(done["full"], done[b], done["less"], seed) for b in BASELINES if b in done}
-    bytes_ = variant.state_bytes(subject.cache_dtype)
-    return Row(text, domain, budget, variant.kind, how, statistics.perplexity(done[variant.kind], seed), bytes_, share)
+    bytes_, nll = variant.state_bytes(subject.cache_dtype), done[variant.kind]
+    return Row(text, domain, budget, variant.kind, how, len(nll), statistics.perplexity(nll, seed), bytes_, share)
 
 
 def _warn_of_training_text(subject: Subject, sources: Sequence[data.Source]) -> None:
@@ -157,7 +177,12 @@ def _warn_of_training_text(subject: Subject, sources: Sequence[data.Source]) -> 
 def as_json(rows: Sequence[Row], subject: Subject, config: EvalConfig) -> dict[str, Any]:
     """The table and what made it, for a file."""
     shown = [
-        {**vars(r), "perplexity": vars(r.perplexity), "share": {n: vars(s) for n, s in r.share.items()}} for r in rows
+        {
+            **vars(r),
+            "perplexity": vars(r.perplexity),
+            "share": {n: None if s is None else vars(s) for n, s in r.share.items()},
+        }
+        for r in rows
     ]
     layers = subject.kernels.provenance.get("layers", {})
     facts = {n: v for n, v in vars(config).items() if v is not None}
@@ -171,19 +196,28 @@ def as_json(rows: Sequence[Row], subject: Subject, config: EvalConfig) -> dict[s
     }
 
 
-def plot(rows: Sequence[Row], subject: Subject, path: str) -> None:
+def refuse_plot(path: Path) -> None:
+    """Raise :class:`UsageError` where matplotlib is missing or does not know the suffix of ``path``."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'less-export[eval]'") from None
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise UsageError(f"--plot {path} must end in one of {', '.join('.' + n for n in sorted(known))}")
+
+
+def plot(rows: Sequence[Row], subject: Subject, path: Path) -> None:
     """Perplexity against budget for every variant and text, and the layers' errors from the kernel file.
 
     Raises:
-        UsageError: matplotlib is not installed, or ``path`` cannot be written.
+        UsageError: ``path`` cannot be written.
     """
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'less-export[eval]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     texts = list(dict.fromkeys(r.text for r in rows))
     layers = subject.kernels.provenance.get("layers", {})
     figure, axes = plt.subplots(
@@ -217,7 +251,7 @@ def plot(rows: Sequence[Row], subject: Subject, path: str) -> None:
     figure.tight_layout()
     try:
         figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib does not know
-        raise UsageError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         plt.close(figure)

@@ -36,8 +36,18 @@ def perplexity(nll: Nll, seed: int = 0) -> Interval:
     return _interval(np.exp(rows.mean()), np.exp(rows[_draws(len(rows), seed)].mean(1)))
 
 
-def share_of_gap(full: Nll, baseline: Nll, less: Nll, seed: int = 0) -> Interval:
-    """(baseline - less) / (baseline - full) in perplexity, the same sequences resampled in all three."""
+def mean(values: Nll, seed: int = 0) -> Interval:
+    """Mean of values [N]; resamples them."""
+    return _interval(values.mean(), values[_draws(len(values), seed)].mean(1))
+
+
+def share_of_gap(full: Nll, baseline: Nll, less: Nll, seed: int = 0) -> Interval | None:
+    """(baseline - less) / (baseline - full) in perplexity, the same sequences resampled in all three.
+
+    None where there is no gap to close: the baseline is no worse than full.
+    """
+    if baseline.mean() <= full.mean():
+        return None
     draws = _draws(len(full), seed)
 
     def share(parts: list[Nll]) -> Nll:

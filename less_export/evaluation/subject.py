@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +12,17 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import api
-from ..artifact import Bundle
-from ..config import ExportConfig, default_context, plan_layers
+from ..artifact import Bundle, is_bundle
+from ..config import DEFAULT_CHUNK, ExportConfig, default_context, plan_layers
 from ..contract import Contract, LayerSpec
 from ..errors import UsageError
+from ..exporter.package import adds_bos, eos_ids
 from ..feature_maps import Heads, Kernels
 from ..runtime.backend import Backend
+from ..runtime.tokenizer import Tokenizer
 from ..runtime.torch_backend import ModelBackend, bundle_kernels, bundle_model
 from ..sources import resolve
-from ..surgery import discover
+from ..surgery import discover, learned_positions
 from ..training import data
 from ..training.options import compute_dtype
 from .variants import Variant
@@ -28,7 +32,8 @@ from .variants import Variant
 class Subject:
     """A loaded model, the plan of its LESS cache, and how text becomes tokens.
 
-    own: opens the bundle's artifact on a backend by name, None for a model. cache_dtype: what bytes count in.
+    own: the bundle's artifact on a backend by name (by what the bundle holds for None), opened once; None for a
+    model. cache_dtype: what bytes count in. tokenizer, chunk: what generation takes.
     """
 
     name: str
@@ -38,18 +43,26 @@ class Subject:
     encode: data.Encode
     bos: int | None
     cache_dtype: str
+    tokenizer: Tokenizer | None
+    chunk: int
     plan_for: Callable[[str], tuple[LayerSpec, ...]] | None = None
-    own: Callable[[str], Backend] | None = None
+    own: Callable[[str | None], Backend] | None = None
 
-    def backend(self, variant: Variant, name: str, batch: int, length: int) -> Backend:
+    def backend(self, variant: Variant, name: str | None, batch: int, chunk: int) -> Backend:
         """A backend that runs ``variant`` step by step: any on torch, what was exported on another."""
         if name == "torch":
             dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
             vocabulary = int(self.model.config.get_text_config().vocab_size)
-            contract = Contract(variant.plan, vocabulary, dtype, length, batch, "all")
+            limit = learned_positions(self.model)
+            contract = Contract(variant.plan, vocabulary, dtype, chunk, batch, "all", limit)
             return ModelBackend(self.model, contract, Kernels(variant.kernels, {}))
         assert self.own is not None, "a model runs on torch alone"
         return self.own(name)
+
+    def refuse_backend(self, name: str | None) -> None:
+        """Raise :class:`UsageError` for a model on a backend that runs what was exported."""
+        if name not in (None, "torch") and self.own is None:
+            raise UsageError(f"--backend {name} runs bundles: export the model first, or take --backend torch")
 
     def exported(self, variant: Variant) -> bool:
         """Whether ``variant`` is what the bundle holds."""
@@ -64,9 +77,9 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
     Raises:
         LessExportError: neither of them, or options that do not fit.
     """
-    path = Path(target)
-    if (path / "manifest.json").is_file() or (path.is_file() and path.suffix in (".onnx", ".plan")):
-        return _bundle(path, cache, kernel_file)
+    if is_bundle(target):
+        refuse_options(target, cache, kernel_file)
+        return _bundle(Path(target))
     source = resolve(target)
     config = source.config()
     model = source.load(torch.float32 if whole_precision else compute_dtype(config, "cpu"))
@@ -81,6 +94,13 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
     if tokenizer is None:
         raise UsageError(f"{target} ships no tokenizer, which evaluation on text needs")
     encode, bos = data.encoder(tokenizer)
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    runs = fast and Tokenizer(
+        fast,
+        bos_id=tokenizer.bos_token_id,
+        eos_ids=eos_ids(source, config, tokenizer),
+        add_bos=adds_bos(tokenizer),
+    )
 
     def plan_for(budget: str) -> tuple[LayerSpec, ...]:
         changed = ExportConfig(
@@ -89,14 +109,22 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
         return plan_layers(layers, changed, context, ranks)
 
     plan = plan_layers(layers, cache, context, ranks)
-    return Subject(target, model, plan, kernels, encode, bos, "bfloat16", plan_for)
+    for words in kernels.doubts(source.names, plan):
+        warnings.warn(words, stacklevel=2)
+    chunk = cache.chunk or DEFAULT_CHUNK
+    return Subject(target, model, plan, kernels, encode, bos, "bfloat16", runs, chunk, plan_for)
 
 
-def _bundle(path: Path, cache: ExportConfig, kernel_file: Path | None) -> Subject:
-    asked = [n for n in ("policy", "budget", "context") if getattr(cache, n) is not None]
-    if asked or kernel_file or cache.compress_sliding:
-        option = f"--{asked[0]}" if asked else "--kernels" if kernel_file else "--compress-sliding"
-        raise UsageError(f"{path} is a bundle, whose cache is fixed: drop {option}, or give the MODEL it was made of")
+def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:
+    """Raise :class:`UsageError` for options of a cache beside a bundle, which has its own."""
+    names = ("policy", "budget", "layer_budgets", "context", "compress_sliding", "chunk")
+    asked = [n for n in names if getattr(cache, n) is not None] + ["kernels"] * (kernel_file is not None)
+    if asked:
+        option = "--" + asked[0].replace("_", "-")
+        raise UsageError(f"{target} is a bundle, whose cache is fixed: drop {option}, or give the MODEL it was made of")
+
+
+def _bundle(path: Path) -> Subject:
     bundle = Bundle.open(path)
     artifact = next(iter(bundle.manifest.artifacts))
     tokenizer = api.tokenizer(bundle)
@@ -110,5 +138,5 @@ def _bundle(path: Path, cache: ExportConfig, kernel_file: Path | None) -> Subjec
     contract = artifact.contract
     return Subject(
         str(path), bundle_model(bundle), contract.layers, bundle_kernels(bundle), encode, bos, contract.dtype,
-        own=lambda name: api.load_backend(bundle, name),
+        tokenizer, contract.chunk, own=functools.cache(lambda name: api.load_backend(bundle, name)),
     )  # fmt: skip

@@ -1,27 +1,64 @@
-"""Summaries by generation, scored with ROUGE."""
+"""Summaries by generation, scored with ROUGE, with the caches that perplexity compares."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import api
+from ..artifact import is_bundle
+from ..config import ExportConfig
 from ..errors import UsageError
+from ..progress import Progress
+from ..runtime.generate import Generator
+from ..runtime.sampling import SamplingParams
+from . import statistics
+from .statistics import Interval
+from .subject import open_subject, refuse_options
+from .variants import build, chosen
 
 _PROMPT = "{text}\n\nSummary:"
-_METRICS = ("rouge1", "rouge2", "rougeL")
+METRICS = ("rouge1", "rouge2", "rougeL")
+#: Prompts that run at a time on torch.
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Summaries:
+    """What one cache led to. ``scores``: ROUGE F1 against the given summaries; ``texts``: one for each item."""
+
+    cache: str
+    backend: str
+    scores: dict[str, Interval]
+    texts: tuple[str, ...]
 
 
 def summarize(
-    bundle: str, files: Sequence[str], count: int | None, max_new_tokens: int, backend: str | None = None
-) -> dict[str, Any]:
-    """Greedy summaries of the first ``count`` lines of a jsonl (all for None) and their mean ROUGE F1 against its own.
+    target: str,
+    files: Sequence[str],
+    count: int | None,
+    max_new_tokens: int,
+    compare: Sequence[str],
+    cache: ExportConfig,
+    kernel_file: Path | None,
+    backend: str | None,
+    progress: Progress,
+) -> list[Summaries]:
+    """Greedy summaries of the first ``count`` lines of a jsonl (all for None) and their ROUGE F1 against its own.
 
-    Each line is an object with ``text`` and ``summary``. Generation stops at the first line break.
+    Each line is an object with ``text`` and ``summary``. Generation stops at the first line break. Intervals are by
+    bootstrap over the items.
+
+    Args:
+        compare: kinds of caches; none for the bundle or model as it is. cache, kernel_file: of a MODEL.
 
     Raises:
-        UsageError: no such file or fields, or the rouge-score library is not installed.
+        UsageError: no such file or fields, impossible options, or the rouge-score library is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -29,14 +66,62 @@ def summarize(
         raise UsageError("--task summarize needs rouge-score: pip install 'less-export[eval]'") from None
     if len(files) != 1:
         raise UsageError("--task summarize takes one --data FILE.jsonl with text and summary on each line")
+    if count is not None and count < 1:
+        raise UsageError(f"--seqs must be at least 1, not {count}")
+    params = SamplingParams(max_new_tokens=max_new_tokens, stop=("\n",))
+    chosen(compare)
     items = _read(files[0])[:count]
-    generator = api.open_bundle(bundle, backend)
     prompts = [_PROMPT.format(text=text) for text, _ in items]
-    made = generator.generate(prompts, max_new_tokens=max_new_tokens, stop=("\n",))
-    scorer = RougeScorer(list(_METRICS), use_stemmer=True)
-    scores = [scorer.score(summary, m.text) for (_, summary), m in zip(items, made, strict=True)]
-    means = {n: sum(s[n].fmeasure for s in scores) / len(scores) for n in _METRICS}
-    return {"task": "summarize", "items": len(items), "scores": means, "summaries": [m.text for m in made]}
+    if is_bundle(target) and not compare:
+        refuse_options(target, cache, kernel_file)
+        runs = iter([("as exported", api.open_bundle(target, backend))])
+    else:
+        runs = _variants(target, prompts, max_new_tokens, compare, cache, kernel_file, backend, progress)
+    scorer = RougeScorer(list(METRICS), use_stemmer=True)
+    found = []
+    for name, generator in runs:
+        with progress.phase(name, len(prompts)) as step:
+            made = generator.generate(prompts, params)
+            step("", len(prompts))
+        generator.backend.close()
+        scores = [scorer.score(summary, m.text) for (_, summary), m in zip(items, made, strict=True)]
+        means = {n: statistics.mean(np.array([s[n].fmeasure for s in scores])) for n in METRICS}
+        found.append(Summaries(name, generator.backend.name, means, tuple(m.text for m in made)))
+    return found
+
+
+def _variants(
+    target: str,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    compare: Sequence[str],
+    cache: ExportConfig,
+    kernel_file: Path | None,
+    backend: str | None,
+    progress: Progress,
+) -> Iterator[tuple[str, Generator]]:
+    """The caches one by one: what was exported on its own backend, all others through the steps of torch."""
+    progress.say(f"loading {target}")
+    subject = open_subject(target, cache, kernel_file, True)
+    subject.refuse_backend(backend)
+    if subject.tokenizer is None:
+        raise UsageError(f"{target} has no tokenizer.json, which summaries need")
+    longest = max(len(subject.tokenizer.encode(p)) for p in prompts) + max_new_tokens
+    kinds = chosen(compare or ["less" if subject.kernels.layers else "sparse"])
+    variants = build(kinds, subject.plan, subject.kernels.layers, longest, subject.cache_dtype)
+    own = {v.kind for v in variants if backend != "torch" and subject.exported(v)}
+    if own and subject.own:
+        subject.own(backend)  # what is missing is missed before anything runs
+    for variant in variants:
+        name = backend if variant.kind in own else "torch"
+        opened = subject.backend(variant, name, min(_BATCH, len(prompts)), subject.chunk)
+        yield variant.kind, Generator(opened, subject.tokenizer)
+
+
+def as_json(rows: Sequence[Summaries], target: str) -> dict[str, Any]:
+    """The table and the summaries, for a file."""
+    shown = [{**vars(r), "scores": {n: vars(s) for n, s in r.scores.items()}} for r in rows]
+    return {"task": "summarize", "subject": target, "items": len(rows[0].texts), "rows": shown}
 
 
 def _read(path: str) -> list[tuple[str, str]]:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from ..config import exact_layer, sparse_layer
 from ..contract import ITEM_BYTES, STATE_FIELDS, LayerSpec, Policy
 from ..errors import UsageError
 from ..feature_maps import FeatureMap
-from ..policies import POLICIES
 
 #: ``sparse+4`` gives the sparse cache the 4 tokens of the paper (section 4.1), ``sparse+bytes`` every byte that
 #: LESS adds to a sequence.
@@ -63,6 +63,18 @@ def extra_tokens(spec: LayerSpec, dtype: str) -> int:
     return -(-added // token)
 
 
+def chosen(names: Sequence[str]) -> tuple[Kind, ...]:
+    """The kinds that are named, each once, LESS last (its share of a gap needs the others).
+
+    Raises:
+        UsageError: there is no such kind.
+    """
+    wrong = [n for n in names if n not in KINDS]
+    if wrong:
+        raise UsageError(f"--compare: unknown '{wrong[0]}'; choose from {', '.join(KINDS)}")
+    return tuple(k for k in KINDS if k in names)
+
+
 def build(
     kinds: Sequence[Kind], plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap], context: int, dtype: str
 ) -> list[Variant]:
@@ -78,7 +90,7 @@ def build(
     made = []
     for kind in kinds:
         if kind == "full":
-            made.append(Variant(kind, tuple(_full(s, context) for s in plan), {}))
+            made.append(Variant(kind, tuple(exact_layer(s, context) for s in plan), {}))
         elif kind == "less":
             used = {i: maps[i] for i, s in enumerate(plan) if s.absorb and i in maps}
             if not used:
@@ -87,7 +99,7 @@ def build(
                 )
             made.append(Variant(kind, tuple(plan), used))
         else:
-            grown = (_grown(s, _more(kind, s, dtype)) if s.absorb else s for s in plan)
+            grown = (sparse_layer(s, s.capacity + _more(kind, s, dtype)) if s.absorb else s for s in plan)
             made.append(Variant(kind, tuple(grown), {}))
     return made
 
@@ -95,18 +107,3 @@ def build(
 def _more(kind: Kind, spec: LayerSpec, dtype: str) -> int:
     """Slots that a sparse baseline gets back."""
     return {"sparse": 0, "sparse+4": PAPER_TOKENS, "sparse+bytes": extra_tokens(spec, dtype)}[kind]
-
-
-def _grown(spec: LayerSpec, more: int) -> LayerSpec:
-    """The layer with ``more`` slots, split as its policy splits a budget, and without a low-rank term."""
-    split = POLICIES[spec.policy].split
-    heavy, recent = split(spec.capacity + more)
-    if (spec.heavy, spec.recent) != split(spec.capacity):  # a split of the user's own keeps its heavy tokens
-        heavy, recent = spec.heavy, spec.recent + more
-    return replace(spec, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=heavy + recent)
-
-
-def _full(spec: LayerSpec, context: int) -> LayerSpec:
-    """The layer with everything it would see without LESS."""
-    policy, size = (Policy.WINDOW, spec.window) if spec.window else (Policy.FULL, context)
-    return replace(spec, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)

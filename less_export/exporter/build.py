@@ -14,7 +14,6 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from .. import artifact, engine, plugin, recipes
@@ -26,9 +25,9 @@ from ..feature_maps import Heads, Kernels
 from ..files import scratch_folder, sha256
 from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
-from . import onnx_op, package, quantise, weights
+from . import checkpoint, onnx_op, package, quantise, weights
 from .check import self_check
-from .random_checkpoint import random_source
+from .random_checkpoint import RandomSource, random_source
 from .trace import trace
 from .wrapper import LessDecoder, torch_dtype
 
@@ -113,8 +112,16 @@ def export(
             package.publish_bundle(scratch, layout, {layout.manifest, *package.files_of(manifest)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise LessExportError(f"cannot write {destination}: {reason}; nothing was left behind") from error
+        raise LessExportError(f"cannot write {destination}: {reason}; {_left(source)}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {_left(source)}") from None
     return destination
+
+
+def _left(source: ModelSource) -> str:
+    """What is on the disk after an export that failed."""
+    kept = f"but the random checkpoint {source.folder} " if isinstance(source, RandomSource) else ""
+    return f"nothing {kept if kept and source.folder.exists() else ''}was left behind"
 
 
 def _source(model: str, config: ExportConfig, destination: Path, progress: Progress) -> ModelSource:
@@ -173,7 +180,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     quantised = getattr(hf_config, "quantization_config", None)
     if quantised is not None and source.gguf is None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise UnsupportedModelError(f"{source.name} is quantised ({method}): give the checkpoint in 16 or 32 bits")
+        how = method or "by a method that config.json does not name"
+        raise UnsupportedModelError(f"{source.name} is quantised ({how}): give the checkpoint in 16 or 32 bits")
     if config.num_hidden_layers is not None:
         weights.keep_first(text, config.num_hidden_layers)
     try:
@@ -202,25 +210,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     if config.weights is not None:
         quantise.load_quantiser()  # refuses where it is not installed
     job.tokenizer = source.tokenizer()
-    if source.gguf is not None:
-        progress("dequantising the GGUF weights")
-        files = [_convert(source, hf_config, bare, None, _stored_dtype(job), scratch)]
-    else:
-        if source.hub is not None:
-            progress(f"fetching the weights of {source.hub}")
-        source.fetch()
-        files = weights.checkpoint_files(source.folder)
-    tensors, missing = weights.locate(bare, files)
-    if missing:
-        progress(f"converting {len(missing)} tensors that are stored in another layout")
-        copied = _convert(source, hf_config, bare, missing, "auto", scratch)
-        tensors.update(weights.locate(bare, [copied])[0])
-        missing = [n for n in missing if n not in tensors]
-    if missing:
-        raise LessExportError(
-            f"the checkpoint lacks {missing[0]} (and {len(missing) - 1} more): weights and config differ"
-        )
-    job.tensors = tensors
+    bare, job.tensors = checkpoint.take(source, config, hf_config, bare, scratch, progress)
     job.model_facts = {
         "name": source.name,
         "class": type(bare).__name__,
@@ -228,6 +218,8 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         "config": json.loads(json.dumps(hf_config.to_dict(), default=str)),
         "max_position_embeddings": getattr(text, "max_position_embeddings", None),
     }
+    for words in kernels.doubts(source.names, contracts[kinds[0]].layers):
+        warnings.warn(words, stacklevel=2)
     unused = unused_kernels(contracts[kinds[0]].layers, kernels.layers)
     if unused:
         warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)
@@ -263,43 +255,19 @@ def _compute_dtype(kind: str, job: _Job) -> str:
     return stored if stored in ("float16", "bfloat16", "float32") else "bfloat16"
 
 
-def _stored_dtype(job: _Job) -> str:
-    """Dtype of dequantised GGUF weights: the compute dtype of TensorRT, 16 bits unless asked otherwise."""
-    return "bfloat16" if job.config.dtype is None else job.config.dtype
-
-
-def _convert(
-    source: ModelSource, hf_config: Any, bare: PreTrainedModel, names: list[str] | None, dtype: str, scratch: Path
-) -> Path:
-    """Write weights that cannot be pointed at (GGUF, fused experts) to a safetensors file of the bundle."""
-    loaded = source.load(dtype if dtype == "auto" else torch_dtype(dtype), None if source.gguf else hf_config)
-    state = loaded.state_dict()
-    wanted = set(bare.state_dict()) if names is None else set(names)
-    kept: dict[str, torch.Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in state.items():
-        if name in wanted and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            kept[name] = tensor.contiguous()
-    path = scratch / artifact.CONVERTED_WEIGHTS
-    save_file(kept, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner may read
-    return path
-
-
 def _write(
     job: _Job, layout: Layout, kinds: list[str], scratch: Path, progress: Progress, flavour: engine.Flavour | None
 ) -> Manifest:
     """Make every file in ``scratch`` under its final name, and the manifest that describes them."""
     # The weights are linked under their names in the bundle; graphs (and the engine builder) look there.
     used = sorted({t.file for t in job.tensors.values()}) if job.config.weights is None else []
-    names = {f: layout.companion(f.name) for f in used}
-    copied = [f.name for f in used if package.place_weights(f, scratch / names[f])]
-    if copied:
+    names = package.weight_names(used, layout, scratch)
+    copied = package.place_weights(names, scratch, progress)
+    keep_weights = kinds != ["plan"]  # a plan carries its weights
+    if copied and keep_weights:
         warnings.warn(f"hard links are not possible here: copied {', '.join(copied)}", stacklevel=2)
     kernel_facts = package.place_kernels(job.kernels, layout, scratch)
     artifacts = []
-    keep_weights = kinds != ["plan"]  # a plan carries its weights
     traced = [k for k in ("ort", "trt") if k in kinds or (k == "trt" and "plan" in kinds)]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         hashes = {f: pool.submit(sha256, f) for f in used} if keep_weights else {}

@@ -8,24 +8,64 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import artifact, engine
 from .._version import __version__
 from ..artifact import KernelFacts, Layout, Manifest, TokenizerFacts
+from ..errors import LessExportError
 from ..feature_maps import Kernels
-from ..files import link_or_copy, publish, sha256
+from ..files import copy, link, publish, sha256
 from ..sources import ModelSource
 
+_SUFFIX = ".safetensors"
 
-def place_weights(source: Path, target: Path) -> bool:
-    """Put a weight file into the bundle; True when it had to be copied."""
-    if source.parent == target.parent:
-        if source != target:
-            os.replace(source, target)
-        return False
-    return link_or_copy(source, target)
+
+def weight_names(files: Iterable[Path], layout: Layout, scratch: Path) -> dict[Path, str]:
+    """What every weight file is called in the bundle: as it is, unless that name is another's.
+
+    Files of ``scratch`` (converted weights) keep the names that bundles have for them.
+    """
+    names = {f: layout.companion(f.name) for f in files if f.parent == scratch}
+    reserved = (artifact.KERNELS, artifact.CONVERTED_WEIGHTS, artifact.QUANTISED_WEIGHTS)
+    taken = {layout.companion(n).casefold() for n in reserved}
+    for file in files:
+        if file in names:
+            continue
+        stem, name, number = file.name.removesuffix(_SUFFIX), layout.companion(file.name), 2
+        while name.casefold() in taken or not name.endswith(_SUFFIX):
+            name = layout.companion(f"{stem}-{number}{_SUFFIX}")
+            number += 1
+        names[file] = name
+        taken.add(name.casefold())
+    return names
+
+
+def place_weights(names: Mapping[Path, str], scratch: Path, progress: Callable[[str], None]) -> list[str]:
+    """Put the weight files into the bundle under their ``names``; returns those that had to be copied.
+
+    Raises:
+        LessExportError: copies do not fit on the disk.
+    """
+    left = []
+    for file, name in names.items():
+        if file.parent == scratch:
+            os.replace(file, scratch / name)
+        elif not link(file, scratch / name):
+            left.append(file)
+    if left:
+        size, free = sum(f.stat().st_size for f in left), shutil.disk_usage(scratch).free
+        if free < size:
+            raise LessExportError(
+                f"hard links to {left[0].parent} are not possible, copies of its weights take {size / 1e9:.1f} GB, and "
+                f"{scratch.parent} has {free / 1e9:.1f} GB free: make room, or give an --out on the checkpoint's disk"
+            )
+        progress(f"copying {size / 1e9:.2f} GB of weights, hard links are not possible here")
+        for file in left:
+            copy(file, scratch / names[file])
+    return [f.name for f in left]
 
 
 def place_kernels(kernels: Kernels, layout: Layout, scratch: Path) -> KernelFacts | None:
@@ -55,14 +95,17 @@ def place_tokenizer(
         return None
     path = scratch / layout.companion(artifact.TOKENIZER)
     path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-    probe = "Hello"
-    adds = tokenizer(probe).input_ids[:1] == [tokenizer.bos_token_id]
-    eos = _eos_ids(source, hf_config, tokenizer)
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, bool(adds), template)
+    eos = eos_ids(source, hf_config, tokenizer)
+    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, adds_bos(tokenizer), template)
 
 
-def _eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, ...]:
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether texts start with the bos token."""
+    return bool(tokenizer("Hello").input_ids[:1] == [tokenizer.bos_token_id])
+
+
+def eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, ...]:
     """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's."""
     generation = source.folder / "generation_config.json"
     stated: list[Any] = [tokenizer.eos_token_id, getattr(hf_config.get_text_config(), "eos_token_id", None)]

@@ -29,7 +29,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .. import recipes
 from ..config import ExportConfig
-from ..errors import LessExportError, UsageError
+from ..errors import LessExportError, ModelError, UsageError
 from ..files import publish, scratch_folder
 from ..sources import ModelSource, described, resolve
 from . import weights
@@ -137,6 +137,7 @@ def write(
             tokenizer.save_pretrained(scratch)
         if folder.exists():
             if _same(scratch, folder, [*plan.filename_to_tensors]):
+                _refuse_damaged(folder, [*plan.filename_to_tensors])
                 return total, False
             raise UsageError(f"{folder} is not the random checkpoint that this command makes: remove it")
         free = shutil.disk_usage(scratch).free
@@ -177,6 +178,14 @@ def _same(wanted: Path, folder: Path, shards: list[str]) -> bool:
     except (OSError, ValueError):
         return False
     return alike and all((folder / n).is_file() for n in shards)
+
+
+def _refuse_damaged(folder: Path, shards: list[str]) -> None:
+    for name in shards:
+        try:
+            weights.read_header(folder / name)
+        except ModelError as error:
+            raise ModelError(f"{folder / name} is corrupt or truncated: remove {folder}, it is made anew") from error
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError, UsageError
-from ..sources import TEXT_PART
+from ..sources import TEXT_PART, quiet_transformers
 
 _ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 #: Operators that only move the values of a weight, their first input.
@@ -153,33 +153,32 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, single or sharded."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index.name} is not a usable index ({error}): download it again") from error
-        files = [folder / str(n) for n in names]
-    else:
-        files = [folder / "model.safetensors"]
-        if not files[0].exists():
-            files = sorted(folder.glob("*.safetensors"))
-    missing = [f.name for f in files if not f.exists()]
-    if missing or not files:
-        kinds = sorted(p.suffix for p in folder.glob("*.bin")) and " (convert pytorch .bin files to safetensors first)"
-        what = f"{missing[0]} is missing" if missing else "no .safetensors file"
-        raise ModelError(f"{folder}: {what}{kinds or ''}")
-    return files
+@dataclass(frozen=True)
+class Survey:
+    """What a checkpoint's files hold of a model.
+
+    ``tensors`` by parameter name, tied names included. ``missing`` names are not stored as they are needed; those that
+    are ``convertible`` are stored in another layout (fused experts) or dtype. ``unused``: floats that the model has no
+    place for, by their names in the files, and what they would be called in it.
+    """
+
+    tensors: dict[str, Stored]
+    missing: list[str]
+    convertible: set[str]
+    unused: dict[str, str]
 
 
 def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, Stored], list[str]]:
-    """Where the parameters (and saved buffers) of ``model`` lie in a checkpoint.
+    """Where the parameters (and saved buffers) of ``model`` lie, and the names of those that are not there."""
+    found = survey(model, files)
+    return found.tensors, found.missing
 
-    Returns the tensors by parameter name, tied names included, and the names that are not stored as they
-    are needed (fused experts, other dtypes): those must be converted and copied. The names follow
-    transformers' own renaming rules.
+
+def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
+    """Hold the names and shapes in ``files`` against ``model``'s, by transformers' own renaming rules.
+
+    Raises:
+        ModelError: a damaged file, or another shape.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -189,27 +188,45 @@ def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, Stored]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     wanted: dict[str, torch.Tensor] = dict(model.state_dict())
     found: dict[str, Stored] = {}
+    convertible: set[str] = set()
+    unused: dict[str, str] = {}
     for path in files:
         for key, tensor in stored_tensors(path).items():
             name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
             if name not in wanted and key in wanted:
                 name, pattern = key, None
-            usable = isinstance(tensor, QuantisedTensor) or tensor.dtype in _ONNX_DTYPES
-            if pattern is None and name in wanted and usable:
-                if tensor.shape != tuple(wanted[name].shape):
-                    raise ModelError(
-                        f"{path.name}: '{key}' is {list(tensor.shape)}, config.json makes it "
-                        f"{list(wanted[name].shape)}: weights and config belong to different models"
-                    )
-                found[name] = tensor
-    owners: dict[int, list[str]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(tensor), []).append(name)
-    for names in owners.values():
+            if name not in wanted:
+                if isinstance(tensor, StoredTensor) and tensor.dtype.startswith(("F", "BF")):
+                    unused[key] = name
+                continue
+            if pattern is not None:
+                first, *others = next(c for c in converters if pattern in c.source_patterns).target_patterns
+                convertible |= {name, *(name.replace(first, other) for other in others)}
+                continue
+            if not isinstance(tensor, QuantisedTensor) and tensor.dtype not in _ONNX_DTYPES:
+                convertible.add(name)
+                continue
+            if tensor.shape != tuple(wanted[name].shape):
+                raise ModelError(
+                    f"{path.name}: '{key}' is {list(tensor.shape)}, config.json makes it "
+                    f"{list(wanted[name].shape)}: weights and config belong to different models"
+                )
+            found[name] = tensor
+    for names in tied_names(model):
         source = next((found[n] for n in names if n in found), None)
         if source is not None:
             found.update(dict.fromkeys((n for n in names if n not in found), source))
-    return found, [n for n in wanted if n not in found]
+        if not convertible.isdisjoint(names):
+            convertible.update(names)
+    return Survey(found, [n for n in wanted if n not in found], convertible, unused)
+
+
+def tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """The names of every parameter."""
+    owners: dict[int, list[str]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(tensor), []).append(name)
+    return list(owners.values())
 
 
 def layer_kinds(text: Any) -> list[str]:
@@ -270,7 +287,7 @@ def bare_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     from accelerate import init_empty_weights
 
     config = copy.deepcopy(config)  # from_config writes dtype and attention into the one it is given
-    with init_empty_weights(include_buffers=False):
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
     stretched: dict[int, nn.Parameter] = {}

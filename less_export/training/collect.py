@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import simulate
 from ..contract import LayerSpec
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import LessExportError, ModelError, UnsupportedModelError
 from ..files import write_atomically
 from ..progress import Progress
 from ..surgery import AttentionCall, less_attention
+from . import room
 
 _MARK = "collected.json"
 
@@ -49,6 +51,26 @@ class Activations:
     def nbytes(self, layer: int) -> int:
         return self.shape(layer).numel() * self._dtype.itemsize
 
+    def reserve(self, layers: Sequence[int]) -> None:
+        """Make the files of ``layers`` that are not there, with all the disk space that they take.
+
+        Raises:
+            LessExportError: the disk has not so much.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            for layer in layers:
+                file, size = self._file(layer), self.nbytes(layer)
+                if not file.exists() or file.stat().st_size != size:
+                    room.reserve(file, size)
+        except OSError as error:
+            self.remove()  # what was reserved so far counts as free
+            whole, free = sum(map(self.nbytes, layers)), shutil.disk_usage(self.folder.parent).free
+            raise LessExportError(
+                f"{whole / 1e9:.2f} GB of activations do not fit beside --out, where {free / 1e9:.2f} GB are free "
+                f"({error.strerror or error}): make room, or give fewer --seqs or a shorter --seq-len"
+            ) from error
+
     def done(self) -> set[int]:
         """Layers whose files are whole."""
         mark = self.folder / _MARK
@@ -61,6 +83,10 @@ class Activations:
         """Give the disk space back."""
         for file in (self.folder / _MARK, *self.folder.glob("layer_*.bin")):
             file.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """The same, folder and all."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @torch.inference_mode()
@@ -78,9 +104,9 @@ def collect(
     ``share`` = (rank, processes): this process runs every ``processes``-th sequence.
 
     Raises:
-        ModelError: a layer is given NaN or inf.
+        LessExportError: a layer is given NaN or inf, or the disk is full.
     """
-    into.folder.mkdir(parents=True, exist_ok=True)
+    into.reserve(layers)
     files = {i: into.tensor(i) for i in layers}
     rank, processes = share
     mine = list(range(rank, len(ids), processes))

@@ -59,6 +59,16 @@ def read(names: Sequence[str]) -> list[Source]:
     return found
 
 
+def distinct(sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
+    """The sources without those whose text is an earlier one's, which would be trained on and held back at once.
+
+    Also returns the names of those.
+    """
+    found: dict[str, Source] = {}
+    again = [s.name for s in sources if found.setdefault(s.facts()["sha256"], s) is not s]
+    return list(found.values()), again
+
+
 def shipped(folder: str) -> Source:
     """The texts that come with the package: ``calibration`` to train on, ``held_out`` to evaluate on."""
     files = importlib.resources.files("less_export") / "data" / folder

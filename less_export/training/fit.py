@@ -56,7 +56,7 @@ class Fit:
 class Errors:
     """Mean square of what is wrong with a layer's output over the mean square of that output.
 
-    ``sparse``: eviction alone. ``start``: the untrained kernels. ``less``: the trained ones.
+    ``sparse``: eviction alone. ``start``: the untrained kernels. ``less``: those that are kept, trained or untrained.
     """
 
     sparse: float
@@ -126,14 +126,19 @@ def prepare(activations: Tensor, layer: LayerSpec, projection: Tensor, device: s
     return Prepared(layer, projection, *(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-def memory(layer: LayerSpec, projection: Tensor, shape: torch.Size, itemsize: int) -> int:
-    """Bytes that a layer takes while it is fitted: its :class:`Prepared` sequences and the largest temporaries.
+def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> int:
+    """Most bytes that a layer takes while it is fitted.
 
-    shape, itemsize: of its activations [N,Hq+2Hk,T,D].
+    That is its :class:`Prepared` sequences, and beside them what the last rows to be prepared need (a little over two
+    times their logits, and casts) or, when all are joined, the parts they come from.
+
+    width: of what the layer adds. shape, itemsize: of its activations [N,Hq+2Hk,T,D].
     """
-    count, heads, length, width = shape
-    fixed = count * length * (heads * width * itemsize + 4 * layer.query_heads * (width + 1) + 4 * projection.shape[1])
-    return fixed + 4 * _rows_at_a_time(layer, length) * 4 * layer.query_heads * length * length
+    count, heads, length, dim = shape
+    token = heads * dim * itemsize + 4 * layer.query_heads * (dim + 1) + 4 * layer.kv_heads + 4 * width
+    rows = min(count, _rows_at_a_time(layer, length))
+    temporary = rows * length * (9 * layer.query_heads * length + 2 * token)
+    return count * length * token + max(count * length * token, temporary)
 
 
 def _rows_at_a_time(layer: LayerSpec, length: int) -> int:
@@ -219,4 +224,8 @@ def fit(
     made.requires_grad_(False)
     for kept, parameter in zip(averaged, made.parameters(), strict=True):
         parameter.data = kept
-    return made, Errors(relative_error(validation, None), before, relative_error(validation, made))
+    after = relative_error(validation, made)
+    if not after <= before:  # the steps did harm: back to where they began
+        made = begin(train, parametrisation, rank, hidden, torch.Generator().manual_seed(seed))
+        after = before
+    return made, Errors(relative_error(validation, None), before, after)

@@ -6,11 +6,14 @@ the file is written: the same command goes on where it was interrupted, another 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,16 +23,16 @@ import torch
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..config import default_context, plan_layers
+from ..config import default_context, plan_layers, sparse_layer
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
 from ..exporter import weights
-from ..feature_maps import Kernels
-from ..files import sha256
+from ..feature_maps import FeatureMap, Kernels
+from ..files import sha256, write_atomically
 from ..progress import Progress, Silent
-from ..sources import ModelSource, resolve
+from ..sources import ModelSource, checkpoint_files, resolve
 from ..surgery import discover, learned_positions
-from . import collect, data, end_to_end, fit
+from . import allocate, collect, data, end_to_end, fit, room
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
 from .options import device as choose_device
 
@@ -41,9 +44,13 @@ _VALIDATION = 12
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer fared: see :class:`~less_export.training.fit.Errors`; ``used`` is False where LESS lost."""
+    """How one layer fared: see :class:`~less_export.training.fit.Errors`; ``used`` is False where LESS lost.
+
+    ``less`` is the error of the kernels in the file: after they were tuned together, if they were.
+    """
 
     layer: int
+    slots: int
     sparse: float
     start: float
     less: float
@@ -60,9 +67,13 @@ class _Job:
     corpus: data.Corpus
     facts: dict[str, Any]
     device: str
+    dtype: torch.dtype
+    width: int
     work: Path
     processes: Processes
     progress: Progress
+    #: Where the other processes say what they have done; the first has ``progress``.
+    aloud: Progress
 
     @property
     def validation(self) -> int:
@@ -100,8 +111,16 @@ def train(
     processes.join()
     try:
         job = _prepare(model, out, texts, config, processes, shown)
-        _fit_all(job)
-        return _finish(job, out)
+        job.aloud = Silent() if processes.first else progress or Silent()
+        try:
+            if config.divided:
+                _divide(job)
+            _fit_all(job)
+            return _finish(job, out)
+        except BaseException:
+            with contextlib.suppress(OSError):  # what is finished stays
+                job.work.rmdir()
+            raise
     except OSError as error:
         raise LessExportError(f"cannot write {out} or beside it: {error.strerror or error}") from error
     finally:
@@ -114,7 +133,9 @@ def _prepare(
     """Everything that can be wrong, before anything takes long."""
     if not texts and processes.first:
         warnings.warn("no --data given: training on the text that ships with less-export", stacklevel=3)
-    sources = data.read(texts or ["calibration"])
+    sources, again = data.distinct(data.read(texts or ["calibration"]))
+    if again and processes.first:
+        warnings.warn(f"--data {', '.join(again)}: the text of another source once more, left out", stacklevel=3)
     device = choose_device(config.device)
     source = resolve(model)
     recipe = source.recipe
@@ -129,8 +150,11 @@ def _prepare(
     )
     limit = getattr(text_config, "max_position_embeddings", None)
     cache = config.cache().with_defaults(recipe.options() if recipe else {})
+    cache = replace(cache, layer_budgets=None) if config.divided else cache
     context = cache.context or default_context(limit)
-    length = config.seq_len or min(DEFAULT_LENGTH, learned_positions(bare) or DEFAULT_LENGTH)
+    length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    if length > (learned_positions(bare) or length):
+        raise UsageError(f"--seq-len {length} is more than the {limit} positions that the model has: lower it")
     plan = plan_layers(layers, cache, context, dict.fromkeys(range(len(layers)), config.rank or DEFAULT_RANK))
     able = [i for i, s in enumerate(plan) if s.absorb]
     if not able:
@@ -152,40 +176,88 @@ def _prepare(
         raise UsageError(f"the text has one sequence of {length} tokens; training and validation need two: give more")
     if len(corpus.ids) < wanted and processes.first:
         warnings.warn(f"the text has {len(corpus.ids)} sequences of {length} tokens, not {wanted}", stacklevel=3)
+    if length > (limit or length) and processes.first:
+        warnings.warn(
+            f"--seq-len {length} is past the {limit} positions the model was trained for: quality may suffer",
+            stacklevel=3,
+        )
+    shares = Counter(corpus.origin)
     facts = {
         "model": source.name,
-        "model_sha256": _model_hash(source),
+        "model_sha256": _model_hash(source, progress),
         "policy": cache.policy or plan[chosen[0]].policy.label,
         "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
         "compress_sliding": bool(cache.compress_sliding),
         "data": [s.facts() for s in sources],
-        "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash()},
+        "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash(), "shares": shares},
         "rank": config.rank,
         "hidden": config.hidden,
         "parametrisation": config.parametrisation,
         "fit": asdict(fit.Fit(steps=config.step_count)),
-        "end_to_end": config.end_to_end,
+        "layer_budgets": config.layer_budgets if config.divided else cache.layer_budgets,
+        "end_to_end": config.tuned,
         "seed": config.seed,
         "less_export": __version__,
     }
     mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     work = out.parent / f".{out.name}.{mark}"
+    if processes.first:
+        _tell_of_others(out, work)
     work.mkdir(parents=True, exist_ok=True)
-    return _Job(source, config, plan, chosen, corpus, facts, device, work, processes, progress)
+    dtype, width = compute_dtype(hf_config, device), int(getattr(text_config, "hidden_size", 0))
+    return _Job(
+        source, config, plan, chosen, corpus, facts, device, dtype, width, work, processes, progress, Silent()
+    )  # fmt: skip
 
 
-def _model_hash(source: ModelSource) -> str:
+def _model_hash(source: ModelSource, progress: Progress) -> str:
     """Hash of the weights, over the hashes of their files."""
     source.fetch()
-    files = [source.gguf] if source.gguf else weights.checkpoint_files(source.folder)
-    return hashlib.sha256("".join(sha256(f) for f in files if f).encode()).hexdigest()
+    files = [f for f in ([source.gguf] if source.gguf else checkpoint_files(source.folder)) if f]
+    progress.say(f"hashing {sum(f.stat().st_size for f in files) / 1e9:.2f} GB of weights")
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def _tell_of_others(out: Path, work: Path) -> None:
+    """Say what trainings with other options have left beside ``out``: they may still run, so it stays."""
+    name = re.compile(re.escape(f".{out.name}.") + "[0-9a-f]{12}")
+    left = [p for p in sorted(out.parent.glob(".*")) if name.fullmatch(p.name) and p.is_dir() and p != work]
+    if left:
+        size = sum(f.stat().st_size for p in left for f in p.rglob("*") if f.is_file())
+        warnings.warn(
+            f"unfinished trainings of {out.name} with other options or texts hold {size / 1e9:.2f} GB; delete what "
+            f"no longer runs: {', '.join(map(str, left))}",
+            stacklevel=4,
+        )
 
 
 def _load(job: _Job) -> PreTrainedModel:
     job.progress.say(f"loading {job.source.name}")
-    config = job.source.config()
     # Moved as a whole: transformers' own placement would need accelerate for a single device.
-    return job.source.load(compute_dtype(config, job.device)).to(torch.device(job.device))
+    return job.source.load(job.dtype).to(torch.device(job.device))
+
+
+def _divide(job: _Job) -> None:
+    """Give every layer its share of the budget; the first process measures, what it finds is kept beside the layers."""
+    file = job.work / "layer_budgets.json"
+    if job.processes.first and not file.exists():
+        found = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress)
+        write_atomically(file, json.dumps([[i, *x] for i, at in found.items() for x in at.items()]).encode())
+    job.processes.wait()
+    costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
+    for i, slots, cost in json.loads(file.read_text()):
+        costs[i][slots] = cost
+    divided = allocate.divide(costs, job.plan)
+    plan = list(job.plan)
+    for i, slots in divided.items():
+        plan[i] = replace(sparse_layer(plan[i], slots), absorb=True, rank=plan[i].rank)
+    job.plan = tuple(plan)
+    job.facts |= {
+        "layer_budgets": allocate.option(divided),
+        "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in divided},
+        "eviction_costs": {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()},
+    }
+    job.progress.say(f"budgets of the layers: {job.facts['layer_budgets']}")
 
 
 def _fit_all(job: _Job) -> None:
@@ -194,39 +266,69 @@ def _fit_all(job: _Job) -> None:
     finished = len(job.layers) - len(todo)
     if finished:
         job.progress.say(f"{finished} of {len(job.layers)} layers were trained before")
-    job.processes.wait()  # all must have looked before the first writes
+    if todo:
+        ids = job.corpus.ids
+        folder = job.work / str(job.dtype).replace("torch.", "activations_")
+        into = collect.Activations(folder, job.plan, len(ids), ids.shape[1], job.dtype)
+        split = collect.groups(todo, into, DISK)
+        _need_memory(job, split, into)
+    job.processes.wait()  # all must have looked before the first takes memory and writes
     if not todo:
         return
-    model = _load(job)
-    projections = collect.output_projections(model, job.plan)
-    dtype = next(model.parameters()).dtype
-    ids = job.corpus.ids
-    into = collect.Activations(
-        job.work / str(dtype).replace("torch.", "activations_"), job.plan, len(ids), ids.shape[1], dtype
-    )
-    split = collect.groups(todo, into, DISK)
-    size = max(sum(into.nbytes(i) for i in g) for g in split)
-    shapes = {i: into.shape(i) for i in todo}
-    most = max(fit.memory(job.plan[i], projections[i], s, dtype.itemsize) for i, s in shapes.items())
-    job.progress.say(
-        f"{len(todo)} layers, {len(ids)} sequences: {size / 1e9:.2f} GB of activations on disk, "
-        f"up to {most / 1e9:.2f} GB of memory while a layer is fitted"
-    )
     for group in split:
-        if not set(group) <= into.done():
-            share = (job.processes.rank, job.processes.count)
-            collect.collect(model, ids, job.plan, group, into, share, job.progress)
-            job.processes.wait()
-            if job.processes.first:
-                into.mark_done(group)
-        if group is split[-1]:
-            del model  # the fits need its memory, not its weights
-        for layer in group[job.processes.rank :: job.processes.count]:
-            _fit_layer(job, layer, into.tensor(layer), projections[layer])
+        try:
+            projections = _collect(job, group, into)
+            for layer in group[job.processes.rank :: job.processes.count]:
+                _fit_layer(job, layer, into.tensor(layer), projections[layer])
+        except BaseException as error:
+            # Half of the activations are of no use, nor are all of them where the same command would fail again.
+            if isinstance(error, LessExportError) or not set(group) <= into.done():
+                into.remove()
+            raise
         job.processes.wait()
         if job.processes.first:
             into.drop()
         job.processes.wait()
+
+
+def _need_memory(job: _Job, split: list[list[int]], into: collect.Activations) -> None:
+    """Say what the fits take of disk and memory.
+
+    Raises:
+        LessExportError: there is less memory.
+    """
+    todo = [i for group in split for i in group]
+    matrices = 4 * job.width * max(sum(job.plan[i].query_heads * job.plan[i].head_dim for i in g) for g in split)
+    most = matrices + max(fit.memory(job.plan[i], job.width, into.shape(i), job.dtype.itemsize) for i in todo)
+    sharing = min(job.processes.on_machine, len(todo)) if torch.device(job.device).type == "cpu" else 1
+    disk = max(sum(into.nbytes(i) for i in g) for g in split)
+    job.progress.say(
+        f"{len(todo)} layers, {len(job.corpus.ids)} sequences: {disk / 1e9:.2f} GB of activations on disk, "
+        f"up to {most / 1e9:.2f} GB of memory while a layer is fitted"
+    )
+    free = room.free_memory(job.device)
+    if free is not None and sharing * most > free:
+        each = f", in each of {sharing} processes" if sharing > 1 else ""
+        raise LessExportError(
+            f"fitting a layer takes {most / 1e9:.2f} GB of memory{each}, and {free / 1e9:.2f} GB are free: "
+            "give fewer --seqs or a shorter --seq-len"
+        )
+
+
+def _collect(job: _Job, group: list[int], into: collect.Activations) -> dict[int, torch.Tensor]:
+    """Have the activations of ``group``, and return its output projections; the model is gone afterwards."""
+    model = _load(job)
+    projections = collect.output_projections(model, job.plan)
+    if not set(group) <= into.done():
+        if job.processes.first:
+            into.reserve(group)
+        job.processes.wait()
+        share = (job.processes.rank, job.processes.count)
+        collect.collect(model, job.corpus.ids, job.plan, group, into, share, job.progress)
+        job.processes.wait()
+        if job.processes.first:
+            into.mark_done(group)
+    return {i: projections[i] for i in group}
 
 
 def _fit_layer(job: _Job, layer: int, activations: torch.Tensor, projection: torch.Tensor) -> None:
@@ -244,25 +346,29 @@ def _fit_layer(job: _Job, layer: int, activations: torch.Tensor, projection: tor
             config.rank or DEFAULT_RANK,
             config.hidden or DEFAULT_HIDDEN,
             recipe,
-            config.seed + layer,
+            config.seed,
             step,
         )
         step(f"error {errors.less:.4f}, without LESS {errors.sparse:.4f}", 0)
-    facts = {**vars(errors), "used": errors.less < errors.sparse, "seconds": round(time.perf_counter() - begin, 1)}
+    seconds = round(time.perf_counter() - begin, 1)
+    facts = {**vars(errors), "used": errors.less < errors.sparse, "seconds": seconds}
+    job.aloud.say(f"layer {layer}: {seconds:.0f} s, error {errors.less:.4f}, without LESS {errors.sparse:.4f}")
     Kernels({layer: made.cpu()}, facts).save(job.layer_file(layer))
 
 
 def _finish(job: _Job, out: Path) -> tuple[LayerReport, ...]:
     """Put the layers together, tune them if asked to, and write the file (first process only)."""
     loaded = {i: Kernels.load(job.layer_file(i)) for i in job.layers}
-    reports = tuple(LayerReport(i, **k.provenance) for i, k in loaded.items())
+    job.processes.wait()  # all must have read before the first removes them
+    reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
     maps = {r.layer: loaded[r.layer].layers[r.layer] for r in reports if r.used}
-    facts = {**job.facts, "layers": {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}}
+    where = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
+    facts = {**job.facts, "torch": torch.__version__, "device": where}
     if job.processes.first:
-        if job.config.end_to_end and maps:
-            learn, check = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
-            maps, tuned = end_to_end.tune(_load(job), learn, check, job.plan, maps, job.config.seed, job.progress)
-            facts["end_to_end"] = tuned
+        if job.config.tuned and maps:
+            maps, facts["end_to_end"], errors = _tune(job, maps)
+            reports = tuple(replace(r, less=errors.get(r.layer, r.less)) for r in reports)
+        facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
         Kernels(dict(maps), facts).save(out)
         shutil.rmtree(job.work, ignore_errors=True)
         off = [r.layer for r in reports if not r.used]
@@ -273,3 +379,22 @@ def _finish(job: _Job, out: Path) -> tuple[LayerReport, ...]:
             )
     job.processes.wait()
     return reports
+
+
+def _tune(job: _Job, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any], dict[int, float]]:
+    """Tune the layers' kernels together; also what was found, and the layers' errors with what came out."""
+    model = _load(job)
+    learn, check = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
+    kept = job.work / "end_to_end.pt"
+    tuned, facts = end_to_end.tune(model, learn, check, job.plan, maps, job.config.seed, job.progress, keep=kept)
+    errors: dict[int, float] = {}
+    if facts["used"]:
+        into = collect.Activations(job.work / "tuned", job.plan, len(check), check.shape[1], job.dtype)
+        into.reserve(list(tuned))
+        projections = collect.output_projections(model, job.plan)
+        collect.collect(model, check, job.plan, list(tuned), into, (0, 1), job.progress)
+        for i, made in tuned.items():
+            ready = fit.prepare(into.tensor(i), job.plan[i], projections[i], job.device)
+            errors[i] = fit.relative_error(ready, made.to(job.device))
+            made.cpu()
+    return tuned, facts, errors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,22 +15,30 @@ from ..errors import UsageError
 from ..feature_maps import PARAMETRISATIONS
 
 Quality = Literal["fast", "high"]
-#: Steps per layer and training sequences of each quality.
-QUALITIES: dict[str, tuple[int, int]] = {"fast": (500, 32), "high": (1500, 64)}
+#: Steps per layer, training sequences, and whether all kernels are tuned together at the end, of each quality.
+QUALITIES: dict[str, tuple[int, int, bool]] = {"fast": (500, 48, False), "high": (500, 192, True)}
 DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 8, 128, 1024
+#: The ``layer_budgets`` that are found by measurement.
+DIVIDED = "auto"
+#: Largest seed: layers add their number to it, and torch takes 64 bits.
+_SEED = 2**63 - 1
+#: How long processes wait for each other; one may train for hours while the others have nothing to do.
+_PATIENCE = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What a user may choose; ``None`` leaves it to the recipe, then to the default.
 
-    policy, budget, context, compress_sliding: as of an export. rank, hidden: sizes of the kernels.
-    quality: sets ``steps`` and ``seqs`` where they are not given. seqs, seq_len: training sequences and their
-    tokens (validation takes a twelfth more). layers: ``"0-7,9"``. end_to_end: tune all kernels together at the end.
+    policy, budget, context, compress_sliding: as of an export; layer_budgets too, or ``"auto"``: the budget is divided
+    by what eviction costs in each layer. rank, hidden: sizes of the kernels. quality: sets ``steps``, ``seqs`` and
+    ``end_to_end`` (tune all kernels together at the end) where they are not given. seqs, seq_len: training sequences
+    and their tokens (validation takes a twelfth more). layers: ``"0-7,9"``.
     """
 
     policy: str | None = None
     budget: str | None = None
+    layer_budgets: str | None = None
     context: int | None = None
     compress_sliding: bool | None = None
     rank: int | None = None
@@ -39,7 +49,7 @@ class TrainConfig:
     seqs: int | None = None
     seq_len: int | None = None
     layers: str | None = None
-    end_to_end: bool = False
+    end_to_end: bool | None = None
     seed: int = 0
     device: str | None = None
 
@@ -57,13 +67,25 @@ class TrainConfig:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.steps is not None and self.steps < 0:
             raise UsageError(f"--steps must be at least 0, not {self.steps}")
+        if not 0 <= self.seed <= _SEED:
+            raise UsageError(f"--seed must lie between 0 and {_SEED}, not be {self.seed}")
         self.cache()
 
     def cache(self) -> ExportConfig:
         """The options of the cache."""
         return ExportConfig(
-            policy=self.policy, budget=self.budget, context=self.context, compress_sliding=self.compress_sliding
-        )
+            policy=self.policy, budget=self.budget, layer_budgets=None if self.divided else self.layer_budgets,
+            context=self.context, compress_sliding=self.compress_sliding,
+        )  # fmt: skip
+
+    @property
+    def divided(self) -> bool:
+        """Whether the budget is to be divided by measurement."""
+        return self.layer_budgets == DIVIDED
+
+    @property
+    def tuned(self) -> bool:
+        return QUALITIES[self.quality][2] if self.end_to_end is None else self.end_to_end
 
     @property
     def step_count(self) -> int:
@@ -83,18 +105,21 @@ def parse_layers(text: str | None, available: list[int]) -> list[int]:
     if text is None:
         return available
     chosen: set[int] = set()
-    try:
-        for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen |= set(range(int(first), int(last or first) + 1))
-    except ValueError:
-        raise UsageError(f"--layers '{text}' is not a list like 0-7,9") from None
-    wrong = sorted(chosen - set(available))
-    if wrong or not chosen:
-        raise UsageError(
-            f"--layers {text}: layer {wrong[0] if wrong else 'none'} evicts nothing or is not there; "
-            f"those that do: {','.join(map(str, available))}"
-        )
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        if found is None:
+            raise UsageError(f"--layers '{text}' is not a list like 0-7,9")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise UsageError(f"--layers {text}: {first}-{last} runs backwards, write {last}-{first}")
+        asked = range(first, last + 1)
+        wrong = next((i for i in asked if i not in available), None)  # at most one past those there are
+        if wrong is not None:
+            raise UsageError(
+                f"--layers {text}: layer {wrong} evicts nothing or is not there; "
+                f"those that do: {','.join(map(str, available))}"
+            )
+        chosen.update(asked)
     return sorted(chosen)
 
 
@@ -105,7 +130,7 @@ def device(name: str | None) -> str:
             return "cpu"
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # meta holds nothing
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return name
@@ -135,7 +160,7 @@ class Processes:
     def join(self) -> None:
         """Meet the others."""
         if self.count > 1:
-            torch.distributed.init_process_group("gloo")
+            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
 
     def wait(self) -> None:
         """Until all are here."""
@@ -150,3 +175,8 @@ class Processes:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def on_machine(self) -> int:
+        """How many of them share this machine's memory."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,151 @@
+"""A checkpoint's tensors for a model: fetched, found, converted where they are stored otherwise, held to the config."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from .. import artifact
+from ..config import ExportConfig
+from ..errors import LessExportError, ModelError
+from ..sources import ModelSource, checkpoint_files
+from . import weights
+from .weights import Stored, StoredTensor
+from .wrapper import torch_dtype
+
+#: Floats of older checkpoints that are no weights: rotary tables, masks. Classes of transformers name more of them.
+_NO_WEIGHTS = ("rotary_emb.", "inv_freq", "masked_bias", "position_ids")
+_PIECE = 1 << 24
+
+Progress = Callable[[str], None]
+
+
+def take(
+    source: ModelSource, config: ExportConfig, hf_config: Any, bare: PreTrainedModel, scratch: Path, progress: Progress
+) -> tuple[PreTrainedModel, dict[str, Stored]]:
+    """Where every parameter of ``bare`` lies: in the checkpoint's files, or in one that is written to ``scratch``.
+
+    Parameters that ``hf_config`` ties although other values are stored are taken apart, as transformers does: then
+    ``hf_config`` is changed, and the model is another than ``bare``.
+
+    Returns:
+        The bare model, and its tensors by parameter name.
+
+    Raises:
+        LessExportError: the weights cannot be had, are damaged, or are not the model's.
+    """
+    if source.gguf is not None:
+        progress("dequantising the GGUF weights")
+        # In the compute dtype of TensorRT, 16 bits unless asked otherwise.
+        files = [_convert(source, hf_config, bare, None, config.dtype or "bfloat16", scratch)]
+    else:
+        if source.hub is not None:
+            progress(f"fetching the weights of {source.hub}")
+        source.fetch()
+        files = checkpoint_files(source.folder)
+    survey = weights.survey(bare, files)
+    _refuse_lost([n for n in survey.missing if n not in survey.convertible])
+    tensors = survey.tensors
+    if survey.missing:
+        progress(f"converting {len(survey.missing)} tensors that are stored in another layout")
+        copied = _convert(source, hf_config, bare, survey.missing, "auto", scratch)
+        tensors |= weights.locate(bare, [copied])[0]
+        _refuse_lost([n for n in survey.missing if n not in tensors])
+    if survey.unused and config.num_hidden_layers is not None:  # those of further layers are left out on purpose
+        survey = weights.survey(weights.bare_model(source.config(), torch.float32), files)
+    unused = unused_weights(bare, survey.unused, source.is_part()) if survey.unused else []
+    if unused:
+        warnings.warn(
+            f"config.json has no place for {unused[0]} (and {len(unused) - 1} more tensors of the checkpoint): they "
+            "are left out, as in transformers; if the model was trained with them, config.json is wrong",
+            stacklevel=2,
+        )
+    apart = stored_apart(bare, tensors)
+    if apart:
+        for part in (hf_config, hf_config.get_text_config()):
+            part.tie_word_embeddings = False
+        bare = weights.bare_model(hf_config, torch.float32)
+        if stored_apart(bare, tensors):
+            raise ModelError(
+                f"{apart[0]} and {apart[1]} are one tensor in {type(bare).__name__}, but the checkpoint stores "
+                "different values: weights and config belong to different models"
+            )
+        warnings.warn(
+            f"config.json ties {apart[0]} and {apart[1]}, but the checkpoint stores different values: both are used, "
+            "as in transformers",
+            stacklevel=2,
+        )
+    return bare, tensors
+
+
+def _refuse_lost(names: list[str]) -> None:
+    if names:
+        raise LessExportError(f"the checkpoint lacks {names[0]} (and {len(names) - 1} more): weights and config differ")
+
+
+def _convert(
+    source: ModelSource, hf_config: Any, bare: PreTrainedModel, names: list[str] | None, dtype: str, scratch: Path
+) -> Path:
+    """Write weights that cannot be pointed at (GGUF, fused experts) to a safetensors file of the bundle."""
+    loaded = source.load(dtype if dtype == "auto" else torch_dtype(dtype), None if source.gguf else hf_config)
+    state = loaded.state_dict()
+    wanted = set(bare.state_dict()) if names is None else set(names)
+    kept: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if name in wanted and tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            kept[name] = tensor.contiguous()
+    path = scratch / artifact.CONVERTED_WEIGHTS
+    save_file(kept, path, {"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner may read
+    return path
+
+
+def unused_weights(model: PreTrainedModel, unused: Mapping[str, str], is_part: bool) -> list[str]:
+    """Which of the floats that ``model`` has no place for are weights of a decoder, by their names in the checkpoint.
+
+    Args:
+        unused: names in the checkpoint, and what they would be called in ``model``.
+        is_part: the checkpoint also sees or hears. Then what lies beside the decoder's own modules is not its.
+    """
+    known = [*map(re.escape, _NO_WEIGHTS), *(model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = re.compile("|".join(f"({p})" for p in known))
+    modules = {n for n, _ in model.named_modules()} - {"", model.base_model_prefix}
+
+    def inside(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:i]) in modules for i in range(1, len(parts)))
+
+    own = {k: n for k, n in unused.items() if not (ignored.search(k) or ignored.search(n))}
+    return [k for k, n in own.items() if not is_part or inside(n)]
+
+
+def stored_apart(model: PreTrainedModel, tensors: Mapping[str, Stored]) -> list[str]:
+    """Names of a parameter of ``model`` that is stored twice, with different values; empty where there is none."""
+    for names in weights.tied_names(model):
+        first, *others = dict.fromkeys(tensors[n] for n in names)
+        if not all(_equal(first, other) for other in others):
+            return names
+    return []
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    """Whether the same bytes are stored, in the same dtype."""
+    if not (isinstance(a, StoredTensor) and isinstance(b, StoredTensor)) or (a.dtype, a.length) != (b.dtype, b.length):
+        return False
+    with open(a.file, "rb") as one, open(b.file, "rb") as other:
+        one.seek(a.offset)
+        other.seek(b.offset)
+        for at in range(0, a.length, _PIECE):
+            size = min(_PIECE, a.length - at)
+            if one.read(size) != other.read(size):
+                return False
+    return True

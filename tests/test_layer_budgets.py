@@ -1,0 +1,195 @@
+"""Budgets of single layers: the option, what eviction costs in each layer, and how a budget is divided by it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from less_export import export, open_bundle
+from less_export.config import ExportConfig, exact_layer, layer_tokens, plan_layers, sparse_layer
+from less_export.contract import Contract, LayerSpec, Policy
+from less_export.errors import UsageError
+from less_export.feature_maps import Kernels
+from less_export.progress import Silent
+from less_export.runtime.torch_backend import ModelBackend
+from less_export.sources import resolve
+from less_export.surgery import discover
+from less_export.training import allocate
+
+from .training_support import model_folder, sliding_folder, text, trained
+
+__all__ = ["text"]
+
+
+def plan(*windows: int, **options: Any) -> tuple[LayerSpec, ...]:
+    layers = [SimpleNamespace(query_heads=4, kv_heads=2, head_dim=8, scale=0.35, window=w) for w in windows]
+    return plan_layers(layers, ExportConfig(**options), 1000, {})  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------ the option
+
+
+def test_layers_have_the_budget_they_are_given() -> None:
+    made = plan(0, 0, 0, budget="10", layer_budgets="1:20, 2:0.5%")
+    assert [(s.heavy, s.recent, s.capacity) for s in made] == [(5, 5, 10), (10, 10, 20), (2, 2, 4)]
+    assert [s.heavy for s in plan(0, 0, policy="sink", budget="10", layer_budgets="1:20")] == [4, 4]
+    assert [s.capacity for s in plan(64, 0, budget="10", layer_budgets="0:20", compress_sliding=True)] == [20, 10]
+
+
+@pytest.mark.parametrize("words", ["", "5", "5:", ":5", "a:5", "1:2:3", "1:2,", "-1:4", "auto"])
+def test_what_is_no_list_is_refused(words: str) -> None:
+    with pytest.raises(UsageError, match="--layer-budgets"):
+        layer_tokens(words, 1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"layer_budgets": "3:8"}, "has 2 layers"),
+        ({"layer_budgets": "0:8"}, "layer 0 keeps its window of 64 tokens"),
+        ({"layer_budgets": "0:64", "compress_sliding": True}, "layer 0 keeps its window"),
+        ({"layer_budgets": "1:8,1:9"}, "layer 1 twice"),
+        ({"layer_budgets": "1:2000"}, "more than the context"),
+        ({"layer_budgets": "1:8", "heavy": 4}, "drop --heavy"),
+        ({"layer_budgets": "1:8", "policy": "full"}, "policy full keeps every token"),
+        ({"layer_budgets": "auto"}, "less-export train"),
+    ],
+)
+def test_impossible_budgets_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        plan(64, 0, **options)
+
+
+def test_a_recipes_layer_budgets_divide_its_own_budget_only() -> None:
+    recipe = {"policy": "h2o", "budget": "5%", "layer_budgets": "1:20"}
+    assert ExportConfig().with_defaults(recipe).layer_budgets == "1:20"
+    assert ExportConfig(budget="10%").with_defaults(recipe).layer_budgets is None
+    assert ExportConfig(heavy=3).with_defaults(recipe).layer_budgets is None
+    assert ExportConfig(policy="full").with_defaults(recipe).layer_budgets is None
+    assert ExportConfig(policy="sink").with_defaults(recipe).layer_budgets is None
+    assert ExportConfig(policy="h2o").with_defaults(recipe).layer_budgets == "1:20"
+    assert ExportConfig(layer_budgets="0:4").with_defaults(recipe).layer_budgets == "0:4"
+
+
+def test_a_bundle_runs_with_layers_of_different_budgets(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    export(str(folder), tmp_path / "bundle", budget="8", layer_budgets="1:12")
+    texts = [
+        open_bundle(tmp_path / "bundle", backend=b).generate(["Alice was"], max_new_tokens=30)[0].token_ids
+        for b in ("ort", "torch")
+    ]
+    assert len(texts[0]) == 30
+    assert texts[0] == texts[1]
+
+
+# ------------------------------------------------------------------ what eviction costs
+
+
+def test_costs_are_those_of_a_streaming_run_in_which_one_layer_evicts(text: Path, tmp_path: Path) -> None:
+    source = resolve(str(model_folder(tmp_path / "model")))
+    model = source.load(torch.float32)
+    layers = discover(model)
+    made = plan_layers(layers, ExportConfig(budget="8"), 48, dict.fromkeys(range(2), 2))
+    ids = torch.randint(3, 60, (allocate.SEQUENCES + 1, 48), generator=torch.Generator().manual_seed(1))
+    found = allocate.measure(model, ids, made, [0, 1], Silent())
+    assert {i: sorted(at) for i, at in found.items()} == {0: [4, 8, 16], 1: [4, 8, 16]}
+
+    def stream(caches: list[LayerSpec]) -> torch.Tensor:
+        """Log probabilities past the largest budget, token by token through a backend."""
+        backend = ModelBackend(model, Contract(tuple(caches), 300, "float32", 1, len(ids)), Kernels({}, {}))
+        backend.open(len(ids))
+        steps = [backend.step(ids[:, t : t + 1].numpy(), np.ones(len(ids), np.int32)) for t in range(48)]
+        backend.close()
+        logits = torch.from_numpy(np.concatenate(steps, 1))[: allocate.SEQUENCES, 17:47]
+        return torch.log_softmax(logits.double(), -1)
+
+    exact = [exact_layer(s, 48) for s in made]
+    wanted = stream(exact)
+    for layer, slots in itertools.product((0, 1), (4, 8, 16)):
+        caches = list(exact)
+        caches[layer] = sparse_layer(made[layer], slots)
+        divergence = (wanted.exp() * (wanted - stream(caches))).sum(-1).mean()
+        assert found[layer][slots] == pytest.approx(float(divergence), rel=1e-3)
+        assert divergence > 1e-4
+
+
+def test_no_slots_beyond_a_window(tmp_path: Path) -> None:
+    model = resolve(str(sliding_folder(tmp_path / "model"))).load(torch.float32)
+    config = ExportConfig(budget="10", compress_sliding=True)
+    made = plan_layers(discover(model), config, 48, dict.fromkeys(range(2), 2))
+    ids = torch.randint(3, 60, (2, 48), generator=torch.Generator().manual_seed(1))
+    found = allocate.measure(model, ids, made, [0, 1], Silent())
+    assert {i: sorted(at) for i, at in found.items()} == {0: [4, 10, 14], 1: [4, 10, 20]}
+
+
+# ------------------------------------------------------------------ how it is divided
+
+
+def spec(capacity: int, head_dim: int = 8) -> LayerSpec:
+    return LayerSpec(4, 2, head_dim, 0.35, Policy.H2O, capacity // 2, capacity // 2, 0, True, capacity, 4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_other_division_costs_less(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    made = [spec(16)] * 3
+    tried = (4, 8, 16, 32)
+    costs = {i: {n: float(a * n**-p) for n in tried} for i, (a, p) in enumerate(draw.uniform(0.3, 2, (3, 2)))}
+
+    powers = {i: np.log(costs[i][4] / costs[i][32]) / np.log(8) for i in costs}
+
+    def total(slots: tuple[int, ...]) -> float:
+        return sum(float(costs[i][4] * (n / 4) ** -powers[i]) for i, n in enumerate(slots))
+
+    found = tuple(allocate.divide(costs, made).values())
+    choices = [c for c in itertools.product(range(4, 34, 2), repeat=3) if sum(c) <= 48]
+    assert sum(found) == 48
+    assert total(found) == pytest.approx(min(map(total, choices)), rel=1e-9)
+
+
+def test_bytes_are_what_is_divided() -> None:
+    made = [spec(16, 8), spec(16, 16)]
+    costs = {0: {4: 4.0, 8: 2.0, 32: 0.5}, 1: {4: 4.0, 8: 2.0, 32: 0.5}}
+    found = allocate.divide(costs, made)
+    assert found[0] > found[1]  # the same gain for half the bytes
+    assert found[0] * 8 + found[1] * 16 <= 16 * (8 + 16) < found[0] * 8 + (found[1] + 2) * 16
+
+
+def test_training_divides_the_budget_and_says_how(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, reports = trained(folder, text, layer_budgets="auto", steps=5)
+    facts = Kernels.load(file).provenance
+    slots = {r.layer: r.slots for r in reports}
+    assert facts["layer_budgets"] == allocate.option(slots)
+    assert sum(slots.values()) == 16
+    costs = {int(i): {int(n): x for n, x in at.items()} for i, at in facts["eviction_costs"].items()}
+    assert slots == allocate.divide(costs, [spec(8)] * 2)
+    assert slots != {0: 8, 1: 8}, "a division that changes nothing tests nothing"
+    _, again = trained(folder, text, layer_budgets=facts["layer_budgets"], steps=5)
+    assert [(r.slots, r.less) for r in again] == [(r.slots, r.less) for r in reports]
+
+
+def test_what_is_measured_is_not_measured_twice(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from less_export.training import fit
+
+    folder = model_folder(tmp_path / "model")
+    measured: list[int] = []
+    true = allocate.measure
+
+    def measure(*args: Any) -> Any:
+        measured.append(1)
+        return true(*args)
+
+    monkeypatch.setattr(allocate, "measure", measure)
+    with monkeypatch.context() as broken:
+        broken.setattr(fit, "prepare", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder, text, layer_budgets="auto", steps=5)
+    trained(folder, text, layer_budgets="auto", steps=5)
+    assert len(measured) == 1

@@ -1,0 +1,276 @@
+"""What a training takes of memory and disk, what it leaves behind, and what it says of its input."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import warnings
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from less_export.contract import LayerSpec, Policy
+from less_export.errors import LessExportError, UsageError
+from less_export.feature_maps import Kernels
+from less_export.progress import Silent
+from less_export.sources import ModelSource
+from less_export.training import collect, data, fit, job, room
+from less_export.training.options import Processes
+
+from . import bundles
+from .training_support import LENGTH, model_folder, trained
+
+pytest_plugins = ["tests.bundles", "tests.training_support"]
+
+#: Bytes of a layer's activations in a quick training: 9 sequences, 4 + 2 * 2 heads of 8, f32.
+LAYER = 9 * 8 * LENGTH * 8 * 4
+
+
+class Told(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def left(folder: Path) -> list[str]:
+    """All files and folders below, relative."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.parts[len(folder.parts)] != "model")
+
+
+# ------------------------------------------------------------------ disk
+
+
+def test_a_full_disk_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written through a mapping, where a full disk is a signal."""
+    asked = []
+
+    def full(_: int, begin: int, size: int) -> None:
+        asked.append((begin, size))
+        if len(asked) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    says = r"0\.00 GB of activations do not fit beside --out, where .* GB are free \(No space left on device\)"
+    with pytest.raises(LessExportError, match=says):
+        trained(model_folder(tmp_path / "model"), text)
+    assert asked == [(0, LAYER)] * 2
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("reason", ["unsupported", "missing"])
+def test_space_is_taken_where_it_cannot_be_reserved(
+    reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if reason == "missing":
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    room.reserve(tmp_path / "file", (2 << 20) + 5)
+    found = (tmp_path / "file").stat()
+    assert found.st_size == (2 << 20) + 5
+    assert 512 * found.st_blocks >= found.st_size
+
+
+def test_an_interrupt_while_collecting_leaves_nothing(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect, "_forward", interrupted)
+    monkeypatch.setattr(collect, "output_projections", lambda model, plan: {})
+    with pytest.raises(KeyboardInterrupt):
+        trained(model_folder(tmp_path / "model"), text)
+    assert left(tmp_path) == []
+
+
+def test_other_unfinished_trainings_are_named(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder, text, steps=5)
+    (stale,) = (p for p in tmp_path.iterdir() if p.name.startswith("."))
+    assert sum(f.stat().st_size for f in stale.rglob("*.bin")) == 2 * LAYER
+    with pytest.warns(UserWarning, match=f"unfinished trainings of model.safetensors .* hold 0.00 GB.*{stale.name}"):
+        trained(folder, text, steps=6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(folder, text, steps=5)  # goes on with its own
+    assert left(tmp_path) == ["model.safetensors"]
+
+
+# ------------------------------------------------------------------ memory
+
+
+def peak(call: Any) -> int:
+    """Most bytes of tensors that are held at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+SPEC = LayerSpec(4, 2, 16, 0.3, Policy.H2O, 8, 8, 0, True, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "count", "length", "width"),
+    [
+        (SPEC, 24, 128, 64),
+        (replace(SPEC, window=64), 24, 128, 64),
+        (replace(SPEC, query_heads=8, kv_heads=1, policy=Policy.SINK), 12, 256, 128),
+        (replace(SPEC, kv_heads=4, head_dim=8, policy=Policy.TOVA, heavy=15, recent=1), 3, 256, 32),
+        (replace(SPEC, query_heads=2, kv_heads=1, head_dim=32), 64, 128, 64),  # the sequences outweigh the rest
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_what_is_said(spec: LayerSpec, count: int, length: int, width: int, dtype: torch.dtype) -> None:
+    heads = spec.query_heads + 2 * spec.kv_heads
+    activations = torch.randn(count, heads, length, spec.head_dim).to(dtype)
+    projection = torch.randn(spec.query_heads * spec.head_dim, width)
+
+    def fitted() -> None:
+        ready = fit.prepare(activations, spec, projection, "cpu")
+        parts = ready.rows(slice(0, count - 1)), ready.rows(slice(count - 1, None))
+        fit.fit(*parts, "exp", 8, 128, fit.Fit(steps=2), 0, lambda _: None)
+
+    said = fit.memory(spec, width, activations.shape, dtype.itemsize)
+    assert said / 1.5 < peak(fitted) < said
+
+
+def test_too_little_memory_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    monkeypatch.setattr(room, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(ModelSource, "load", None)  # before the model is in memory
+    with pytest.raises(LessExportError, match=r"takes 0\.00 GB of memory, and 0\.00 GB are free: give fewer --seqs"):
+        trained(folder, text)
+    assert left(tmp_path) == []
+
+
+def test_processes_share_the_machines_memory(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, told = model_folder(tmp_path / "model"), Told()
+    trained(folder, text, steps=1, progress=told)
+    (line,) = (x for x in told.lines if "of memory" in x)
+    assert line.startswith("2 layers, 9 sequences: 0.00 GB of activations on disk, up to 0.00 GB of memory")
+    most = 4 * 32 * 2 * 32 + fit.memory(replace(SPEC, head_dim=8), 32, torch.Size((9, 8, LENGTH, 8)), 4)
+    monkeypatch.setattr(room, "free_memory", lambda device: 2 * most - 1)
+    trained(folder, text, steps=1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of which two have a layer each
+    with pytest.raises(LessExportError, match="in each of 2 processes"):
+        trained(folder, text, steps=1)
+    monkeypatch.setattr(room, "free_memory", lambda device: 2 * most)
+    trained(folder, text, steps=1)
+
+
+def test_free_memory_is_a_number() -> None:
+    assert 100 << 20 < (room.free_memory("cpu") or 0) < 1 << 44
+    assert room.free_memory("mps") is None
+
+
+def test_the_model_is_gone_while_layers_are_fitted(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with several groups of layers, each of which needs it again."""
+    models, fitted, load, prepare = [], [], ModelSource.load, fit.prepare
+
+    def loaded(*args: Any) -> Any:
+        model = load(*args)
+        models.append(weakref.ref(model))
+        return model
+
+    def prepared(*args: Any) -> Any:
+        fitted.append([m() is None for m in models])
+        return prepare(*args)
+
+    monkeypatch.setattr(ModelSource, "load", loaded)
+    monkeypatch.setattr(fit, "prepare", prepared)
+    monkeypatch.setattr(job, "DISK", LAYER)
+    trained(model_folder(tmp_path / "model"), text, steps=1)
+    assert fitted == [[True], [True, True]]
+
+
+# ------------------------------------------------------------------ results and input
+
+
+def test_steps_that_do_harm_are_taken_back(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    start, _ = trained(folder, text, steps=0)
+    want = Kernels.load(start)
+    monkeypatch.setattr(fit.Fit, "rate_at", lambda self, step: 0.5)
+    file, reports = trained(folder, text, steps=5)
+    assert all(r.less == r.start for r in reports)
+    got = Kernels.load(file).tensors()
+    assert got.keys() == want.tensors().keys() != set()
+    assert all(torch.equal(x, got[n]) for n, x in want.tensors().items())
+
+
+def test_a_text_counts_once(text: Path, tmp_path: Path) -> None:
+    """Else training would see what is held back."""
+    same, other = tmp_path / "same.txt", tmp_path / "other.txt"
+    same.write_bytes(text.read_bytes())
+    other.write_text("A cat. " + text.read_text())
+    sources, again = data.distinct(data.read([str(text), str(same), str(other), str(text)]))
+    assert ([s.name for s in sources], again) == (["text.txt", "other.txt"], ["same.txt", "text.txt"])
+    folder, out = model_folder(tmp_path / "model"), tmp_path / "k.safetensors"
+    with pytest.warns(UserWarning, match="--data same.txt: the text of another source once more, left out"):
+        job.train(str(folder), out, [str(text), str(same)], budget="8", seq_len=LENGTH, seqs=4, steps=0)
+    assert [x["name"] for x in Kernels.load(out).provenance["data"]] == ["text.txt"]
+
+
+def test_sequences_longer_than_the_model_knows(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model", max_position_embeddings=64)
+    with pytest.warns(UserWarning, match="--seq-len 65 is past the 64 positions the model was trained for"):
+        trained(folder, text, steps=0, seq_len=65)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(folder, text, steps=0, seq_len=64)
+        _, _ = trained(folder, text, steps=0, seq_len=None)
+    assert Kernels.load(tmp_path / "model.safetensors").provenance["sequences"]["length"] == 64
+    sizes = GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=300, n_positions=64)
+    learned = bundles.checkpoint(tmp_path / "learned")
+    GPT2LMHeadModel(sizes).save_pretrained(learned)
+    with pytest.raises(UsageError, match="--seq-len 65 is more than the 64 positions that the model has"):
+        trained(learned, text, steps=0, seq_len=65)
+
+
+def test_processes_wait_as_long_as_a_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **words: asked.update(words))
+    Processes(0, 2).join()
+    assert asked["timeout"].days >= 7
+
+
+def test_nothing_is_removed_before_all_have_read_it(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process meets the others between reading the finished layers and putting them together."""
+    events: list[str] = []
+    load, rmtree = Kernels.load, shutil.rmtree
+    monkeypatch.setattr(Kernels, "load", lambda path: events.append("read") or load(path))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **words: events.append("removed") or rmtree(*args, **words))
+    monkeypatch.setattr(Processes, "wait", lambda self: events.append("met"))
+    trained(model_folder(tmp_path / "model"), text, steps=0)
+    assert events[-5:] == ["read", "read", "met", "removed", "met"]
+
+
+def test_hashing_is_said(text: Path, tmp_path: Path) -> None:
+    told = Told()
+    trained(model_folder(tmp_path / "model"), text, steps=0, progress=told)
+    assert told.lines[0].startswith("hashing 0.00 GB of weights")

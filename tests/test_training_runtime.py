@@ -1,0 +1,159 @@
+"""What training says of a layer is what the operator does with its kernels, token by token; and so does a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from less_export import open_bundle, ops
+from less_export.config import ExportConfig, plan_layers
+from less_export.contract import LayerSpec
+from less_export.evaluation import perplexity
+from less_export.feature_maps import FeatureMap, Kernels
+from less_export.surgery import AttentionCall, discover, less_attention
+from less_export.testing import empty_state
+from less_export.training import data, job
+
+from . import bundles
+from .training_support import LENGTH, QUICK, model_folder, sliding_folder, trained
+
+pytest_plugins = ["tests.bundles", "tests.training_support"]
+
+
+def loaded(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, tuple[LayerSpec, ...]]:
+    """The model and the plan of its cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    asked = {n: v for n, v in options.items() if n in ("policy", "compress_sliding")}
+    cache = ExportConfig(budget=QUICK["budget"], **asked)
+    return model, plan_layers(discover(model), cache, bundles.CONTEXT, dict.fromkeys(range(2), QUICK["rank"]))
+
+
+def validation(folder: Path, text: Path) -> Tensor:
+    """The sequence [1, LENGTH] that a quick training of :func:`trained` holds back."""
+    encode, bos = data.encoder(AutoTokenizer.from_pretrained(folder))
+    return data.sequences(data.read([str(text)]), encode, bos, QUICK["seqs"] + 1, LENGTH, 0).ids[-1:]
+
+
+def full(call: AttentionCall, window: int) -> Tensor:
+    """Attention over all that the layer sees."""
+    at = torch.arange(LENGTH)
+    mask = (at <= at[:, None]) & (at > at[:, None] - (window or LENGTH))
+    return torch.nn.functional.scaled_dot_product_attention(
+        call.q, call.k, call.v, mask, scale=call.scale, enable_gqa=True
+    )
+
+
+def stream(spec: LayerSpec, call: AttentionCall, made: FeatureMap | None) -> Tensor:
+    """The layer's attention by the operator, one token a step; plain eviction without kernels."""
+    if made is None:
+        spec = replace(spec, absorb=False, rank=1)
+        log_phi, psi = torch.zeros_like(call.q[..., :1]), torch.zeros_like(call.k[..., :1])
+    else:
+        log_phi, psi = made.log_phi(call.q), made.psi(call.k)
+    state, outs = empty_state(spec, 1, poison=True), []
+    for t in range(LENGTH):
+        piece = [x[:, :, t : t + 1] for x in (call.q, call.k, call.v, log_phi, psi)]
+        lengths = torch.tensor([t], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        out, *state = ops.less_attention(*piece, *state, *lengths, **spec.attributes())
+        outs.append(out)
+    return torch.cat(outs, 2)
+
+
+def error(spec: LayerSpec, call: AttentionCall, made: FeatureMap | None, projection: Any) -> float:
+    """The layer's relative error past the budget, after its output projection."""
+
+    def added(x: Tensor) -> Tensor:
+        return projection(x.transpose(1, 2).flatten(2))[:, spec.capacity + 1 :]
+
+    true = added(full(call, spec.window))
+    return float((added(stream(spec, call, made)) - true).pow(2).sum() / true.pow(2).sum())
+
+
+@torch.no_grad()
+def holds(folder: Path, text: Path, file: Path, reports: tuple[job.LayerReport, ...], options: dict[str, Any]) -> None:
+    """Both errors of every layer are those of the operator on the validation sequence."""
+    model, plan = loaded(folder, options)
+    kernels, seen = Kernels.load(file), dict[int, AttentionCall]()
+
+    def handler(call: AttentionCall) -> Tensor:
+        seen[call.layer] = call
+        return full(call, plan[call.layer].window)
+
+    with less_attention(model, handler):
+        model(input_ids=validation(folder, text), position_ids=torch.arange(LENGTH)[None], use_cache=False)
+    assert set(kernels.layers) == {r.layer for r in reports if r.used}
+    for r in reports:
+        facts = plan[r.layer], seen[r.layer]
+        projection = model.model.layers[r.layer].self_attn.o_proj
+        assert error(*facts, None, projection) == pytest.approx(r.sparse, rel=1e-3)
+        if r.used:
+            assert error(*facts, kernels.layers[r.layer], projection) == pytest.approx(r.less, rel=1e-3)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (4, 4)])
+@pytest.mark.parametrize("policy", ["h2o", "sink", "tova"])
+def test_training_helps_and_its_errors_are_the_runtimes(
+    heads: int, kv_heads: int, policy: str, text: Path, tmp_path: Path
+) -> None:
+    folder = model_folder(tmp_path / "model", heads, kv_heads)
+    file, reports = trained(folder, text, policy=policy)
+    assert [r.layer for r in reports] == [0, 1]
+    assert all(r.less < r.start or r.less < r.sparse for r in reports)
+    assert any(r.less < 0.9 * r.sparse for r in reports)
+    holds(folder, text, file, reports, {"policy": policy})
+
+
+def test_kernels_that_are_tuned_together(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, reports = trained(folder, text, end_to_end=True)
+    tuned = Kernels.load(file).provenance["end_to_end"]
+    assert 0 < tuned["divergence_after"] < tuned["divergence_before"]
+    holds(folder, text, file, reports, {})
+    assert [r.less for r in reports] != [r.less for r in trained(folder, text)[1]]
+
+
+def test_the_papers_parametrisation(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, reports = trained(folder, text, parametrisation="paper", hidden=32, steps=80)
+    assert Kernels.load(file).parametrisation == "paper"
+    assert all(r.less < r.start for r in reports)
+    assert any(r.less < 0.95 * r.sparse for r in reports)
+    holds(folder, text, file, reports, {})
+
+
+@pytest.mark.parametrize("policy", ["h2o", "sink", "tova"])
+@pytest.mark.parametrize("parametrisation", ["exp", "paper"])
+def test_sliding_layers_with_the_policy(policy: str, parametrisation: str, text: Path, tmp_path: Path) -> None:
+    folder = sliding_folder(tmp_path / "model")
+    options = {"policy": policy, "compress_sliding": True}
+    file, reports = trained(folder, text, parametrisation=parametrisation, **options)
+    assert [r.layer for r in reports] == [0, 1]
+    assert any(r.used for r in reports)
+    holds(folder, text, file, reports, options)
+
+
+@pytest.mark.parametrize("parametrisation", ["exp", "paper"])
+def test_a_bundle_runs_the_trained_kernels(parametrisation: str, text: Path, tmp_path: Path) -> None:
+    """ONNX Runtime, one token a step, against Hugging Face's model whose attention is the operator."""
+    folder = model_folder(tmp_path / "model")
+    file, _ = trained(folder, text, parametrisation=parametrisation)
+    out = bundles.bundle(folder, tmp_path / "bundle", kernels=file, budget=QUICK["budget"], logits="all")
+    model, plan = loaded(folder, {})
+    kernels, ids = Kernels.load(file), validation(folder, text)
+
+    def handler(call: AttentionCall) -> Tensor:
+        return stream(plan[call.layer], call, kernels.layers.get(call.layer))
+
+    with torch.no_grad(), less_attention(model, handler):
+        logits = model(input_ids=ids, position_ids=torch.arange(LENGTH)[None], use_cache=False).logits[0, :-1]
+    want = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    backend = open_bundle(out).backend
+    got = perplexity.streamed(backend, ids.numpy(), 1, list(range(LENGTH - 1)))
+    np.testing.assert_allclose(got[0], want.numpy(), rtol=1e-4, atol=1e-4)
