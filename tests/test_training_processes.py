@@ -27,6 +27,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     picks = torch.randint(len(words), (900,), generator=torch.Generator().manual_seed(0)).tolist()
     text.write_text(" ".join(words[i] for i in picks))
     options = ["--budget", "8", "--rank", "2", "--hidden", "4", "--steps", "3", "--seqs", "5", "--seq-len", "40"]
+    options += ["--layer-budgets", "auto"]
     outputs = []
     for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
         out = tmp_path / f"{len(launcher)}" / "k.safetensors"
