@@ -99,8 +99,9 @@ class ExportConfig:
         whole = self.heavy is not None and (self.recent is not None or policy == Policy.TOVA.label)
         if policy == Policy.FULL.label or whole:
             given.add("budget")
-        if "budget" in given or (self.heavy, self.recent) != (None, None) or policy != recipe.get("policy"):
-            given.add("layer_budgets")  # they divide the recipe's budget under its policy, no other
+        others = "budget" in given or (self.heavy, self.recent) != (None, None) or policy != recipe.get("policy")
+        if others or self.num_hidden_layers is not None:
+            given.add("layer_budgets")  # they divide the recipe's budget among its layers under its policy, no other
         return replace(self, **{n: v for n, v in recipe.items() if n not in given})
 
 

@@ -188,7 +188,7 @@ def test_every_recipe_is_valid() -> None:
     for name in recipes.names():
         recipe = recipes.load(name)
         assert recipe is not None
-        config = ExportConfig().with_defaults(recipe.options())
+        config = ExportConfig(num_hidden_layers=1).with_defaults(recipe.options())
         (spec,) = plan_layers([layer()], config, recipe.context, {})
         assert spec.capacity == budget_tokens(recipe.budget, recipe.context)
         assert config.chunk == recipe.chunk

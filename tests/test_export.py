@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import transformers as tr
 
+from less_export import recipes
 from less_export.contract import Policy
 from less_export.runtime.backend import Backend, RowState
 
@@ -249,3 +251,17 @@ def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
     position, z = state.tensors["past.0.position"], state.tensors["past.0.z"]
     assert ((position < 0) | (position > state.length - 10)).all()  # what the next query cannot see is gone
     np.testing.assert_allclose((position >= 0).sum(-1) + z.sum(-1), state.length, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_more_layers_than_any_recipe(tmp_path: Path) -> None:
+    # OPT's layers are the quickest to trace; test_runtime has more.
+    count = 1 + max(r.architecture["num_hidden_layers"] for r in recipes.all_recipes())
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 16, "num_attention_heads": 2}
+    deep = tr.OPTConfig(**families.OPT | sizes, num_hidden_layers=count)
+    checkpoint = families.save(lambda: tr.OPTForCausalLM(deep), tmp_path / "model", max_shard_size="20KB")
+    tiny = families.export(checkpoint, tmp_path / "bundle", policy="sink", budget="6")
+    assert len(tiny.opened.manifest.artifacts[0].contract.layers) == count
+    ids = text(1, 9)
+    found, expected = (feed(tiny.backend(name, 1), ids, [8, 1]) for name in ("ort", "torch"))
+    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-4

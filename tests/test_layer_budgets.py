@@ -73,6 +73,7 @@ def test_a_recipes_layer_budgets_divide_its_own_budget_only() -> None:
     assert ExportConfig(heavy=3).with_defaults(recipe).layer_budgets is None
     assert ExportConfig(policy="full").with_defaults(recipe).layer_budgets is None
     assert ExportConfig(policy="sink").with_defaults(recipe).layer_budgets is None
+    assert ExportConfig(num_hidden_layers=1).with_defaults(recipe).layer_budgets is None
     assert ExportConfig(policy="h2o").with_defaults(recipe).layer_budgets == "1:20"
     assert ExportConfig(layer_budgets="0:4").with_defaults(recipe).layer_budgets == "0:4"
 

@@ -50,7 +50,8 @@ def recipe(name: str, **architecture: Any) -> Recipe:
     """A recipe with some facts changed."""
     found = recipes.load(name)
     assert found is not None
-    return dataclasses.replace(found, architecture=found.architecture | architecture)
+    own = None if "num_hidden_layers" in architecture else found.layer_budgets
+    return dataclasses.replace(found, architecture=found.architecture | architecture, layer_budgets=own)
 
 
 def parameters(r: Recipe) -> int:

@@ -334,9 +334,9 @@ def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, st
     """Point the initializers named in ``tensors`` at their bytes.
 
     ``names`` gives each weight file's name inside ``folder``, where the graph will lie. An initializer
-    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load, behind
-    what only moves it: rows that are looked up (embeddings) are cast when they are, so that their table stays as
-    it is, and a matrix is transposed while it is small.
+    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load. Where that
+    widens it the Cast lies behind what only moves it: a matrix is transposed while it is small, and rows that are
+    looked up (embeddings) are cast when they are, so that their table stays as it is.
     """
     graph = model.graph
 
@@ -367,7 +367,11 @@ def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, st
             continue
         del graph.initializers[name]
         raw = external(f"{name}.stored", stored, dtype, stored.shape)
-        for node in [node for node, _ in value.uses() if node.op_type in _MOVES]:
+        users = [node for node, _ in value.uses()]
+        movers = [node for node in users if node.op_type in _MOVES]
+        if dtype.itemsize >= wanted.itemsize and {node.op_type for node in users} != {"Gather"}:
+            movers = []  # nothing gained, and TensorRT would keep the table of tied embeddings twice
+        for node in movers:
             node.replace_input_with(0, raw)
             moved = node.outputs[0]
             moved.type = ir.TensorType(dtype)
