@@ -31,8 +31,8 @@ from bench_common import RESULTS, write_results
 from isolated import isolated
 
 from less_export import recipes
-from less_export.exporter import weights
 from less_export.exporter.check import TOLERANCE, two_of_each_kind
+from less_export.exporter.config_layers import keep_layers
 from less_export.exporter.random_checkpoint import write
 from less_export.sources import described
 from tests import families
@@ -49,7 +49,7 @@ def shortened(name: str) -> tuple[Any, list[int]]:
     config = described(recipe)
     text, contract = config.get_text_config(), recipe.contract()
     kept = two_of_each_kind(config, contract)
-    weights.keep_layers(text, kept)
+    keep_layers(text, kept)
     config.dtype = torch.float32
     text.initializer_range = text.hidden_size**-0.5
     if any(s.window for s in contract.layers):

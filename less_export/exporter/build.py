@@ -27,6 +27,7 @@ from ..sources import ModelSource, resolve
 from ..surgery import AttentionLayer, discover, learned_positions
 from . import checkpoint, onnx_op, package, quantise, weights
 from .check import self_check
+from .config_layers import keep_first
 from .random_checkpoint import RandomSource, random_source
 from .trace import trace
 from .wrapper import LessDecoder, torch_dtype
@@ -183,7 +184,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         how = method or "by a method that config.json does not name"
         raise UnsupportedModelError(f"{source.name} is quantised ({how}): give the checkpoint in 16 or 32 bits")
     if config.num_hidden_layers is not None:
-        weights.keep_first(text, config.num_hidden_layers)
+        keep_first(text, config.num_hidden_layers)
     try:
         bare = weights.bare_model(hf_config, torch.float32)
     except Exception as error:  # whatever a model's constructor makes of a config

@@ -25,6 +25,7 @@ from ..feature_maps import Heads, Kernels, random_kernels
 from ..policies import POLICIES
 from ..surgery import discover
 from . import onnx_op, weights
+from .config_layers import keep_layers, layer_kinds
 from .trace import trace
 from .wrapper import LessDecoder, fresh_state
 
@@ -103,7 +104,7 @@ def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
     those before the last one come too: a rule that counts holds for the first layers only.
     """
     kinds: dict[Any, list[int]] = {}
-    said = weights.layer_kinds(hf_config.get_text_config())
+    said = layer_kinds(hf_config.get_text_config())
     built = _built(weights.bare_model(hf_config, torch.float32), len(said))
     for index, (layer, words, parts) in enumerate(zip(contract.layers, said, built, strict=True)):
         kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, words, parts
@@ -125,7 +126,7 @@ def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
     config = copy.deepcopy(hf_config)
     text = config.get_text_config()
     kept = two_of_each_kind(config, contract)
-    weights.keep_layers(text, kept)
+    keep_layers(text, kept)
     text.vocab_size = _VOCAB
     if hasattr(text, "vocab_size_per_layer_input"):
         text.vocab_size_per_layer_input = _VOCAB

@@ -33,6 +33,7 @@ from ..errors import LessExportError, ModelError, UsageError
 from ..files import publish, scratch_folder
 from ..sources import ModelSource, described, resolve
 from . import weights
+from .config_layers import keep_first
 
 _BLOCK = 16_777_213  # prime
 _SHARD = 10**9
@@ -87,7 +88,7 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
     hf_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     parts = [name, "random"]
     if config.num_hidden_layers is not None:
-        weights.keep_first(hf_config.get_text_config(), config.num_hidden_layers)
+        keep_first(hf_config.get_text_config(), config.num_hidden_layers)
         parts.append(f"{config.num_hidden_layers}-layers")
     if config.seed:
         parts.append(f"seed-{config.seed}")

@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import ModelError, UsageError
+from ..errors import ModelError
 from ..sources import TEXT_PART, quiet_transformers
 
 _ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
@@ -227,59 +226,6 @@ def tied_names(model: PreTrainedModel) -> list[list[str]]:
     for name, tensor in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(tensor), []).append(name)
     return list(owners.values())
-
-
-def layer_kinds(text: Any) -> list[str]:
-    """What a config says of each of its layers; equal words, equal layers."""
-    count = text.num_hidden_layers
-    lists, single = _lists(text), _overrides(text)
-    own = count - _shared_layers(text)
-    return [repr([*(v[i] for v in lists.values()), single.get(i), i >= own]) for i in range(count)]
-
-
-def keep_first(text: Any, count: int) -> None:
-    """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many.
-
-    Warns where they all slide and later ones do not.
-    """
-    if count > text.num_hidden_layers:
-        raise UsageError(f"--num-hidden-layers {count}: the model has {text.num_hidden_layers}")
-    full = [i for i, kind in enumerate(getattr(text, "layer_types", None) or []) if kind == "full_attention"]
-    if full and full[0] >= count:
-        warnings.warn(
-            f"the first {count} layers all slide: take --num-hidden-layers {full[0] + 1} or more, layer {full[0]} is "
-            "the first that does not",
-            stacklevel=2,
-        )
-    keep_layers(text, list(range(count)))
-
-
-def keep_layers(text: Any, indices: list[int]) -> None:
-    """Reduce a config to some of its layers, with what it says of each."""
-    lists, single = _lists(text), _overrides(text)
-    own = text.num_hidden_layers - _shared_layers(text)
-    for name, values in lists.items():
-        setattr(text, name, [values[i] for i in indices])
-    if own < text.num_hidden_layers:
-        text.num_kv_shared_layers = sum(i >= own for i in indices)
-    text.num_hidden_layers = len(indices)
-    if single:
-        text.per_layer_config = {new: single[old] for new, old in enumerate(indices) if old in single}
-
-
-def _lists(text: Any) -> dict[str, list[Any]]:
-    """The lists of a config with one value a layer."""
-    return {n: v for n, v in vars(text).items() if isinstance(v, list) and len(v) == text.num_hidden_layers}
-
-
-def _overrides(text: Any) -> dict[int, dict[str, Any]]:
-    """What single layers of a config have otherwise than the rest (heads of Gemma 4)."""
-    return {int(i): v for i, v in (text.to_dict().get("per_layer_config") or {}).items()}
-
-
-def _shared_layers(text: Any) -> int:
-    """How many of the last layers take the keys and values of earlier ones (Gemma 4)."""
-    return int(getattr(text, "num_kv_shared_layers", None) or 0)
 
 
 def bare_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
