@@ -149,13 +149,8 @@ def memory_options() -> str:
     rows = []
     for r in data["rows"]:
         if r["weights"] in tried:
-            figures = (
-                [r["failed"], *[""] * 4]
-                if "failed" in r
-                else [*_held(r), f"{r['load_seconds']:.0f}", f"{r['decode_ms']:.0f}"]
-            )
-            rows.append([r["weights"], r["variant"], *figures])
-    header = ["weights", "session options", "loaded, MB", "decoding, MB", "at most, MB", "loading, s", "decode, ms"]
+            rows.append([r["weights"], r["variant"], *([r["failed"], "", ""] if "failed" in r else _held(r))])
+    header = ["weights", "session options", "loaded, MB", "decoding, MB", "at most, MB"]
     return table(header, rows) + f"\n\n({where(data)})"
 
 
