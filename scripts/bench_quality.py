@@ -381,10 +381,6 @@ def measure(b: Bench) -> None:
             b.less(d, r, domain=domain)
         b.baseline(d, "sparse+bytes", domain)
     b.less(d, *more)
-    for s in (SETTINGS[2], SETTINGS[1], SETTINGS[3]):
-        d = b.divided(s)
-        b.baseline(d, "sparse+bytes")
-        b.less(d, plain)
     for s in SETTINGS[1:]:
         b.baseline(s, "sparse+bytes", "out")
         b.less(s, plain, domain="out")

@@ -158,11 +158,13 @@ def divided(q: Quality) -> tuple[list[str], list[list[str]]]:
         recipes = {f.recipe for f in q.found if f.setting == name and f.recipe and f.domain == "in"}
         for recipe in sorted(r for r in recipes if r):
             less = q.less("in", name, recipe)
-            how = f", {recipe.tuned} steps end to end" if recipe.tuned else ""
+            how = f"{recipe.sequences or q.data['train_sequences']} sequences"
+            how += f", {recipe.tuned} steps end to end" if recipe.tuned else ""
+            same = q.less("in", even, recipe)
             shares = [_share(q.share("in", b, less)) for b in baselines]
-            figures = [*map(_ppl, baselines), _seeds(q.less("in", even, recipe)), _seeds(less), *shares]
-            rows.append([even + how, q.budgets[even], *figures])
-    header = ["setting", "slots of the layers", "= bytes", "= bytes, divided", "LESS", "LESS, divided"]
+            figures = [*map(_ppl, baselines), _seeds(same) if same else "", _seeds(less), *shares]
+            rows.append([even, q.budgets[even], how, *figures])
+    header = ["setting", "slots of the layers", "trained on", "= bytes", "= bytes, divided", "LESS", "LESS, divided"]
     return [*header, "share of the gap (= bytes)", "share (= bytes, divided)"], rows
 
 
