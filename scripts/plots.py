@@ -54,6 +54,11 @@ def quality() -> None:
         left.plot(*zip(*shown, strict=True), marker, label=label) if shown else None
     less = [np.mean([f.row["perplexity"] for f in found.less("in", s)]) for s in settings]
     left.plot(range(len(settings)), less, "o", label="LESS, R = 8")
+    divided = [(settings.index(s.removesuffix(quality_tables.DIVIDED)), s) for s in found.divided()]
+    for marker, label, recipe in (("P", "", quality_tables.PLAIN), ("*", ", end to end", quality_tables.TUNED)):
+        rows = [(i, found.less("in", s, recipe)) for i, s in divided]
+        shown = [(i, np.mean([f.row["perplexity"] for f in less])) for i, less in rows if less]
+        left.plot(*zip(*shown, strict=True), marker, label=f"LESS, divided{label}") if shown else None
     full = found.one("in", "", "full")
     if full is not None:
         left.axhline(full.row["perplexity"], color="black", linestyle=":", label="full cache")

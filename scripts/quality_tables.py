@@ -18,7 +18,7 @@ _LESS = re.compile(
 
 _SEED = re.compile(r" seed \d+")
 #: What the name of a setting ends with whose budget is divided among the layers.
-_DIVIDED = ", divided"
+DIVIDED = ", divided"
 
 
 @dataclass(frozen=True, order=True)
@@ -39,6 +39,7 @@ class Made:
 
 
 PLAIN = Made()
+TUNED = Made(tuned=96)
 NOT_YET = "not measured yet"
 
 
@@ -110,11 +111,11 @@ class Quality:
 
     def settings(self) -> list[str]:
         """Those of the main table: budgets in percent."""
-        return [s for s in dict.fromkeys(f.setting for f in self.found if "%" in f.setting) if _DIVIDED not in s]
+        return [s for s in dict.fromkeys(f.setting for f in self.found if "%" in f.setting) if DIVIDED not in s]
 
     def divided(self) -> list[str]:
         """Those whose budget is divided by what eviction costs."""
-        return [s for s in dict.fromkeys(f.setting for f in self.found) if _DIVIDED in s]
+        return [s for s in dict.fromkeys(f.setting for f in self.found) if DIVIDED in s]
 
     def splits(self) -> list[str]:
         """The first of them, and those with its bytes divided otherwise: budgets in tokens."""
@@ -153,7 +154,7 @@ def divided(q: Quality) -> tuple[list[str], list[list[str]]]:
     """The same bytes, divided among the layers by what eviction costs, against both sparse caches of those bytes."""
     rows = []
     for name in q.divided():
-        even = name.removesuffix(_DIVIDED)
+        even = name.removesuffix(DIVIDED)
         baselines = [q.one("in", n, "sparse+bytes R8") for n in (even, name)]
         recipes = {f.recipe for f in q.found if f.setting == name and f.recipe and f.domain == "in"}
         for recipe in sorted(r for r in recipes if r):

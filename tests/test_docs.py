@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from less_export import cli, recipes
+from less_export.config import AttentionLayer
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,3 +50,25 @@ def test_every_recipe_key_is_documented() -> None:
     text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     keys = {f for f in recipes.Recipe.__dataclass_fields__ if f != "name"}
     assert {k for k in keys if f"`{k}`" not in text} == set()
+
+
+def test_the_quality_results_are_what_their_benchmark_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench = importlib.import_module("bench_quality")
+    found = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
+    asked: dict[str, Any] = {}
+
+    class Replay(bench.Bench):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            self.rows = {r["key"]: r for r in found}
+            self.layers = (AttentionLayer(4, 1, 256, 1 / 16, 0),) * 18
+
+        def row(self, key: str, make: Any) -> Any:
+            asked[key] = self.rows[key]
+            return self.rows[key]
+
+        def trained(self, setting: Any, recipes: Any) -> None:
+            assert not recipes, f"{setting.name}: rows of {recipes} are missing"
+
+    bench.measure(Replay())
+    assert set(asked) == {r["key"] for r in found if not r["key"].startswith("train")}
