@@ -176,6 +176,12 @@ def test_training_divides_the_budget_and_says_how(text: Path, tmp_path: Path, mo
     assert [(r.slots, r.less) for r in again] == [(r.slots, r.less) for r in reports]
 
 
+@pytest.mark.parametrize("budget", [2, 3])
+def test_no_budget_is_so_small_that_dividing_it_takes_more(budget: int, text: Path, tmp_path: Path) -> None:
+    _, reports = trained(model_folder(tmp_path / "model"), text, budget=str(budget), layer_budgets="auto", steps=2)
+    assert sum(r.slots for r in reports) <= 2 * budget
+
+
 def test_what_is_measured_is_not_measured_twice(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from less_export.training import fit
 

@@ -92,6 +92,9 @@ def option(slots: Mapping[int, int]) -> str:
 
 
 def _slots(layer: LayerSpec, share: float, length: int) -> int:
-    """That share of the layer's slots: an even number, fewer than its window and than leave nothing to evict."""
+    """That share of the layer's slots: an even number, fewer than its window and than leave nothing to evict.
+
+    At least 4, but not more than a smaller budget has.
+    """
     most = min(layer.window - 1 if layer.window else length, length // 2)
-    return max(2 * _STEP, min(int(layer.capacity * share), most) // _STEP * _STEP)
+    return max(min(2 * _STEP, layer.capacity), min(int(layer.capacity * share), most) // _STEP * _STEP)

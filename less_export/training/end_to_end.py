@@ -65,10 +65,11 @@ def tune(
     parameters = [p for m in tuned.values() for p in m.requires_grad_().parameters()]
     optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
-    begin = 0
+    begin = done = 0
     if keep is not None and keep.exists():
         state = torch.load(keep, weights_only=True, map_location=model.device)
         begin, before = state["step"], state["before"]
+        done = begin
         for parameter, value in zip(parameters, state["parameters"], strict=True):
             parameter.data = value
         optimizer.load_state_dict(state["optimizer"])
@@ -90,9 +91,10 @@ def tune(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
+            done = number + 1
             step(f"divergence {loss.item():.4f}")
-            if keep is not None and (number + 1) % _KEEP == 0:
-                state = {"step": number + 1, "before": before, "parameters": [p.data for p in parameters]}
+            if keep is not None and done % _KEEP == 0:
+                state = {"step": done, "before": before, "parameters": [p.data for p in parameters]}
                 state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
                 buffer = io.BytesIO()
                 torch.save(state, buffer)
@@ -102,7 +104,7 @@ def tune(
     after = measure("divergence after")
     better = after < before
     shown = after if math.isfinite(after) else None
-    facts = {"steps": steps, "divergence_before": before, "divergence_after": shown, "used": better}
+    facts = {"steps": done, "divergence_before": before, "divergence_after": shown, "used": better}
     return ({i: m.cpu() for i, m in tuned.items()} if better else dict(maps)), facts
 
 
