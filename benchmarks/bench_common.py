@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from less_export.recipes import all_recipes
+from less_export.hf.recipes import all_recipes
 
 if TYPE_CHECKING:
-    from less_export.feature_maps import Kernels
+    from less_export.less.feature_maps import Kernels
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
@@ -31,7 +31,7 @@ def random_checkpoint(
     import torch
     from transformers import AutoConfig
 
-    from less_export.exporter import random_checkpoint
+    from less_export.hf import random_checkpoint
 
     facts = {**architecture, "num_hidden_layers": layers}
     if context is not None:
@@ -41,7 +41,7 @@ def random_checkpoint(
 
 def kernels(layers: int, rank: int, hidden: int) -> Kernels:
     """Kernels of the size that training makes, with random weights: the same work, no quality."""
-    from less_export.feature_maps import Heads, random_kernels
+    from less_export.less.feature_maps import Heads, random_kernels
 
     heads, kv_heads = TINYLLAMA["num_attention_heads"], TINYLLAMA["num_key_value_heads"]
     shape = Heads(heads, kv_heads, TINYLLAMA["hidden_size"] // heads)

@@ -30,11 +30,11 @@ import torch
 from bench_common import RESULTS, write_results
 from isolated import isolated
 
-from less_export import recipes
 from less_export.exporter.check import TOLERANCE, two_of_each_kind
-from less_export.exporter.config_layers import keep_layers
-from less_export.exporter.random_checkpoint import write
-from less_export.sources import described
+from less_export.hf import recipes
+from less_export.hf.config_layers import keep_layers
+from less_export.hf.random_checkpoint import write
+from less_export.hf.sources import described
 from tests import families
 
 SECONDS = 1200

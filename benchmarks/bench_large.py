@@ -26,7 +26,7 @@ PROGRAM = str(Path(sysconfig.get_path("scripts")) / "less-export")
 def write(folder: Path, layers: int) -> None:
     """The checkpoint that ``--random-weights`` takes when it finds it; runs in a process of its own."""
     from less_export.config import ExportConfig
-    from less_export.exporter.random_checkpoint import random_source
+    from less_export.hf.random_checkpoint import random_source
 
     config = ExportConfig(random_weights=True, num_hidden_layers=layers)
     random_source(MODEL, config, folder / "out", lambda _: None).fetch()

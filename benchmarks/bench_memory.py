@@ -60,13 +60,13 @@ def child(bundle: Path, variant: str) -> None:
     import onnxruntime
 
     import less_export
-    from less_export.runtime import ort_backend
+    from less_export.runtime import ort
 
     changes = dict(VARIANTS[variant])
     load, disabled = onnxruntime.InferenceSession, changes.pop("disabled", [])
     hand_back, shrink = changes.pop("hand_back", True), changes.pop("shrink", True)
     if not hand_back:
-        ort_backend._hand_back = lambda: None
+        ort._hand_back = lambda: None
 
     def session(path: str, options: Any, **rest: Any) -> Any:
         for name, value in changes.items():
@@ -114,7 +114,7 @@ def main() -> None:
 def measure(name: str, layers: int | None, variants: bool) -> list[dict[str, Any]]:
     """Export one row's bundle and open it, once for each variant if ``variants``."""
     import less_export
-    from less_export import recipes
+    from less_export.hf import recipes
 
     model, dtype, weights = ROWS[name]
     recipe = recipes.load(model)

@@ -68,7 +68,7 @@ def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict
     """How each exports, by (who, precision); a command, or the reason why there is none."""
     made = scratch / "kernels.safetensors"
     kernels(layers, RANK, HIDDEN).save(made)
-    ours = [sys.executable, "-m", "less_export.cli", str(checkpoint), "--no-validate", "--budget", str(BUDGET)]
+    ours = [sys.executable, "-m", "less_export.cli.main", str(checkpoint), "--no-validate", "--budget", str(BUDGET)]
     ours += ["--kernels", str(made), "--max-batch", "1"]
     found: dict[tuple[str, str], Any] = {
         ("less-export", "f32"): ours,

@@ -1,6 +1,6 @@
 """The figures in the READMEs, from ``benchmarks/results``: rewrites what lies between their markers.
 
-``python scripts/tables.py`` writes, ``--check`` only says whether they are up to date.
+``python benchmarks/tables.py`` writes, ``--check`` only says whether they are up to date.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import gpu_tables
 import model_tables
 import quality_tables
 
-from less_export import reporting
-from less_export.recipes import all_recipes, load
+from less_export.cli import reporting
+from less_export.hf.recipes import all_recipes, load
 
 ROOT = Path(__file__).parent.parent
 READMES = (
@@ -229,7 +229,7 @@ def main() -> int:
     stale = {p: fresh for p in READMES if (fresh := rendered(text := p.read_text(encoding="utf-8"))) != text}
     names = ", ".join(str(p.relative_to(ROOT)) for p in stale)
     if "--check" in sys.argv[1:]:
-        print(f"stale: {names}; run scripts/tables.py" if stale else "the tables are up to date")
+        print(f"stale: {names}; run benchmarks/tables.py" if stale else "the tables are up to date")
         return 1 if stale else 0
     for path, text in stale.items():
         path.write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ passes is built with large random weights, saved, exported with policy ``full``,
 and token by token beside eager Hugging Face, past its sliding window. Every model has a process of its own, so
 that none can end or stall the run.
 
-``python scripts/zoo.py`` writes ``benchmarks/results/zoo.json``; model types as arguments renew their rows in it.
+``python benchmarks/zoo.py`` writes ``benchmarks/results/zoo.json``; model types as arguments renew their rows in it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from zoo_configs import tiny_config
 
 from less_export.errors import UnsupportedModelError
-from less_export.exporter import weights
 from less_export.exporter.check import TOLERANCE
-from less_export.surgery import discover
+from less_export.hf import weights
+from less_export.hf.surgery import discover
 from tests import families
 
 #: A model that takes longer counts as failed.

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .api import open_bundle
     from .config import ExportConfig
     from .errors import LessExportError
     from .exporter.build import export
     from .runtime.backend import RowState
+    from .runtime.open import open_bundle
     from .runtime.sampling import SamplingParams
     from .training.job import train
 
 _WHERE = {
     "export": ".exporter.build",
-    "open_bundle": ".api",
+    "open_bundle": ".runtime.open",
     "ExportConfig": ".config",
     "LessExportError": ".errors",
     "RowState": ".runtime.backend",

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from .contract import COMPUTE_DTYPES, LayerSpec, Policy
 from .errors import UsageError
-from .policies import POLICIES
+from .less.policies import POLICIES
 
 Target = Literal["ort", "trt", "both"]
 TARGETS: tuple[Target, ...] = ("ort", "trt", "both")

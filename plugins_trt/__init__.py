@@ -1,1 +1,1 @@
-"""Sources of the TensorRT plugin (see README.md); ``less_export.plugin`` compiles them."""
+"""Sources of the TensorRT plugin (see README.md); ``less_export.tensorrt.plugin`` compiles them."""

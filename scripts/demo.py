@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import less_export
-from less_export.artifact import Bundle
-from less_export.reporting import show, size, story, table
+from less_export.bundle.artifact import Bundle
+from less_export.cli.reporting import show, size, story, table
 
 OUT = Path("demo-out")
 BUNDLE = OUT / "gemma3-270m"

@@ -16,8 +16,8 @@ from gpu_kernels import Step, decode_bytes, total_bytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from less_export import ops
 from less_export.contract import LayerSpec
+from less_export.less import reference
 from tests.emulation import kernel_layer
 
 REPLAYS = 100
@@ -139,7 +139,7 @@ def eager(device: str, dry: bool) -> list[dict[str, Any]]:
         step = Step(layer, DTYPE, batch, 1, device)
 
         def run(step: Step = step) -> object:
-            return ops.less_attention(*step.inputs, **step.attributes)
+            return reference.less_attention(*step.inputs, **step.attributes)
 
         captured = replayed([run], device)
         theirs = captured if dry else timed(run, REPLAYS)

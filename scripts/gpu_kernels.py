@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from less_export import plugin
 from less_export.contract import LayerSpec
+from less_export.tensorrt import plugin
 from tests import plugin_host
 from tests.emulation import DTYPES, PLUGIN
 

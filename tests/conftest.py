@@ -51,7 +51,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def plugin_library(_cache: None) -> Path:
     """The TensorRT plugin, compiled for one architecture, once a session."""
-    from less_export import plugin
+    from less_export.tensorrt import plugin
 
     return plugin.library((PLUGIN_ARCH,))
 

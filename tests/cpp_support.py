@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from less_export.artifact import Artifact, KernelFacts, Layout, Manifest, TokenizerFacts, WeightFile
+from less_export.bundle.artifact import Artifact, KernelFacts, Layout, Manifest, TokenizerFacts, WeightFile
 from less_export.contract import Contract
 from less_export.runtime.backend import Array, Backend, State, empty, numpy_dtype
 

@@ -19,12 +19,12 @@ import transformers as tr
 from transformers import PreTrainedModel
 
 import less_export
-from less_export.api import load_backend
-from less_export.artifact import Bundle
+from less_export.bundle.artifact import Bundle
 from less_export.contract import Policy
-from less_export.feature_maps import Heads, random_kernels
+from less_export.hf.surgery import discover
+from less_export.less.feature_maps import Heads, random_kernels
 from less_export.runtime.backend import Backend
-from less_export.surgery import discover
+from less_export.runtime.open import load_backend
 
 VOCAB, WINDOW, BUDGET, CONTEXT, CHUNK, ROWS, RANK = 97, 10, 24, 64, 16, 3, 4
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from less_export import plugin
 from less_export.contract import LayerSpec
+from less_export.tensorrt import plugin
 
 from . import emulation
 from .emulation import DTYPES, PLUGIN, STATE, TOKENS

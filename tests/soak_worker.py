@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from less_export.api import open_bundle
 from less_export.runtime.backend import Backend
+from less_export.runtime.open import open_bundle
 
 
 def state_bytes(backend: Backend) -> int:

@@ -12,11 +12,10 @@ import torch
 import transformers as tr
 from safetensors.torch import load_file, save_file
 
-from less_export import sources
-from less_export.api import load_backend
-from less_export.artifact import Bundle
+from less_export.bundle.artifact import Bundle
 from less_export.errors import LessExportError, ModelError
-from less_export.exporter import checkpoint, weights
+from less_export.hf import checkpoint, sources, weights
+from less_export.runtime.open import load_backend
 
 from . import bundles, families
 from .bundles import QUICK_WORDS, Run, refused

@@ -19,11 +19,11 @@ import transformers as tr
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
-from less_export.artifact import ARTIFACT_FILES, Artifact
+from less_export.bundle.artifact import ARTIFACT_FILES, Artifact
 from less_export.contract import OP_DOMAIN, OP_NAME
 from less_export.errors import UsageError
 from less_export.exporter import onnx_op
-from less_export.runtime.ort_backend import OrtBackend
+from less_export.runtime.ort import OrtBackend
 
 from . import families
 from .families import BUDGET, Tiny, feed, relative, text
@@ -343,7 +343,7 @@ def test_checkpoint_on_another_file_system(tmp_path: Path, monkeypatch: pytest.M
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
         elsewhere = tmp_path
-        monkeypatch.setattr("less_export.files.os.link", no_link)
+        monkeypatch.setattr("less_export.bundle.files.os.link", no_link)
     with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
         checkpoint = families.save(families.small(), Path(folder) / "model", torch.float16, max_shard_size="40KB")
         shards = sorted(p.name for p in checkpoint.glob("*.safetensors"))
@@ -389,7 +389,7 @@ def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
 
 def test_single_artifact_of_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
-    monkeypatch.setattr("less_export.files.os.link", no_link)
+    monkeypatch.setattr("less_export.bundle.files.os.link", no_link)
     with pytest.warns(UserWarning, match=r"copied model\.safetensors"):
         tiny = families.export(checkpoint, tmp_path / "out" / "x.onnx", budget=str(BUDGET))
     assert {p.name for p in tiny.bundle.parent.iterdir()} == {"x.onnx", "x.json", "x.model.safetensors"}

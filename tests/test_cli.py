@@ -14,12 +14,14 @@ import httpx2
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from less_export import __version__, engine, plugin, recipes
-from less_export.artifact import Bundle
-from less_export.cli import main
+from less_export import __version__
+from less_export.bundle.artifact import Bundle
+from less_export.cli.main import main
 from less_export.config import ExportConfig
 from less_export.exporter import build
-from less_export.plugin import PluginFacts
+from less_export.hf import recipes
+from less_export.tensorrt import engine, plugin
+from less_export.tensorrt.plugin import PluginFacts
 
 from . import bundles
 from .bundles import PROMPT, Result, Run, generated, refused
@@ -62,7 +64,7 @@ def test_the_line_users_know_end_to_end(
 
     monkeypatch.setattr(recipes.Recipe, "gguf_package", None)
     monkeypatch.setattr(recipes.Recipe, "compare", lambda *_: None)
-    monkeypatch.setattr("less_export.sources._download", lambda hub, patterns: source)
+    monkeypatch.setattr("less_export.hf.sources._download", lambda hub, patterns: source)
     monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", dataclasses, "10.3"))
     monkeypatch.setattr(engine, "build_plan", build_plan)
     monkeypatch.setattr(plugin, "library", lambda archs, progress: plugin_library)
@@ -255,7 +257,7 @@ def test_recipes(run: Run) -> None:
     "words", [["recipes"], ["recipes", "--json"], ["lama2-7b", "--out", "x"], ["eval", "lama2-7b"]]
 )
 def test_words_that_need_no_torch(words: list[str]) -> None:
-    code = f"import sys; from less_export.cli import main; main({words}); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from less_export.cli.main import main; main({words}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert ("lama2-7b" in words) == ("did you mean llama2-7b?" in done.stderr)

@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from less_export import open_bundle
-from less_export.artifact import MANIFEST, Bundle
+from less_export.bundle.artifact import MANIFEST, Bundle
 
 from . import bundles
 from .bundles import PROMPT, Run, generated, refused, resign
@@ -95,7 +95,7 @@ def test_prompts_that_cannot_be(run: Run, plain: Path, single: Path) -> None:
 
 
 def test_output_survives_a_terminal_without_utf8(plain: Path) -> None:
-    words = [sys.executable, "-m", "less_export.cli", "generate", str(plain), "--prompt", PROMPT]
+    words = [sys.executable, "-m", "less_export.cli.main", "generate", str(plain), "--prompt", PROMPT]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr

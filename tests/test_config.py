@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from less_export import recipes
 from less_export.config import ExportConfig, budget_tokens, default_context, plan_layers, split_budget, unused_kernels
 from less_export.contract import COMPUTE_DTYPES, Contract, LayerSpec, Policy
 from less_export.errors import BundleError, UsageError
+from less_export.hf import recipes
 
 H2O, TOVA, SINK, WINDOW, FULL = Policy.H2O, Policy.TOVA, Policy.SINK, Policy.WINDOW, Policy.FULL
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from less_export.artifact import Bundle, Layout, Manifest
+from less_export.bundle.artifact import Bundle, Layout, Manifest
+from less_export.bundle.files import sha256
 from less_export.contract import Contract, LayerSpec, Policy
-from less_export.engine import build_plan
-from less_export.files import sha256
 from less_export.runtime.backend import RowState, numpy_dtype
 from less_export.runtime.generate import Generator
 from less_export.runtime.sampling import SamplingParams, sample
+from less_export.tensorrt.engine import build_plan
 
 from .cpp_support import PLAN, ROOT, TOKENIZER, MixingBackend, bundle, call, edit, lines
 from .trt_support import contract_of, decoder, serialised

@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 
-from less_export import cli, recipes
+from less_export.cli import main as cli
 from less_export.config import AttentionLayer
+from less_export.hf import recipes
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_tables_of_the_readmes_are_those_of_the_results() -> None:
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "tables.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -53,7 +56,7 @@ def test_every_recipe_key_is_documented() -> None:
 
 
 def test_the_quality_results_are_what_their_benchmark_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench = importlib.import_module("bench_quality")
     found = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
     asked: dict[str, Any] = {}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from less_export import recipes, sources
 from less_export.errors import ModelError
+from less_export.hf import recipes, sources
 
 from .bundles import QUICK_WORDS, Run, refused
 

@@ -24,14 +24,14 @@ import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as cudart
 
-from less_export import engine
 from less_export.contract import Contract
 from less_export.errors import BackendError, EngineError, UsageError
 from less_export.exporter import onnx_op
-from less_export.runtime import trt_backend
+from less_export.runtime import trt
 from less_export.runtime.backend import Backend
-from less_export.runtime.ort_backend import OrtBackend
-from less_export.runtime.trt_backend import TrtBackend, inspect_plan, load_plan
+from less_export.runtime.ort import OrtBackend
+from less_export.runtime.trt import TrtBackend, inspect_plan, load_plan
+from less_export.tensorrt import engine
 
 from .trt_support import HEADER, Fake, contract_of, decoder, serialised
 
@@ -219,9 +219,7 @@ def test_missing_and_broken_installations(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_loading_needs_no_torch() -> None:
-    code = (
-        "import sys, less_export.runtime.trt_backend; print([m for m in ('torch', 'onnx', 'cuda') if m in sys.modules])"
-    )
+    code = "import sys, less_export.runtime.trt; print([m for m in ('torch', 'onnx', 'cuda') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -240,7 +238,7 @@ def test_headers_are_read_without_tensorrt(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="99 bytes instead of 100"):
         inspect_plan(plan)
     plan.write_bytes(HEADER(b"ftrt", 0, 10, 14, 1, 48).ljust(99))
-    assert inspect_plan(plan) == trt_backend.PlanHeader("tensorrt", "10.14.1.48", 99)
+    assert inspect_plan(plan) == trt.PlanHeader("tensorrt", "10.14.1.48", 99)
     with pytest.raises(EngineError, match=r"needs TensorRT, which is not here: pip install 'less-export\[trt\]'"):
         load_plan(plan, contract_of("float32"))
 

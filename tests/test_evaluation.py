@@ -19,8 +19,8 @@ from less_export.errors import UsageError
 from less_export.evaluation import perplexity, statistics, variants
 from less_export.evaluation import run as run_module
 from less_export.evaluation.subject import open_subject
-from less_export.feature_maps import Heads, Kernels, random_kernels
-from less_export.surgery import discover
+from less_export.hf.surgery import discover
+from less_export.less.feature_maps import Heads, Kernels, random_kernels
 from less_export.training import collect
 
 from . import bundles, families

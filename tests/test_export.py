@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 import transformers as tr
 
-from less_export import recipes
 from less_export.contract import Policy
+from less_export.hf import recipes
 from less_export.runtime.backend import Backend, RowState
 
 from . import families

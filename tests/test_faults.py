@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from transformers import BertConfig, Gemma3ForCausalLM, Gemma3TextConfig
 
-from less_export import files
-from less_export.artifact import MANIFEST, Manifest
-from less_export.feature_maps import Heads, random_kernels
+from less_export.bundle import files
+from less_export.bundle.artifact import MANIFEST, Manifest
+from less_export.less.feature_maps import Heads, random_kernels
 
 from . import bundles
 from .bundles import QUICK_WORDS, Run, refused, resign
@@ -97,7 +97,7 @@ def test_config(name: str, fails: Fails, mine: Path) -> None:
 def test_an_encoder_with_a_head(tmp_path: Path) -> None:
     """transformers remarks on it when it is made, on a stream of its own."""
     BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "bert")
-    words = [sys.executable, "-m", "less_export.cli", "bert", "--out", "b"]
+    words = [sys.executable, "-m", "less_export.cli.main", "bert", "--out", "b"]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     refused(bundles.Result(done.returncode, done.stdout, done.stderr), "attention is not causal")
 

@@ -31,7 +31,7 @@ def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
 
 def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts of the README's tables from results of the shape that gpu_check writes."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_tables
 
     place = {"batch": 16, "slots": 256, "kv_heads": 8}

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from less_export import cli_quality, open_bundle
+from less_export import open_bundle
+from less_export.cli import quality as cli_quality
 from less_export.evaluation.harness import LessLM
 
 from . import bundles

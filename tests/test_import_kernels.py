@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from less_export.errors import KernelError
-from less_export.feature_maps import Heads, Kernels
+from less_export.less.feature_maps import Heads, Kernels
 from less_export.training.authors import read_layer
 
 from . import bundles

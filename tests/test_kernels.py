@@ -17,7 +17,7 @@ from safetensors.torch import load_file, safe_open, save_file
 from less_export import open_bundle
 from less_export.contract import LayerSpec, Policy
 from less_export.errors import KernelError
-from less_export.feature_maps import PARAMETRISATIONS, Heads, Kernels, random_kernels
+from less_export.less.feature_maps import PARAMETRISATIONS, Heads, Kernels, random_kernels
 
 from . import bundles
 

@@ -15,11 +15,11 @@ from less_export import export, open_bundle
 from less_export.config import ExportConfig, exact_layer, layer_tokens, plan_layers, sparse_layer
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import UsageError
-from less_export.feature_maps import Kernels
+from less_export.hf.sources import resolve
+from less_export.hf.surgery import discover
+from less_export.less.feature_maps import Kernels
 from less_export.progress import Silent
-from less_export.runtime.torch_backend import ModelBackend
-from less_export.sources import resolve
-from less_export.surgery import discover
+from less_export.runtime.torch import ModelBackend
 from less_export.training import allocate
 
 from .training_support import model_folder, sliding_folder, text, trained

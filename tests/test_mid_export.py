@@ -17,10 +17,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from less_export import feature_maps, files
-from less_export.artifact import MANIFEST, Bundle
+from less_export.bundle import files
+from less_export.bundle.artifact import MANIFEST, Bundle
 from less_export.errors import LessExportError
-from less_export.exporter import build, checkpoint
+from less_export.exporter import build
+from less_export.hf import checkpoint
+from less_export.less import feature_maps
 
 from . import bundles
 from .bundles import QUICK_WORDS, Result, Run
@@ -173,7 +175,7 @@ def test_interrupted(
 def test_control_c_while_tracing(source: Path, place: Path) -> None:
     """A real process and a real signal."""
     before = bundles.snapshot(place)
-    words = [sys.executable, "-m", "less_export.cli", str(source), "--out", str(place / "out"), *QUICK_WORDS]
+    words = [sys.executable, "-m", "less_export.cli.main", str(source), "--out", str(place / "out"), *QUICK_WORDS]
     with subprocess.Popen(
         words,
         stdout=subprocess.PIPE,

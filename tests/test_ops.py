@@ -12,9 +12,10 @@ import onnxruntime
 import pytest
 import torch
 
-from less_export import ops, testing
+from less_export import testing
 from less_export.contract import LayerSpec
 from less_export.errors import BackendError
+from less_export.less import reference
 
 from .oracle import OUTPUTS, TOKENS, Arrays, Normal, OneHot, Run, Step, compare, follow, layer_of, play, scenario
 
@@ -82,7 +83,7 @@ def empty(layer: LayerSpec, dtype: torch.dtype = torch.float32, batch: int = 3) 
     return [x.float().numpy() if x.dtype == dtype else x.numpy() for x in state]
 
 
-def torch_run(layer: LayerSpec, operator: object = ops.less_attention, dtype: torch.dtype = torch.float32) -> Run:
+def torch_run(layer: LayerSpec, operator: object = reference.less_attention, dtype: torch.dtype = torch.float32) -> Run:
     """The torch operator on arrays; q, k, v, psi and their slots travel in ``dtype``."""
     wide = {3, 8, 10, 11}  # log_phi_q, past_score, past_h, past_z stay float32
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from less_export import __version__, open_bundle, recipes
+from less_export import __version__, open_bundle
+from less_export.hf import recipes
 
 from .bundles import PROMPT
 
@@ -76,7 +77,7 @@ def test_only_the_runtime_is_there(runtime: Path) -> None:
 
 def test_the_sources_of_the_plugin_are_shipped(runtime: Path, tmp_path: Path) -> None:
     """Whoever installs the package can compile the plugin: every file that the compilers need is there."""
-    code = "from less_export import plugin; print(plugin.sources())"
+    code = "from less_export.tensorrt import plugin; print(plugin.sources())"
     done = subprocess.run([runtime / "python", "-c", code], capture_output=True, text=True, env=clean(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     shipped = Path(done.stdout.strip())

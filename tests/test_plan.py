@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from less_export import cli
-from less_export.artifact import Bundle
-from less_export.runtime.trt_backend import inspect_plan
+from less_export.bundle.artifact import Bundle
+from less_export.cli import main as cli
+from less_export.runtime.trt import inspect_plan
 
 from . import families
 from .conftest import PLUGIN_ARCH

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from less_export import cli, plugin
+from less_export.cli import main as cli
 from less_export.contract import OP_VERSION
 from less_export.errors import EngineError, UsageError
+from less_export.tensorrt import plugin
 
 NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then echo "Cuda compilation tools, release 13.0, V{version}"; exit 0; fi
@@ -99,7 +100,7 @@ def test_what_makes_another_library(toolkit: Toolkit, tmp_path: Path, monkeypatc
 
 def test_several_processes_at_once(toolkit: Toolkit, tmp_path: Path) -> None:
     log = toolkit(extra="sleep 0.2")
-    code = "from less_export import plugin; print(plugin.library(('sm_86',)))"
+    code = "from less_export.tensorrt import plugin; print(plugin.library(('sm_86',)))"
 
     def build(_: int) -> str:
         return subprocess.check_output([sys.executable, "-c", code], text=True)

@@ -18,9 +18,8 @@ import pytest
 import tensorrt_rtx
 import torch
 
-from less_export import cli, engine, plugin
-from less_export.api import load_backend
-from less_export.artifact import Artifact, Bundle, Layout, Manifest
+from less_export.bundle.artifact import Artifact, Bundle, Layout, Manifest
+from less_export.cli import main as cli
 from less_export.contract import (
     OP_NAME,
     OP_VERSION,
@@ -32,9 +31,11 @@ from less_export.contract import (
 )
 from less_export.errors import EngineError
 from less_export.exporter import onnx_op
-from less_export.plugin import PluginFacts
-from less_export.runtime import trt_backend
-from less_export.runtime.trt_backend import inspect_plan
+from less_export.runtime import trt
+from less_export.runtime.open import load_backend
+from less_export.runtime.trt import inspect_plan
+from less_export.tensorrt import engine, plugin
+from less_export.tensorrt.plugin import PluginFacts
 
 from . import families
 from .conftest import PLUGIN_ARCH
@@ -243,18 +244,18 @@ def test_plans_without_their_plugin_inside(
     copy = tmp_path / "copy.so"
     copy.write_bytes(plugin_library.read_bytes())
     facts = PluginFacts.of(copy, inside=False)
-    trt_backend.TrtBackend(contract, fake.plan, facts)
+    trt.TrtBackend(contract, fake.plan, facts)
     assert loaded == [copy]
     moved = copy.rename(tmp_path / "moved.so")
     with pytest.raises(EngineError, match=r"plugin of this engine is missing \(.*copy.so\): build the engine again"):
-        trt_backend.TrtBackend(contract, fake.plan, facts)
+        trt.TrtBackend(contract, fake.plan, facts)
     monkeypatch.setenv("LESS_EXPORT_PLUGIN", str(moved))
-    trt_backend.TrtBackend(contract, fake.plan, facts)
+    trt.TrtBackend(contract, fake.plan, facts)
     assert loaded == [copy, moved]
     moved.write_bytes(moved.read_bytes() + b"\0")
     with pytest.raises(EngineError, match=r"moved.so is not the plugin that this engine was built with"):
-        trt_backend.TrtBackend(contract, fake.plan, facts)
-    trt_backend.TrtBackend(contract, fake.plan, dataclasses.replace(facts, inside=True))
+        trt.TrtBackend(contract, fake.plan, facts)
+    trt.TrtBackend(contract, fake.plan, dataclasses.replace(facts, inside=True))
     assert loaded == [copy, moved]
 
 
@@ -265,7 +266,7 @@ def test_the_backend_is_told_of_the_plugin(tmp_path: Path, monkeypatch: pytest.M
         def __init__(self, contract: Contract, plan: Path, plugin: PluginFacts | None = None) -> None:
             told.append(plugin)
 
-    monkeypatch.setattr(trt_backend, "TrtBackend", Backend)
+    monkeypatch.setattr(trt, "TrtBackend", Backend)
     beside = PluginFacts("lib.so", "0" * 64, "1", inside=False)
     far = dataclasses.replace(beside, library="/elsewhere/lib.so")
     for facts in (None, beside, far, dataclasses.replace(far, inside=True)):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from less_export import ops, testing
+from less_export import testing
 from less_export.contract import LayerSpec, Policy
-from less_export.policies import POLICIES
+from less_export.less import reference
+from less_export.less.policies import POLICIES
 
 from .oracle import layer_of
 
@@ -139,7 +140,7 @@ def walk(layer: LayerSpec, sequence: list[Tensor], cuts: list[int]) -> Iterator[
     for width in cuts:
         chunk = [x[:, :, past : past + width].contiguous() for x in sequence]
         lengths = [torch.full((batch,), n, dtype=torch.int32) for n in (past, width)]
-        outputs = ops.less_attention(*chunk, *state, *lengths, **layer.attributes())
+        outputs = reference.less_attention(*chunk, *state, *lengths, **layer.attributes())
         yield outputs
         state, past = list(outputs[1:]), past + width
 

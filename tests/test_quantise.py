@@ -21,14 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import less_export
-from less_export.api import load_backend
-from less_export.artifact import QUANTISED_WEIGHTS, Bundle
-from less_export.cli import main
+from less_export.bundle.artifact import QUANTISED_WEIGHTS, Bundle
+from less_export.bundle.files import sha256
+from less_export.cli.main import main
 from less_export.errors import BundleError, LessExportError, UnsupportedModelError, UsageError
 from less_export.exporter import quantise
-from less_export.exporter.weights import QuantisedTensor, Stored, bind, stored_tensors
-from less_export.files import sha256
-from less_export.runtime.torch_backend import bundle_model
+from less_export.hf.weights import QuantisedTensor, Stored, bind, stored_tensors
+from less_export.runtime.open import load_backend
+from less_export.runtime.torch import bundle_model
 
 from . import families
 from .conftest import PLUGIN_ARCH

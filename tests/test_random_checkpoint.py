@@ -16,12 +16,12 @@ import torch
 import transformers as tr
 from safetensors.torch import load_file
 
-from less_export import open_bundle, recipes, sources
-from less_export.artifact import Bundle
+from less_export import open_bundle
+from less_export.bundle.artifact import Bundle
 from less_export.config import ExportConfig
 from less_export.errors import UsageError
-from less_export.exporter import random_checkpoint, weights
-from less_export.sources import described
+from less_export.hf import random_checkpoint, recipes, sources, weights
+from less_export.hf.sources import described
 
 from . import bundles, families
 from .bundles import QUICK_WORDS, Run, generated, refused

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from less_export import recipes, sources
+from less_export.cli.reporting import recipe_figures, size
 from less_export.errors import ModelError
-from less_export.exporter.weights import bare_model
-from less_export.feature_maps import Heads, random_kernels
-from less_export.recipes import Recipe
-from less_export.reporting import recipe_figures, size
-from less_export.sources import described
-from less_export.surgery import discover
+from less_export.hf import recipes, sources
+from less_export.hf.recipes import Recipe
+from less_export.hf.sources import described
+from less_export.hf.surgery import discover
+from less_export.hf.weights import bare_model
+from less_export.less.feature_maps import Heads, random_kernels
 
 from .bundles import Run, refused
 

@@ -14,10 +14,10 @@ import pytest
 
 from less_export.contract import Contract, Policy
 from less_export.errors import BackendError, UsageError
-from less_export.runtime import ort_backend
+from less_export.runtime import ort as runtime_ort
 from less_export.runtime.backend import Backend, RowState
 from less_export.runtime.generate import Generator
-from less_export.runtime.ort_backend import OrtBackend
+from less_export.runtime.ort import OrtBackend
 
 from .tiny_decoder import CONTRACT, LAYERS, ReferenceBackend, onnx_decoder
 
@@ -135,7 +135,7 @@ def test_state_is_allocated_once_and_ping_pongs(ort: OrtBackend) -> None:
 
 
 def test_memory_is_kept_low(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropping any of these options takes more memory, or time: ``scripts/bench_memory.py``."""
+    """Dropping any of these options takes more memory, or time: ``benchmarks/bench_memory.py``."""
     seen: list[str] = []
     sessions: list[onnxruntime.SessionOptions] = []
     load = onnxruntime.InferenceSession
@@ -146,7 +146,7 @@ def test_memory_is_kept_low(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return load(path, options, **rest)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(ort_backend, "_hand_back", lambda: seen.append("hands back"))
+    monkeypatch.setattr(runtime_ort, "_hand_back", lambda: seen.append("hands back"))
     backend = OrtBackend(CONTRACT, model, threads=1)
     assert seen == ["loads", "hands back"]
     assert sessions[0].enable_mem_pattern is False
@@ -356,7 +356,7 @@ def test_options(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match=match):
             OrtBackend(CONTRACT, model, **options)
     OrtBackend(CONTRACT, model, provider="CPUExecutionProvider", threads=1)
-    monkeypatch.setattr(ort_backend, "_installed", lambda package: package == "onnxruntime")
+    monkeypatch.setattr(ort, "_installed", lambda package: package == "onnxruntime")
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
@@ -364,7 +364,7 @@ def test_options(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_runtimes_installed_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort_backend, "_installed", lambda package: True)
+    monkeypatch.setattr(ort, "_installed", lambda package: True)
     with pytest.warns(RuntimeWarning, match="both installed"):
         OrtBackend(CONTRACT, model, threads=1)
     refuse(CONTRACT, model, "both installed", provider="cuda")
@@ -392,7 +392,7 @@ def test_running_imports_neither_torch_nor_transformers(model: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "from less_export.contract import LayerSpec, Contract, Policy\n"
-        "from less_export.runtime import backend, generate, ort_backend, sampling, tokenizer\n"
+        "from less_export.runtime import backend, generate, ort, sampling, tokenizer\n"
         "assert 'onnxruntime' not in sys.modules, 'imported early'\n"
         "for name in ('torch', 'transformers', 'onnx'): assert name not in sys.modules, name\n"
     )

@@ -14,14 +14,15 @@ import transformers as tr
 from torch import Tensor
 
 import less_export
-from less_export import ops
 from less_export.config import ExportConfig, plan_layers
 from less_export.contract import Contract, Policy
 from less_export.errors import ValidationError
-from less_export.exporter import onnx_op, weights, wrapper
+from less_export.exporter import onnx_op
 from less_export.exporter.check import self_check, twin_config
-from less_export.policies import POLICIES
-from less_export.surgery import discover
+from less_export.hf import decoder, weights
+from less_export.hf.surgery import discover
+from less_export.less import reference
+from less_export.less.policies import POLICIES
 
 from . import families
 
@@ -154,9 +155,9 @@ def another_eviction(patch: Patch) -> None:
 
 def swapped_kv_heads(patch: Patch) -> None:
     def swapped(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **attributes: Any) -> tuple[Tensor, ...]:
-        return ops.attention(q, k.flip(1), v.flip(1), *rest, **attributes)
+        return reference.attention(q, k.flip(1), v.flip(1), *rest, **attributes)
 
-    patch.setattr(wrapper, "ops", SimpleNamespace(attention=swapped))
+    patch.setattr(decoder, "reference", SimpleNamespace(attention=swapped))
 
 
 def swapped_weights(patch: Patch) -> None:

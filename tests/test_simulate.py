@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from less_export import simulate
 from less_export.contract import LayerSpec, Policy
-from less_export.ops import less_attention
+from less_export.less import simulate
+from less_export.less.reference import less_attention
 from less_export.testing import empty_state
 
 TOKENS = 70

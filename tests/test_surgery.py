@@ -24,10 +24,17 @@ import less_export
 from less_export.config import ExportConfig, plan_layers
 from less_export.contract import Contract
 from less_export.errors import UnsupportedModelError
-from less_export.exporter.weights import bare_model
-from less_export.exporter.wrapper import LessDecoder, fresh_state
-from less_export.feature_maps import Kernels
-from less_export.surgery import AttentionCall, AttentionLayer, discover, learned_positions, less_attention, on_interface
+from less_export.hf.decoder import LessDecoder, fresh_state
+from less_export.hf.surgery import (
+    AttentionCall,
+    AttentionLayer,
+    discover,
+    learned_positions,
+    less_attention,
+    on_interface,
+)
+from less_export.hf.weights import bare_model
+from less_export.less.feature_maps import Kernels
 
 from . import families
 from .families import VOCAB, WINDOW
@@ -214,7 +221,7 @@ def test_refuses_before_anything_is_written(cause: str, tmp_path: Path, nothing_
     "model_type", ["cohere2", "gemma2", "gemma4_text", "glm4_moe", "gpt_oss", "gptj", "llama4", "phimoe"]
 )
 def test_the_list_of_architectures_says_what_discovery_says(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     tiny_config = importlib.import_module("zoo_configs").tiny_config
     rows = json.loads((ROOT / "benchmarks" / "results" / "zoo.json").read_text())["rows"]
     (row,) = (r for r in rows if r["model_type"] == model_type)

@@ -12,7 +12,7 @@ import transformers as tr
 from safetensors.torch import load_file, save_file
 
 from less_export.errors import UnsupportedModelError
-from less_export.sources import resolve
+from less_export.hf.sources import resolve
 
 from . import bundles, families
 from .families import VOCAB, WINDOW

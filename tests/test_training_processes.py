@@ -32,7 +32,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     for launcher in ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]):
         out = tmp_path / f"{len(launcher)}" / "k.safetensors"
         out.parent.mkdir()
-        command = [*launcher, "-m", "less_export.cli", "train", folder, "--data", text, "--out", out, *options]
+        command = [*launcher, "-m", "less_export.cli.main", "train", folder, "--data", text, "--out", out, *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
         assert done.returncode == 0, done.stderr

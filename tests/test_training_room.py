@@ -18,9 +18,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from less_export.contract import LayerSpec, Policy
 from less_export.errors import LessExportError, UsageError
-from less_export.feature_maps import Kernels
+from less_export.hf.sources import ModelSource
+from less_export.less.feature_maps import Kernels
 from less_export.progress import Silent
-from less_export.sources import ModelSource
 from less_export.training import collect, data, fit, job, room
 from less_export.training.options import Processes
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from less_export import open_bundle, ops
+from less_export import open_bundle
 from less_export.config import ExportConfig, plan_layers
 from less_export.contract import LayerSpec
 from less_export.evaluation import perplexity
-from less_export.feature_maps import FeatureMap, Kernels
-from less_export.surgery import AttentionCall, discover, less_attention
+from less_export.hf.surgery import AttentionCall, discover, less_attention
+from less_export.less import reference
+from less_export.less.feature_maps import FeatureMap, Kernels
 from less_export.testing import empty_state
 from less_export.training import data, job
 
@@ -61,7 +62,7 @@ def stream(spec: LayerSpec, call: AttentionCall, made: FeatureMap | None) -> Ten
     for t in range(LENGTH):
         piece = [x[:, :, t : t + 1] for x in (call.q, call.k, call.v, log_phi, psi)]
         lengths = torch.tensor([t], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-        out, *state = ops.less_attention(*piece, *state, *lengths, **spec.attributes())
+        out, *state = reference.less_attention(*piece, *state, *lengths, **spec.attributes())
         outs.append(out)
     return torch.cat(outs, 2)
 

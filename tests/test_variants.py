@@ -19,15 +19,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from less_export import recipes
 from less_export.config import ExportConfig, plan_layers
 from less_export.contract import Contract
 from less_export.exporter.check import twin_config, twin_graph
-from less_export.exporter.wrapper import LessDecoder, fresh_state
-from less_export.feature_maps import Kernels
-from less_export.runtime.ort_backend import OrtBackend
-from less_export.sources import described
-from less_export.surgery import discover
+from less_export.hf import recipes
+from less_export.hf.decoder import LessDecoder, fresh_state
+from less_export.hf.sources import described
+from less_export.hf.surgery import discover
+from less_export.less.feature_maps import Kernels
+from less_export.runtime.ort import OrtBackend
 
 from . import families
 from .families import BUDGET, WINDOW, differences, evicted, feed, relative, text
@@ -78,7 +78,7 @@ def narrow(recipe: recipes.Recipe) -> PreTrainedModel:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_narrow_twin_of_every_recipe_is_the_hugging_face_model(name: str, tmp_path: Path) -> None:
-    # At full width: scripts/bench_full_width.py.
+    # At full width: benchmarks/bench_full_width.py.
     recipe = recipes.load(name)
     assert recipe is not None
     model = narrow(recipe)

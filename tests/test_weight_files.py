@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from less_export import engine, files
-from less_export.artifact import Bundle, Layout
+from less_export.bundle import files
+from less_export.bundle.artifact import Bundle, Layout
 from less_export.exporter import package
+from less_export.tensorrt import engine
 
 from . import bundles
 from .bundles import PROMPT, QUICK_WORDS, Run, generated, refused

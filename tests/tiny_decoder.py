@@ -11,18 +11,9 @@ import onnx_ir as ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from less_export import ops
-from less_export.contract import (
-    OP_DOMAIN,
-    OP_NAME,
-    OP_VERSION,
-    STATE_FIELDS,
-    Contract,
-    LayerSpec,
-    Policy,
-    TensorSpec,
-)
+from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, Contract, LayerSpec, Policy, TensorSpec
 from less_export.exporter import onnx_op
+from less_export.less import reference
 from less_export.runtime.backend import Array, Backend, State, empty
 
 LAYERS = (
@@ -115,7 +106,7 @@ def onnx_decoder(contract: Contract, path: Path, seed: int = 0) -> Path:
 
 
 class ReferenceBackend(Backend):
-    """The same decoder in torch around ``ops.less_attention``."""
+    """The same decoder in torch around ``reference.less_attention``."""
 
     name = "reference"
 
@@ -142,7 +133,7 @@ class ReferenceBackend(Backend):
             names = [f"past.{i}.{f.name}" for f in STATE_FIELDS]
             past = [self.state[n] for n in names]
             lengths = torch.from_numpy(past_length), new
-            out, *present = ops.less_attention(
+            out, *present = reference.less_attention(
                 q, k, v, q.float() @ w[f"phi.{i}"], psi, *past, *lengths, **s.attributes()
             )
             self.state.update(zip(names, present, strict=True))

@@ -18,12 +18,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from less_export import engine
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy
 from less_export.exporter import onnx_op
-from less_export.runtime import trt_backend
+from less_export.runtime import trt
 from less_export.runtime.backend import numpy_dtype
-from less_export.runtime.trt_backend import TrtBackend
+from less_export.runtime.trt import TrtBackend
+from less_export.tensorrt import engine
 
 NUMPY = {
     "float32": np.float32,
@@ -268,7 +268,7 @@ class Fake:
         )
         self.error = lambda log, text: log.log(severity.ERROR, text)
         patch.setitem(sys.modules, "tensorrt_rtx", module)
-        patch.setattr(trt_backend, "_cuda", lambda: self.cuda)
+        patch.setattr(trt, "_cuda", lambda: self.cuda)
 
     def load(self, log: Any, data: Any) -> FakeEngine | None:
         assert len(data) == 99

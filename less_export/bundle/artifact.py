@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .contract import Contract
-from .errors import BundleError
+from ..contract import Contract
+from ..errors import BundleError
 from .files import sha256
 
 FORMAT_VERSION = 1

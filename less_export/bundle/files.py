@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:

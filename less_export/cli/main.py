@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import recipes
-from .arguments import Parser as _Parser
-from .arguments import cache_options
-from .arguments import common as _common
-from .arguments import token_ids as _token_ids
-from .config import TARGETS, WEIGHTS, ExportConfig
-from .contract import COMPUTE_DTYPES
-from .errors import LessExportError, UsageError
+from ..config import TARGETS, WEIGHTS, ExportConfig
+from ..contract import COMPUTE_DTYPES
+from ..errors import LessExportError, UsageError
+from ..hf import recipes
+from .options import Parser as _Parser
+from .options import cache_options
+from .options import common as _common
+from .options import token_ids as _token_ids
 
 _DESCRIPTION = """\
 Export a Hugging Face decoder with a LESS cache (a fixed number of tokens plus a small state that absorbs
@@ -179,7 +179,7 @@ def _export(arguments: list[str]) -> int:
     options.pop("verbose")
     config = ExportConfig(**options)
     recipes.refuse_unknown(model)
-    from .exporter.build import export
+    from ..exporter.build import export
 
     with _status() as progress:
         written = export(model, out, config, engine_plan=engine_plan, progress=progress)
@@ -223,8 +223,8 @@ def _generate(arguments: list[str]) -> int:
     _common(parser)
     args = parser.parse_args(arguments)
 
-    from .api import open_bundle
-    from .runtime.sampling import SamplingParams
+    from ..runtime.open import open_bundle
+    from ..runtime.sampling import SamplingParams
 
     params = SamplingParams(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
     text = next((t for t in (args.prompt, args.chat, args.prompt_file) if t is not None), "")
@@ -267,7 +267,7 @@ def _read_text(path: str) -> str:
 
 
 def _quality(command: str, arguments: list[str]) -> int:
-    from . import cli_quality
+    from . import quality as cli_quality
 
     return int(getattr(cli_quality, command)(arguments))
 
@@ -294,23 +294,23 @@ def _check(arguments: list[str]) -> int:
     _common(parser)
     args = parser.parse_args(arguments)
 
+    from ..bundle.artifact import Bundle
+    from ..runtime.open import load_backend, load_generator
     from . import reporting
-    from .api import generator, load_backend
-    from .artifact import Bundle
 
     bundle = Bundle.open(args.bundle, full=args.full)
     backend = load_backend(bundle, args.backend)
     reference = load_backend(bundle, "torch")
-    from . import parity
+    from ..evaluation import parity
 
     text = _read_text(args.text_file) if args.text_file else reporting.story()
-    ids = reporting.enough_tokens(generator(bundle, backend), text, args.tokens, own_text=bool(args.text_file))
+    ids = reporting.enough_tokens(load_generator(bundle, backend), text, args.tokens, own_text=bool(args.text_file))
     with _status() as progress:
         progress(f"comparing {backend.name} with torch over {len(ids)} tokens")
         rounded = backend.name == "ort" and bundle.manifest.settings.get("weights") is not None
         report = parity.check(reference, backend, ids, precision=parity.QUANTISED_PRECISION if rounded else None)
     if args.json:
-        from .files import write_atomically
+        from ..bundle.files import write_atomically
 
         try:
             write_atomically(args.json, (json.dumps(reporting.figures(report), indent=1) + "\n").encode())
@@ -327,14 +327,14 @@ def _info(arguments: list[str]) -> int:
     parser.add_argument("--polygraphy", action="store_true", help="options for polygraphy convert of model.trt.onnx")
     _common(parser)
     args = parser.parse_args(arguments)
+    from ..bundle.artifact import Bundle
     from . import reporting
-    from .artifact import Bundle
 
     bundle = Bundle.open(args.bundle)
     if args.json:
         print(bundle.manifest.dump().decode())
     elif args.polygraphy:
-        from .engine import polygraphy_options
+        from ..tensorrt.engine import polygraphy_options
 
         graph = bundle.artifact("trt")
         if graph is None:
@@ -372,13 +372,13 @@ def _build_plugin(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="copy it here")
     _common(parser)
     args = parser.parse_args(arguments)
-    from . import plugin
+    from ..tensorrt import plugin
 
     archs = plugin.parse_archs(args.gpu_arch)
     with _status() as progress:
         built = plugin.library(archs, progress=progress, verbose=args.verbose)
     if args.out is not None:
-        from .files import write_atomically
+        from ..bundle.files import write_atomically
 
         try:
             write_atomically(args.out, built.read_bytes())

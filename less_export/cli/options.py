@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
-from ._version import __version__
-from .config import DEFAULT_BUDGET
-from .errors import UsageError
+from .._version import __version__
+from ..config import DEFAULT_BUDGET
+from ..errors import UsageError
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import recipes, reporting
-from .arguments import Parser, cache_options, common
-from .config import ExportConfig
-from .errors import LessExportError, UsageError
-from .files import refuse_unwritable
+from ..bundle.files import refuse_unwritable
+from ..config import ExportConfig
+from ..errors import LessExportError, UsageError
+from ..hf import recipes
+from . import reporting
+from .options import Parser, cache_options, common
 
 if TYPE_CHECKING:
-    from .evaluation.statistics import Interval
+    from ..evaluation.statistics import Interval
 
 _PARAMETRISATIONS = ("exp", "paper")
 
@@ -57,9 +58,9 @@ def train(arguments: list[str]) -> int:
     options.pop("verbose")
     recipes.refuse_unknown(model)
 
-    from .progress import Bars
-    from .training import job
-    from .training.options import Processes, TrainConfig
+    from ..progress import Bars
+    from ..training import job
+    from ..training.options import Processes, TrainConfig
 
     reports = job.train(model, out, texts, TrainConfig(**options), progress=Bars())
     if Processes.here().first:
@@ -149,8 +150,8 @@ def _refuse_unused(args: argparse.Namespace, task: str) -> None:
 
 def _summarize(args: argparse.Namespace) -> int:
     recipes.refuse_unknown(args.target)
-    from .evaluation import summarize
-    from .progress import Bars
+    from ..evaluation import summarize
+    from ..progress import Bars
 
     compare = () if args.compare is None else args.compare.split(",")
     new = 64 if args.max_new_tokens is None else args.max_new_tokens
@@ -169,7 +170,7 @@ def _summarize(args: argparse.Namespace) -> int:
 
 
 def _lm_eval_task(args: argparse.Namespace) -> int:
-    from .evaluation.harness import run_task
+    from ..evaluation.harness import run_task
 
     figures = run_task(args.target, args.task[1], (*args.task, None)[2], args.backend, args.seqs)
     made = reporting.table("scores", "task", "metric", "value")
@@ -184,7 +185,7 @@ def _lm_eval_task(args: argparse.Namespace) -> int:
 def lm_eval() -> int:
     """``less-lm-eval``: the command line of lm-evaluation-harness, with the model ``less``; our errors in one line."""
     try:
-        from .evaluation import harness
+        from ..evaluation import harness
 
         harness.main()
     except LessExportError as error:
@@ -201,7 +202,7 @@ def _cache(args: argparse.Namespace, **more: Any) -> ExportConfig:
 def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
     if path is None:
         return
-    from .files import write_atomically
+    from ..bundle.files import write_atomically
 
     try:
         write_atomically(path, (json.dumps(figures, indent=1) + "\n").encode())
@@ -211,10 +212,10 @@ def _write_json(path: Path | None, figures: dict[str, Any]) -> None:
 
 def _perplexity(args: argparse.Namespace) -> int:
     recipes.refuse_unknown(args.target)
-    from .evaluation import run
-    from .evaluation.subject import open_subject
-    from .progress import Bars
-    from .training import data
+    from ..evaluation import run
+    from ..evaluation.subject import open_subject
+    from ..progress import Bars
+    from ..training import data
 
     numbers = {n: getattr(args, n) for n in ("seqs", "seq_len", "chunk", "positions") if getattr(args, n) is not None}
     config = run.EvalConfig(
@@ -268,7 +269,7 @@ def import_kernels(arguments: list[str]) -> int:
     common(parser)
     args = parser.parse_args(arguments)
     recipes.refuse_unknown(args.model)
-    from .training.authors import import_folder
+    from ..training.authors import import_folder
 
     layers = import_folder(args.folder, args.model, args.out)
     print(f"{args.out}: {len(layers)} layers")

@@ -11,14 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .artifact import Artifact, Bundle
-from .contract import Policy
-from .errors import UsageError
-from .recipes import Recipe
-from .runtime.generate import Generator
+from ..bundle.artifact import Artifact, Bundle
+from ..contract import Policy
+from ..errors import UsageError
+from ..hf.recipes import Recipe
+from ..runtime.generate import Generator
 
 if TYPE_CHECKING:
-    from .parity import Report
+    from ..evaluation.parity import Report
 
 
 def table(title: str, *columns: str) -> Table:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import api
-from ..artifact import Bundle, is_bundle
+from ..bundle.artifact import Bundle, is_bundle
 from ..errors import UsageError
 from ..runtime.generate import Generator
+from ..runtime.open import load_backend, load_tokenizer
 
 try:
     import lm_eval.models  # noqa: F401  (registers the models that the harness finds by itself)
@@ -67,11 +67,11 @@ class LessLM(TemplateLM):
         if bundle is None:
             raise UsageError("the model less needs --model_args bundle=DIR")
         opened = Bundle.open(bundle)
-        tokenizer = api.tokenizer(opened)
+        tokenizer = load_tokenizer(opened)
         if tokenizer is None:
             raise UsageError(f"{bundle} has no tokenizer, which tasks on text need")
         self._tokenizer = tokenizer
-        self._scorer = Scorer(api.load_backend(opened, backend), tokenizer)
+        self._scorer = Scorer(load_backend(opened, backend), tokenizer)
         self._bundle = bundle
 
     @property

@@ -20,9 +20,9 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from .contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract, Policy
-from .errors import UsageError
-from .runtime.backend import Array, Backend, RowState, State
+from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract, Policy
+from ..errors import UsageError
+from ..runtime.backend import Array, Backend, RowState, State
 
 #: Largest error by compute dtype, as a share of the largest reference value of the tensor.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}

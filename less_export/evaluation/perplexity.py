@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .. import simulate
 from ..contract import Contract
 from ..errors import UsageError
+from ..hf.surgery import AttentionCall, less_attention
+from ..less import simulate
 from ..runtime.backend import Backend
-from ..surgery import AttentionCall, less_attention
 from .variants import Variant
 
 Nll = npt.NDArray[np.float64]

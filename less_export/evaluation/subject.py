@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .. import api
-from ..artifact import Bundle, is_bundle
+from ..bundle.artifact import Bundle, is_bundle
 from ..config import DEFAULT_CHUNK, ExportConfig, default_context, plan_layers
 from ..contract import Contract, LayerSpec
 from ..errors import UsageError
 from ..exporter.package import adds_bos, eos_ids
-from ..feature_maps import Heads, Kernels
+from ..hf.sources import resolve
+from ..hf.surgery import discover, learned_positions
+from ..less.feature_maps import Heads, Kernels
 from ..runtime.backend import Backend
+from ..runtime.open import load_backend, load_tokenizer
 from ..runtime.tokenizer import Tokenizer
-from ..runtime.torch_backend import ModelBackend, bundle_kernels, bundle_model
-from ..sources import resolve
-from ..surgery import discover, learned_positions
+from ..runtime.torch import ModelBackend, bundle_kernels, bundle_model
 from ..training import data
 from ..training.options import compute_dtype
 from .variants import Variant
@@ -127,7 +127,7 @@ def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -
 def _bundle(path: Path) -> Subject:
     bundle = Bundle.open(path)
     artifact = next(iter(bundle.manifest.artifacts))
-    tokenizer = api.tokenizer(bundle)
+    tokenizer = load_tokenizer(bundle)
     if tokenizer is None:
         raise UsageError(f"{path} has no tokenizer, which evaluation on text needs")
     bos = tokenizer.bos_id if tokenizer.encode("a")[:1] == [tokenizer.bos_id] else None
@@ -138,5 +138,5 @@ def _bundle(path: Path) -> Subject:
     contract = artifact.contract
     return Subject(
         str(path), bundle_model(bundle), contract.layers, bundle_kernels(bundle), encode, bos, contract.dtype,
-        tokenizer, contract.chunk, own=functools.cache(lambda name: api.load_backend(bundle, name)),
+        tokenizer, contract.chunk, own=functools.cache(lambda name: load_backend(bundle, name)),
     )  # fmt: skip

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import api
-from ..artifact import is_bundle
+from ..bundle.artifact import is_bundle
 from ..config import ExportConfig
 from ..errors import UsageError
 from ..progress import Progress
 from ..runtime.generate import Generator
+from ..runtime.open import open_bundle
 from ..runtime.sampling import SamplingParams
 from . import statistics
 from .statistics import Interval
@@ -74,7 +74,7 @@ def summarize(
     prompts = [_PROMPT.format(text=text) for text, _ in items]
     if is_bundle(target) and not compare:
         refuse_options(target, cache, kernel_file)
-        runs = iter([("as exported", api.open_bundle(target, backend))])
+        runs = iter([("as exported", open_bundle(target, backend))])
     else:
         runs = _variants(target, prompts, max_new_tokens, compare, cache, kernel_file, backend, progress)
     scorer = RougeScorer(list(METRICS), use_stemmer=True)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from ..config import exact_layer, sparse_layer
 from ..contract import ITEM_BYTES, STATE_FIELDS, LayerSpec, Policy
 from ..errors import UsageError
-from ..feature_maps import FeatureMap
+from ..less.feature_maps import FeatureMap
 
 #: ``sparse+4`` gives the sparse cache the 4 tokens of the paper (section 4.1), ``sparse+bytes`` every byte that
 #: LESS adds to a sequence.

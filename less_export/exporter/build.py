@@ -16,21 +16,23 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from .. import artifact, engine, plugin, recipes
-from ..artifact import Artifact, Layout, Manifest, WeightFile
+from ..bundle import artifact
+from ..bundle.artifact import Artifact, Layout, Manifest, WeightFile
+from ..bundle.files import scratch_folder, sha256
 from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, EVICTING, ExportConfig, default_context, plan_layers, unused_kernels
 from ..contract import Contract, Policy
 from ..errors import GatedModelError, LessExportError, UnsupportedModelError, UsageError
-from ..feature_maps import Heads, Kernels
-from ..files import scratch_folder, sha256
-from ..sources import ModelSource, resolve
-from ..surgery import AttentionLayer, discover, learned_positions
-from . import checkpoint, onnx_op, package, quantise, weights
+from ..hf import checkpoint, recipes, weights
+from ..hf.config_layers import keep_first
+from ..hf.decoder import LessDecoder, torch_dtype
+from ..hf.random_checkpoint import RandomSource, random_source
+from ..hf.sources import ModelSource, resolve
+from ..hf.surgery import AttentionLayer, discover, learned_positions
+from ..less.feature_maps import Heads, Kernels
+from ..tensorrt import engine, plugin
+from . import onnx_op, package, quantise
 from .check import self_check
-from .config_layers import keep_first
-from .random_checkpoint import RandomSource, random_source
 from .trace import trace
-from .wrapper import LessDecoder, torch_dtype
 
 Progress = Callable[[str], None]
 

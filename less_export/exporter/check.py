@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..contract import Contract, LayerSpec, Policy
 from ..errors import UsageError, ValidationError
-from ..feature_maps import Heads, Kernels, random_kernels
-from ..policies import POLICIES
-from ..surgery import discover
-from . import onnx_op, weights
-from .config_layers import keep_layers, layer_kinds
+from ..hf import weights
+from ..hf.config_layers import keep_layers, layer_kinds
+from ..hf.decoder import LessDecoder, fresh_state
+from ..hf.surgery import discover
+from ..less.feature_maps import Heads, Kernels, random_kernels
+from ..less.policies import POLICIES
+from . import onnx_op
 from .trace import trace
-from .wrapper import LessDecoder, fresh_state
 
 _VOCAB, _WINDOW, _BUDGET, _EXPERTS = 256, 12, 32, 8
 #: What configs call the number of experts.

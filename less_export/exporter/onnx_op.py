@@ -14,9 +14,9 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-from .. import ops
 from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, Policy
-from ..policies import POLICIES
+from ..less import reference
+from ..less.policies import POLICIES
 
 OPSET = 23
 
@@ -69,7 +69,7 @@ def _translate(*args: Any) -> Any:
 
 def translation_table() -> dict[Any, Any]:
     """``custom_translation_table`` for ``torch.onnx.export``."""
-    assert ops.attention is not None  # importing ops registers the operator
+    assert reference.attention is not None  # importing it registers the operator
     return {torch.ops.less.attention.default: _translate}
 
 
@@ -158,7 +158,7 @@ def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str) -> 
 
 
 def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
-    """Source of every slot, i64 [B,Hk,C] into [slots, chunk]; -1 leaves it empty (see ``ops.place``)."""
+    """Source of every slot, i64 [B,Hk,C] into [slots, chunk]; -1 leaves it empty (see ``reference.place``)."""
     axis, zero = op.ints(2), op.ints(0)
     kept_slot = op.Slice(kept, zero, s.slots, axis)
     kept_new = op.Slice(kept, s.slots, op.Add(s.slots, s.chunk), axis)
@@ -228,7 +228,7 @@ def function_body(policy: Policy, absorb: bool) -> ir.Function:
 
     end = op.Add(s.past_length, s.new_length)
     end = op.Unsqueeze(end, op.ints(2))  # [B,1,1]
-    oldest = op.Add(op.Sub(end, window), op.i32(int(policy is not Policy.WINDOW)))  # see ops.less_attention
+    oldest = op.Add(op.Sub(end, window), op.i32(int(policy is not Policy.WINDOW)))  # see reference.less_attention
     live = op.And(s.held, op.Or(unlimited, op.GreaterOrEqual(s.position, oldest)))
     candidates = SimpleNamespace(live=live, position=s.position, score=score, end=end)
     kept = rules.keep_onnx(op, candidates, op.attribute("heavy"), op.attribute("recent"), s.slots)

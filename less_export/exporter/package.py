@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import artifact, engine
 from .._version import __version__
-from ..artifact import KernelFacts, Layout, Manifest, TokenizerFacts
+from ..bundle import artifact
+from ..bundle.artifact import KernelFacts, Layout, Manifest, TokenizerFacts
+from ..bundle.files import copy, link, publish, sha256
 from ..errors import LessExportError
-from ..feature_maps import Kernels
-from ..files import copy, link, publish, sha256
-from ..sources import ModelSource
+from ..hf.sources import ModelSource
+from ..less.feature_maps import Kernels
+from ..tensorrt import engine
 
 _SUFFIX = ".safetensors"
 

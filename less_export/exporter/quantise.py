@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError
-from .weights import CODES, DTYPES, SCALES, Stored, StoredTensor
+from ..hf.weights import CODES, DTYPES, SCALES, Stored, StoredTensor
 
 BLOCKS = (64, 32, 16)
 BITS = {"int8": 8, "int4": 4}

@@ -15,8 +15,8 @@ from onnx_ir.passes import common
 
 from ..contract import BATCH, CHUNK, Contract
 from ..errors import UnsupportedModelError
+from ..hf.decoder import LessDecoder, fresh_state
 from . import onnx_op
-from .wrapper import LessDecoder, fresh_state
 
 #: Example sizes; anything but 0 and 1, which torch.export would take for constants.
 _BATCH, _CHUNK = 2, 7

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .. import artifact
+from ..bundle import artifact
 from ..config import ExportConfig
 from ..errors import LessExportError, ModelError
-from ..sources import ModelSource, checkpoint_files
 from . import weights
+from .decoder import torch_dtype
+from .sources import ModelSource, checkpoint_files
 from .weights import Stored, StoredTensor
-from .wrapper import torch_dtype
 
 #: Floats of older checkpoints that are no weights: rotary tables, masks. Classes of transformers name more of them.
 _NO_WEIGHTS = ("rotary_emb.", "inv_freq", "masked_bias", "position_ids")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import ops
 from ..contract import STATE_FIELDS, Contract
-from ..feature_maps import FeatureMap, Kernels
-from ..surgery import AttentionCall, less_attention
+from ..less import reference
+from ..less.feature_maps import FeatureMap, Kernels
+from .surgery import AttentionCall, less_attention
 
 
 class LessDecoder(nn.Module):
@@ -37,7 +37,7 @@ class LessDecoder(nn.Module):
         def attend(call: AttentionCall) -> Tensor:
             layer, at = self.contract.layers[call.layer], call.layer * fields
             log_phi, psi = self._features(call)
-            out, *after = ops.attention(
+            out, *after = reference.attention(
                 call.q, call.k, call.v, log_phi, psi, *state[at : at + fields], past_length, new_length,
                 **layer.attributes(),
             )  # fmt: skip

@@ -27,13 +27,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from .. import recipes
+from ..bundle.files import publish, scratch_folder
 from ..config import ExportConfig
 from ..errors import LessExportError, ModelError, UsageError
-from ..files import publish, scratch_folder
-from ..sources import ModelSource, described, resolve
-from . import weights
+from . import recipes, weights
 from .config_layers import keep_first
+from .sources import ModelSource, described, resolve
 
 _BLOCK = 16_777_213  # prime
 _SHARD = 10**9

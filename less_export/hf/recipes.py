@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .config import AttentionLayer, ExportConfig, plan_layers
-from .contract import PLUGIN_RANK_LIMIT, Contract
-from .errors import ModelError, UsageError
-from .kernel_shapes import Heads, kernel_bytes
+from ..config import AttentionLayer, ExportConfig, plan_layers
+from ..contract import PLUGIN_RANK_LIMIT, Contract
+from ..errors import ModelError, UsageError
+from ..less.kernel_shapes import Heads, kernel_bytes
 
 _OPTIONS = ("policy", "budget", "layer_budgets", "context", "chunk", "compress_sliding")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")

@@ -16,8 +16,8 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from ..errors import GatedModelError, ModelError
 from . import recipes
-from .errors import GatedModelError, ModelError
 
 #: What a snapshot needs to be understood: configuration, tokenizer; and weights that are called otherwise than usual.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]

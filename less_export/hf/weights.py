@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
-from ..sources import TEXT_PART, quiet_transformers
+from .sources import TEXT_PART, quiet_transformers
 
 _ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 #: Operators that only move the values of a weight, their first input.

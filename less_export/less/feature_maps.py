@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from .contract import LayerSpec
-from .errors import KernelError
-from .files import write_atomically
+from ..bundle.files import write_atomically
+from ..contract import LayerSpec
+from ..errors import KernelError
 from .kernel_shapes import Heads, exp_shapes
 
 FORMAT_VERSION = 1

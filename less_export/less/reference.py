@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import OP_DOMAIN, Policy
-from .errors import BackendError
+from ..contract import OP_DOMAIN, Policy
+from ..errors import BackendError
 from .policies import POLICIES
 from .policies.base import Candidates
 

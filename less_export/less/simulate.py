@@ -3,7 +3,7 @@
 The op decides step by step which tokens keep a slot; here that decision is made first, for a whole sequence
 and by the same policy code, and written down as one number per token: the first query that no longer finds
 it in a slot (:func:`evictions`). Attention and the low-rank term are then masks and matrix products over all
-positions (:func:`sparse`, :func:`combine`). Training and evaluation use this; tests hold it to ``ops.py``.
+positions (:func:`sparse`, :func:`combine`). Training and evaluation use this; tests hold it to ``less.reference``.
 
 Shapes: B rows, Hq query heads, Hk KV heads, G = Hq / Hk, T positions, P of them as queries, R features.
 """
@@ -13,10 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contract import LayerSpec, Policy
-from .ops import place
+from ..contract import LayerSpec, Policy
 from .policies import POLICIES
 from .policies.base import Candidates
+from .reference import place
 
 #: Largest exponent of a single feature: beyond it z is below anything that counts, and f32 would overflow.
 _MOST = 80.0

@@ -236,7 +236,7 @@ class RowState:
         """Write a safetensors file, through a temporary name."""
         from safetensors.numpy import save
 
-        from ..files import write_atomically
+        from ..bundle.files import write_atomically
 
         tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors.items()}
         metadata = {"format": "less-state", "length": str(self.length), "identity": self.identity}

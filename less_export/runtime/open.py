@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .artifact import Artifact, Bundle
-from .errors import BackendError, UsageError
-from .plugin import PluginFacts
-from .runtime.backend import Backend
-from .runtime.generate import Generator
-from .runtime.tokenizer import Tokenizer
+from ..bundle.artifact import Artifact, Bundle
+from ..errors import BackendError, UsageError
+from ..tensorrt.plugin import PluginFacts
+from .backend import Backend
+from .generate import Generator
+from .tokenizer import Tokenizer
 
 BACKENDS = ("ort", "trt", "torch")
 
@@ -27,15 +27,15 @@ def open_bundle(path: str | Path, backend: str | None = None, **options: Any) ->
         BundleError: missing or damaged files. BackendError: the runtime or its artifact is missing.
     """
     bundle = Bundle.open(path)
-    return generator(bundle, load_backend(bundle, backend, **options))
+    return load_generator(bundle, load_backend(bundle, backend, **options))
 
 
-def generator(bundle: Bundle, backend: Backend) -> Generator:
+def load_generator(bundle: Bundle, backend: Backend) -> Generator:
     """A generator over an open bundle's backend, with its tokenizer where there is one."""
-    return Generator(backend, tokenizer(bundle))
+    return Generator(backend, load_tokenizer(bundle))
 
 
-def tokenizer(bundle: Bundle) -> Tokenizer | None:
+def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
     """The tokenizer of an open bundle, if it has one."""
     facts = bundle.manifest.tokenizer
     if facts is None:
@@ -62,12 +62,12 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
     if name not in BACKENDS:
         raise UsageError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}")
     if name == "ort":
-        from .runtime.ort_backend import OrtBackend
+        from .ort import OrtBackend
 
         found = _artifact(bundle, ("ort",), "model.onnx (--target ort)")
         return OrtBackend(found.contract, bundle.path(found.file), **options)
     if name == "trt":
-        from .runtime.trt_backend import TrtBackend
+        from .trt import TrtBackend
 
         found = _artifact(bundle, ("plan",), "engine.plan (--out x.plan, or --engine)")
         facts = found.details.get("plugin")
@@ -75,7 +75,7 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
             options.setdefault("plugin", PluginFacts(**{**facts, "library": str(bundle.path(facts["library"]))}))
         return TrtBackend(found.contract, bundle.path(found.file), **options)
     try:
-        from .runtime.torch_backend import TorchBackend
+        from .torch import TorchBackend
     except ImportError as error:
         raise BackendError(
             f"the torch backend needs {error.name}: pip install 'less-export[export]', or take another --backend"

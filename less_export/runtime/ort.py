@@ -3,7 +3,7 @@
 The state lives in two sets of tensors, bound once: a step reads one set and writes the other, the next
 step goes the other way. Nothing of the state is copied or allocated between steps.
 
-Session options are ONNX Runtime's own but for scratch memory (``scripts/bench_memory.py``). Measured on two cores:
+Session options are ONNX Runtime's own but for scratch memory (``benchmarks/bench_memory.py``). Measured on two cores:
 - What loading a model frees goes back to the system at once (glibc keeps it otherwise): an int4 model of 1.1B
   parameters (746 MB on disk, of which 131 MB of embeddings are only mapped) holds 841 MB after loading, not 1,136 MB.
 - 10 layers of 1024 x 4096 (320 MB, external data): weights are held once (375 MB with the interpreter, f32

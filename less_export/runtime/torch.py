@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from transformers import AutoConfig, PreTrainedModel
 
-from ..artifact import Artifact, Bundle
+from ..bundle.artifact import Artifact, Bundle
 from ..contract import Contract
 from ..errors import BackendError
-from ..exporter import weights
-from ..exporter.wrapper import LessDecoder, fresh_state
-from ..feature_maps import Kernels
+from ..hf import weights
+from ..hf.decoder import LessDecoder, fresh_state
+from ..less.feature_maps import Kernels
 from .backend import Array, Backend, State
 
 

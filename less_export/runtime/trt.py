@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .. import plugin as plugins
 from ..contract import INPUT_IDS, ITEM_BYTES, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
-from ..engine import Flavour, check_tensors, dtype_name, flavour, profiles
 from ..errors import BackendError, EngineError
-from ..plugin import PluginFacts
-from ..trt_log import log_of
+from ..tensorrt import plugin as plugins
+from ..tensorrt.engine import Flavour, check_tensors, dtype_name, flavour, profiles
+from ..tensorrt.log import log_of
+from ..tensorrt.plugin import PluginFacts
 from .backend import Array, Backend, State, empty, numpy_dtype
 
 #: First bytes of a plan -> the flavour that wrote it.

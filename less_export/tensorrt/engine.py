@@ -16,12 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..bundle.files import scratch_folder
+from ..contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, Policy, TensorSpec
+from ..errors import EngineError, UsageError
 from . import plugin
-from .contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, Policy, TensorSpec
-from .errors import EngineError, UsageError
-from .files import scratch_folder
+from .log import implement, log_of, one_line
 from .plugin import PluginFacts
-from .trt_log import implement, log_of, one_line
 
 #: Called with a few words as each phase begins. TensorRT's own steps say nothing about time: nearly all of
 #: it is one opaque step per profile.
@@ -211,7 +211,7 @@ def build_plan(
         model: serialised ONNX, with the LessAttention bodies inside or, with a ``library``, bare nodes.
         weights_dir: the folder that external data locations are relative to.
         gpu_arch: see :func:`parse_gpu_arch`.
-        library: the plugin (see :func:`less_export.plugin.library`); TensorRT-RTX puts it into the plan.
+        library: the plugin (see :func:`less_export.tensorrt.plugin.library`); TensorRT-RTX puts it into the plan.
         progress: told what is being done; what it raises cancels the build and comes out of here.
         verbose: print TensorRT's log to stderr.
 

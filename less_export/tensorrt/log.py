@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from .errors import EngineError
+from ..errors import EngineError
 
 
 def implement(interface: Any, **methods: Callable[..., Any]) -> Any:

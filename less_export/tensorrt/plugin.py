@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .contract import COMPUTE_DTYPES, OP_VERSION, Contract, LayerSpec
-from .errors import EngineError, UsageError
-from .files import scratch_folder, sha256
-from .trt_log import log_of
+from ..bundle.files import scratch_folder, sha256
+from ..contract import COMPUTE_DTYPES, OP_VERSION, Contract, LayerSpec
+from ..errors import EngineError, UsageError
+from .log import log_of
 
 #: Called with a few words as each phase begins.
 Progress = Callable[[str], None]

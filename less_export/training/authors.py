@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundle.files import sha256
 from ..errors import KernelError
-from ..exporter.weights import bare_model
-from ..feature_maps import Heads, Kernels, PaperMap
-from ..files import sha256
-from ..sources import resolve
-from ..surgery import discover
+from ..hf.sources import resolve
+from ..hf.surgery import discover
+from ..hf.weights import bare_model
+from ..less.feature_maps import Heads, Kernels, PaperMap
 
 _FILE = re.compile(r"layer_(\d+)\.pth$")
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .. import simulate
+from ..bundle.files import write_atomically
 from ..contract import LayerSpec
 from ..errors import LessExportError, ModelError, UnsupportedModelError
-from ..files import write_atomically
+from ..hf.surgery import AttentionCall, less_attention
+from ..less import simulate
 from ..progress import Progress
-from ..surgery import AttentionCall, less_attention
 from . import room
 
 _MARK = "collected.json"

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from .. import simulate
+from ..bundle.files import write_atomically
 from ..contract import LayerSpec, Policy
-from ..feature_maps import FeatureMap
-from ..files import write_atomically
+from ..hf.surgery import AttentionCall, less_attention
+from ..less import simulate
+from ..less.feature_maps import FeatureMap
 from ..progress import Progress
-from ..surgery import AttentionCall, less_attention
 
 STEPS = 96
 _POSITIONS = 96

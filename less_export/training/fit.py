@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import simulate
 from ..contract import LayerSpec
 from ..errors import LessExportError
-from ..feature_maps import FeatureMap
+from ..less import simulate
+from ..less.feature_maps import FeatureMap
 from . import start
 
 #: Queries attended at a time while preparing and validating: bounds memory.

@@ -23,15 +23,15 @@ import torch
 from transformers import PreTrainedModel
 
 from .._version import __version__
+from ..bundle.files import sha256, write_atomically
 from ..config import default_context, plan_layers, sparse_layer
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
-from ..exporter import weights
-from ..feature_maps import FeatureMap, Kernels
-from ..files import sha256, write_atomically
+from ..hf import weights
+from ..hf.sources import ModelSource, checkpoint_files, resolve
+from ..hf.surgery import discover, learned_positions
+from ..less.feature_maps import FeatureMap, Kernels
 from ..progress import Progress, Silent
-from ..sources import ModelSource, checkpoint_files, resolve
-from ..surgery import discover, learned_positions
 from . import allocate, collect, data, end_to_end, fit, room
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
 from .options import device as choose_device

@@ -12,7 +12,7 @@ import torch
 
 from ..config import ExportConfig
 from ..errors import UsageError
-from ..feature_maps import PARAMETRISATIONS
+from ..less.feature_maps import PARAMETRISATIONS
 
 Quality = Literal["fast", "high"]
 #: Steps per layer, training sequences, and whether all kernels are tuned together at the end, of each quality.

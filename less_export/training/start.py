@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import simulate
 from ..contract import LayerSpec
-from ..feature_maps import PARAMETRISATIONS, ExpMap, FeatureMap, Heads
+from ..less import simulate
+from ..less.feature_maps import PARAMETRISATIONS, ExpMap, FeatureMap, Heads
 
 _ITERATIONS = 15
 #: Keys that k-means looks at, per KV head.

@@ -1,7 +1,7 @@
 // LESS attention (arXiv 2402.09398) on CUDA: one layer, one step, the state updated in place.
 //
 // Knows CUDA only; TensorRT comes on top (src/less_attention_plugin.h). The semantics are those of
-// less_export/ops.py, the reference of the operator less::LessAttention, version 1.
+// less_export/less/reference.py, the reference of the operator less::LessAttention, version 1.
 // Shapes: B rows, Hq query heads, Hk KV heads (a multiple of them are query heads), T tokens of the chunk,
 // C slots, R features, D head_dim. All tensors are dense and row-major.
 #pragma once

@@ -1,6 +1,6 @@
 // LESS bundles in C++: open one, prefill, decode, keep rows of state. No Python.
 //
-// Mirrors less_export/contract.py, artifact.py and runtime/. Everything that fails throws less::Error with one line
+// Mirrors less_export/contract.py, bundle/ and runtime/. Everything that fails throws less::Error with one line
 // that says what is wrong and what to do. Bundle, Contract and RowState are plain values, safe to share between
 // threads that read them. A Session belongs to one thread at a time; several sessions may run at once.
 #pragma once

@@ -1,4 +1,4 @@
-// What a policy decides about one token, from its position and score (less_export/policies).
+// What a policy decides about one token, from its position and score (less_export/less/policies).
 #pragma once
 
 #include "device.cuh"

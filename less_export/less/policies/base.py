@@ -6,7 +6,7 @@ import abc
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from ..contract import Policy
+from ...contract import Policy
 
 if TYPE_CHECKING:
     import torch

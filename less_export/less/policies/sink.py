@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..contract import Policy
+from ...contract import Policy
 from .base import Candidates, PositionalPolicy
 
 if TYPE_CHECKING:

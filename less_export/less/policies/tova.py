@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..contract import Policy
+from ...contract import Policy
 from .base import ScoredPolicy
 
 

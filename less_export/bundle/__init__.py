@@ -1,0 +1,1 @@
+"""Bundles: the files of one export, their manifest, and how files are written."""

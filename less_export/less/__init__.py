@@ -1,0 +1,1 @@
+"""The method: the operator's reference, its simulation over whole sequences, kernels and eviction policies."""

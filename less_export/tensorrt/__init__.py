@@ -1,0 +1,1 @@
+"""TensorRT: building plans, building the plugin, and TensorRT's log."""
