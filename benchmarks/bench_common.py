@@ -41,7 +41,8 @@ def random_checkpoint(
 
 def kernels(layers: int, rank: int, hidden: int) -> Kernels:
     """Kernels of the size that training makes, with random weights: the same work, no quality."""
-    from less_export.less.feature_maps import Heads, random_kernels
+    from less_export.contract import Heads
+    from less_export.less.feature_maps import random_kernels
 
     heads, kv_heads = TINYLLAMA["num_attention_heads"], TINYLLAMA["num_key_value_heads"]
     shape = Heads(heads, kv_heads, TINYLLAMA["hidden_size"] // heads)

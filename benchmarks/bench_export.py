@@ -26,12 +26,13 @@ def ordinary(checkpoint: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from less_export.config import ExportConfig, plan_layers
+    from less_export.config import ExportConfig
     from less_export.contract import Contract
     from less_export.exporter import onnx_op
     from less_export.hf.decoder import LessDecoder, fresh_state
     from less_export.hf.surgery import discover
     from less_export.less.feature_maps import Kernels
+    from less_export.plan import plan_layers
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16, attn_implementation="eager").eval()
     layers = plan_layers(discover(model), ExportConfig(policy="h2o", budget=BUDGET), 2048, {})

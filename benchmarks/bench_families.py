@@ -37,7 +37,7 @@ def measure(name: str, folder: Path) -> dict[str, float | str | list[str]]:
     ours = families.feed(less.backend("ort", 2), ids, STEPS)
     reference = families.feed(less.backend("torch", 2), ids, STEPS)
     evicting = max(families.relative(a, b) for a, b in zip(ours, reference, strict=True))
-    policies = sorted({s.policy.label for s in less.opened.manifest.artifacts[0].contract.layers})
+    policies = sorted({s.policy.name for s in less.opened.manifest.artifacts[0].contract.layers})
     return {
         "family": name,
         "class": type(model).__name__,

@@ -1,39 +1,26 @@
-"""Options of an export, validated once, and the layer plan they lead to."""
+"""Options of an export, validated once, and the names that options take; ``plan`` turns them into layers."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from .contract import COMPUTE_DTYPES, LayerSpec, Policy
+from .dtypes import COMPUTE_DTYPES
 from .errors import UsageError
-from .less.policies import POLICIES
+from .less.policies import Policy, by_name, choosable
 
 Target = Literal["ort", "trt", "both"]
 TARGETS: tuple[Target, ...] = ("ort", "trt", "both")
 Weights = Literal["int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("int8", "int4")
-#: Policies a user may ask for; ``window`` is what a sliding layer gets by itself.
-EVICTING = (Policy.H2O, Policy.TOVA, Policy.SINK)
-DEFAULT_POLICY = Policy.H2O.label
+#: Runtimes of exported graphs, and all of them: torch is the reference of the others.
+GRAPH_BACKENDS = ("ort", "trt")
+BACKENDS = (*GRAPH_BACKENDS, "torch")
+DEFAULT_POLICY = Policy.H2O.name
 DEFAULT_CONTEXT = 4096
 DEFAULT_BUDGET = "5%"
 DEFAULT_CHUNK = 256
-
-
-@dataclass(frozen=True)
-class AttentionLayer:
-    """What a decoder's layer asks of attention. ``window`` is 0 where the layer does not slide."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int
 
 
 @dataclass(frozen=True)
@@ -79,8 +66,8 @@ class ExportConfig:
             raise UsageError(f"unknown dtype '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}")
         if self.weights is not None and self.weights not in WEIGHTS:
             raise UsageError(f"unknown weights '{self.weights}': choose one of {', '.join(WEIGHTS)}")
-        if self.policy is not None and Policy.parse(self.policy) not in (*EVICTING, Policy.FULL):
-            raise UsageError(f"policy '{self.policy}' is not for choosing: take h2o, tova, sink or full")
+        if self.policy is not None and not by_name(self.policy).choosable:
+            raise UsageError(f"policy '{self.policy}' cannot be chosen: choose one of {', '.join(choosable())}")
         for name in ("context", "recent", "rank", "max_batch", "chunk", "num_hidden_layers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -95,140 +82,12 @@ class ExportConfig:
     def with_defaults(self, recipe: dict[str, Any]) -> ExportConfig:
         """The same options, those that are unset and that nothing else settles taken from ``recipe``."""
         given = {n for n in recipe if getattr(self, n) is not None}
-        policy = self.policy or recipe.get("policy")
-        whole = self.heavy is not None and (self.recent is not None or policy == Policy.TOVA.label)
-        if policy == Policy.FULL.label or whole:
+        name = self.policy or recipe.get("policy")
+        policy = by_name(name or DEFAULT_POLICY)
+        whole = self.heavy is not None and (self.recent is not None or policy.fixed_recent is not None)
+        if policy.keeps_all or whole:
             given.add("budget")
-        others = "budget" in given or (self.heavy, self.recent) != (None, None) or policy != recipe.get("policy")
+        others = "budget" in given or (self.heavy, self.recent) != (None, None) or name != recipe.get("policy")
         if others or self.num_hidden_layers is not None:
             given.add("layer_budgets")  # they divide the recipe's budget among its layers under its policy, no other
         return replace(self, **{n: v for n, v in recipe.items() if n not in given})
-
-
-def budget_tokens(budget: str, context: int, option: str = "--budget") -> int:
-    """Tokens of a budget ``option``: ``N``, or ``P%`` of ``context`` rounded down to an even number.
-
-    Raises:
-        UsageError: not a number, less than 1 token or more than the context.
-    """
-    text = str(budget).strip()
-    try:  # exactly: 29% of 200 are 58, which floats miss
-        tokens = 2 * math.floor(Fraction(text[:-1]) * context / 200) if text.endswith("%") else int(text)
-    except (ValueError, ZeroDivisionError):
-        raise UsageError(f"{option} '{budget}' is neither a number of tokens nor a percentage like 5%") from None
-    if tokens < 1:
-        raise UsageError(f"{option} {budget} leaves no token of a context of {context}: raise it")
-    if tokens > context:
-        raise UsageError(f"{option} {budget} is more than the context of {context} tokens: lower it or raise --context")
-    return tokens
-
-
-def split_budget(policy: Policy, config: ExportConfig, context: int) -> tuple[int, int]:
-    """``(heavy, recent)`` in tokens, from --budget, --heavy and --recent."""
-    heavy, recent = config.heavy, config.recent
-    if policy is Policy.TOVA:
-        if recent not in (None, 1):
-            raise UsageError("tova protects only the newest token: drop --recent")
-        recent = 1
-    if heavy is not None and recent is not None:
-        if config.budget is not None and budget_tokens(config.budget, context) != heavy + recent:
-            raise UsageError("--heavy and --recent do not add up to --budget: give two of the three")
-        return _fitting(heavy, recent, context)
-    total = budget_tokens(config.budget or DEFAULT_BUDGET, context)
-    if heavy is not None:
-        return _fitting(heavy, total - heavy, context)
-    if recent is not None:
-        return _fitting(total - recent, recent, context)
-    return _fitting(*POLICIES[policy].split(total), context)
-
-
-def layer_tokens(text: str, context: int) -> dict[int, int]:
-    """Slots of the layers that ``--layer-budgets LAYER:N|P%,...`` names.
-
-    Raises:
-        UsageError: not such a list, a layer named twice, or a budget that is none.
-    """
-    if text == "auto":
-        raise UsageError("--layer-budgets auto is for less-export train, which says what to give here")
-    found: dict[int, int] = {}
-    for part in text.split(","):
-        name, colon, budget = part.strip().partition(":")
-        if not (name.isdecimal() and colon):
-            raise UsageError(f"--layer-budgets '{text}' is not a list like 5:42,11:8.5%")
-        if int(name) in found:
-            raise UsageError(f"--layer-budgets names layer {name} twice: drop one")
-        found[int(name)] = budget_tokens(budget, context, "--layer-budgets")
-    return found
-
-
-def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
-    if heavy < 0 or recent < 1:
-        raise UsageError(f"the budget leaves {heavy} heavy and {recent} recent tokens: raise it or change the split")
-    if heavy + recent > context:
-        raise UsageError(f"{heavy} heavy and {recent} recent tokens are more than the context of {context}")
-    return heavy, recent
-
-
-def plan_layers(
-    layers: Sequence[AttentionLayer], config: ExportConfig, context: int, ranks: dict[int, int]
-) -> tuple[LayerSpec, ...]:
-    """What every layer's cache will be.
-
-    ``ranks`` gives the layers that have kernels and their rank. Layers that slide keep their window
-    exactly, unless ``compress_sliding`` gives them the policy with a budget below the window.
-    """
-    policy = Policy.parse(config.policy or DEFAULT_POLICY)
-    own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
-    if policy is Policy.FULL:
-        if config.budget is not None or config.heavy is not None or config.recent is not None:
-            raise UsageError("policy full keeps every token: drop --budget, --heavy and --recent, set --context")
-        if own:
-            raise UsageError("policy full keeps every token: drop --layer-budgets, set --context")
-        common = 0, context
-    else:
-        common = split_budget(policy, config, context)
-    if own and (config.heavy is not None or config.recent is not None):
-        raise UsageError("--layer-budgets are split as the policy does it: drop --heavy and --recent")
-    if own and max(own) >= len(layers):
-        raise UsageError(f"--layer-budgets names layer {max(own)}, but the model has {len(layers)} layers")
-    planned = []
-    for index, layer in enumerate(layers):
-        heavy, recent = _fitting(*POLICIES[policy].split(own[index]), context) if index in own else common
-        facts = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale)
-        compressed = config.compress_sliding and policy is not Policy.FULL and heavy + recent < layer.window
-        if layer.window and not compressed:
-            if index in own:
-                raise UsageError(
-                    f"--layer-budgets: layer {index} keeps its window of {layer.window} tokens: leave it out, or give "
-                    "--compress-sliding and less than the window"
-                )
-            planned.append(LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1))
-            continue
-        rank = ranks.get(index, 0) if policy is not Policy.FULL else 0
-        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1)))
-    return tuple(planned)
-
-
-def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
-    """The layer with ``slots`` slots, split as its policy splits a budget, and without a low-rank term."""
-    split = POLICIES[layer.policy].split
-    heavy, recent = split(slots)
-    if (layer.heavy, layer.recent) != split(layer.capacity):  # a split of the user's own keeps its heavy tokens
-        heavy, recent = layer.heavy, slots - layer.heavy
-    return replace(layer, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=slots)
-
-
-def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
-    """The layer with everything it would see without LESS."""
-    policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
-    return replace(layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)
-
-
-def default_context(max_position_embeddings: int | None) -> int:
-    """Context of a model without a recipe (tokens)."""
-    return min(max_position_embeddings or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-
-
-def unused_kernels(planned: Sequence[LayerSpec], kernels: Collection[int]) -> list[int]:
-    """Layers that have kernels which the plan does not use (they keep everything they see)."""
-    return [i for i in kernels if not planned[i].absorb]

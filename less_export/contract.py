@@ -6,13 +6,15 @@ Exporter, engine profiles, backends, manifest and embedding services all derive 
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from .dtypes import COMPUTE_DTYPES, item_bytes
 from .errors import BundleError, UsageError
+from .less.policies import EvictionPolicy, by_name
+from .less.policies import Policy as Policy
 
 OP_DOMAIN = "less"
 OP_NAME = "LessAttention"
@@ -31,37 +33,28 @@ LOGITS = "logits"
 BATCH = "batch"
 CHUNK = "chunk"
 
-#: Bytes per element of every dtype that occurs in a contract.
-ITEM_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2}
-COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, KV heads and the features of each: what the kernels of an attention layer must match."""
 
-class Policy(enum.IntEnum):
-    """Which tokens keep a slot; the value is the op's ``policy`` attribute."""
-
-    H2O = 0
-    TOVA = 1
-    SINK = 2
-    WINDOW = 3
-    FULL = 4
+    query_heads: int
+    kv_heads: int
+    head_dim: int
 
     @property
-    def label(self) -> str:
-        """Name in options, manifests and messages."""
-        return self.name.lower()
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.query_heads // self.kv_heads
 
-    @classmethod
-    def parse(cls, name: str) -> Policy:
-        """Policy of a label; raises :class:`UsageError` for an unknown one."""
-        try:
-            return cls[name.upper()]
-        except KeyError:
-            choices = ", ".join(p.label for p in cls)
-            raise UsageError(f"unknown policy '{name}': choose one of {choices}") from None
+    @property
+    def heads(self) -> Heads:
+        """These facts alone, without those of a subclass."""
+        return Heads(self.query_heads, self.kv_heads, self.head_dim)
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class LayerSpec(Heads):
     """Static facts of one attention layer's LESS node.
 
     ``capacity`` slots hold at most ``heavy + recent`` tokens; ``window`` > 0 limits what a query sees to
@@ -69,11 +62,8 @@ class LayerSpec:
     features; the others have rank 1, psi = 0 and skip it.
     """
 
-    query_heads: int
-    kv_heads: int
-    head_dim: int
     scale: float
-    policy: Policy
+    policy: EvictionPolicy
     heavy: int
     recent: int
     window: int
@@ -84,7 +74,7 @@ class LayerSpec:
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
             if not ok:
-                raise UsageError(f"impossible layer ({self.policy.label}): {why}")
+                raise UsageError(f"impossible layer ({self.policy.name}): {why}")
 
         require(min(self.query_heads, self.kv_heads, self.head_dim) > 0, "heads and head_dim must be positive")
         require(self.query_heads % self.kv_heads == 0, "query heads must be a multiple of KV heads")
@@ -93,28 +83,30 @@ class LayerSpec:
         require(self.capacity >= 1 and self.rank >= 1, "capacity and rank must be at least 1")
         require(self.absorb or self.rank == 1, "a layer that absorbs nothing has rank 1")
         require(self.heavy + self.recent == self.capacity, "heavy + recent must equal the capacity")
-        if self.policy is Policy.TOVA:
-            require(self.recent == 1, "tova protects only the newest token")
-        if self.policy is Policy.WINDOW:
-            require(self.window == self.recent and not self.absorb, "window keeps its window and absorbs nothing")
-        if self.policy is Policy.FULL:
-            require(self.window == 0 and self.heavy == 0 and not self.absorb, "full evicts and absorbs nothing")
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one KV head."""
-        return self.query_heads // self.kv_heads
+        reason = self.policy.why_impossible(self)
+        require(reason is None, reason or "")
 
     def attributes(self) -> dict[str, int | float]:
         """Attributes of the layer's ``LessAttention`` node, in the op's order."""
         return {
             "scale": float(self.scale),
-            "policy": int(self.policy),
+            "policy": self.policy.code,
             "heavy": self.heavy,
             "recent": self.recent,
             "window": self.window,
             "absorb": int(self.absorb),
         }
+
+
+def _policy(name: Any) -> EvictionPolicy:
+    """The policy that a manifest names."""
+    try:
+        return by_name(str(name))
+    except UsageError:
+        raise BundleError(
+            f"the manifest names policy '{name}', which is not known here: register it "
+            "(less_export.less.policies.register) before opening the bundle"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -125,6 +117,10 @@ class StateField:
     dims: tuple[str, ...]
     dtype: str
     empty: int = 0
+
+    def dtype_in(self, compute_dtype: str) -> str:
+        """dtype in a graph that computes in ``compute_dtype``."""
+        return compute_dtype if self.dtype == "T" else self.dtype
 
 
 #: The state of one layer, in the op's order; ``empty`` fills a fresh row.
@@ -173,7 +169,7 @@ class StateTensor:
     @property
     def row_bytes(self) -> int:
         """Bytes of one sequence."""
-        return math.prod(self.row_shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.row_shape) * item_bytes(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -206,8 +202,9 @@ class Contract:
         """The state tensors, layer by layer, in the graph's order."""
         for index, layer in enumerate(self.layers):
             for field in STATE_FIELDS:
-                dtype = self.dtype if field.dtype == "T" else field.dtype
-                yield StateTensor(index, field, dtype, tuple(getattr(layer, d) for d in field.dims))
+                yield StateTensor(
+                    index, field, field.dtype_in(self.dtype), tuple(getattr(layer, d) for d in field.dims)
+                )
 
     def tokens(self) -> tuple[TensorSpec, ...]:
         """The inputs that are not state."""
@@ -235,12 +232,12 @@ class Contract:
     def full_cache_bytes(self, length: int) -> int:
         """Bytes an ordinary KV cache of ``length`` tokens takes for one sequence (sliding layers capped)."""
         tokens = (min(length, s.window) if s.window else length for s in self.layers)
-        per_token = (2 * s.kv_heads * s.head_dim * ITEM_BYTES[self.dtype] for s in self.layers)
+        per_token = (2 * s.kv_heads * s.head_dim * item_bytes(self.dtype) for s in self.layers)
         return sum(n * b for n, b in zip(tokens, per_token, strict=True))
 
     def token_limit(self) -> int | None:
-        """Longest sequence the state can take (policy full, learned positions), ``None`` if unlimited."""
-        limits = [s.capacity for s in self.layers if s.policy is Policy.FULL]
+        """Longest sequence the state can take (layers that keep all, learned positions), ``None`` if unlimited."""
+        limits = [s.capacity for s in self.layers if s.policy.keeps_all]
         if self.position_limit is not None:
             limits.append(self.position_limit)
         return min(limits, default=None)
@@ -248,13 +245,13 @@ class Contract:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, read back by :meth:`from_dict`."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "layers"}
-        return {**plain, "layers": [{**asdict(s), "policy": s.policy.label} for s in self.layers]}
+        return {**plain, "layers": [{**asdict(s), "policy": s.policy.name} for s in self.layers]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Contract:
         """Contract of a manifest; raises :class:`BundleError` when it does not parse."""
         try:
-            layers = tuple(LayerSpec(**{**s, "policy": Policy.parse(s["policy"])}) for s in data["layers"])
+            layers = tuple(LayerSpec(**{**s, "policy": _policy(s["policy"])}) for s in data["layers"])
             return cls(**{**data, "layers": layers})
         except (KeyError, TypeError, UsageError) as error:
             raise BundleError(f"the manifest's contract is damaged ({error}): export the bundle again") from error

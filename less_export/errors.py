@@ -6,6 +6,11 @@ Anything else that is raised is a bug of ours and keeps its traceback.
 from __future__ import annotations
 
 
+def install_hint(*extras: str) -> str:
+    """The command that installs what is missing: the extras of this package, as pyproject.toml names them."""
+    return f"pip install 'less-export[{','.join(extras)}]'"
+
+
 class LessExportError(Exception):
     """Base of all expected failures; the message says what is wrong and what to do about it."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, LayerSpec
+from .dtypes import onnx_dtype, torch_dtype
 from .exporter import onnx_op
 
 
@@ -16,7 +17,7 @@ def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32
     state = []
     for field in STATE_FIELDS:
         shape = (batch, *(getattr(layer, d) for d in field.dims))
-        kind = {"T": dtype, "float32": torch.float32, "int32": torch.int32}[field.dtype]
+        kind = dtype if field.dtype == "T" else torch_dtype(field.dtype)
         fill = float("nan") if poison and field.name in ("key", "value", "psi", "score") else field.empty
         state.append(torch.full(shape, fill, dtype=kind))
     return state
@@ -27,10 +28,11 @@ def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> 
     sizes: dict[str, int | str] = {"B": "B", "T": "T", "D": layer.head_dim, "R": layer.rank}
     sizes |= {"Hq": layer.query_heads, "Hk": layer.kv_heads}
     tokens = {"q": "B Hq T D", "k": "B Hk T D", "v": "B Hk T D", "log_phi_q": "B Hq T R", "psi_k": "B Hk T R"}
-    kinds = {"T": dtype, "float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32}
 
     def value(name: str, shape: list[int | str], kind: str) -> ir.Value:
-        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kinds[kind]))
+        return ir.Value(
+            name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype if kind == "T" else onnx_dtype(kind))
+        )
 
     def state(prefix: str) -> list[ir.Value]:
         return [value(f"{prefix}_{f.name}", ["B", *(getattr(layer, d) for d in f.dims)], f.dtype) for f in STATE_FIELDS]

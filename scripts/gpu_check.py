@@ -59,7 +59,7 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         check(f"{dtype} {policy} D{head_dim} G{group} R{rank}", layer, steps, dtype)
     for name, layer in list({**test_ops.VARIANTS, **test_ops.EDGES}.items())[: 4 if quick else None]:
         for decode in (False, True):
-            if not (layer.window == 1 and layer.policy.label != "window"):
+            if not (layer.window == 1 and layer.policy.name != "window"):
                 check(name, layer, test_ops.ordinary(layer, decode), "float32")
         if name.startswith(("h2o", "tova")) and name in test_ops.VARIANTS:
             tied = test_ops.tied(layer)

@@ -94,7 +94,7 @@ def decode_bytes(layer: LayerSpec, dtype: str, batch: int) -> int:
     """
     item = torch.finfo(DTYPES[dtype]).bits // 8
     d, c, r = layer.head_dim, layer.capacity, layer.rank
-    scored = layer.policy.label in ("h2o", "tova")
+    scored = layer.policy.scoring != "none"
     slots = c * (2 * d * item + 4 + (8 if scored else 0))
     new = 4 * d * item + 3 * r * item
     low = 2 * r * (d + 1) * 4 if layer.absorb else 0

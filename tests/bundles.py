@@ -26,11 +26,11 @@ from less_export.bundle.artifact import MANIFEST, Bundle, Manifest
 from less_export.bundle.files import sha256
 from less_export.cli.main import main
 from less_export.config import ExportConfig
-from less_export.contract import Contract
+from less_export.contract import Contract, Heads
 from less_export.exporter import build
 from less_export.exporter.trace import trace
 from less_export.hf.decoder import LessDecoder
-from less_export.less.feature_maps import Heads, random_kernels
+from less_export.less.feature_maps import random_kernels
 
 CORPUS = ("Alice was beginning to get very tired of sitting by her sister on the bank. ", "Once upon a time, a cat.")
 #: Longer than the 12 slots (5% of 256) that bundles have by default.

@@ -17,7 +17,8 @@ import pytest
 
 from less_export.bundle.artifact import Artifact, KernelFacts, Layout, Manifest, TokenizerFacts, WeightFile
 from less_export.contract import Contract
-from less_export.runtime.backend import Array, Backend, State, empty, numpy_dtype
+from less_export.dtypes import numpy_dtype
+from less_export.runtime.backend import Array, Backend, State, empty
 
 from .trt_support import HEADER
 

@@ -22,7 +22,7 @@ import less_export
 from less_export.bundle.artifact import Bundle
 from less_export.contract import Policy
 from less_export.hf.surgery import discover
-from less_export.less.feature_maps import Heads, random_kernels
+from less_export.less.feature_maps import random_kernels
 from less_export.runtime.backend import Backend
 from less_export.runtime.open import load_backend
 
@@ -183,7 +183,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 def kernels(model: PreTrainedModel, path: Path, rank: int = RANK, sliding: bool = False) -> Path:
     """Random kernels for the layers that evict (``sliding``: for all of them), saved to ``path``."""
     found = discover(model)
-    heads = [Heads(x.query_heads, x.kv_heads, x.head_dim) for x in found]
+    heads = [x.heads for x in found]
     random_kernels(heads, [i for i, x in enumerate(found) if sliding or not x.window], rank, 8).save(path)
     return path
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from less_export.contract import LayerSpec, Policy
+from less_export.contract import LayerSpec
+from less_export.less.policies import by_name
 
 Arrays = dict[str, np.ndarray]
 #: An implementation: its arrays in the op's order, in and out.
@@ -42,8 +43,8 @@ def layer_of(
 ) -> LayerSpec:
     """A small layer; ``heads`` are query and KV heads."""
     absorb = absorb and policy not in ("window", "full")
-    code, capacity, rank = Policy.parse(policy), heavy + recent, rank if absorb else 1
-    return LayerSpec(*heads, head_dim, 0.5, code, heavy, recent, window, absorb, capacity, rank)
+    capacity, rank = heavy + recent, rank if absorb else 1
+    return LayerSpec(*heads, head_dim, 0.5, by_name(policy), heavy, recent, window, absorb, capacity, rank)
 
 
 class Overflow(Exception):
@@ -105,20 +106,20 @@ class Head:
             out[:, i] = [self.attend(row, seen, lp, h, z) for row, lp in zip(logits, log_phi[:, i], strict=True)]
             weight = np.exp(logits - logits.max(1, keepdims=True))
             share = (weight / weight.sum(1, keepdims=True)).sum(0)
-            if layer.policy.label == "tova":
+            if layer.policy.name == "tova":
                 gained = dict.fromkeys(candidates, 0.0)
             for p, s in zip(visible, share, strict=True):
                 gained[p] += s
         for p in candidates:
-            old = self.score.get(p, 0.0) if layer.policy.label == "h2o" else 0.0
-            new = old + gained[p] if layer.policy.label in ("h2o", "tova") else 0.0
+            old = self.score.get(p, 0.0) if layer.policy.name == "h2o" else 0.0
+            new = old + gained[p] if layer.policy.name in ("h2o", "tova") else 0.0
             self.score[p] = float(np.float32(new))
         self.settle(candidates, self.kept(candidates, first + count), first)
         return out
 
     def kept(self, candidates: list[int], end: int) -> set[int]:
         """Tokens that keep a slot, by the policy table; ``end`` is the next query's position."""
-        layer, policy = self.layer, self.layer.policy.label
+        layer, policy = self.layer, self.layer.policy.name
         if policy == "full":
             if len(candidates) > layer.capacity:
                 raise Overflow

@@ -81,7 +81,7 @@ def test_the_line_users_know_end_to_end(
     assert artifact.details["plugin"] == vars(PluginFacts.of(plugin_library, inside=False))
     spec, contract = artifact.contract.layers[0], artifact.contract
     assert (artifact.kind, contract.dtype, contract.chunk) == ("plan", "float16", 256)
-    assert (spec.policy.label, spec.heavy, spec.recent, spec.rank) == ("h2o", 102, 102, 3)  # 5% of 4096
+    assert (spec.policy.name, spec.heavy, spec.recent, spec.rank) == ("h2o", 102, 102, 3)  # 5% of 4096
     shown = run("info", "engine.plan")
     assert shown.code == 0
     assert "TensorRT engine" in shown.out

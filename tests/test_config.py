@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from less_export.config import ExportConfig, budget_tokens, default_context, plan_layers, split_budget, unused_kernels
-from less_export.contract import COMPUTE_DTYPES, Contract, LayerSpec, Policy
+from less_export.config import ExportConfig
+from less_export.contract import Contract, LayerSpec, Policy
+from less_export.dtypes import COMPUTE_DTYPES
 from less_export.errors import BundleError, UsageError
 from less_export.hf import recipes
+from less_export.less.policies import EvictionPolicy, by_name, registered
+from less_export.plan import budget_tokens, default_context, plan_layers, split_budget, unused_kernels
 
 H2O, TOVA, SINK, WINDOW, FULL = Policy.H2O, Policy.TOVA, Policy.SINK, Policy.WINDOW, Policy.FULL
 
@@ -106,9 +109,9 @@ def test_refused_budgets(budget: str, says: str) -> None:
         (H2O, {"heavy": 999, "recent": 1}, 999, 1),
     ],
 )
-def test_split(policy: Policy, options: dict[str, Any], heavy: int, recent: int) -> None:
+def test_split(policy: EvictionPolicy, options: dict[str, Any], heavy: int, recent: int) -> None:
     assert split_budget(policy, ExportConfig(**options), 1000) == (heavy, recent)
-    (spec,) = plan(0, policy=policy.label, **options)
+    (spec,) = plan(0, policy=policy.name, **options)
     assert (spec.policy, spec.heavy, spec.recent, spec.capacity) == (policy, heavy, recent, heavy + recent)
 
 
@@ -127,15 +130,15 @@ def test_split(policy: Policy, options: dict[str, Any], heavy: int, recent: int)
         (FULL, {"recent": 5}, "drop --budget, --heavy and --recent"),
     ],
 )
-def test_refused_splits(policy: Policy, options: dict[str, Any], says: str) -> None:
+def test_refused_splits(policy: EvictionPolicy, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        plan(0, policy=policy.label, **options)
+        plan(0, policy=policy.name, **options)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"policy": "window"}, "not for choosing"),
+        ({"policy": "window"}, "cannot be chosen"),
         ({"policy": "lru"}, "unknown policy 'lru': choose one of h2o"),
         ({"target": "cuda"}, "choose one of ort, trt, both"),
         ({"dtype": "int8"}, "choose one of float32"),
@@ -239,7 +242,7 @@ def test_options_win_over_the_recipe() -> None:
         (('budget = "5%"', 'budget = "5000"'), "more than the context"),
         (("context = 1024", 'context = "1024"'), "context must be a whole number, not '1024'"),
         (("chunk = 256", "chunk = 0"), "--chunk must be at least 1"),
-        (('policy = "h2o"', 'policy = "window"'), "not for choosing"),
+        (('policy = "h2o"', 'policy = "window"'), "cannot be chosen"),
         (('"google/gemma', '"gemma'), "hub an id like org/name"),
         (("hidden = 128", ""), "missing 1 required"),
         (("hidden_size = 640", ""), "architecture.hidden_size must be a positive whole number, not None"),
@@ -294,7 +297,7 @@ def test_contract_survives_json(changes: dict[str, Any]) -> None:
     after = Contract.from_dict(json.loads(json.dumps(before.to_dict())))
     assert after == before
     assert [s.name for s in after.inputs()] == [s.name for s in before.inputs()]
-    assert [type(s.policy) for s in after.layers] == [Policy] * 3
+    assert all(a.policy is b.policy for a, b in zip(after.layers, before.layers, strict=True))
 
 
 def test_state_bytes_by_hand() -> None:
@@ -379,8 +382,8 @@ def test_impossible_layers(base: int, changes: dict[str, Any], says: str) -> Non
 
 def test_layer_attributes_are_the_ops() -> None:
     assert SPECS[0].attributes() == {"scale": 0.25, "policy": 0, "heavy": 3, "recent": 4, "window": 0, "absorb": 1}
-    assert [p.value for p in Policy] == [0, 1, 2, 3, 4]
-    assert [p.label for p in Policy] == ["h2o", "tova", "sink", "window", "full"]
-    assert all(Policy.parse(p.label) is p for p in Policy)
+    assert [p.code for p in registered()] == [0, 1, 2, 3, 4]
+    assert [p.name for p in registered()] == ["h2o", "tova", "sink", "window", "full"]
+    assert all(by_name(p.name) is p for p in registered())
     assert SPECS[0].group == 4
     assert COMPUTE_DTYPES == ("float32", "float16", "bfloat16")

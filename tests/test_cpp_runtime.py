@@ -20,7 +20,8 @@ import pytest
 from less_export.bundle.artifact import Bundle, Layout, Manifest
 from less_export.bundle.files import sha256
 from less_export.contract import Contract, LayerSpec, Policy
-from less_export.runtime.backend import RowState, numpy_dtype
+from less_export.dtypes import numpy_dtype
+from less_export.runtime.backend import RowState
 from less_export.runtime.generate import Generator
 from less_export.runtime.sampling import SamplingParams, sample
 from less_export.tensorrt.engine import build_plan

@@ -107,7 +107,7 @@ def test_every_rule(name: str, heads: str, decode: bool) -> None:
     layer = shaped({**VARIANTS, **EDGES}[name], test_ops.HEADS[heads])
     if emulation.why_unsupported(layer):
         assert layer.window == 1
-        assert layer.policy.label != "window"
+        assert layer.policy.name != "window"
         return
     earned(layer, ordinary(layer, decode))
 

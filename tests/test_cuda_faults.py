@@ -138,7 +138,7 @@ SURVIVORS: dict[str, str] = {}
 
 def _halves(rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> Arrays:
     """Tokens whose scores tie, in float16."""
-    drawn = OneHot(layer.recent, 0.5 if layer.policy.label == "tova" else 0.0)(rng, layer, positions)
+    drawn = OneHot(layer.recent, 0.5 if layer.policy.name == "tova" else 0.0)(rng, layer, positions)
     return {n: x if n == "log_phi_q" else emulation.rounded("float16")(x) for n, x in drawn.items()}
 
 

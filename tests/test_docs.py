@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from less_export.cli import main as cli
-from less_export.config import AttentionLayer
 from less_export.hf import recipes
+from less_export.plan import AttentionLayer
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,14 +13,15 @@ import torch
 from transformers import LlamaForCausalLM
 
 from less_export import open_bundle
-from less_export.config import ExportConfig, plan_layers
-from less_export.contract import LayerSpec, Policy
+from less_export.config import ExportConfig
+from less_export.contract import Heads, LayerSpec, Policy
 from less_export.errors import UsageError
 from less_export.evaluation import perplexity, statistics, variants
 from less_export.evaluation import run as run_module
 from less_export.evaluation.subject import open_subject
 from less_export.hf.surgery import discover
-from less_export.less.feature_maps import Heads, Kernels, random_kernels
+from less_export.less.feature_maps import Kernels, random_kernels
+from less_export.plan import plan_layers
 from less_export.training import collect
 
 from . import bundles, families

@@ -18,7 +18,8 @@ from transformers import BertConfig, Gemma3ForCausalLM, Gemma3TextConfig
 
 from less_export.bundle import files
 from less_export.bundle.artifact import MANIFEST, Manifest
-from less_export.less.feature_maps import Heads, random_kernels
+from less_export.contract import Heads
+from less_export.less.feature_maps import random_kernels
 
 from . import bundles
 from .bundles import QUICK_WORDS, Run, refused, resign

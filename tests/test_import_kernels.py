@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from less_export.contract import Heads
 from less_export.errors import KernelError
-from less_export.less.feature_maps import Heads, Kernels
+from less_export.less.feature_maps import Kernels
 from less_export.training.authors import read_layer
 
 from . import bundles

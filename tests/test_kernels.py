@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 
 from less_export import open_bundle
-from less_export.contract import LayerSpec, Policy
+from less_export.contract import Heads, LayerSpec, Policy
 from less_export.errors import KernelError
-from less_export.less.feature_maps import PARAMETRISATIONS, Heads, Kernels, random_kernels
+from less_export.less.feature_maps import PARAMETRISATIONS, Kernels, random_kernels
 
 from . import bundles
 

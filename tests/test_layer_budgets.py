@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from less_export import export, open_bundle
-from less_export.config import ExportConfig, exact_layer, layer_tokens, plan_layers, sparse_layer
+from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import UsageError
 from less_export.hf.sources import resolve
 from less_export.hf.surgery import discover
 from less_export.less.feature_maps import Kernels
+from less_export.plan import exact_layer, layer_tokens, plan_layers, sparse_layer
 from less_export.progress import Silent
 from less_export.runtime.torch import ModelBackend
 from less_export.training import allocate

@@ -68,7 +68,7 @@ def one_thread() -> Iterator[None]:
 def shaped(layer: LayerSpec, heads: tuple[int, int]) -> LayerSpec:
     """The layer with other query and KV heads."""
     a = layer
-    return layer_of(a.policy.label, a.heavy, a.recent, a.window, a.absorb, heads, a.head_dim, a.rank)
+    return layer_of(a.policy.name, a.heavy, a.recent, a.window, a.absorb, heads, a.head_dim, a.rank)
 
 
 @functools.cache
@@ -161,7 +161,7 @@ def test_ties_keep_the_lower_index(name: str, seed: int) -> None:
 def tied(layer: LayerSpec) -> LayerSpec:
     """The layer with a dimension per position."""
     return layer_of(
-        layer.policy.label,
+        layer.policy.name,
         layer.heavy,
         layer.recent,
         layer.window,
@@ -173,7 +173,7 @@ def tied(layer: LayerSpec) -> LayerSpec:
 
 @functools.cache
 def tie_steps(layer: LayerSpec, seed: int) -> list[Step]:
-    blind = 0.5 if layer.policy.label == "tova" else 0.0
+    blind = 0.5 if layer.policy.name == "tova" else 0.0
     return scenario(layer, [*MIXED, *DECODE], seed, OneHot(layer.recent, blind))
 
 
@@ -181,7 +181,7 @@ def tie_steps(layer: LayerSpec, seed: int) -> list[Step]:
 def test_every_token_is_in_exactly_one_place(name: str) -> None:
     """Values are unit vectors and psi is exact, so that H counts how often each token was absorbed."""
     a, total = VARIANTS[name], 64
-    layer = layer_of(a.policy.label, a.heavy, a.recent, a.window, head_dim=total, rank=2)
+    layer = layer_of(a.policy.name, a.heavy, a.recent, a.window, head_dim=total, rank=2)
 
     def draw(rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> dict[str, np.ndarray]:
         drawn = Normal()(rng, layer, positions)

@@ -62,7 +62,7 @@ def test_checkpoint_to_plan(
     assert plan.details["layers"] > (50 if plugin else 100)
     assert plan.details["plugin_layers"] == (len(plan.contract.layers) if plugin else 0)
     assert (plan.details["plugin"] is not None) == plugin
-    assert {s.policy.label for s in plan.contract.layers} <= {policy, "window"}
+    assert {s.policy.name for s in plan.contract.layers} <= {policy, "window"}
     assert cli.main(["info", str(out)]) == 0
     assert "TensorRT engine" in capsys.readouterr().out
     if not has_gpu():

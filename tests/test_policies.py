@@ -16,7 +16,7 @@ from torch import Tensor
 from less_export import testing
 from less_export.contract import LayerSpec, Policy
 from less_export.less import reference
-from less_export.less.policies import POLICIES
+from less_export.less.policies import by_code, by_name, registered
 
 from .oracle import layer_of
 
@@ -277,13 +277,13 @@ def test_larger_chunks_see_more(policy: str) -> None:
 
 def test_table_of_policies() -> None:
     """The op's numbers, what leaves a score, and how a budget is split."""
-    assert [p.label for p in Policy] == ["h2o", "tova", "sink", "window", "full"]
-    assert [int(p) for p in Policy] == [0, 1, 2, 3, 4]
-    assert {p: rules.code for p, rules in POLICIES.items()} == {p: p for p in Policy}
-    scoring = {p.label: rules.scoring for p, rules in POLICIES.items()}
+    assert [p.name for p in registered()] == ["h2o", "tova", "sink", "window", "full"]
+    assert [p.code for p in registered()] == [0, 1, 2, 3, 4]
+    assert all(by_name(p.name) is p and by_code(p.code) is p for p in registered())
+    scoring = {p.name: p.scoring for p in registered()}
     assert scoring == {"h2o": "accumulate", "tova": "last", "sink": "none", "window": "none", "full": "none"}
     for budget in (2, 5, 50, 52, 1024):
-        split = {p.label: rules.split(budget) for p, rules in POLICIES.items()}
+        split = {p.name: p.split(budget) for p in registered()}
         assert split["h2o"] == (budget // 2, budget - budget // 2)
         assert split["tova"] == (budget - 1, 1)
         assert split["sink"] == (min(4, budget - 1), max(budget - 4, 1))

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from less_export.cli.reporting import recipe_figures, size
+from less_export.contract import Heads
 from less_export.errors import ModelError
 from less_export.hf import recipes, sources
 from less_export.hf.recipes import Recipe
 from less_export.hf.sources import described
 from less_export.hf.surgery import discover
 from less_export.hf.weights import bare_model
-from less_export.less.feature_maps import Heads, random_kernels
+from less_export.less.feature_maps import random_kernels
 
 from .bundles import Run, refused
 
@@ -76,7 +77,7 @@ def test_facts_make_the_model(name: str) -> None:
 def test_memory() -> None:
     llama = recipe("llama2-7b")
     contract = llama.contract()
-    assert {(s.policy.label, s.heavy, s.recent, s.rank) for s in contract.layers} == {("h2o", 102, 102, 8)}
+    assert {(s.policy.name, s.heavy, s.recent, s.rank) for s in contract.layers} == {("h2o", 102, 102, 8)}
     slots, low_rank = 204 * (2 * (2 * 128 + 8) + 8), 4 * 8 * (128 + 1)  # key, value, psi, score, position; H, z
     assert contract.state_bytes() == 32 * 32 * (slots + low_rank)
     assert contract.full_cache_bytes(4096) == 2 << 30
@@ -86,7 +87,7 @@ def test_memory() -> None:
     assert gemma.full_cache_bytes(4096) == (22 * 512 + 4 * 4096) * 2 * 256 * 2
     assert [i for i, s in enumerate(gemma.layers) if s.absorb] == [5, 11, 17, 23]
     phi = recipe("phi3-mini-4k").contract()
-    assert {(s.policy.label, s.capacity, s.window, s.absorb) for s in phi.layers} == {("h2o", 204, 2047, True)}
+    assert {(s.policy.name, s.capacity, s.window, s.absorb) for s in phi.layers} == {("h2o", 204, 2047, True)}
     assert phi.full_cache_bytes(32768) == 32 * 2047 * 2 * 32 * 96 * 2
 
 

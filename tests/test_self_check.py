@@ -14,7 +14,7 @@ import transformers as tr
 from torch import Tensor
 
 import less_export
-from less_export.config import ExportConfig, plan_layers
+from less_export.config import ExportConfig
 from less_export.contract import Contract, Policy
 from less_export.errors import ValidationError
 from less_export.exporter import onnx_op
@@ -22,7 +22,8 @@ from less_export.exporter.check import self_check, twin_config
 from less_export.hf import decoder, weights
 from less_export.hf.surgery import discover
 from less_export.less import reference
-from less_export.less.policies import POLICIES
+from less_export.less.policies import EvictionPolicy
+from less_export.plan import plan_layers
 
 from . import families
 
@@ -135,7 +136,7 @@ def wider_window(patch: Patch) -> None:
 def wrong_causal_bound(patch: Patch) -> None:
     original = onnx_op.function_body
 
-    def body(policy: Policy, absorb: bool) -> ir.Function:
+    def body(policy: EvictionPolicy, absorb: bool) -> ir.Function:
         function = original(policy, absorb)
         causal = next(n for n in function if n.op_type == "LessOrEqual")
         causal.op_type = "Less"  # a token no longer sees itself
@@ -150,7 +151,7 @@ def lowrank_term_left_out(patch: Patch) -> None:
 
 
 def another_eviction(patch: Patch) -> None:
-    patch.setattr(type(POLICIES[Policy.H2O]), "keep_onnx", type(POLICIES[Policy.SINK]).keep_onnx)
+    patch.setattr(type(Policy.H2O), "keep_onnx", type(Policy.SINK).keep_onnx)
 
 
 def swapped_kv_heads(patch: Patch) -> None:

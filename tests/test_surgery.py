@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import less_export
-from less_export.config import ExportConfig, plan_layers
+from less_export.config import ExportConfig
 from less_export.contract import Contract
 from less_export.errors import UnsupportedModelError
 from less_export.hf.decoder import LessDecoder, fresh_state
@@ -35,6 +35,7 @@ from less_export.hf.surgery import (
 )
 from less_export.hf.weights import bare_model
 from less_export.less.feature_maps import Kernels
+from less_export.plan import plan_layers
 
 from . import families
 from .families import VOCAB, WINDOW

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from less_export.config import ExportConfig, plan_layers
+from less_export.config import ExportConfig
 from less_export.contract import Contract
 from less_export.exporter.check import twin_config, twin_graph
 from less_export.hf import recipes
@@ -27,6 +27,7 @@ from less_export.hf.decoder import LessDecoder, fresh_state
 from less_export.hf.sources import described
 from less_export.hf.surgery import discover
 from less_export.less.feature_maps import Kernels
+from less_export.plan import plan_layers
 from less_export.runtime.ort import OrtBackend
 
 from . import families

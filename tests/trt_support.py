@@ -19,9 +19,9 @@ import onnx_ir as ir
 import pytest
 
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy
+from less_export.dtypes import numpy_dtype
 from less_export.exporter import onnx_op
 from less_export.runtime import trt
-from less_export.runtime.backend import numpy_dtype
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
 

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..config import TARGETS, WEIGHTS, ExportConfig
-from ..contract import COMPUTE_DTYPES
-from ..errors import LessExportError, UsageError
+from ..config import BACKENDS, GRAPH_BACKENDS, TARGETS, WEIGHTS, ExportConfig
+from ..dtypes import COMPUTE_DTYPES
+from ..errors import LessExportError, UsageError, install_hint
 from ..hf import recipes
 from .options import Parser as _Parser
 from .options import cache_options
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if verbose or error.name is None or error.name.startswith("less_export"):
             raise
-        return _fail(f"{error.name} is not installed: pip install 'less-export[export,cpu]'")
+        return _fail(f"{error.name} is not installed: {install_hint('export', 'cpu')}")
 
 
 def _fail(message: str) -> int:
@@ -216,7 +216,7 @@ def _generate(arguments: list[str]) -> int:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus; 1 is all (default)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="the K most likely; 0 is all (default)")
     parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
-    parser.add_argument("--backend", choices=("ort", "trt", "torch"), help="default: by what the bundle holds")
+    parser.add_argument("--backend", choices=BACKENDS, help="default: by what the bundle holds")
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True, help="print text as it comes (default)"
     )
@@ -288,7 +288,7 @@ def _check(arguments: list[str]) -> int:
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="tokens of it (default: past the budget and the windows)"
     )
-    parser.add_argument("--backend", choices=("ort", "trt"), help="default: by what the bundle holds")
+    parser.add_argument("--backend", choices=GRAPH_BACKENDS, help="default: by what the bundle holds")
     parser.add_argument("--full", action="store_true", help="hash the weights too")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     _common(parser)

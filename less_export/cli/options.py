@@ -6,8 +6,9 @@ import argparse
 from typing import NoReturn
 
 from .._version import __version__
-from ..config import DEFAULT_BUDGET
+from ..config import DEFAULT_BUDGET, DEFAULT_POLICY
 from ..errors import UsageError
+from ..less.policies import choosable
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,8 +34,8 @@ def cache_options(parser: argparse.ArgumentParser, *, full: bool = False, more: 
     group = parser.add_argument_group("cache")
     group.add_argument(
         "--policy",
-        choices=("h2o", "tova", "sink", *(["full"] if full else [])),
-        help="which tokens keep a slot (default: recipe's, or h2o)",
+        choices=choosable(evicting=not full),
+        help=f"which tokens keep a slot (default: recipe's, or {DEFAULT_POLICY})",
     )
     group.add_argument(
         "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {DEFAULT_BUDGET}%)"

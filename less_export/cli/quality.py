@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bundle.files import refuse_unwritable
-from ..config import ExportConfig
+from ..config import BACKENDS, ExportConfig
 from ..errors import LessExportError, UsageError
 from ..hf import recipes
 from . import reporting
@@ -115,7 +115,7 @@ def evaluate(arguments: list[str]) -> int:
     what.add_argument("--positions", type=int, metavar="N", help="scored positions (default: 256)")
     what.add_argument("--budgets", metavar="A,B", help="more budgets, e.g. 2%%,5%%,10%% (MODEL only)")
     what.add_argument(
-        "--backend", choices=("ort", "trt", "torch"),
+        "--backend", choices=BACKENDS,
         help="stream step by step through it, as generation does (default for perplexity: simulate, faster)",
     )  # fmt: skip
     what.add_argument("--max-new-tokens", type=int, metavar="N", help="of a summary (default: 64)")

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bundle.artifact import Artifact, Bundle
-from ..contract import Policy
 from ..errors import UsageError
 from ..hf.recipes import Recipe
 from ..runtime.generate import Generator
@@ -73,7 +72,7 @@ def _print_contract(found: Artifact) -> None:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, s in enumerate(contract.layers):
         rank = str(s.rank) if s.absorb else "off"
-        groups.setdefault((s.policy.label, s.capacity, s.heavy, s.recent, s.window or "-", rank), []).append(index)
+        groups.setdefault((s.policy.name, s.capacity, s.heavy, s.recent, s.window or "-", rank), []).append(index)
     for facts, indices in groups.items():
         layers.add_row(_ranges(indices), *(str(x) for x in facts))
     show(layers)
@@ -204,7 +203,7 @@ def enough_tokens(generator: Generator, text: str, wanted: int | None, own_text:
         ids = generator.tokenizer.encode(text)
     else:
         ids = [b % contract.vocab_size for b in text.encode()]
-    evicting = [s.capacity for s in contract.layers if s.policy is not Policy.FULL]
+    evicting = [s.capacity for s in contract.layers if not s.policy.keeps_all]
     count = min(max(evicting, default=contract.chunk) + 64, 2048) if wanted is None else max(wanted, 0)
     limit = contract.token_limit()
     if limit is not None and count > limit:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.artifact import Bundle, is_bundle
-from ..errors import UsageError
+from ..errors import UsageError, install_hint
 from ..runtime.generate import Generator
 from ..runtime.open import load_backend, load_tokenizer
 
@@ -21,7 +21,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import model_registry, register_model
 except ImportError:
-    raise UsageError("lm-evaluation-harness is not installed: pip install 'less-export[eval]'") from None
+    raise UsageError(f"lm-evaluation-harness is not installed: {install_hint('eval')}") from None
 
 #: New tokens of a generation whose task does not say how many.
 _NEW_TOKENS = 256

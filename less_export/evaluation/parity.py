@@ -20,7 +20,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract, Policy
+from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract
 from ..errors import UsageError
 from ..runtime.backend import Array, Backend, RowState, State
 
@@ -191,7 +191,7 @@ class _Compare:
                 same = differ == 0
                 for name in ("h", "z"):
                     record(prefix + name, _relative(truth[prefix + name][same], other[prefix + name][same]), limit)
-            if layer.policy not in (Policy.WINDOW, Policy.FULL):
+            if layer.policy.evicts:
                 live = int((mine[0] >= 0).sum())
                 self.report.evicted = max(self.report.evicted, int(mine[0].max()) + 1 - live)
         self.step += 1

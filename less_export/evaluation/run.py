@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..contract import LayerSpec
-from ..errors import UsageError
+from ..errors import UsageError, install_hint
 from ..progress import Progress
 from ..training import data
 from . import perplexity, statistics
@@ -201,7 +201,7 @@ def refuse_plot(path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'less-export[eval]'") from None
+        raise UsageError(f"--plot needs matplotlib: {install_hint('eval')}") from None
     known = FigureCanvasAgg.get_supported_filetypes()
     if path.suffix[1:].lower() not in known:
         raise UsageError(f"--plot {path} must end in one of {', '.join('.' + n for n in sorted(known))}")

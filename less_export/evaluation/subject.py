@@ -12,13 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from ..bundle.artifact import Bundle, is_bundle
-from ..config import DEFAULT_CHUNK, ExportConfig, default_context, plan_layers
+from ..config import DEFAULT_CHUNK, ExportConfig
 from ..contract import Contract, LayerSpec
 from ..errors import UsageError
 from ..exporter.package import adds_bos, eos_ids
 from ..hf.sources import resolve
 from ..hf.surgery import discover, learned_positions
-from ..less.feature_maps import Heads, Kernels
+from ..less.feature_maps import Kernels
+from ..plan import default_context, plan_layers
 from ..runtime.backend import Backend
 from ..runtime.open import load_backend, load_tokenizer
 from ..runtime.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
     model = source.load(torch.float32 if whole_precision else compute_dtype(config, "cpu"))
     layers = discover(model)
     kernels = Kernels.load(kernel_file) if kernel_file else Kernels({}, {})
-    kernels.check([Heads(x.query_heads, x.kv_heads, x.head_dim) for x in layers])
+    kernels.check([x.heads for x in layers])
     cache = cache.with_defaults(source.recipe.options() if source.recipe else {})
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = cache.context or default_context(limit)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..bundle.artifact import is_bundle
 from ..config import ExportConfig
-from ..errors import UsageError
+from ..errors import UsageError, install_hint
 from ..progress import Progress
 from ..runtime.generate import Generator
 from ..runtime.open import open_bundle
@@ -63,7 +63,7 @@ def summarize(
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
-        raise UsageError("--task summarize needs rouge-score: pip install 'less-export[eval]'") from None
+        raise UsageError(f"--task summarize needs rouge-score: {install_hint('eval')}") from None
     if len(files) != 1:
         raise UsageError("--task summarize takes one --data FILE.jsonl with text and summary on each line")
     if count is not None and count < 1:

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ..config import exact_layer, sparse_layer
-from ..contract import ITEM_BYTES, STATE_FIELDS, LayerSpec, Policy
+from ..contract import STATE_FIELDS, LayerSpec
+from ..dtypes import item_bytes
 from ..errors import UsageError
 from ..less.feature_maps import FeatureMap
+from ..plan import exact_layer, sparse_layer
 
 #: ``sparse+4`` gives the sparse cache the 4 tokens of the paper (section 4.1), ``sparse+bytes`` every byte that
 #: LESS adds to a sequence.
@@ -31,12 +32,12 @@ class Variant:
 
     def state_bytes(self, dtype: str) -> int:
         """Bytes of one sequence's state; of the full cache only keys and values, as an ordinary decoder keeps them."""
-        plain = sum(2 * s.kv_heads * s.capacity * s.head_dim * ITEM_BYTES[dtype] for s in self.plan)
+        plain = sum(2 * s.kv_heads * s.capacity * s.head_dim * item_bytes(dtype) for s in self.plan)
         return plain if self.kind == "full" else sum(layer_bytes(s, dtype) for s in self.plan)
 
     def first(self) -> int:
         """First position whose query may be without a token that the full cache has."""
-        return max((s.capacity for s in self.plan if s.policy not in (Policy.WINDOW, Policy.FULL)), default=0) + 1
+        return max((s.capacity for s in self.plan if s.policy.evicts), default=0) + 1
 
 
 def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
@@ -51,7 +52,7 @@ def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
         sizes = {d: getattr(spec, d) for d in field.dims}
         if tokens is not None and "capacity" in sizes:
             sizes["capacity"] = tokens
-        total += math.prod(sizes.values()) * ITEM_BYTES[dtype if field.dtype == "T" else field.dtype]
+        total += math.prod(sizes.values()) * item_bytes(field.dtype_in(dtype))
     return total
 
 

@@ -19,16 +19,19 @@ from transformers import PreTrainedModel
 from ..bundle import artifact
 from ..bundle.artifact import Artifact, Layout, Manifest, WeightFile
 from ..bundle.files import scratch_folder, sha256
-from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, EVICTING, ExportConfig, default_context, plan_layers, unused_kernels
-from ..contract import Contract, Policy
+from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, ExportConfig
+from ..contract import Contract
+from ..dtypes import COMPUTE_DTYPES, from_torch, torch_dtype
 from ..errors import GatedModelError, LessExportError, UnsupportedModelError, UsageError
 from ..hf import checkpoint, recipes, weights
 from ..hf.config_layers import keep_first
-from ..hf.decoder import LessDecoder, torch_dtype
+from ..hf.decoder import LessDecoder
 from ..hf.random_checkpoint import RandomSource, random_source
 from ..hf.sources import ModelSource, resolve
-from ..hf.surgery import AttentionLayer, discover, learned_positions
-from ..less.feature_maps import Heads, Kernels
+from ..hf.surgery import discover, learned_positions
+from ..less.feature_maps import Kernels
+from ..less.policies import by_name
+from ..plan import AttentionLayer, default_context, plan_layers, unused_kernels
 from ..tensorrt import engine, plugin
 from . import onnx_op, package, quantise
 from .check import self_check
@@ -193,7 +196,7 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
         reason = textwrap.shorten(str(error), 160) or type(error).__name__
         raise UnsupportedModelError(f"transformers makes no decoder of this config.json: {reason}") from error
     layers = discover(bare)
-    heads = [Heads(x.query_heads, x.kv_heads, x.head_dim) for x in layers]
+    heads = [x.heads for x in layers]
     kernels = Kernels({}, {})
     if config.kernels is not None:
         kernels = Kernels.load(config.kernels)
@@ -226,12 +229,12 @@ def _prepare(source: ModelSource, config: ExportConfig, kinds: list[str], scratc
     unused = unused_kernels(contracts[kinds[0]].layers, kernels.layers)
     if unused:
         warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)
-    evicting = [x for x in contracts[kinds[0]].layers if x.policy in EVICTING]
+    evicting = [x for x in contracts[kinds[0]].layers if x.policy.evicts]
     if evicting and not kernels.layers:
         warnings.warn(
             "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
         )
-    if not evicting and Policy.parse(config.policy or DEFAULT_POLICY) is not Policy.FULL:
+    if not evicting and not by_name(config.policy or DEFAULT_POLICY).keeps_all:
         warnings.warn("every layer slides and keeps its window: see --compress-sliding", stacklevel=2)
     return job
 
@@ -252,10 +255,10 @@ def _compute_dtype(kind: str, job: _Job) -> str:
         chosen = job.source.recipe.dtype
     if chosen is not None:
         return chosen
-    stored = str(getattr(job.hf_config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    stored = from_torch(getattr(job.hf_config, "dtype", None) or "bfloat16")
     if model_type.startswith("gemma") and stored == "float16":
         return "bfloat16"
-    return stored if stored in ("float16", "bfloat16", "float32") else "bfloat16"
+    return stored if stored in COMPUTE_DTYPES else "bfloat16"
 
 
 def _write(

@@ -19,14 +19,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..contract import Contract, LayerSpec, Policy
-from ..errors import UsageError, ValidationError
+from ..contract import Contract, LayerSpec
+from ..errors import UsageError, ValidationError, install_hint
 from ..hf import weights
 from ..hf.config_layers import keep_layers, layer_kinds
 from ..hf.decoder import LessDecoder, fresh_state
 from ..hf.surgery import discover
-from ..less.feature_maps import Heads, Kernels, random_kernels
-from ..less.policies import POLICIES
+from ..less.feature_maps import Kernels, random_kernels
 from . import onnx_op
 from .trace import trace
 
@@ -49,9 +48,7 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
     try:
         import onnxruntime
     except ImportError:
-        raise UsageError(
-            "checking the export needs ONNX Runtime: pip install 'less-export[cpu]', or --no-validate"
-        ) from None
+        raise UsageError(f"checking the export needs ONNX Runtime: {install_hint('cpu')}, or --no-validate") from None
     config, kept = twin_config(hf_config, contract)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
@@ -95,7 +92,7 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
 
 def twin_budget(twin: Contract) -> int:
     """Tokens up to which the twin forgets nothing that the model would see."""
-    return min((s.capacity for s in twin.layers if s.policy is not Policy.WINDOW), default=sum(_STEPS))
+    return min((s.capacity for s in twin.layers if s.policy.evicts), default=sum(_STEPS))
 
 
 def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
@@ -149,18 +146,16 @@ def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
 def _twin_contract(model: PreTrainedModel, contract: Contract, kept: list[int]) -> tuple[Contract, Kernels]:
     """The contract of the twin: the same policies with a small budget, random kernels where there are any."""
     found = discover(model)
-    heads = [Heads(x.query_heads, x.kv_heads, x.head_dim) for x in found]
+    heads = [x.heads for x in found]
     absorbing = [i for i, index in enumerate(kept) if contract.layers[index].absorb]
     rank = next((contract.layers[kept[i]].rank for i in absorbing), 1)
     kernels = random_kernels(heads, absorbing, rank, 8) if absorbing else Kernels({}, {})
     layers: list[LayerSpec] = []
     for layer, index in zip(found, kept, strict=True):
         policy = contract.layers[index].policy
-        capacity = {Policy.WINDOW: layer.window, Policy.FULL: sum(_STEPS)}.get(policy, _BUDGET)
-        compressed = bool(layer.window) and policy is not Policy.WINDOW
-        if compressed:
-            capacity = min(capacity, layer.window)
-        heavy, recent = POLICIES[policy].split(capacity)
+        window = layer.window or sum(_STEPS)
+        capacity = min(_BUDGET, window) if policy.evicts else window
+        heavy, recent = policy.split(capacity)
         layers.append(
             replace(
                 contract.layers[index],

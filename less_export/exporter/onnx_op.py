@@ -14,9 +14,10 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, Policy
+from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS
+from ..dtypes import COMPUTE_DTYPES, onnx_type
 from ..less import reference
-from ..less.policies import POLICIES
+from ..less.policies import EvictionPolicy, by_code
 
 OPSET = 23
 
@@ -31,16 +32,16 @@ _ATTRIBUTES = {
 }
 
 
-def overload(policy: Policy, absorb: bool) -> str:
+def overload(policy: EvictionPolicy, absorb: bool) -> str:
     """Overload that names the body of a policy, with or without the low-rank term."""
-    return f"{policy.label}_lowrank" if absorb else policy.label
+    return f"{policy.name}_lowrank" if absorb else policy.name
 
 
 # ------------------------------------------------------------------ torch.ops.less.attention -> one node
 
 
 def _schema() -> onnx.defs.OpSchema:
-    tensor = {"T": "T", "float32": "tensor(float)", "int32": "tensor(int32)"}
+    tensor = {"T": "T", "float32": onnx_type("float32"), "int32": onnx_type("int32")}
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kinds = {ir.AttributeType.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT}
     return onnx.defs.OpSchema(
@@ -50,7 +51,7 @@ def _schema() -> onnx.defs.OpSchema:
         "LESS attention (arXiv 2402.09398): sparse slots, chunk and low-rank state in one softmax.",
         inputs=[parameter(n, tensor[t]) for n, t in _INPUTS.items()],
         outputs=[parameter(n, tensor[t]) for n, t in _OUTPUTS.items()],
-        type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "compute dtype")],
+        type_constraints=[("T", [onnx_type(d) for d in COMPUTE_DTYPES], "compute dtype")],
         attributes=[
             attribute(n, kinds.get(t, onnx.defs.OpSchema.AttrType.INT), "", required=True)
             for n, t in _ATTRIBUTES.items()
@@ -182,12 +183,11 @@ def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
     return op.Where(kept_slot, own, op.Where(fills, arrival, op.ints(-1)))
 
 
-def function_body(policy: Policy, absorb: bool) -> ir.Function:
+def function_body(policy: EvictionPolicy, absorb: bool) -> ir.Function:
     """The operator as an ONNX function, opset 23, same inputs, outputs and attributes as the node."""
     op = _Nodes()
     inputs = [ir.Value(name=n) for n in _INPUTS]
     x = SimpleNamespace(**dict(zip(_INPUTS, inputs, strict=True)))
-    rules = POLICIES[policy]
 
     s = SimpleNamespace()
     s.heads = op.dim(x.past_key, 0, 2)  # [B,Hk]
@@ -224,14 +224,14 @@ def function_body(policy: Policy, absorb: bool) -> ir.Function:
     s.logits = op.Reshape(logits, op.shape(grouped, tokens))
 
     out = _attend(op, x, s, absorb)
-    score = _score(op, x, s, rules.scoring)
+    score = _score(op, x, s, policy.scoring)
 
     end = op.Add(s.past_length, s.new_length)
     end = op.Unsqueeze(end, op.ints(2))  # [B,1,1]
-    oldest = op.Add(op.Sub(end, window), op.i32(int(policy is not Policy.WINDOW)))  # see reference.less_attention
+    oldest = policy.oldest_onnx(op, end, window)
     live = op.And(s.held, op.Or(unlimited, op.GreaterOrEqual(s.position, oldest)))
     candidates = SimpleNamespace(live=live, position=s.position, score=score, end=end)
-    kept = rules.keep_onnx(op, candidates, op.attribute("heavy"), op.attribute("recent"), s.slots)
+    kept = policy.keep_onnx(op, candidates, op.attribute("heavy"), op.attribute("recent"), s.slots)
 
     source = _place(op, s, kept)
     index = op.Max(source, op.ints(0))
@@ -286,7 +286,7 @@ def less_nodes(model: ir.Model) -> list[ir.Node]:
 def add_bodies(model: ir.Model) -> None:
     """Give every LessAttention node the body of its policy (after optimisation, which would inline it)."""
     for node in less_nodes(model):
-        policy = Policy(node.attributes["policy"].as_int())
+        policy = by_code(node.attributes["policy"].as_int())
         absorb = bool(node.attributes["absorb"].as_int())
         node.overload = overload(policy, absorb)
         key = (OP_DOMAIN, OP_NAME, node.overload)

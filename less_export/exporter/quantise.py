@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UsageError
+from ..errors import UsageError, install_hint
 from ..hf.weights import CODES, DTYPES, SCALES, Stored, StoredTensor
 
 BLOCKS = (64, 32, 16)
@@ -109,7 +109,7 @@ def load_quantiser() -> Callable[..., Any]:
     try:
         from onnxruntime.quantization.neural_compressor.weight_only import quant_tensor
     except ImportError:
-        raise UsageError("--weights needs ONNX Runtime: pip install 'less-export[cpu]'") from None
+        raise UsageError(f"--weights needs ONNX Runtime: {install_hint('cpu')}") from None
     return quant_tensor
 
 

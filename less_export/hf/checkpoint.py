@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from ..bundle import artifact
 from ..config import ExportConfig
+from ..dtypes import torch_dtype
 from ..errors import LessExportError, ModelError
 from . import weights
-from .decoder import torch_dtype
 from .sources import ModelSource, checkpoint_files
 from .weights import Stored, StoredTensor
 

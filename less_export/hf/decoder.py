@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..contract import STATE_FIELDS, Contract
+from ..dtypes import torch_dtype
 from ..less import reference
 from ..less.feature_maps import FeatureMap, Kernels
 from .surgery import AttentionCall, less_attention
@@ -74,12 +75,6 @@ class LessDecoder(nn.Module):
         hidden = args[0]
         last = (new_length.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return (hidden.gather(1, last), *args[1:])
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """torch dtype of a contract dtype."""
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
-            "int32": torch.int32, "int64": torch.int64}[name]  # fmt: skip
 
 
 def fresh_state(contract: Contract, batch: int, device: str = "cpu") -> list[Tensor]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import AttentionLayer, ExportConfig, plan_layers
+from ..config import ExportConfig
 from ..contract import PLUGIN_RANK_LIMIT, Contract
 from ..errors import ModelError, UsageError
-from ..less.kernel_shapes import Heads, kernel_bytes
+from ..less.kernel_shapes import kernel_bytes
+from ..plan import AttentionLayer, plan_layers
 
 _OPTIONS = ("policy", "budget", "layer_budgets", "context", "chunk", "compress_sliding")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
@@ -114,7 +115,7 @@ class Recipe:
 
     def kernel_bytes(self) -> int:
         """Bytes of the trained kernels' weights, once for all sequences."""
-        absorbing = [Heads(s.query_heads, s.kv_heads, s.head_dim) for s in self.contract().layers if s.absorb]
+        absorbing = [s.heads for s in self.contract().layers if s.absorb]
         return sum(kernel_bytes(heads, self.rank, self.hidden) for heads in absorbing)
 
     def facts(self) -> dict[str, Any]:

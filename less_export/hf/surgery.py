@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..config import AttentionLayer
 from ..errors import UnsupportedModelError
+from ..plan import AttentionLayer
 
 #: ``handler(call) -> [B,Hq,T,D]``
 Handler = Callable[["AttentionCall"], Tensor]

@@ -21,14 +21,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..bundle.files import write_atomically
-from ..contract import LayerSpec
+from ..contract import Heads, LayerSpec
+from ..dtypes import COMPUTE_DTYPES, torch_dtype
 from ..errors import KernelError
-from .kernel_shapes import Heads, exp_shapes
+from .kernel_shapes import exp_shapes
 
 FORMAT_VERSION = 1
 _HEADER = "less_kernels"
 #: Dtypes of stored parameters, which the graphs can point at.
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = tuple(map(torch_dtype, COMPUTE_DTYPES))
 #: Kernels serve budgets up to so many times larger or smaller than the one they were trained at.
 _REACH = 4
 #: What :func:`random_kernels` names as the model.
@@ -178,7 +179,7 @@ class Kernels:
                 f"the kernels were trained for {model}: if {next(iter(names))} is another model, train its own"
             )
         used = {i: plan[i] for i in sorted(self.layers) if plan[i].absorb}
-        others = sorted({s.policy.label for s in used.values()} - {policy})
+        others = sorted({s.policy.name for s in used.values()} - {policy})
         if isinstance(policy, str) and others:
             found.append(f"the kernels were trained for policy {policy}, not {others[0]}: quality may suffer")
         for index, layer in used.items():

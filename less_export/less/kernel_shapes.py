@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
-#: Kernels are trained and stored in float32.
-ITEM_BYTES = 4
+from ..contract import Heads
+from ..dtypes import item_bytes
 
-
-@dataclass(frozen=True)
-class Heads:
-    """The facts of an attention layer that its kernels must match."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
+#: What kernels are trained and stored in.
+DTYPE = "float32"
 
 
 def exp_shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -31,4 +24,4 @@ def exp_shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...
 
 def kernel_bytes(heads: Heads, rank: int, hidden: int) -> int:
     """Bytes of one layer's kernels, which all sequences share."""
-    return sum(math.prod(s) for s in exp_shapes(heads, rank, hidden).values()) * ITEM_BYTES
+    return sum(math.prod(s) for s in exp_shapes(heads, rank, hidden).values()) * item_bytes(DTYPE)

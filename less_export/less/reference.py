@@ -13,10 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import OP_DOMAIN, Policy
+from ..contract import OP_DOMAIN
 from ..errors import BackendError
-from .policies import POLICIES
-from .policies.base import Candidates
+from .policies import Candidates, by_code
 
 
 def _select(mask: Tensor, x: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ def less_attention(
     Raises:
         BackendError: policy ``full`` and more tokens than slots.
     """
-    rules = POLICIES[Policy(policy)]
+    rules = by_code(policy)
     slots, chunk, groups = past_key.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     split = (k.shape[1], groups)
 
@@ -139,11 +138,10 @@ def less_attention(
     end = (past_length + new_length)[:, None, None]
     live = held
     if window:
-        # A sliding layer keeps its newest `window`; a compressed one lets go of what the next query is blind to.
-        live = held & (position >= end - window + int(policy != Policy.WINDOW))
+        live = held & (position >= rules.oldest(end, window))
     kept = rules.keep(Candidates(live, position, score, end), heavy, recent)
-    if policy == Policy.FULL and bool((kept.sum(-1) > slots).any()):
-        raise BackendError(f"policy full holds {slots} tokens and was fed more: export with a larger --context")
+    if rules.keeps_all and bool((kept.sum(-1) > slots).any()):
+        raise BackendError(f"policy {rules.name} holds {slots} tokens and was fed more: export with a larger --context")
 
     source = place(kept, slots)
     index = source.clamp(min=0)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contract import LayerSpec, Policy
-from .policies import POLICIES
-from .policies.base import Candidates
+from ..contract import LayerSpec
+from .policies import Candidates
 from .reference import place
 
 #: Largest exponent of a single feature: beyond it z is below anything that counts, and f32 would overflow.
@@ -40,7 +39,7 @@ def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
     Returns:
         [B,Hk,T] i32: the first query position that no longer finds the token in a slot, T if it stays.
     """
-    rules, slots = POLICIES[layer.policy], layer.capacity
+    rules, slots = layer.policy, layer.capacity
     batch, heads, _, total, _ = scores.shape
     device = scores.device
     position = torch.full((batch, heads, slots), -1, dtype=torch.int32, device=device)
@@ -60,10 +59,9 @@ def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
                 visible &= at[:, :, None, None] > now[:, None] - layer.window
             seen = torch.softmax(rows.gather(-1, index).masked_fill(~visible, -torch.inf), -1)
             past = past + seen.sum((2, 3)) if rules.scoring == "accumulate" else seen[:, :, :, -1].sum(2)
-        live = held
+        live, stop = held, torch.full((1, 1, 1), end, dtype=torch.int32, device=device)
         if layer.window:
-            live = held & (at >= end - layer.window + int(layer.policy != Policy.WINDOW))
-        stop = torch.full((1, 1, 1), end, dtype=torch.int32, device=device)
+            live = held & (at >= rules.oldest(stop, layer.window))
         kept = rules.keep(Candidates(live, at, past, stop), layer.heavy, layer.recent)
         left.scatter_(2, torch.where(held & ~kept, at, total).long(), end)
         source = place(kept, slots)
@@ -138,7 +136,7 @@ def attend(
 
     ``features`` are log phi [B,Hq,T,R] and psi [B,Hk,T,R], or None for plain sparse eviction.
     """
-    if layer.policy in (Policy.WINDOW, Policy.FULL):
+    if not layer.policy.evicts:
         return full(q, k, v, layer)
     scores = logits(q, k, layer)
     return _attend(q, scores, v, layer, features, evictions(scores.detach(), layer, chunk))

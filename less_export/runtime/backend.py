@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..contract import Contract, StateTensor
+from ..dtypes import numpy_dtype
 from ..errors import BackendError
 
 Array = npt.NDArray[np.generic]
@@ -196,11 +197,6 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
         """Overwrite one row's state tensors."""
-
-
-def numpy_dtype(name: str) -> np.dtype[np.generic]:
-    """numpy dtype of a contract dtype; bfloat16 travels as its uint16 bits (numpy has none)."""
-    return np.dtype(np.uint16 if name == "bfloat16" else name)
 
 
 def empty(tensor: StateTensor, batch: int) -> Array:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.artifact import Artifact, Bundle
-from ..errors import BackendError, UsageError
+from ..config import BACKENDS
+from ..errors import BackendError, UsageError, install_hint
 from ..tensorrt.plugin import PluginFacts
 from .backend import Backend
 from .generate import Generator
 from .tokenizer import Tokenizer
-
-BACKENDS = ("ort", "trt", "torch")
 
 
 def open_bundle(path: str | Path, backend: str | None = None, **options: Any) -> Generator:
@@ -78,7 +77,7 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
         from .torch import TorchBackend
     except ImportError as error:
         raise BackendError(
-            f"the torch backend needs {error.name}: pip install 'less-export[export]', or take another --backend"
+            f"the torch backend needs {error.name}: {install_hint('export')}, or take another --backend"
         ) from None
     return TorchBackend(bundle, _artifact(bundle, ("ort", "trt", "plan"), "graph"), **options)
 

@@ -28,16 +28,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract, TensorSpec
-from ..errors import BackendError, UsageError
+from ..dtypes import onnx_type
+from ..errors import BackendError, UsageError, install_hint
 from .backend import Array, Backend, State, empty
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_ORT_TYPES = {
-    "int64": "tensor(int64)",
-    "int32": "tensor(int32)",
-    "float32": "tensor(float)",
-    "float16": "tensor(float16)",
-}
 #: Only what ends the process is logged; everything else arrives as an exception and is said once.
 _LOG_FATAL = 4
 
@@ -46,9 +41,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise BackendError(
-            f"ONNX Runtime cannot be imported ({_reason(error)}): pip install 'less-export[cpu]'"
-        ) from error
+        raise BackendError(f"ONNX Runtime cannot be imported ({_reason(error)}): {install_hint('cpu')}") from error
     return onnxruntime
 
 
@@ -82,13 +75,13 @@ def _choose_provider(ort: Any, asked: str | None) -> str:
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         message = (
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "uninstall both, then install one (less-export[cpu] or less-export[gpu])"
+            f"uninstall both, then {install_hint('cpu')} or {install_hint('gpu')}"
         )
         if cuda:
             raise BackendError(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)
     if name not in ort.get_available_providers():
-        raise BackendError("this ONNX Runtime was built without CUDA: pip install 'less-export[gpu]'")
+        raise BackendError(f"this ONNX Runtime was built without CUDA: {install_hint('gpu')}")
     return str(name)
 
 
@@ -177,7 +170,7 @@ class OrtBackend(Backend):
                 raise BackendError(f"{path} {state} {kind} {name}: it does not belong to this manifest, export again")
             for name, spec in expected.items():
                 node = actual[name]
-                if node.type != _ORT_TYPES[spec.dtype] or not fits(spec.shape, node.shape, name in states):
+                if node.type != onnx_type(spec.dtype) or not fits(spec.shape, node.shape, name in states):
                     raise BackendError(
                         f"{path}: {kind} {name} is {node.type} {node.shape}, the manifest says {spec.dtype} "
                         f"{list(spec.shape)}: export again"

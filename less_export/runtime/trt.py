@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import INPUT_IDS, ITEM_BYTES, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
-from ..errors import BackendError, EngineError
+from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
+from ..dtypes import from_tensorrt, item_bytes, numpy_dtype
+from ..errors import BackendError, EngineError, install_hint
 from ..tensorrt import plugin as plugins
-from ..tensorrt.engine import Flavour, check_tensors, dtype_name, flavour, profiles
+from ..tensorrt.engine import Flavour, check_tensors, flavour, profiles
 from ..tensorrt.log import log_of
 from ..tensorrt.plugin import PluginFacts
-from .backend import Array, Backend, State, empty, numpy_dtype
+from .backend import Array, Backend, State, empty
 
 #: First bytes of a plan -> the flavour that wrote it.
 _MAGIC = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
@@ -110,7 +111,7 @@ def _check_engine(module: Any, engine: Any, contract: Contract) -> None:
     for mode, specs in (("INPUT", contract.inputs()), ("OUTPUT", contract.outputs())):
         wanted = getattr(module.TensorIOMode, mode)
         found = {
-            n: (dtype_name(engine.get_tensor_dtype(n)), tuple(engine.get_tensor_shape(n)))
+            n: (from_tensorrt(engine.get_tensor_dtype(n)), tuple(engine.get_tensor_shape(n)))
             for n in names
             if engine.get_tensor_mode(n) == wanted
         }
@@ -140,7 +141,7 @@ def _cuda() -> Any:
         return importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise BackendError(
-            f"the trt backend needs cuda-bindings ({error}): pip install 'less-export[trt]' or 'less-export[trt-rtx]'"
+            f"the trt backend needs cuda-bindings ({error}): {install_hint('trt')}, or {install_hint('trt-rtx')}"
         ) from error
 
 
@@ -282,7 +283,7 @@ class TrtBackend(Backend):
 
     def _allocate(self, batch: int) -> None:
         for spec in (*self.contract.tokens(), self.contract.logits_spec()):
-            size = math.prod(spec.sized(batch, self.contract.chunk)) * ITEM_BYTES[spec.dtype]
+            size = math.prod(spec.sized(batch, self.contract.chunk)) * item_bytes(spec.dtype)
             self._fixed[spec.name] = self._device.allocate(size)
         for tensor in self.contract.state():
             name, size = tensor.past.name, batch * tensor.row_bytes

@@ -17,8 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from ..bundle.files import scratch_folder
-from ..contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, Policy, TensorSpec
-from ..errors import EngineError, UsageError
+from ..contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, TensorSpec
+from ..dtypes import from_tensorrt
+from ..errors import EngineError, UsageError, install_hint
 from . import plugin
 from .log import implement, log_of, one_line
 from .plugin import PluginFacts
@@ -30,9 +31,6 @@ Shape = tuple[int, ...]
 
 #: Flavours in the order they are looked for: module -> (name in messages, our extra).
 _FLAVOURS = {"tensorrt": ("TensorRT", "trt"), "tensorrt_rtx": ("TensorRT-RTX", "trt-rtx")}
-#: TensorRT-RTX has no f32 matrix product for Turing (sm_75), and the low-rank term is computed in f32.
-_FIRST_ARCH = 80
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
 
 
 @dataclass(frozen=True)
@@ -66,12 +64,12 @@ def flavour(name: str | None = None) -> Flavour:
             continue
         if hasattr(module, "Builder"):  # an empty folder of that name imports too
             return Flavour(candidate, module, str(module.__version__))
-    extras = {n: f"pip install 'less-export[{extra}]'" for n, (_, extra) in _FLAVOURS.items()}
+    hints = {n: install_hint(extra) for n, (_, extra) in _FLAVOURS.items()}
     if name is not None:
-        raise EngineError(f"this needs {_FLAVOURS[name][0]}, which is not here{broken}: {extras[name]}")
+        raise EngineError(f"this needs {_FLAVOURS[name][0]}, which is not here{broken}: {hints[name]}")
     raise EngineError(
-        f"TensorRT is not here{broken}: {extras['tensorrt']} for the GPU of this machine, "
-        f"or {extras['tensorrt_rtx']} to build for RTX GPUs on any machine"
+        f"TensorRT is not here{broken}: {hints['tensorrt']} for the GPU of this machine, "
+        f"or {hints['tensorrt_rtx']} to build for RTX GPUs on any machine"
     )
 
 
@@ -96,18 +94,19 @@ def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
     if gpu_arch.strip().lower() == "all":
         return ()
     names = " ".join(chosen.module.ComputeCapability.__members__)
-    supported = [f"sm_{n}" for n in sorted(map(int, re.findall(r"\bSM(\d+)", names))) if n >= _FIRST_ARCH]
-    found = []
+    # TensorRT-RTX knows Turing (sm_75) but has no f32 matrix product for it, which the low-rank term needs.
+    first = plugin.first_arch()
+    supported = [f"sm_{n}" for n in sorted(map(int, re.findall(r"\bSM(\d+)", names))) if n >= first]
+    archs = []
     for item in gpu_arch.split(","):
-        match = re.fullmatch(r"(?:sm_?)?(\d+)(?:\.(\d))?", item.strip().lower())
-        arch = f"sm_{match[1]}{match[2] or ''}" if match else ""
-        if arch not in supported:
+        arch = plugin.arch_name(item)
+        if arch is None or arch not in supported:
             raise UsageError(
                 f"{chosen.label} cannot build for '{item.strip()}': choose from {', '.join(supported)}, "
-                "or leave --gpu-arch out for all from sm_80 on"
+                f"or leave --gpu-arch out for all from sm_{first} on"
             )
-        found.append(arch)
-    return tuple(dict.fromkeys(found))
+        archs.append(arch)
+    return tuple(dict.fromkeys(archs))
 
 
 @dataclass(frozen=True)
@@ -147,9 +146,9 @@ def polygraphy_options(contract: Contract) -> list[str]:
 def check_limits(contract: Contract) -> None:
     """Raise :class:`EngineError` for a contract whose function body TensorRT cannot run."""
     for index, layer in enumerate(contract.layers):
-        if layer.policy in (Policy.H2O, Policy.TOVA) and layer.capacity > TENSORRT_TOPK_LIMIT:
+        if layer.policy.uses_topk and layer.capacity > TENSORRT_TOPK_LIMIT:
             raise EngineError(
-                f"layer {index} keeps {layer.capacity} tokens with {layer.policy.label}, but TensorRT chooses among "
+                f"layer {index} keeps {layer.capacity} tokens with {layer.policy.name}, but TensorRT chooses among "
                 f"at most {TENSORRT_TOPK_LIMIT}: use a smaller --budget, or --policy sink"
             )
 
@@ -168,11 +167,6 @@ def check_tensors(found: Mapping[str, tuple[str, Shape]], expected: Iterable[Ten
                 f"{what} has {name} as {dtype} {list(shape)} where the contract says "
                 f"{spec.dtype} {list(spec.shape)}: export the bundle again"
             )
-
-
-def dtype_name(dtype: Any) -> str:
-    """The contract's name of a TensorRT data type."""
-    return _DTYPES.get(dtype.name, dtype.name.lower())
 
 
 @dataclass(frozen=True)
@@ -278,7 +272,7 @@ def _build(
         (network.get_input, network.num_inputs, contract.inputs()),
         (network.get_output, network.num_outputs, contract.outputs()),
     ):
-        found = {t.name: (dtype_name(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
+        found = {t.name: (from_tensorrt(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
         check_tensors(found, specs, "the graph")
     config = _configure(module, builder, contract, archs)
     if library is not None:

@@ -21,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.files import scratch_folder, sha256
-from ..contract import COMPUTE_DTYPES, OP_VERSION, Contract, LayerSpec
-from ..errors import EngineError, UsageError
+from ..contract import OP_VERSION, Contract, LayerSpec
+from ..dtypes import COMPUTE_DTYPES
+from ..errors import EngineError, UsageError, install_hint
 from .log import log_of
 
 #: Called with a few words as each phase begins.
 Progress = Callable[[str], None]
 
 LIBRARY = "libless_plugins.so"
-_INSTALL = "pip install 'less-export[plugin]'"
+_INSTALL = install_hint("plugin")
 _COMPILE = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all")
 #: The first CUDA that compiles for every architecture of the default list.
 _FIRST_CUDA = (12, 8)
@@ -66,17 +67,30 @@ def default_archs() -> tuple[str, ...]:
     return tuple(f"sm_{n}" for n in _listed("architectures.txt"))
 
 
+def first_arch() -> int:
+    """The oldest architecture that plugins and engines are built for, like 80."""
+    return min(map(int, _listed("architectures.txt")))
+
+
+def arch_name(text: str) -> str | None:
+    """ "sm_89" of "sm_89", "sm89", "89" or "8.9"; None for anything else."""
+    match = re.fullmatch(r"(?:sm_?)?(\d+?)\.?(\d)", text.strip().lower())
+    return f"sm_{match[1]}{match[2]}" if match else None
+
+
 def parse_archs(text: str | None) -> tuple[str, ...]:
     """Architectures of an option: "sm_89", "89" or "8.9", several with commas; ``None`` or "all" for the default."""
     if text is None or text.strip().lower() == "all":
         return default_archs()
-    found = []
+    archs = []
     for item in text.split(","):
-        match = re.fullmatch(r"(?:sm_?)?(\d+?)\.?(\d)", item.strip().lower())
-        if match is None or int(match[1] + match[2]) < 80:
-            raise UsageError(f"the plugin cannot be built for '{item.strip()}': give architectures from sm_80 on")
-        found.append(f"sm_{match[1]}{match[2]}")
-    return tuple(dict.fromkeys(found))
+        arch = arch_name(item)
+        if arch is None or int(arch.removeprefix("sm_")) < first_arch():
+            raise UsageError(
+                f"the plugin cannot be built for '{item.strip()}': give architectures from sm_{first_arch()} on"
+            )
+        archs.append(arch)
+    return tuple(dict.fromkeys(archs))
 
 
 # ------------------------------------------------------------------ the toolchain

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import exact_layer, sparse_layer
 from ..contract import LayerSpec
+from ..plan import exact_layer, sparse_layer
 from ..progress import Progress
 from .end_to_end import divergence, full_cache
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
+from ..errors import UsageError, install_hint
 
 #: Most characters read of one source: far more than training looks at, and what keeps memory bounded.
 MOST_CHARACTERS = 64_000_000
@@ -103,7 +103,7 @@ def _dataset(name: str) -> str:
     try:
         import datasets
     except ImportError:
-        raise UsageError("--data hf:... needs the datasets library: pip install 'less-export[eval]'") from None
+        raise UsageError(f"--data hf:... needs the datasets library: {install_hint('eval')}") from None
     path, _, split = name.partition(":")
     config = None
     if not Path(path).exists() and path.count("/") == 2:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..bundle.files import write_atomically
-from ..contract import LayerSpec, Policy
+from ..contract import LayerSpec
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..less.feature_maps import FeatureMap
@@ -131,7 +131,7 @@ def divergence(
 
     def student(call: AttentionCall) -> Tensor:
         layer, made = plan[call.layer], maps.get(call.layer)
-        if layer.policy in (Policy.WINDOW, Policy.FULL):
+        if not layer.policy.evicts:
             return simulate.full(call.q, call.k, call.v, layer)
         left = simulate.evictions(simulate.logits(call.q.detach(), call.k.detach(), layer), layer)
         features = (made.log_phi(call.q), made.psi(call.k)) if made is not None else None

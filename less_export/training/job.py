@@ -24,13 +24,13 @@ from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..bundle.files import sha256, write_atomically
-from ..config import default_context, plan_layers, sparse_layer
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
 from ..hf import weights
 from ..hf.sources import ModelSource, checkpoint_files, resolve
 from ..hf.surgery import discover, learned_positions
 from ..less.feature_maps import FeatureMap, Kernels
+from ..plan import default_context, plan_layers, sparse_layer
 from ..progress import Progress, Silent
 from . import allocate, collect, data, end_to_end, fit, room
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
@@ -185,7 +185,7 @@ def _prepare(
     facts = {
         "model": source.name,
         "model_sha256": _model_hash(source, progress),
-        "policy": cache.policy or plan[chosen[0]].policy.label,
+        "policy": cache.policy or plan[chosen[0]].policy.name,
         "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
         "compress_sliding": bool(cache.compress_sliding),
         "data": [s.facts() for s in sources],

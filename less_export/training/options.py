@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 
 from ..config import ExportConfig
+from ..dtypes import from_torch
 from ..errors import UsageError
 from ..less.feature_maps import PARAMETRISATIONS
+from ..less.policies import by_name, choosable
 
 Quality = Literal["fast", "high"]
 #: Steps per layer, training sequences, and whether all kernels are tuned together at the end, of each quality.
@@ -59,8 +61,11 @@ class TrainConfig:
             raise UsageError(f"unknown parametrisation '{self.parametrisation}': choose one of {choices}")
         if self.quality not in QUALITIES:
             raise UsageError(f"unknown quality '{self.quality}': choose one of {', '.join(QUALITIES)}")
-        if self.policy == "full":
-            raise UsageError("policy full evicts nothing, so there is nothing to train: take h2o, tova or sink")
+        if self.policy is not None and by_name(self.policy).keeps_all:
+            choices = ", ".join(choosable(evicting=True))
+            raise UsageError(
+                f"policy {self.policy} evicts nothing, so there is nothing to train: choose one of {choices}"
+            )
         for name in ("rank", "hidden", "seqs", "seq_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -138,7 +143,7 @@ def device(name: str | None) -> str:
 
 def compute_dtype(config: Any, device: str) -> torch.dtype:
     """What the model computes in while activations are collected: 16 bits where weights and device allow it."""
-    stored = str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    stored = from_torch(getattr(config, "dtype", None) or "bfloat16")
     if stored == "float32":
         return torch.float32
     if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..contract import LayerSpec
 from ..less import simulate
-from ..less.feature_maps import PARAMETRISATIONS, ExpMap, FeatureMap, Heads
+from ..less.feature_maps import PARAMETRISATIONS, ExpMap, FeatureMap
 
 _ITERATIONS = 15
 #: Keys that k-means looks at, per KV head.
@@ -38,7 +38,7 @@ def new_map(
     parametrisation: str, layer: LayerSpec, rank: int, hidden: int, keys: Tensor, generator: torch.Generator
 ) -> FeatureMap:
     """A feature map at its start, before its masses are calibrated; ``keys`` [Hk,N,D] f32."""
-    heads = Heads(layer.query_heads, layer.kv_heads, layer.head_dim)
+    heads = layer.heads
     made = PARAMETRISATIONS[parametrisation](heads, rank, hidden).to(keys.device)
     for name, parameter in made.named_parameters():
         if name.endswith(("_in", "_out", "_interaction")):

@@ -1,12 +1,17 @@
-"""What every eviction policy provides."""
+"""What every eviction policy provides, and the registry of policies.
+
+Torch and ONNX belong to the callers of a policy: importing this package imports neither.
+"""
 
 from __future__ import annotations
 
 import abc
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from ...contract import Policy
+from ...errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +35,49 @@ class Candidates:
     end: torch.Tensor
 
 
-class EvictionPolicy(abc.ABC):
-    """One policy; stateless, the numbers come with the call."""
+class LayerNumbers(Protocol):
+    """The numbers of a :class:`~less_export.contract.LayerSpec` that a policy may restrict."""
 
-    code: ClassVar[Policy]
+    @property
+    def heavy(self) -> int: ...
+
+    @property
+    def recent(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def absorb(self) -> bool: ...
+
+
+class EvictionPolicy(abc.ABC):
+    """One policy; stateless, the numbers come with the call. :func:`register` makes it known."""
+
+    #: Name in options, manifests and messages: lower-case letters, digits and hyphens.
+    name: ClassVar[str]
+    #: The operator's ``policy`` attribute; this package uses 0 to 99.
+    code: ClassVar[int]
     #: Score a query leaves on what it saw: nothing, added up, or only the last valid query's.
     scoring: ClassVar[Scoring] = "none"
+    #: Whether a user may ask for it by name.
+    choosable: ClassVar[bool] = True
+    #: Whether tokens lose their slots while the model would still see them.
+    evicts: ClassVar[bool] = True
+    #: Whether no token ever leaves: the capacity is the longest sequence, and there is no budget to split.
+    keeps_all: ClassVar[bool] = False
+    #: Number of recent tokens where the policy leaves no choice.
+    fixed_recent: ClassVar[int | None] = None
+    #: Whether :meth:`keep_onnx` takes TopK of the capacity, whose K TensorRT limits.
+    uses_topk: ClassVar[bool] = False
+    #: Slots that may hold tokens which the next query of a sliding layer no longer sees.
+    unseen: ClassVar[int] = 0
+
+    def __repr__(self) -> str:
+        return f"<policy {self.name}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are the registered policy itself
+        return by_name, (self.name,)
 
     @abc.abstractmethod
     def split(self, budget: int) -> tuple[int, int]:
@@ -50,9 +92,27 @@ class EvictionPolicy(abc.ABC):
         """:meth:`keep` as ONNX nodes. ``op`` builds nodes, ``c`` has the fields of
         :class:`Candidates` as values, ``heavy``/``recent`` are i32 scalars, ``capacity`` an i64 [1]."""
 
+    def why_impossible(self, layer: LayerNumbers) -> str | None:
+        """Why a layer cannot have these numbers; None where it can."""
+        return None
+
+    def oldest(self, end: torch.Tensor, window: int) -> torch.Tensor:
+        """The oldest position that survives in a layer whose queries see ``window`` > 0 positions.
+
+        ``end`` is the position of the next query, which sees itself and ``window - 1`` tokens before it; what
+        it is blind to leaves, except ``unseen`` tokens.
+        """
+        return end - window + (1 - self.unseen)
+
+    def oldest_onnx(self, op: Any, end: Any, window: Any) -> Any:
+        """:meth:`oldest` as ONNX nodes; all values are i32."""
+        return op.Add(op.Sub(end, window), op.i32(1 - self.unseen))
+
 
 class ScoredPolicy(EvictionPolicy):
     """Keeps the ``recent`` newest and then the highest scores; ties keep the lower index."""
+
+    uses_topk = True
 
     def keep(self, c: Candidates, heavy: int, recent: int) -> torch.Tensor:
         import torch
@@ -77,3 +137,67 @@ class ScoredPolicy(EvictionPolicy):
 
 class PositionalPolicy(EvictionPolicy):
     """Keeps by position alone; the budget holds whatever passes."""
+
+
+# ------------------------------------------------------------------ the registry
+
+_REGISTERED: dict[str, EvictionPolicy] = {}
+# No underscore: "NAME_lowrank" is the overload of the policy's body with a low-rank term.
+_NAME = re.compile(r"[a-z][a-z0-9-]*")
+
+
+def register(policy: EvictionPolicy) -> EvictionPolicy:
+    """Make a policy known by its name and code, and return it.
+
+    Exports, bundles and ``less_export.less.simulate`` find it from then on. Opening a bundle that uses it takes
+    the same registration; the TensorRT plugin knows only the policies of this package.
+
+    Raises:
+        UsageError: the name or the code is taken, or is not a valid one.
+    """
+    if not _NAME.fullmatch(policy.name):
+        raise UsageError(f"policy name '{policy.name}' must be lower-case letters, digits and hyphens")
+    if not 0 <= policy.code < 2**31:
+        raise UsageError(f"policy '{policy.name}' has code {policy.code}: it must be from 0 to 2**31 - 1")
+    for other in registered():
+        if policy.name == other.name:
+            raise UsageError(f"policy '{policy.name}' is already registered: choose another name")
+        if policy.code == other.code:
+            raise UsageError(
+                f"policy '{policy.name}' has code {policy.code}, which is that of '{other.name}': choose another code"
+            )
+    _REGISTERED[policy.name] = policy
+    return policy
+
+
+def unregister(policy: EvictionPolicy) -> None:
+    """Forget a registered policy."""
+    if _REGISTERED.get(policy.name) is not policy:
+        raise UsageError(f"policy '{policy.name}' is not registered")
+    del _REGISTERED[policy.name]
+
+
+def registered() -> Iterator[EvictionPolicy]:
+    """Every registered policy, those of this package first."""
+    return iter(tuple(_REGISTERED.values()))
+
+
+def choosable(*, evicting: bool = False) -> tuple[str, ...]:
+    """Names that a user may give as ``--policy``; with ``evicting``, only of policies that evict."""
+    return tuple(p.name for p in registered() if p.choosable and (p.evicts or not evicting))
+
+
+def by_name(name: str) -> EvictionPolicy:
+    """The policy of a name in any case; raises :class:`UsageError` for an unknown one."""
+    policy = _REGISTERED.get(name.lower())
+    if policy is None:
+        raise UsageError(f"unknown policy '{name}': choose one of {', '.join(_REGISTERED)}")
+    return policy
+
+
+def by_code(code: int) -> EvictionPolicy:
+    """The policy of an operator's ``policy`` attribute; raises :class:`UsageError` for an unknown one."""
+    for policy in registered():
+        if policy.code == code:
+            return policy
+    raise UsageError(f"no policy has code {code}: register it before running the model")

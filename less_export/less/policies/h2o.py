@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ...contract import Policy
 from .base import ScoredPolicy
 
 
 class H2O(ScoredPolicy):
-    code = Policy.H2O
+    name = "h2o"
+    code = 0
     scoring = "accumulate"
 
     def split(self, budget: int) -> tuple[int, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...contract import Policy
 from .base import Candidates, PositionalPolicy
 
 if TYPE_CHECKING:
@@ -15,7 +14,8 @@ SINKS = 4
 
 
 class Sink(PositionalPolicy):
-    code = Policy.SINK
+    name = "sink"
+    code = 2
 
     def split(self, budget: int) -> tuple[int, int]:
         heavy = min(SINKS, budget - 1)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from ...contract import Policy
-from .base import ScoredPolicy
+from .base import LayerNumbers, ScoredPolicy
 
 
 class Tova(ScoredPolicy):
-    code = Policy.TOVA
+    name = "tova"
+    code = 1
     scoring = "last"
+    fixed_recent = 1
 
     def split(self, budget: int) -> tuple[int, int]:
         return budget - 1, 1
+
+    def why_impossible(self, layer: LayerNumbers) -> str | None:
+        return None if layer.recent == 1 else "tova protects only the newest token"

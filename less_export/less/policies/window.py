@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...contract import Policy
-from .base import Candidates, PositionalPolicy
+from .base import Candidates, LayerNumbers, PositionalPolicy
 
 if TYPE_CHECKING:
     import torch
 
 
-class Window(PositionalPolicy):
-    """A layer that slides anyway: ``live`` already ends at the window."""
+class _Lossless(PositionalPolicy):
+    """Whatever is live stays."""
 
-    code = Policy.WINDOW
+    evicts = False
 
     def split(self, budget: int) -> tuple[int, int]:
         return 0, budget
@@ -26,7 +25,28 @@ class Window(PositionalPolicy):
         return c.live
 
 
-class Full(Window):
+class Window(_Lossless):
+    """A layer that slides anyway: ``live`` already ends at the window, all of which stays."""
+
+    name = "window"
+    code = 3
+    choosable = False  # what a sliding layer gets by itself
+    unseen = 1
+
+    def why_impossible(self, layer: LayerNumbers) -> str | None:
+        if layer.window == layer.recent and not layer.absorb:
+            return None
+        return "window keeps its window and absorbs nothing"
+
+
+class Full(_Lossless):
     """Everything stays; one token more than there are slots is an error of the caller."""
 
-    code = Policy.FULL
+    name = "full"
+    code = 4
+    keeps_all = True
+
+    def why_impossible(self, layer: LayerNumbers) -> str | None:
+        if layer.window == 0 and layer.heavy == 0 and not layer.absorb:
+            return None
+        return "full evicts and absorbs nothing"

@@ -1,0 +1,150 @@
+"""From options and a model's attention layers to the plan of every layer's cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from .config import DEFAULT_BUDGET, DEFAULT_CONTEXT, DEFAULT_POLICY, ExportConfig
+from .contract import Heads, LayerSpec
+from .errors import UsageError
+from .less.policies import EvictionPolicy, Policy, by_name
+
+
+@dataclass(frozen=True)
+class AttentionLayer(Heads):
+    """What a decoder's layer asks of attention. ``window`` is 0 where the layer does not slide."""
+
+    scale: float
+    window: int
+
+
+def budget_tokens(budget: str, context: int, option: str = "--budget") -> int:
+    """Tokens of a budget ``option``: ``N``, or ``P%`` of ``context`` rounded down to an even number.
+
+    Raises:
+        UsageError: not a number, less than 1 token or more than the context.
+    """
+    text = str(budget).strip()
+    try:  # exactly: 29% of 200 are 58, which floats miss
+        tokens = 2 * math.floor(Fraction(text[:-1]) * context / 200) if text.endswith("%") else int(text)
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"{option} '{budget}' is neither a number of tokens nor a percentage like 5%") from None
+    if tokens < 1:
+        raise UsageError(f"{option} {budget} leaves no token of a context of {context}: raise it")
+    if tokens > context:
+        raise UsageError(f"{option} {budget} is more than the context of {context} tokens: lower it or raise --context")
+    return tokens
+
+
+def split_budget(policy: EvictionPolicy, config: ExportConfig, context: int) -> tuple[int, int]:
+    """``(heavy, recent)`` in tokens, from --budget, --heavy and --recent."""
+    heavy, recent = config.heavy, config.recent
+    if policy.fixed_recent is not None:
+        if recent not in (None, policy.fixed_recent):
+            raise UsageError(f"policy {policy.name} fixes --recent at {policy.fixed_recent}: drop --recent")
+        recent = policy.fixed_recent
+    if heavy is not None and recent is not None:
+        if config.budget is not None and budget_tokens(config.budget, context) != heavy + recent:
+            raise UsageError("--heavy and --recent do not add up to --budget: give two of the three")
+        return _fitting(heavy, recent, context)
+    total = budget_tokens(config.budget or DEFAULT_BUDGET, context)
+    if heavy is not None:
+        return _fitting(heavy, total - heavy, context)
+    if recent is not None:
+        return _fitting(total - recent, recent, context)
+    return _fitting(*policy.split(total), context)
+
+
+def layer_tokens(text: str, context: int) -> dict[int, int]:
+    """Slots of the layers that ``--layer-budgets LAYER:N|P%,...`` names.
+
+    Raises:
+        UsageError: not such a list, a layer named twice, or a budget that is none.
+    """
+    if text == "auto":
+        raise UsageError("--layer-budgets auto is for less-export train, which says what to give here")
+    budgets: dict[int, int] = {}
+    for part in text.split(","):
+        name, colon, budget = part.strip().partition(":")
+        if not (name.isdecimal() and colon):
+            raise UsageError(f"--layer-budgets '{text}' is not a list like 5:42,11:8.5%")
+        if int(name) in budgets:
+            raise UsageError(f"--layer-budgets names layer {name} twice: drop one")
+        budgets[int(name)] = budget_tokens(budget, context, "--layer-budgets")
+    return budgets
+
+
+def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
+    if heavy < 0 or recent < 1:
+        raise UsageError(f"the budget leaves {heavy} heavy and {recent} recent tokens: raise it or change the split")
+    if heavy + recent > context:
+        raise UsageError(f"{heavy} heavy and {recent} recent tokens are more than the context of {context}")
+    return heavy, recent
+
+
+def plan_layers(
+    layers: Sequence[AttentionLayer], config: ExportConfig, context: int, ranks: dict[int, int]
+) -> tuple[LayerSpec, ...]:
+    """What every layer's cache will be.
+
+    ``ranks`` gives the layers that have kernels and their rank. Layers that slide keep their window
+    exactly, unless ``compress_sliding`` gives them the policy with a budget below the window.
+    """
+    policy = by_name(config.policy or DEFAULT_POLICY)
+    own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
+    if policy.keeps_all:
+        split = config.budget is not None or config.heavy is not None or config.recent is not None
+        if split or own:
+            drop = "--budget, --heavy and --recent" if split else "--layer-budgets"
+            raise UsageError(f"policy {policy.name} keeps every token: drop {drop}, set --context")
+        common = 0, context
+    else:
+        common = split_budget(policy, config, context)
+    if own and (config.heavy is not None or config.recent is not None):
+        raise UsageError("--layer-budgets are split as the policy does it: drop --heavy and --recent")
+    if own and max(own) >= len(layers):
+        raise UsageError(f"--layer-budgets names layer {max(own)}, but the model has {len(layers)} layers")
+    planned = []
+    for index, layer in enumerate(layers):
+        heavy, recent = _fitting(*policy.split(own[index]), context) if index in own else common
+        facts = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale)
+        compressed = config.compress_sliding and policy.evicts and heavy + recent < layer.window
+        if layer.window and not compressed:
+            if index in own:
+                raise UsageError(
+                    f"--layer-budgets: layer {index} keeps its window of {layer.window} tokens: leave it out, or give "
+                    "--compress-sliding and less than the window"
+                )
+            planned.append(LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1))
+            continue
+        rank = ranks.get(index, 0) if policy.evicts else 0
+        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1)))
+    return tuple(planned)
+
+
+def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
+    """The layer with ``slots`` slots, split as its policy splits a budget, and without a low-rank term."""
+    split = layer.policy.split
+    heavy, recent = split(slots)
+    if (layer.heavy, layer.recent) != split(layer.capacity):  # a split of the user's own keeps its heavy tokens
+        heavy, recent = layer.heavy, slots - layer.heavy
+    return replace(layer, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=slots)
+
+
+def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
+    """The layer with everything it would see without LESS."""
+    policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
+    return replace(layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)
+
+
+def default_context(max_position_embeddings: int | None) -> int:
+    """Context of a model without a recipe (tokens)."""
+    return min(max_position_embeddings or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
+
+
+def unused_kernels(planned: Sequence[LayerSpec], kernels: Collection[int]) -> list[int]:
+    """Layers that have kernels which the plan does not use (they keep everything they see)."""
+    return [i for i in kernels if not planned[i].absorb]
