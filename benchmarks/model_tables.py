@@ -1,4 +1,4 @@
-"""Tables of what was tried with model architectures: at full width, and all of transformers in a tiny size."""
+"""Tables of the model architectures tried: recipes at full width, and all of transformers in a tiny size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def full_width(data: dict[str, Any]) -> Table:
-    """Every recipe's architecture with two layers of each kind."""
+    """Every recipe's architecture at full width, with two layers of each kind."""
     header = ["recipe", "class", "layers", "weights", "torch vs HF", "ONNX vs torch", "export, CPU time", "peak RSS"]
     rows = [
         [
@@ -32,7 +32,7 @@ def _with(outcome: str, data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def supported(data: dict[str, Any]) -> Table:
-    """Model types that were exported and agree with Hugging Face."""
+    """Model types whose export agrees with Hugging Face."""
     rows = [
         [f"`{r['model_type']}`", f"`{r['class']}`", _sliding(r["layers"]), f"{r['error']:.1e}"]
         for r in _with("supported", data)
@@ -46,18 +46,18 @@ def _sliding(layers: list[list[int]]) -> str:
 
 
 def refused(data: dict[str, Any]) -> Table:
-    """Decoders that LESS cannot express, in the words of the refusal."""
+    """Decoders that LESS cannot express, with the message of the refusal."""
     return ["model type", "reason"], [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with("refused", data)]
 
 
 def unknown(data: dict[str, Any]) -> Table:
-    """Model types of which nothing was learned."""
+    """Model types that could not be tried, or failed."""
     rows = [*_with("failed", data), *_with("no tiny config", data)]
-    return ["model type", "why"], [[f"`{r['model_type']}`", _cell(r["reason"])] for r in rows]
+    return ["model type", "reason"], [[f"`{r['model_type']}`", _cell(r["reason"])] for r in rows]
 
 
 def not_decoders(data: dict[str, Any]) -> Table:
-    """Encoder-decoders and halves of them that transformers lists beside the decoders."""
+    """Encoder-decoders, and decoders taken from them, that transformers lists among the decoders."""
     rows = [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with("not a decoder", data)]
     return ["model type", "reason"], rows
 
@@ -66,7 +66,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-#: Table by name: the result it is made of, and how.
+#: By table name: the result file that the table shows, and the function that makes it.
 PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], Table]]] = {
     "full_width": ("full_width", full_width),
     "zoo_supported": ("zoo", supported),

@@ -1,11 +1,12 @@
-"""Every causal language model of transformers, tiny: supported, refused and why, or not a decoder.
+"""Try every causal language model of transformers in a tiny size: supported, refused (and why), or not a decoder.
 
-Each model type of transformers' mapping is given a small config and put before LESS's own discovery. One that
-passes is built with large random weights, saved, exported with policy ``full``, and run on ONNX Runtime in chunks
-and token by token beside eager Hugging Face, past its sliding window. Every model has a process of its own, so
-that none can end or stall the run.
+Each model type of transformers' mapping gets a small config and goes through LESS's own discovery. If it passes, it is
+built with large random weights, saved, exported with policy ``full``, run on ONNX Runtime in chunks and token by token,
+past its sliding window, and compared with eager Hugging Face. Every model runs in its own process, so that none can
+crash or stall the benchmark.
 
-``python benchmarks/zoo.py`` writes ``benchmarks/results/zoo.json``; model types as arguments renew their rows in it.
+``python benchmarks/zoo.py`` writes ``benchmarks/results/zoo.json``; with model types as arguments, it updates only
+their rows.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from less_export.hf import weights
 from less_export.hf.surgery import discover
 from tests import families
 
-#: A model that takes longer counts as failed.
+#: Time limit per model; one that takes longer counts as failed.
 SECONDS = 300
-#: More parameters are not tiny: the config has a size that zoo_configs does not know.
+#: A model with more parameters is not tiny: its config has a size key that zoo_configs does not know.
 MOST_PARAMETERS = 100_000_000
 STEPS = (16, 9, 1, 1, 16, 1, 1, 1)
 
 
 def visit(model_type: str) -> dict[str, Any]:
-    """What becomes of one model type, or of its text part where no tiny whole can be had."""
+    """The result for one model type, or for its text part if the whole has no tiny config."""
     found, part = attempt(model_type), f"{model_type}_text"
     if found["outcome"] == "no tiny config" and part in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         of_part = attempt(part)
@@ -53,7 +54,7 @@ def visit(model_type: str) -> dict[str, Any]:
 
 
 def attempt(model_type: str) -> dict[str, Any]:
-    """``outcome`` and, with it, ``reason`` or ``layers`` and ``error``."""
+    """A dict of ``outcome`` and either ``reason`` or ``layers`` and ``error``."""
     try:
         config = tiny_config(model_type)
     except Exception as error:  # whatever a config's own checks raise
@@ -62,7 +63,7 @@ def attempt(model_type: str) -> dict[str, Any]:
         bare = weights.bare_model(config, torch.float32)
     except Exception as error:  # whatever a model's constructor raises
         if config.is_encoder_decoder:
-            reason = "an encoder-decoder; transformers makes no decoder of its configuration as a whole"
+            reason = "an encoder-decoder: transformers builds no decoder from its whole configuration"
             return {"outcome": "not a decoder", "reason": reason}
         return {"outcome": "no tiny config", "reason": one_line(error)}
     refused = "not a decoder" if config.is_encoder_decoder else "refused"
@@ -78,7 +79,7 @@ def attempt(model_type: str) -> dict[str, Any]:
         error = difference(config)
     except UnsupportedModelError as refusal:
         return {"outcome": refused, "reason": str(refusal)}
-    except Exception as reason:  # of the exporter, of torch or of ONNX Runtime: the row says it failed
+    except Exception as reason:  # raised by the exporter, torch or ONNX Runtime: the row records the failure
         return {"outcome": "failed", "reason": one_line(reason)}
     found = {"layers": [[x.query_heads, x.kv_heads, x.head_dim, x.window] for x in layers], "error": error}
     if not error <= TOLERANCE:
@@ -87,7 +88,7 @@ def attempt(model_type: str) -> dict[str, Any]:
 
 
 def difference(config: Any) -> float:
-    """Largest difference of the exported logits from eager Hugging Face's, as a share of the largest logit."""
+    """Largest difference between the exported logits and eager Hugging Face's, as a share of the largest logit."""
     model = families.build(
         lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     )
@@ -102,7 +103,7 @@ def difference(config: Any) -> float:
 
 
 def row(model_type: str) -> dict[str, Any]:
-    """The row of one model type, from a process that may crash or hang."""
+    """The row of one model type, measured in a process that may crash or hang."""
     found = isolated(visit, model_type, seconds=SECONDS)
     if "failed" in found:
         found = {"outcome": "failed", "reason": found["failed"]}
