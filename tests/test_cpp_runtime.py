@@ -200,7 +200,7 @@ def test_what_is_no_bundle(tools: Path, tmp_path: Path) -> None:
     for path, says in (
         (tmp_path / "nothing", "does not exist"),
         (tmp_path / "nothing.plan", "does not exist"),
-        (tmp_path / "x.onnx", "is no bundle"),
+        (tmp_path / "x.onnx", "is not a bundle"),
         (tmp_path, "has no manifest.json"),
     ):
         done = call(tools / "less_runtime_probe", "describe", path)
@@ -211,7 +211,7 @@ def test_what_is_no_bundle(tools: Path, tmp_path: Path) -> None:
     (folder / "engine.plan").write_bytes(PLAN.replace(b" ", b"x"))
     assert call(tools / "less_runtime_probe", "describe", folder, "unverified").code == 0
     (folder / "engine.plan").write_bytes(b"x" * 99)
-    assert "is no TensorRT plan" in call(tools / "less_runtime_probe", "describe", folder, "unverified").err
+    assert "is not a TensorRT plan" in call(tools / "less_runtime_probe", "describe", folder, "unverified").err
 
 
 def test_canonical_json(tools: Path) -> None:
@@ -352,7 +352,7 @@ def test_example(less_generate: Path, engine: Path, tmp_path: Path) -> None:
         (["BUNDLE"], "give a bundle and a file of token ids"),
         (["nothing", "TOKENS"], "does not exist"),
         (["BUNDLE", "nothing"], "cannot read nothing: No such file"),
-        (["BUNDLE", "EMPTY"], "holds no token ids"),
+        (["BUNDLE", "EMPTY"], "contains no token ids"),
         (["BUNDLE", "LETTERS"], "is not a number: 'a'"),
         (["BUNDLE", "TOKENS", "--temperature", "-1"], "temperature must be 0"),
         (["BUNDLE", "TOKENS", "--top-p", "x"], "--top-p is not a number: 'x'"),

@@ -1,4 +1,5 @@
-// Continues token ids with an engine: one prompt a line in, one line of new ids out, in the same order.
+// Continues token ids with an engine: reads one prompt per line, writes one line of new ids for each, in the same
+// order.
 #include <unistd.h>
 
 #include <cerrno>
@@ -19,18 +20,18 @@ namespace {
 constexpr char const* kUsage =
     "usage: less_generate BUNDLE TOKENS [options]\n"
     "  BUNDLE  folder with an engine.plan, or x.plan with x.json beside it\n"
-    "  TOKENS  file with token ids, one prompt a line, separated by spaces ('-': standard input)\n"
-    "  --out FILE            write there instead of standard output\n"
-    "  --max-new-tokens N    most new tokens of a prompt (128)\n"
+    "  TOKENS  file with token ids separated by spaces, one prompt per line ('-': standard input)\n"
+    "  --out FILE            write to FILE instead of standard output\n"
+    "  --max-new-tokens N    maximum number of new tokens per prompt (128)\n"
     "  --temperature X       0 is greedy (0)\n"
-    "  --top-k N, --top-p X  sample among the most likely tokens only (0, 1: all)\n"
-    "  --seed N              the same tokens every time\n"
-    "  --prefix FILE         continue a saved state\n"
-    "  --save-state FILE     prefill the one prompt, save the state and stop\n"
-    "  --ignore-eos          go on past the end-of-sequence tokens\n"
+    "  --top-k N, --top-p X  sample only from the most likely tokens (0 and 1: all)\n"
+    "  --seed N              seed for reproducible sampling\n"
+    "  --prefix FILE         continue from a saved state\n"
+    "  --save-state FILE     prefill a single prompt, save its state and exit\n"
+    "  --ignore-eos          continue past end-of-sequence tokens\n"
     "  --device N            GPU (0)\n"
-    "  --no-cuda-graphs      launch every decode step anew\n"
-    "  --no-verify           do not hash the plan\n"
+    "  --no-cuda-graphs      do not capture decode steps in CUDA graphs\n"
+    "  --no-verify           do not check the plan's hash\n"
     "  --verbose             print TensorRT's log\n";
 
 struct Options {
@@ -40,61 +41,62 @@ struct Options {
     bool verify = true;
 };
 
-// The whole of `text` as a number of type T.
+// Parses all of `text` as a number of type T; `name` is what the error message calls it.
 template <class T>
-T number(std::string const& text, std::string const& what) {
+T number(std::string const& text, std::string const& name) {
     std::istringstream stream(text);
     T value{};
     bool const negative = std::is_unsigned_v<T> && text.find('-') != std::string::npos;
     if (negative || !(stream >> value) || !stream.eof())
-        throw less::UsageError(what + " is not a number: '" + text + "'");
+        throw less::UsageError(name + " is not a number: '" + text + "'");
     return value;
 }
 
-Options parse(std::vector<std::string> const& words) {
+Options parse(std::vector<std::string> const& args) {
     Options o;
-    std::vector<std::string> places;
-    for (size_t i = 0; i < words.size(); ++i) {
-        std::string const& word = words[i];
+    std::vector<std::string> positional;
+    for (size_t i = 0; i < args.size(); ++i) {
+        std::string const& arg = args[i];
         auto const value = [&]() -> std::string const& {
-            if (i + 1 == words.size()) throw less::UsageError(word + " needs a value");
-            return words[++i];
+            if (i + 1 == args.size()) throw less::UsageError(arg + " needs a value");
+            return args[++i];
         };
-        if (word == "--out") {
+        if (arg == "--out") {
             o.out = value();
-        } else if (word == "--max-new-tokens") {
-            o.params.maxNewTokens = number<int64_t>(value(), word);
-        } else if (word == "--temperature") {
-            o.params.temperature = number<double>(value(), word);
-        } else if (word == "--top-k") {
-            o.params.topK = number<int64_t>(value(), word);
-        } else if (word == "--top-p") {
-            o.params.topP = number<double>(value(), word);
-        } else if (word == "--seed") {
-            o.params.seed = number<uint64_t>(value(), word);
-        } else if (word == "--prefix") {
+        } else if (arg == "--max-new-tokens") {
+            o.params.maxNewTokens = number<int64_t>(value(), arg);
+        } else if (arg == "--temperature") {
+            o.params.temperature = number<double>(value(), arg);
+        } else if (arg == "--top-k") {
+            o.params.topK = number<int64_t>(value(), arg);
+        } else if (arg == "--top-p") {
+            o.params.topP = number<double>(value(), arg);
+        } else if (arg == "--seed") {
+            o.params.seed = number<uint64_t>(value(), arg);
+        } else if (arg == "--prefix") {
             o.prefix = value();
-        } else if (word == "--save-state") {
+        } else if (arg == "--save-state") {
             o.saveState = value();
-        } else if (word == "--ignore-eos") {
+        } else if (arg == "--ignore-eos") {
             o.params.ignoreEos = true;
-        } else if (word == "--device") {
-            o.session.device = number<int>(value(), word);
-        } else if (word == "--no-cuda-graphs") {
+        } else if (arg == "--device") {
+            o.session.device = number<int>(value(), arg);
+        } else if (arg == "--no-cuda-graphs") {
             o.session.cudaGraphs = false;
-        } else if (word == "--no-verify") {
+        } else if (arg == "--no-verify") {
             o.verify = false;
-        } else if (word == "--verbose") {
+        } else if (arg == "--verbose") {
             o.session.verbose = true;
-        } else if (word.rfind("--", 0) == 0) {
-            throw less::UsageError("unknown option " + word + ": less_generate --help lists them");
+        } else if (arg.rfind("--", 0) == 0) {
+            throw less::UsageError("unknown option " + arg + ": see less_generate --help");
         } else {
-            places.push_back(word);
+            positional.push_back(arg);
         }
     }
-    if (places.size() != 2) throw less::UsageError("give a bundle and a file of token ids: less_generate --help");
-    o.bundle = places[0];
-    o.tokens = places[1];
+    if (positional.size() != 2)
+        throw less::UsageError("give a bundle and a file of token ids: see less_generate --help");
+    o.bundle = positional[0];
+    o.tokens = positional[1];
     o.params.validate();
     return o;
 }
@@ -103,18 +105,18 @@ std::vector<less::Prompt> readPrompts(std::istream& in, std::string const& name)
     std::vector<less::Prompt> prompts;
     for (std::string line; std::getline(in, line);) {
         less::Prompt prompt;
-        std::istringstream words(line);
-        for (std::string word; words >> word;) prompt.push_back(number<int64_t>(word, "a token id in " + name));
+        std::istringstream fields(line);
+        for (std::string field; fields >> field;) prompt.push_back(number<int64_t>(field, "a token id in " + name));
         if (!prompt.empty()) prompts.push_back(std::move(prompt));
     }
-    if (prompts.empty()) throw less::UsageError(name + " holds no token ids: write them with spaces between");
+    if (prompts.empty()) throw less::UsageError(name + " contains no token ids: write them separated by spaces");
     return prompts;
 }
 
-// Where the run is, on a terminal only.
-void progress(std::string const& what) {
-    static bool const shown = ::isatty(STDERR_FILENO);
-    if (shown) std::fprintf(stderr, "\r\033[K%s", what.c_str());
+// Shows the current stage, on a terminal only.
+void progress(std::string const& stage) {
+    static bool const terminal = ::isatty(STDERR_FILENO);
+    if (terminal) std::fprintf(stderr, "\r\033[K%s", stage.c_str());
 }
 
 void run(Options const& o) {
@@ -136,9 +138,9 @@ void run(Options const& o) {
         progress("");
         return;
     }
-    size_t made = 0;
+    size_t count = 0;
     auto const results = less::generate(session, prompts, o.params, bundle.eosIds, start,
-                                        [&](less::Token const&) { progress(std::to_string(++made) + " tokens"); });
+                                        [&](less::Token const&) { progress(std::to_string(++count) + " tokens"); });
     progress("");
 
     std::ostringstream text;
@@ -156,12 +158,12 @@ void run(Options const& o) {
 }  // namespace
 
 int main(int argc, char** argv) try {
-    std::vector<std::string> const words(argv + 1, argv + argc);
-    if (words.empty() || words[0] == "--help" || words[0] == "-h") {
-        std::fputs(kUsage, words.empty() ? stderr : stdout);
-        return words.empty();
+    std::vector<std::string> const args(argv + 1, argv + argc);
+    if (args.empty() || args[0] == "--help" || args[0] == "-h") {
+        std::fputs(kUsage, args.empty() ? stderr : stdout);
+        return args.empty();
     }
-    run(parse(words));
+    run(parse(args));
     return 0;
 } catch (less::Error const& error) {
     progress("");

@@ -1,8 +1,8 @@
-// LESS bundles in C++: open one, prefill, decode, keep rows of state. No Python.
+// Runs LESS bundles in C++ without Python: open a bundle, prefill, decode, save and restore rows of state.
 //
-// Mirrors less_export/contract.py, bundle/ and runtime/. Everything that fails throws less::Error with one line
-// that says what is wrong and what to do. Bundle, Contract and RowState are plain values, safe to share between
-// threads that read them. A Session belongs to one thread at a time; several sessions may run at once.
+// Mirrors less_export/contract.py, bundle/ and runtime/. Every failure throws a less::Error with one line that says
+// what is wrong and what to do. Bundle, Contract and RowState are plain values, safe to share between threads that only
+// read them. A Session belongs to one thread at a time; several sessions may run at once.
 #pragma once
 
 #include <cstddef>
@@ -20,24 +20,24 @@ namespace less {
 
 // ------------------------------------------------------------------ errors
 
-// Base of everything this library throws on purpose.
+// Base of all exceptions that this library throws deliberately.
 class Error : public std::runtime_error {
  public:
     using std::runtime_error::runtime_error;
 };
-// A bundle or saved state that is missing, damaged, changed, or written by a newer version.
+// A bundle or saved state is missing, damaged, modified, or written by a newer version.
 class BundleError : public Error {
     using Error::Error;
 };
-// Arguments outside their range, a prompt that does not fit.
+// An argument is out of range, or a prompt does not fit.
 class UsageError : public Error {
     using Error::Error;
 };
-// A plan that TensorRT refuses or that does not match the contract.
+// TensorRT refuses a plan, or a plan does not match the contract.
 class EngineError : public Error {
     using Error::Error;
 };
-// No driver or GPU, no memory, a step that the contract forbids or that failed.
+// There is no driver, GPU or memory, or a step failed or is forbidden by the contract.
 class BackendError : public Error {
     using Error::Error;
 };
@@ -48,14 +48,14 @@ enum class ElementType { kInt64, kInt32, kFloat32, kFloat16, kBFloat16 };
 enum class EvictionPolicy { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull = 4 };
 
 int64_t bytesOf(ElementType type) noexcept;
-char const* nameOf(ElementType type) noexcept;  // as in manifests: "float16"
+char const* nameOf(ElementType type) noexcept;  // as in manifests, e.g. "float16"
 
 using Shape = std::vector<int64_t>;
 // Dynamic axes in the shape of a TensorSpec.
 constexpr int64_t kBatch = -1;
 constexpr int64_t kChunk = -2;
 
-// Static facts of one attention layer.
+// Static description of one attention layer.
 struct LayerSpec {
     int64_t queryHeads, kvHeads, headDim;
     double scale;
@@ -71,35 +71,35 @@ struct TensorSpec {
     ElementType type;
     Shape shape;
 
-    Shape sized(int64_t batch, int64_t chunk) const;  // with its dynamic axes filled in
+    Shape sized(int64_t batch, int64_t chunk) const;  // `shape` with the dynamic axes filled in
     int64_t bytes(int64_t batch, int64_t chunk) const;
 };
 
-// One state tensor of one layer: `past` goes in, `present` comes out.
+// One state tensor of one layer: `past` is its input, `present` its output.
 struct StateTensor {
     TensorSpec past, present;
     int64_t rowBytes;  // of one sequence
-    int empty;         // what a fresh row is filled with: 0 or -1
+    int empty;         // initial value of a row: 0 or -1
 };
 
-// Everything a runtime must know to drive one artifact: the one place of tensor names and shapes.
+// Everything a runtime needs to know to run an artifact. Tensor names and shapes are defined only here.
 struct Contract {
     std::vector<LayerSpec> layers;
     int64_t vocabSize;
     ElementType dtype;  // compute dtype of the slots
-    int64_t chunk;      // most tokens of a step
-    int64_t maxBatch;   // most rows
+    int64_t chunk;      // maximum tokens per step
+    int64_t maxBatch;   // maximum rows
     bool allLogits;     // logits [B,T,V] instead of [B,1,V]
     std::optional<int64_t> positionLimit, trainedLength;
 
     std::vector<StateTensor> state() const;  // in the graph's order
     TensorSpec inputIds() const;             // [B,T] i64
-    TensorSpec pastLength() const;           // [B] i32, tokens a row has seen
+    TensorSpec pastLength() const;           // [B] i32, tokens that each row has seen
     TensorSpec newLength() const;            // [B] i32, valid tokens of this step
     TensorSpec logits() const;               // f32
     std::vector<TensorSpec> inputs() const;
     std::vector<TensorSpec> outputs() const;
-    int64_t stateBytes() const;                 // of one sequence, whatever its length
+    int64_t stateBytes() const;                 // of one sequence of any length
     std::optional<int64_t> tokenLimit() const;  // longest sequence, if there is a limit
 };
 
@@ -107,18 +107,18 @@ struct Contract {
 
 // The library with the LessAttention plugin that a plan needs.
 struct PluginFacts {
-    std::filesystem::path library;  // empty where the plan carries it
+    std::filesystem::path library;  // empty if the plugin is inside the plan
     std::string sha256;
     bool inside;
 };
 
-// The first bytes of a plan: which TensorRT wrote it.
+// The header of a plan: which TensorRT wrote it.
 struct PlanHeader {
-    bool rtx;             // TensorRT-RTX, else TensorRT
+    bool rtx;             // written by TensorRT-RTX rather than TensorRT
     std::string version;  // "1.7.1.116"
 };
 
-// An opened bundle: its manifest, plan and plugin verified by hash.
+// An opened bundle, its manifest, plan and plugin verified by hash.
 struct Bundle {
     std::filesystem::path plan;
     PlanHeader header;
@@ -128,31 +128,32 @@ struct Bundle {
     std::string modelName;
     std::vector<int64_t> eosIds;
     std::optional<int64_t> bosId;
-    bool addBos = false;  // whether prompts begin with bosId
+    bool addBos = false;  // whether prompts should begin with bosId
 
-    // A bundle folder with an engine.plan, or x.plan with x.json beside it. Reading a large plan takes a while:
-    // `verifyPlan` false skips the plan's hash (not the manifest's, nor the plugin's).
+    // `path` is a bundle folder with an engine.plan, or x.plan with x.json beside it. Hashing a large plan takes a
+    // while; `verifyPlan` = false skips it (the manifest and the plugin are still verified).
     static Bundle open(std::filesystem::path const& path, bool verifyPlan = true);
 };
 
 // ------------------------------------------------------------------ sampling
 
-// How to choose tokens and when to stop; the meaning of every field is that of the Python package.
+// How to choose tokens and when to stop; every field means the same as in the Python package.
 struct SamplingParams {
     double temperature = 0;        // 0: greedy, the lowest id of the highest logits
     int64_t topK = 0;              // 0: all
     double topP = 1;               // 1: all
-    std::optional<uint64_t> seed;  // same seed, prompt and row: same tokens; none: different every time
+    std::optional<uint64_t> seed;  // same seed, prompt and row: same tokens; unset: random
     int64_t maxNewTokens = 128;
     bool ignoreEos = false;
 
     void validate() const;  // throws UsageError
 };
 
-// Chooses from `logits` [vocab]; -inf forbids a token. `uniform` in [0, 1) decides where temperature > 0.
+// Chooses a token from `logits` [vocab]; -inf forbids a token. `uniform` in [0, 1) is the random number used if
+// temperature > 0.
 int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& params, double uniform);
 
-// The random numbers of one row (mt19937_64: the same everywhere, but not Python's stream).
+// Samples the tokens of one row. The random numbers (mt19937_64) are the same on every platform, but not Python's.
 class Sampler {
  public:
     Sampler(SamplingParams const& params, uint64_t row);
@@ -165,32 +166,32 @@ class Sampler {
 
 // ------------------------------------------------------------------ session
 
-// The state of one sequence: a few megabytes however long it is. Its file is the Python package's.
+// The state of one sequence: a few megabytes, however long it is. The file format is the Python package's.
 struct RowState {
     int64_t length = 0;           // tokens seen
     std::vector<std::byte> data;  // the state tensors of the contract, one after another
     std::string identity;
 
-    void save(std::filesystem::path const& path, Contract const& contract) const;  // whole or not at all
+    void save(std::filesystem::path const& path, Contract const& contract) const;  // atomic
     static RowState load(std::filesystem::path const& path, Contract const& contract);
 };
 
-// Logits of a step, in memory of the session's that the next step overwrites.
+// Logits of a step, in memory owned by the session that the next step overwrites.
 struct Logits {
     float const* data;
-    int64_t tokens, vocab;  // tokens: 1, or the chunk's with Contract::allLogits
+    int64_t tokens, vocab;  // tokens: 1, or those of the chunk with Contract::allLogits
     float const* row(int64_t row, int64_t token = 0) const { return data + (row * tokens + token) * vocab; }
 };
 
 class PlanRunner;
 
-// State and steps of `batch` independent rows.
+// Holds the state of `batch` independent rows and runs their steps.
 //
-// A row with new length 0 is parked: its state stays as it is. For continuous batching, reset or write a row that
-// has finished and go on. If a step fails on the GPU the state is undefined: open again.
+// A row with new length 0 is parked: its state does not change. For continuous batching, reset or overwrite a row that
+// has finished. If a step fails on the GPU, the state is undefined: call open() again.
 class Session {
  public:
-    // openSession makes one; directly for other machines (runtime/src/plan_runner.hpp).
+    // Use openSession; this constructor is for other devices and engines (runtime/src/plan_runner.hpp).
     Session(Contract contract, std::string identity, std::unique_ptr<PlanRunner> runner);
     Session(Session&&) noexcept;
     Session& operator=(Session&&) noexcept;
@@ -201,12 +202,12 @@ class Session {
     int64_t batch() const noexcept { return static_cast<int64_t>(lengths_.size()); }
     int32_t length(int64_t row) const;  // tokens the row has seen
 
-    // Allocates `batch` empty rows, 1..maxBatch. Opening again starts afresh.
+    // Allocates `batch` empty rows, 1..maxBatch. Opening again resets all rows.
     void open(int64_t batch);
     void close();
 
     // Feeds one chunk and advances the state. `inputIds` [B,T], right padded, 1 <= T <= chunk; `newLength` [B]:
-    // valid tokens of each row, 0..T. Logits of a parked row mean nothing.
+    // valid tokens of each row, 0..T. Logits of a parked row are meaningless.
     Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength);
 
     void resetRow(int64_t row);
@@ -222,24 +223,24 @@ class Session {
     std::string identity_;
     std::unique_ptr<PlanRunner> runner_;
     std::vector<int32_t> lengths_;
-    std::vector<int64_t> padded_;  // the ids of a step, padding replaced
+    std::vector<int64_t> padded_;  // the ids of a step, padding replaced by 0
     bool failed_ = false;
 };
 
 struct SessionOptions {
     int device = 0;          // CUDA device
-    bool cudaGraphs = true;  // capture the decode step, where the engine allows it
-    bool verbose = false;    // print what TensorRT says to stderr
+    bool cudaGraphs = true;  // capture the decode step if the engine allows it
+    bool verbose = false;    // print TensorRT's log to stderr
 };
 
-// Loads the plan of a bundle onto a GPU. The session is not open yet.
+// Loads the plan of a bundle onto a GPU. Call open() on the session before the first step.
 Session openSession(Bundle const& bundle, SessionOptions const& options = {});
 
 // ------------------------------------------------------------------ generation
 
 enum class FinishReason { kEos, kLength };
 
-// One new token of prompt `row`; the last one has a reason.
+// One new token of prompt `row`; `finish` is set for the last one.
 struct Token {
     size_t row;
     int64_t id;
@@ -247,22 +248,23 @@ struct Token {
 };
 
 struct Generation {
-    std::vector<int64_t> tokens;  // new ones only, the eos token included
+    std::vector<int64_t> tokens;  // new tokens only, including the eos token
     FinishReason finish;
 };
 
 using Prompt = std::vector<int64_t>;
 
-// Continues every prompt; more prompts than maxBatch run group after group. Takes over the session's rows.
+// Continues every prompt; if there are more than maxBatch, they run in groups. Overwrites the session's rows.
 //
-// A prompt is fed as chunk, chunk, ..., remainder, whatever runs beside it, so that its tokens do not depend on its
-// batch mates. With a `prefix` every prompt continues that state. `onToken` sees the tokens as they come.
+// Every prompt is fed in full chunks and a remainder, whatever else is in the batch, so that its tokens do not depend
+// on the other prompts. With a `prefix`, every prompt continues that state. `onToken` is called with each token as it
+// is generated.
 std::vector<Generation> generate(Session& session, std::vector<Prompt> const& prompts, SamplingParams const& params,
                                  std::vector<int64_t> const& eosIds, RowState const* prefix = nullptr,
                                  std::function<void(Token const&)> const& onToken = {});
 
-// The state after `prefix` and `prompt`, to continue any number of times. It holds no logits: a continuation needs
-// at least one token of its own.
+// The state after `prefix` and `prompt`, which can be continued any number of times. It contains no logits, so a
+// continuation needs at least one token of its own.
 RowState prefill(Session& session, Prompt const& prompt, RowState const* prefix = nullptr);
 
 }  // namespace less

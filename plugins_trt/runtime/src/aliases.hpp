@@ -1,12 +1,12 @@
-// Which input shares an output's memory, asked of an engine.
+// Which input shares an output's memory, according to an engine.
 #pragma once
 
 #include <string>
 
 namespace less {
 
-// Headers before TensorRT 10.15 cannot ask: there what the manifest states holds, because only the plugin works in
-// place. "" is none.
+// The input that `output` is aliased to, or "". Engines of headers before TensorRT 10.15 cannot report it; there the
+// manifest decides (`stated`), because only the plugin works in place.
 template <class Engine>
 auto aliasOf(Engine const& engine, std::string const& output, std::string const&, int)
     -> decltype(engine.getAliasedInputTensor(output.c_str()), std::string()) {

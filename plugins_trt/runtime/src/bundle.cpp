@@ -13,13 +13,13 @@ constexpr int64_t kFormatVersion = 1;
 constexpr char const* kManifest = "manifest.json";
 constexpr char const* kPlan = "engine.plan";
 
-// Where the manifest of a bundle lies, existing or not.
+// The path of a bundle's manifest, which may not exist.
 fs::path manifestOf(fs::path const& path) {
     fs::path const suffix = path.extension();
     if (fs::is_directory(path)) return path / kManifest;
     if (suffix != ".plan" && suffix != ".engine") {
         if (!fs::exists(path)) throw BundleError(path.string() + " does not exist: give a bundle folder or a .plan");
-        throw BundleError(path.string() + " is no bundle: give a bundle folder, or a .plan made by less-export");
+        throw BundleError(path.string() + " is not a bundle: give a bundle folder, or a .plan made by less-export");
     }
     fs::path const beside = path.parent_path() / kManifest;
     if (path.filename() == kPlan && fs::is_regular_file(beside)) return beside;
@@ -30,10 +30,10 @@ std::string identityOf(Json const& manifest) {
     Json const* kernels = manifest.find("kernels");
     std::string text = "{\"kernels\": " + (kernels ? (*kernels)["sha256"].canonical() : "null");
     text += ", \"model\": " + manifest["model"].canonical() + ", \"weights\": [";
-    char const* between = "";
+    char const* separator = "";
     for (Json const& weight : manifest["weights"].array()) {
-        text += between + weight["sha256"].canonical();
-        between = ", ";
+        text += separator + weight["sha256"].canonical();
+        separator = ", ";
     }
     return sha256(text + "]}");
 }
@@ -55,13 +55,14 @@ std::optional<PluginFacts> pluginOf(Json const& details, fs::path const& folder)
     return facts;
 }
 
-Bundle read(Json const& manifest, fs::path const& folder, fs::path const& where, bool verifyPlan) {
+Bundle read(Json const& manifest, fs::path const& path, bool verifyPlan) {
+    fs::path const folder = path.parent_path();
     Json const* plan = nullptr;
     for (Json const& artifact : manifest["artifacts"].array()) {
         if (artifact["kind"].string() == "plan") plan = &artifact;
     }
     if (!plan) {
-        throw BackendError("the bundle of " + where.string() + " has no plan: export with --out x.plan or --engine");
+        throw BackendError("the bundle of " + path.string() + " has no plan: export with --out x.plan or --engine");
     }
     Bundle bundle;
     bundle.plan = folder / (*plan)["file"].string();
@@ -94,25 +95,25 @@ Bundle read(Json const& manifest, fs::path const& folder, fs::path const& where,
 }  // namespace
 
 Bundle Bundle::open(fs::path const& path, bool verifyPlan) try {
-    fs::path const where = manifestOf(path);
-    if (!fs::is_regular_file(where)) {
-        bool const there = fs::exists(path);
-        throw BundleError(path.string() + (there ? " has no " + where.filename().string() : " does not exist") +
+    fs::path const manifestPath = manifestOf(path);
+    if (!fs::is_regular_file(manifestPath)) {
+        bool const exists = fs::exists(path);
+        throw BundleError(path.string() + (exists ? " has no " + manifestPath.filename().string() : " does not exist") +
                           ": give a bundle folder, or a .plan made by less-export");
     }
     try {
-        Json const manifest = Json::parse(MappedFile(where).view());
+        Json const manifest = Json::parse(MappedFile(manifestPath).view());
         int64_t const version = manifest["format_version"].integer();
         if (version > kFormatVersion) {
-            throw BundleError(where.string() + " has format " + std::to_string(version) +
+            throw BundleError(manifestPath.string() + " has format " + std::to_string(version) +
                               ", written by a newer less-export: use a newer runtime");
         }
         if (sha256(manifest.without("manifest_sha256").canonical()) != manifest["manifest_sha256"].string()) {
-            throw BundleError(where.string() + " was changed after the export (hash differs): export again");
+            throw BundleError(manifestPath.string() + " was changed after the export (its hash differs): export again");
         }
-        return read(manifest, where.parent_path(), where, verifyPlan);
+        return read(manifest, manifestPath, verifyPlan);
     } catch (JsonError const& error) {
-        throw BundleError(where.string() + " is not a usable manifest (" + error.what() + "): export again");
+        throw BundleError(manifestPath.string() + " is not a usable manifest (" + error.what() + "): export again");
     }
 } catch (fs::filesystem_error const& error) {
     throw BundleError(std::string("cannot read the bundle: ") + error.what());

@@ -19,10 +19,10 @@ constexpr std::array<Element, 5> kElements = {{{ElementType::kInt64, "int64", 8}
                                                {ElementType::kFloat16, "float16", 2},
                                                {ElementType::kBFloat16, "bfloat16", 2}}};
 constexpr std::array<char const*, 5> kPolicies = {"h2o", "tova", "sink", "window", "full"};
-constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // of any dimension
-constexpr double kMostBytes = 0x1p60;                           // of all rows together: sums stay within 64 bits
+constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // of any dimension
+constexpr double kMaxBytes = 0x1p60;  // of all rows together, so that sums fit into 64 bits
 
-// One state tensor of a layer. `dtype` nullptr is the compute dtype.
+// One state tensor of a layer. A null `dtype` stands for the compute dtype.
 struct Field {
     char const* name;
     std::array<int64_t LayerSpec::*, 3> dims;  // the last may be nullptr
@@ -44,9 +44,10 @@ void require(bool ok, std::string const& why) {
     if (!ok) throw UsageError(why);
 }
 
-int64_t sizeAt(Json const& data, char const* key, int64_t least) {
+int64_t sizeAt(Json const& data, char const* key, int64_t minimum) {
     int64_t const value = data[key].integer();
-    require(value >= least && value <= kMost, std::string(key) + " is " + std::to_string(value));
+    require(value >= minimum && value <= kMaxSize,
+            std::string(key) + " is " + std::to_string(value) + ", out of range");
     return value;
 }
 
@@ -56,8 +57,8 @@ std::optional<int64_t> optionalAt(Json const& data, char const* key) {
 
 ElementType computeType(std::string const& name) {
     for (Element const& element : kElements) {
-        bool const computes = element.type != ElementType::kInt64 && element.type != ElementType::kInt32;
-        if (computes && name == element.name) return element.type;
+        bool const floating = element.type != ElementType::kInt64 && element.type != ElementType::kInt32;
+        if (floating && name == element.name) return element.type;
     }
     throw UsageError("unknown dtype '" + name + "'");
 }
@@ -78,15 +79,15 @@ LayerSpec parseLayer(Json const& data) {
     s.absorb = data["absorb"].boolean();
     s.capacity = sizeAt(data, "capacity", 1);
     s.rank = sizeAt(data, "rank", 1);
-    auto const holds = [&label](bool ok, char const* why) { require(ok, "impossible layer (" + label + "): " + why); };
-    holds(s.queryHeads % s.kvHeads == 0, "query heads must be a multiple of KV heads");
-    holds(std::isfinite(s.scale), "the attention scale must be finite");
-    holds(s.absorb || s.rank == 1, "a layer that absorbs nothing has rank 1");
-    holds(s.heavy + s.recent == s.capacity, "heavy + recent must equal the capacity");
-    holds(s.policy != EvictionPolicy::kTova || s.recent == 1, "tova protects only the newest token");
-    holds(s.policy != EvictionPolicy::kWindow || (s.window == s.recent && !s.absorb),
+    auto const check = [&label](bool ok, char const* why) { require(ok, "impossible layer (" + label + "): " + why); };
+    check(s.queryHeads % s.kvHeads == 0, "query heads must be a multiple of KV heads");
+    check(std::isfinite(s.scale), "the attention scale must be finite");
+    check(s.absorb || s.rank == 1, "a layer that absorbs nothing has rank 1");
+    check(s.heavy + s.recent == s.capacity, "heavy + recent must equal the capacity");
+    check(s.policy != EvictionPolicy::kTova || s.recent == 1, "tova protects only the newest token");
+    check(s.policy != EvictionPolicy::kWindow || (s.window == s.recent && !s.absorb),
           "window keeps its window and absorbs nothing");
-    holds(s.policy != EvictionPolicy::kFull || (s.window == 0 && s.heavy == 0 && !s.absorb),
+    check(s.policy != EvictionPolicy::kFull || (s.window == 0 && s.heavy == 0 && !s.absorb),
           "full evicts and absorbs nothing");
     return s;
 }
@@ -173,14 +174,14 @@ Contract parseContract(Json const& data) {
     std::string const& logits = data["logits"].string();
     require(logits == "last" || logits == "all", "unknown logits '" + logits + "'");
     c.allLogits = logits == "all";
-    // In floating point, which does not overflow.
+    // Floating point, because integers might overflow.
     double const rows = static_cast<double>(c.maxBatch);
     double total = rows * static_cast<double>(c.chunk) * static_cast<double>(c.vocabSize) * 8;
     for (LayerSpec const& s : c.layers) {
         total += rows * static_cast<double>(s.kvHeads) * static_cast<double>(s.capacity + s.rank) *
                  static_cast<double>(s.headDim + s.rank + 1) * 16;
     }
-    require(total < kMostBytes, "its tensors are too large");
+    require(total < kMaxBytes, "its tensors are too large");
     c.positionLimit = optionalAt(data, "position_limit");
     c.trainedLength = optionalAt(data, "trained_length");
     return c;

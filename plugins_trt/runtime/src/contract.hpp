@@ -1,4 +1,4 @@
-// Contracts out of manifests.
+// Parses the contracts in manifests.
 #pragma once
 
 #include "json.hpp"
@@ -6,7 +6,7 @@
 
 namespace less {
 
-// Throws JsonError or UsageError where the manifest's contract is damaged or impossible.
+// Throws JsonError or UsageError if the manifest's contract is damaged or impossible.
 Contract parseContract(Json const& data);
 
 }  // namespace less

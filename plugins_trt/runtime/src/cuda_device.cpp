@@ -3,10 +3,10 @@
 namespace less {
 namespace {
 
-void check(cudaError_t error, char const* what) {
+void check(cudaError_t error, char const* operation) {
     if (error == cudaSuccess) return;
-    cudaGetLastError();  // so that the next call does not report it again
-    throw BackendError(std::string(what) + " failed on the GPU: " + cudaGetErrorString(error));
+    cudaGetLastError();  // clears the error, so that the next call does not report it again
+    throw BackendError(std::string(operation) + " failed on the GPU: " + cudaGetErrorString(error));
 }
 
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
@@ -17,7 +17,7 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
     cudaRuntimeGetVersion(&needed);
     if (driver == 0) throw BackendError("no CUDA driver: run this where nvidia-smi lists a GPU");
     if (driver / 1000 < needed / 1000) {
-        throw BackendError("the driver knows CUDA up to " + version(driver) + ", this program is for " +
+        throw BackendError("the driver supports CUDA up to " + version(driver) + ", this program needs " +
                            version(needed) + ": update the driver");
     }
     throw BackendError(std::string("no CUDA GPU (") + cudaGetErrorString(error) +
@@ -88,7 +88,7 @@ std::unique_ptr<Graph> CudaDevice::capture(std::function<void()> const& work) {
     try {
         work();
     } catch (BackendError const&) {
-        recorded = false;  // nothing has run; if it is a real fault, running it says so
+        recorded = false;  // nothing has run; a real fault will show when the step runs
     }
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;

@@ -1,5 +1,5 @@
-// What a session needs of a machine: memory in stream order, and an engine. CUDA and TensorRT implement it, and so
-// does the host in tests.
+// What a session needs: a device with stream-ordered memory, and an engine. CUDA and TensorRT implement both, as does
+// the host in tests.
 #pragma once
 
 #include <functional>
@@ -11,38 +11,38 @@
 
 namespace less {
 
-// Work that was recorded once and can be launched again.
+// Recorded work that can be launched repeatedly.
 class Graph {
  public:
     virtual ~Graph() = default;
     virtual void launch() = 0;
 };
 
-// The memory and the one stream of a device. What is asked of it happens in order, and is done after wait().
-// Failures throw BackendError.
+// The memory and the single stream of a device. Operations run in order and are complete after wait(). Failures throw
+// BackendError.
 class Device {
  public:
     virtual ~Device() = default;
-    // Makes this the calling thread's device.
+    // Makes this the current device of the calling thread.
     virtual void activate() = 0;
-    // Fresh memory, aligned to 256, contents undefined: on the device, or on the host where a stream can reach it.
+    // Uninitialised memory, aligned to 256 bytes, on the device or pinned on the host.
     virtual void* allocate(size_t bytes) = 0;
     virtual void* allocateHost(size_t bytes) = 0;
     virtual void release(void* memory) noexcept = 0;
     virtual void releaseHost(void* memory) noexcept = 0;
-    // Host to device, device to host, within the device. Host memory must live until wait().
+    // Copies host to device, device to host, or within the device. Host memory must stay valid until wait().
     virtual void copy(void* to, void const* from, size_t bytes) = 0;
     virtual void fill(void* at, int byte, size_t bytes) = 0;
     virtual void wait() = 0;
-    // Records what `work` asks for instead of doing it; nullptr where that cannot be recorded.
+    // Records the operations of `work` instead of running them; nullptr if they cannot be recorded.
     virtual std::unique_ptr<Graph> capture(std::function<void()> const& work) = 0;
 };
 
-// An engine tensor; -1 in the shape is a dynamic axis.
+// An input or output of an engine; -1 in the shape is a dynamic axis.
 struct PlanTensor {
     std::string name;
     bool input;
-    std::string dtype;  // the contract's name of it
+    std::string dtype;  // as the contract names it
     Shape shape;
 };
 
@@ -52,7 +52,7 @@ class Plan {
     virtual ~Plan() = default;
     virtual std::vector<PlanTensor> tensors() const = 0;
     virtual int profiles() const = 0;
-    // Least and most of an input's shape in a profile.
+    // Minimum and maximum of an input's shape in a profile.
     virtual std::pair<Shape, Shape> range(std::string const& input, int profile) const = 0;
     // The input whose memory an output shares, or "".
     virtual std::string aliasedInput(std::string const& output) const = 0;
@@ -62,7 +62,7 @@ class Plan {
     virtual void enqueue(int profile) = 0;
 };
 
-// Memory that is given back at the end.
+// Owns memory of a device.
 class Memory {
  public:
     Memory() = default;

@@ -16,7 +16,7 @@
 namespace less {
 namespace {
 
-constexpr std::array<uint32_t, 64> kRound = {
+constexpr std::array<uint32_t, 64> kRoundConstants = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
     0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
@@ -26,7 +26,7 @@ constexpr std::array<uint32_t, 64> kRound = {
     0x19a4c116, 0x1e376c08, 0x2748774c, 0x34b0bcb5, 0x391c0cb3, 0x4ed8aa4a, 0x5b9cca4f, 0x682e6ff3,
     0x748f82ee, 0x78a5636f, 0x84c87814, 0x8cc70208, 0x90befffa, 0xa4506ceb, 0xbef9a3f7, 0xc67178f2};
 
-uint32_t rotate(uint32_t x, int by) { return x >> by | x << (32 - by); }
+uint32_t rotate(uint32_t x, int bits) { return x >> bits | x << (32 - bits); }
 
 using Digest = std::array<uint32_t, 8>;
 
@@ -44,16 +44,16 @@ void absorb(Digest& digest, unsigned char const* block) {
     auto [a, b, c, d, e, f, g, h] = digest;
     for (size_t i = 0; i < 64; ++i) {
         uint32_t const one =
-            h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + ((e & f) ^ (~e & g)) + kRound[i] + w[i];
+            h + (rotate(e, 6) ^ rotate(e, 11) ^ rotate(e, 25)) + ((e & f) ^ (~e & g)) + kRoundConstants[i] + w[i];
         uint32_t const two = (rotate(a, 2) ^ rotate(a, 13) ^ rotate(a, 22)) + ((a & b) ^ (a & c) ^ (b & c));
         h = std::exchange(g, std::exchange(f, std::exchange(e, d + one)));
         d = std::exchange(c, std::exchange(b, std::exchange(a, one + two)));
     }
-    Digest const worked = {a, b, c, d, e, f, g, h};
-    for (size_t i = 0; i < 8; ++i) digest[i] += worked[i];
+    Digest const change = {a, b, c, d, e, f, g, h};
+    for (size_t i = 0; i < 8; ++i) digest[i] += change[i];
 }
 
-// A file descriptor that is closed at the end.
+// Owns a file descriptor.
 struct Handle {
     int fd;
     ~Handle() {
@@ -61,7 +61,7 @@ struct Handle {
     }
 };
 
-std::string reason() { return std::strerror(errno); }
+std::string errorText() { return std::strerror(errno); }
 
 }  // namespace
 
@@ -86,14 +86,14 @@ std::string sha256(std::string_view data) {
 
 MappedFile::MappedFile(std::filesystem::path const& path) {
     Handle const file{::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
-    struct stat facts{};
-    if (file.fd < 0 || ::fstat(file.fd, &facts) != 0)
-        throw BundleError("cannot read " + path.string() + ": " + reason());
-    if (!S_ISREG(facts.st_mode)) throw BundleError("cannot read " + path.string() + ": it is not a file");
-    size_ = static_cast<size_t>(facts.st_size);
+    struct stat status{};
+    if (file.fd < 0 || ::fstat(file.fd, &status) != 0)
+        throw BundleError("cannot read " + path.string() + ": " + errorText());
+    if (!S_ISREG(status.st_mode)) throw BundleError("cannot read " + path.string() + ": it is not a regular file");
+    size_ = static_cast<size_t>(status.st_size);
     if (size_ == 0) return;  // an empty file cannot be mapped
     void* mapped = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file.fd, 0);
-    if (mapped == MAP_FAILED) throw BundleError("cannot read " + path.string() + ": " + reason());
+    if (mapped == MAP_FAILED) throw BundleError("cannot read " + path.string() + ": " + errorText());
     data_ = static_cast<char const*>(mapped);
 }
 
@@ -107,16 +107,17 @@ void writeAtomically(std::filesystem::path const& path, std::string_view data) {
         throw BackendError("cannot write " + path.string() + ": " + why);
     };
     Handle file{::mkstemp(name.data())};
-    if (file.fd < 0) fail(reason());
+    if (file.fd < 0) fail(errorText());
     std::string why;
     while (!data.empty() && why.empty()) {
         ssize_t const written = ::write(file.fd, data.data(), data.size());
-        if (written < 0 && errno != EINTR) why = reason();
+        if (written < 0 && errno != EINTR) why = errorText();
         if (written > 0) data.remove_prefix(static_cast<size_t>(written));
     }
-    if (why.empty() && ::fchmod(file.fd, 0644) != 0) why = reason();
-    if (::close(std::exchange(file.fd, -1)) != 0 && why.empty()) why = reason();  // a full disk may show only here
-    if (why.empty() && ::rename(name.c_str(), path.c_str()) != 0) why = reason();
+    if (why.empty() && ::fchmod(file.fd, 0644) != 0) why = errorText();
+    if (::close(std::exchange(file.fd, -1)) != 0 && why.empty())
+        why = errorText();  // some file systems report a full disk only here
+    if (why.empty() && ::rename(name.c_str(), path.c_str()) != 0) why = errorText();
     if (!why.empty()) {
         ::unlink(name.c_str());
         fail(why);

@@ -1,4 +1,4 @@
-// Hashes, whole-file reads and writes that leave a file whole or as it was.
+// Hashes, memory-mapped files and atomic writes.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,10 @@
 
 namespace less {
 
-// Hex digest (FIPS 180-4).
+// SHA-256 in hex (FIPS 180-4).
 std::string sha256(std::string_view data);
 
-// A file mapped for reading: its pages are read when they are touched. Throws BundleError.
+// A file mapped for reading; pages are read on first access. Throws BundleError.
 class MappedFile {
  public:
     explicit MappedFile(std::filesystem::path const& path);
@@ -27,7 +27,7 @@ class MappedFile {
     size_t size_ = 0;
 };
 
-// Writes under a temporary name in the same folder and renames. Throws BackendError.
+// Writes to a temporary file in the same folder, then renames it. Throws BackendError.
 void writeAtomically(std::filesystem::path const& path, std::string_view data);
 
 }  // namespace less

@@ -9,17 +9,17 @@ void require(bool ok, std::string const& why) {
     if (!ok) throw UsageError(why);
 }
 
-// One prompt on its way.
+// One prompt being continued.
 struct Row {
     size_t index;
     Prompt const* prompt;
     Sampler sampler;
-    int64_t most;  // tokens it may get
+    int64_t maxTokens;
     Generation result{};
     bool active = true;
 };
 
-// Checks a prompt that leaves `room` for more; returns its length with the prefix.
+// Checks a prompt that is to be followed by `room` more tokens; returns its length including the prefix.
 int64_t checkPrompt(Contract const& contract, Prompt const& prompt, RowState const* prefix, int64_t room) {
     require(!prompt.empty(), prefix ? "a continuation is empty: it needs at least one token after its prefix"
                                     : "a prompt is empty: give it at least one token");
@@ -42,14 +42,14 @@ void start(Session& session, int64_t rows, RowState const* prefix) {
     for (int64_t row = 0; prefix && row < rows; ++row) session.writeRow(row, *prefix);
 }
 
-// Feeds the prompts chunk by chunk; `done` gets each row's logits after its last token.
+// Feeds the prompts chunk by chunk; `done` is called with each row's logits after its last token.
 void feed(Session& session, std::vector<Prompt const*> const& prompts,
           std::function<void(size_t, float const*)> const& done) {
     auto const chunk = static_cast<size_t>(session.contract().chunk);
     size_t longest = 0;
     for (Prompt const* prompt : prompts) longest = std::max(longest, prompt->size());
     std::vector<int64_t> ids;
-    std::vector<int32_t> fresh(prompts.size());
+    std::vector<int32_t> newLength(prompts.size());
     for (size_t begin = 0; begin < longest; begin += chunk) {
         size_t const width = std::min(chunk, longest - begin);
         ids.assign(prompts.size() * width, 0);
@@ -57,12 +57,12 @@ void feed(Session& session, std::vector<Prompt const*> const& prompts,
             Prompt const& prompt = *prompts[row];
             size_t const count = begin < prompt.size() ? std::min(width, prompt.size() - begin) : 0;
             std::copy_n(prompt.begin() + static_cast<ptrdiff_t>(count ? begin : 0), count, &ids[row * width]);
-            fresh[row] = static_cast<int32_t>(count);
+            newLength[row] = static_cast<int32_t>(count);
         }
-        Logits const logits = session.step(ids, fresh);
+        Logits const logits = session.step(ids, newLength);
         for (size_t row = 0; row < prompts.size(); ++row) {
-            if (fresh[row] == 0 || begin + static_cast<size_t>(fresh[row]) < prompts[row]->size()) continue;
-            done(row, logits.row(static_cast<int64_t>(row), logits.tokens > 1 ? fresh[row] - 1 : 0));
+            if (newLength[row] == 0 || begin + static_cast<size_t>(newLength[row]) < prompts[row]->size()) continue;
+            done(row, logits.row(static_cast<int64_t>(row), logits.tokens > 1 ? newLength[row] - 1 : 0));
         }
     }
 }
@@ -84,7 +84,7 @@ std::vector<Generation> generate(Session& session, std::vector<Prompt> const& pr
         int64_t const id = row.sampler(logits, contract.vocabSize);
         row.result.tokens.push_back(id);
         bool const eos = !params.ignoreEos && std::find(eosIds.begin(), eosIds.end(), id) != eosIds.end();
-        bool const full = static_cast<int64_t>(row.result.tokens.size()) >= row.most;
+        bool const full = static_cast<int64_t>(row.result.tokens.size()) >= row.maxTokens;
         row.result.finish = eos ? FinishReason::kEos : FinishReason::kLength;
         row.active = !eos && !full;
         if (onToken) onToken({row.index, id, row.active ? std::nullopt : std::optional(row.result.finish)});
@@ -96,16 +96,16 @@ std::vector<Generation> generate(Session& session, std::vector<Prompt> const& pr
         start(session, static_cast<int64_t>(count), prefix);
         feed(session, group, [&](size_t row, float const* logits) { accept(rows[begin + row], logits); });
         std::vector<int64_t> ids(count);
-        std::vector<int32_t> fresh(count);
+        std::vector<int32_t> newLength(count);
         while (true) {
             for (size_t row = 0; row < count; ++row) {
                 ids[row] = rows[begin + row].result.tokens.back();
-                fresh[row] = rows[begin + row].active;
+                newLength[row] = rows[begin + row].active;
             }
-            if (std::count(fresh.begin(), fresh.end(), 1) == 0) break;
-            Logits const logits = session.step(ids, fresh);
+            if (std::count(newLength.begin(), newLength.end(), 1) == 0) break;
+            Logits const logits = session.step(ids, newLength);
             for (size_t row = 0; row < count; ++row) {
-                if (fresh[row]) accept(rows[begin + row], logits.row(static_cast<int64_t>(row)));
+                if (newLength[row]) accept(rows[begin + row], logits.row(static_cast<int64_t>(row)));
             }
         }
     }

@@ -8,7 +8,7 @@
 namespace less {
 namespace {
 
-constexpr int kDeepest = 64;
+constexpr int kMaxDepth = 64;
 
 bool isDigit(char c) { return c >= '0' && c <= '9'; }
 
@@ -17,13 +17,13 @@ void appendUtf8(std::string& out, uint32_t code) {
         out += static_cast<char>(code);
         return;
     }
-    int const more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    int const trailing = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
     static constexpr unsigned char kLead[] = {0, 0xC0, 0xE0, 0xF0};
-    out += static_cast<char>(kLead[more] | (code >> (6 * more)));
-    for (int i = more - 1; i >= 0; --i) out += static_cast<char>(0x80 | ((code >> (6 * i)) & 0x3F));
+    out += static_cast<char>(kLead[trailing] | (code >> (6 * trailing)));
+    for (int i = trailing - 1; i >= 0; --i) out += static_cast<char>(0x80 | ((code >> (6 * i)) & 0x3F));
 }
 
-// The code point at the front of `text` and its length in bytes; length 0 where it is no UTF-8.
+// The code point at the front of `text` and its length in bytes; length 0 if it is not UTF-8.
 std::pair<uint32_t, size_t> decodeUtf8(std::string_view text, bool surrogates) {
     auto const lead = static_cast<unsigned char>(text[0]);
     if (lead < 0x80) return {lead, 1};
@@ -35,9 +35,9 @@ std::pair<uint32_t, size_t> decodeUtf8(std::string_view text, bool surrogates) {
         if ((next & 0xC0) != 0x80) return {0, 0};
         code = code << 6 | (next & 0x3Fu);
     }
-    static constexpr uint32_t kLeast[] = {0, 0, 0x80, 0x800, 0x10000};
-    bool const half = code >= 0xD800 && code < 0xE000;
-    if (code < kLeast[length] || code > 0x10FFFF || (half && !surrogates)) return {0, 0};
+    static constexpr uint32_t kMinimum[] = {0, 0, 0x80, 0x800, 0x10000};
+    bool const surrogate = code >= 0xD800 && code < 0xE000;
+    if (code < kMinimum[length] || code > 0x10FFFF || (surrogate && !surrogates)) return {0, 0};
     return {code, length};
 }
 
@@ -50,7 +50,7 @@ class JsonReader {
     Json document() {
         Json result = value(0);
         space();
-        if (at_ != text_.size()) fail("something follows the value");
+        if (at_ != text_.size()) fail("unexpected text after the value");
         return result;
     }
 
@@ -72,7 +72,7 @@ class JsonReader {
     }
 
     Json value(int depth) {
-        if (depth > kDeepest) fail("too many levels");
+        if (depth > kMaxDepth) fail("nested too deeply");
         space();
         Json result;
         if (peek() == '{') {
@@ -98,14 +98,14 @@ class JsonReader {
         if (take("}")) return result;
         do {
             space();
-            if (peek() != '"') fail("a key is missing");
+            if (peek() != '"') fail("missing key");
             std::string key = string();
             space();
-            if (!take(":")) fail("a colon is missing");
-            if (!result.emplace(std::move(key), value(depth + 1)).second) fail("a key occurs twice");
+            if (!take(":")) fail("missing colon");
+            if (!result.emplace(std::move(key), value(depth + 1)).second) fail("duplicate key");
             space();
         } while (take(","));
-        if (!take("}")) fail("an object does not end");
+        if (!take("}")) fail("unterminated object");
         return result;
     }
 
@@ -118,7 +118,7 @@ class JsonReader {
             result.push_back(value(depth + 1));
             space();
         } while (take(","));
-        if (!take("]")) fail("a list does not end");
+        if (!take("]")) fail("unterminated list");
         return result;
     }
 
@@ -138,7 +138,7 @@ class JsonReader {
     }
 
     void digits() {
-        if (!isDigit(peek())) fail("a value is missing or damaged");
+        if (!isDigit(peek())) fail("missing or invalid value");
         while (isDigit(peek())) ++at_;
     }
 
@@ -146,14 +146,14 @@ class JsonReader {
         std::string out;
         ++at_;
         while (!take("\"")) {
-            if (at_ == text_.size()) fail("a string does not end");
+            if (at_ == text_.size()) fail("unterminated string");
             if (take("\\")) {
                 escape(out);
                 continue;
             }
             auto const [code, length] = decodeUtf8(text_.substr(at_), false);
-            if (length == 0) fail("the text is no UTF-8");
-            if (code < 0x20) fail("a control character stands in a string");
+            if (length == 0) fail("invalid UTF-8");
+            if (code < 0x20) fail("control character in a string");
             out += text_.substr(at_, length);
             at_ += length;
         }
@@ -173,9 +173,9 @@ class JsonReader {
             }
             return appendUtf8(out, code);
         }
-        size_t const which = at_ < text_.size() ? kNames.find(text_[at_]) : std::string_view::npos;
-        if (which == std::string_view::npos) fail("an unknown escape");
-        out += kMeanings[which];
+        size_t const index = at_ < text_.size() ? kNames.find(text_[at_]) : std::string_view::npos;
+        if (index == std::string_view::npos) fail("invalid escape");
+        out += kMeanings[index];
         ++at_;
     }
 
@@ -183,7 +183,7 @@ class JsonReader {
         uint32_t code = 0;
         std::string_view const four = text_.substr(at_, 4);
         auto const [end, error] = std::from_chars(four.data(), four.data() + four.size(), code, 16);
-        if (error != std::errc() || end != four.data() + 4) fail("an unknown escape");
+        if (error != std::errc() || end != four.data() + 4) fail("invalid escape");
         at_ += 4;
         return code;
     }
@@ -203,7 +203,7 @@ int64_t Json::integer() const {
 }
 
 double Json::number() const {
-    // from_chars knows no locale, which strtod would follow.
+    // from_chars ignores the locale, unlike strtod.
     std::string const& text = get<Number>("a number").text;
     double result = 0;
     auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), result);
@@ -212,19 +212,19 @@ double Json::number() const {
 }
 
 Json const& Json::operator[](std::string_view key) const {
-    auto const found = object().find(key);
-    if (found == object().end()) throw JsonError("'" + std::string(key) + "' is missing");
-    return found->second;
+    auto const member = object().find(key);
+    if (member == object().end()) throw JsonError("'" + std::string(key) + "' is missing");
+    return member->second;
 }
 
 Json const* Json::find(std::string_view key) const {
-    auto const found = object().find(key);
-    return found == object().end() || found->second.isNull() ? nullptr : &found->second;
+    auto const member = object().find(key);
+    return member == object().end() || member->second.isNull() ? nullptr : &member->second;
 }
 
 Json Json::without(std::string_view key) const {
     Object rest = object();
-    if (auto const found = rest.find(key); found != rest.end()) rest.erase(found);
+    if (auto const member = rest.find(key); member != rest.end()) rest.erase(member);
     Json result;
     result.value_ = std::move(rest);
     return result;
@@ -239,7 +239,7 @@ std::string jsonString(std::string_view text) {
     };
     while (!text.empty()) {
         auto const [code, length] = decodeUtf8(text, true);
-        if (length == 0) throw JsonError("a string is no UTF-8");
+        if (length == 0) throw JsonError("a string is not valid UTF-8");
         static constexpr std::string_view kNamed = "\"\\\n\r\t\f\b", kNames = "\"\\nrtfb";
         size_t const named = code < 0x80 ? kNamed.find(static_cast<char>(code)) : std::string_view::npos;
         if (named != std::string_view::npos) {
@@ -265,18 +265,18 @@ std::string Json::canonical() const {
 }
 
 void Json::write(std::string& out) const {
-    char const* between = "";
+    char const* separator = "";
     if (auto const* list = std::get_if<Array>(&value_)) {
         out += '[';
         for (Json const& item : *list) {
-            out += std::exchange(between, ", ");
+            out += std::exchange(separator, ", ");
             item.write(out);
         }
         out += ']';
     } else if (auto const* members = std::get_if<Object>(&value_)) {
         out += '{';
         for (auto const& [key, item] : *members) {
-            out += std::exchange(between, ", ") + jsonString(key) + ": ";
+            out += std::exchange(separator, ", ") + jsonString(key) + ": ";
             item.write(out);
         }
         out += '}';

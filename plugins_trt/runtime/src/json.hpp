@@ -1,4 +1,4 @@
-// A strict JSON reader (RFC 8259, UTF-8), and Python's way of writing JSON, which manifests are hashed in.
+// A strict JSON reader (RFC 8259, UTF-8), and a writer of the same text as Python's, which manifests are hashed over.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@
 
 namespace less {
 
-// What is wrong with a text, and at which byte; or which value is not what it should be.
+// A text is malformed (with the byte where), or a value does not have the expected type.
 class JsonError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// One value. Numbers keep their text: Python wrote it, and would write it again just so. As in Python, NaN and
-// Infinity are numbers; other than there, an object may not have a key twice. Strings are UTF-8, with the halves of
-// a broken surrogate pair as three bytes each.
+// One value. Numbers keep their text, because Python wrote it and would write the same text again. As in Python, NaN
+// and Infinity are numbers; unlike in Python, an object may not have a key twice. Strings are UTF-8, with unpaired
+// surrogates as three bytes each.
 class Json {
  public:
     using Array = std::vector<Json>;
@@ -35,14 +35,14 @@ class Json {
     int64_t integer() const;
     double number() const;
 
-    // Member of an object: throws JsonError where it is missing.
+    // Member of an object; throws JsonError if it is missing.
     Json const& operator[](std::string_view key) const;
-    // Member of an object, or nullptr where it is missing or null.
+    // Member of an object, or nullptr if it is missing or null.
     Json const* find(std::string_view key) const;
     // This object without one key.
     Json without(std::string_view key) const;
 
-    // json.dumps(value, sort_keys=True) of Python.
+    // The text of Python's json.dumps(value, sort_keys=True).
     std::string canonical() const;
 
  private:
@@ -52,16 +52,16 @@ class Json {
     };
 
     template <class T>
-    T const& get(char const* what) const {
-        if (T const* found = std::get_if<T>(&value_)) return *found;
-        throw JsonError(std::string("a value is not ") + what);
+    T const& get(char const* expected) const {
+        if (T const* value = std::get_if<T>(&value_)) return *value;
+        throw JsonError(std::string("a value is not ") + expected);
     }
     void write(std::string& out) const;
 
     std::variant<std::nullptr_t, bool, Number, std::string, Array, Object> value_ = nullptr;
 };
 
-// `text` in quotes, everything but printable ASCII escaped, as Python writes it.
+// `text` as Python writes it: in quotes, everything except printable ASCII escaped.
 std::string jsonString(std::string_view text);
 
 }  // namespace less

@@ -19,16 +19,16 @@ std::string label(int64_t version) {
 }  // namespace
 
 PlanHeader readHeader(std::filesystem::path const& plan, std::string_view bytes) {
-    // magic, 12 bytes, total bytes u64, then major, minor, patch, build.
+    // Layout: magic, 12 other bytes, total bytes (u64), then major, minor, patch and build (a byte each).
     constexpr size_t kTotal = 16, kVersion = 24, kEnd = 28;
     std::string_view const magic = bytes.substr(0, 4);
     if ((magic != "ftrt" && magic != "vtrt") || bytes.size() < kEnd) {
-        throw EngineError(plan.string() + " is no TensorRT plan: build it again");
+        throw EngineError(plan.string() + " is not a TensorRT plan: build it again");
     }
     PlanHeader header{magic == "vtrt", ""};
     uint64_t total = 0;
     std::memcpy(&total, bytes.data() + kTotal, sizeof total);
-    if (header.rtx && total != bytes.size()) {  // full TensorRT may write something else there
+    if (header.rtx && total != bytes.size()) {  // TensorRT may store something else there
         throw EngineError("the plan " + plan.string() + " has " + std::to_string(bytes.size()) + " bytes instead of " +
                           std::to_string(total) + ": build it again");
     }
@@ -50,7 +50,7 @@ void checkFlavour(PlanHeader const& header, std::filesystem::path const& plan, i
     if (header.rtx != isRtx(library)) {
         throw EngineError(plan.string() + " was built by " + flavour(header.rtx) + " " + header.version +
                           ", and this program is linked with " + label(library) +
-                          ": build the plan, or the program, with the other");
+                          ": rebuild one of them to match the other");
     }
 }
 

@@ -48,35 +48,35 @@ void PlanRunner::checkPlan() const {
     }
     for (int profile = 0; profile < expected; ++profile) {
         for (TensorSpec const& spec : contract_.inputs()) {
-            auto const [least, most] = plan_->range(spec.name, profile);
+            auto const [minimum, maximum] = plan_->range(spec.name, profile);
             Shape const low = spec.sized(1, 1), high = spec.sized(contract_.maxBatch, profile ? contract_.chunk : 1);
-            bool inside = least.size() == low.size() && most.size() == low.size();
-            for (size_t i = 0; inside && i < low.size(); ++i) inside = least[i] <= low[i] && high[i] <= most[i];
+            bool inside = minimum.size() == low.size() && maximum.size() == low.size();
+            for (size_t i = 0; inside && i < low.size(); ++i) inside = minimum[i] <= low[i] && high[i] <= maximum[i];
             if (!inside) {
                 throw EngineError("the plan's profile " + std::to_string(profile) + " takes " + spec.name + " from " +
-                                  text(least) + " to " + text(most) + ", the contract needs " + text(low) + " to " +
-                                  text(high) + ": build it again");
+                                  text(minimum) + " to " + text(maximum) + ", the contract needs " + text(low) +
+                                  " to " + text(high) + ": build it again");
             }
         }
     }
 }
 
 void PlanRunner::checkTensors(std::vector<TensorSpec> const& specs, bool input) const {
-    std::vector<PlanTensor> found = plan_->tensors();
-    found.erase(std::remove_if(found.begin(), found.end(), [&](auto const& t) { return t.input != input; }),
-                found.end());
+    std::vector<PlanTensor> tensors = plan_->tensors();
+    tensors.erase(std::remove_if(tensors.begin(), tensors.end(), [&](auto const& t) { return t.input != input; }),
+                  tensors.end());
     auto const named = [](auto const& list, std::string const& name) {
         return std::find_if(list.begin(), list.end(), [&](auto const& t) { return t.name == name; });
     };
-    for (PlanTensor const& tensor : found) {
+    for (PlanTensor const& tensor : tensors) {
         if (named(specs, tensor.name) == specs.end()) {
-            throw EngineError("the plan has, and the contract does not, the tensor " + tensor.name +
-                              ": export the bundle again");
+            throw EngineError("the plan has the tensor " + tensor.name +
+                              ", which the contract lacks: export the bundle again");
         }
     }
     for (TensorSpec const& spec : specs) {
-        auto const tensor = named(found, spec.name);
-        if (tensor == found.end()) {
+        auto const tensor = named(tensors, spec.name);
+        if (tensor == tensors.end()) {
             throw EngineError("the plan lacks the tensor " + spec.name + ": export the bundle again");
         }
         Shape const declared = spec.sized(-1, -1);
@@ -112,7 +112,7 @@ void PlanRunner::allocate(int64_t batch) try {
         }
     }
     for (int block = 0; block < (swaps_ ? 2 : 1); ++block) state_[block] = Memory(*device_, total[block]);
-    // past_length, new_length, input_ids: in this order, so that a decode step copies only its first bytes.
+    // past_length, new_length and input_ids, in this order, so that a decode step copies only the first bytes.
     newOffset_ = aligned(contract_.pastLength().bytes(batch, 1));
     idsOffset_ = newOffset_ + aligned(contract_.newLength().bytes(batch, 1));
     size_t const input = idsOffset_ + contract_.inputIds().bytes(batch, contract_.chunk);
@@ -127,7 +127,7 @@ void PlanRunner::allocate(int64_t batch) try {
     close();
     char megabytes[32];
     std::snprintf(megabytes, sizeof megabytes, "%.1f", static_cast<double>(contract_.stateBytes()) / 1e6);
-    throw BackendError("no room on the GPU for " + std::to_string(batch) + " rows of " + megabytes +
+    throw BackendError("not enough GPU memory for " + std::to_string(batch) + " rows of " + megabytes +
                        " MB: use fewer rows at a time (" + error.what() + ")");
 }
 
@@ -137,7 +137,7 @@ void PlanRunner::drain() noexcept try {
     device_->activate();
     device_->wait();
 } catch (BackendError const&) {
-    // A failed step said so already; what matters here is that nothing uses the memory any more.
+    // The failed step has already been reported; here it only matters that nothing uses the memory any more.
 }
 
 void PlanRunner::close() {
@@ -149,13 +149,13 @@ void PlanRunner::close() {
     side_ = 0;
 }
 
-float const* PlanRunner::step(int64_t const* ids, int64_t tokens, int32_t const* past, int32_t const* fresh) {
+float const* PlanRunner::step(int64_t const* ids, int64_t tokens, int32_t const* pastLength, int32_t const* newLength) {
     device_->activate();
-    std::memcpy(hostInput_.get(), past, batch_ * sizeof *past);
-    std::memcpy(hostInput_.get() + newOffset_, fresh, batch_ * sizeof *fresh);
+    std::memcpy(hostInput_.get(), pastLength, batch_ * sizeof *pastLength);
+    std::memcpy(hostInput_.get() + newOffset_, newLength, batch_ * sizeof *newLength);
     std::memcpy(hostInput_.get() + idsOffset_, ids, batch_ * tokens * sizeof *ids);
     int const profile = tokens == 1 ? 0 : 1;
-    // After a change of shapes an engine has to run once before it can be captured.
+    // After a change of shapes, an engine has to run once before it can be captured.
     bool const warm = shaped_[profile] == tokens;
     if (!warm) reshape(profile, tokens);
     std::unique_ptr<Graph>& graph = decode_[side_];
@@ -178,14 +178,14 @@ void PlanRunner::reshape(int profile, int64_t tokens) {
     for (TensorSpec const& spec : contract_.inputs()) {
         Shape const shape = spec.sized(batch_, tokens);
         if (!plan_->setShape(profile, spec.name, shape)) {
-            throw BackendError("the plan does not take " + spec.name + " " + text(shape) + ": build it again");
+            throw BackendError("the plan does not accept " + spec.name + " " + text(shape) + ": build it again");
         }
     }
-    // What comes out must fit the memory that is there for it.
+    // The outputs must fit the memory allocated for them.
     for (TensorSpec const& spec : contract_.outputs()) {
         Shape const shape = spec.sized(batch_, tokens), actual = plan_->shape(profile, spec.name);
         if (actual != shape) {
-            throw BackendError("the plan makes " + spec.name + " " + text(actual) + ", not " + text(shape) +
+            throw BackendError("the plan returns " + spec.name + " " + text(actual) + ", not " + text(shape) +
                                ": build it again");
         }
     }

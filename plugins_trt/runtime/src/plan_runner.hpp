@@ -1,4 +1,4 @@
-// Runs a plan step by step and keeps its state on the device.
+// Runs a plan step by step and holds its state on the device.
 #pragma once
 
 #include <array>
@@ -8,22 +8,22 @@
 
 namespace less {
 
-// State is allocated once. Where the engine aliases an output to its input there is one copy of it, elsewhere two
-// that swap roles after every step. The decode step is captured into a graph (one for each role) that copies the
-// token and the lengths from pinned memory, runs the engine and copies the logits back.
+// State is allocated once per batch size. A tensor whose output is aliased to its input has one copy; others have two,
+// which swap roles after every step. The decode step is captured into a graph (one for each assignment of the roles)
+// that copies tokens and lengths from pinned memory, runs the engine and copies the logits back.
 class PlanRunner {
  public:
-    // Throws EngineError where the plan is not of this contract.
+    // Throws EngineError if the plan does not match the contract.
     PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool graphs);
 
     ~PlanRunner();
     PlanRunner(PlanRunner const&) = delete;
     PlanRunner& operator=(PlanRunner const&) = delete;
 
-    void open(int64_t batch);  // empty rows; memory and graph stay where the batch is the same
+    void open(int64_t batch);  // empties all rows; memory and graphs are reused if the batch is the same
     void close();
-    // Logits in pinned memory, until the next step.
-    float const* step(int64_t const* inputIds, int64_t tokens, int32_t const* past, int32_t const* fresh);
+    // Returns the logits in pinned memory, valid until the next step.
+    float const* step(int64_t const* inputIds, int64_t tokens, int32_t const* pastLength, int32_t const* newLength);
 
     // Rows in the layout of RowState::data.
     void resetRow(int64_t row);
@@ -32,7 +32,7 @@ class PlanRunner {
     void writeRow(int64_t row, std::byte const* data);
 
  private:
-    // One state tensor: its place in the two blocks of memory (the same one where `inPlace`).
+    // One state tensor and its offsets in the two blocks of memory (only the first if `inPlace`).
     struct Slot {
         StateTensor tensor;
         bool inPlace;
@@ -50,18 +50,18 @@ class PlanRunner {
 
     Contract contract_;
     std::unique_ptr<Device> device_;
-    std::unique_ptr<Plan> plan_;  // outlives the graphs and memory below
+    std::unique_ptr<Plan> plan_;  // must outlive the graphs and memory below
     bool graphs_;
-    bool swaps_ = false;  // some state is not in place
+    bool swaps_ = false;  // whether some state is not in place
     std::vector<Slot> slots_;
 
     int64_t batch_ = 0;
-    int side_ = 0;  // which block holds the past
+    int side_ = 0;  // which block holds the past state
     std::array<Memory, 2> state_;
     // Lengths and ids, and the logits, on the device and on the host.
     Memory input_, hostInput_, logits_, hostLogits_;
     size_t newOffset_ = 0, idsOffset_ = 0;
-    std::vector<int64_t> shaped_;  // tokens that each profile is shaped for, 0 for none
+    std::vector<int64_t> shaped_;  // tokens per row that each profile's shapes are set to; 0: not set
     std::array<std::unique_ptr<Graph>, 2> decode_;
 };
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr char const* kFormat = "less-state";
 
-// safetensors' names; bfloat16 travels as its bits, which is what numpy can hold.
+// Names of safetensors. bfloat16 is stored as its bits, because numpy has no such type.
 char const* storedType(ElementType type) {
     switch (type) {
         case ElementType::kInt64:
@@ -52,7 +52,7 @@ int64_t wholeNumber(std::string const& text) {
     return value;
 }
 
-// Copies every tensor of `file` to its place. Throws JsonError for a damaged file.
+// Copies the tensors of `file` into `state`. Throws JsonError if the file is damaged.
 void readTensors(Json const& header, std::string_view file, Contract const& contract, RowState& state) {
     auto const foreign = [](std::string const& name) {
         return BackendError("this state belongs to another export (" + name + " differs): prefill again");
@@ -82,7 +82,10 @@ void readTensors(Json const& header, std::string_view file, Contract const& cont
         place += tensor.rowBytes;
         covered += static_cast<size_t>(tensor.rowBytes);
     }
-    if (covered != file.size()) throw JsonError("the file has " + std::to_string(file.size()) + " bytes of tensors");
+    if (covered != file.size()) {
+        throw JsonError("the file has " + std::to_string(file.size()) + " bytes of tensors instead of " +
+                        std::to_string(covered));
+    }
 }
 
 }  // namespace
@@ -94,7 +97,7 @@ void RowState::save(std::filesystem::path const& path, Contract const& contract)
     std::string header = "{\"__metadata__\":{\"format\":" + jsonString(kFormat) +
                          ",\"identity\":" + jsonString(identity) + ",\"length\":\"" + std::to_string(length) + "\"}";
     std::string body;
-    // Larger elements first, so that every tensor is aligned.
+    // Tensors with larger elements come first, so that all are aligned.
     for (int64_t size : {4, 2}) {
         size_t place = 0;
         for (StateTensor const& tensor : contract.state()) {
@@ -125,11 +128,11 @@ RowState RowState::load(std::filesystem::path const& path, Contract const& contr
         uint64_t size = 0;
         for (size_t i = 0; i < 8 && i < file.size(); ++i)
             size |= uint64_t{static_cast<unsigned char>(file[i])} << 8 * i;
-        if (file.size() < 8 || size > file.size() - 8) throw refuse("it is cut short or no safetensors file");
+        if (file.size() < 8 || size > file.size() - 8) throw refuse("it is truncated or not a safetensors file");
         Json const header = Json::parse(file.substr(8, size));
         Json const* metadata = header.find("__metadata__");
         Json const* format = metadata ? metadata->find("format") : nullptr;
-        if (!format || format->string() != kFormat) throw BackendError(path.string() + " holds no saved state");
+        if (!format || format->string() != kFormat) throw BackendError(path.string() + " is not a saved state");
         RowState state;
         state.length = wholeNumber((*metadata)["length"].string());
         if (Json const* identity = metadata->find("identity")) state.identity = identity->string();

@@ -40,7 +40,7 @@ int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& pa
         if (std::isnan(peak)) break;
     }
     if (!std::isfinite(peak)) {
-        throw BackendError("the model produced " + number(peak) + " logits: its weights or its dtype are not right");
+        throw BackendError("the model produced " + number(peak) + " logits: check its weights and its dtype");
     }
     if (params.temperature == 0) return best;
 
@@ -49,7 +49,7 @@ int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& pa
     std::vector<size_t> tokens(weight.size());
     std::iota(tokens.begin(), tokens.end(), size_t{0});
     auto const heavier = [&weight](size_t a, size_t b) {
-        return weight[a] != weight[b] ? weight[a] > weight[b] : a < b;  // of equal ones the lowest ids
+        return weight[a] != weight[b] ? weight[a] > weight[b] : a < b;  // ties: lower ids first
     };
     if (params.topK > 0 && params.topK < vocab) {
         auto const end = tokens.begin() + params.topK;
@@ -59,24 +59,24 @@ int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& pa
     if (params.topP < 1) {
         double total = 0;
         for (size_t token : tokens) total += weight[token];
-        // All tokens lighter than this together weigh less than 1 - top_p: a large vocabulary need not be sorted.
-        double const least = total * (1 - params.topP) / static_cast<double>(tokens.size());
-        tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](size_t t) { return weight[t] < least; }),
+        // All tokens lighter than this together weigh less than 1 - top_p. Dropping them avoids sorting the vocabulary.
+        double const minimum = total * (1 - params.topP) / static_cast<double>(tokens.size());
+        tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](size_t t) { return weight[t] < minimum; }),
                      tokens.end());
         std::sort(tokens.begin(), tokens.end(), heavier);
-        double reach = 0;
-        size_t kept = 0;
-        while (kept < tokens.size() && reach < params.topP * total) reach += weight[tokens[kept++]];
-        tokens.resize(std::max<size_t>(kept, 1));
+        double cumulative = 0;
+        size_t count = 0;
+        while (count < tokens.size() && cumulative < params.topP * total) cumulative += weight[tokens[count++]];
+        tokens.resize(std::max<size_t>(count, 1));
     }
     double total = 0;
     for (size_t token : tokens) total += weight[token];
-    // uniform is at most 1 - 2^-53, so the product stays below the total: always a token that weighs something.
-    double const aim = uniform * total;
-    double reach = 0;
+    // uniform is at most 1 - 2^-53, so the product is below the total and the token has a positive weight.
+    double const target = uniform * total;
+    double cumulative = 0;
     for (size_t token : tokens) {
-        reach += weight[token];
-        if (reach > aim) return static_cast<int64_t>(token);
+        cumulative += weight[token];
+        if (cumulative > target) return static_cast<int64_t>(token);
     }
     return static_cast<int64_t>(tokens.front());
 }
@@ -86,8 +86,8 @@ Sampler::Sampler(SamplingParams const& params, uint64_t row) : params_(params) {
     std::random_device device;
     uint64_t const seed = params_.seed ? *params_.seed : uint64_t{device()} << 32 | device();
     auto const low = [](uint64_t x) { return static_cast<uint32_t>(x); };
-    std::seed_seq words{low(seed), low(seed >> 32), low(row), low(row >> 32)};
-    random_.seed(words);
+    std::seed_seq seeds{low(seed), low(seed >> 32), low(row), low(row >> 32)};
+    random_.seed(seeds);
 }
 
 int64_t Sampler::operator()(float const* logits, int64_t vocab) {

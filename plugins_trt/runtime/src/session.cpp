@@ -45,7 +45,7 @@ Logits Session::step(std::vector<int64_t> const& inputIds, std::vector<int32_t> 
     require(!failed_, "an earlier step failed, and the state is undefined: call open(batch) again");
     int64_t const tokens = static_cast<int64_t>(inputIds.size()) / batch();
     checkStep(inputIds, tokens, newLength);
-    // Padding may hold anything; the embedding must still find a row for it.
+    // Padding may contain anything, but the embedding needs valid ids.
     padded_ = inputIds;
     for (int64_t row = 0; row < batch(); ++row) {
         auto const begin = padded_.begin() + row * tokens;
@@ -68,14 +68,14 @@ void Session::checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::ve
             "new_length must be [" + rows + "], not [" + std::to_string(newLength.size()) + "]");
     int64_t const limit = contract_.tokenLimit().value_or(std::numeric_limits<int32_t>::max());
     for (int64_t row = 0; row < batch(); ++row) {
-        int64_t const fresh = newLength[static_cast<size_t>(row)];
-        require(fresh >= 0 && fresh <= tokens, "new_length must lie in 0.." + std::to_string(tokens));
-        for (int64_t t = 0; t < fresh; ++t) {
+        int64_t const count = newLength[static_cast<size_t>(row)];
+        require(count >= 0 && count <= tokens, "new_length must lie in 0.." + std::to_string(tokens));
+        for (int64_t t = 0; t < count; ++t) {
             int64_t const id = ids[static_cast<size_t>(row * tokens + t)];
             require(id >= 0 && id < contract_.vocabSize,
                     "token ids must lie in 0.." + std::to_string(contract_.vocabSize - 1));
         }
-        int64_t const longest = lengths_[static_cast<size_t>(row)] + fresh;
+        int64_t const longest = lengths_[static_cast<size_t>(row)] + count;
         require(longest <= limit, "this artifact takes sequences of at most " + std::to_string(limit) +
                                       " tokens, not " + std::to_string(longest) +
                                       ": shorten the text, or export with a larger --context or an evicting --policy");
@@ -110,8 +110,8 @@ RowState Session::readRow(int64_t row) {
 
 void Session::writeRow(int64_t row, RowState const& state) {
     checkRow(row);
-    bool const ours = identity_.empty() || state.identity.empty() || identity_ == state.identity;
-    require(ours && static_cast<int64_t>(state.data.size()) == contract_.stateBytes(),
+    bool const compatible = identity_.empty() || state.identity.empty() || identity_ == state.identity;
+    require(compatible && static_cast<int64_t>(state.data.size()) == contract_.stateBytes(),
             "this state belongs to another export (model, kernels or contract differ): prefill again");
     require(state.length >= 0 && state.length <= std::numeric_limits<int32_t>::max(),
             "this state is damaged (length " + std::to_string(state.length) + "): prefill again");

@@ -1,4 +1,4 @@
-// TensorRT plans (either flavour) as Plan, and openSession, which puts everything together.
+// TensorRT plans (either flavour) as Plan, and openSession.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
@@ -20,7 +20,7 @@ namespace {
 
 namespace trt = nvinfer1;
 
-// TensorRT's logger, one per process as TensorRT wants it: keeps the errors since listen(), prints when verbose.
+// TensorRT's logger, one per process as TensorRT requires. Keeps the errors since reset() and prints if verbose.
 class Log : public trt::ILogger {
  public:
     void log(Severity severity, char const* message) noexcept override {
@@ -28,17 +28,17 @@ class Log : public trt::ILogger {
             std::lock_guard const lock(mutex_);
             if (verbose_) std::fprintf(stderr, "%s\n", message);
             if (severity <= Severity::kERROR) errors_.emplace_back(message);
-        } catch (...) {  // no memory: the message is lost, nothing may be thrown through TensorRT
+        } catch (...) {  // out of memory: drop the message, because nothing may be thrown through TensorRT
         }
     }
 
-    void listen(bool verbose) {
+    void reset(bool verbose) {
         std::lock_guard const lock(mutex_);
         verbose_ |= verbose;
         errors_.clear();
     }
 
-    // The first error that is no echo of another, in one line.
+    // The first error that does not merely repeat another, in one line.
     std::string reason() {
         std::lock_guard const lock(mutex_);
         for (std::string text : errors_) {
@@ -46,7 +46,7 @@ class Log : public trt::ILogger {
             std::replace(text.begin(), text.end(), '\n', ' ');
             return text.size() > 300 ? text.substr(0, 297) + "..." : text;
         }
-        return "it gave no reason (its log may say more)";
+        return "no reason given (its log may have details)";
     }
 
  private:
@@ -56,7 +56,7 @@ class Log : public trt::ILogger {
 };
 
 Log& sharedLog() {
-    static Log* log = new Log;  // TensorRT may log until the very end
+    static Log* log = new Log;  // never destroyed: TensorRT may log until the process ends
     return *log;
 }
 
@@ -87,13 +87,13 @@ class TrtPlan : public Plan {
         }
         runtime_.reset(trt::createInferRuntime(sharedLog()));
         if (!runtime_) throw EngineError("TensorRT cannot start: " + sharedLog().reason());
-        // A plugin inside the plan is code of the plan's.
+        // A plugin inside the plan is host code.
         if (bundle.plugin && bundle.plugin->inside) runtime_->setEngineHostCodeAllowed(true);
         MappedFile const file(bundle.plan);
         engine_.reset(runtime_->deserializeCudaEngine(file.view().data(), file.view().size()));
         if (!engine_) {
-            throw EngineError("TensorRT cannot load " + bundle.plan.string() + ", which version " +
-                              bundle.header.version + " built: " + sharedLog().reason() +
+            throw EngineError("TensorRT cannot load " + bundle.plan.string() + " (built by version " +
+                              bundle.header.version + "): " + sharedLog().reason() +
                               ": build it again with this version, for this GPU");
         }
         for (int profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
@@ -120,8 +120,8 @@ class TrtPlan : public Plan {
     int profiles() const override { return static_cast<int>(contexts_.size()); }
 
     std::pair<Shape, Shape> range(std::string const& input, int profile) const override {
-        auto const shape = [&](trt::OptProfileSelector which) {
-            return shapeOf(engine_->getProfileShape(input.c_str(), profile, which));
+        auto const shape = [&](trt::OptProfileSelector selector) {
+            return shapeOf(engine_->getProfileShape(input.c_str(), profile, selector));
         };
         return {shape(trt::OptProfileSelector::kMIN), shape(trt::OptProfileSelector::kMAX)};
     }
@@ -148,7 +148,7 @@ class TrtPlan : public Plan {
     }
 
     void enqueue(int profile) override {
-        sharedLog().listen(false);
+        sharedLog().reset(false);
         if (!contexts_[profile]->enqueueV3(stream_)) fail();
     }
 
@@ -157,27 +157,28 @@ class TrtPlan : public Plan {
 
     cudaStream_t stream_;
     std::map<std::string, std::string> inPlace_;  // present name -> past name
-    std::unique_ptr<trt::IRuntime> runtime_;      // outlives the engine
-    std::unique_ptr<trt::ICudaEngine> engine_;    // outlives its contexts
+    std::unique_ptr<trt::IRuntime> runtime_;      // must outlive the engine
+    std::unique_ptr<trt::ICudaEngine> engine_;    // must outlive its contexts
     std::vector<std::unique_ptr<trt::IExecutionContext>> contexts_;
 };
 
-// The library registers the plugin when it is loaded, and stays loaded: engines may use it to the end.
+// The library registers the plugin when it is loaded. It is never closed, because engines may use it until the end.
 void loadPlugin(Bundle const& bundle) {
     if (!bundle.plugin || bundle.plugin->inside) return;
     if (!::dlopen(std::filesystem::absolute(bundle.plugin->library).c_str(), RTLD_NOW | RTLD_LOCAL)) {
         char const* why = ::dlerror();
-        throw EngineError(std::string("the plugin does not load: ") + (why ? why : "no reason given"));
+        throw EngineError(std::string("cannot load the plugin: ") + (why ? why : "no reason given"));
     }
 }
 
 }  // namespace
 
 Session openSession(Bundle const& bundle, SessionOptions const& options) {
-    auto device = std::make_unique<CudaDevice>(options.device);  // first: without a driver its message is the clear one
+    // First, because this reports a missing driver most clearly.
+    auto device = std::make_unique<CudaDevice>(options.device);
     checkLibrary(NV_TENSORRT_VERSION, getInferLibVersion());
     checkFlavour(bundle.header, bundle.plan, getInferLibVersion());
-    sharedLog().listen(options.verbose);
+    sharedLog().reset(options.verbose);
     loadPlugin(bundle);
     auto plan = std::make_unique<TrtPlan>(bundle, device->stream());
     auto runner = std::make_unique<PlanRunner>(bundle.contract, std::move(device), std::move(plan), options.cudaGraphs);

@@ -1,4 +1,4 @@
-// A test is a function; CHECK counts what fails and goes on.
+// A minimal test framework. A test is a function; CHECK counts failures and does not abort.
 #pragma once
 
 #include <cstdio>
@@ -21,21 +21,21 @@ struct Register {
     Register(char const* name, std::function<void()> test) { tests().emplace_back(name, std::move(test)); }
 };
 
-inline void fail(char const* file, int line, std::string const& what) {
-    std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
+inline void fail(char const* file, int line, std::string const& message) {
+    std::fprintf(stderr, "%s:%d: %s\n", file, line, message.c_str());
     ++failures;
 }
 
-// Runs `action`, which must throw an E whose message holds `words`.
+// Runs `action`, which must throw an E with a message of one line that contains `text`.
 template <class E, class F>
-void refuses(char const* file, int line, char const* words, F const& action) {
+void refuses(char const* file, int line, char const* text, F const& action) {
     try {
         action();
-        fail(file, line, std::string("nothing was thrown, expected: ") + words);
+        fail(file, line, std::string("nothing was thrown, expected: ") + text);
     } catch (E const& error) {
-        std::string const said = error.what();
-        bool const oneLine = said.find('\n') == std::string::npos;
-        if (!oneLine || said.find(words) == std::string::npos) fail(file, line, "it said: " + said);
+        std::string const message = error.what();
+        bool const oneLine = message.find('\n') == std::string::npos;
+        if (!oneLine || message.find(text) == std::string::npos) fail(file, line, "unexpected message: " + message);
     }
 }
 
@@ -58,6 +58,6 @@ inline int runAll() {
     static void name();                                            \
     static ::less::testing::Register register_##name(#name, name); \
     static void name()
-#define CHECK(what) \
-    if (!(what)) ::less::testing::fail(__FILE__, __LINE__, #what)
-#define REFUSES(kind, words, ...) ::less::testing::refuses<kind>(__FILE__, __LINE__, words, [&] { __VA_ARGS__; })
+#define CHECK(condition) \
+    if (!(condition)) ::less::testing::fail(__FILE__, __LINE__, #condition)
+#define REFUSES(kind, text, ...) ::less::testing::refuses<kind>(__FILE__, __LINE__, text, [&] { __VA_ARGS__; })

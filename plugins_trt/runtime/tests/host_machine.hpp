@@ -1,8 +1,8 @@
-// A device made of host memory and an engine made of arithmetic, for tests of everything above them.
+// A device in host memory and an engine of simple arithmetic, for tests of the code that uses them.
 //
-// The stream runs when it is waited for. Fresh memory is poison, and every access is checked against what is
-// allocated. The engine mixes every byte of the state with each token, its position and its place, so a tensor, row or
-// block that is swapped, shifted or stale changes the logits.
+// The stream runs only on wait(). Allocated memory is poisoned, and every access is checked against the allocations.
+// The engine mixes every byte of the state with each token, its position and the byte's own index, so that a tensor,
+// row or block that is swapped, shifted or stale changes the logits.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +16,8 @@
 
 namespace less::testing {
 
-[[noreturn]] inline void bug(char const* what) {
-    std::fprintf(stderr, "host machine: %s\n", what);
+[[noreturn]] inline void bug(char const* message) {
+    std::fprintf(stderr, "host machine: %s\n", message);
     std::abort();
 }
 
@@ -26,7 +26,7 @@ inline unsigned char mixed(unsigned char byte, int64_t token, int64_t position, 
     return static_cast<unsigned char>(byte * 31 + token + position + 7 * tensor + index);
 }
 
-// What the logits depend on: the sum of hashed(...) over the state tensors of a row.
+// The logits depend on the sum of hashed(...) over the state tensors of a row.
 inline uint64_t hashed(unsigned char const* bytes, size_t count, size_t tensor) {
     uint64_t sum = 0;
     for (size_t i = 0; i < count; ++i) sum += bytes[i] * (i * 2654435761u + tensor + 1);
@@ -38,13 +38,13 @@ inline float logit(uint64_t hash, int64_t token) {
     return static_cast<float>(x >> 40) * 0x1p-20f;
 }
 
-// What a test sets and sees; it outlives the session.
+// What a test configures and observes; must outlive the session.
 struct Machine {
-    size_t room = size_t{1} << 30;
-    bool captures = true, runs = true;
-    std::set<std::string> separate;  // state fields that the engine does not update in place
+    size_t freeBytes = size_t{1} << 30;
+    bool captures = true, runs = true;  // whether capturing and running a step succeed
+    std::set<std::string> separate;     // state fields that the engine does not update in place
     bool inPlace = true;
-    int launches = 0, captured = 0, tries = 0;
+    int launches = 0, captured = 0, captureAttempts = 0;
     std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
     std::map<char*, size_t> memory;
     std::vector<std::function<void()>> stream;
@@ -55,7 +55,7 @@ struct Machine {
         for (auto const& [base, size] : memory) {
             if (begin >= base && begin + bytes <= base + size) return;
         }
-        bug("an access outside of what is allocated");
+        bug("an access outside of the allocations");
     }
 };
 
@@ -63,12 +63,12 @@ class HostDevice : public Device {
  public:
     explicit HostDevice(Machine& machine) : machine_(machine) {}
     ~HostDevice() override {
-        if (!machine_.memory.empty()) bug("memory is left");
+        if (!machine_.memory.empty()) bug("memory was not released");
     }
     void activate() override {}
     void* allocate(size_t bytes) override {
-        if (bytes > machine_.room) throw BackendError("cudaMalloc failed on the GPU: out of memory");
-        machine_.room -= bytes;
+        if (bytes > machine_.freeBytes) throw BackendError("cudaMalloc failed on the GPU: out of memory");
+        machine_.freeBytes -= bytes;
         auto* memory = static_cast<char*>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
         std::memset(memory, 0xA5, bytes);
         machine_.memory[memory] = bytes;
@@ -76,10 +76,10 @@ class HostDevice : public Device {
     }
     void* allocateHost(size_t bytes) override { return allocate(bytes); }
     void release(void* memory) noexcept override {
-        auto const found = machine_.memory.find(static_cast<char*>(memory));
-        if (found == machine_.memory.end()) bug("released twice");
-        machine_.room += found->second;
-        machine_.memory.erase(found);
+        auto const allocation = machine_.memory.find(static_cast<char*>(memory));
+        if (allocation == machine_.memory.end()) bug("memory was released twice");
+        machine_.freeBytes += allocation->second;
+        machine_.memory.erase(allocation);
         std::free(memory);
     }
     void releaseHost(void* memory) noexcept override { release(memory); }
@@ -116,7 +116,7 @@ class HostGraph : public Graph {
 inline std::unique_ptr<Graph> HostDevice::capture(std::function<void()> const& work) {
     auto graph = std::make_unique<HostGraph>(machine_);
     bool recorded = machine_.captures;
-    ++machine_.tries;
+    ++machine_.captureAttempts;
     machine_.sink = &graph->work;
     try {
         work();
@@ -138,20 +138,20 @@ class HostPlan : public Plan {
             }
         }
         profileCount = contract_.chunk > 1 ? 2 : 1;
-        longest = contract_.chunk;
+        maxChunk = contract_.chunk;
     }
 
-    // For tests to change.
+    // Tests may change these.
     std::vector<PlanTensor> io;
     int profileCount;
-    int64_t longest;
+    int64_t maxChunk;
     std::string alias;
 
     std::vector<PlanTensor> tensors() const override { return io; }
     int profiles() const override { return profileCount; }
     std::pair<Shape, Shape> range(std::string const& input, int profile) const override {
         for (TensorSpec const& spec : contract_.inputs()) {
-            if (spec.name == input) return {spec.sized(1, 1), spec.sized(contract_.maxBatch, profile ? longest : 1)};
+            if (spec.name == input) return {spec.sized(1, 1), spec.sized(contract_.maxBatch, profile ? maxChunk : 1)};
         }
         bug("no such input");
     }
@@ -161,9 +161,9 @@ class HostPlan : public Plan {
         return alias.empty() ? "past" + output.substr(output.find('.')) : alias;
     }
     bool setShape(int profile, std::string const& input, Shape const& shape) override {
-        auto const [least, most] = range(input, profile);
+        auto const [minimum, maximum] = range(input, profile);
         for (size_t i = 0; i < shape.size(); ++i) {
-            if (shape[i] < least[i] || shape[i] > most[i]) return false;
+            if (shape[i] < minimum[i] || shape[i] > maximum[i]) return false;
         }
         shapes_[{profile, input}] = shape;
         return true;
@@ -180,17 +180,17 @@ class HostPlan : public Plan {
         bound_[{profile, tensor}] = static_cast<unsigned char*>(memory);
     }
     void enqueue(int profile) override {
-        if (!machine_.runs) throw BackendError("TensorRT cannot run this step: told so");
+        if (!machine_.runs) throw BackendError("TensorRT cannot run this step: the test forbids it");
         Shape const ids = shapes_.at({profile, contract_.inputIds().name});
         std::map<std::string, unsigned char*> at;
         for (auto const& [key, memory] : bound_) {
             if (key.first == profile) at[key.second] = memory;
         }
-        auto const sized = [&](TensorSpec const& spec) {
+        auto const checkSize = [&](TensorSpec const& spec) {
             machine_.check(at.at(spec.name), spec.bytes(ids[0], ids[1]));
         };
-        for (TensorSpec const& spec : contract_.inputs()) sized(spec);
-        for (TensorSpec const& spec : contract_.outputs()) sized(spec);
+        for (TensorSpec const& spec : contract_.inputs()) checkSize(spec);
+        for (TensorSpec const& spec : contract_.outputs()) checkSize(spec);
         machine_.sink->push_back([=] { run(profile, ids, at); });
     }
 
@@ -199,13 +199,13 @@ class HostPlan : public Plan {
         machine_.steps.emplace_back(profile, shape);
         auto const* ids = reinterpret_cast<int64_t const*>(at.at(contract_.inputIds().name));
         auto const* past = reinterpret_cast<int32_t const*>(at.at(contract_.pastLength().name));
-        auto const* fresh = reinterpret_cast<int32_t const*>(at.at(contract_.newLength().name));
+        auto const* newLength = reinterpret_cast<int32_t const*>(at.at(contract_.newLength().name));
         auto* logits = reinterpret_cast<float*>(at.at(contract_.logits().name));
         std::vector<StateTensor> const tensors = contract_.state();
-        int64_t const kept = contract_.allLogits ? shape[1] : 1;
+        int64_t const logitTokens = contract_.allLogits ? shape[1] : 1;
         for (int64_t row = 0; row < shape[0]; ++row) {
             std::vector<uint64_t> hash(static_cast<size_t>(shape[1]), 0);
-            for (int64_t t = fresh[row]; t < shape[1]; ++t) {
+            for (int64_t t = newLength[row]; t < shape[1]; ++t) {
                 if (ids[row * shape[1] + t] != 0) bug("padding reaches the embedding");
             }
             for (size_t i = 0; i < tensors.size(); ++i) {
@@ -213,21 +213,22 @@ class HostPlan : public Plan {
                 unsigned char const* from = at.at(tensors[i].past.name);
                 unsigned char* to = at.at(tensors[i].present.name);
                 if ((from == to) != (aliasedInput(tensors[i].present.name) == tensors[i].past.name)) {
-                    bug("memory is shared where the engine does not, or the reverse");
+                    bug("memory is shared where the engine does not alias it, or the reverse");
                 }
                 std::memmove(to + row * bytes, from + row * bytes, bytes);
                 unsigned char* state = to + row * bytes;
-                for (int64_t t = 0; t < fresh[row]; ++t) {
+                for (int64_t t = 0; t < newLength[row]; ++t) {
                     for (size_t j = 0; j < bytes; ++j) {
                         state[j] = mixed(state[j], ids[row * shape[1] + t], past[row] + t, i, j);
                     }
                     hash[static_cast<size_t>(t)] += hashed(state, bytes, i);
                 }
             }
-            for (int64_t t = 0; t < kept; ++t) {
-                int64_t const token = contract_.allLogits ? t : std::max(fresh[row] - 1, 0);
+            for (int64_t t = 0; t < logitTokens; ++t) {
+                int64_t const token = contract_.allLogits ? t : std::max(newLength[row] - 1, 0);
                 for (int64_t v = 0; v < contract_.vocabSize; ++v) {
-                    logits[(row * kept + t) * contract_.vocabSize + v] = logit(hash[static_cast<size_t>(token)], v);
+                    logits[(row * logitTokens + t) * contract_.vocabSize + v] =
+                        logit(hash[static_cast<size_t>(token)], v);
                 }
             }
         }

@@ -1,4 +1,4 @@
-// What the runtime makes of files, printed for tests/test_cpp_runtime.py to compare with the Python package.
+// Prints what the runtime reads and computes, for tests/test_cpp_runtime.py to compare with the Python package.
 #include <cstdio>
 #include <fstream>
 #include <iostream>
@@ -24,9 +24,9 @@ std::string list(std::vector<int64_t> const& values) {
 
 std::string number(std::optional<int64_t> const& value) { return value ? std::to_string(*value) : "null"; }
 
-std::string specs(std::vector<TensorSpec> const& all) {
+std::string list(std::vector<TensorSpec> const& specs) {
     std::string text;
-    for (TensorSpec const& spec : all) {
+    for (TensorSpec const& spec : specs) {
         text += (text.empty() ? "[" : ", [") + jsonString(spec.name) + ", " + jsonString(nameOf(spec.type)) + ", " +
                 list(spec.shape) + "]";
     }
@@ -39,7 +39,7 @@ void describe(Bundle const& b) {
         rows.push_back(tensor.rowBytes);
         empties.push_back(tensor.empty);
     }
-    std::cout << "{\"inputs\": " << specs(b.contract.inputs()) << ", \"outputs\": " << specs(b.contract.outputs())
+    std::cout << "{\"inputs\": " << list(b.contract.inputs()) << ", \"outputs\": " << list(b.contract.outputs())
               << ", \"row_bytes\": " << list(rows) << ", \"empty\": " << list(empties)
               << ", \"state_bytes\": " << b.contract.stateBytes()
               << ", \"token_limit\": " << number(b.contract.tokenLimit())
@@ -52,25 +52,25 @@ void describe(Bundle const& b) {
               << (b.plugin ? jsonString(b.plugin->inside ? "inside" : b.plugin->library.string()) : "null") << "}\n";
 }
 
-// A case a line: temperature, top_k, top_p, uniform, then the logits.
+// Reads one case per line: temperature, top_k, top_p, uniform, then the logits.
 void sample() {
     for (std::string line; std::getline(std::cin, line);) {
-        std::istringstream words(line);
-        std::string word;
-        auto const next = [&] { return words >> word ? std::strtod(word.c_str(), nullptr) : 0; };
+        std::istringstream fields(line);
+        std::string field;
+        auto const next = [&] { return fields >> field ? std::strtod(field.c_str(), nullptr) : 0; };
         SamplingParams params;
         params.temperature = next();
         params.topK = static_cast<int64_t>(next());
         params.topP = next();
         double const uniform = next();
         std::vector<float> logits;
-        while (words >> word) logits.push_back(std::strtof(word.c_str(), nullptr));
+        while (fields >> field) logits.push_back(std::strtof(field.c_str(), nullptr));
         std::cout << chooseToken(logits.data(), static_cast<int64_t>(logits.size()), params, uniform) << '\n';
     }
 }
 
-// Prompts a line on the host machine, its state in place or not; optionally after a prefix prompt.
-void generateOn(Bundle const& bundle, bool inPlace, int64_t most, Prompt const& prefix) {
+// Continues one prompt per line on the host machine, with state in place or not, optionally after a prefix prompt.
+void generateOn(Bundle const& bundle, bool inPlace, int64_t maxNewTokens, Prompt const& prefix) {
     testing::Machine machine;
     machine.inPlace = inPlace;
     Session session(bundle.contract, bundle.identity,
@@ -78,11 +78,11 @@ void generateOn(Bundle const& bundle, bool inPlace, int64_t most, Prompt const& 
                                                  std::make_unique<testing::HostPlan>(bundle.contract, machine), true));
     std::vector<Prompt> prompts;
     for (std::string line; std::getline(std::cin, line);) {
-        std::istringstream words(line);
-        prompts.emplace_back(std::istream_iterator<int64_t>(words), std::istream_iterator<int64_t>());
+        std::istringstream ids(line);
+        prompts.emplace_back(std::istream_iterator<int64_t>(ids), std::istream_iterator<int64_t>());
     }
     SamplingParams params;
-    params.maxNewTokens = most;
+    params.maxNewTokens = maxNewTokens;
     std::optional<RowState> state;
     if (!prefix.empty()) state = prefill(session, prefix);
     for (Generation const& g : generate(session, prompts, params, bundle.eosIds, state ? &*state : nullptr)) {
@@ -93,19 +93,19 @@ void generateOn(Bundle const& bundle, bool inPlace, int64_t most, Prompt const& 
 }  // namespace
 
 int main(int argc, char** argv) try {
-    std::vector<std::string> const words(argv + 1, argv + argc);
-    std::string const& what = words.at(0);
-    if (what == "describe") describe(Bundle::open(words.at(1), words.size() == 2));
-    if (what == "canonical") std::cout << Json::parse(read(std::cin)).canonical();
-    if (what == "sha256") std::cout << sha256(MappedFile(words.at(1)).view());
-    if (what == "sample") sample();
-    if (what == "state") {
-        Contract const contract = Bundle::open(words.at(1)).contract;
-        RowState::load(words.at(2), contract).save(words.at(3), contract);
+    std::vector<std::string> const args(argv + 1, argv + argc);
+    std::string const& command = args.at(0);
+    if (command == "describe") describe(Bundle::open(args.at(1), args.size() == 2));
+    if (command == "canonical") std::cout << Json::parse(read(std::cin)).canonical();
+    if (command == "sha256") std::cout << sha256(MappedFile(args.at(1)).view());
+    if (command == "sample") sample();
+    if (command == "state") {
+        Contract const contract = Bundle::open(args.at(1)).contract;
+        RowState::load(args.at(2), contract).save(args.at(3), contract);
     }
-    if (what == "generate") {
-        std::istringstream prefix(words.at(4));
-        generateOn(Bundle::open(words.at(1)), words.at(2) == "in-place", std::stoll(words.at(3)),
+    if (command == "generate") {
+        std::istringstream prefix(args.at(4));
+        generateOn(Bundle::open(args.at(1)), args.at(2) == "in-place", std::stoll(args.at(3)),
                    Prompt(std::istream_iterator<int64_t>(prefix), std::istream_iterator<int64_t>()));
     }
     return 0;

@@ -13,7 +13,7 @@ namespace {
 using namespace less;
 using namespace less::testing;
 
-// A bundle around a plan of a few bytes.
+// A bundle with a dummy plan.
 struct Rig {
     Rig() {
         resetMockSdk(bundle.contract);
@@ -30,7 +30,7 @@ struct Rig {
     }();
 };
 
-SamplingParams most(int64_t tokens) {
+SamplingParams maxTokens(int64_t tokens) {
     SamplingParams p;
     p.maxNewTokens = tokens;
     return p;
@@ -50,7 +50,7 @@ TEST(runs_as_on_the_host_machine) {
                 Session session = openSession(rig.bundle, options);
                 CHECK(mockSdk().current == 0 && !mockSdk().hostCode && session.identity() == "this one");
                 std::vector<std::vector<int64_t>> tokens;
-                for (Generation const& g : generate(session, prompts, most(9), {})) tokens.push_back(g.tokens);
+                for (Generation const& g : generate(session, prompts, maxTokens(9), {})) tokens.push_back(g.tokens);
                 if (first.empty()) first = tokens;
                 CHECK(tokens == first);
                 CHECK((mockSdk().machine.launches > 0) == (captures && graphs));
@@ -59,13 +59,13 @@ TEST(runs_as_on_the_host_machine) {
         }
     }
     CHECK(first[0] != first[1]);
-    resetMockSdk(twoLayers());  // finds what is left
+    resetMockSdk(twoLayers());  // reports what was not destroyed
 }
 
-TEST(machines_that_cannot) {
+TEST(unusable_machines) {
     Rig rig;
-    auto const refused = [&](char const* words, SessionOptions const& options = {}) {
-        REFUSES(BackendError, words, openSession(rig.bundle, options));
+    auto const refused = [&](char const* text, SessionOptions const& options = {}) {
+        REFUSES(BackendError, text, openSession(rig.bundle, options));
     };
     SessionOptions third;
     third.device = 3;
@@ -73,20 +73,20 @@ TEST(machines_that_cannot) {
     mockSdk().devices = 0;
     refused("no CUDA GPU (no device): run nvidia-smi, and check CUDA_VISIBLE_DEVICES");
     mockSdk().driver = 12080;
-    refused("the driver knows CUDA up to 12.8, this program is for 13.0: update the driver");
+    refused("the driver supports CUDA up to 12.8, this program needs 13.0: update the driver");
     mockSdk().driver = 0;
     refused("no CUDA driver: run this where nvidia-smi lists a GPU");
     CHECK(mockSdk().streams == 0);
 }
 
-TEST(plans_that_cannot) {
+TEST(unusable_plans) {
     Rig rig;
-    auto const refused = [&](char const* words) { REFUSES(EngineError, words, openSession(rig.bundle)); };
+    auto const refused = [&](char const* text) { REFUSES(EngineError, text, openSession(rig.bundle)); };
     mockSdk().prepares = false;
-    refused("cannot prepare profile 0: no memory for it");
+    refused("cannot prepare profile 0: out of memory");
     mockSdk().loads = false;
     refused(
-        "which version 10.16.0.1 built: The engine plan file is generated on an incompatible device: build it again");
+        "(built by version 10.16.0.1): The engine plan file is generated on an incompatible device: build it again");
     mockSdk().starts = false;
     refused("TensorRT cannot start: CUDA initialization failure");
     mockSdk().library = 10701;
@@ -107,17 +107,18 @@ TEST(plans_of_another_contract) {
     CHECK(mockSdk().streams == 0);
 }
 
-TEST(steps_and_memory_that_fail) {
+TEST(failing_steps_and_allocations) {
     Rig rig;
     Session session = openSession(rig.bundle);
-    mockSdk().machine.room = 4000;
-    REFUSES(BackendError, "no room on the GPU for 3 rows of 0.0 MB: use fewer rows at a time (cudaMalloc failed",
+    mockSdk().machine.freeBytes = 4000;
+    REFUSES(BackendError, "not enough GPU memory for 3 rows of 0.0 MB: use fewer rows at a time (cudaMalloc failed",
             session.open(3));
-    mockSdk().machine.room = 1 << 20;
+    mockSdk().machine.freeBytes = 1 << 20;
     session.open(3);
     session.step({1, 2, 3}, {1, 1, 1});
     mockSdk().machine.runs = mockSdk().loads = false;
-    REFUSES(EngineError, "on an incompatible device", openSession(rig.bundle));  // not the reason of what follows
+    REFUSES(EngineError, "on an incompatible device",
+            openSession(rig.bundle));  // must not be reported for the next step
     REFUSES(BackendError, "TensorRT cannot run this step: a kernel is missing", session.step({1, 2, 3}, {1, 1, 1}));
 }
 
@@ -126,12 +127,12 @@ TEST(plugins) {
     rig.bundle.plugin = PluginFacts{{}, "", true};
     openSession(rig.bundle);
     CHECK(mockSdk().hostCode);
-    Dl_info here{};
-    ::dladdr(reinterpret_cast<void*>(&std::fopen), &here);
-    rig.bundle.plugin = PluginFacts{here.dli_fname, "", false};  // any library
+    Dl_info info{};
+    ::dladdr(reinterpret_cast<void*>(&std::fopen), &info);
+    rig.bundle.plugin = PluginFacts{info.dli_fname, "", false};  // any library
     openSession(rig.bundle);
     rig.bundle.plugin->library = rig.bundle.plan;
-    REFUSES(EngineError, "the plugin does not load", openSession(rig.bundle));
+    REFUSES(EngineError, "cannot load the plugin", openSession(rig.bundle));
 }
 
 }  // namespace

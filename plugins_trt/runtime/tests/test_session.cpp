@@ -79,27 +79,27 @@ Prompt ramp(int64_t length, int64_t from = 1) {
     return prompt;
 }
 
-// Three rows through prefill, decode, parking, reset, copy and exchange, every logit checked.
+// Takes three rows through prefill, decode, parking, reset, copy and exchange, and checks every logit.
 void drive(Rig& rig, int rounds) {
     Session session = rig.session();
     Contract const& c = rig.contract;
     for (int round = 0; round < rounds; ++round) {
         session.open(3);
         std::vector<Oracle> rows(3, Oracle(c));
-        auto const step = [&](std::vector<int64_t> const& ids, std::vector<int32_t> const& fresh) {
-            Logits const logits = session.step(ids, fresh);
+        auto const step = [&](std::vector<int64_t> const& ids, std::vector<int32_t> const& newLength) {
+            Logits const logits = session.step(ids, newLength);
             auto const width = static_cast<int64_t>(ids.size()) / 3;
             for (int64_t row = 0; row < 3; ++row) {
                 Oracle& oracle = rows[static_cast<size_t>(row)];
-                for (int64_t t = 0; t < fresh[static_cast<size_t>(row)]; ++t) {
+                for (int64_t t = 0; t < newLength[static_cast<size_t>(row)]; ++t) {
                     oracle.feed(ids[static_cast<size_t>(row * width + t)]);
-                    bool const last = t + 1 == fresh[static_cast<size_t>(row)];
+                    bool const last = t + 1 == newLength[static_cast<size_t>(row)];
                     if (c.allLogits || last) CHECK(oracle.agrees(logits.row(row, c.allLogits ? t : 0)));
                 }
             }
         };
         if (c.chunk > 1) {
-            step({1, 2, 3, 4, 5, 6, 7, -9, 8, -9, -9, -9}, {4, 3, 1});  // padding may hold anything
+            step({1, 2, 3, 4, 5, 6, 7, -9, 8, -9, -9, -9}, {4, 3, 1});  // padding may contain anything
             step({9, 10, 11, 12, 13, 14}, {2, 2, 0});
         }
         for (int64_t t = 0; t < 6; ++t) step({t, t + 20, t + 40}, {1, t != 2, t % 2 == 0});
@@ -110,12 +110,12 @@ void drive(Rig& rig, int rounds) {
         session.copyRow(2, 2);
         if (c.chunk > 1) step({1, 2, 3, 4, 5, 6}, {0, 2, 2});
         step({7, 8, 9}, {1, 1, 1});
-        RowState const kept = session.readRow(1);
-        Oracle const keptRow = rows[1];
+        RowState const saved = session.readRow(1);
+        Oracle const savedRow = rows[1];
         step({10, 11, 12}, {1, 1, 1});
-        session.writeRow(0, kept);
-        rows[0] = keptRow;
-        CHECK(session.length(0) == session.length(1) - 1 && kept.length == session.length(0));
+        session.writeRow(0, saved);
+        rows[0] = savedRow;
+        CHECK(session.length(0) == session.length(1) - 1 && saved.length == session.length(0));
         for (int64_t t = 0; t < 3; ++t) step({t + 1, t + 2, t + 3}, {1, 1, 1});
     }
 }
@@ -151,7 +151,7 @@ TEST(engine_that_cannot_be_captured) {
     Rig rig;
     rig.machine.captures = false;
     drive(rig, 1);
-    CHECK(rig.machine.launches == 0 && rig.machine.tries == 1);
+    CHECK(rig.machine.launches == 0 && rig.machine.captureAttempts == 1);
 }
 
 TEST(all_logits) {
@@ -190,7 +190,7 @@ TEST(decode_after_other_batch_sizes) {
     CHECK(moved.length(0) == 0);
 }
 
-TEST(steps_that_are_refused) {
+TEST(refused_steps) {
     Contract c = twoLayers();
     c.positionLimit = 6;
     Rig rig(c);
@@ -224,7 +224,7 @@ TEST(steps_that_are_refused) {
     CHECK(s.length(0) == 4);
 }
 
-TEST(step_that_fails) {
+TEST(failing_step) {
     for (bool graphs : {true, false}) {
         Rig rig(twoLayers(), graphs);
         Session s = rig.session();
@@ -234,7 +234,7 @@ TEST(step_that_fails) {
         REFUSES(BackendError, "cannot run this step", s.step({2}, {1}));
         rig.machine.runs = true;
         REFUSES(BackendError, "call open(batch) again", s.step({2}, {1}));
-        // What the failed step left in the stream must not touch the memory of another batch size.
+        // Work of the failed step that is still in the stream must not touch the memory of another batch size.
         for (int64_t batch : {1, 2, 1}) {
             s.open(batch);
             Oracle oracle(rig.contract);
@@ -248,30 +248,30 @@ TEST(step_that_fails) {
     }
 }
 
-TEST(no_room) {
+TEST(not_enough_memory) {
     Rig rig;
-    size_t const room = rig.machine.room;
+    size_t const freeBytes = rig.machine.freeBytes;
     for (size_t size = 0; size < 40000; size += 500) {
-        rig.machine.room = size;
+        rig.machine.freeBytes = size;
         Session s = rig.session();
         try {
             s.open(3);
             CHECK(size > 3 * static_cast<size_t>(rig.contract.stateBytes()));
         } catch (BackendError const& error) {
-            CHECK(std::string(error.what()).find("no room on the GPU for 3 rows of 0.0 MB") == 0);
+            CHECK(std::string(error.what()).find("not enough GPU memory for 3 rows of 0.0 MB") == 0);
             CHECK(rig.machine.memory.empty() && s.batch() == 0);
         }
     }
-    CHECK(rig.machine.room == 39500 && room > 39500);
+    CHECK(rig.machine.freeBytes == 39500 && freeBytes > 39500);
 }
 
 TEST(plans_of_another_contract) {
     Rig rig;
-    auto const refused = [&](char const* words, std::function<void(HostPlan&)> const& change) {
-        REFUSES(EngineError, words, rig.session(change));
+    auto const refused = [&](char const* text, std::function<void(HostPlan&)> const& change) {
+        REFUSES(EngineError, text, rig.session(change));
     };
     refused("lacks the tensor logits", [](HostPlan& p) { p.io.erase(p.io.end() - 15); });
-    refused("has, and the contract does not, the tensor odd",
+    refused("has the tensor odd, which the contract lacks",
             [](HostPlan& p) { p.io.push_back({"odd", true, "int32", {1}}); });
     refused("lacks the tensor input_ids", [](HostPlan& p) { p.io[0].input = false; });
     refused("past.0.key as float32 [-1, 2, 6, 8] where the contract says float16 [-1, 2, 6, 8]",
@@ -280,14 +280,14 @@ TEST(plans_of_another_contract) {
     refused("past.0.key as float16 [-1, 2, 6]", [](HostPlan& p) { p.io[3].shape.pop_back(); });
     refused("has 1 profiles instead of 2", [](HostPlan& p) { p.profileCount = 1; });
     refused("profile 1 takes input_ids from [1, 1] to [3, 3], the contract needs [1, 1] to [3, 4]",
-            [](HostPlan& p) { p.longest = 3; });
+            [](HostPlan& p) { p.maxChunk = 3; });
     refused("writes present.0.key into past.1.z", [](HostPlan& p) { p.alias = "past.1.z"; });
     CHECK(rig.machine.memory.empty());
 }
 
 // ------------------------------------------------------------------ generation
 
-SamplingParams most(int64_t tokens) {
+SamplingParams maxTokens(int64_t tokens) {
     SamplingParams p;
     p.maxNewTokens = tokens;
     return p;
@@ -300,12 +300,13 @@ TEST(generation_agrees_with_the_oracle) {
         Session s = rig.session();
         std::vector<Prompt> const prompts = {ramp(11), ramp(1, 5), ramp(4, 7), ramp(8, 9), ramp(5, 2)};
         std::vector<Token> seen;
-        auto const results = generate(s, prompts, most(7), {}, nullptr, [&](Token const& t) { seen.push_back(t); });
+        auto const results =
+            generate(s, prompts, maxTokens(7), {}, nullptr, [&](Token const& t) { seen.push_back(t); });
         for (size_t i = 0; i < prompts.size(); ++i) {
             CHECK(results[i].tokens == greedy(rig.contract, prompts[i], 7));
             CHECK(results[i].finish == FinishReason::kLength);
         }
-        // As they come: step by step, the prompts of a group in order, the last one of each with a reason.
+        // Tokens arrive step by step, the prompts of a group in order; the last token of each prompt has a reason.
         std::vector<std::vector<int64_t>> streamed(prompts.size());
         for (Token const& t : seen) {
             streamed[t.row].push_back(t.id);
@@ -318,7 +319,7 @@ TEST(generation_agrees_with_the_oracle) {
 TEST(schedule_of_steps) {
     Rig rig;
     Session s = rig.session();
-    generate(s, {ramp(9), ramp(5)}, most(3), {});
+    generate(s, {ramp(9), ramp(5)}, maxTokens(3), {});
     std::vector<std::pair<int, Shape>> const expected = {
         {1, {2, 4}}, {1, {2, 4}}, {0, {2, 1}}, {0, {2, 1}}, {0, {2, 1}}};
     CHECK(rig.machine.steps == expected);
@@ -329,9 +330,9 @@ TEST(end_of_sequence) {
     Session s = rig.session();
     std::vector<int64_t> const free = greedy(rig.contract, ramp(6), 8);
     size_t const first = static_cast<size_t>(std::find(free.begin(), free.end(), free[3]) - free.begin());
-    auto result = generate(s, {ramp(6), ramp(3)}, most(8), {free[3]})[0];
+    auto result = generate(s, {ramp(6), ramp(3)}, maxTokens(8), {free[3]})[0];
     CHECK(result.finish == FinishReason::kEos && result.tokens.size() == first + 1 && result.tokens.back() == free[3]);
-    SamplingParams on = most(8);
+    SamplingParams on = maxTokens(8);
     on.ignoreEos = true;
     CHECK(generate(s, {ramp(6)}, on, {free[3]})[0].tokens == free);
 }
@@ -341,19 +342,19 @@ TEST(limits_and_refused_prompts) {
     c.positionLimit = 10;
     Rig rig(c);
     Session s = rig.session();
-    CHECK(generate(s, {ramp(7)}, most(99), {})[0].tokens.size() == 3);
+    CHECK(generate(s, {ramp(7)}, maxTokens(99), {})[0].tokens.size() == 3);
     REFUSES(UsageError, "a prompt of 10 tokens and its new tokens do not fit into the 10",
-            generate(s, {ramp(10)}, most(1), {}));
-    REFUSES(UsageError, "a prompt is empty", generate(s, {{1}, {}}, most(1), {}));
-    REFUSES(UsageError, "token ids must lie in 0..49", generate(s, {{50}}, most(1), {}));
-    REFUSES(UsageError, "max_new_tokens", generate(s, {{1}}, most(0), {}));
+            generate(s, {ramp(10)}, maxTokens(1), {}));
+    REFUSES(UsageError, "a prompt is empty", generate(s, {{1}, {}}, maxTokens(1), {}));
+    REFUSES(UsageError, "token ids must lie in 0..49", generate(s, {{50}}, maxTokens(1), {}));
+    REFUSES(UsageError, "max_new_tokens", generate(s, {{1}}, maxTokens(0), {}));
     RowState const prefix = prefill(s, ramp(9));
     CHECK(prefix.length == 9);
-    REFUSES(UsageError, "a continuation is empty", generate(s, {{}}, most(1), {}, &prefix));
-    REFUSES(UsageError, "a prompt of 10 tokens", generate(s, {{1}}, most(1), {}, &prefix));
+    REFUSES(UsageError, "a continuation is empty", generate(s, {{}}, maxTokens(1), {}, &prefix));
+    REFUSES(UsageError, "a prompt of 10 tokens", generate(s, {{1}}, maxTokens(1), {}, &prefix));
     CHECK(prefill(s, {1}, &prefix).length == 10);
     REFUSES(UsageError, "a prompt of 11 tokens does not fit", prefill(s, {1, 2}, &prefix));
-    CHECK(generate(s, {}, most(1), {}).empty());
+    CHECK(generate(s, {}, maxTokens(1), {}).empty());
 }
 
 TEST(shared_prefix) {
@@ -362,7 +363,7 @@ TEST(shared_prefix) {
     Session s = rig.session();
     RowState const prefix = prefill(s, ramp(9));
     std::vector<Prompt> const rest = {ramp(5, 4), ramp(2, 8), ramp(1, 9), ramp(6, 3)};
-    auto const results = generate(s, rest, most(4), {}, &prefix);
+    auto const results = generate(s, rest, maxTokens(4), {}, &prefix);
     for (size_t i = 0; i < rest.size(); ++i) {
         Prompt whole = ramp(9);
         whole.insert(whole.end(), rest[i].begin(), rest[i].end());
@@ -373,7 +374,7 @@ TEST(shared_prefix) {
 TEST(sampling_does_not_depend_on_the_batch) {
     Rig rig;
     Session s = rig.session();
-    SamplingParams p = most(12);
+    SamplingParams p = maxTokens(12);
     p.temperature = 1;
     p.seed = 3;
     auto const together = generate(s, {ramp(5), ramp(9, 2), ramp(3, 3), ramp(2, 4)}, p, {});

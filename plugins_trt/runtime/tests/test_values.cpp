@@ -91,7 +91,7 @@ TEST(json_malformed) {
     }
     REFUSES(JsonError, "at byte", Json::parse(std::string_view("\"a\0b\"", 5)));
     CHECK(Json::parse(std::string(64, '[') + std::string(64, ']')).array().size() == 1);
-    REFUSES(JsonError, "too many levels", Json::parse(std::string(100000, '[')));
+    REFUSES(JsonError, "nested too deeply", Json::parse(std::string(100000, '[')));
 }
 
 SamplingParams params(double temperature, int64_t topK = 0, double topP = 1) {
@@ -114,8 +114,7 @@ TEST(sampling) {
     float const quiet = std::numeric_limits<float>::quiet_NaN();
     for (float bad : {quiet, kInf, -kInf}) {
         std::vector<float> const broken = {bad, -kInf, bad};
-        REFUSES(BackendError, "logits: its weights or its dtype are not right",
-                chooseToken(broken.data(), 3, params(1), 0));
+        REFUSES(BackendError, "logits: check its weights and its dtype", chooseToken(broken.data(), 3, params(1), 0));
     }
     std::vector<float> const late = {5, quiet, 9};
     REFUSES(BackendError, "nan logits", chooseToken(late.data(), 3, params(0), 0));
@@ -136,7 +135,7 @@ TEST(sampler_streams) {
     CHECK(draw(7, 0) != draw(8, 0));
     CHECK(draw(7, 0) != draw(7 + (uint64_t{1} << 32), 0));
     CHECK(draw({}, 0) != draw({}, 0));
-    // Fixed for good: the same on every platform.
+    // These must never change, on any platform.
     CHECK((draw(7, 0) == std::vector<int64_t>{244, 553, 314, 202, 665, 472, 6, 429}));
 }
 
@@ -161,8 +160,8 @@ TEST(plan_headers_and_libraries) {
     PlanHeader const header = readHeader("x.plan", plan);
     CHECK(header.rtx && header.version == "1.7.1.116");
     REFUSES(EngineError, "has 98 bytes instead of 99", readHeader("x.plan", plan.substr(0, 98)));
-    REFUSES(EngineError, "is no TensorRT plan", readHeader("x.plan", "vtrt"));
-    REFUSES(EngineError, "is no TensorRT plan", readHeader("x.plan", std::string(99, 'x')));
+    REFUSES(EngineError, "is not a TensorRT plan", readHeader("x.plan", "vtrt"));
+    REFUSES(EngineError, "is not a TensorRT plan", readHeader("x.plan", std::string(99, 'x')));
     checkLibrary(10701, 10701);
     checkLibrary(101401, 101500);
     checkLibrary(101405, 101401);
@@ -185,7 +184,7 @@ TEST(aliases_with_old_and_new_headers) {
     CHECK(aliasOf(OldEngine{}, "present", "stated", 0) == "stated");
 }
 
-// A folder that goes at the end.
+// A temporary folder.
 struct Folder {
     fs::path path = [] {
         std::string name = (fs::temp_directory_path() / "less.XXXXXX").string();
@@ -198,11 +197,11 @@ TEST(row_state_files) {
     Folder const folder;
     fs::path const file = folder.path / "state.safetensors";
     Contract const contract = testing::twoLayers(ElementType::kBFloat16);
-    RowState state{123456, std::vector<std::byte>(static_cast<size_t>(contract.stateBytes())), "who \"we\" are"};
+    RowState state{123456, std::vector<std::byte>(static_cast<size_t>(contract.stateBytes())), "a \"quoted\" identity"};
     for (size_t i = 0; i < state.data.size(); ++i) state.data[i] = static_cast<std::byte>(i * 7);
     state.save(file, contract);
-    RowState const back = RowState::load(file, contract);
-    CHECK(back.length == state.length && back.data == state.data && back.identity == state.identity);
+    RowState const loaded = RowState::load(file, contract);
+    CHECK(loaded.length == state.length && loaded.data == state.data && loaded.identity == state.identity);
     CHECK(std::distance(fs::directory_iterator(folder.path), {}) == 1);
 
     REFUSES(BackendError, "belongs to another export", RowState::load(file, testing::twoLayers(ElementType::kFloat16)));
@@ -210,8 +209,8 @@ TEST(row_state_files) {
     one.layers.pop_back();
     REFUSES(BackendError, "past.1.", RowState::load(file, one));
     REFUSES(BackendError, "belongs to another export", state.save(file, one));
-    REFUSES(BackendError, "cannot write", state.save(folder.path / "nowhere" / "x", contract));
-    REFUSES(BackendError, "cannot read", RowState::load(folder.path / "nothing", contract));
+    REFUSES(BackendError, "cannot write", state.save(folder.path / "missing" / "x", contract));
+    REFUSES(BackendError, "cannot read", RowState::load(folder.path / "missing", contract));
     REFUSES(BackendError, "cannot read", RowState::load(folder.path, contract));
 
     std::ifstream in(file, std::ios::binary);
@@ -223,17 +222,17 @@ TEST(row_state_files) {
     for (size_t size : {size_t{0}, size_t{5}, size_t{8}, size_t{60}, whole.size() - 1}) damaged(whole.substr(0, size));
     damaged(whole + "x");
     damaged(std::string(8, '\xFF') + whole.substr(8));
-    for (auto const& [old, now] : {std::pair("less-state", "else-state"),
-                                   {"\"123456\"", "\"-23456\""},
-                                   {"data_offsets\":[0,", "data_offsets\":[9,"},
-                                   {"data_offsets\":[0,", "data_offsets\":[9223372036854775807,-2],\"x\":[0,"},
-                                   {"past.0.z", "past.0.y"},
-                                   {"\"shape\":[2", "\"shape\":[3"},
-                                   {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}}) {
+    for (auto const& [before, after] : {std::pair("less-state", "else-state"),
+                                        {"\"123456\"", "\"-23456\""},
+                                        {"data_offsets\":[0,", "data_offsets\":[9,"},
+                                        {"data_offsets\":[0,", "data_offsets\":[9223372036854775807,-2],\"x\":[0,"},
+                                        {"past.0.z", "past.0.y"},
+                                        {"\"shape\":[2", "\"shape\":[3"},
+                                        {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}}) {
         std::string text = whole;
-        size_t const at = text.find(old);
+        size_t const at = text.find(before);
         CHECK(at != std::string::npos);
-        if (at != std::string::npos) damaged(text.replace(at, std::strlen(old), now));
+        if (at != std::string::npos) damaged(text.replace(at, std::strlen(before), after));
     }
 }
 

@@ -1,4 +1,5 @@
-// The part of TensorRT that trt_plan.cpp uses, over the host machine; as from 10.15 on, it can be asked for aliases.
+// The part of TensorRT that trt_plan.cpp uses, on top of the host machine. Like TensorRT from 10.15 on, it reports
+// aliases.
 #pragma once
 
 #include <cstddef>
@@ -49,7 +50,7 @@ class ICudaEngine {
     TensorIOMode getTensorIOMode(char const* name) const noexcept;
     DataType getTensorDataType(char const* name) const noexcept;
     Dims getTensorShape(char const* name) const noexcept;
-    Dims getProfileShape(char const* name, int32_t profile, OptProfileSelector which) const noexcept;
+    Dims getProfileShape(char const* name, int32_t profile, OptProfileSelector selector) const noexcept;
     char const* getAliasedInputTensor(char const* name) const noexcept;
 };
 

@@ -1,5 +1,5 @@
-// The part of the CUDA runtime that cuda_device.cpp uses, over the host machine. The program that is linked against
-// the real one checks that these declarations are right.
+// The part of the CUDA runtime that cuda_device.cpp uses, on top of the host machine. The program linked against the
+// real runtime verifies that the declarations match.
 #pragma once
 
 #include <cstddef>

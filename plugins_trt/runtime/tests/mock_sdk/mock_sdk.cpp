@@ -19,7 +19,7 @@ static std::unique_ptr<MockSdk> sdk;
 MockSdk& mockSdk() { return *sdk; }
 
 void resetMockSdk(Contract const& contract) {
-    if (sdk && (sdk->streams || sdk->graphs)) bug("a stream or a graph is left");
+    if (sdk && (sdk->streams || sdk->graphs)) bug("a stream or a graph was not destroyed");
     sdk.reset();
     sdk = std::make_unique<MockSdk>();
     sdk->plan = std::make_unique<HostPlan>(contract, sdk->machine);
@@ -31,7 +31,7 @@ void resetMockSdk(Contract const& contract) {
 
 static GraphWork* capturing = nullptr;
 
-static cudaError_t tried(std::function<void()> const& action) {
+static cudaError_t statusOf(std::function<void()> const& action) {
     try {
         action();
         return cudaSuccess;
@@ -74,12 +74,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    if (capturing) bug("waiting for a stream that is captured");
+    if (capturing) bug("wait for a stream that is being captured");
     mockSdk().device->wait();
     return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
-    return tried([&] { *memory = mockSdk().device->allocate(bytes); });
+    return statusOf([&] { *memory = mockSdk().device->allocate(bytes); });
 }
 cudaError_t cudaMallocHost(void** memory, size_t bytes) { return cudaMalloc(memory, bytes); }
 cudaError_t cudaFree(void* memory) {
@@ -96,7 +96,7 @@ cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t) {
     return cudaSuccess;
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-    if (capturing) bug("captured twice");
+    if (capturing) bug("the stream is already being captured");
     capturing = new GraphWork;
     ++mockSdk().graphs;
     mockSdk().machine.sink = &capturing->work;
@@ -138,10 +138,10 @@ extern "C" int32_t getInferLibVersion() noexcept { return mockSdk().library; }
 
 namespace nvinfer1 {
 
-static void complain(char const* why) {
-    logger->log(ILogger::Severity::kERROR, "[checkMacros.cpp::catchCudaError::250] an echo");
-    logger->log(ILogger::Severity::kINFO, "no error at all");
-    logger->log(ILogger::Severity::kERROR, why);
+static void logError(char const* message) {
+    logger->log(ILogger::Severity::kERROR, "[checkMacros.cpp::catchCudaError::250] a repeated error");
+    logger->log(ILogger::Severity::kINFO, "not an error");
+    logger->log(ILogger::Severity::kERROR, message);
 }
 
 static Dims dimsOf(Shape const& shape) {
@@ -172,12 +172,12 @@ bool IExecutionContext::setTensorAddress(char const* name, void* memory) noexcep
     return true;
 }
 bool IExecutionContext::enqueueV3(cudaStream_t) noexcept {
-    if (!mockSdk().machine.runs) complain("a kernel\nis missing");
-    return tried([&] { mockSdk().plan->enqueue(profile_); }) == cudaSuccess;
+    if (!mockSdk().machine.runs) logError("a kernel\nis missing");
+    return statusOf([&] { mockSdk().plan->enqueue(profile_); }) == cudaSuccess;
 }
 int32_t ICudaEngine::getNbOptimizationProfiles() const noexcept { return mockSdk().plan->profiles(); }
 IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocationStrategy) noexcept {
-    if (!mockSdk().prepares) complain("no memory for it");
+    if (!mockSdk().prepares) logError("out of memory");
     return mockSdk().prepares ? new IExecutionContext : nullptr;
 }
 int32_t ICudaEngine::getNbIOTensors() const noexcept { return static_cast<int32_t>(mockSdk().plan->io.size()); }
@@ -194,9 +194,9 @@ DataType ICudaEngine::getTensorDataType(char const* name) const noexcept {
     return kTypes.at(tensor(name).dtype);
 }
 Dims ICudaEngine::getTensorShape(char const* name) const noexcept { return dimsOf(tensor(name).shape); }
-Dims ICudaEngine::getProfileShape(char const* name, int32_t profile, OptProfileSelector which) const noexcept {
-    auto const [least, most] = mockSdk().plan->range(name, profile);
-    return dimsOf(which == OptProfileSelector::kMIN ? least : most);
+Dims ICudaEngine::getProfileShape(char const* name, int32_t profile, OptProfileSelector selector) const noexcept {
+    auto const [minimum, maximum] = mockSdk().plan->range(name, profile);
+    return dimsOf(selector == OptProfileSelector::kMIN ? minimum : maximum);
 }
 char const* ICudaEngine::getAliasedInputTensor(char const* name) const noexcept {
     static std::string input;
@@ -206,12 +206,12 @@ char const* ICudaEngine::getAliasedInputTensor(char const* name) const noexcept 
 void IRuntime::setEngineHostCodeAllowed(bool allowed) noexcept { mockSdk().hostCode = allowed; }
 ICudaEngine* IRuntime::deserializeCudaEngine(void const* data, size_t bytes) noexcept {
     if (bytes == 0 || data == nullptr) bug("an empty plan");
-    if (!mockSdk().loads) complain("The engine plan file is generated on an incompatible device");
+    if (!mockSdk().loads) logError("The engine plan file is generated on an incompatible device");
     return mockSdk().loads ? new ICudaEngine : nullptr;
 }
 IRuntime* createInferRuntime(ILogger& to) noexcept {
     logger = &to;
-    if (!mockSdk().starts) complain("CUDA initialization failure");
+    if (!mockSdk().starts) logError("CUDA initialization failure");
     return mockSdk().starts ? new IRuntime : nullptr;
 }
 

@@ -1,4 +1,4 @@
-// What a test sets on the mocked machine before it opens a session.
+// What a test configures before it opens a session on the mocked machine.
 #pragma once
 
 #include "host_machine.hpp"
@@ -8,13 +8,13 @@ namespace less::testing {
 struct MockSdk {
     Machine machine;
     std::unique_ptr<HostDevice> device = std::make_unique<HostDevice>(machine);
-    std::unique_ptr<HostPlan> plan;  // what every plan deserialises to
+    std::unique_ptr<HostPlan> plan;  // every plan deserialises to this
     int devices = 1, driver = 13000, runtime = 13000, library = 101601;
     bool starts = true, loads = true, prepares = true, captures = true, hostCode = false;
     int streams = 0, graphs = 0, current = -1;
 };
 
-// The one of the test that runs.
+// That of the current test.
 MockSdk& mockSdk();
 void resetMockSdk(Contract const& contract);
 
