@@ -1,15 +1,17 @@
-// Runs CUDA kernels on the host: one fiber per CUDA thread, blocks one after another, in a chosen order.
+// Runs CUDA kernels on the host: one fiber per CUDA thread, one block after another, in a selectable order.
 //
-// Compile a .cu file with it instead of nvcc (CUDA's headers are needed for their types, neither nvcc nor a driver):
+// Use it to compile a .cu file without nvcc (CUDA's headers are needed for their types; nvcc and a driver are not):
 //     g++ -std=c++17 -x c++ -include plugins_trt/emulation/cuda_emu.h -I$CUDA_HOME/include kernel.cu
 //
-// What it is made to find: missing barriers and waits (a thread runs until it has to wait, so whatever it should have
-// waited for is not there yet in some order), reads of shared memory that nobody wrote (it starts as NaN), accesses
-// out of bounds (shared memory is a heap block of the exact size: build with -fsanitize=address), barriers that not
-// all threads reach (reported as a deadlock). What it cannot find: races between blocks, and timing.
+// It finds:
+// - missing barriers and waits: a thread runs until it has to wait, so in some order the data is not there yet;
+// - reads of shared memory that has not been written: it is initialised to NaN;
+// - accesses out of bounds: shared memory is a heap block of the exact size (build with -fsanitize=address);
+// - barriers that not all threads reach: reported as a deadlock.
+// It cannot find races between blocks, or measure time.
 //
-// EMU_ORDER: 0 threads and blocks upwards, 1 downwards, 2 and 3 shuffled anew each time, 4 and 5 one warp runs as far
-// as it gets before the next one starts, upwards and downwards.
+// EMU_ORDER: 0 threads and blocks in ascending order, 1 in descending order, 2 and 3 shuffled each time; with 4
+// (ascending) and 5 (descending), each warp runs as far as possible before the next one starts.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -61,7 +63,7 @@ struct Fiber {
     std::vector<std::vector<std::function<void()>>> groups;
 };
 
-// What lanes show each other, twice so that a fast lane cannot overwrite what a slow one still reads.
+// Values that lanes exchange; two buffers, so that a fast lane cannot overwrite what a slow one still reads.
 struct Exchange {
     alignas(16) unsigned char bytes[2][kWarp][64];
 };
@@ -76,7 +78,7 @@ struct Machine {
     size_t sharedBytes = 0;
     void* scheduler[5];
     int current = 0;
-    long progress = 0;  // grows whenever some thread gets past something
+    long progress = 0;  // increases whenever a thread makes progress
     uint3 blockIndex{};
     dim3 blockSize, gridSize;
 };
@@ -86,13 +88,13 @@ inline Machine& machine() {
     return m;
 }
 
-// Read once from the environment; may be set between launches.
+// Initialised from the environment; may be changed between launches.
 inline int& order() {
-    static int chosen = std::getenv("EMU_ORDER") != nullptr ? std::atoi(std::getenv("EMU_ORDER")) : 0;
-    return chosen;
+    static int value = std::getenv("EMU_ORDER") != nullptr ? std::atoi(std::getenv("EMU_ORDER")) : 0;
+    return value;
 }
 
-// Blocks that a launch should be cut into; tests set it, to take other paths through the same shapes.
+// Number of blocks to split a launch into. Tests change it to take other code paths with the same shapes.
 inline int& blocksWanted() {
     static int wanted = 512;
     return wanted;
@@ -101,8 +103,8 @@ inline int& blocksWanted() {
 inline Fiber& self() { return machine().fibers[machine().current]; }
 inline int lane() { return machine().current % kWarp; }
 
-// The two halves of a switch. They are built-ins because the sanitizers take longjmp between stacks for a mistake,
-// and stay out of line because a built-in jump must not end in the function that it starts from.
+// The two halves of a context switch. They use built-ins because the sanitizers report longjmp between stacks as an
+// error, and are not inlined because a built-in jump must not end in the function that it starts from.
 __attribute__((noinline, no_sanitize("address"))) inline void leave(void** target) { __builtin_longjmp(target, 1); }
 
 __attribute__((noinline, no_sanitize("address"))) inline void yield() {
@@ -159,9 +161,9 @@ struct Shuffle {
     }
 };
 
-inline std::vector<int> counted(int n, bool downwards) {
+inline std::vector<int> indices(int n, bool descending) {
     std::vector<int> items(n);
-    for (int i = 0; i < n; ++i) items[i] = downwards ? n - 1 - i : i;
+    for (int i = 0; i < n; ++i) items[i] = descending ? n - 1 - i : i;
     return items;
 }
 
@@ -177,8 +179,8 @@ inline void runBlock(int threads, Shuffle& shuffle) {
         m.fibers[t].exchanges = 0;
     }
     bool const greedy = order() >= 4;
-    std::vector<int> turn = counted(threads, order() == 1);
-    std::vector<int> const warpTurn = counted(warps, order() == 5);
+    std::vector<int> turn = indices(threads, order() == 1);
+    std::vector<int> const warpTurn = indices(warps, order() == 5);
     auto round = [&] {
         if (!greedy) {
             if (order() >= 2) shuffle(turn);
@@ -203,7 +205,7 @@ inline void runBlock(int threads, Shuffle& shuffle) {
         long const before = m.progress;
         round();
         if (m.progress == before) {
-            std::fprintf(stderr, "emulation: deadlock, a barrier that not every thread reaches\n");
+            std::fprintf(stderr, "emulation: deadlock: not every thread reaches a barrier\n");
             std::abort();
         }
     }
@@ -225,7 +227,7 @@ cudaError_t launch(dim3 grid, int threads, size_t sharedBytes, Kernel&& kernel) 
     m.blockSize = dim3(threads);
     Shuffle shuffle{12345u + static_cast<uint32_t>(order())};
     int const blocks = static_cast<int>(grid.x * grid.y * grid.z);
-    std::vector<int> turn = counted(blocks, order() == 1 || order() == 5);
+    std::vector<int> turn = indices(blocks, order() == 1 || order() == 5);
     if (order() == 2 || order() == 3) shuffle(turn);
     for (int block : turn) {
         m.blockIndex = make_uint3(block % grid.x, block / grid.x % grid.y, block / (grid.x * grid.y));
@@ -234,9 +236,10 @@ cudaError_t launch(dim3 grid, int threads, size_t sharedBytes, Kernel&& kernel) 
     return cudaSuccess;
 }
 
-// Every lane shows `mine`; the result points at what the 32 lanes showed. A convergence point of the warp.
+// Exchanges `mine` among the lanes of a warp, which all have to call this. Returns the value of lane `from`; those of
+// the other lanes lie beside it, sizeof(Exchange::bytes[0][0]) apart.
 template <class T>
-T const& shown(T const& mine, int from) {
+T const& exchanged(T const& mine, int from) {
     static_assert(sizeof(T) <= sizeof(Exchange::bytes[0][0]), "too large for the exchange");
     Machine& m = machine();
     auto& bytes = m.exchanges[m.current / kWarp].bytes[self().exchanges++ & 1];
@@ -258,15 +261,15 @@ inline void __syncthreads() { emu::wait(emu::machine().block); }
 inline void __syncwarp(unsigned = ~0u) { emu::wait(emu::warpBarrier()); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-    return emu::shown(value, emu::lane() ^ mask);
+    return emu::exchanged(value, emu::lane() ^ mask);
 }
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {
-    return emu::shown(value, from);
+    return emu::exchanged(value, from);
 }
 inline unsigned __ballot_sync(unsigned, int predicate) {
     int const mine = predicate != 0;
-    int const* all = &emu::shown(mine, 0);
+    int const* all = &emu::exchanged(mine, 0);
     unsigned bits = 0;
     for (int i = 0; i < emu::kWarp; ++i) {
         auto const* at = reinterpret_cast<unsigned char const*>(all) + i * sizeof(emu::Exchange::bytes[0][0]);
@@ -300,7 +303,7 @@ inline float __logf(float x) { return std::log(x); }
 using std::max;
 using std::min;
 
-// ---- the runtime calls of the launcher and the plugin, on host memory
+// ---- runtime calls of the launcher and the plugin, on host memory
 
 namespace emu {
 inline cudaError_t copy(void* target, void const* source, size_t bytes) {

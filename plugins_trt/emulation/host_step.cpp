@@ -1,4 +1,4 @@
-// One step of the emulated kernels behind a C interface, for tests: scratch memory is of the exact size and poisoned.
+// C interface to one step of the emulated kernels, for tests. Scratch memory has the exact size and is poisoned.
 #include <cstring>
 #include <memory>
 
@@ -11,7 +11,7 @@ extern "C" char const* less_why_unsupported(less::AttentionShape const* shape, l
 extern "C" void less_host_set_order(int order) { emu::order() = order; }
 extern "C" void less_host_set_blocks(int wanted) { emu::blocksWanted() = wanted; }
 
-// Returns a cudaError_t, or -1 where the counters were not left at zero.
+// Returns a cudaError_t, or -1 if the counters are not zero afterwards.
 extern "C" int less_host_step(less::AttentionShape const* shape, less::AttentionRules const* rules,
                               less::AttentionTensors const* tensors) {
     size_t const bytes = less::workspaceBytes(*shape, *rules);

@@ -1,7 +1,7 @@
-// Runs recorded launches of the emulated kernels once more, for builds that cannot live inside Python (sanitizers).
+// Replays recorded launches of the emulated kernels, for builds that cannot be loaded into Python (sanitizers).
 //
-// Usage: replay FILE ORDER...; FILE holds, for each launch, AttentionShape, AttentionRules and the 14 input tensors.
-// Every tensor gets a heap block of its exact size, so that the address sanitizer sees what lies beside it.
+// Usage: replay FILE ORDER...; for each launch, FILE contains AttentionShape, AttentionRules and the 14 input tensors.
+// Every tensor gets a heap block of its exact size, so that the address sanitizer detects accesses beyond it.
 #include <cstdio>
 #include <cstring>
 #include <memory>

@@ -1,9 +1,9 @@
-// LESS attention (arXiv 2402.09398) on CUDA: one layer, one step, the state updated in place.
+// LESS attention (arXiv 2402.09398) on CUDA: one step of one layer, with the state updated in place.
 //
-// Knows CUDA only; TensorRT comes on top (src/less_attention_plugin.h). The semantics are those of
+// Depends on CUDA only; src/less_attention_plugin.h builds the TensorRT plugin on it. The semantics are those of
 // less_export/less/reference.py, the reference of the operator less::LessAttention, version 1.
-// Shapes: B rows, Hq query heads, Hk KV heads (a multiple of them are query heads), T tokens of the chunk,
-// C slots, R features, D head_dim. All tensors are dense and row-major.
+// Shapes: B rows, Hq query heads, Hk KV heads (Hq is a multiple of Hk), T tokens of the chunk, C slots, R features,
+// D head_dim. All tensors are dense and row-major.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,17 +15,17 @@ namespace less {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
-// Which tokens keep a slot; the values are those of the operator's attribute.
+// Decides which tokens keep a slot; the values are those of the operator's attribute.
 enum class Policy : int32_t { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull = 4 };
 
 // The attributes of the operator.
 struct AttentionRules {
-    float scale;     // factor of q.k
-    Policy policy;   //
-    int32_t heavy;   // slots for heavy hitters (sink: first positions that stay)
-    int32_t recent;  // newest tokens that stay
+    float scale;     // multiplies q.k
+    Policy policy;   // which tokens keep a slot
+    int32_t heavy;   // slots for heavy hitters (sink: for the first positions, never evicted)
+    int32_t recent;  // newest tokens, never evicted
     int32_t window;  // > 0: a query sees its newest `window` positions, itself included
-    int32_t absorb;  // 1: what loses its slot goes into H and z; 0: there is no low-rank term
+    int32_t absorb;  // 1: tokens that lose their slot are added to H and z; 0: there is no low-rank term
 };
 
 struct AttentionShape {
@@ -33,7 +33,7 @@ struct AttentionShape {
     int32_t batch, queryHeads, kvHeads, chunk, headDim, slots, rank;
 };
 
-// T below is the dtype of the shape. present* may be the same memory as past* (in place) or not overlap it.
+// T below is the dtype of the shape. present* must either be the same memory as past* (in place) or not overlap it.
 struct AttentionTensors {
     void const* q;                // T   [B,Hq,T,D], rotary applied
     void const* k;                // T   [B,Hk,T,D]
@@ -50,7 +50,7 @@ struct AttentionTensors {
     int32_t const* pastLength;    // i32 [B], tokens seen before the chunk
     int32_t const* newLength;     // i32 [B], valid tokens of the chunk, 0..T
     void* out;                    // T   [B,Hq,T,D], zero where t >= newLength
-    void* presentKey;             // like their past
+    void* presentKey;             // shaped like its past
     void* presentValue;
     void* presentPsi;
     float* presentScore;
@@ -59,21 +59,22 @@ struct AttentionTensors {
     float* presentZ;
 };
 
-// Device memory of kCounterBytes, zero before the first launch and zero again after each: a decode step that
-// splits its slots over several blocks counts them there. Not shared by launches that may overlap.
+// Size of the counters in device memory, with which a decode step that splits its slots over several blocks counts
+// the blocks that are done. They must be zero before the first launch; every launch leaves them zero. Launches that may
+// overlap must not share them.
 constexpr size_t kCounterBytes = 4096;
 
-// Why this layer cannot run, in words (a static string), or nullptr. `chunk` and `batch` are not looked at.
+// The reason why this layer cannot run (a static string), or nullptr. `chunk` and `batch` are ignored.
 char const* whyUnsupported(AttentionShape const& shape, AttentionRules const& rules) noexcept;
 
-// Scratch memory in bytes that is enough for every launch up to this batch and chunk. Needs no device.
+// Bytes of scratch memory sufficient for every launch up to this batch and chunk. Needs no device.
 size_t workspaceBytes(AttentionShape const& shape, AttentionRules const& rules) noexcept;
 
-// Loads the kernels that `enqueue` would launch onto the current device, so that `enqueue` can be captured.
+// Loads onto the current device the kernels that `enqueue` will launch, so that `enqueue` can be captured.
 cudaError_t prepare(AttentionShape const& shape, AttentionRules const& rules) noexcept;
 
 // One step on `stream`: chunk = 1 decodes, chunk > 1 prefills. No allocation, no synchronisation.
-// `workspace` has workspaceBytes(shape, rules) bytes, aligned to 256; its contents do not matter.
+// `workspace` has workspaceBytes(shape, rules) bytes, aligned to 256, with any contents.
 cudaError_t enqueue(AttentionShape const& shape, AttentionRules const& rules, AttentionTensors const& tensors,
                     void* workspace, uint32_t* counters, cudaStream_t stream) noexcept;
 

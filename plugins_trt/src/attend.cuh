@@ -1,8 +1,8 @@
-// Prefill (T > 1), what looks at queries and keys together: the attention itself, and the scores it leaves.
+// Prefill (T > 1), first part: attention, and the scores that result from it.
 //
-// attendKernel: grid (ceil(T / 64), Hq, B), 16 query rows a warp, over tiles of slots and then of the chunk.
-// scoreKernel: grid (ceil(C / 64) + ceil(T / 64), Hq, B), 16 keys a warp, over tiles of the head's queries: the sums
-// over queries of the attention probabilities, which need every query's final maximum and sum.
+// attendKernel: grid (ceil(T / 64), Hq, B), 16 query rows per warp; iterates over tiles of the slots and of the chunk.
+// scoreKernel: grid (ceil(C / 64) + ceil(T / 64), Hq, B), 16 keys per warp; iterates over tiles of the head's queries
+// and sums the attention probabilities over them, which needs every query's final maximum and sum.
 #pragma once
 
 #include "rules.cuh"
@@ -14,14 +14,14 @@ struct PrefillParams {
     AttentionRules rules;
     AttentionShape shape;
     AttentionTensors t;
-    float* peaks;   // [B,Hq,T] maximum logit of a query over slots and chunk
-    float* scales;  // [B,Hq,T] 1 / sum over those
+    float* peaks;   // [B,Hq,T] maximum logit of each query over slots and chunk
+    float* scales;  // [B,Hq,T] 1 / sum of exp(logit - maximum) over those
     float* gained;  // [B,Hq,C+T] score from this chunk
-    int* fates;     // [B,Hk,C+T] where a token goes, see settle.cuh
+    int* fates;     // [B,Hk,C+T] what happens to each token, see settle.cuh
     int* freed;     // [B,Hk,C] slots to fill
 };
 
-// Where the j-th tile of [slots, chunk] lies: tiles never straddle the two.
+// Position of a tile within [slots, chunk]. No tile spans both.
 struct Source {
     bool chunk;
     int base, length;
@@ -34,7 +34,7 @@ template <class T, int W>
 struct AttendShared {
     using Tiles = Tiling<T, W>;
     typename Tiles::Tile keys[Tiles::kStages], values[Tiles::kStages];
-    int positions[Tiles::kStages][Tiles::kRows];  // -1 where nothing may be seen
+    int positions[Tiles::kStages][Tiles::kRows];  // -1: not visible to any query
 };
 
 template <class T, int W>
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
               R = p.shape.rank, chunk = p.shape.chunk;
     int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
     long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G;
-    // The last rows see most and start first. A thread's rows are low and low + 8.
+    // The last rows see the most keys, so they start first. A thread has the rows low and low + 8.
     int const first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kTileRows, low = first + warp * 16 + g;
     T* const out = static_cast<T*>(p.t.out) + queryHead * chunk * D;
     if (first >= count) {  // padding only
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     WarpRows<T, W> queries;
     queries.load(low < count ? q + low * D : nullptr, low + 8 < count ? q + (low + 8) * D : nullptr, D, t);
 
-    // Tiles that the window hides from all of these rows are left out.
+    // Tiles that the window hides from all of these rows are skipped.
     bool const slotsHidden = rules.window > 0 && first >= rules.window;
     int const slotTiles = slotsHidden ? 0 : (C + N - 1) / N;
     int const hidden = rules.window > 0 ? max(0, first - rules.window + 1) / N : 0;
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
         __syncthreads();
     }
 
-    // ---- the low-rank term, and the output
+    // ---- low-rank term and output
     float const* const h = p.t.presentH + head * R * D;
     float const* const z = p.t.presentZ + head * R;
 #pragma unroll
@@ -237,7 +237,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
     WarpRows<T, W> warpKeys;
     warpKeys.load(rows[0], rows[1], D, t);
 
-    // Queries that count: all of them, or the last; none of those before a key of the chunk.
+    // Queries that contribute: all, or only the last one. Queries before a key of the chunk do not.
     int const start = rules.policy == Policy::kTova ? count - 1 : 0;
     int const skipped = (from.chunk ? max(start, from.base) : start) / N;
     int const tiles = (count + N - 1) / N - skipped;
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
             bool const wanted = query >= start && query < count && column < D;
             copyAsync(shared.queries[stage].x + row * Tiles::kStride + column,
                       q + (wanted ? static_cast<long>(query) * D + column : 0), wanted);
-            if (column == 0) {  // a query that does not count has scale 0
+            if (column == 0) {  // a query that does not contribute has scale 0
                 shared.peaks[stage][row] = wanted ? p.peaks[queryHead * chunk + query] : 0.f;
                 shared.scales[stage][row] = wanted ? p.scales[queryHead * chunk + query] : 0.f;
             }

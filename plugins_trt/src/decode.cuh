@@ -1,8 +1,8 @@
 // One decode step (T = 1) of a layer in one launch: grid (splits, Hk, B).
 //
 // Each block reads its share of a KV head's slots once, for all query heads of the group, with a running maximum per
-// head. The block that finishes last (the only one where there is one split) merges the shares in order, adds the new
-// token and the low-rank term, updates the scores, chooses who leaves, absorbs it into H and z while it reads H for the
+// head. The block that finishes last (with one split, the only one) merges the shares in order, adds the new token and
+// the low-rank term, updates the scores, chooses which token leaves, absorbs it into H and z while reading H for the
 // output, and stores the new token.
 #pragma once
 
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     constexpr int kWidth = Layout::kWidth;
     constexpr int kRowsPerWarp = kWarpSize / LPR;
     constexpr int kUnroll = GT > 4 || sizeof(T) == 4 ? 2 : 4;  // slots in flight per thread
-    constexpr int kRows = kWarps * kRowsPerWarp;               // slots that a block looks at together
+    constexpr int kRows = kWarps * kRowsPerWarp;               // slots that a block processes at a time
     LESS_SHARED_MEMORY(raw);
     float* const shared = reinterpret_cast<float*>(raw);
     float* const accShared = shared + Layout::kAcc;
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     long const head = static_cast<long>(batch) * Hk + blockIdx.y;  // of the keys and values
     T const* const q = static_cast<T const*>(p.t.q) + head * G * D;
     T* const out = static_cast<T*>(p.t.out) + head * G * D;
-    if (p.t.newLength[batch] <= 0) {  // parked: the state stays as it is
+    if (p.t.newLength[batch] <= 0) {  // parked: the state does not change
         if (split == 0) {
             for (int x = tid; x < G * D; x += kThreads) out[x] = fromFloat<T>(0.f);
         }
@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     bool const scores = keepsScores(rules);
 
     // Per head of the group, after the head-independent arrays.
-    float* const exactPeak = shared + Layout::kHeads;  // maximum over the slots and the new token
-    float* const exactScale = exactPeak + G;           // 1 / sum over those
-    float* const oldPeak = exactScale + G;             // maximum over the slots
-    float* const oldWeight = oldPeak + G;              // factor of the accumulator in the output
-    float* const newWeight = oldWeight + G;            // factor of the new value
-    float* const newShare = newWeight + G;             // score that the new token gets
-    float* const lowWeight = newShare + G;             // [G][R] factors of H
+    float* const exactPeak = shared + Layout::kHeads;  // maximum logit over the slots and the new token
+    float* const exactScale = exactPeak + G;           // 1 / sum of exp(logit - maximum) over those
+    float* const oldPeak = exactScale + G;             // maximum logit over the slots
+    float* const oldWeight = oldPeak + G;              // weight of the accumulator in the output
+    float* const newWeight = oldWeight + G;            // weight of the new value in the output
+    float* const newShare = newWeight + G;             // score of the new token
+    float* const lowWeight = newShare + G;             // [G][R] weights of H
     float* const leaverPsi = lowWeight + G * R;        // [R]
     float* const logits = p.logits != nullptr ? p.logits + head * G * C : leaverPsi + R;
     Choice* const scratch = reinterpret_cast<Choice*>(shared + Layout::kReduce);
@@ -61,14 +61,14 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     int const share = (C + p.splits - 1) / p.splits, begin = split * share, end = min(C, begin + share);
     bool const direct = p.partials == nullptr;  // the accumulator stays in shared memory
     float* const partial = direct ? nullptr : p.partials + (head * p.splits + split) * G * (D + 2);
-    bool const mine = column < D;
+    bool const inRange = column < D;
     for (int tile = 0; tile < G; tile += GT) {
         float query[GT][8], acc[GT][8], peak[GT], mass[GT];
 #pragma unroll
         for (int g = 0; g < GT; ++g) {
             Vec8<T> vector;
             zero(vector);
-            if (mine && tile + g < G) vector = *reinterpret_cast<Vec8<T> const*>(q + (tile + g) * D + column);
+            if (inRange && tile + g < G) vector = *reinterpret_cast<Vec8<T> const*>(q + (tile + g) * D + column);
             unpack(vector, query[g]);
             peak[g] = -kInfinity;
             mass[g] = 0.f;
@@ -82,12 +82,12 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
             Vec8<T> key[kUnroll], value[kUnroll];
             int position[kUnroll];
 #pragma unroll
-            for (int u = 0; u < kUnroll; ++u) {  // loads wait for nothing; what may not be seen is dropped below
+            for (int u = 0; u < kUnroll; ++u) {  // load unconditionally; invisible slots are dropped below
                 int const slot = min(first + row + u * kRows, end - 1);
                 position[u] = positions[slot];
                 zero(key[u]);
                 zero(value[u]);
-                if (mine) {
+                if (inRange) {
                     key[u] = loadOnce(keys + static_cast<long>(slot) * D + column);
                     value[u] = loadOnce(values + static_cast<long>(slot) * D + column);
                 }
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 }
             }
         }
-        // The rows of a warp, then the warps.
+        // Merge the rows of a warp, then the warps.
 #pragma unroll
         for (int g = 0; g < GT; ++g) {
 #pragma unroll
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 }
             }
         }
-        __syncthreads();  // the tile before has been read
+        __syncthreads();  // the previous tile has been read
         if (row == 0) {
 #pragma unroll
             for (int g = 0; g < GT; ++g) {
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     float const* const parts = direct ? nullptr : p.partials + head * p.splits * G * (D + 2);
     int const stride = G * (D + 2);
 
-    // ---- one warp a head: new token, low-rank term, weights of everything
+    // ---- one warp per head: new token, low-rank term, all weights
     T const* const newKey = static_cast<T const*>(p.t.k) + head * D;
     T const* const newValue = static_cast<T const*>(p.t.v) + head * D;
     float* const h = p.t.presentH + head * R * D;
@@ -220,9 +220,9 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         total = warpSum(total);
         float dot = 0.f;
         for (int d = lane; d < D; d += kWarpSize) dot += toFloat(q[g * D + d]) * toFloat(newKey[d]);
-        float const fresh = warpSum(dot) * rules.scale;
-        float const exact = fmaxf(top, fresh);
-        float const exactTotal = total * expDifference(top, exact) + __expf(fresh - exact);
+        float const newLogit = warpSum(dot) * rules.scale;
+        float const exact = fmaxf(top, newLogit);
+        float const exactTotal = total * expDifference(top, exact) + __expf(newLogit - exact);
         float low = -kInfinity;
         if (rules.absorb) {
             for (int r = lane; r < R; r += kWarpSize) {
@@ -242,20 +242,20 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         }
         float const norm = 1.f / (exactTotal * __expf(exact - all) + lowTotal);
         if (rules.absorb) {
-            for (int r = lane; r < R; r += kWarpSize) lowWeight[g * R + r] *= norm;  // its own lane's
+            for (int r = lane; r < R; r += kWarpSize) lowWeight[g * R + r] *= norm;  // written by the same lane
         }
         if (lane == 0) {
             exactPeak[g] = exact;
             exactScale[g] = 1.f / exactTotal;
             oldPeak[g] = top;
             oldWeight[g] = expDifference(top, all) * norm;
-            newWeight[g] = __expf(fresh - all) * norm;
-            newShare[g] = __expf(fresh - exact) / exactTotal;
+            newWeight[g] = __expf(newLogit - all) * norm;
+            newShare[g] = __expf(newLogit - exact) / exactTotal;
         }
     }
     __syncthreads();
 
-    // ---- scores, and who leaves
+    // ---- scores, and which token leaves
     float* const slotScores = p.t.presentScore + head * C;
     int const next = now + 1;  // position of the next query
     Choice choice{~0ull, C, C, 0, 0};
@@ -268,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
             ++choice.leavers;
         }
         if (scores && position >= 0) {
-            float score = 0.f;  // of this step, so that it is rounded once when it joins a long sum
+            float score = 0.f;  // of this step alone, so that adding it to the long-running sum rounds once
             for (int g = 0; g < G; ++g) {
                 float const logit = p.logits != nullptr ? __ldcg(logits + g * C + c) : logits[g * C + c];
                 score += expDifference(logit, exactPeak[g]) * exactScale[g];
@@ -283,14 +283,14 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         choice.stayers += stays;
     }
     choice = blockCombined(choice, scratch);
-    // With the new token they are one too many: the lowest score goes, the higher index of equals.
+    // With the new token there is one too many: the lowest score leaves, of equal scores the higher index.
     bool const evict = scores && choice.stayers == C;
     int const victim = evict ? static_cast<int>(0xffffffffu - static_cast<unsigned>(choice.victim)) : C;
     int const target = min(choice.free, victim);  // where the new token goes
     int const leaver = min(choice.leaving, victim);
     bool const absorbs = rules.absorb && leaver < C;
 
-    // ---- the output; on the way the first leaver goes into H and z
+    // ---- output; the same pass absorbs the first leaver into H and z
     T* const psis = static_cast<T*>(p.t.presentPsi) + head * C * R;
     for (int r = tid; r < R; r += kThreads)
         leaverPsi[r] = absorbs ? toFloat(psis[static_cast<long>(leaver) * R + r]) : 0.f;
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         bool const update = absorbs && tile + GT >= G;
         for (int d = tid; d < D; d += kThreads) {
             float result[GT];
-            float const fresh = toFloat(newValue[d]);
+            float const newElement = toFloat(newValue[d]);
             float const leaverValue = update ? toFloat(values[static_cast<long>(leaver) * D + d]) : 0.f;
 #pragma unroll
             for (int g = 0; g < GT; ++g) {
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                         sum += expDifference(__ldcg(part + D), oldPeak[tile + g]) * __ldcg(part + d);
                     }
                 }
-                result[g] = sum * oldWeight[tile + g] + fresh * newWeight[tile + g];
+                result[g] = sum * oldWeight[tile + g] + newElement * newWeight[tile + g];
             }
             if (rules.absorb) {
 #pragma unroll 8
@@ -336,9 +336,9 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
             }
         }
     }
-    // More than one token leaves at once only when a state was not made step by step; the sum is the same.
+    // Several tokens leave at once only if the state was not produced step by step; the sum is the same.
     if (rules.absorb && choice.leavers > 1) {
-        __syncthreads();  // other threads hold H here
+        __syncthreads();  // other threads may still be updating H
         for (int c = leaver + 1; c < C; ++c) {
             if (positions[c] < 0 || mayStay(rules, positions[c], next)) continue;
             for (int x = tid; x < R * D; x += kThreads) {
@@ -350,14 +350,14 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     }
     __syncthreads();
 
-    // ---- the slots: who left is gone, the new token is in
+    // ---- slots: free those of the leavers, store the new token
     if (choice.leavers > 0) {
         for (int c = tid; c < C; c += kThreads) {
             if (c != target && positions[c] >= 0 && !mayStay(rules, positions[c], next)) positions[c] = -1;
         }
     }
     if (tid == 0 && victim < C && victim != target) positions[victim] = -1;
-    if (target == C) return;  // policy full with more tokens than slots: refused by whoever drives it
+    if (target == C) return;  // policy full with more tokens than slots: the callers refuse this
     for (int d = tid; d < D; d += kThreads) {
         keys[static_cast<long>(target) * D + d] = newKey[d];
         values[static_cast<long>(target) * D + d] = newValue[d];

@@ -1,4 +1,4 @@
-// What a block of the decode kernel is given, how it lays out its shared memory, and what it finds out about the slots.
+// Parameters of the decode kernel, the layout of its shared memory, and what a block determines about its slots.
 #pragma once
 
 #include "rules.cuh"
@@ -10,9 +10,9 @@ struct DecodeParams {
     AttentionShape shape;
     AttentionTensors t;
     int splits;
-    float* logits;       // [B,Hk,G,C], or nullptr: they stay in shared memory
-    float* partials;     // [B,Hk,splits,G,D+2] accumulator, maximum, sum; nullptr: one split, one tile of heads
-    uint32_t* counters;  // [B*Hk] where splits > 1
+    float* logits;       // [B,Hk,G,C]; nullptr: they are in shared memory
+    float* partials;     // [B,Hk,splits,G,D+2] accumulator, maximum, sum; nullptr for one split and one tile of heads
+    uint32_t* counters;  // [B*Hk], used if splits > 1
 };
 
 // Shared memory of a block, in floats.
@@ -22,21 +22,21 @@ struct DecodeLayout {
     static constexpr int kAcc = 0;                             // [kWarps][GT][kWidth]
     static constexpr int kPeak = kAcc + kWarps * GT * kWidth;  // [kWarps][GT]
     static constexpr int kMass = kPeak + kWarps * GT;          // [kWarps][GT]
-    static constexpr int kReduce = kMass + kWarps * GT;        // [kWarps] of Choice, 24 bytes each, and a flag
-    static constexpr int kHeads = kReduce + kWarps * 6 + 2;    // per head: kHeadStats, then factors of H
+    static constexpr int kReduce = kMass + kWarps * GT;        // Choice[kWarps], 24 bytes each, and a flag
+    static constexpr int kHeads = kReduce + kWarps * 6 + 2;    // per head: kHeadStats, then weights of H
     static constexpr int kHeadStats = 6;
-    static int floats(int group, int rank, int keptLogits) {
-        return kHeads + group * (kHeadStats + rank) + rank + group * keptLogits;
+    static int floats(int group, int rank, int logits) {
+        return kHeads + group * (kHeadStats + rank) + rank + group * logits;
     }
 };
 
-// What a block finds out about the slots of its head.
+// What a block determines about the slots of its head.
 struct Choice {
     unsigned long long victim;  // (score, ~index) of the lowest score among those that compete
-    int free;                   // first slot that holds nothing or something that leaves by position
-    int leaving;                // first slot that leaves by position
-    int leavers;                // how many do
-    int stayers;                // how many may stay
+    int free;                   // first slot that is empty or whose token leaves by position
+    int leaving;                // first slot whose token leaves by position
+    int leavers;                // number of those
+    int stayers;                // number of tokens that may stay
 };
 
 __device__ __forceinline__ Choice combined(Choice const& a, Choice const& b) {
@@ -44,7 +44,7 @@ __device__ __forceinline__ Choice combined(Choice const& a, Choice const& b) {
             a.stayers + b.stayers};
 }
 
-// To be called once: the scratch is not protected from another use.
+// Call this only once: nothing protects the scratch memory from being overwritten.
 __device__ __forceinline__ Choice blockCombined(Choice mine, Choice* scratch) {
     mine = {warpMin(mine.victim), warpMin(mine.free), warpMin(mine.leaving), warpSum(mine.leavers),
             warpSum(mine.stayers)};

@@ -1,7 +1,7 @@
-// What all kernels share: number types, 16-byte vectors, warp sums, launching.
+// Shared by all kernels: number types, vectorised loads, warp reductions, launching.
 //
-// The kernels also compile for the host, with emulation/cuda_emu.h; this file and tensor_ops.cuh are the only ones
-// that know.
+// The kernels also compile for the host, with emulation/cuda_emu.h; only this file and tensor_ops.cuh contain code
+// specific to that.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +20,7 @@ constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarpSize;
 constexpr float kInfinity = INFINITY;
 
-// All shared memory is dynamic, so that the emulation can poison it and watch its bounds.
+// All shared memory is dynamic, so that the emulation can poison it and check its bounds.
 #ifdef LESS_EMULATION
 #define LESS_SHARED_MEMORY(name) unsigned char* const name = emu::machine().shared.get()
 #else
@@ -48,7 +48,7 @@ __device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-// exp(a - b) for maxima: 0 where a is -inf, whatever b.
+// exp(a - b), but 0 for a = -inf whatever b is (also -inf).
 __device__ __forceinline__ float expDifference(float a, float b) { return a == -kInfinity ? 0.f : __expf(a - b); }
 
 // ---- eight elements, loaded and stored 16 bytes at a time
@@ -64,7 +64,7 @@ __device__ __forceinline__ void unpack(Vec8<T> const& vector, float (&out)[8]) {
     for (int i = 0; i < 8; ++i) out[i] = toFloat(vector.x[i]);
 }
 
-// A load that does not expect to be repeated.
+// Loads data that will not be read again (streaming cache hint).
 template <class T>
 __device__ __forceinline__ Vec8<T> loadOnce(T const* source) {
     Vec8<T> result;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void zero(Vec8<T>& vector) {
     }
 }
 
-// Two neighbouring elements, the first at an even place.
+// Stores two adjacent elements; the first must have an even index.
 template <class T>
 __device__ __forceinline__ void storePair(T* target, float first, float second) {
     struct alignas(2 * sizeof(T)) Pair {
@@ -92,7 +92,7 @@ __device__ __forceinline__ void storePair(T* target, float first, float second) 
     *reinterpret_cast<Pair*>(target) = {fromFloat<T>(first), fromFloat<T>(second)};
 }
 
-// ---- sums over lanes
+// ---- reductions over lanes
 
 template <class T>
 __device__ __forceinline__ T warpSum(T value) {
@@ -116,14 +116,14 @@ __device__ __forceinline__ T warpMin(T value) {
 
 // ---- launching
 
-// Blocks that keep the memory of the largest GPUs busy. The same everywhere, so that results do not depend on the GPU.
+// Enough blocks to saturate the memory of the largest GPUs. Fixed, so that results do not depend on the GPU.
 #ifdef LESS_EMULATION
 inline int blocksWanted() { return emu::blocksWanted(); }
 #else
 inline int blocksWanted() { return 512; }
 #endif
 
-// The same code path prepares a launch (loads the kernel, allows it its shared memory) and makes it.
+// The same code path prepares a launch (loads the kernel and raises its shared memory limit) and performs it.
 enum class Mode { kPrepare, kLaunch };
 
 template <class Params>
@@ -139,7 +139,7 @@ cudaError_t run(Mode mode, void (*kernel)(Params), dim3 grid, size_t sharedBytes
         cudaError_t const status = cudaFuncGetAttributes(&attributes, function);
         if (status != cudaSuccess) return status;
         if (static_cast<size_t>(attributes.maxDynamicSharedSizeBytes) >= sharedBytes) return cudaSuccess;
-        // Raised, never lowered: other layers share the kernel.
+        // The limit is only ever raised, because other layers share the kernel.
         return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(sharedBytes));
     }
@@ -148,8 +148,8 @@ cudaError_t run(Mode mode, void (*kernel)(Params), dim3 grid, size_t sharedBytes
 #endif
 }
 
-// Calls f with a value of the type that `dtype` names. With LESS_TRIAL defined only float16 and head_dim up to 64 are
-// built, in seconds: for tests that change the kernels.
+// Calls f with a value of the type that `dtype` names. LESS_TRIAL restricts the build to float16 and head_dim up to 64,
+// which takes seconds: for tests that modify the kernels.
 template <class F>
 cudaError_t withType(DType dtype, F&& f) {
 #ifdef LESS_TRIAL

@@ -1,4 +1,4 @@
-// The launcher: what is supported, how much memory it takes, and one step.
+// The launcher: supported layers, workspace size, and one step.
 #include <algorithm>
 #include <cmath>
 
@@ -12,8 +12,8 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kMaxRank = 64;
 constexpr int kMaxGroup = 128;
 
-// The state is updated in place; where the caller wants it elsewhere, it is copied there first.
-cudaError_t bringState(AttentionShape const& s, AttentionTensors const& t, cudaStream_t stream) {
+// The kernels update the state in place. If present* is not past*, the state is copied there first.
+cudaError_t copyState(AttentionShape const& s, AttentionTensors const& t, cudaStream_t stream) {
     size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, item = s.dtype == DType::kFloat32 ? 4 : 2;
     struct {
         void const* past;
@@ -53,7 +53,7 @@ char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noe
     if (policy < 0 || policy > static_cast<int>(Policy::kFull)) return "unknown policy";
     if (r.heavy < 0 || r.recent < 1 || r.window < 0) return "heavy and window must be at least 0, recent at least 1";
     if (static_cast<int64_t>(r.heavy) + r.recent != s.slots) return "heavy + recent must equal the number of slots";
-    if (r.policy == Policy::kWindow && r.window != r.recent) return "policy window keeps exactly its window";
+    if (r.policy == Policy::kWindow && r.window != r.recent) return "policy window needs recent equal to window";
     if (r.policy != Policy::kWindow && r.window == 1) return "a compressed sliding layer needs a window of at least 2";
     if (r.absorb != 0 && r.absorb != 1) return "absorb must be 0 or 1";
     if (!std::isfinite(r.scale)) return "the scale must be finite";
@@ -61,13 +61,13 @@ char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noe
 }
 
 size_t workspaceBytes(AttentionShape const& shape, AttentionRules const& rules) noexcept {
-    // Smaller batches split their slots over more blocks, and a chunk may turn out to be a single token.
-    size_t most = shape.chunk > 1 ? prefillWorkspaceBytes(shape, rules) : 0;
+    // Smaller batches split their slots over more blocks, and a chunk may be a single token.
+    size_t bytes = shape.chunk > 1 ? prefillWorkspaceBytes(shape, rules) : 0;
     AttentionShape smaller = shape;
     for (smaller.batch = 1; smaller.batch <= shape.batch; ++smaller.batch) {
-        most = std::max(most, decodeWorkspaceBytes(smaller, rules));
+        bytes = std::max(bytes, decodeWorkspaceBytes(smaller, rules));
     }
-    return most;
+    return bytes;
 }
 
 cudaError_t prepare(AttentionShape const& shape, AttentionRules const& rules) noexcept {
@@ -81,7 +81,7 @@ cudaError_t enqueue(AttentionShape const& shape, AttentionRules const& rules, At
                     void* workspace, uint32_t* counters, cudaStream_t stream) noexcept {
     if (whyUnsupported(shape, rules) != nullptr) return cudaErrorInvalidValue;
     if (shape.batch < 1 || shape.chunk < 1) return cudaSuccess;
-    cudaError_t const status = bringState(shape, tensors, stream);
+    cudaError_t const status = copyState(shape, tensors, stream);
     if (status != cudaSuccess) return status;
     return shape.chunk == 1 ? decode(Mode::kLaunch, shape, rules, tensors, workspace, counters, stream)
                             : prefill(Mode::kLaunch, shape, rules, tensors, workspace, stream);

@@ -1,4 +1,4 @@
-// Which decode kernel runs, over how many blocks, with how much memory.
+// Chooses the decode kernel, the number of blocks and the memory.
 #include <algorithm>
 
 #include "decode.cuh"
@@ -7,10 +7,10 @@
 namespace less {
 namespace {
 
-constexpr size_t kSharedLogitBytes = 16 * 1024;  // more of them go through the workspace
-constexpr int kFewestSlots = 32;                 // less per block is not worth a merge
+constexpr size_t kSharedLogitBytes = 16 * 1024;  // larger logits are stored in the workspace
+constexpr int kMinSlotsPerBlock = 32;            // fewer are not worth the merge
 
-// Query heads that a kernel takes at a time.
+// Query heads that a kernel processes at a time.
 int tileOf(int group) {
 #ifdef LESS_TRIAL
     return group > 0 ? 2 : 0;
@@ -22,7 +22,7 @@ int tileOf(int group) {
 // Blocks per KV head.
 int splitsOf(AttentionShape const& s) {
     long const heads = static_cast<long>(s.batch) * s.kvHeads;
-    long const wanted = blocksWanted() / heads, useful = (s.slots + kFewestSlots - 1) / kFewestSlots;
+    long const wanted = blocksWanted() / heads, useful = (s.slots + kMinSlotsPerBlock - 1) / kMinSlotsPerBlock;
     return static_cast<int>(std::max(1L, std::min(wanted, useful)));
 }
 
@@ -48,8 +48,8 @@ template <class T, int LPR, int GT>
 cudaError_t runDecode(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     int const group = s.queryHeads / s.kvHeads;
-    bool const kept = logitsShared && keepsScores(params.rules);
-    size_t const bytes = sizeof(float) * DecodeLayout<LPR, GT>::floats(group, s.rank, kept ? s.slots : 0);
+    int const sharedLogits = logitsShared && keepsScores(params.rules) ? s.slots : 0;
+    size_t const bytes = sizeof(float) * DecodeLayout<LPR, GT>::floats(group, s.rank, sharedLogits);
     dim3 const grid(params.splits, s.kvHeads, s.batch);
     return run(mode, decodeKernel<T, LPR, GT>, grid, bytes, params, stream);
 }

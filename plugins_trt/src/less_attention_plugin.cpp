@@ -20,8 +20,8 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 
-// An input of the operator: its axes by letter (Q and H are heads of queries and KV), and its dtype, where 'T' is
-// that of q, 'f' is float32 and 'i' is int32.
+// An input of the operator: its axes by letter (Q: query heads, H: KV heads) and its dtype ('T': that of q, 'f':
+// float32, 'i': int32).
 struct TensorRule {
     char const* name;
     char const* axes;
@@ -42,7 +42,7 @@ constexpr char const* kFields[] = {"scale", "policy", "heavy", "recent", "window
 
 [[noreturn]] void refuse(std::string const& message) { throw std::invalid_argument(message); }
 
-// Runs `body`, which returns what TensorRT wants to hear; an exception is logged and becomes `failed`.
+// Returns the result of `body`; if it throws, logs the exception and returns `failed`.
 template <typename Result, typename Body>
 Result guarded(Result failed, Body const& body) noexcept {
     try {
@@ -77,14 +77,14 @@ std::string text(DataType type) {
 }
 
 std::string text(Dims const& dims) {
-    std::string all;
-    for (int32_t i = 0; i < dims.nbDims; ++i) all += (i ? "," : "") + std::to_string(dims.d[i]);
-    return "[" + all + "]";
+    std::string sizes;
+    for (int32_t i = 0; i < dims.nbDims; ++i) sizes += (i ? "," : "") + std::to_string(dims.d[i]);
+    return "[" + sizes + "]";
 }
 
 void checkCounts(int32_t nbInputs, int32_t nbOutputs) {
     if (nbInputs != kInputs || nbOutputs != kOutputs)
-        refuse("takes " + std::to_string(kInputs) + " inputs and gives " + std::to_string(kOutputs) + " outputs, not " +
+        refuse("takes " + std::to_string(kInputs) + " inputs and has " + std::to_string(kOutputs) + " outputs, not " +
                std::to_string(nbInputs) + " and " + std::to_string(nbOutputs));
 }
 
@@ -97,7 +97,7 @@ DType computeDType(DataType type) {
         case DataType::kBF16:
             return DType::kBFloat16;
         default:
-            refuse("q is " + text(type) + ", it must be float16, bfloat16 or float32");
+            refuse("q is " + text(type) + ", but must be float16, bfloat16 or float32");
     }
 }
 
@@ -108,11 +108,11 @@ DataType expectedType(int32_t input, DataType q) {
 
 void checkType(int32_t input, DataType type, DataType q) {
     if (type != expectedType(input, q))
-        refuse(std::string(kRules[input].name) + " is " + text(type) + ", it must be " + text(expectedType(input, q)));
+        refuse(std::string(kRules[input].name) + " is " + text(type) + ", but must be " + text(expectedType(input, q)));
 }
 
-// The sizes that the axes of all inputs agree on. -1 is a size that TensorRT does not know yet; it stays 0 where no
-// tensor tells.
+// The sizes of the axes, on which all inputs must agree. -1 is a size that TensorRT does not know yet; if no input has
+// a size for an axis, the result is 0.
 template <typename DimsOf>
 AttentionShape agreedShape(DType dtype, DimsOf const& dimsOf) {
     constexpr char kAxes[] = "BQHTDCR";
@@ -121,14 +121,14 @@ AttentionShape agreedShape(DType dtype, DimsOf const& dimsOf) {
         TensorRule const& rule = kRules[input];
         Dims const dims = dimsOf(input);
         if (dims.nbDims != static_cast<int32_t>(std::strlen(rule.axes)))
-            refuse(std::string(rule.name) + " has shape " + text(dims) + ", it must have " +
+            refuse(std::string(rule.name) + " has shape " + text(dims) + ", but must have " +
                    std::to_string(std::strlen(rule.axes)) + " dimensions");
         for (int32_t i = 0; i < dims.nbDims; ++i) {
             int64_t& size = sizes[std::strchr(kAxes, rule.axes[i]) - kAxes];
             if (dims.d[i] == -1) continue;
             if (dims.d[i] <= 0 || dims.d[i] > INT32_MAX || (size != 0 && size != dims.d[i]))
-                refuse(std::string(rule.name) + " has shape " + text(dims) + ", its dimension " + std::to_string(i) +
-                       (size != 0 ? " must be " + std::to_string(size) : " is impossible"));
+                refuse(std::string(rule.name) + " has shape " + text(dims) + ", but dimension " + std::to_string(i) +
+                       (size != 0 ? " must be " + std::to_string(size) : " is out of range"));
             size = dims.d[i];
         }
     }
@@ -158,8 +158,8 @@ AttentionShape shapeOf(PluginTensorDesc const* in) {
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
-void check(cudaError_t error, char const* what) {
-    if (error != cudaSuccess) refuse(std::string(what) + " failed: " + cudaGetErrorString(error));
+void check(cudaError_t error, char const* operation) {
+    if (error != cudaSuccess) refuse(std::string(operation) + " failed: " + cudaGetErrorString(error));
 }
 
 int32_t integer(PluginField const& field) {
@@ -169,7 +169,7 @@ int32_t integer(PluginField const& field) {
     else if (field.type == PluginFieldType::kINT64)
         value = *static_cast<int64_t const*>(field.data);
     else
-        refuse(std::string("attribute ") + field.name + " is no integer");
+        refuse(std::string("attribute ") + field.name + " is not an integer");
     if (value < 0 || value > INT32_MAX)
         refuse(std::string("attribute ") + field.name + " is " + std::to_string(value) + ", out of range");
     return static_cast<int32_t>(value);
@@ -181,29 +181,29 @@ float number(PluginField const& field) {
         value = *static_cast<float const*>(field.data);
     else if (field.type == PluginFieldType::kFLOAT64)
         value = *static_cast<double const*>(field.data);
-    if (!std::isfinite(value)) refuse(std::string("attribute ") + field.name + " is no finite float");
+    if (!std::isfinite(value)) refuse(std::string("attribute ") + field.name + " is not a finite float");
     return static_cast<float>(value);
 }
 
 }  // namespace
 
 AttentionRules rulesOf(nvinfer1::PluginFieldCollection const& fields) {
-    PluginField const* found[std::size(kFields)] = {};
+    PluginField const* attributes[std::size(kFields)] = {};
     for (int32_t i = 0; i < fields.nbFields; ++i) {
         PluginField const& field = fields.fields[i];
         size_t index = 0;
         while (index < std::size(kFields) && std::strcmp(field.name, kFields[index]) != 0) ++index;
         if (index == std::size(kFields)) refuse(std::string("unknown attribute ") + field.name);
-        if (found[index] != nullptr) refuse(std::string("attribute ") + field.name + " stands there twice");
+        if (attributes[index] != nullptr) refuse(std::string("attribute ") + field.name + " is given twice");
         if (field.data == nullptr || field.length != 1)
             refuse(std::string("attribute ") + field.name + " must have one value, not " +
                    std::to_string(field.data == nullptr ? 0 : field.length));
-        found[index] = &field;
+        attributes[index] = &field;
     }
     for (size_t i = 0; i < std::size(kFields); ++i)
-        if (found[i] == nullptr) refuse(std::string("attribute ") + kFields[i] + " is missing");
-    AttentionRules rules{number(*found[0]),  Policy{integer(*found[1])}, integer(*found[2]),
-                         integer(*found[3]), integer(*found[4]),         integer(*found[5])};
+        if (attributes[i] == nullptr) refuse(std::string("attribute ") + kFields[i] + " is missing");
+    AttentionRules rules{number(*attributes[0]),  Policy{integer(*attributes[1])}, integer(*attributes[2]),
+                         integer(*attributes[3]), integer(*attributes[4]),         integer(*attributes[5])};
     if (rules.policy > Policy::kFull) refuse("attribute policy must be 0 to 4");
     if (rules.absorb > 1) refuse("attribute absorb must be 0 or 1");
     if (rules.recent < 1) refuse("attribute recent must be at least 1");
@@ -308,15 +308,15 @@ size_t LessAttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* in, 
 nvinfer1::IPluginV3* LessAttentionPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
     return guarded<nvinfer1::IPluginV3*>(nullptr, [&] {
         auto copy = std::make_unique<LessAttentionPlugin>(rules_);
-        // TensorRT-RTX attaches while it builds too, where there may be no driver, and takes no for a crash.
-        // A copy without counters of its own makes room for them in the workspace of every launch.
+        // TensorRT-RTX also attaches while it builds, possibly without a driver, and crashes if this fails. A copy
+        // without counters of its own uses the workspace of each launch for them.
         void* memory = nullptr;
         if (cudaMalloc(&memory, kCounterBytes) == cudaSuccess) {
             copy->counters_ = static_cast<uint32_t*>(memory);
             check(cudaMemset(memory, 0, kCounterBytes), "cudaMemset");
-            check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");  // other streams do not wait for that one
+            check(cudaStreamSynchronize(nullptr), "cudaStreamSynchronize");  // other streams do not wait for this one
         } else {
-            cudaGetLastError();  // said here, and nowhere later
+            cudaGetLastError();  // clears the error
         }
         return copy.release();
     });
@@ -328,10 +328,10 @@ int32_t LessAttentionPlugin::onShapeChange(PluginTensorDesc const* in, int32_t n
         checkCounts(nbInputs, nbOutputs);
         AttentionShape const shape =
             checkedShape(rules_, [&](int32_t i) { return in[i].type; }, [&](int32_t i) { return in[i].dims; });
-        // TensorRT calls this while it builds too, where there may be no GPU.
+        // TensorRT also calls this while it builds, possibly without a GPU.
         cudaError_t const status = prepare(shape, rules_);
         if (status == cudaErrorInsufficientDriver || status == cudaErrorNoDevice) {
-            cudaGetLastError();  // said here, and nowhere later
+            cudaGetLastError();  // clears the error
         } else {
             check(status, "loading the kernels");
         }

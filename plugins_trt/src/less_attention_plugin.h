@@ -1,7 +1,7 @@
-// LessAttention as a TensorRT plugin: names, dtypes and shapes on top, less_attention.h below.
+// LessAttention as a TensorRT plugin: handles names, dtypes and shapes, and calls less_attention.h.
 //
-// The class keeps the rules (the node's attributes) and nothing else; a copy that is attached to an execution
-// context owns the counters of its launches. Nothing here throws through TensorRT: what is wrong is logged.
+// The class holds only the rules (the node's attributes); a copy that is attached to an execution context also owns the
+// counters for its launches. No exception passes through TensorRT: errors are logged.
 #pragma once
 
 #include <NvInfer.h>
@@ -13,8 +13,8 @@
 namespace less {
 
 inline constexpr char const* kPluginName = "LessAttention";
-// The version of the operator (contract.OP_VERSION). Any change of fields, inputs, outputs or semantics bumps it:
-// a plan names the plugin that it was built with, and must not meet another.
+// The version of the operator (contract.OP_VERSION). Any change to the fields, inputs, outputs or semantics increments
+// it: a plan names the plugin version that it was built with, and must not be run with another.
 inline constexpr char const* kPluginVersion = "1";
 inline constexpr char const* kPluginNamespace = "";
 
@@ -104,7 +104,7 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
     std::string description_;
     nvinfer1::PluginField fields_[6];
     nvinfer1::PluginFieldCollection collection_;
-    // kCounterBytes of device memory, only in a copy that is attached to a context.
+    // kCounterBytes of device memory; only in a copy that is attached to a context.
     uint32_t* counters_ = nullptr;
 };
 

@@ -1,4 +1,4 @@
-// A chunk of prefill: up to five kernels in a row.
+// Prefills one chunk with up to five kernels, one after another.
 #include <algorithm>
 
 #include "settle.cuh"
@@ -10,7 +10,7 @@ namespace {
 size_t headsOf(AttentionShape const& s) { return static_cast<size_t>(s.batch) * s.kvHeads; }
 
 struct Workspace {
-    size_t statistics, gained, fates, freed;  // bytes of each part, aligned; there are two statistics
+    size_t statistics, gained, fates, freed;  // aligned bytes of each part; there are two statistics
     explicit Workspace(AttentionShape const& s)
         : statistics(aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
           gained(aligned(static_cast<size_t>(s.batch) * s.queryHeads * (s.slots + s.chunk) * sizeof(float))),

@@ -1,4 +1,4 @@
-// The library's entry points, and its registration where it is merely opened (Polygraphy's --plugins).
+// The library's entry points, and its registration when it is merely opened (Polygraphy's --plugins).
 #include "plugin_library.h"
 
 #include <dlfcn.h>
@@ -16,9 +16,10 @@
 
 namespace less {
 
-// The registry of TensorRT-RTX 1: that of TensorRT without the functions for IPluginCreator, which is gone there.
-// NVIDIA publishes its headers with the SDK only; TensorRT's would call the wrong entries. (Outside of
-// the anonymous namespace, where the compiler would conclude that nobody implements it.)
+// The plugin registry of TensorRT-RTX 1: that of TensorRT without the functions for IPluginCreator, which no longer
+// exists there. Its headers are available only in NVIDIA's SDK; TensorRT's headers would call the wrong virtual
+// functions. (This class is not in the anonymous namespace, because the compiler would assume that nothing implements
+// it.)
 class RtxRegistry {
  protected:
     virtual ~RtxRegistry() noexcept = default;
@@ -43,11 +44,11 @@ void (*errorSink)(char const*) = nullptr;
 nvinfer1::ILoggerFinder* loggerFinder = nullptr;
 
 LessAttentionCreator& creator() {
-    static LessAttentionCreator it;
-    return it;
+    static LessAttentionCreator instance;
+    return instance;
 }
 
-// TensorRT libraries that own a plugin registry, by the start of their file name.
+// Prefixes of the file names of TensorRT libraries that have a plugin registry.
 constexpr char const* kRtx = "libtensorrt_rtx.so";
 constexpr char const* kRtxSoname = "libtensorrt_rtx.so.1";
 constexpr char const* kTensorRT[] = {"libnvinfer.so", "libnvinfer_lean.so", "libnvinfer_dispatch.so", kRtx};
@@ -57,31 +58,31 @@ char const* baseName(char const* path) {
     return slash == nullptr ? path : slash + 1;
 }
 
-// Paths of the TensorRT libraries in this process. The library is linked with none: it may be opened without
-// TensorRT, and serves TensorRT and TensorRT-RTX alike.
+// Paths of the TensorRT libraries in this process. This library is linked with none of them, so that it can be opened
+// without TensorRT and works with both TensorRT and TensorRT-RTX.
 std::vector<std::string> loadedTensorRT() {
-    std::vector<std::string> found;
-    auto const take = [](dl_phdr_info* info, size_t, void* data) {
+    std::vector<std::string> paths;
+    auto const collect = [](dl_phdr_info* info, size_t, void* data) {
         for (char const* name : kTensorRT)
             if (std::strncmp(baseName(info->dlpi_name), name, std::strlen(name)) == 0)
                 static_cast<std::vector<std::string>*>(data)->push_back(info->dlpi_name);
         return 0;
     };
-    dl_iterate_phdr(take, &found);
-    return found;
+    dl_iterate_phdr(collect, &paths);
+    return paths;
 }
 
-// A function of an open library, without keeping it open.
+// A function of a library that is already open; nullptr if it is not.
 template <typename Function>
 Function* symbolOf(std::string const& path, char const* name) {
     void* const library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (library == nullptr) return nullptr;
-    auto* const found = reinterpret_cast<Function*>(dlsym(library, name));
+    auto* const symbol = reinterpret_cast<Function*>(dlsym(library, name));
     dlclose(library);
-    return found;
+    return symbol;
 }
 
-// Registers the creator where the library is opened, with every TensorRT that is there by then.
+// Registers the creator with every TensorRT in the process when the library is opened.
 class Registration {
  public:
     Registration() noexcept {
@@ -89,21 +90,21 @@ class Registration {
             for (std::string const& path : loadedTensorRT()) {
                 char const* const name = baseName(path.c_str());
                 bool const rtx = std::strncmp(name, kRtx, std::strlen(kRtx)) == 0;
-                if (rtx && std::strcmp(name, kRtxSoname) != 0) continue;  // not the interface we know
+                if (rtx && std::strcmp(name, kRtxSoname) != 0) continue;  // a version with an unknown interface
                 if (rtx) provideUnversionedName(name);
                 auto* const get = symbolOf<void*()>(path, "getPluginRegistry");
                 void* const registry = get == nullptr ? nullptr : get();
                 if (rtx)
-                    enter(static_cast<RtxRegistry*>(registry), rtx_);
+                    add(static_cast<RtxRegistry*>(registry), rtx_);
                 else
-                    enter(static_cast<nvinfer1::IPluginRegistry*>(registry), full_);
+                    add(static_cast<nvinfer1::IPluginRegistry*>(registry), full_);
             }
         } catch (...) {
             logError("LessAttention: cannot register with TensorRT");
         }
     }
 
-    // Takes the creator out again: a registry that loads the library itself refuses names that it has.
+    // Deregisters the creator: a registry that loads the library itself refuses names that are registered already.
     void undo() noexcept {
         if (rtx_ != nullptr) rtx_->deregisterCreator(creator());
         if (full_ != nullptr) full_->deregisterCreator(creator());
@@ -112,10 +113,10 @@ class Registration {
     }
 
  private:
-    // Remembers the registry where it took the creator: it has none of that name yet.
+    // Registers the creator, and remembers the registry if it accepted it (no plugin of that name was registered).
     template <typename Registry>
-    static void enter(Registry* registry, Registry*& entered) noexcept {
-        if (registry != nullptr && registry->registerCreator(creator(), kPluginNamespace)) entered = registry;
+    static void add(Registry* registry, Registry*& registered) noexcept {
+        if (registry != nullptr && registry->registerCreator(creator(), kPluginNamespace)) registered = registry;
     }
 
     RtxRegistry* rtx_ = nullptr;
@@ -129,7 +130,7 @@ Registration registration;
 void logError(char const* message) noexcept {
     if (errorSink != nullptr) return errorSink(message);
     try {
-        // TensorRT has one at hand for some calls only, and none while a network is made.
+        // TensorRT provides a logger only during some calls, and none while a network is being defined.
         if (nvinfer1::ILogger* logger = loggerFinder == nullptr ? nullptr : loggerFinder->findLogger()) {
             return logger->log(nvinfer1::ILogger::Severity::kERROR, message);
         }
@@ -140,8 +141,8 @@ void logError(char const* message) noexcept {
 
 }  // namespace less
 
-// TensorRT calls these two when it loads the library as one of plugins (IPluginRegistry::loadLibrary, or out of a
-// plan), and then registers the creators itself.
+// TensorRT calls these two functions when it loads the library as a plugin library (IPluginRegistry::loadLibrary, or
+// from a plan), and then registers the creators itself.
 LESS_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept { less::loggerFinder = finder; }
 
 LESS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) noexcept {
@@ -151,10 +152,10 @@ LESS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count
     return all;
 }
 
-// Where errors go from now on, in place of TensorRT's logger and stderr; nullptr for those again.
+// Redirects errors to `sink` instead of TensorRT's logger or stderr; nullptr restores these.
 LESS_EXPORT void lessOnError(void (*sink)(char const*)) noexcept { less::errorSink = sink; }
 
-// less::whyUnsupported for callers that are not C++: nullptr, or the reason in words.
+// less::whyUnsupported for callers outside of C++: the reason, or nullptr.
 LESS_EXPORT char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim,
                                            int32_t slots, int32_t rank, float scale, int32_t policy, int32_t heavy,
                                            int32_t recent, int32_t window, int32_t absorb) noexcept {

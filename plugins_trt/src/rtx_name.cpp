@@ -15,14 +15,14 @@ namespace {
 
 constexpr char const* kName = "libtensorrt_rtx.so";
 
-// A shared library without code: a name (DT_SONAME), one dependency (DT_NEEDED) whose symbols dlsym finds through
-// it, and the empty tables that the loader wants to see.
+// A shared library without code: a name (DT_SONAME), one dependency (DT_NEEDED) through which dlsym finds its symbols,
+// and the empty tables that the loader requires.
 struct Image {
     ElfW(Ehdr) header;
     ElfW(Phdr) segments[2];
     ElfW(Dyn) dynamic[8];
     ElfW(Sym) symbols[1];  // the null symbol
-    uint32_t hash[4];      // one bucket, one chain entry, both empty
+    uint32_t hash[4];      // one bucket and one chain entry, both empty
     char strings[256];
 };
 
@@ -50,7 +50,7 @@ bool fill(Image& image, char const* dependency) {
     header.e_ehsize = sizeof(header);
     header.e_phentsize = sizeof(ElfW(Phdr));
     header.e_phnum = 2;
-    auto const place = [](uint32_t type, size_t offset, size_t size, size_t alignment) {
+    auto const segmentOf = [](uint32_t type, size_t offset, size_t size, size_t alignment) {
         ElfW(Phdr) segment{};
         segment.p_type = type;
         segment.p_flags = PF_R | PF_W;  // the loader writes addresses into the dynamic section
@@ -59,8 +59,8 @@ bool fill(Image& image, char const* dependency) {
         segment.p_align = alignment;
         return segment;
     };
-    image.segments[0] = place(PT_LOAD, 0, sizeof(Image), 0x10000);
-    image.segments[1] = place(PT_DYNAMIC, offsetof(Image, dynamic), sizeof(image.dynamic), alignof(ElfW(Dyn)));
+    image.segments[0] = segmentOf(PT_LOAD, 0, sizeof(Image), 0x10000);
+    image.segments[1] = segmentOf(PT_DYNAMIC, offsetof(Image, dynamic), sizeof(image.dynamic), alignof(ElfW(Dyn)));
     size_t const entries[][2] = {{DT_SONAME, name},
                                  {DT_NEEDED, needed},
                                  {DT_STRTAB, offsetof(Image, strings)},
@@ -80,8 +80,8 @@ bool fill(Image& image, char const* dependency) {
 }  // namespace
 
 void provideUnversionedName(char const* soname) noexcept {
-    if (void* const known = dlopen(kName, RTLD_LAZY | RTLD_NOLOAD)) {
-        dlclose(known);
+    if (void* const loaded = dlopen(kName, RTLD_LAZY | RTLD_NOLOAD)) {
+        dlclose(loaded);
         return;
     }
     Image image{};
@@ -90,7 +90,7 @@ void provideUnversionedName(char const* soname) noexcept {
     if (write(file, &image, sizeof(image)) == static_cast<ssize_t>(sizeof(image))) {
         char path[32];
         std::snprintf(path, sizeof(path), "/proc/self/fd/%d", file);
-        dlopen(path, RTLD_LAZY | RTLD_LOCAL);  // stays, and is found by its name from now on
+        dlopen(path, RTLD_LAZY | RTLD_LOCAL);  // stays open, and is found by its name from now on
     }
     close(file);
 }

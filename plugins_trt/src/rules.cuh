@@ -1,4 +1,4 @@
-// What a policy decides about one token, from its position and score (less_export/less/policies).
+// The decisions of a policy about one token, based on its position and score (less_export/less/policies).
 #pragma once
 
 #include "device.cuh"
@@ -9,8 +9,8 @@ __device__ __forceinline__ bool visible(AttentionRules const& rules, int positio
     return position >= 0 && position <= now && (rules.window == 0 || position > now - rules.window);
 }
 
-// Whether a token may stay, `end` being the position of the next query. A layer that slides by itself keeps its newest
-// `window`; a compressed one lets go of what the next query is blind to.
+// Whether a token is still within the window; `end` is the position of the next query. A layer with policy window keeps
+// the newest `window` tokens; a compressed sliding layer drops tokens that the next query cannot see.
 __device__ __forceinline__ bool live(AttentionRules const& rules, int position, int end) {
     int const grace = rules.policy == Policy::kWindow ? 0 : 1;
     return position >= 0 && (rules.window == 0 || position >= end - rules.window + grace);
@@ -20,14 +20,14 @@ __host__ __device__ __forceinline__ bool keepsScores(AttentionRules const& rules
     return rules.policy == Policy::kH2O || rules.policy == Policy::kTova;
 }
 
-// Whether a token stays as far as positions say; scores have the last word where there are any.
+// Whether a token's position allows it to stay. Policies with scores then decide by score.
 __device__ __forceinline__ bool mayStay(AttentionRules const& rules, int position, int end) {
     if (!live(rules, position, end)) return false;
     return rules.policy != Policy::kSink || position < rules.heavy || position >= end - rules.recent;
 }
 
-// Order of the tokens that compete by score: the newest before all others, then the larger scores. Scores are sums of
-// probabilities, so their bits are ordered like themselves.
+// Ranks tokens that compete by score: the newest above all others, then by score. Scores are sums of probabilities,
+// hence not negative, so their bits sort in the same order.
 constexpr uint32_t kNewest = 0x7f800000u;
 __device__ __forceinline__ uint32_t rankOf(AttentionRules const& rules, int position, float score, int end) {
     return position >= end - rules.recent ? kNewest : __float_as_uint(score);

@@ -1,28 +1,28 @@
-// Prefill (T > 1), what happens to the tokens after the attention: who keeps a slot, who goes into H and z.
+// Prefill (T > 1), second part: decides which tokens keep a slot and which are absorbed into H and z.
 //
-// selectKernel: grid (Hk, B), decides the fate of every token and updates scores and positions.
-// absorbKernel: grid (ceil(R / 8), Hk, B), adds everything that leaves to H and z.
-// placeKernel: grid (ceil(T / 64), Hk, B), copies the new tokens that stay into their slots.
+// selectKernel: grid (Hk, B), decides what happens to every token and updates scores and positions.
+// absorbKernel: grid (ceil(R / 8), Hk, B), adds all tokens that leave to H and z.
+// placeKernel: grid (ceil(T / 64), Hk, B), copies new tokens that stay into their slots.
 #pragma once
 
 #include "attend.cuh"
 
 namespace less {
 
-// Fate of a token of [slots, chunk]: a slot number for a new token that stays, or
-constexpr int kRests = -1;   // nothing to do: it stays where it is, or there is no token
-constexpr int kLeaves = -2;  // it lost its slot, or never gets one
+// What happens to a token of [slots, chunk]: the slot number for a new token that stays, or one of these.
+constexpr int kRests = -1;   // nothing to do: the token stays in its slot, or there is no token
+constexpr int kLeaves = -2;  // the token loses its slot, or gets none
 
 constexpr int kBins = 256;
 
-// Where `mine` stands among the threads of the block that say yes, in order, and how many do.
+// The number of threads before this one in the block whose `mine` is true, and the number in the whole block.
 struct Standing {
     int before, total;
 };
 __device__ __forceinline__ Standing blockStanding(bool mine, int* scratch) {
     int const tid = threadIdx.x, warp = tid / kWarpSize, lane = tid % kWarpSize;
     unsigned const votes = __ballot_sync(~0u, mine);
-    __syncthreads();  // the scratch may still be read
+    __syncthreads();  // other threads may still read the scratch memory
     if (lane == 0) scratch[warp] = __popc(votes);
     __syncthreads();
     Standing standing{__popc(votes & ((1u << lane) - 1u)), 0};
@@ -45,17 +45,18 @@ struct Candidates {
     __device__ __forceinline__ uint32_t rank(int n) const { return rankOf(rules, position(n), scores[n], end); }
 };
 
-// The rank of the `wanted`-th best of those that may stay, and how many of exactly that rank are among the best.
+// The rank of the `wanted`-th best of the tokens that may stay, and how many tokens of exactly that rank are among the
+// best `wanted`.
 struct Threshold {
     uint32_t rank;
     int ties;
 };
 
-// Radix selection, a byte at a time from the top. `scratch` holds kBins + 2 ints.
+// Radix selection, one byte at a time, most significant first. `scratch` has kBins + 2 ints.
 __device__ __forceinline__ Threshold thresholdOf(Candidates const& candidates, int count, int wanted, int* scratch) {
     int const tid = threadIdx.x;
     int* const bins = scratch;
-    int* const found = scratch + kBins;
+    int* const selected = scratch + kBins;  // the bin, and how many tokens to take from it
     uint32_t prefix = 0, mask = 0;
     for (int shift = 24; shift >= 0; shift -= 8) {
         __syncthreads();
@@ -81,14 +82,14 @@ __device__ __forceinline__ Threshold thresholdOf(Candidates const& candidates, i
             if (above < wanted && above + own >= wanted) {
                 int b = 0;
                 for (; above + bins[top - b] < wanted; ++b) above += bins[top - b];
-                found[0] = top - b;
-                found[1] = wanted - above;
+                selected[0] = top - b;
+                selected[1] = wanted - above;
             }
         }
         __syncthreads();
-        prefix |= static_cast<uint32_t>(found[0]) << shift;
+        prefix |= static_cast<uint32_t>(selected[0]) << shift;
         mask |= 0xffu << shift;
-        wanted = found[1];
+        wanted = selected[1];
     }
     return {prefix, wanted};
 }
@@ -99,17 +100,17 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
     int const tid = threadIdx.x, batch = blockIdx.y, C = p.shape.slots, chunk = p.shape.chunk;
     int const count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.x;
-    if (count <= 0) return;  // parked: the state stays as it is
+    if (count <= 0) return;  // parked: the state does not change
     int* const positions = p.t.presentPosition + head * C;
     float* const slotScores = p.t.presentScore + head * C;
     int const G = p.shape.queryHeads / p.shape.kvHeads;
-    float* const scores = p.gained + head * G * (C + chunk);  // of the group's first head, then of them all
+    float* const scores = p.gained + head * G * (C + chunk);  // of the group's first head, later of the whole group
     int* const fates = p.fates + head * (C + chunk);
     int* const freed = p.freed + head * C;
     Candidates const candidates{p.rules, positions, scores, C, past, past + count};
     bool const scored = keepsScores(p.rules);
 
-    // Final scores, and how many may stay as far as positions say.
+    // Final scores, and the number of tokens whose position allows them to stay.
     int staying = 0;
     for (int n = tid; n < C + count; n += kThreads) {
         bool const held = candidates.position(n) >= 0;
@@ -136,13 +137,13 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
         bool const stays = n < C && candidates.stays(n), held = n < C && positions[n] >= 0;
         uint32_t const rank = crowded && stays ? candidates.rank(n) : 0;
         Standing const equal = blockStanding(crowded && stays && rank == threshold.rank, scratch);
-        bool const kept = stays && (!crowded || rank > threshold.rank ||
-                                    (rank == threshold.rank && ties + equal.before < threshold.ties));
+        bool const keepsSlot = stays && (!crowded || rank > threshold.rank ||
+                                         (rank == threshold.rank && ties + equal.before < threshold.ties));
         ties += equal.total;
-        Standing const open = blockStanding(n < C && !kept, scratch);
+        Standing const open = blockStanding(n < C && !keepsSlot, scratch);
         if (n < C) {
-            fates[n] = held && !kept ? kLeaves : kRests;
-            if (!kept) {
+            fates[n] = held && !keepsSlot ? kLeaves : kRests;
+            if (!keepsSlot) {
                 freed[free + open.before] = n;
                 positions[n] = -1;
             }
@@ -154,14 +155,14 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
         bool const stays = i < count && candidates.stays(n);
         uint32_t const rank = crowded && stays ? candidates.rank(n) : 0;
         Standing const equal = blockStanding(crowded && stays && rank == threshold.rank, scratch);
-        bool const kept = stays && (!crowded || rank > threshold.rank ||
-                                    (rank == threshold.rank && ties + equal.before < threshold.ties));
+        bool const keepsSlot = stays && (!crowded || rank > threshold.rank ||
+                                         (rank == threshold.rank && ties + equal.before < threshold.ties));
         ties += equal.total;
-        Standing const arrival = blockStanding(kept, scratch);
+        Standing const arrival = blockStanding(keepsSlot, scratch);
         if (i < count) {
             int const turn = arrived + arrival.before;
-            // Policy full with more tokens than slots is refused by whoever drives it.
-            fates[n] = !kept ? kLeaves : turn < free ? freed[turn] : kRests;
+            // The callers refuse policy full with more tokens than slots.
+            fates[n] = !keepsSlot ? kLeaves : turn < free ? freed[turn] : kRests;
             if (fates[n] >= 0) {
                 positions[fates[n]] = past + i;
                 slotScores[fates[n]] = scored ? scores[n] : 0.f;
@@ -171,7 +172,7 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
     }
 }
 
-constexpr int kFeatures = 8;  // of H that a block updates
+constexpr int kFeatures = 8;  // features of H that a block updates
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) {
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
     if (count <= 0) return;
     int const* const fates = p.fates + head * (C + chunk);
-    int const vectors = D / 8, lanes = kThreads / vectors;  // tokens that the block looks at together
+    int const vectors = D / 8, lanes = kThreads / vectors;  // tokens that the block processes at a time
     int const column = tid % vectors * 8, lane = tid / vectors;
     float acc[kFeatures][8], mass[kFeatures];
 #pragma unroll

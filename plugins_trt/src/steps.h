@@ -1,4 +1,4 @@
-// The two kinds of step behind less::enqueue, each in a file of its own.
+// The two kinds of step of less::enqueue, each implemented in its own file.
 #pragma once
 
 #include "device.cuh"
@@ -11,7 +11,7 @@ inline size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignme
 size_t decodeWorkspaceBytes(AttentionShape const& shape, AttentionRules const& rules);
 size_t prefillWorkspaceBytes(AttentionShape const& shape, AttentionRules const& rules);
 
-// Work on present*, which hold the past state by then. With Mode::kPrepare no pointer is followed.
+// Both work on present*, which contain the past state by then. With Mode::kPrepare, no pointer is dereferenced.
 cudaError_t decode(Mode mode, AttentionShape const& shape, AttentionRules const& rules, AttentionTensors const& tensors,
                    void* workspace, uint32_t* counters, cudaStream_t stream);
 cudaError_t prefill(Mode mode, AttentionShape const& shape, AttentionRules const& rules,

@@ -1,7 +1,8 @@
-// The tensor core, shared memory's matrix loads and asynchronous copies: the only inline PTX, with twins for the host.
+// Tensor-core products, matrix loads from shared memory and asynchronous copies: all of the inline PTX, each function
+// with an equivalent for the host.
 //
-// Fragments are those of mma.m16n8k16 in the PTX ISA. With g = lane / 4 and t = lane % 4 a thread holds of
-//   A [16 x 16]  rows g and g + 8, columns 2t, 2t + 1 and 2t + 8, 2t + 9, two to a register
+// Fragments are those of mma.m16n8k16 in the PTX ISA. With g = lane / 4 and t = lane % 4, a thread holds of
+//   A [16 x 16]  rows g and g + 8, columns 2t, 2t + 1 and 2t + 8, 2t + 9, two per register
 //   B [16 x 8]   rows 2t, 2t + 1 and 2t + 8, 2t + 9 of column g
 //   C [16 x 8]   rows g and g + 8, columns 2t, 2t + 1, in f32
 #pragma once
@@ -29,7 +30,7 @@ __device__ __forceinline__ void multiplyAdd<__nv_bfloat16>(float (&c)[4], uint32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane i names row i % 8 of matrix i / 8.
+// Loads four 8 x 8 matrices of 16-bit elements; lane i passes the address of row i % 8 of matrix i / 8.
 template <bool Transposed>
 __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], void const* rowInShared) {
     uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(rowInShared));
@@ -46,7 +47,7 @@ __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], void const* rowIn
     }
 }
 
-// Starts copying 16 bytes into shared memory, or zeroing them where not `valid` (the source is then not read).
+// Starts copying 16 bytes into shared memory; if not `valid`, zeroes them without reading the source.
 __device__ __forceinline__ void copyAsync(void* inShared, void const* source, bool valid) {
     asm volatile(
         "cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(inShared))),
@@ -54,7 +55,7 @@ __device__ __forceinline__ void copyAsync(void* inShared, void const* source, bo
         : "memory");
 }
 __device__ __forceinline__ void commitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `Left` groups of this thread's copies are under way.
+// Waits until at most `Left` groups of this thread's copies are pending.
 template <int Left>
 __device__ __forceinline__ void awaitCopies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
@@ -62,32 +63,32 @@ __device__ __forceinline__ void awaitCopies() {
 
 #else
 
-namespace twin {
+namespace host {
 struct Fragments {
     float a[2][4];  // [row g or g + 8][columns 2t, 2t + 1, 2t + 8, 2t + 9]
     float b[4];     // rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g
 };
 template <class T>
-float half(uint32_t reg, int which) {
-    uint16_t const bits = static_cast<uint16_t>(reg >> (16 * which));
+float half(uint32_t reg, int index) {
+    uint16_t const bits = static_cast<uint16_t>(reg >> (16 * index));
     T value;
     std::memcpy(static_cast<void*>(&value), &bits, sizeof bits);
     return toFloat(value);
 }
-}  // namespace twin
+}  // namespace host
 
 template <class T>
 void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
-    twin::Fragments mine;
+    host::Fragments mine;
     for (int i = 0; i < 4; ++i) {
-        for (int e = 0; e < 2; ++e) mine.a[i & 1][(i >> 1) * 2 + e] = twin::half<T>(a[i], e);
+        for (int e = 0; e < 2; ++e) mine.a[i & 1][(i >> 1) * 2 + e] = host::half<T>(a[i], e);
     }
     for (int i = 0; i < 2; ++i) {
-        for (int e = 0; e < 2; ++e) mine.b[i * 2 + e] = twin::half<T>(b[i], e);
+        for (int e = 0; e < 2; ++e) mine.b[i * 2 + e] = host::half<T>(b[i], e);
     }
-    auto const* const lane0 = reinterpret_cast<unsigned char const*>(&emu::shown(mine, 0));
-    auto const of = [&](int lane) -> twin::Fragments const& {
-        return *reinterpret_cast<twin::Fragments const*>(lane0 + lane * sizeof(emu::Exchange::bytes[0][0]));
+    auto const* const lane0 = reinterpret_cast<unsigned char const*>(&emu::exchanged(mine, 0));
+    auto const of = [&](int lane) -> host::Fragments const& {
+        return *reinterpret_cast<host::Fragments const*>(lane0 + lane * sizeof(emu::Exchange::bytes[0][0]));
     };
     int const g = emu::lane() / 4, t = emu::lane() % 4;
     for (int row = 0; row < 2; ++row) {
@@ -104,7 +105,7 @@ void multiplyAdd(float (&c)[4], uint32_t const (&a)[4], uint32_t const* b) {
 template <bool Transposed>
 void loadMatrices(uint32_t (&r)[4], void const* rowInShared) {
     int const g = emu::lane() / 4, t = emu::lane() % 4;
-    auto const* const lane0 = reinterpret_cast<unsigned char const*>(&emu::shown(rowInShared, 0));
+    auto const* const lane0 = reinterpret_cast<unsigned char const*>(&emu::exchanged(rowInShared, 0));
     for (int m = 0; m < 4; ++m) {
         r[m] = 0;
         for (int e = 0; e < 2; ++e) {
@@ -118,7 +119,7 @@ void loadMatrices(uint32_t (&r)[4], void const* rowInShared) {
     }
 }
 
-// Performed as late as the hardware may: a missing wait is seen.
+// Copies are performed as late as the hardware may perform them, so that a missing wait is detected.
 inline void copyAsync(void* inShared, void const* source, bool valid) {
     std::memset(inShared, 0xff, 16);
     emu::self().open.push_back([=] {
@@ -144,7 +145,7 @@ void awaitCopies() {
 
 #endif
 
-// Two f32 as the two elements of a register.
+// Two f32 converted and packed into one register.
 template <class T>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
     T const pair[2] = {fromFloat<T>(low), fromFloat<T>(high)};

@@ -1,29 +1,29 @@
-// Tiles of keys, values and queries that stream through shared memory, and the products of a warp with them.
+// Tiles of keys, values and queries that stream through shared memory, and a warp's products with them.
 //
-// A warp owns 16 rows of one operand; what it gets are C fragments of mma.m16n8k16 (tensor_ops.cuh), whatever the
-// dtype: a thread holds rows g and g + 8, columns 2t and 2t + 1 of every eight, with g = lane / 4 and t = lane % 4.
+// A warp owns 16 rows of one operand. For every dtype, the results are C fragments of mma.m16n8k16 (tensor_ops.cuh): a
+// thread holds rows g and g + 8, columns 2t and 2t + 1 of every eight, with g = lane / 4 and t = lane % 4.
 #pragma once
 
 #include "tensor_ops.cuh"
 
 namespace less {
 
-constexpr int kTileRows = 64;  // rows that a block owns, 16 a warp
+constexpr int kTileRows = 64;  // rows that a block owns, 16 per warp
 
-// Geometry of the tiles that stream by: W is D rounded up.
+// Geometry of the streamed tiles. W is D rounded up.
 template <class T, int W>
 struct Tiling {
     static constexpr int kRows = W > 128 ? 32 : 64;
-    static constexpr int kStride = W + 16 / sizeof(T);  // no two rows of a matrix load in the same banks
+    static constexpr int kStride = W + 16 / sizeof(T);  // padded: the rows of a matrix load are in different banks
     static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
-    static constexpr int kVector = 16 / sizeof(T);  // elements of a copy
+    static constexpr int kVector = 16 / sizeof(T);  // elements per copy
     struct Tile {
         T x[kRows * kStride];
     };
 };
 
-// Rows of one operand that a warp keeps: rows g and g + 8 of its 16. 16-bit elements lie in registers as A fragments,
-// f32 stays where it is, in global memory.
+// The rows of one operand that a warp owns; a thread has rows g and g + 8 of the 16. 16-bit elements are held in
+// registers as A fragments, f32 stays in global memory.
 template <class T, int W>
 struct WarpRows {
     uint32_t fragments[W / 16][4];

@@ -1,5 +1,5 @@
-// The plugin class behind a C interface, for tests/plugin_host.py: everything goes through TensorRT's own interfaces,
-// from the creator to enqueue. Stands in for TensorRT and for the CUDA runtime (device memory is host memory).
+// C interface to the plugin class, for tests/plugin_host.py. All calls go through TensorRT's own interfaces, from the
+// creator to enqueue. Stands in for TensorRT and for the CUDA runtime (device memory is host memory).
 #include <NvInfer.h>
 
 #include <cstdint>
@@ -20,14 +20,14 @@ std::set<void*> allocated;
 bool driver = true;
 
 struct Log final : ILogger, ILoggerFinder {
-    void log(Severity, AsciiChar const* message) noexcept override { said += std::string(message) + "\n"; }
+    void log(Severity, AsciiChar const* message) noexcept override { messages += std::string(message) + "\n"; }
     ILogger* findLogger() override { return this; }
-    std::string said, returned;
+    std::string messages, returned;
 } logger;
 
 }  // namespace
 
-// ---- the CUDA runtime calls of the plugin class; on a device they are CUDA's own
+// ---- CUDA runtime calls of the plugin class; on a device, CUDA's own are used
 
 #ifndef LESS_HARNESS_ON_DEVICE
 extern "C" {
@@ -56,7 +56,7 @@ char const* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInv
 }
 #endif
 
-// ---- what the tests call
+// ---- functions for the tests
 
 namespace {
 
@@ -91,8 +91,8 @@ void harness_start() { setLoggerFinder(&logger); }
 void harness_driver(int32_t present) { driver = present != 0; }
 int32_t harness_allocations() { return static_cast<int32_t>(allocated.size()); }
 char const* harness_log() {
-    logger.returned.swap(logger.said);
-    logger.said.clear();
+    logger.returned.swap(logger.messages);
+    logger.messages.clear();
     return logger.returned.c_str();
 }
 
@@ -103,7 +103,7 @@ IPluginV3* plugin_create(PluginField const* fields, int32_t count, int32_t runti
 }
 void plugin_destroy(IPluginV3* plugin) { delete plugin; }
 
-// name, version, namespace, metadata of the plugin, then the names of the creator's fields; by index.
+// By index: name, version, namespace and metadata of the plugin, then the names of the creator's fields.
 char const* plugin_text(IPluginV3* plugin, int32_t index) {
     auto* const core = capability<IPluginV3OneCore>(plugin, PluginCapabilityType::kCORE);
     PluginFieldCollection const* const fields = creator()->getFieldNames();
@@ -119,7 +119,7 @@ int32_t creator_matches(IPluginV3* plugin) {
            std::strcmp(core->getPluginNamespace(), creator()->getPluginNamespace()) == 0;
 }
 
-// A plugin made from what another one serialises, copied as a plan would.
+// A plugin created from the serialised fields of another one, copied as in a plan.
 IPluginV3* plugin_round_trip(IPluginV3* plugin) {
     PluginFieldCollection const* const written = runtime(plugin)->getFieldsToSerialize();
     std::vector<PluginField> fields(written->fields, written->fields + written->nbFields);
@@ -140,7 +140,7 @@ int32_t plugin_output_types(IPluginV3* plugin, int32_t const* in, int32_t nbIn, 
                                              reinterpret_cast<DataType const*>(in), nbIn);
 }
 
-// Dimensions are expressions that only TensorRT can make: any distinct pointers do, they are passed on.
+// Only TensorRT can create dimension expressions. The plugin passes them on, so any distinct pointers will do.
 int32_t plugin_output_shapes(IPluginV3* plugin, Tensor const* in, int32_t nbIn, Tensor* out, int32_t nbOut) {
     std::vector<DimsExprs> from(static_cast<size_t>(nbIn)), to(static_cast<size_t>(nbOut));
     for (int32_t i = 0; i < nbIn; ++i) {
@@ -159,28 +159,28 @@ int32_t plugin_output_shapes(IPluginV3* plugin, Tensor const* in, int32_t nbIn, 
 }
 
 static PluginTensorDesc descriptor(Tensor const& tensor) {
-    PluginTensorDesc made{};
-    made.type = static_cast<DataType>(tensor.type);
-    made.format = static_cast<TensorFormat>(tensor.format);
-    made.dims.nbDims = tensor.nbDims;
-    std::memcpy(made.dims.d, tensor.dims, sizeof(tensor.dims));
-    return made;
+    PluginTensorDesc desc{};
+    desc.type = static_cast<DataType>(tensor.type);
+    desc.format = static_cast<TensorFormat>(tensor.format);
+    desc.dims.nbDims = tensor.nbDims;
+    std::memcpy(desc.dims.d, tensor.dims, sizeof(tensor.dims));
+    return desc;
 }
 static std::vector<PluginTensorDesc> descriptors(Tensor const* tensors, int32_t count) {
     std::vector<PluginTensorDesc> all;
     for (int32_t i = 0; i < count; ++i) all.push_back(descriptor(tensors[i]));
     return all;
 }
-// The network leaves batch and chunk open (-1); the profile's largest sizes are those of `tensors`.
+// The batch is dynamic (-1); the maximum sizes of the profile are those of `tensors`.
 static std::vector<DynamicPluginTensorDesc> ranges(Tensor const* tensors, int32_t count) {
     std::vector<DynamicPluginTensorDesc> all;
     for (int32_t i = 0; i < count; ++i) {
-        DynamicPluginTensorDesc made{};
-        made.desc = descriptor(tensors[i]);
-        made.min = made.opt = made.max = made.desc.dims;
-        made.min.d[0] = 1;
-        made.desc.dims.d[0] = -1;
-        all.push_back(made);
+        DynamicPluginTensorDesc range{};
+        range.desc = descriptor(tensors[i]);
+        range.min = range.opt = range.max = range.desc.dims;
+        range.min.d[0] = 1;
+        range.desc.dims.d[0] = -1;
+        all.push_back(range);
     }
     return all;
 }

@@ -1,8 +1,7 @@
-// The tensor-core primitives on their own, for tests/test_cuda_primitives.py on the host and scripts/gpu_check on a
-// GPU.
+// The tensor-core primitives in isolation, run on the host by tests/test_cuda_primitives.py, on a GPU by gpu_check.
 //
-// One warp takes a [16 x 16], keys [16 x 16] and values [16 x 16], where rows of keys and values that are not `valid`
-// are not to be read, and writes scores = a keys^T and products = a values, both [16 x 16] f32.
+// One warp takes a [16 x 16], keys [16 x 16] and values [16 x 16], and writes scores = a keys^T and products = a
+// values, both [16 x 16] f32. Rows of keys and values that are not `valid` must not be read and count as zero.
 #include "tensor_ops.cuh"
 
 namespace less {
@@ -59,7 +58,7 @@ __global__ void primitiveKernel(PrimitiveParams const p) {
     multiplyAdd<T>(high, a, b + 2);
     store(p.scores, low, 0, lane);
     store(p.scores, high, 8, lane);
-    for (int e = 0; e < 4; ++e) low[e] = high[e] = 1.f;  // the product is added
+    for (int e = 0; e < 4; ++e) low[e] = high[e] = 1.f;  // the product is added to this
     loadMatrices<true>(b, shared.values + lane % 16 * kStride + lane / 16 * 8);
     multiplyAdd<T>(low, a, b);
     multiplyAdd<T>(high, a, b + 2);
@@ -70,7 +69,7 @@ __global__ void primitiveKernel(PrimitiveParams const p) {
 }  // namespace
 }  // namespace less
 
-// Pointers of the device, or of the host when emulated. Returns a cudaError_t.
+// Pointers are to device memory, or to host memory when emulated. Returns a cudaError_t.
 extern "C" int less_primitives(int bfloat16, void const* a, void const* keys, void const* values, int const* valid,
                                float* scores, float* products) {
     using namespace less;
