@@ -104,8 +104,8 @@ def _policy(name: Any) -> EvictionPolicy:
         return by_name(str(name))
     except UsageError:
         raise BundleError(
-            f"the manifest names policy '{name}', which is not known here: register it "
-            "(less_export.less.policies.register) before opening the bundle"
+            f"the manifest's contract is damaged, or policy '{name}' is not registered: register it "
+            "(less_export.less.policies), or export the bundle again"
         ) from None
 
 

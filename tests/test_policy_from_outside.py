@@ -32,7 +32,7 @@ STRIDE, ROUNDING = 3, 1e-4
 
 
 class Strided(EvictionPolicy):
-    """The newest ``recent`` tokens and, of those before them, the newest ``heavy`` at multiples of STRIDE."""
+    """All that fits; then the newest ``recent`` and, before them, the newest ``heavy`` at multiples of STRIDE."""
 
     name = "strided"
     code = 1000
@@ -46,14 +46,15 @@ class Strided(EvictionPolicy):
     def keep(self, c: Candidates, heavy: int, recent: int) -> torch.Tensor:
         near = c.position >= c.end - recent
         regular = (c.position % STRIDE == 0) & (c.position >= c.end - recent - STRIDE * heavy)
-        return c.live & (near | regular)
+        return c.live & (near | regular | (c.end <= heavy + recent))
 
     def keep_onnx(self, op: Any, c: Any, heavy: Any, recent: Any, capacity: Any) -> Any:
         first = op.Sub(c.end, recent)
         near = op.GreaterOrEqual(c.position, first)
         regular = op.Equal(op.Mod(c.position, op.i32(STRIDE)), op.i32(0))
         reach = op.GreaterOrEqual(c.position, op.Sub(first, op.Mul(heavy, op.i32(STRIDE))))
-        return op.And(c.live, op.Or(near, op.And(regular, reach)))
+        fits = op.LessOrEqual(c.end, op.Add(heavy, recent))
+        return op.And(c.live, op.Or(op.Or(near, fits), op.And(regular, reach)))
 
 
 class Latest(ScoredPolicy):
@@ -148,15 +149,16 @@ def test_simulation_is_the_operator(policy: EvictionPolicy, window: int) -> None
     state, outputs = empty_state(layer, 2, poison=True), []
     one = torch.ones(2, dtype=torch.int32)
     for at in range(tokens):
+        position = state[4]
         piece = [x[:, :, at : at + 1] for x in (q, k, v, log_phi, psi)]
         out, *state = less_attention(*piece, *state, one * at, one, **layer.attributes())
         outputs.append(out)
     got = simulate.attend(q, k, v, layer, (log_phi, psi), 1)
     torch.testing.assert_close(got, torch.cat(outputs, 2), rtol=2e-5, atol=2e-5)
     left = simulate.evictions(simulate.logits(q, k, layer), layer)
-    stays = [set(map(int, row[row >= 0])) for row in state[4].flatten(0, 1)]
-    assert [set(map(int, (row == tokens).nonzero()[:, 0])) for row in left.flatten(0, 1)] == stays
-    assert all(0 < len(s) <= layer.capacity for s in stays)
+    slots = [set(row[row >= 0].tolist()) for row in position.flatten(0, 1)]  # what the last query finds there
+    assert [set((row[:-1] == tokens).nonzero()[:, 0].tolist()) for row in left.flatten(0, 1)] == slots
+    assert all(0 < len(s) <= layer.capacity for s in slots)
 
 
 def test_the_plugin_refuses_it(policy: EvictionPolicy, plugin_library: Path) -> None:
@@ -173,7 +175,7 @@ def test_its_own_numbers_are_checked() -> None:
 def test_a_bundle_needs_the_registration(tiny: Tiny, policy: EvictionPolicy) -> None:
     policies.unregister(policy)
     try:
-        with pytest.raises(BundleError, match=f"names policy '{policy.name}', which is not known here: register it"):
+        with pytest.raises(BundleError, match=f"policy '{policy.name}' is not registered: register it"):
             Bundle.open(tiny.bundle)
         with pytest.raises(UsageError, match=f"unknown policy '{policy.name}': choose one of h2o"):
             ExportConfig(policy=policy.name)

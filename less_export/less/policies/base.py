@@ -85,7 +85,7 @@ class EvictionPolicy(abc.ABC):
 
     @abc.abstractmethod
     def keep(self, c: Candidates, heavy: int, recent: int) -> torch.Tensor:
-        """[B, Hk, N] bool: which live candidates keep a slot (at most heavy + recent)."""
+        """[B, Hk, N] bool: which live candidates keep a slot: at most heavy + recent, and all while they fit."""
 
     @abc.abstractmethod
     def keep_onnx(self, op: Any, c: Any, heavy: Any, recent: Any, capacity: Any) -> Any:
