@@ -66,7 +66,7 @@ def child(bundle: Path, variant: str) -> None:
     load, disabled = onnxruntime.InferenceSession, changes.pop("disabled", [])
     hand_back, shrink = changes.pop("hand_back", True), changes.pop("shrink", True)
     if not hand_back:
-        ort._hand_back = lambda: None
+        ort._trim_heap = lambda: None
 
     def session(path: str, options: Any, **rest: Any) -> Any:
         for name, value in changes.items():
@@ -83,7 +83,7 @@ def child(bundle: Path, variant: str) -> None:
     seconds = time.perf_counter() - start
     loaded = resident()
     if not shrink:
-        backend._shrink = None
+        backend._shrink_arena = None
     backend.open(BATCH)
     for count in (CHUNK, CHUNK // 2):
         backend.step([[5] * count] * BATCH)

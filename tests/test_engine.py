@@ -232,7 +232,7 @@ def test_headers_are_read_without_tensorrt(tmp_path: Path) -> None:
         inspect_plan(plan)
     for content in (b"", b"vtrt", b"onnx" + bytes(100)):
         plan.write_bytes(content)
-        with pytest.raises(EngineError, match="is no TensorRT plan: build it again"):
+        with pytest.raises(EngineError, match="is not a TensorRT plan: build it again"):
             inspect_plan(plan)
     plan.write_bytes(HEADER(b"vtrt", 100, 1, 7, 1, 116).ljust(99))
     with pytest.raises(EngineError, match="99 bytes instead of 100"):
@@ -356,7 +356,7 @@ def test_what_the_backend_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             fake.backend().open(3)
 
     fake.cuda.room = 5_000
-    refused(BackendError, r"no room on the GPU for 3 rows of 0\.0 MB: .*cudaMalloc failed on the GPU: error 2")
+    refused(BackendError, r"not enough GPU memory for 3 rows of 0\.0 MB: .*cudaMalloc failed on the GPU: error 2")
     assert fake.cuda.room == 5_000
     fake.cuda.room = 1 << 30
     loaded.num_optimization_profiles = 1
@@ -372,7 +372,7 @@ def test_what_the_backend_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         EngineError, r"RTX 1\.7\.1\.116 cannot load .*: version 1\.7\.0\.5 built it: .*\(IRuntime.*wrong version\)$"
     )
     fake.cuda.devices, fake.cuda.version = (35, 0), 12040
-    refused(BackendError, "the driver knows CUDA up to 12.4, cuda-bindings is for 13.5: update the driver")
+    refused(BackendError, "the driver supports CUDA up to 12.4, cuda-bindings needs 13.5: update the driver")
     fake.cuda.devices, fake.cuda.version = (100, 0), 13050
     refused(BackendError, r"no CUDA GPU \(error 100\)")
 

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import BackendError, LessExportError, UsageError
 from less_export.runtime.backend import Array, Backend, RowState, State, empty
-from less_export.runtime.generate import Generation, Generator, Timing, Token, _Text
+from less_export.runtime.generate import Generation, Generator, Timing, Token, _StoppableText
 from less_export.runtime.sampling import SamplingParams
 from less_export.runtime.tokenizer import Tokenizer
 
@@ -303,7 +303,7 @@ def test_stop_strings_against_a_search_by_character() -> None:
             if ending:
                 want = whole[: end - max(map(len, ending))]
                 break
-        text, got = _Text(Pieces(pieces), [], stop), ""
+        text, got = _StoppableText(Pieces(pieces), [], stop), ""
         for token in range(len(pieces)):
             new, done = text.push(token)
             got += new

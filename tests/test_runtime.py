@@ -146,9 +146,9 @@ def test_memory_is_kept_low(model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         return load(path, options, **rest)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(runtime_ort, "_hand_back", lambda: seen.append("hands back"))
+    monkeypatch.setattr(runtime_ort, "_trim_heap", lambda: seen.append("trims the heap"))
     backend = OrtBackend(CONTRACT, model, threads=1)
-    assert seen == ["loads", "hands back"]
+    assert seen == ["loads", "trims the heap"]
     assert sessions[0].enable_mem_pattern is False
     assert sessions[0].enable_cpu_mem_arena is True
     assert sessions[0].graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -356,7 +356,7 @@ def test_options(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UsageError, match=match):
             OrtBackend(CONTRACT, model, **options)
     OrtBackend(CONTRACT, model, provider="CPUExecutionProvider", threads=1)
-    monkeypatch.setattr(ort, "_installed", lambda package: package == "onnxruntime")
+    monkeypatch.setattr(runtime_ort, "_installed", lambda package: package == "onnxruntime")
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
@@ -364,7 +364,7 @@ def test_options(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_runtimes_installed_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort, "_installed", lambda package: True)
+    monkeypatch.setattr(runtime_ort, "_installed", lambda package: True)
     with pytest.warns(RuntimeWarning, match="both installed"):
         OrtBackend(CONTRACT, model, threads=1)
     refuse(CONTRACT, model, "both installed", provider="cuda")

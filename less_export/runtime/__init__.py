@@ -1,1 +1,1 @@
-"""Running a bundle: backends that own the state, and generation on top of them. No torch needed."""
+"""Run bundles: backends that own the state, and generation on top of them. Needs no torch."""

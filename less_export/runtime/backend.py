@@ -1,8 +1,8 @@
-"""What every runtime does, written once: lifecycle, checks against the contract, rows of state.
+"""The base class of all backends: lifecycle, checks against the contract, and the state of each row.
 
-A backend owns the state of ``batch`` rows. :meth:`Backend.step` is a template method: it checks what it
-is given, lets the subclass run the graph, and advances the lengths. Subclasses implement the five
-underscored methods and nothing else.
+A backend owns the state of ``batch`` rows. :meth:`Backend.step` is a template method: it checks its
+arguments, lets the subclass run the graph, and advances the lengths. Subclasses implement the five
+abstract methods and nothing else.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ State = dict[str, Array]
 
 
 class Backend(abc.ABC):
-    """State and steps of one artifact.
+    """Runs one artifact and owns its state.
 
-    Rows are independent sequences: a row with ``new_length = 0`` is parked, its state stays as it is.
-    ``past_length`` [batch] i32 counts the tokens each row has seen.
+    Rows are independent sequences. A row with ``new_length = 0`` is parked: its state does not change.
+    ``past_length`` [batch] i32 is the number of tokens each row has seen.
     """
 
     name: ClassVar[str]
@@ -37,7 +37,7 @@ class Backend(abc.ABC):
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
-        #: Which bundle this runs; states carry it, so that one is not continued by another model.
+        #: Identifies the bundle; saved states carry it, so that no other model continues them.
         self.identity = ""
         self._warned = False
         self.past_length: npt.NDArray[np.int32] = np.zeros(0, np.int32)
@@ -46,11 +46,11 @@ class Backend(abc.ABC):
 
     @property
     def batch(self) -> int:
-        """Rows that are open; 0 before :meth:`open` and after :meth:`close`."""
+        """Number of open rows; 0 before :meth:`open` and after :meth:`close`."""
         return len(self.past_length)
 
     def open(self, batch: int = 1) -> None:
-        """Allocate the state of ``batch`` empty rows, once; opening again starts afresh.
+        """Allocate the state of ``batch`` empty rows; opening again discards the previous state.
 
         Raises:
             BackendError: ``batch`` is outside 1..max_batch.
@@ -64,7 +64,7 @@ class Backend(abc.ABC):
         self.past_length = np.zeros(batch, np.int32)
 
     def close(self) -> None:
-        """Release the state. The backend can be opened again."""
+        """Release the state; the backend can be opened again."""
         self.past_length = np.zeros(0, np.int32)
         self._close()
 
@@ -80,15 +80,15 @@ class Backend(abc.ABC):
         """Feed one chunk and advance the state.
 
         Args:
-            input_ids: [B, T] token ids, right padded, 1 <= T <= chunk.
-            new_length: [B] valid tokens of each row, 0..T; default T everywhere.
+            input_ids: [B, T] token ids, padded on the right, 1 <= T <= chunk.
+            new_length: [B] valid tokens of each row, 0..T; default T for every row.
 
         Returns:
             logits [B, 1, V] f32 after each row's last valid token ([B, T, V] for ``--logits all``);
-            those of a parked row are finite and mean nothing.
+            those of a parked row are finite but meaningless.
 
         Raises:
-            BackendError: wrong shape, token id or length, or a sequence longer than the model can take.
+            BackendError: a wrong shape, token id or length, or a sequence longer than the artifact supports.
         """
         ids, new = self._checked(input_ids, new_length)
         logits = self._step(ids, self.past_length, new)
@@ -103,9 +103,9 @@ class Backend(abc.ABC):
                 raise BackendError(why)
 
         require(self.batch > 0, f"the {self.name} backend is not open: call open(batch) first")
-        given = np.asarray(input_ids)
-        require(given.dtype.kind in "iu", f"input_ids must be integers, not {given.dtype}")
-        ids = given.astype(np.int64)
+        array = np.asarray(input_ids)
+        require(array.dtype.kind in "iu", f"input_ids must be integers, not {array.dtype}")
+        ids = array.astype(np.int64)
         require(
             ids.ndim == 2 and ids.shape[0] == self.batch and ids.shape[1] > 0,
             f"input_ids must be [{self.batch}, T], not {list(ids.shape)}",
@@ -118,9 +118,9 @@ class Backend(abc.ABC):
             new = np.full(self.batch, new)
         require(new.shape == (self.batch,), f"new_length must be [{self.batch}], not {list(new.shape)}")
         require(bool(((new >= 0) & (new <= ids.shape[1])).all()), f"new_length must lie in 0..{ids.shape[1]}")
-        valid = ids[np.arange(ids.shape[1]) < new[:, None]]
-        top = self.contract.vocab_size - 1
-        require(bool(((valid >= 0) & (valid <= top)).all()), f"token ids must lie in 0..{top}")
+        is_valid = np.arange(ids.shape[1]) < new[:, None]
+        valid_ids, highest_id = ids[is_valid], self.contract.vocab_size - 1
+        require(bool(((valid_ids >= 0) & (valid_ids <= highest_id)).all()), f"token ids must lie in 0..{highest_id}")
         limit = self.contract.token_limit()
         longest = int((self.past_length + new).max())
         require(
@@ -132,8 +132,8 @@ class Backend(abc.ABC):
         if trained is not None and longest > trained and not self._warned:
             self._warned = True
             warnings.warn(f"past the {trained} positions the model was trained for: quality may suffer", stacklevel=3)
-        # Padding may hold anything; the embedding must still find a row for it.
-        ids = np.where(np.arange(ids.shape[1]) < new[:, None], ids, 0)
+        # Padding may hold any value, but the embedding still looks it up: make it a valid id.
+        ids = np.where(is_valid, ids, 0)
         return ids, new.astype(np.int32)
 
     # ------------------------------------------------------------ rows of state
@@ -142,13 +142,13 @@ class Backend(abc.ABC):
         """Empty these rows: each starts a new sequence."""
         for row in rows:
             self._check_row(row)
-        fresh = {s.past.name: empty(s, 1)[0] for s in self.contract.state()}
+        empty_row = {s.past.name: empty(s, 1)[0] for s in self.contract.state()}
         for row in rows:
-            self._write_row(row, fresh)
+            self._write_row(row, empty_row)
             self.past_length[row] = 0
 
     def copy_row(self, source: int, target: int) -> None:
-        """Make row ``target`` continue from where row ``source`` is."""
+        """Copy the state of row ``source`` to row ``target``."""
         self.write_row(target, self.read_row(source))
 
     def read_row(self, row: int) -> RowState:
@@ -160,7 +160,7 @@ class Backend(abc.ABC):
         """Replace one row's state.
 
         Raises:
-            BackendError: the state belongs to another contract.
+            BackendError: the state belongs to another bundle or contract, or no such row.
         """
         self._check_row(row)
         state.check(self.contract, self.identity)
@@ -200,15 +200,15 @@ class Backend(abc.ABC):
 
 
 def empty(tensor: StateTensor, batch: int) -> Array:
-    """A fresh state tensor of ``batch`` rows."""
+    """The state tensor of ``batch`` empty rows."""
     return np.full((batch, *tensor.row_shape), tensor.field.empty, numpy_dtype(tensor.dtype))
 
 
 class RowState:
     """The state of one sequence: its length and its tensors by past name, without the batch axis.
 
-    A few megabytes however long the sequence; :meth:`save` and :meth:`load` keep it in a safetensors
-    file, so that a shared prefix is prefilled once, or a session resumed elsewhere.
+    Its size does not depend on the length of the sequence. :meth:`save` and :meth:`load` store it in a
+    safetensors file, to prefill a shared prefix once or to resume a session elsewhere.
     """
 
     def __init__(self, length: int, tensors: Mapping[str, Array], identity: str = "") -> None:
@@ -217,7 +217,7 @@ class RowState:
         self.identity = identity
 
     def check(self, contract: Contract, identity: str = "") -> None:
-        """Raise :class:`BackendError` unless this is a state of ``contract`` and of the same bundle."""
+        """Raise :class:`BackendError` unless the state matches ``contract`` and comes from the same bundle."""
         if identity and self.identity and identity != self.identity:
             raise BackendError("this state belongs to another export (model or kernels differ): prefill again")
         expected = {s.past.name: (s.row_shape, numpy_dtype(s.dtype)) for s in contract.state()}
@@ -229,7 +229,7 @@ class RowState:
             raise BackendError(f"this state is damaged (length {self.length}): prefill again")
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, through a temporary name."""
+        """Write a safetensors file atomically."""
         from safetensors.numpy import save
 
         from ..bundle.files import write_atomically
@@ -240,14 +240,14 @@ class RowState:
 
     @classmethod
     def load(cls, path: str | Path) -> RowState:
-        """Read what :meth:`save` wrote; raises :class:`BackendError` for anything else."""
+        """Read a file written by :meth:`save`; raises :class:`BackendError` for any other file."""
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "less-state":
-                    raise BackendError(f"{path} holds no saved state")
+                    raise BackendError(f"{path} is not a saved state")
                 tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
                 return cls(int(metadata["length"]), tensors, metadata.get("identity", ""))
         except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Generation over any backend: prefill in chunks, decode, sampling, stop conditions, streaming.
 
-A prompt of n tokens is fed as chunk, chunk, ..., remainder, whatever runs beside it, so that the tokens
-a row evicts, and with them its text, do not depend on its batch mates.
+Every prompt is cut into full chunks and a remainder, whatever else is in the batch, so that what a row
+evicts, and therefore its text, does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Prompt = str | Sequence[int]
 class Token:
     """One new token of prompt ``row``.
 
-    ``text`` is what became certain with it: "" inside a character or what may be a stop string, and
-    all that was held back with the last token, the one that has a ``finish_reason``.
+    ``text`` is the text that became certain with it: "" inside a character or a possible stop string. The
+    last token of a row has a ``finish_reason`` and brings all text that was held back.
     """
 
     row: int
@@ -40,12 +40,12 @@ class Token:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one prompt led to.
+    """The result for one prompt.
 
-    token_ids: new tokens only, the eos token or those of the stop string included.
-    text: continues the prompt (leading space included); no special tokens, ends before the stop string.
+    token_ids: the new tokens, including the eos token or those of the stop string.
+    text: continues the prompt (including a leading space), without special tokens; ends before the stop string.
     finish_reason: "eos", "stop" or "length" (max_new_tokens, or the longest sequence the model takes).
-    prompt_tokens: tokens of the prompt, without its prefix.
+    prompt_tokens: number of tokens of the prompt, without its prefix.
     """
 
     token_ids: tuple[int, ...]
@@ -56,9 +56,9 @@ class Generation:
 
 @dataclass
 class Timing:
-    """Seconds and tokens of a run, all rows together, without the time its consumer takes.
+    """Seconds and tokens of a run over all rows, without the time that the consumer of a stream takes.
 
-    The first token of a row comes out of prefill; decode counts the others.
+    Prefill produces the first token of a row; decode counts the others.
     """
 
     prefill_seconds: float = 0.0
@@ -68,20 +68,20 @@ class Timing:
 
     @property
     def prefill_rate(self) -> float:
-        """Prompt tokens per second, 0 before there are any."""
+        """Prompt tokens per second; 0 before the first."""
         return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """New tokens per second, 0 before there are any."""
+        """New tokens per second; 0 before the first."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
 
 class Generator:
-    """Generates with ``backend``, whose rows it takes over: each run starts them afresh.
+    """Generates with ``backend``; each run resets its rows.
 
     Args:
-        backend: open or not; closing it stays with the caller.
+        backend: open or not; the caller closes it.
         tokenizer: needed for text prompts, stop strings and text in the results.
         eos_ids: tokens that end a generation; default the tokenizer's.
 
@@ -93,10 +93,11 @@ class Generator:
     ) -> None:
         self.backend = backend
         self.tokenizer = tokenizer
-        own = tokenizer.eos_ids if tokenizer else ()
-        self.eos_ids = frozenset(own if eos_ids is None else eos_ids)
+        if eos_ids is None:
+            eos_ids = tokenizer.eos_ids if tokenizer else ()
+        self.eos_ids = frozenset(eos_ids)
         self.timing = Timing()
-        self._turn = object()
+        self._run_id = object()
 
     # ------------------------------------------------------------ public
 
@@ -108,17 +109,17 @@ class Generator:
         prefix: RowState | None = None,
         **overrides: Any,
     ) -> list[Generation]:
-        """Continue every prompt; more prompts than ``max_batch`` run group after group.
+        """Continue every prompt; more prompts than ``max_batch`` run in groups, one after the other.
 
         Args:
             prompts: texts, or lists of token ids.
             params: how to sample and when to stop; default greedy, 128 tokens.
-            prefix: a state from :meth:`prefill` (or ``RowState.load``) that every prompt continues: its
-                tokens follow the prefix's, without a bos token of their own.
+            prefix: a state from :meth:`prefill` (or ``RowState.load``) that every prompt continues. No bos
+                token is added to the prompts then.
             overrides: fields of ``params`` to replace, such as ``max_new_tokens=20``.
 
         Raises:
-            UsageError: an empty or too long prompt, text without a tokenizer, impossible parameters; all
+            UsageError: an empty or too long prompt, text without a tokenizer, invalid parameters; raised
                 before anything runs.
             BackendError: ``prefix`` belongs to another export, or the backend fails.
         """
@@ -144,24 +145,24 @@ class Generator:
         prefix: RowState | None = None,
         **overrides: Any,
     ) -> Iterator[Token]:
-        """The tokens of :meth:`generate` as they come, those of one step in the order of the prompts.
+        """Yield the tokens of :meth:`generate` one by one; those of one step come in the order of the prompts.
 
-        Arguments are checked now, the run starts with the first token asked for. Starting another run
-        before this one is done ends it with a :class:`UsageError`.
+        Arguments are checked at the call; the run starts when the first token is requested. Starting
+        another run before this one has finished ends it with a :class:`UsageError`.
         """
         return self._run(self._rows(prompts, params, prefix, overrides), prefix)
 
     def prefill(self, prompt: Prompt, prefix: RowState | None = None) -> RowState:
-        """The state after ``prefix`` and ``prompt``, to continue any number of times.
+        """Return the state after ``prefix`` and ``prompt``, which can be continued any number of times.
 
-        It holds no logits, so a continuation needs at least one token of its own: leave the last ones
-        of a shared text to the prompts.
+        It holds no logits, so every continuation needs at least one token: leave the last tokens of a
+        shared text to the prompts.
         """
         if prefix is not None:
             prefix.check(self.backend.contract, self.backend.identity)
-        ids = self._encode(prompt, prefix, room=0)
+        ids = self._encode(prompt, prefix, new_tokens=0)
         self.timing = Timing()
-        self._turn = object()
+        self._run_id = object()
         self._start(1, prefix)
         self._prefill([ids])
         return self.backend.read_row(0)
@@ -185,16 +186,16 @@ class Generator:
         limit = self.backend.contract.token_limit()
         rows = []
         for index, prompt in enumerate(prompts):
-            ids = self._encode(prompt, prefix, room=1)
-            seen = len(ids) + (prefix.length if prefix else 0)
-            most = params.max_new_tokens if limit is None else min(params.max_new_tokens, limit - seen)
-            text = _Text(self.tokenizer, ids, params.stop) if self.tokenizer else None
+            ids = self._encode(prompt, prefix, new_tokens=1)
+            length = len(ids) + (prefix.length if prefix else 0)
+            max_new_tokens = params.max_new_tokens if limit is None else min(params.max_new_tokens, limit - length)
+            text = _StoppableText(self.tokenizer, ids, params.stop) if self.tokenizer else None
             eos = frozenset() if params.ignore_eos else self.eos_ids
-            rows.append(_Row(index, ids, params, params.generator(index), most, eos, text))
+            rows.append(_Row(index, ids, params, params.generator(index), max_new_tokens, eos, text))
         return rows
 
-    def _encode(self, prompt: Prompt, prefix: RowState | None, room: int) -> list[int]:
-        """Token ids of a prompt that leaves ``room`` for more, checked."""
+    def _encode(self, prompt: Prompt, prefix: RowState | None, new_tokens: int) -> list[int]:
+        """Token ids of a prompt, checked to leave space for ``new_tokens`` more."""
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise UsageError("text prompts need a tokenizer: pass token ids instead (--token-ids)")
@@ -203,7 +204,7 @@ class Generator:
             try:
                 ids = [operator.index(i) for i in prompt]
             except TypeError:
-                raise UsageError("a prompt must be a text or a list of token ids (whole numbers)") from None
+                raise UsageError("a prompt must be a string or a list of token ids (whole numbers)") from None
         if not ids:
             raise UsageError(
                 "a prompt is empty: give it at least one token"
@@ -214,10 +215,10 @@ class Generator:
         if min(ids) < 0 or max(ids) >= contract.vocab_size:
             raise UsageError(f"token ids must lie in 0..{contract.vocab_size - 1}: is this the model's tokenizer?")
         limit, length = contract.token_limit(), len(ids) + (prefix.length if prefix else 0)
-        if limit is not None and length + room > limit:
-            new = " and its new tokens do" if room else " does"
+        if limit is not None and length + new_tokens > limit:
+            does = " and its new tokens do" if new_tokens else " does"
             raise UsageError(
-                f"a prompt of {length} tokens{new} not fit into the {limit} that this artifact takes: "
+                f"a prompt of {length} tokens{does} not fit into the {limit} that this artifact takes: "
                 "shorten it, or export with a larger --context or an evicting --policy"
             )
         return ids
@@ -226,20 +227,20 @@ class Generator:
 
     def _run(self, rows: list[_Row], prefix: RowState | None) -> Iterator[Token]:
         self.timing = Timing()
-        turn = self._turn = object()
+        run_id = self._run_id = object()
         size = self.backend.contract.max_batch
         for begin in range(0, len(rows), size):
-            self._check_turn(turn)
+            self._check_run(run_id)
             group = rows[begin : begin + size]
             self._start(len(group), prefix)
             logits = self._prefill([r.prompt for r in group])
             yield from [r.accept(sample(x, r.params, r.rng)) for r, x in zip(group, logits, strict=True)]
             while any(r.active for r in group):
-                self._check_turn(turn)
+                self._check_run(run_id)
                 yield from self._decode(group)
 
-    def _check_turn(self, turn: object) -> None:
-        if self._turn is not turn:
+    def _check_run(self, run_id: object) -> None:
+        if self._run_id is not run_id:
             raise UsageError("another run has started on this generator: finish a stream before the next")
 
     def _start(self, rows: int, prefix: RowState | None) -> None:
@@ -252,7 +253,7 @@ class Generator:
                 self.backend.write_row(row, prefix)
 
     def _prefill(self, prompts: list[list[int]]) -> npt.NDArray[np.float32]:
-        """Feed the prompts; returns the logits [B, V] after the last token of each."""
+        """Feed the prompts and return the logits [B, V] after the last token of each."""
         contract = self.backend.contract
         begin_time = time.perf_counter()
         last = np.empty((len(prompts), contract.vocab_size), np.float32)
@@ -274,7 +275,7 @@ class Generator:
         return last
 
     def _decode(self, rows: list[_Row]) -> list[Token]:
-        """One token for every row that is not done; the others are parked."""
+        """Generate one token for every active row; the others are parked."""
         begin_time = time.perf_counter()
         ids = np.array([[r.token_ids[-1]] for r in rows])
         logits = self.backend.step(ids, np.array([int(r.active) for r in rows]))
@@ -286,15 +287,15 @@ class Generator:
 
 @dataclass
 class _Row:
-    """One prompt on its way; ``most`` is how many tokens it may get."""
+    """A prompt that is being continued."""
 
     index: int
     prompt: list[int]
     params: SamplingParams
     rng: np.random.Generator
-    most: int
+    max_new_tokens: int
     eos_ids: frozenset[int]
-    text: _Text | None
+    text: _StoppableText | None
     token_ids: list[int] = field(default_factory=list)
     active: bool = True
 
@@ -308,7 +309,7 @@ class _Row:
             text, stopped = self.text.push(token_id)
         if stopped:
             reason = "stop"
-        elif reason is None and len(self.token_ids) >= self.most:
+        elif reason is None and len(self.token_ids) >= self.max_new_tokens:
             reason = "length"
         if reason is not None:
             self.active = False
@@ -317,8 +318,8 @@ class _Row:
         return Token(self.index, token_id, text, reason)
 
 
-class _Text:
-    """The text of a row, without what may still turn out to be a stop string."""
+class _StoppableText:
+    """The text of a row; holds back what may still become a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...]) -> None:
         self._stream = tokenizer.stream(prompt)
@@ -326,11 +327,11 @@ class _Text:
         self._held = ""
 
     def push(self, token_id: int) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop string was completed (the text ends before it)."""
+        """Add a token; return the text that is certain now, and whether a stop string is complete (after that text)."""
         return self._scan(self._stream.push(token_id))
 
     def finish(self) -> str:
-        """The rest, when no token follows."""
+        """The text that was held back, when no token follows."""
         text, _ = self._scan(self._stream.finish())
         rest, self._held = self._held, ""
         return text + rest
@@ -338,16 +339,16 @@ class _Text:
     def _scan(self, piece: str) -> tuple[str, bool]:
         text = self._held + piece
         self._held = ""
-        # The stop string that is complete first wins, however the text is cut into tokens.
-        found = [(text.find(s) + len(s), text.find(s)) for s in self._stop if s in text]
-        if found:
-            return text[: min(found)[1]], True
-        held = max((_overlap(text, s) for s in self._stop), default=0)
-        cut = len(text) - held
-        self._held = text[cut:]
-        return text[:cut], False
+        # The stop string that is complete first counts, however the text is cut into tokens.
+        matches = [(text.find(s) + len(s), text.find(s)) for s in self._stop if s in text]
+        if matches:
+            _, begin = min(matches)
+            return text[:begin], True
+        certain = len(text) - max((_overlap(text, s) for s in self._stop), default=0)
+        self._held = text[certain:]
+        return text[:certain], False
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that ``stop`` begins with, shorter than ``stop``."""
+    """Length of the longest proper prefix of ``stop`` that ``text`` ends with."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Opening bundles for use: pick the artifact and the runtime, get something that generates."""
+"""Open bundles: choose the artifact and the backend, and make a generator."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .tokenizer import Tokenizer
 
 
 def open_bundle(path: str | Path, backend: str | None = None, **options: Any) -> Generator:
-    """Open a bundle folder, an ``x.onnx`` or an ``x.plan``, verified, ready to generate.
+    """Open and verify a bundle folder, an ``x.onnx`` or an ``x.plan``, ready to generate.
 
     Args:
-        path: what ``less-export`` wrote.
-        backend: ``"ort"``, ``"trt"`` or ``"torch"``; default by what the bundle holds.
-        options: passed to the backend (``threads``, ``provider`` for ONNX Runtime; ``device`` for torch).
+        path: the output of ``less-export``.
+        backend: ``"ort"``, ``"trt"`` or ``"torch"``; default by the bundle's artifacts.
+        options: arguments of the backend (``threads``, ``provider`` for ONNX Runtime; ``device`` for torch).
 
     Raises:
         BundleError: missing or damaged files. BackendError: the runtime or its artifact is missing.
@@ -30,7 +30,7 @@ def open_bundle(path: str | Path, backend: str | None = None, **options: Any) ->
 
 
 def load_generator(bundle: Bundle, backend: Backend) -> Generator:
-    """A generator over an open bundle's backend, with its tokenizer where there is one."""
+    """A generator over a backend of an open bundle, with the bundle's tokenizer if it has one."""
     return Generator(backend, load_tokenizer(bundle))
 
 
@@ -49,7 +49,7 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
 
 
 def load_backend(bundle: Bundle, name: str | None = None, **options: Any) -> Backend:
-    """The runtime of a bundle, by name or by what the bundle holds; the runtime is imported here."""
+    """The backend of a bundle, by name or by the bundle's artifacts; its runtime is imported here."""
     backend = _load(bundle, name, **options)
     backend.identity = bundle.identity()
     return backend
@@ -63,28 +63,28 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
     if name == "ort":
         from .ort import OrtBackend
 
-        found = _artifact(bundle, ("ort",), "model.onnx (--target ort)")
-        return OrtBackend(found.contract, bundle.path(found.file), **options)
+        graph = _artifact(bundle, ("ort",), "model.onnx (--target ort)")
+        return OrtBackend(graph.contract, bundle.path(graph.file), **options)
     if name == "trt":
         from .trt import TrtBackend
 
-        found = _artifact(bundle, ("plan",), "engine.plan (--out x.plan, or --engine)")
-        facts = found.details.get("plugin")
+        plan = _artifact(bundle, ("plan",), "engine.plan (--out x.plan, or --engine)")
+        facts = plan.details.get("plugin")
         if facts:  # a library beside the plan may be named by its file name
             options.setdefault("plugin", PluginFacts(**{**facts, "library": str(bundle.path(facts["library"]))}))
-        return TrtBackend(found.contract, bundle.path(found.file), **options)
+        return TrtBackend(plan.contract, bundle.path(plan.file), **options)
     try:
         from .torch import TorchBackend
     except ImportError as error:
         raise BackendError(
-            f"the torch backend needs {error.name}: {install_hint('export')}, or take another --backend"
+            f"the torch backend needs {error.name}: {install_hint('export')}, or choose another --backend"
         ) from None
     return TorchBackend(bundle, _artifact(bundle, ("ort", "trt", "plan"), "graph"), **options)
 
 
 def _artifact(bundle: Bundle, kinds: tuple[str, ...], what: str) -> Artifact:
     for kind in kinds:
-        found = bundle.artifact(kind)
-        if found is not None:
-            return found
+        artifact = bundle.artifact(kind)
+        if artifact is not None:
+            return artifact
     raise BackendError(f"this bundle has no {what}: export again, or choose another backend")

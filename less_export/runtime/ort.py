@@ -1,16 +1,19 @@
-"""ONNX Runtime: the body of LessAttention runs as ordinary operators, on a CPU or with CUDA.
+"""The ONNX Runtime backend: runs the body of LessAttention as ordinary operators, on a CPU or with CUDA.
 
-The state lives in two sets of tensors, bound once: a step reads one set and writes the other, the next
-step goes the other way. Nothing of the state is copied or allocated between steps.
+The state has two sets of tensors, bound once: a step reads one set and writes the other, and the next
+step the reverse. No state is copied or allocated between steps.
 
-Session options are ONNX Runtime's own but for scratch memory (``benchmarks/bench_memory.py``). Measured on two cores:
-- What loading a model frees goes back to the system at once (glibc keeps it otherwise): an int4 model of 1.1B
-  parameters (746 MB on disk, of which 131 MB of embeddings are only mapped) holds 841 MB after loading, not 1,136 MB.
-- 10 layers of 1024 x 4096 (320 MB, external data): weights are held once (375 MB with the interpreter, f32
-  or bf16 behind a folded Cast). Leaving out prepacking saves nothing and decodes two to three times slower.
-- 8 LESS layers (16 heads of 64, C 256), 4 rows, chunks of 128: after prefill the process held 835 MB. Without
-  memory patterns, which keep one block per shape of chunk, 660 MB at the same speed; giving the arena's
-  unused part back when decode begins leaves 500 MB (after every chunk, it would slow prefill by a quarter).
+Session options are ONNX Runtime's defaults except for scratch memory (``benchmarks/bench_memory.py``).
+Measured on two cores:
+- Memory that is freed while a model loads is returned to the system at once (glibc would keep it): an int4
+  model of 1.1B parameters (746 MB on disk, of which 131 MB of embeddings are only mapped) takes 841 MB after
+  loading instead of 1,136 MB.
+- 10 layers of 1024 x 4096 (320 MB, external data): weights are held once (375 MB including the interpreter,
+  f32, or bf16 behind a folded Cast). Disabling prepacking saves nothing and decodes two to three times slower.
+- 8 LESS layers (16 heads of 64, C 256), 4 rows, chunks of 128: the process took 835 MB after prefill. Without
+  memory patterns, which keep one block per chunk shape, it takes 660 MB at the same speed; returning the
+  unused part of the arena when decode begins leaves 500 MB (doing so after every chunk would slow prefill
+  by a quarter).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from ..errors import BackendError, UsageError, install_hint
 from .backend import Array, Backend, State, empty
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-#: Only what ends the process is logged; everything else arrives as an exception and is said once.
+#: Log only what ends the process; every other error is raised as an exception and reported once.
 _LOG_FATAL = 4
 
 
@@ -51,8 +54,8 @@ def _reason(error: BaseException) -> str:
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]).rstrip(" .")
 
 
-def _hand_back() -> None:
-    """Give what was freed back to the system, where the C library is glibc and would keep it."""
+def _trim_heap() -> None:
+    """Return freed memory to the system; glibc would keep it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
@@ -66,11 +69,11 @@ def _installed(package: str) -> bool:
     return True
 
 
-def _choose_provider(ort: Any, asked: str | None) -> str:
-    """Full provider name; raises where it is unknown or not there."""
-    name = _PROVIDERS.get((asked or "cpu").lower(), asked)
+def _choose_provider(ort: Any, provider: str | None) -> str:
+    """Full name of a provider; raises if it is unknown or not available."""
+    name = _PROVIDERS.get((provider or "cpu").lower(), provider)
     if name not in _PROVIDERS.values():
-        raise UsageError(f"unknown ONNX Runtime provider '{asked}': choose {' or '.join(_PROVIDERS)}")
+        raise UsageError(f"unknown ONNX Runtime provider '{provider}': choose {' or '.join(_PROVIDERS)}")
     cuda = name == _PROVIDERS["cuda"]
     if _installed("onnxruntime") and _installed("onnxruntime-gpu"):
         message = (
@@ -89,16 +92,16 @@ class OrtBackend(Backend):
     """Runs a bundle's ``model.onnx``.
 
     Args:
-        contract: what the graph takes and gives; float32 or float16.
-        model_path: the .onnx file; its weights are mapped from beside it.
+        contract: inputs and outputs of the graph; float32 or float16.
+        model_path: the .onnx file; its weights are mapped from the same folder.
         threads: threads of one operator; default ONNX Runtime's, one per physical core.
         provider: "cpu" (default) or "cuda", or the full name of either.
-        accuracy_level: of products with quantised weights, as ONNX Runtime counts: 4, its default, rounds
-            activations to 8 bits; 1 computes in float32, several times slower (int8: a hundred times).
+        accuracy_level: ONNX Runtime's accuracy level of products with quantised weights. 4, its default,
+            rounds activations to 8 bits; 1 computes in float32, several times slower (int8: a hundred times).
 
     Raises:
-        BackendError: no ONNX Runtime, a provider that does not start, a file that does not load, or a
-            graph that is not the contract's.
+        BackendError: ONNX Runtime is not installed, the provider does not start, the file does not load,
+            or the graph does not match the contract.
         UsageError: an unknown provider or fewer than one thread.
     """
 
@@ -117,7 +120,7 @@ class OrtBackend(Backend):
         self._values: list[dict[str, Any]] = []
         self._bindings: list[Any] = []
         self._current = 0
-        self._scratch = False  # whether the arena still holds what a chunk needed
+        self._scratch = False  # whether the arena still holds the scratch memory of a chunk
         if contract.dtype == "bfloat16":
             raise BackendError(
                 "ONNX Runtime has no bfloat16 kernels for this graph: export for it with --dtype float32"
@@ -125,12 +128,12 @@ class OrtBackend(Backend):
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, not {threads}")
         self._ort = _onnxruntime()
-        wanted = _choose_provider(self._ort, provider)
-        self._device = "cuda" if wanted == _PROVIDERS["cuda"] else "cpu"
-        self._session = self._load(Path(model_path), threads, wanted, accuracy_level)
-        self._shrink = self._ort.RunOptions()
+        provider = _choose_provider(self._ort, provider)
+        self._device = "cuda" if provider == _PROVIDERS["cuda"] else "cpu"
+        self._session = self._load(Path(model_path), threads, provider, accuracy_level)
+        self._shrink_arena = self._ort.RunOptions()
         arena = "gpu:0" if self._device == "cuda" else "cpu:0"
-        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
+        self._shrink_arena.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         self._check_graph(Path(model_path))
 
     def _load(self, path: Path, threads: int | None, provider: str, accuracy_level: int) -> Any:
@@ -148,15 +151,15 @@ class OrtBackend(Backend):
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BackendError(f"cannot load {path}: {_reason(error)}; export the bundle again") from error
         if provider not in session.get_providers():
-            raise BackendError("ONNX Runtime could not start CUDA: check the driver, CUDA and cuDNN, or use the cpu")
-        _hand_back()
+            raise BackendError("ONNX Runtime could not start CUDA: check the driver, CUDA and cuDNN, or use the CPU")
+        _trim_heap()
         return session
 
     def _check_graph(self, path: Path) -> None:
-        """The graph's inputs and outputs are the contract's, by name, dtype and static dimensions."""
+        """Raise unless the graph's inputs and outputs are the contract's, by name, dtype and static dimensions."""
 
         def fits(want: tuple[int | str, ...], have: list[int | str | None], present: bool) -> bool:
-            # What the contract leaves open the graph must leave open; a present state may say less.
+            # Dynamic axes of the contract must be dynamic in the graph; a present state may have more of them.
             return len(want) == len(have) and all(
                 not isinstance(h, int) if isinstance(w, str) else h == w or (present and not isinstance(h, int))
                 for w, h in zip(want, have, strict=True)
@@ -166,8 +169,8 @@ class OrtBackend(Backend):
             expected, actual = {s.name: s for s in specs}, {n.name: n for n in nodes}
             states = {s.present.name for s in self.contract.state()}
             for name in sorted(expected.keys() ^ actual.keys()):
-                state = "lacks" if name in expected else "has an unexpected"
-                raise BackendError(f"{path} {state} {kind} {name}: it does not belong to this manifest, export again")
+                fault = "lacks" if name in expected else "has an unexpected"
+                raise BackendError(f"{path} {fault} {kind} {name}: it does not belong to this manifest, export again")
             for name, spec in expected.items():
                 node = actual[name]
                 if node.type != onnx_type(spec.dtype) or not fits(spec.shape, node.shape, name in states):
@@ -183,14 +186,14 @@ class OrtBackend(Backend):
 
     def _open(self, batch: int) -> None:
         self._close()
-        make = self._ort.OrtValue.ortvalue_from_numpy  # on a CPU the value is the array itself
+        from_numpy = self._ort.OrtValue.ortvalue_from_numpy  # on a CPU the value shares the array's memory
         state = list(self.contract.state())
-        self._values = [{s.past.name: make(empty(s, batch), self._device) for s in state} for _ in range(2)]
+        self._values = [{s.past.name: from_numpy(empty(s, batch), self._device) for s in state} for _ in range(2)]
         self._bindings = [self._session.io_binding() for _ in range(2)]
-        for here, binding in enumerate(self._bindings):
+        for index, binding in enumerate(self._bindings):
             for s in state:
-                binding.bind_ortvalue_input(s.past.name, self._values[here][s.past.name])
-                binding.bind_ortvalue_output(s.present.name, self._values[1 - here][s.past.name])
+                binding.bind_ortvalue_input(s.past.name, self._values[index][s.past.name])
+                binding.bind_ortvalue_output(s.present.name, self._values[1 - index][s.past.name])
         self._current = 0
 
     def _close(self) -> None:
@@ -211,9 +214,9 @@ class OrtBackend(Backend):
         binding.bind_ortvalue_output(LOGITS, self._ort.OrtValue.ortvalue_from_numpy(logits))
         try:
             decode = input_ids.shape[1] == 1
-            self._session.run_with_iobinding(binding, self._shrink if decode and self._scratch else None)
+            self._session.run_with_iobinding(binding, self._shrink_arena if decode and self._scratch else None)
             self._scratch = not decode
-        except Exception as error:  # the state of before the step is whole: nothing was swapped
+        except Exception as error:  # the state from before the step is intact: the sets were not swapped
             raise BackendError(f"ONNX Runtime failed: {_reason(error)}") from error
         self._current = 1 - self._current
         return logits
@@ -229,6 +232,6 @@ class OrtBackend(Backend):
                 value.update_inplace(array)
 
     def _host(self, name: str) -> Array:
-        """The current state tensor: itself on a CPU, a copy elsewhere."""
+        """A tensor of the current state: the tensor itself on a CPU, a copy elsewhere."""
         array: Array = self._values[self._current][name].numpy()
         return array

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a ``tokenizer.json`` and the facts of the manifest, without transformers."""
+"""Text to token ids and back, from ``tokenizer.json`` and the manifest; needs no transformers."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..errors import BundleError, UsageError
 
 _INCOMPLETE = "\ufffd"
-#: Tokens of context that decide how the next one is written (leading spaces, bytes of one character).
+#: Number of preceding tokens that can affect how the next one is decoded (leading spaces, bytes of one character).
 _CONTEXT = 8
 
 
 class Tokenizer:
-    """A ``tokenizers.Tokenizer`` (or its file) with what its file does not say.
+    """A ``tokenizers.Tokenizer`` (or its file) with the facts that its file does not hold.
 
     Args:
         source: path of a ``tokenizer.json``, or the loaded object.
-        bos_id: id of the beginning-of-sequence token, if there is one.
-        eos_ids: ids that end a generation, the tokenizer's own first.
+        bos_id: id of the beginning-of-sequence token, if the model has one.
+        eos_ids: ids that end a generation, the tokenizer's eos token first.
         add_bos: whether texts start with the bos token.
         chat_template: Jinja source of the model's chat template, if it has one.
 
     Raises:
-        BundleError: the file is missing or damaged.
+        BundleError: the file is missing or damaged, or ``add_bos`` without ``bos_id``.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Tokenizer:
             except Exception as error:  # the library raises plain Exception
                 raise BundleError(f"cannot read the tokenizer {source}: {error}") from error
         if add_bos and bos_id is None:
-            raise BundleError("the tokenizer adds a bos token but the manifest names none: export again")
+            raise BundleError("the tokenizer adds a bos token, but the manifest has no id for it: export again")
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.add_bos = add_bos
@@ -61,10 +61,10 @@ class Tokenizer:
         self._special = frozenset(i for i, token in added.items() if token.special)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``, markers written in it included.
+        """Token ids of ``text``; special tokens written in the text become their ids.
 
-        ``special`` adds what a new sequence starts with: the bos token (never a second one) and whatever
-        else the tokenizer file puts there; pass False for the continuation of a sequence.
+        ``special`` adds the tokens that a new sequence starts with: the bos token (never a second one) and
+        whatever else the tokenizer file adds. Pass False for text that continues a sequence.
         """
         ids = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
         if special and self.bos_id is not None:
@@ -75,11 +75,11 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``, special tokens left out."""
+        """Text of ``ids``, without special tokens."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self, context: Sequence[int] = ()) -> TextStream:
-        """Incremental decoder of the tokens that follow ``context``."""
+        """A decoder for the tokens that follow ``context``, one by one."""
         return TextStream(self, context)
 
     # ------------------------------------------------------------ chat
@@ -87,20 +87,20 @@ class Tokenizer:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The prompt of a conversation, as the model's template writes it (its bos token included).
+        """The prompt of a conversation, rendered by the model's chat template (including any bos token).
 
         Args:
-            messages: ``{"role": ..., "content": ...}`` each.
-            add_generation_prompt: end where the assistant's answer starts.
-            variables: more of what the template knows, such as ``tools`` or ``enable_thinking``.
+            messages: one ``{"role": ..., "content": ...}`` each.
+            add_generation_prompt: end the prompt where the assistant's answer starts.
+            variables: further template variables, such as ``tools`` or ``enable_thinking``.
 
         Raises:
             UsageError: the model has no template, or its template refuses the messages.
         """
         if self.chat_template is None:
             raise UsageError("this model has no chat template: pass a plain prompt instead")
-        names = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
-        tokens = {n: self._tokenizer.id_to_token(i) for n, i in names.items() if i is not None}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
+        tokens = {n: self._tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
         try:
             return self._template.render(
                 {
@@ -117,12 +117,12 @@ class Tokenizer:
             raise UsageError(f"the model's chat template refuses these messages: {reason}") from error
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """Token ids of :meth:`chat`; the template alone decides about the bos token."""
+        """Token ids of :meth:`chat`; no bos token is added to what the template writes."""
         return self.encode(self.chat(messages, **variables), special=False)
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
-        # The environment transformers gives templates, so that they render to the same text.
+        # The same environment as in transformers, so that templates render to the same text.
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
         )
@@ -136,50 +136,52 @@ class Tokenizer:
 
 
 class TextStream:
-    """Text of a growing sequence: every :meth:`push` yields what has become certain.
+    """Decodes a growing sequence: each :meth:`push` returns the text that has become certain.
 
-    A character spread over several tokens comes out with its last one; spaces are those the whole text
-    has. The pieces and :meth:`finish` together are the decoded sequence (after its context).
+    A character spread over several tokens is returned with its last one; spaces are those of the whole
+    text. All pieces and :meth:`finish` together are the decoded sequence after its context.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
-        self._owner = tokenizer
-        known = [i for i in context if i not in tokenizer._special][-_CONTEXT:]
-        # A window that cuts a character at its start may read as broken throughout: take a shorter one. A
-        # context that ends inside a character says nothing about the rest.
-        while known and tokenizer.decode(known).endswith(_INCOMPLETE):
-            del known[0]
-        self._follow(known)
+        self._tokenizer = tokenizer
+        window = [i for i in context if i not in tokenizer._special][-_CONTEXT:]
+        # If the window starts inside a character, all of it may decode as broken: shorten it. A context
+        # that ends inside a character gives no information about what follows.
+        while window and tokenizer.decode(window).endswith(_INCOMPLETE):
+            del window[0]
+        self._continue_after(window)
 
     def push(self, token_id: int) -> str:
-        """Text that ``token_id`` completes, often one word, "" inside a character or for special tokens."""
-        if token_id in self._owner._special:
+        """The text that ``token_id`` completes; "" inside a character and for special tokens."""
+        if token_id in self._tokenizer._special:
             return ""
         self._ids.append(token_id)
-        text = self._owner.decode(self._ids)
+        text = self._tokenizer.decode(self._ids)
         if text.endswith(_INCOMPLETE):
             return ""
         return self._emit(text)
 
     def finish(self) -> str:
-        """What is left when no token follows: the replacement character for a broken one, usually ""."""
-        return self._emit(self._owner.decode(self._ids))
+        """The remaining text when no token follows: usually "", or the replacement character."""
+        return self._emit(self._tokenizer.decode(self._ids))
 
     def _emit(self, text: str) -> str:
-        new = self._ids[self._known :]
-        # Bytes that turn out to be broken take the whole run of bytes before them along in some decoders.
-        piece = text[len(self._done) :] if text.startswith(self._done) else self._owner.decode(new)
+        new_ids = self._ids[self._context_length :]
+        # An invalid byte invalidates the whole run of bytes before it in some decoders.
+        known = self._context_text
+        piece = text[len(known) :] if text.startswith(known) else self._tokenizer.decode(new_ids)
         if piece:
-            self._follow(new)
+            self._continue_after(new_ids)
         return piece
 
-    def _follow(self, ids: list[int]) -> None:
-        """The tokens of the latest piece are all that the next one depends on."""
-        self._ids, self._known, self._done = ids, len(ids), self._owner.decode(ids)
+    def _continue_after(self, context: list[int]) -> None:
+        """Start the next piece; it depends only on the tokens of the piece before it."""
+        self._ids, self._context_length = context, len(context)
+        self._context_text = self._tokenizer.decode(context)
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's text for training; here it is just its contents."""
+    """``{% generation %}`` marks the assistant's text for training; it renders its contents."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -189,7 +191,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """``tojson`` without jinja's escaping for HTML."""
+    """``tojson`` without Jinja's HTML escaping."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 

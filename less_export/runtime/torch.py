@@ -1,4 +1,4 @@
-"""The reference backend: the Hugging Face model with LESS put in, in float32 torch, from a bundle's weights."""
+"""The reference backend: the Hugging Face model with LESS in it, in float32 torch, from a bundle's weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .backend import Array, Backend, State
 
 
 def bundle_model(bundle: Bundle) -> PreTrainedModel:
-    """The Hugging Face model of a bundle, in float32, its weights read from the bundle's files (and dequantised).
+    """The Hugging Face model of a bundle in float32, with weights from the bundle's files (dequantised if necessary).
 
     Raises:
-        BackendError: a plan that carries its weights inside, or weights that lack a tensor.
+        BackendError: a plan that contains its weights, or weights that lack a tensor.
     """
     if not bundle.manifest.weights:
-        raise BackendError("this plan carries its weights inside: the torch backend needs a bundle with a graph")
-    described = dict(bundle.manifest.model["config"])
-    config = AutoConfig.for_model(described.pop("model_type"), **described)
+        raise BackendError("this plan contains its weights: the torch backend needs a bundle with a graph")
+    config_fields = dict(bundle.manifest.model["config"])
+    config = AutoConfig.for_model(config_fields.pop("model_type"), **config_fields)
     model = weights.bare_model(config, torch.float32)
     tensors, missing = weights.locate(model, [bundle.path(w.file) for w in bundle.manifest.weights])
     if missing:
@@ -38,13 +38,13 @@ def bundle_model(bundle: Bundle) -> PreTrainedModel:
 
 
 def bundle_kernels(bundle: Bundle) -> Kernels:
-    """The kernels of a bundle, none where it has none."""
+    """The kernels of a bundle; empty if it has none."""
     facts = bundle.manifest.kernels
     return Kernels.load(bundle.path(facts.file)) if facts is not None else Kernels({}, {})
 
 
 class ModelBackend(Backend):
-    """Runs any contract of a loaded model; computes in the model's own dtype."""
+    """Runs any contract of a loaded model, in the model's dtype."""
 
     name = "torch"
 
@@ -63,9 +63,9 @@ class ModelBackend(Backend):
     def _step(
         self, input_ids: npt.NDArray[np.int64], past_length: npt.NDArray[np.int32], new_length: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.float32]:
-        feed = [torch.from_numpy(x).to(self._device) for x in (input_ids, past_length, new_length)]
+        tokens = [torch.from_numpy(x).to(self._device) for x in (input_ids, past_length, new_length)]
         with torch.inference_mode():
-            logits, *self._state = self._decoder(*feed, self._state)
+            logits, *self._state = self._decoder(*tokens, self._state)
         return np.asarray(logits.cpu().numpy())
 
     def _read_row(self, row: int) -> State:
@@ -79,7 +79,7 @@ class ModelBackend(Backend):
 
 
 class TorchBackend(ModelBackend):
-    """Runs an artifact's contract in float32, whatever its compute dtype; slow, and what parity is judged by."""
+    """Runs an artifact's contract in float32, whatever its compute dtype: slow; the reference of ``check``."""
 
     def __init__(self, bundle: Bundle, artifact: Artifact, device: str = "cpu") -> None:
         contract = replace(artifact.contract, dtype="float32")

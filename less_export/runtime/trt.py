@@ -1,6 +1,6 @@
-"""TensorRT runtime: plans on disk, their engine, and the backend that owns the state on the GPU.
+"""The TensorRT backend: reads plans, loads their engine, and keeps the state on the GPU.
 
-Needs TensorRT (either flavour) and ``cuda-bindings``, both imported when a backend is made; no torch.
+Needs TensorRT (either flavour) and ``cuda-bindings``, imported when a backend is made, but no torch.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ..tensorrt.log import log_of
 from ..tensorrt.plugin import PluginFacts
 from .backend import Array, Backend, State, empty
 
-#: First bytes of a plan -> the flavour that wrote it.
+#: First bytes of a plan, and the flavour that writes them.
 _MAGIC = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
-#: magic, -, total bytes, major, minor, patch, build. NVIDIA gives the version's place in TensorRT issue
-#: 3073; the size is where TensorRT-RTX 1.7.1 writes it (not relied on for the other flavour).
+#: magic, unused, total bytes, major, minor, patch, build. NVIDIA documents the position of the version in TensorRT
+#: issue 3073; the size is where TensorRT-RTX 1.7.1 writes it (not used for the other flavour).
 _HEADER = struct.Struct("<4s12xQ4B")
 
 
 @dataclass(frozen=True)
 class PlanHeader:
-    """What a plan's first bytes say: ``version`` like "1.7.1.116", ``bytes`` the size of the file."""
+    """The facts in a plan's first bytes: ``version`` like "1.7.1.116", ``bytes`` the size of the file."""
 
     flavour: str
     version: str
@@ -47,7 +47,7 @@ def inspect_plan(path: Path) -> PlanHeader:
     """Read a plan's header; needs neither TensorRT nor a driver.
 
     Raises:
-        EngineError: the file is missing, no plan, or cut short.
+        EngineError: the file is missing, not a plan, or truncated.
     """
     try:
         size = path.stat().st_size
@@ -56,7 +56,7 @@ def inspect_plan(path: Path) -> PlanHeader:
     except OSError as error:
         raise EngineError(f"cannot read the plan {path}: {error.strerror or error}") from error
     if head[:4] not in _MAGIC or len(head) < _HEADER.size:
-        raise EngineError(f"{path} is no TensorRT plan: build it again")
+        raise EngineError(f"{path} is not a TensorRT plan: build it again")
     magic, total, *version = _HEADER.unpack(head)
     name = _MAGIC[magic]
     if name == "tensorrt_rtx" and total != size:
@@ -66,7 +66,7 @@ def inspect_plan(path: Path) -> PlanHeader:
 
 @dataclass(frozen=True)
 class LoadedPlan:
-    """A deserialised plan; ``runtime`` is kept because the engine must not outlive it."""
+    """A deserialised plan; ``runtime`` is held because the engine must not outlive it."""
 
     flavour: Flavour
     runtime: Any
@@ -76,11 +76,11 @@ class LoadedPlan:
 def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None) -> LoadedPlan:
     """Deserialise a plan on the GPU and check its tensors and profiles against the contract.
 
-    ``plugin`` is what the manifest says of the plan's plugin.
+    ``plugin`` describes the plan's plugin, as in the manifest.
 
     Raises:
-        EngineError: no plan, its flavour is not installed, no driver, made by another version or for
-            another GPU, or not of this contract; its plugin is missing or another one.
+        EngineError: not a plan, its flavour or a driver is not installed, it was built by another version
+            or for another GPU, it does not match the contract, or its plugin is missing or a different one.
     """
     header = inspect_plan(path)
     chosen = flavour(header.flavour)
@@ -89,19 +89,19 @@ def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None)
     with log.listening(), open(path, "rb") as file:
         try:
             runtime = module.Runtime(log.interface)
-        except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
+        except (TypeError, RuntimeError):  # what the bindings raise when the factory returns nothing
             raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
         if plugin is not None and plugin.inside:
-            runtime.engine_host_code_allowed = True  # the library inside; the plan's hash was checked
+            runtime.engine_host_code_allowed = True  # for the embedded library; the plan's hash was checked
         elif plugin is not None:
             plugins.load(module, plugins.find(plugin))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            why = log.reason()
+            reason = log.reason()
             if header.version != chosen.version:
-                why = f"version {header.version} built it: build it again with this one ({why})"
-            raise EngineError(f"{chosen.label} cannot load {path}: {why}")
+                reason = f"version {header.version} built it: build it again with this one ({reason})"
+            raise EngineError(f"{chosen.label} cannot load {path}: {reason}")
         _check_engine(module, engine, contract)
     return LoadedPlan(chosen, runtime, engine)
 
@@ -109,13 +109,13 @@ def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None)
 def _check_engine(module: Any, engine: Any, contract: Contract) -> None:
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     for mode, specs in (("INPUT", contract.inputs()), ("OUTPUT", contract.outputs())):
-        wanted = getattr(module.TensorIOMode, mode)
-        found = {
+        io_mode = getattr(module.TensorIOMode, mode)
+        tensors = {
             n: (from_tensorrt(engine.get_tensor_dtype(n)), tuple(engine.get_tensor_shape(n)))
             for n in names
-            if engine.get_tensor_mode(n) == wanted
+            if engine.get_tensor_mode(n) == io_mode
         }
-        check_tensors(found, specs, "the plan")
+        check_tensors(tensors, specs, "the plan")
     expected = profiles(contract)
     if engine.num_optimization_profiles != len(expected):
         raise EngineError(
@@ -123,11 +123,11 @@ def _check_engine(module: Any, engine: Any, contract: Contract) -> None:
         )
     for index, profile in enumerate(expected):
         for name, (low, _, high) in profile.shapes.items():
-            least, _, most = (tuple(s) for s in engine.get_tensor_profile_shape(name, index))
-            inside = zip(least, low, high, most, strict=True)
-            if not all(a <= b and c <= d for a, b, c, d in inside):
+            plan_low, _, plan_high = (tuple(s) for s in engine.get_tensor_profile_shape(name, index))
+            bounds = zip(plan_low, low, high, plan_high, strict=True)
+            if not all(a <= b and c <= d for a, b, c, d in bounds):
                 raise EngineError(
-                    f"the plan's {profile.name} profile takes {name} from {list(least)} to {list(most)}, "
+                    f"the plan's {profile.name} profile takes {name} from {list(plan_low)} to {list(plan_high)}, "
                     f"the contract needs {list(low)} to {list(high)}: build it again"
                 )
 
@@ -146,7 +146,7 @@ def _cuda() -> Any:
 
 
 class _Device:
-    """The first GPU: one stream, and memory that is given back with :meth:`release` or at the end.
+    """The first GPU: one stream, and memory that is freed by :meth:`release` or with this object.
 
     Copies and engines share the stream, so they run in order; :meth:`wait` waits for them.
     """
@@ -157,9 +157,9 @@ class _Device:
         if int(error) or not count:
             self._refuse(error)
         self.stream = self.call("cudaStreamCreate")
-        self._sent: list[Array] = []
+        self._pending: list[Array] = []
         self._owned: set[int] = set()
-        self._finalizer = weakref.finalize(self, self._drop, self._cuda, self._owned, self.stream)
+        self._finalizer = weakref.finalize(self, self._free, self._cuda, self._owned, self.stream)
 
     def _refuse(self, error: Any) -> None:
         version = self.call("cudaDriverGetVersion")  # 0 without a driver
@@ -167,8 +167,10 @@ class _Device:
             raise BackendError("no CUDA driver: run this where nvidia-smi lists a GPU, or use the ONNX Runtime backend")
         needed = self.call("cudaRuntimeGetVersion")
         if version // 1000 < needed // 1000:
-            have, want = (f"{v // 1000}.{v % 1000 // 10}" for v in (version, needed))
-            raise BackendError(f"the driver knows CUDA up to {have}, cuda-bindings is for {want}: update the driver")
+            driver, bindings = (f"{v // 1000}.{v % 1000 // 10}" for v in (version, needed))
+            raise BackendError(
+                f"the driver supports CUDA up to {driver}, cuda-bindings needs {bindings}: update the driver"
+            )
         raise BackendError(f"no CUDA GPU ({self._text(error)}): run nvidia-smi, and check CUDA_VISIBLE_DEVICES")
 
     def _text(self, error: Any) -> str:
@@ -176,21 +178,21 @@ class _Device:
         return text.decode() if text else str(error)
 
     def call(self, name: str, *args: Any) -> Any:
-        """A CUDA runtime function's result; raises :class:`BackendError` where it fails."""
+        """Call a CUDA runtime function and return its result; raises :class:`BackendError` if it fails."""
         error, *result = getattr(self._cuda, name)(*args)
         if int(error):
             raise BackendError(f"{name} failed on the GPU: {self._text(error)}")
         return result[0] if result else None
 
     def allocate(self, nbytes: int) -> int:
-        """Address of fresh device memory, contents undefined."""
+        """Address of new device memory; its contents are undefined."""
         address = int(self.call("cudaMalloc", nbytes))
         self._owned.add(address)
         return address
 
     def upload(self, address: int, data: Array) -> None:
         """Copy a contiguous host array to the device, in stream order."""
-        self._sent.append(data)  # CUDA may still read it until the next wait
+        self._pending.append(data)  # CUDA may read it until the next wait
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call("cudaMemcpyAsync", address, data.ctypes.data, data.nbytes, kind, self.stream)
 
@@ -200,18 +202,18 @@ class _Device:
         self.call("cudaMemcpyAsync", data.ctypes.data, address, data.nbytes, kind, self.stream)
 
     def wait(self) -> None:
-        """Until everything in the stream is done."""
+        """Wait until everything in the stream has finished."""
         self.call("cudaStreamSynchronize", self.stream)
-        self._sent.clear()
+        self._pending.clear()
 
     def release(self) -> None:
-        """Give all memory back, after what still uses it."""
+        """Free all memory, after everything that still uses it."""
         self.wait()
         while self._owned:
             self.call("cudaFree", self._owned.pop())
 
     @staticmethod
-    def _drop(cuda: Any, owned: set[int], stream: Any) -> None:
+    def _free(cuda: Any, owned: set[int], stream: Any) -> None:
         for address in owned:
             cuda.cudaFree(address)
         cuda.cudaStreamDestroy(stream)
@@ -223,43 +225,43 @@ class _Device:
 class TrtBackend(Backend):
     """An ``engine.plan`` on the first GPU.
 
-    One execution context per profile (decode, prefill). State stays on the device: where the engine
-    aliases an output to its input (the plugin does) in one buffer, elsewhere in two that swap roles after
-    every step. If a step fails on the GPU, aliased state is undefined: :meth:`open` again.
+    One execution context per profile (decode, prefill). The state stays on the device: in one buffer where
+    the engine aliases an output to its input (the plugin does), otherwise in two that swap roles after every
+    step. If a step fails on the GPU, aliased state is undefined: :meth:`open` again.
     """
 
     name = "trt"
 
     def __init__(self, contract: Contract, plan_path: Path, plugin: PluginFacts | None = None) -> None:
-        """Load the plan; ``plugin`` is what the manifest says of its plugin.
+        """Load the plan; ``plugin`` describes its plugin, as in the manifest.
 
         Raises:
-            BackendError: cuda-bindings, the driver or a GPU is missing.
+            BackendError: no cuda-bindings, no driver or no GPU.
             EngineError: see :func:`load_plan`.
         """
         super().__init__(contract)
-        self._device = _Device()  # first: without a driver its message is the clear one
+        self._device = _Device()  # first: its message about a missing driver is the clearest
         self._plan = load_plan(plan_path, contract, plugin)
         self._log = log_of(self._plan.flavour.module)
         self._profiles = profiles(contract)
         self._in_place = self._aliases()
         self._contexts = [self._context(index) for index in range(len(self._profiles))]
         self._shaped: list[tuple[int, int] | None] = [None] * len(self._profiles)
-        #: Addresses of token inputs and logits, and of the state: now, and where the next step puts it.
+        #: Addresses of the token inputs and logits, of the state, and of the state that the next step writes.
         self._fixed: dict[str, int] = {}
         self._past: dict[str, int] = {}
         self._present: dict[str, int] = {}
 
     def _aliases(self) -> set[str]:
-        """Past names of the state that the engine updates in place."""
-        found = set()
+        """Past names of the state tensors that the engine updates in place."""
+        in_place = set()
         for tensor in self.contract.state():
             alias = self._plan.engine.get_aliased_input_tensor(tensor.present.name)
             if alias and alias != tensor.past.name:
                 raise EngineError(f"the plan writes {tensor.present.name} into {alias}: build it again")
             if alias:
-                found.add(alias)
-        return found
+                in_place.add(alias)
+        return in_place
 
     def _context(self, profile: int) -> Any:
         strategy = self._plan.flavour.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
@@ -277,7 +279,7 @@ class TrtBackend(Backend):
         except BackendError as error:
             self.close()
             raise BackendError(
-                f"no room on the GPU for {batch} rows of {self.contract.state_bytes() / 1e6:.1f} MB: "
+                f"not enough GPU memory for {batch} rows of {self.contract.state_bytes() / 1e6:.1f} MB: "
                 f"use fewer prompts at a time ({error})"
             ) from error
 
@@ -318,7 +320,7 @@ class TrtBackend(Backend):
         return logits
 
     def _shape(self, context: Any, batch: int, chunk: int) -> None:
-        """Set the input shapes, and make sure that what comes out fits the buffers."""
+        """Set the input shapes, and check that the outputs fit their buffers."""
         for spec in self.contract.inputs():
             if not context.set_input_shape(spec.name, spec.sized(batch, chunk)):
                 raise BackendError(f"the plan does not take {spec.name} {spec.sized(batch, chunk)}: build it again")
@@ -326,7 +328,7 @@ class TrtBackend(Backend):
             shape = tuple(context.get_tensor_shape(spec.name))
             if shape != spec.sized(batch, chunk):
                 raise BackendError(
-                    f"the plan makes {spec.name} {shape}, not {spec.sized(batch, chunk)}: build it again"
+                    f"the plan returns {spec.name} {shape}, not {spec.sized(batch, chunk)}: build it again"
                 )
 
     def _bind(self, context: Any) -> None:
