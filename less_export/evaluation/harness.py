@@ -34,10 +34,10 @@ class Scorer(Generator):
         """For each (context, continuation): the continuation's log probability, and whether greedy is the same."""
         found: list[tuple[float, bool]] = []
         size = self.backend.contract.max_batch
-        for begin in range(0, len(pairs), size):
-            found += self._score(
-                [p for p, _ in pairs[begin : begin + size]], [c for _, c in pairs[begin : begin + size]]
-            )
+        with self.backend.exclusive():
+            for begin in range(0, len(pairs), size):
+                contexts, continuations = zip(*pairs[begin : begin + size], strict=True)
+                found += self._score(list(contexts), list(continuations))
         return found
 
     def _score(self, contexts: list[list[int]], continuations: list[list[int]]) -> list[tuple[float, bool]]:

@@ -8,8 +8,10 @@ abstract methods and nothing else.
 from __future__ import annotations
 
 import abc
+import contextlib
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +20,7 @@ import numpy.typing as npt
 
 from ..contract import Contract, StateTensor
 from ..dtypes import numpy_dtype
-from ..errors import BackendError
+from ..errors import BackendError, UsageError
 
 Array = npt.NDArray[np.generic]
 State = dict[str, Array]
@@ -29,6 +31,10 @@ class Backend(abc.ABC):
 
     Rows are independent sequences. A row with ``new_length = 0`` is parked: its state does not change.
     ``past_length`` [batch] i32 is the number of tokens each row has seen.
+
+    A backend belongs to one thread at a time: while a thread is inside one of its methods, the methods raise
+    :class:`UsageError` in every other thread. Open a backend per thread, or take turns. ``with
+    backend.exclusive():`` holds it for several calls.
     """
 
     name: ClassVar[str]
@@ -39,8 +45,27 @@ class Backend(abc.ABC):
         self.contract = contract
         #: Identifies the bundle; saved states carry it, so that no other model continues them.
         self.identity = ""
-        self._warned = False
+        #: Counts the changes of the state, so that a stream notices when something else used its rows.
+        self.revision = 0
         self.past_length: npt.NDArray[np.int32] = np.zeros(0, np.int32)
+        self._warned = False
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the backend for this thread, which may do so more than once.
+
+        Raises:
+            UsageError: another thread holds it.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise UsageError(
+                f"another thread is using this {self.name} backend: open a generator per thread, or take turns"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     # ------------------------------------------------------------ lifecycle
 
@@ -60,13 +85,18 @@ class Backend(abc.ABC):
                 f"batch {batch} is outside 1..{self.contract.max_batch}: "
                 "use fewer prompts at a time or export with a larger --max-batch"
             )
-        self._open(batch)
-        self.past_length = np.zeros(batch, np.int32)
+        with self.exclusive():
+            self.revision += 1
+            self.past_length = np.zeros(0, np.int32)
+            self._open(batch)
+            self.past_length = np.zeros(batch, np.int32)
 
     def close(self) -> None:
         """Release the state; the backend can be opened again."""
-        self.past_length = np.zeros(0, np.int32)
-        self._close()
+        with self.exclusive():
+            self.revision += 1
+            self.past_length = np.zeros(0, np.int32)
+            self._close()
 
     def __enter__(self) -> Backend:
         return self
@@ -90,10 +120,12 @@ class Backend(abc.ABC):
         Raises:
             BackendError: a wrong shape, token id or length, or a sequence longer than the artifact supports.
         """
-        ids, new = self._checked(input_ids, new_length)
-        logits = self._step(ids, self.past_length, new)
-        self.past_length = self.past_length + new
-        return logits
+        with self.exclusive():
+            ids, new = self._checked(input_ids, new_length)
+            self.revision += 1
+            logits = self._step(ids, self.past_length, new)
+            self.past_length = self.past_length + new
+            return logits
 
     def _checked(
         self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None
@@ -140,21 +172,25 @@ class Backend(abc.ABC):
 
     def reset_rows(self, rows: Sequence[int]) -> None:
         """Empty these rows: each starts a new sequence."""
-        for row in rows:
-            self._check_row(row)
-        empty_row = {s.past.name: empty(s, 1)[0] for s in self.contract.state()}
-        for row in rows:
-            self._write_row(row, empty_row)
-            self.past_length[row] = 0
+        with self.exclusive():
+            for row in rows:
+                self._check_row(row)
+            self.revision += 1
+            empty_row = {s.past.name: empty(s, 1)[0] for s in self.contract.state()}
+            for row in rows:
+                self._write_row(row, empty_row)
+                self.past_length[row] = 0
 
     def copy_row(self, source: int, target: int) -> None:
         """Copy the state of row ``source`` to row ``target``."""
-        self.write_row(target, self.read_row(source))
+        with self.exclusive():
+            self.write_row(target, self.read_row(source))
 
     def read_row(self, row: int) -> RowState:
         """A copy of one row's state."""
-        self._check_row(row)
-        return RowState(int(self.past_length[row]), self._read_row(row), self.identity)
+        with self.exclusive():
+            self._check_row(row)
+            return RowState(int(self.past_length[row]), self._read_row(row), self.identity)
 
     def write_row(self, row: int, state: RowState) -> None:
         """Replace one row's state.
@@ -162,10 +198,12 @@ class Backend(abc.ABC):
         Raises:
             BackendError: the state belongs to another bundle or contract, or no such row.
         """
-        self._check_row(row)
-        state.check(self.contract, self.identity)
-        self._write_row(row, state.tensors)
-        self.past_length[row] = state.length
+        with self.exclusive():
+            self._check_row(row)
+            state.check(self.contract, self.identity)
+            self.revision += 1
+            self._write_row(row, state.tensors)
+            self.past_length[row] = state.length
 
     def _check_row(self, row: int) -> None:
         if not 0 <= row < self.batch:

@@ -6,6 +6,7 @@ evicts, and therefore its text, does not depend on the other rows.
 
 from __future__ import annotations
 
+import collections.abc
 import operator
 import time
 from collections.abc import Iterator, Sequence
@@ -86,6 +87,10 @@ class Generator:
         eos_ids: tokens that end a generation; default the tokenizer's.
 
     ``timing`` holds the figures of the latest run.
+
+    A generator, like its backend, belongs to one thread at a time: :meth:`generate` and :meth:`prefill` hold the
+    backend until they return, a stream holds it while it computes a token. Meanwhile every other thread gets a
+    :class:`UsageError`: make a generator with its own backend per thread, or take turns.
     """
 
     def __init__(
@@ -97,7 +102,6 @@ class Generator:
             eos_ids = tokenizer.eos_ids if tokenizer else ()
         self.eos_ids = frozenset(eos_ids)
         self.timing = Timing()
-        self._run_id = object()
 
     # ------------------------------------------------------------ public
 
@@ -123,18 +127,19 @@ class Generator:
                 before anything runs.
             BackendError: ``prefix`` belongs to another export, or the backend fails.
         """
-        tokens: list[list[Token]] = [[] for _ in prompts]
         rows = self._rows(prompts, params, prefix, overrides)
-        for token in self._run(rows, prefix):
-            tokens[token.row].append(token)
+        tokens: list[list[Token]] = [[] for _ in rows]
+        with self.backend.exclusive():
+            for token in self._run(rows, prefix):
+                tokens[token.row].append(token)
         return [
             Generation(
-                token_ids=tuple(t.token_id for t in row),
-                text="".join(t.text for t in row),
-                finish_reason=row[-1].finish_reason or "length",
-                prompt_tokens=len(start.prompt),
+                token_ids=tuple(t.token_id for t in row_tokens),
+                text="".join(t.text for t in row_tokens),
+                finish_reason=row_tokens[-1].finish_reason or "length",
+                prompt_tokens=len(row.prompt),
             )
-            for row, start in zip(tokens, rows, strict=True)
+            for row_tokens, row in zip(tokens, rows, strict=True)
         ]
 
     def stream(
@@ -147,10 +152,11 @@ class Generator:
     ) -> Iterator[Token]:
         """Yield the tokens of :meth:`generate` one by one; those of one step come in the order of the prompts.
 
-        Arguments are checked at the call; the run starts when the first token is requested. Starting
-        another run before this one has finished ends it with a :class:`UsageError`.
+        Arguments are checked at the call; the run starts when the first token is requested. Anything else that
+        uses the backend's rows before this run has finished, such as another run, ends it with a
+        :class:`UsageError`.
         """
-        return self._run(self._rows(prompts, params, prefix, overrides), prefix)
+        return _Stream(self.backend, self._run(self._rows(prompts, params, prefix, overrides), prefix))
 
     def prefill(self, prompt: Prompt, prefix: RowState | None = None) -> RowState:
         """Return the state after ``prefix`` and ``prompt``, which can be continued any number of times.
@@ -161,11 +167,11 @@ class Generator:
         if prefix is not None:
             prefix.check(self.backend.contract, self.backend.identity)
         ids = self._encode(prompt, prefix, new_tokens=0)
-        self.timing = Timing()
-        self._run_id = object()
-        self._start(1, prefix)
-        self._prefill([ids])
-        return self.backend.read_row(0)
+        with self.backend.exclusive():
+            self.timing = Timing()
+            self._start(1, prefix)
+            self._prefill([ids])
+            return self.backend.read_row(0)
 
     # ------------------------------------------------------------ before the run
 
@@ -225,23 +231,26 @@ class Generator:
 
     # ------------------------------------------------------------ the run
 
-    def _run(self, rows: list[_Row], prefix: RowState | None) -> Iterator[Token]:
+    def _run(self, rows: list[_Row], prefix: RowState | None) -> collections.abc.Generator[Token]:
         self.timing = Timing()
-        run_id = self._run_id = object()
         size = self.backend.contract.max_batch
+        revision = self.backend.revision
         for begin in range(0, len(rows), size):
-            self._check_run(run_id)
+            self._check_undisturbed(revision)
             group = rows[begin : begin + size]
             self._start(len(group), prefix)
             logits = self._prefill([r.prompt for r in group])
+            revision = self.backend.revision
             yield from [r.accept(sample(x, r.params, r.rng)) for r, x in zip(group, logits, strict=True)]
             while any(r.active for r in group):
-                self._check_run(run_id)
-                yield from self._decode(group)
+                self._check_undisturbed(revision)
+                tokens = self._decode(group)
+                revision = self.backend.revision
+                yield from tokens
 
-    def _check_run(self, run_id: object) -> None:
-        if self._run_id is not run_id:
-            raise UsageError("another run has started on this generator: finish a stream before the next")
+    def _check_undisturbed(self, revision: int) -> None:
+        if self.backend.revision != revision:
+            raise UsageError("another run has started on this backend: finish a stream before the next")
 
     def _start(self, rows: int, prefix: RowState | None) -> None:
         if self.backend.batch != rows:
@@ -283,6 +292,23 @@ class Generator:
         self.timing.decode_seconds += time.perf_counter() - begin_time
         self.timing.decode_tokens += len(tokens)
         return tokens
+
+
+class _Stream(Iterator[Token]):
+    """The tokens of a run; holds the backend while it computes, not between tokens."""
+
+    def __init__(self, backend: Backend, tokens: collections.abc.Generator[Token]) -> None:
+        self._backend = backend
+        self._tokens = tokens
+
+    def __next__(self) -> Token:
+        with self._backend.exclusive():
+            return next(self._tokens)
+
+    def close(self) -> None:
+        """End the run."""
+        with self._backend.exclusive():
+            self._tokens.close()
 
 
 @dataclass
