@@ -53,3 +53,14 @@ class BackendError(LessExportError):
 
 class EngineError(LessExportError):
     """TensorRT refused the graph, the plan or the machine."""
+
+
+def one_line(text: object, width: int = 200) -> str:
+    """``text`` for a message: on one line, without control characters, cut to ``width`` characters."""
+    try:
+        plain = str(text)[: 4 * width]
+    except Exception:  # whatever the objects of others do
+        plain = type(text).__name__
+    plain = " ".join(plain.split())
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in plain)
+    return plain if len(plain) <= width else plain[: width - 3] + "..."

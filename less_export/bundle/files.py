@@ -8,10 +8,13 @@ import hashlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
+
+_umask_lock = threading.Lock()
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -21,12 +24,20 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(name, 0o644)
+        apply_umask(name)
         os.replace(name, target)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def apply_umask(path: str | Path) -> None:
+    """Give a file or folder made by ``tempfile`` or safetensors the permissions that the umask gives new ones."""
+    with _umask_lock:
+        umask = os.umask(0o077)  # the only way to read it is to set it
+        os.umask(umask)
+    os.chmod(path, (0o777 if os.path.isdir(path) else 0o666) & ~umask)
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -111,7 +122,7 @@ def copy(source: Path, target: Path) -> None:
     os.close(handle)
     try:
         shutil.copyfile(source.resolve(), name)
-        os.chmod(name, 0o644)
+        apply_umask(name)
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
         os.replace(name, target)

@@ -15,7 +15,7 @@ from typing import Any
 from .._version import __version__
 from ..bundle import artifact
 from ..bundle.artifact import KernelFacts, Layout, Manifest, TokenizerFacts
-from ..bundle.files import copy, link, publish, sha256
+from ..bundle.files import apply_umask, copy, link, publish, sha256
 from ..errors import LessExportError
 from ..hf.sources import ModelSource
 from ..less.feature_maps import Kernels
@@ -145,7 +145,7 @@ def publish_bundle(scratch: Path, layout: Layout, files: set[str]) -> None:
     for path in scratch.iterdir():
         if path.name not in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    os.chmod(scratch, 0o755)
+    apply_umask(scratch)
     if layout.stem is None:
         publish([(scratch, layout.folder)])
     else:  # the manifest last

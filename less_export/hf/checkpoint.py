@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..bundle import artifact
+from ..bundle.files import apply_umask
 from ..config import ExportConfig
 from ..dtypes import torch_dtype
 from ..errors import LessExportError, ModelError
@@ -105,7 +106,7 @@ def _convert(
             kept[name] = tensor.contiguous()
     path = scratch / artifact.CONVERTED_WEIGHTS
     save_file(kept, path, {"format": "pt"})
-    path.chmod(0o644)  # safetensors makes files that only their owner may read
+    apply_umask(path)  # safetensors makes files that only their owner may read
     return path
 
 

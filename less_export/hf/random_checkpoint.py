@@ -12,7 +12,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..bundle.files import publish, scratch_folder
+from ..bundle.files import apply_umask, publish, scratch_folder
 from ..config import ExportConfig
 from ..errors import LessExportError, ModelError, UsageError
 from . import recipes, weights
@@ -151,8 +150,8 @@ def write(
             progress(f"writing random weights, {total / 1e9:.1f} GB: shard {number} of {len(plan.filename_to_tensors)}")
             path = scratch / file_name
             save_file({n: values.of(n, tensors[n]) for n in names}, path, {"format": "pt"})
-            path.chmod(0o644)  # safetensors makes files that only their owner may read
-        os.chmod(scratch, 0o755)
+            apply_umask(path)  # safetensors makes files that only their owner may read
+        apply_umask(scratch)
         publish([(scratch, folder)])
     return total, True
 

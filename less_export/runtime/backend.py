@@ -12,7 +12,6 @@ import contextlib
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -21,8 +20,8 @@ import numpy.typing as npt
 from ..contract import Contract, StateTensor
 from ..dtypes import numpy_dtype
 from ..errors import BackendError, UsageError
+from .row_state import MAX_LENGTH, Array, RowState
 
-Array = npt.NDArray[np.generic]
 State = dict[str, Array]
 
 
@@ -135,17 +134,14 @@ class Backend(abc.ABC):
                 raise BackendError(why)
 
         require(self.batch > 0, f"the {self.name} backend is not open: call open(batch) first")
-        array = np.asarray(input_ids)
-        require(array.dtype.kind in "iu", f"input_ids must be integers, not {array.dtype}")
-        ids = array.astype(np.int64)
+        ids = _integers("input_ids", input_ids)
         require(
             ids.ndim == 2 and ids.shape[0] == self.batch and ids.shape[1] > 0,
             f"input_ids must be [{self.batch}, T], not {list(ids.shape)}",
         )
         chunk = self.contract.chunk
         require(ids.shape[1] <= chunk, f"a step takes at most {chunk} tokens (--chunk), not {ids.shape[1]}")
-        new = np.asarray(ids.shape[1] if new_length is None else new_length)
-        require(new.dtype.kind in "iu", f"new_length must be integers, not {new.dtype}")
+        new = _integers("new_length", ids.shape[1] if new_length is None else new_length)
         if new.ndim == 0:
             new = np.full(self.batch, new)
         require(new.shape == (self.batch,), f"new_length must be [{self.batch}], not {list(new.shape)}")
@@ -154,9 +150,10 @@ class Backend(abc.ABC):
         valid_ids, highest_id = ids[is_valid], self.contract.vocab_size - 1
         require(bool(((valid_ids >= 0) & (valid_ids <= highest_id)).all()), f"token ids must lie in 0..{highest_id}")
         limit = self.contract.token_limit()
-        longest = int((self.past_length + new).max())
+        limit = MAX_LENGTH if limit is None else limit
+        longest = int((self.past_length + new).max())  # in int64
         require(
-            limit is None or longest <= limit,
+            longest <= limit,
             f"this artifact takes sequences of at most {limit} tokens, not {longest}: "
             "shorten the text, or export with a larger --context or an evicting --policy",
         )
@@ -206,7 +203,9 @@ class Backend(abc.ABC):
             self.past_length[row] = state.length
 
     def _check_row(self, row: int) -> None:
-        if not 0 <= row < self.batch:
+        if self.batch == 0:
+            raise BackendError(f"the {self.name} backend is not open: call open(batch) first")
+        if not isinstance(row, int | np.integer) or not 0 <= row < self.batch:
             raise BackendError(f"row {row} is outside 0..{self.batch - 1}")
 
     # ------------------------------------------------------------ for subclasses
@@ -242,51 +241,12 @@ def empty(tensor: StateTensor, batch: int) -> Array:
     return np.full((batch, *tensor.row_shape), tensor.field.empty, numpy_dtype(tensor.dtype))
 
 
-class RowState:
-    """The state of one sequence: its length and its tensors by past name, without the batch axis.
-
-    Its size does not depend on the length of the sequence. :meth:`save` and :meth:`load` store it in a
-    safetensors file, to prefill a shared prefix once or to resume a session elsewhere.
-    """
-
-    def __init__(self, length: int, tensors: Mapping[str, Array], identity: str = "") -> None:
-        self.length = length
-        self.tensors = dict(tensors)
-        self.identity = identity
-
-    def check(self, contract: Contract, identity: str = "") -> None:
-        """Raise :class:`BackendError` unless the state matches ``contract`` and comes from the same bundle."""
-        if identity and self.identity and identity != self.identity:
-            raise BackendError("this state belongs to another export (model or kernels differ): prefill again")
-        expected = {s.past.name: (s.row_shape, numpy_dtype(s.dtype)) for s in contract.state()}
-        actual = {n: (x.shape, x.dtype) for n, x in self.tensors.items()}
-        if expected != actual:
-            names = expected.keys() ^ actual.keys() or {n for n in expected if expected[n] != actual[n]}
-            raise BackendError(f"this state belongs to another export ({sorted(names)[0]} differs): prefill again")
-        if self.length < 0:
-            raise BackendError(f"this state is damaged (length {self.length}): prefill again")
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file atomically."""
-        from safetensors.numpy import save
-
-        from ..bundle.files import write_atomically
-
-        tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors.items()}
-        metadata = {"format": "less-state", "length": str(self.length), "identity": self.identity}
-        write_atomically(path, save(tensors, metadata))
-
-    @classmethod
-    def load(cls, path: str | Path) -> RowState:
-        """Read a file written by :meth:`save`; raises :class:`BackendError` for any other file."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != "less-state":
-                    raise BackendError(f"{path} is not a saved state")
-                tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-                return cls(int(metadata["length"]), tensors, metadata.get("identity", ""))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BackendError(f"cannot read the saved state {path}: {error}") from error
+def _integers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """An argument of :meth:`Backend.step` as int64."""
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BackendError(f"{name} must be an array of integers: {' '.join(str(error).split())}") from error
+    if array.dtype.kind not in "iu":
+        raise BackendError(f"{name} must be integers, not {array.dtype}")
+    return array.astype(np.int64)
