@@ -26,7 +26,8 @@ from less_export.bundle.files import sha256
 from less_export.cli.main import main
 from less_export.errors import BundleError, LessExportError, UnsupportedModelError, UsageError
 from less_export.exporter import quantise
-from less_export.hf.weights import QuantisedTensor, Stored, bind, stored_tensors
+from less_export.exporter.bind import bind
+from less_export.hf.weights import QuantisedTensor, Stored, stored_tensors
 from less_export.runtime.open import load_backend
 from less_export.runtime.torch import bundle_model
 

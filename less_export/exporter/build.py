@@ -34,6 +34,7 @@ from ..less.policies import by_name
 from ..plan import AttentionLayer, default_context, plan_layers, unused_kernels
 from ..tensorrt import engine, plugin
 from . import onnx_op, package, quantise
+from .bind import bind
 from .check import self_check
 from .trace import trace
 
@@ -366,4 +367,4 @@ def _bind(job: _Job, graph: ir.Model, names: dict[Path, str], kernel_file: Path)
         header = weights.read_header(kernel_file)
         tensors |= {f"maps.{n.removeprefix('layers.')}": t for n, t in header.items()}
         files[kernel_file] = kernel_file.name
-    weights.bind(graph, tensors, files, kernel_file.parent)
+    bind(graph, tensors, files, kernel_file.parent)

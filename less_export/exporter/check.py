@@ -27,6 +27,7 @@ from ..hf.decoder import LessDecoder, fresh_state
 from ..hf.surgery import discover
 from ..less.feature_maps import Kernels, random_kernels
 from . import onnx_op
+from .bind import bind
 from .trace import trace
 
 _VOCAB, _WINDOW, _BUDGET, _EXPERTS = 256, 12, 32, 8
@@ -181,6 +182,6 @@ def twin_graph(model: PreTrainedModel, config: Any, twin: Contract, kernels: Ker
         header = weights.read_header(kernel_path)
         tensors |= {f"maps.{n.removeprefix('layers.')}": t for n, t in header.items()}
     graph = trace(LessDecoder(bare, twin, kernels).eval(), twin, tensors)
-    weights.bind(graph, tensors, {path: path.name, kernel_path: kernel_path.name}, folder)
+    bind(graph, tensors, {path: path.name, kernel_path: kernel_path.name}, folder)
     onnx_op.add_bodies(graph)
     return graph

@@ -1,9 +1,8 @@
-"""Weights that are never copied: where each parameter's bytes lie, and models made without them.
+"""Weights that are never copied: where each parameter's bytes are, and models built without them.
 
-A safetensors file is a header and raw tensors, so an ONNX initializer can point into it. The model is
-built with one-element parameters stretched to their shapes (stride 0), traced, and its initializers are
-bound to the checkpoint's byte ranges, behind a Cast where the graph computes in another dtype. Weights that
-were quantised lie in a file of the bundle as codes and scales, behind a DequantizeLinear.
+A safetensors file is a header and raw tensors, so a parameter is a byte range. A bare model has one-element
+parameters stretched to their shapes (stride 0). Quantised weights are stored in a file of the bundle as codes and
+scales.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -25,9 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import ModelError
 from .sources import TEXT_PART, quiet_transformers
 
-_ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-#: Operators that only move the values of a weight, their first input.
-_MOVES = ("Gather", "Transpose")
+#: Dtypes of weights that can be used as they are stored.
+FLOATS = ("F32", "F16", "BF16")
 #: What is read of safetensors, as torch calls it; the integers are codes of quantised weights.
 DTYPES = {
     "F32": torch.float32,
@@ -202,7 +199,7 @@ def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
                 first, *others = next(c for c in converters if pattern in c.source_patterns).target_patterns
                 convertible |= {name, *(name.replace(first, other) for other in others)}
                 continue
-            if not isinstance(tensor, QuantisedTensor) and tensor.dtype not in _ONNX_DTYPES:
+            if not isinstance(tensor, QuantisedTensor) and tensor.dtype not in FLOATS:
                 convertible.add(name)
                 continue
             if tensor.shape != tuple(wanted[name].shape):
@@ -274,87 +271,3 @@ def fill(model: nn.Module, tensors: Mapping[str, Stored]) -> None:
             stored = tensors.get(f"{prefix}.{name}" if prefix else name)
             if buffer is not None and stored is not None:
                 module._buffers[name] = stored.read().to(buffer.dtype)
-
-
-def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, str], folder: Path) -> None:
-    """Point the initializers named in ``tensors`` at their bytes.
-
-    ``names`` gives each weight file's name inside ``folder``, where the graph will lie. An initializer
-    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load. Where that
-    widens it the Cast lies behind what only moves it: a matrix is transposed while it is small, and rows that are
-    looked up (embeddings) are cast when they are, so that their table stays as it is.
-    """
-    graph = model.graph
-
-    def external(name: str, stored: StoredTensor, dtype: ir.DataType, shape: tuple[int, ...]) -> ir.Value:
-        place = (names[stored.file], stored.offset, stored.length, dtype)
-        tensor = ir.ExternalTensor(*place, name=name, shape=ir.Shape(shape), base_dir=folder)
-        graph.initializers[name] = ir.Value(
-            name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor
-        )
-        return graph.initializers[name]
-
-    for name, value in list(graph.initializers.items()):
-        stored, wanted = tensors.get(name), value.dtype
-        if stored is None:
-            continue
-        assert wanted is not None
-        if isinstance(stored, QuantisedTensor):
-            del graph.initializers[name]
-            dtype = ir.DataType.INT4 if stored.packed else ir.DataType.INT8
-            codes = external(f"{name}.codes", stored.codes, dtype, stored.matrix)
-            scales = external(f"{name}{SCALES}", stored.scales, ir.DataType.FLOAT, stored.scales.shape)
-            _dequantise(graph, value, stored, codes, scales)
-            continue
-        dtype = _ONNX_DTYPES[stored.dtype]
-        if dtype == wanted:
-            value.const_value = external(name, stored, dtype, stored.shape).const_value
-            graph.initializers[name] = value
-            continue
-        del graph.initializers[name]
-        raw = external(f"{name}.stored", stored, dtype, stored.shape)
-        users = [node for node, _ in value.uses()]
-        movers = [node for node in users if node.op_type in _MOVES]
-        if dtype.itemsize >= wanted.itemsize and {node.op_type for node in users} != {"Gather"}:
-            movers = []  # nothing gained, and TensorRT would keep the table of tied embeddings twice
-        for node in movers:
-            node.replace_input_with(0, raw)
-            moved = node.outputs[0]
-            moved.type = ir.TensorType(dtype)
-            cast = _cast(moved, wanted, f"{node.name}.cast")
-            ir.convenience.replace_all_uses_with(moved, cast.outputs[0])
-            cast.replace_input_with(0, moved)
-            graph.insert_after(node, cast)
-        if value.uses():
-            cast = _cast(raw, wanted, f"{name}.cast")
-            ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-            cast.outputs[0].name = name
-            graph.insert_before(graph[0], cast)
-
-
-def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
-    """A node that casts ``value``, not yet in the graph."""
-    node = ir.node("Cast", [value], attributes={"to": dtype}, name=name)
-    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = f"{name}.out", value.shape, ir.TensorType(dtype)
-    return node
-
-
-def _dequantise(graph: ir.Graph, value: ir.Value, stored: QuantisedTensor, codes: ir.Value, scales: ir.Value) -> None:
-    """Let what multiplied by ``value``, or by its transpose, multiply by codes * scales in ``value``'s dtype."""
-    turned = [node for node, _ in value.uses()] if stored.transposed else []
-    for node in turned:
-        if node.op_type != "Transpose":
-            raise RuntimeError(f"{value.name} was quantised for its Transpose, but {node.op_type} takes it too")
-    nodes = []
-    if value.dtype != scales.dtype:
-        assert value.dtype is not None
-        nodes.append(_cast(scales, value.dtype, f"{scales.name}.cast"))
-        scales = nodes[0].outputs[0]
-    attributes = {"axis": 0, "block_size": stored.block}
-    nodes.append(ir.node("DequantizeLinear", [codes, scales], attributes=attributes, name=f"{value.name}.dequantise"))
-    matrix = nodes[-1].outputs[0]
-    matrix.name, matrix.shape, matrix.type = f"{value.name}.matrix", codes.shape, scales.type
-    for before in [node.outputs[0] for node in turned] or [value]:
-        ir.convenience.replace_all_uses_with(before, matrix)
-    graph.remove(turned, safe=True)
-    graph.insert_before(graph[0], nodes)
