@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..contract import Contract, LayerSpec
 from ..errors import UsageError, ValidationError, install_hint
 from ..hf import weights
+from ..hf.compat import use_attention
 from ..hf.config_layers import keep_layers, layer_kinds
 from ..hf.decoder import LessDecoder, fresh_state
 from ..hf.surgery import discover
@@ -140,7 +141,7 @@ def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
         text.sliding_window = _WINDOW
     if hasattr(text, "initializer_range"):  # activations keep their size, so that attention matters
         text.initializer_range = text.hidden_size**-0.5
-    config._attn_implementation_internal = "eager"
+    use_attention(config, "eager")
     return config, kept
 
 

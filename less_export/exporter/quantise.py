@@ -23,9 +23,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UsageError, install_hint
+from ..hf.compat import Conv1D
 from ..hf.weights import CODES, DTYPES, SCALES, Stored, StoredTensor
 
 BLOCKS = (64, 32, 16)

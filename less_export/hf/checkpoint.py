@@ -18,6 +18,7 @@ from ..config import ExportConfig
 from ..dtypes import torch_dtype
 from ..errors import LessExportError, ModelError
 from . import weights
+from .compat import ignored_keys
 from .sources import ModelSource, checkpoint_files
 from .weights import Stored, StoredTensor
 
@@ -117,7 +118,7 @@ def unused_weights(model: PreTrainedModel, unused: Mapping[str, str], is_part: b
         unused: names in the checkpoint, and what they would be called in ``model``.
         is_part: the checkpoint also sees or hears. Then what lies beside the decoder's own modules is not its.
     """
-    known = [*map(re.escape, _NO_WEIGHTS), *(model._keys_to_ignore_on_load_unexpected or ())]
+    known = [*map(re.escape, _NO_WEIGHTS), *ignored_keys(model)]
     ignored = re.compile("|".join(f"({p})" for p in known))
     modules = {n for n, _ in model.named_modules()} - {"", model.base_model_prefix}
 

@@ -30,6 +30,7 @@ from ..bundle.files import apply_umask, publish, scratch_folder
 from ..config import ExportConfig
 from ..errors import LessExportError, ModelError, UsageError
 from . import recipes, weights
+from .compat import initialise
 from .config_layers import keep_first
 from .sources import ModelSource, described, resolve
 
@@ -218,11 +219,11 @@ class _Values:
 def _vectors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Norm weights as the model initialises them (ones, or zeros for 1 + w), other vectors zero."""
     for prefix, module in model.named_modules():
-        owned = {n: p for n, p in module._parameters.items() if p is not None}
+        owned = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         small = {n: torch.full(p.shape, float(n == "weight"), dtype=p.dtype) for n, p in owned.items() if p.ndim <= 1}
         for name, values in small.items():
-            module._parameters[name] = nn.Parameter(values, requires_grad=False)
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
         if small and len(small) == len(owned):
-            model._init_weights(module)
+            initialise(model, module)
         for name, values in small.items():
             yield f"{prefix}.{name}" if prefix else name, values

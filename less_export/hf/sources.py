@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as hf_logging
 
 from ..errors import GatedModelError, ModelError
 from . import recipes
+from .compat import one_gguf_reader, quiet_transformers
 
 #: What a snapshot needs to be understood: configuration, tokenizer; and weights that are called otherwise than usual.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -140,53 +140,14 @@ def _text_part(config: Any) -> Any:
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep what transformers has to say, and its bars, to itself."""
-    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
 def _explained(source: ModelSource, what: str) -> Iterator[None]:
     """Turn what transformers raises for an unreadable model into one line, and keep it quiet."""
     try:
-        with quiet_transformers(), _one_gguf_reader() if source.gguf else contextlib.nullcontext():
+        with quiet_transformers(), one_gguf_reader() if source.gguf else contextlib.nullcontext():
             yield
     except Exception as error:  # what transformers raises for damaged files shares no base class
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         raise ModelError(f"cannot read the {what} of {source.gguf or source.folder}: {reason}") from error
-
-
-_readers: dict[tuple[str, int], Any] = {}
-
-
-@contextlib.contextmanager
-def _one_gguf_reader() -> Iterator[None]:
-    """Let transformers parse a GGUF file once, not anew (10 s) for config, weights and tokenizer; no bars."""
-    import gguf
-    from transformers import modeling_gguf_pytorch_utils as loader
-
-    original, bar = gguf.GGUFReader, loader.tqdm
-
-    def cached(path: str | Path) -> Any:
-        key = (str(path), Path(path).stat().st_mtime_ns)
-        if key not in _readers:
-            _readers.clear()
-            _readers[key] = original(path)
-        return _readers[key]
-
-    try:
-        gguf.GGUFReader, loader.tqdm = cached, lambda items, **_: items
-        yield
-    finally:
-        gguf.GGUFReader, loader.tqdm = original, bar
 
 
 def resolve(model: str) -> ModelSource:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import itertools
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from transformers import PreTrainedModel, masking_utils
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..plan import AttentionLayer
+from . import compat
+from .compat import on_interface
 
 #: ``handler(call) -> [B,Hq,T,D]``
 Handler = Callable[["AttentionCall"], Tensor]
@@ -65,7 +63,7 @@ def _interface_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("less", _interface_attention)
+compat.register_attention("less", _interface_attention)
 
 
 @contextlib.contextmanager
@@ -112,27 +110,6 @@ def _sdpa_route(model: nn.Module) -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
-def _configs(model: PreTrainedModel) -> list[Any]:
-    """Every distinct config object of the model, its sub-models and sub-configs."""
-    found: dict[int, Any] = {}
-    queue = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
-    while queue:
-        config = queue.pop()
-        if config is not None and id(config) not in found:
-            found[id(config)] = config
-            queue += [getattr(config, name, None) for name in config.sub_configs]
-    return list(found.values())
-
-
-def on_interface(model: PreTrainedModel) -> bool:
-    """Whether the decoder's attention goes through transformers' attention interface (a vision tower's may not)."""
-    decoder = model.get_decoder()
-    return bool((decoder if isinstance(decoder, PreTrainedModel) else model)._can_set_attn_implementation())
-
-
-_MASKS = {n: f for n, f in vars(masking_utils).items() if n.startswith("create_") and callable(f)}
-
-
 @contextlib.contextmanager
 def _masks(model: nn.Module, make: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
     """Let ``make(name, args, kwargs)`` stand in for every transformers mask function the model can reach."""
@@ -140,13 +117,10 @@ def _masks(model: nn.Module, make: Callable[[str, tuple[Any, ...], dict[str, Any
     def stand_in(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: make(name, args, kwargs)
 
-    spaces: list[dict[Any, Any]] = [vars(masking_utils), masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING]
-    modules = {cls.__module__ for m in model.modules() for cls in type(m).__mro__}
-    spaces += [vars(sys.modules[n]) for n in sorted(modules) if n.startswith("transformers.models")]
     swapped: list[tuple[dict[Any, Any], Any, Any]] = []
-    names = {id(f): n for n, f in _MASKS.items()}
+    names = {id(f): n for n, f in compat.MASK_FUNCTIONS.items()}
     try:
-        for space in spaces:
+        for space in compat.mask_namespaces(model):
             for key, value in list(space.items()):
                 if id(value) in names:
                     swapped.append((space, key, value))
@@ -169,33 +143,19 @@ def less_attention(
     Afterwards weights, buffers, configuration and transformers itself are as they were. One thread at a
     time: the masks are swapped for the whole process.
     """
-    configs = _configs(model)
-    before = [(c, c._attn_implementation_internal) for c in configs]
     token = _handler.set(handler)
+    interface = on_interface(model)
     try:
-        route = contextlib.nullcontext() if on_interface(model) else _sdpa_route(model)
-        for config in configs:
-            config._attn_implementation_internal = "less" if on_interface(model) else "sdpa"
-        with _masks(model, make_mask), route, _experts_in_one_matmul(model):
+        with (
+            compat.attention_implementation(model, "less" if interface else "sdpa"),
+            _masks(model, make_mask),
+            contextlib.nullcontext() if interface else _sdpa_route(model),
+            # As batched products mixtures of experts trace without data-dependent shapes.
+            compat.experts_implementation(model, "batched_mm"),
+        ):
             yield
     finally:
         _handler.reset(token)
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-
-
-@contextlib.contextmanager
-def _experts_in_one_matmul(model: PreTrainedModel) -> Iterator[None]:
-    """Mixtures of experts as batched products, which trace without data-dependent shapes."""
-    configs = _configs(model) if model._can_set_experts_implementation() else []
-    before = [(c, getattr(c, "_experts_implementation_internal", None)) for c in configs]
-    try:
-        for config in configs:
-            config._experts_implementation_internal = "batched_mm"
-        yield
-    finally:
-        for config, implementation in before:
-            config._experts_implementation_internal = implementation
 
 
 # ------------------------------------------------------------------ discovery
@@ -268,12 +228,17 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
         return torch.empty_like(call.q)
 
     try:
-        with less_attention(model, probe, _mask_kind), _fake(), torch.no_grad(), _quiet():
+        with (
+            less_attention(model, probe, _mask_kind),
+            compat.fake_tensors(),
+            torch.no_grad(),
+            compat.quiet_transformers(),
+        ):
             ids = torch.zeros(1, 2, dtype=torch.long)
             model(input_ids=ids, position_ids=torch.arange(2)[None], use_cache=False)
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+        if compat.untraceable(error):
             reason = f"it branches on the values of its tensors, which cannot be traced ({reason})"
         raise UnsupportedModelError(f"{type(model).__name__} does not run as a plain decoder: {reason}") from error
     expected = int(model.config.get_text_config().num_hidden_layers)
@@ -364,19 +329,3 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
 def _table_sizes(table: nn.Embedding) -> tuple[int, int]:
     return table.num_embeddings, table.num_embeddings - int(getattr(table, "offset", 0))
-
-
-def _fake() -> contextlib.AbstractContextManager[Any]:
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back transformers' warnings about a forward pass that no user asked for."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ModelError
-from .sources import TEXT_PART, quiet_transformers
+from .compat import Naming, quiet_transformers
+from .sources import TEXT_PART
 
 #: Dtypes of weights that can be used as they are stored.
 FLOATS = ("F32", "F16", "BF16")
@@ -176,28 +177,22 @@ def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
     Raises:
         ModelError: a damaged file, or another shape.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    transforms = get_model_conversion_mapping(model, key_mapping=TEXT_PART)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    naming = Naming.of(model, TEXT_PART)
     wanted: dict[str, torch.Tensor] = dict(model.state_dict())
     found: dict[str, Stored] = {}
     convertible: set[str] = set()
     unused: dict[str, str] = {}
     for path in files:
         for key, tensor in stored_tensors(path).items():
-            name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, wanted)
+            name, converted = naming.rename(key, wanted)
             if name not in wanted and key in wanted:
-                name, pattern = key, None
+                name, converted = key, []
             if name not in wanted:
                 if isinstance(tensor, StoredTensor) and tensor.dtype.startswith(("F", "BF")):
                     unused[key] = name
                 continue
-            if pattern is not None:
-                first, *others = next(c for c in converters if pattern in c.source_patterns).target_patterns
-                convertible |= {name, *(name.replace(first, other) for other in others)}
+            if converted:
+                convertible.update(converted)
                 continue
             if not isinstance(tensor, QuantisedTensor) and tensor.dtype not in FLOATS:
                 convertible.add(name)
@@ -235,9 +230,8 @@ def bare_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     model.tie_weights()
     stretched: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                module._parameters[name] = stretched.setdefault(id(parameter), _stretch(parameter))
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, stretched.setdefault(id(parameter), _stretch(parameter)))
     return model.eval()
 
 
@@ -259,15 +253,13 @@ def fill(model: nn.Module, tensors: Mapping[str, Stored]) -> None:
     """
     filled: dict[tuple[int, Stored], nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             source = tensors[f"{prefix}.{name}" if prefix else name]
             key = (id(parameter), source)
             if key not in filled:
                 filled[key] = nn.Parameter(source.read().to(parameter.dtype), requires_grad=False)
-            module._parameters[name] = filled[key]
-        for name, buffer in list(module._buffers.items()):
+            setattr(module, name, filled[key])
+        for name, buffer in list(module.named_buffers(recurse=False)):
             stored = tensors.get(f"{prefix}.{name}" if prefix else name)
-            if buffer is not None and stored is not None:
-                module._buffers[name] = stored.read().to(buffer.dtype)
+            if stored is not None:
+                setattr(module, name, stored.read().to(buffer.dtype))

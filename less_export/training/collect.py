@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..bundle.files import write_atomically
 from ..contract import LayerSpec
 from ..errors import LessExportError, ModelError, UnsupportedModelError
+from ..hf.compat import Conv1D
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..progress import Progress

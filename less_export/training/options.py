@@ -13,6 +13,7 @@ import torch
 from ..config import ExportConfig
 from ..dtypes import from_torch
 from ..errors import UsageError
+from ..hf.compat import has_fast_bfloat16
 from ..less.feature_maps import PARAMETRISATIONS
 from ..less.policies import by_name, choosable
 
@@ -146,7 +147,7 @@ def compute_dtype(config: Any, device: str) -> torch.dtype:
     stored = from_torch(getattr(config, "dtype", None) or "bfloat16")
     if stored == "float32":
         return torch.float32
-    if device == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+    if device == "cpu" and not has_fast_bfloat16():
         return torch.float32
     return torch.bfloat16
 
