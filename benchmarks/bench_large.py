@@ -29,7 +29,7 @@ def write(folder: Path, layers: int) -> None:
     from less_export.hf.random_checkpoint import random_source
 
     config = ExportConfig(random_weights=True, num_hidden_layers=layers)
-    random_source(MODEL, config, folder / "out", lambda _: None).fetch()
+    random_source(MODEL, config, folder / "out").fetch()
 
 
 def words(layers: int, out: Path) -> list[str]:

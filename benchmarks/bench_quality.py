@@ -22,6 +22,7 @@ import torch
 from bench_common import RESULTS, machine
 
 from less_export.bundle.files import write_atomically
+from less_export.cli.progress import Bars
 from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec
 from less_export.evaluation import perplexity, statistics, variants
@@ -29,7 +30,6 @@ from less_export.hf.sources import resolve
 from less_export.hf.surgery import discover
 from less_export.less.feature_maps import FeatureMap, Kernels
 from less_export.plan import plan_layers
-from less_export.progress import Bars
 from less_export.runtime.torch import ModelBackend
 from less_export.training import allocate, collect, data, end_to_end, fit
 

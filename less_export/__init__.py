@@ -6,6 +6,7 @@ it. Opening and generating need neither torch nor transformers; what does is imp
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .runtime.open import open_bundle
     from .runtime.sampling import SamplingParams
     from .training.job import train
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _WHERE = {
     "export": ".exporter.build",

@@ -1,11 +1,9 @@
-"""Progress of long work: bars with a live figure on a terminal, a line per phase elsewhere."""
+"""Where long work reports. The library never prints: it is given a :class:`Progress`, or reports nowhere."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 
@@ -16,58 +14,54 @@ class Step(Protocol):
 
 
 class Progress(Protocol):
-    """Where long work reports: phases made of pieces, and remarks between them."""
+    """Takes reports of exports, trainings, evaluations and builds."""
 
-    def phase(self, name: str, total: int) -> contextlib.AbstractContextManager[Step]: ...
+    def say(self, text: str) -> None:
+        """Take a few words on what begins now, or a remark."""
 
-    def say(self, text: str) -> None: ...
+    def phase(self, name: str, total: int) -> contextlib.AbstractContextManager[Step]:
+        """Work that is made of ``total`` pieces; what is entered is called after each."""
 
 
 class Silent:
-    """For libraries and for all but the first of several processes."""
+    """Reports nowhere: the default, and that of all but the first of several processes."""
+
+    def say(self, text: str) -> None:
+        pass
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Step]:
         yield lambda words="", pieces=1: None
 
+
+class Spoken:
+    """Calls a function with a few words as each phase begins."""
+
+    def __init__(self, function: Callable[[str], object]) -> None:
+        self._function = function
+
     def say(self, text: str) -> None:
-        pass
-
-
-class Bars:
-    """On stderr: one bar per phase on a terminal; elsewhere one line when a phase has ended."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-
-        self._console = Console(stderr=True)
+        self._function(text)
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Step]:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as RichProgress
+        self.say(name)
+        yield lambda words="", pieces=1: None
 
-        if not self._console.is_terminal:
-            latest, begin = "", time.perf_counter()
 
-            def note(words: str = "", pieces: int = 1) -> None:
-                nonlocal latest
-                latest = words or latest
+#: What public functions accept.
+AnyProgress = Progress | Callable[[str], object]
 
-            yield note
-            words = f", {latest}" if latest else ""
-            self.say(f"{name}: {time.perf_counter() - begin:.0f} s{words}")
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with RichProgress(*columns, TextColumn("{task.fields[words]}"), console=self._console) as bars:
-            task = bars.add_task(name, total=total, words="")
 
-            def step(words: str = "", pieces: int = 1) -> None:
-                if words:
-                    bars.update(task, words=words)
-                bars.advance(task, pieces)
+def as_progress(progress: AnyProgress | None) -> Progress:
+    """A :class:`Progress`, a function that is called with a few words as each phase begins, or None for nowhere."""
+    if progress is None:
+        return Silent()
+    if callable(progress) and not hasattr(progress, "phase"):
+        return Spoken(progress)
+    return progress  # type: ignore[return-value]
 
-            yield step
 
-    def say(self, text: str) -> None:
-        print(f"less-export: {text}", file=sys.stderr, flush=True)
+def prefixed(progress: Progress, prefix: str) -> Progress:
+    """A progress whose words are said to ``progress`` after ``prefix``."""
+    return Spoken(lambda text: progress.say(prefix + text))

@@ -27,6 +27,7 @@ from cuda.bindings import runtime as cudart
 from less_export.contract import Contract
 from less_export.errors import BackendError, EngineError, UsageError
 from less_export.exporter import onnx_op
+from less_export.progress import Spoken
 from less_export.runtime import trt
 from less_export.runtime.backend import Backend
 from less_export.runtime.ort import OrtBackend
@@ -56,7 +57,7 @@ def test_a_plan_is_built(
     configure = engine._configure
     monkeypatch.setattr(engine, "_configure", lambda *a: configs.append(configure(*a)) or configs[-1])
     model = serialised(decoder(contract, weights))
-    info = engine.build_plan(model, contract, out=out, weights_dir=weights, gpu_arch=arch, progress=told.append)
+    info = engine.build_plan(model, contract, out=out, weights_dir=weights, gpu_arch=arch, progress=Spoken(told.append))
     config = configs.pop()
     assert config.num_optimization_profiles == len(told)
     assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
@@ -132,7 +133,7 @@ def test_ctrl_c_and_a_full_disk_leave_nothing(weights: Path) -> None:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    for progress, error in ((cancel, ValueError), (interrupt, KeyboardInterrupt)):
+    for progress, error in ((Spoken(cancel), ValueError), (Spoken(interrupt), KeyboardInterrupt)):
         with pytest.raises(error):
             engine.build_plan(model, contract, out=weights.parent / "x.plan", weights_dir=weights, progress=progress)
         assert [p.name for p in weights.parent.iterdir()] == ["weights"]

@@ -15,6 +15,7 @@ import pytest
 from less_export.cli import main as cli
 from less_export.contract import OP_VERSION
 from less_export.errors import EngineError, UsageError
+from less_export.progress import Spoken
 from less_export.tensorrt import plugin
 
 NVCC = """#!/bin/sh
@@ -56,7 +57,7 @@ def test_one_list_of_sources() -> None:
 
 def test_built_once(toolkit: Toolkit, tmp_path: Path) -> None:
     log, told = toolkit(), list[str]()
-    made = plugin.library(("sm_89", "sm_120"), progress=told.append)
+    made = plugin.library(("sm_89", "sm_120"), progress=Spoken(told.append))
     assert made.read_text() == "compiled\n"
     assert made.is_relative_to(tmp_path / "cache" / "plugins")
     lines = log.read_text().splitlines()

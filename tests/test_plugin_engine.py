@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import subprocess
@@ -127,7 +128,7 @@ def layers_of(log: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_one_plugin_per_layer_updates_the_state_in_place(
-    dtype: str, plugin_library: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dtype: str, plugin_library: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every plugin reads past and writes present of the network itself: no copy lies between, in both profiles."""
     contract, out = contract_of(dtype), weights.parent / "engine.plan"
@@ -139,12 +140,13 @@ def test_one_plugin_per_layer_updates_the_state_in_place(
         return config
 
     monkeypatch.setattr(engine, "_configure", detailed)
+    caplog.set_level(logging.DEBUG, "less_export.tensorrt")
     info = engine.build_plan(
         bare(contract, weights), contract, out=out, weights_dir=weights, gpu_arch=PLUGIN_ARCH,
-        library=plugin_library, verbose=True,
+        library=plugin_library,
     )  # fmt: skip
     assert (info.plugin_layers, info.layers < 100) == (2, True)
-    built = layers_of(capsys.readouterr().err)
+    built = layers_of("\n".join(caplog.messages))
     assert len(built) == 4  # two layers, two profiles
     for index, layer in enumerate(built):
         number, suffix = index % 2, "" if index < 2 else " [profile 1]"

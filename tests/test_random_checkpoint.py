@@ -83,7 +83,7 @@ def test_hugging_face_loads_it(
 ) -> None:
     monkeypatch.setattr(random_checkpoint, "_SHARD", 20_000)
     tiny(kind)
-    source = random_checkpoint.random_source("tiny", ExportConfig(random_weights=True), tmp_path / "out", print)
+    source = random_checkpoint.random_source("tiny", ExportConfig(random_weights=True), tmp_path / "out")
     assert not list(tmp_path.iterdir())
     with pytest.warns(UserWarning, match=r"weights are random, 0.00 GB written to .*tiny-random$"):
         source.fetch()
@@ -153,7 +153,7 @@ def test_few_layers_are_the_first(tiny: Callable[..., None], tmp_path: Path) -> 
     tiny("gemma3-1b")
     for count, kinds in ((1, "s"), (2, "ss"), (3, "ssf"), (4, "ssfs")):
         config = ExportConfig(random_weights=True, num_hidden_layers=count, seed=3)
-        source = random_checkpoint.random_source("tiny", config, tmp_path / "out", print)
+        source = random_checkpoint.random_source("tiny", config, tmp_path / "out")
         source.fetch()
         assert source.folder.name == f"tiny-random-{count}-layers-seed-3"
         assert "".join(x[0] for x in tr.AutoConfig.from_pretrained(source.folder).layer_types) == kinds
@@ -203,7 +203,7 @@ def test_folder_without_weights(run: Run, source: Path, tmp_path: Path, quick: N
 def test_hub_id_without_its_weights(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(sources, "_download", lambda *words: asked.append(words) or source)
-    found = random_checkpoint.random_source("org/mine", ExportConfig(random_weights=True), tmp_path / "out", print)
+    found = random_checkpoint.random_source("org/mine", ExportConfig(random_weights=True), tmp_path / "out")
     assert asked == [("org/mine", sources._SMALL_FILES)]
     assert (found.folder, found.name) == (tmp_path / "mine-random", "mine")
     found.fetch()  # nothing from the hub

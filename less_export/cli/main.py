@@ -23,6 +23,7 @@ from .options import Parser as _Parser
 from .options import cache_options
 from .options import common as _common
 from .options import token_ids as _token_ids
+from .progress import library_log, spinner
 
 _DESCRIPTION = """\
 Export a Hugging Face decoder with a LESS cache (a fixed number of tokens plus a small state that absorbs
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "eval": lambda words: _quality("evaluate", words),
     }
     try:
-        with _plain_warnings(verbose):
+        with _plain_warnings(verbose), library_log(verbose):
             if arguments and arguments[0] in commands:
                 return commands[arguments[0]](arguments[1:])
             return _export(arguments)
@@ -181,23 +182,10 @@ def _export(arguments: list[str]) -> int:
     recipes.refuse_unknown(model)
     from ..exporter.build import export
 
-    with _status() as progress:
+    with spinner() as progress:
         written = export(model, out, config, engine_plan=engine_plan, progress=progress)
     print(written)
     return 0
-
-
-@contextlib.contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """A spinner with the phase's name on a terminal, one line per phase elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: print(f"less-export: {text}", file=sys.stderr, flush=True)
-        return
-    with console.status("starting") as status:
-        yield lambda text: status.update(text)
 
 
 # ------------------------------------------------------------------ generate
@@ -305,8 +293,8 @@ def _check(arguments: list[str]) -> int:
 
     text = _read_text(args.text_file) if args.text_file else reporting.story()
     ids = reporting.enough_tokens(load_generator(bundle, backend), text, args.tokens, own_text=bool(args.text_file))
-    with _status() as progress:
-        progress(f"comparing {backend.name} with torch over {len(ids)} tokens")
+    with spinner() as progress:
+        progress.say(f"comparing {backend.name} with torch over {len(ids)} tokens")
         rounded = backend.name == "ort" and bundle.manifest.settings.get("weights") is not None
         report = parity.check(reference, backend, ids, precision=parity.QUANTISED_PRECISION if rounded else None)
     if args.json:
@@ -375,8 +363,8 @@ def _build_plugin(arguments: list[str]) -> int:
     from ..tensorrt import plugin
 
     archs = plugin.parse_archs(args.gpu_arch)
-    with _status() as progress:
-        built = plugin.library(archs, progress=progress, verbose=args.verbose)
+    with spinner() as progress:
+        built = plugin.library(archs, progress=progress)
     if args.out is not None:
         from ..bundle.files import write_atomically
 

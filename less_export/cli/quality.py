@@ -14,6 +14,7 @@ from ..errors import LessExportError, UsageError
 from ..hf import recipes
 from . import reporting
 from .options import Parser, cache_options, common
+from .progress import Bars
 
 if TYPE_CHECKING:
     from ..evaluation.statistics import Interval
@@ -58,7 +59,6 @@ def train(arguments: list[str]) -> int:
     options.pop("verbose")
     recipes.refuse_unknown(model)
 
-    from ..progress import Bars
     from ..training import job
     from ..training.options import Processes, TrainConfig
 
@@ -151,7 +151,6 @@ def _refuse_unused(args: argparse.Namespace, task: str) -> None:
 def _summarize(args: argparse.Namespace) -> int:
     recipes.refuse_unknown(args.target)
     from ..evaluation import summarize
-    from ..progress import Bars
 
     compare = () if args.compare is None else args.compare.split(",")
     new = 64 if args.max_new_tokens is None else args.max_new_tokens
@@ -214,7 +213,6 @@ def _perplexity(args: argparse.Namespace) -> int:
     recipes.refuse_unknown(args.target)
     from ..evaluation import run
     from ..evaluation.subject import open_subject
-    from ..progress import Bars
     from ..training import data
 
     numbers = {n: getattr(args, n) for n in ("seqs", "seq_len", "chunk", "positions") if getattr(args, n) is not None}

@@ -15,8 +15,8 @@ from ..bundle.artifact import Bundle, is_bundle
 from ..config import DEFAULT_CHUNK, ExportConfig
 from ..contract import Contract, LayerSpec
 from ..errors import UsageError
-from ..exporter.package import adds_bos, eos_ids
 from ..hf.sources import resolve
+from ..hf.special_tokens import adds_bos, eos_ids
 from ..hf.surgery import discover, learned_positions
 from ..less.feature_maps import Kernels
 from ..plan import default_context, plan_layers

@@ -6,7 +6,6 @@ import concurrent.futures
 import json
 import textwrap
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,12 @@ from ..hf.surgery import discover, learned_positions
 from ..less.feature_maps import Kernels
 from ..less.policies import by_name
 from ..plan import AttentionLayer, default_context, plan_layers, unused_kernels
+from ..progress import AnyProgress, Progress, as_progress, prefixed
 from ..tensorrt import engine, plugin
 from . import onnx_op, package, quantise
 from .bind import bind
 from .check import self_check
 from .trace import trace
-
-Progress = Callable[[str], None]
 
 
 @dataclass
@@ -79,7 +77,7 @@ def export(
     config: ExportConfig | None = None,
     *,
     engine_plan: bool = False,
-    progress: Progress = lambda _: None,
+    progress: AnyProgress | None = None,
     **options: Any,
 ) -> Path:
     """Export a decoder with LESS.
@@ -89,7 +87,8 @@ def export(
         out: bundle folder, ``x.onnx`` or ``x.plan``; written under a temporary name and renamed.
         config: options, or give their fields as keyword arguments.
         engine_plan: also build ``engine.plan`` into a folder bundle (implied by ``x.plan``).
-        progress: called with a few words as each phase begins.
+        progress: where to report: a :class:`~less_export.progress.Progress`, or a function that is called with a few
+            words as each phase begins; default nowhere.
 
     Returns:
         The path of what was written.
@@ -97,7 +96,7 @@ def export(
     Raises:
         LessExportError: anything the user can mend; nothing is left half written.
     """
-    config = replace(config or ExportConfig(), **options)
+    config, progress = replace(config or ExportConfig(), **options), as_progress(progress)
     layout, kinds = _plan_files(out, config, engine_plan)
     flavour = engine.flavour() if "plan" in kinds else None
     if flavour is not None:
@@ -111,11 +110,11 @@ def export(
         with scratch_folder(destination) as scratch:
             job = _prepare(source, config, kinds, scratch, progress)
             if config.validate:
-                progress("checking the export on two layers of each kind against Hugging Face")
+                progress.say("checking the export on two layers of each kind against Hugging Face")
                 self_check(job.hf_config, job.contract("float32"), scratch)
             manifest = _write(job, layout, kinds, scratch, progress, flavour)
             (scratch / layout.manifest).write_bytes(manifest.dump())
-            progress("renaming")
+            progress.say("renaming")
             package.publish_bundle(scratch, layout, {layout.manifest, *package.files_of(manifest)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -280,11 +279,11 @@ def _write(
         hashes = {f: pool.submit(sha256, f) for f in used} if keep_weights else {}
         graphs = {}
         for kind in traced:
-            progress(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
+            progress.say(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
             contract = job.contract(_compute_dtype(kind, job))
             graphs[kind] = (_graph(job, contract), contract)
         if job.config.weights is not None:
-            progress(f"quantising the weights to {job.config.weights}")
+            progress.say(f"quantising the weights to {job.config.weights}")
             made = scratch / layout.companion(artifact.QUANTISED_WEIGHTS)
             _quantise(job, graphs[traced[0]][0], made)
             names = {made: made.name}
@@ -299,7 +298,7 @@ def _write(
             artifacts.append(Artifact(kind, file, sha256(scratch / file), contract))
         if "plan" in kinds:
             graph, contract = graphs["trt"]
-            progress(f"building the engine with {flavour.name if flavour else 'TensorRT'}")
+            progress.say(f"building the engine with {flavour.name if flavour else 'TensorRT'}")
             file = layout.artifact or artifact.ARTIFACT_FILES["plan"]
             (onnx_op.strip_bodies if job.library else onnx_op.add_bodies)(graph)
             info = engine.build_plan(
@@ -309,10 +308,10 @@ def _write(
                 gpu_arch=job.config.gpu_arch,
                 library=job.library,
                 out=scratch / file,
-                progress=lambda text: progress(f"building the engine: {text}"),
+                progress=prefixed(progress, "building the engine: "),
             )
             artifacts.append(Artifact("plan", file, sha256(scratch / file), contract, package.details(info)))
-        progress("writing tokenizer and manifest")
+        progress.say("writing tokenizer and manifest")
         tokenizer = package.place_tokenizer(job.source, job.hf_config, job.tokenizer, layout, scratch)
         stored = tuple(
             WeightFile(names[f], f.stat().st_size, artifact.header_sha256(f), hashes[f].result()) for f in hashes

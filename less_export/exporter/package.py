@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,9 @@ from ..bundle.artifact import KernelFacts, Layout, Manifest, TokenizerFacts
 from ..bundle.files import apply_umask, copy, link, publish, sha256
 from ..errors import LessExportError
 from ..hf.sources import ModelSource
+from ..hf.special_tokens import adds_bos, eos_ids
 from ..less.feature_maps import Kernels
+from ..progress import Progress
 from ..tensorrt import engine
 
 _SUFFIX = ".safetensors"
@@ -44,7 +44,7 @@ def weight_names(files: Iterable[Path], layout: Layout, scratch: Path) -> dict[P
     return names
 
 
-def place_weights(names: Mapping[Path, str], scratch: Path, progress: Callable[[str], None]) -> list[str]:
+def place_weights(names: Mapping[Path, str], scratch: Path, progress: Progress) -> list[str]:
     """Put the weight files into the bundle under their ``names``; returns those that had to be copied.
 
     Raises:
@@ -63,7 +63,7 @@ def place_weights(names: Mapping[Path, str], scratch: Path, progress: Callable[[
                 f"hard links to {left[0].parent} are not possible, copies of its weights take {size / 1e9:.1f} GB, and "
                 f"{scratch.parent} has {free / 1e9:.1f} GB free: make room, or give an --out on the checkpoint's disk"
             )
-        progress(f"copying {size / 1e9:.2f} GB of weights, hard links are not possible here")
+        progress.say(f"copying {size / 1e9:.2f} GB of weights, hard links are not possible here")
         for file in left:
             copy(file, scratch / names[file])
     return [f.name for f in left]
@@ -99,24 +99,6 @@ def place_tokenizer(
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     eos = eos_ids(source, hf_config, tokenizer)
     return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, adds_bos(tokenizer), template)
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether texts start with the bos token."""
-    return bool(tokenizer("Hello").input_ids[:1] == [tokenizer.bos_token_id])
-
-
-def eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's."""
-    generation = source.folder / "generation_config.json"
-    stated: list[Any] = [tokenizer.eos_token_id, getattr(hf_config.get_text_config(), "eos_token_id", None)]
-    if source.gguf is None and generation.is_file():
-        with contextlib.suppress(ValueError, OSError):
-            stated.append(json.loads(generation.read_text()).get("eos_token_id"))
-    found: dict[int, None] = {}
-    for ids in stated:
-        found.update(dict.fromkeys(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []))
-    return tuple(found)
 
 
 def details(info: engine.PlanInfo) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..bundle.files import apply_umask
 from ..config import ExportConfig
 from ..dtypes import torch_dtype
 from ..errors import LessExportError, ModelError
+from ..progress import Progress
 from . import weights
 from .compat import ignored_keys
 from .sources import ModelSource, checkpoint_files
@@ -25,8 +26,6 @@ from .weights import Stored, StoredTensor
 #: Floats of older checkpoints that are no weights: rotary tables, masks. Classes of transformers name more of them.
 _NO_WEIGHTS = ("rotary_emb.", "inv_freq", "masked_bias", "position_ids")
 _PIECE = 1 << 24
-
-Progress = Callable[[str], None]
 
 
 def take(
@@ -44,19 +43,19 @@ def take(
         LessExportError: the weights cannot be had, are damaged, or are not the model's.
     """
     if source.gguf is not None:
-        progress("dequantising the GGUF weights")
+        progress.say("dequantising the GGUF weights")
         # In the compute dtype of TensorRT, 16 bits unless asked otherwise.
         files = [_convert(source, hf_config, bare, None, config.dtype or "bfloat16", scratch)]
     else:
         if source.hub is not None:
-            progress(f"fetching the weights of {source.hub}")
+            progress.say(f"fetching the weights of {source.hub}")
         source.fetch()
         files = checkpoint_files(source.folder)
     survey = weights.survey(bare, files)
     _refuse_lost([n for n in survey.missing if n not in survey.convertible])
     tensors = survey.tensors
     if survey.missing:
-        progress(f"converting {len(survey.missing)} tensors that are stored in another layout")
+        progress.say(f"converting {len(survey.missing)} tensors that are stored in another layout")
         copied = _convert(source, hf_config, bare, survey.missing, "auto", scratch)
         tensors |= weights.locate(bare, [copied])[0]
         _refuse_lost([n for n in survey.missing if n not in tensors])

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..bundle.files import apply_umask, publish, scratch_folder
 from ..config import ExportConfig
 from ..errors import LessExportError, ModelError, UsageError
+from ..progress import Progress, Silent
 from . import recipes, weights
 from .compat import initialise
 from .config_layers import keep_first
@@ -38,8 +39,6 @@ _BLOCK = 16_777_213  # prime
 _SHARD = 10**9
 _INDEX = "model.safetensors.index.json"
 
-Progress = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class RandomSource(ModelSource):
@@ -48,7 +47,7 @@ class RandomSource(ModelSource):
     hf_config: Any = None
     own_tokenizer: Any = None
     seed: int = 0
-    progress: Progress = lambda _: None
+    progress: Progress | None = None
 
     def fetch(self) -> None:
         """Write the checkpoint; raises :class:`LessExportError` for no room, or another one in its place."""
@@ -63,7 +62,7 @@ class RandomSource(ModelSource):
         return self.own_tokenizer
 
 
-def random_source(model: str, config: ExportConfig, beside: Path, progress: Progress) -> RandomSource:
+def random_source(model: str, config: ExportConfig, beside: Path, progress: Progress | None = None) -> RandomSource:
     """MODEL with random weights: a recipe, or anything with a config.json.
 
     The checkpoint is a folder next to ``beside``, named after the model, and stays there: a second run with
@@ -106,7 +105,7 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
 
 
 def write(
-    hf_config: Any, folder: Path, seed: int = 0, progress: Progress = lambda _: None, tokenizer: Any = None
+    hf_config: Any, folder: Path, seed: int = 0, progress: Progress | None = None, tokenizer: Any = None
 ) -> tuple[int, bool]:
     """Write a random checkpoint of ``hf_config`` in its dtype, or find it written.
 
@@ -146,9 +145,10 @@ def write(
                 f"the random checkpoint takes {total / 1e9:.1f} GB, {folder.parent} has {free / 1e9:.1f} GB free: "
                 "make room, choose another --out, or try fewer layers with --num-hidden-layers"
             )
-        values = _Values(bare, seed)
+        values, progress = _Values(bare, seed), progress or Silent()
         for number, (file_name, names) in enumerate(plan.filename_to_tensors.items(), 1):
-            progress(f"writing random weights, {total / 1e9:.1f} GB: shard {number} of {len(plan.filename_to_tensors)}")
+            shard = f"shard {number} of {len(plan.filename_to_tensors)}"
+            progress.say(f"writing random weights, {total / 1e9:.1f} GB: {shard}")
             path = scratch / file_name
             save_file({n: values.of(n, tensors[n]) for n in names}, path, {"format": "pt"})
             apply_umask(path)  # safetensors makes files that only their owner may read

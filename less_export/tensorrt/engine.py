@@ -10,7 +10,7 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +20,11 @@ from ..bundle.files import scratch_folder
 from ..contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, TensorSpec
 from ..dtypes import from_tensorrt
 from ..errors import EngineError, UsageError, install_hint
+from ..progress import Progress
 from . import plugin
 from .log import implement, log_of, one_line
 from .plugin import PluginFacts
 
-#: Called with a few words as each phase begins. TensorRT's own steps say nothing about time: nearly all of
-#: it is one opaque step per profile.
-Progress = Callable[[str], None]
 Shape = tuple[int, ...]
 
 #: Flavours in the order they are looked for: module -> (name in messages, our extra).
@@ -195,7 +193,6 @@ def build_plan(
     gpu_arch: str | None = None,
     library: Path | None = None,
     progress: Progress | None = None,
-    verbose: bool = False,
 ) -> PlanInfo:
     """Build ``out`` from an ONNX graph; the file is whole or as it was before.
 
@@ -206,8 +203,8 @@ def build_plan(
         weights_dir: the folder that external data locations are relative to.
         gpu_arch: see :func:`parse_gpu_arch`.
         library: the plugin (see :func:`less_export.tensorrt.plugin.library`); TensorRT-RTX puts it into the plan.
-        progress: told what is being done; what it raises cancels the build and comes out of here.
-        verbose: print TensorRT's log to stderr.
+        progress: told when each profile begins (TensorRT's own steps tell nothing about time: nearly all of it is
+            one opaque step per profile); what it raises cancels the build and is raised from here.
 
     Raises:
         UsageError: ``gpu_arch``.
@@ -225,12 +222,12 @@ def build_plan(
     def watch(message: str) -> None:
         begun = re.search(r"optimization profile number (\d+)", message)
         if begun and progress is not None:
-            progress(f"compiling {names[int(begun[1])]} ({int(begun[1]) + 1} of {len(names)})")
+            progress.say(f"compiling {names[int(begun[1])]} ({int(begun[1]) + 1} of {len(names)})")
 
     try:
         with scratch_folder(out) as folder:
             part = folder / out.name
-            with log.listening(verbose, watch), log.interruptible():
+            with log.listening(watch), log.interruptible():
                 layers, plugins = _build(chosen, model, contract, weights_dir, archs, library, part)
             os.replace(part, out)
     except OSError as error:

@@ -1,18 +1,25 @@
-"""TensorRT's log and call-backs: messages in one line, interruption, exceptions across its frames."""
+"""TensorRT's log and call-backs: messages in one line, interruption, exceptions across its frames.
+
+All that TensorRT reports goes to the logger ``less_export.tensorrt``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 from ..errors import EngineError
+
+_LOGGER = logging.getLogger("less_export.tensorrt")
+#: TensorRT's severities as those of logging; its internal errors are errors.
+_LEVELS = {"VERBOSE": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WARNING}
 
 
 def implement(interface: Any, **methods: Callable[..., Any]) -> Any:
@@ -23,7 +30,7 @@ def implement(interface: Any, **methods: Callable[..., Any]) -> Any:
 
 
 class Log:
-    """TensorRT's logger: keeps the errors, prints everything when verbose.
+    """TensorRT's logger: passes everything on, and keeps the errors.
 
     TensorRT takes one logger per process and keeps the first, so there is one of these per flavour.
     Nothing may be raised through TensorRT's frames: an exception inside a call-back waits in ``stopped``,
@@ -32,7 +39,6 @@ class Log:
 
     def __init__(self, module: Any) -> None:
         self.errors: list[str] = []
-        self.verbose = False
         self.watch: Callable[[str], None] | None = None
         self.stopped: BaseException | None = None
         self._lock = threading.RLock()  # TensorRT calls from several threads
@@ -44,14 +50,12 @@ class Log:
             self.errors.append(message)
         if self.watch is not None:
             self.watch(message)
-        if self.verbose:
-            print(f"[{severity.name}] {message}", file=sys.stderr)
+        _LOGGER.log(_LEVELS.get(severity.name, logging.ERROR), message)
 
     def error(self, message: str) -> None:
         """Take an error that does not come through TensorRT."""
         self.errors.append(message)
-        if self.verbose:
-            print(f"[ERROR] {message}", file=sys.stderr)
+        _LOGGER.error(message)
 
     def guarded(self, function: Callable[..., Any], failed: Any = None) -> Callable[..., Any]:
         """``function`` for TensorRT to call: an exception is kept, and ``failed`` returned from then on."""
@@ -67,19 +71,19 @@ class Log:
         return call
 
     @contextlib.contextmanager
-    def listening(self, verbose: bool = False, watch: Callable[[str], None] | None = None) -> Iterator[None]:
+    def listening(self, watch: Callable[[str], None] | None = None) -> Iterator[None]:
         """Start with no errors; on the way out raise what a call-back raised, before anything else.
 
-        ``verbose`` prints every message to stderr, ``watch`` is called with each.
+        ``watch`` is called with every message.
         """
-        self.errors, self.verbose, self.watch, self.stopped = [], verbose, watch, None
+        self.errors, self.watch, self.stopped = [], watch, None
         try:
             yield
         except EngineError:
             if self.stopped is None:
                 raise
         finally:
-            self.verbose, self.watch = False, None
+            self.watch = None
         if self.stopped is not None:
             raise self.stopped
 

@@ -11,11 +11,12 @@ import ctypes
 import hashlib
 import importlib.resources
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from ..bundle.files import scratch_folder, sha256
 from ..contract import OP_VERSION, Contract, LayerSpec
 from ..dtypes import COMPUTE_DTYPES
 from ..errors import EngineError, UsageError, install_hint
+from ..progress import Progress, Silent
 from .log import log_of
 
-#: Called with a few words as each phase begins.
-Progress = Callable[[str], None]
+_LOG = logging.getLogger(__name__)
 
 LIBRARY = "libless_plugins.so"
 _INSTALL = install_hint("plugin")
@@ -169,7 +170,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-export"
 
 
-def library(archs: Sequence[str] = (), *, progress: Progress = lambda _: None, verbose: bool = False) -> Path:
+def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
     """The plugin library for ``archs`` (default: all), out of the cache or built into it.
 
     Processes that build the same thing at a time do it twice; one of the two results stays.
@@ -184,7 +185,7 @@ def library(archs: Sequence[str] = (), *, progress: Progress = lambda _: None, v
         return target
     try:
         with scratch_folder(target.parent) as folder:
-            compile_library(folder / LIBRARY, wanted, tools, progress=progress, verbose=verbose)
+            compile_library(folder / LIBRARY, wanted, tools, progress=progress)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder / LIBRARY, target)
     except OSError as error:
@@ -206,15 +207,13 @@ def _key(tools: Toolchain, archs: Sequence[str]) -> str:
     return digest.hexdigest()[:20]
 
 
-def compile_library(
-    out: Path, archs: Sequence[str], tools: Toolchain, *, progress: Progress = lambda _: None, verbose: bool = False
-) -> None:
+def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progress: Progress | None = None) -> None:
     """Compile the plugin to ``out``; objects are left beside it.
 
     Raises:
-        EngineError: the compiler fails; its first complaint is the message (``verbose`` shows all).
+        EngineError: the compiler fails; its first complaint is the message (the log has all of it).
     """
-    base = sources()
+    base, progress = sources(), progress or Silent()
     numbers = [a.removeprefix("sm_") for a in archs]
     newest = max(numbers, key=int)
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
@@ -226,31 +225,30 @@ def compile_library(
     def compile_one(name: str) -> str:
         made = out.parent / f"{Path(name).name}.o"
         device = [*targets, "--threads", str(min(len(targets), cores))] if name.endswith(".cu") else []
-        _run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(made)], name, verbose)
+        _run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(made)], name)
         return str(made)
 
-    progress(f"compiling the plugin for {', '.join(archs)} (once; a minute or two per architecture)")
+    progress.say(f"compiling the plugin for {', '.join(archs)} (once; a minute or two per architecture)")
     with concurrent.futures.ThreadPoolExecutor(min(len(names), cores)) as pool:
         running = [pool.submit(compile_one, n) for n in names]
         try:
             for count, done in enumerate(concurrent.futures.as_completed(running), 1):
                 done.result()
-                progress(f"compiling the plugin for {', '.join(archs)}: {count} of {len(names)} files done")
+                progress.say(f"compiling the plugin for {', '.join(archs)}: {count} of {len(names)} files done")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     objects = [r.result() for r in running]
-    progress("linking the plugin")
+    progress.say("linking the plugin")
     options = f"--version-script={base / 'exports.map'},--exclude-libs=ALL,-z,nodelete,--no-undefined"
     folders = [f"-L{f}" for f in tools.library_folders]
     link = [*nvcc, "-shared", "-cudart=static", *folders, "-Xlinker", options, *objects, "-o", str(out)]
-    _run(link, LIBRARY, verbose)
+    _run(link, LIBRARY)
 
 
-def _run(words: Sequence[str], what: str, verbose: bool) -> None:
+def _run(words: Sequence[str], what: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if verbose:
-        print(" ".join(words), done.stdout, done.stderr, sep="\n")
+    _LOG.debug("%s\n%s%s", " ".join(words), done.stdout, done.stderr)
     if done.returncode:
         lines = [x for x in (done.stderr + done.stdout).splitlines() if x.strip()]
         why = next((x for x in lines if "error" in x or "fatal" in x), lines[0] if lines else "no reason given")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError, install_hint
+from ..hf.special_tokens import adds_bos
 
 #: Most characters read of one source: far more than training looks at, and what keeps memory bounded.
 MOST_CHARACTERS = 64_000_000
@@ -193,5 +194,4 @@ def encoder(tokenizer: Any) -> tuple[Encode, int | None]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
     bos = tokenizer.bos_token_id
-    starts = tokenizer("a").input_ids[:1] == [bos]
-    return encode, int(bos) if bos is not None and starts else None
+    return encode, int(bos) if bos is not None and adds_bos(tokenizer) else None

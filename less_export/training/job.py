@@ -31,7 +31,7 @@ from ..hf.sources import ModelSource, checkpoint_files, resolve
 from ..hf.surgery import discover, learned_positions
 from ..less.feature_maps import FeatureMap, Kernels
 from ..plan import default_context, plan_layers, sparse_layer
-from ..progress import Progress, Silent
+from ..progress import AnyProgress, Progress, Silent, as_progress
 from . import allocate, collect, data, end_to_end, fit, room
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
 from .options import device as choose_device
@@ -85,7 +85,7 @@ class _Job:
 
 def train(
     model: str, out: str | Path, texts: Sequence[str] = (), config: TrainConfig | None = None, *,
-    progress: Progress | None = None, **options: Any,
+    progress: AnyProgress | None = None, **options: Any,
 ) -> tuple[LayerReport, ...]:  # fmt: skip
     """Train the kernels of a model and write them to ``out``.
 
@@ -94,7 +94,8 @@ def train(
         out: kernel file (.safetensors) to write.
         texts: what to train on, see :func:`less_export.training.data.read`; default the package's own text.
         config: options, or give their fields as keyword arguments.
-        progress: where to report; default nowhere.
+        progress: where to report: a :class:`~less_export.progress.Progress`, or a function that is called with a few
+            words as each phase begins; default nowhere.
 
     Returns:
         One report per trained layer.
@@ -103,7 +104,7 @@ def train(
         LessExportError: anything the user can mend; finished layers stay for the next run.
     """
     processes = Processes.here()
-    shown: Progress = (progress if processes.first else None) or Silent()
+    shown = as_progress(progress if processes.first else None)
     config = replace(config or TrainConfig(), **options)
     out = Path(out)
     if out.is_dir() or not out.name:
@@ -111,7 +112,7 @@ def train(
     processes.join()
     try:
         job = _prepare(model, out, texts, config, processes, shown)
-        job.aloud = Silent() if processes.first else progress or Silent()
+        job.aloud = as_progress(None if processes.first else progress)
         try:
             if config.divided:
                 _divide(job)
