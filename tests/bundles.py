@@ -27,7 +27,7 @@ from less_export.bundle.files import sha256
 from less_export.cli.main import main
 from less_export.config import ExportConfig
 from less_export.contract import Contract, Heads
-from less_export.exporter import build
+from less_export.exporter import build, graphs
 from less_export.exporter.trace import trace
 from less_export.hf.decoder import LessDecoder
 from less_export.less.feature_maps import random_kernels
@@ -211,7 +211,7 @@ def generated(run: Run, bundle: Path, *words: object) -> str:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of this test take a trace that another one made, where there is one."""
-    monkeypatch.setattr(build, "trace", trace_once)
+    monkeypatch.setattr(graphs, "trace", trace_once)
 
 
 @pytest.fixture(scope="session")

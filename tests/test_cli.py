@@ -19,6 +19,7 @@ from less_export.bundle.artifact import Bundle
 from less_export.cli.main import main
 from less_export.config import ExportConfig
 from less_export.exporter import build
+from less_export.exporter.targets import plan_targets
 from less_export.hf import recipes
 from less_export.tensorrt import engine, plugin
 from less_export.tensorrt.plugin import PluginFacts
@@ -45,12 +46,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, ExportConfig,
     return calls
 
 
-def test_the_line_users_know(run: Run, asked: list[Any]) -> None:
+def test_the_line_users_know(run: Run, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("llama2-7b", "--out", "engine.plan")
     assert (result.code, result.out, result.err) == (0, "engine.plan\n", "")
     assert asked == [("llama2-7b", "engine.plan", ExportConfig(), False)]
-    layout, kinds = build._plan_files("engine.plan", asked[0][2], False)
-    assert (layout.artifact, layout.manifest, kinds) == ("engine.plan", "engine.json", ["plan"])
+    monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", dataclasses, "10.3"))
+    targets = plan_targets("engine.plan", asked[0][2], False)
+    assert (targets.file("plan"), targets.layout.manifest, targets.kinds) == ("engine.plan", "engine.json", ("plan",))
 
 
 def test_the_line_users_know_end_to_end(

@@ -1,4 +1,4 @@
-"""Rules of the sources, checked in their syntax trees: private names, printing, imports between packages."""
+"""Rules of the sources, checked in their syntax trees: private names, printing."""
 
 from __future__ import annotations
 
@@ -99,43 +99,3 @@ def test_only_the_command_line_prints() -> None:
     lines = {path: printing(tree) for path, tree in sources().items()}
     assert not {path: x for path, x in lines.items() if x and not path.startswith("cli/")}
     assert any(x for path, x in lines.items() if path.startswith("cli/"))
-
-
-SIBLINGS = ("exporter", "training", "runtime")
-
-
-def imported(path: str, tree: ast.Module) -> set[str]:
-    """Packages of less_export that a module imports from, wherever in it."""
-    folders = path.split("/")[:-1]
-    packages = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".") if node.module else []
-            if node.level:
-                parts = [*folders[: len(folders) - node.level + 1], *parts]
-            elif parts and parts[0] == "less_export":
-                parts = parts[1:]
-            else:
-                continue
-            packages |= {parts[0]} if parts else {a.name for a in node.names}
-        elif isinstance(node, ast.Import):
-            packages |= {a.name.split(".")[1] for a in node.names if a.name.startswith("less_export.")}
-    return packages
-
-
-def test_siblings_do_not_import_one_another() -> None:
-    for path, tree in sources().items():
-        package = path.split("/")[0]
-        if package in SIBLINGS:
-            assert not imported(path, tree) & set(SIBLINGS) - {package}, path
-        if package in ("hf", "less", "bundle"):
-            assert not imported(path, tree) & {*SIBLINGS, "evaluation", "cli"}, path
-        if package == "evaluation":
-            assert "exporter" not in imported(path, tree), path
-
-
-def test_imports_are_recognised() -> None:
-    code = "from ..hf import weights\nfrom ..exporter.bind import bind\nfrom . import x\nfrom .. import runtime"
-    assert imported("training/job.py", ast.parse(code)) == {"hf", "exporter", "training", "runtime"}
-    code = "import less_export.cli.main\nfrom less_export.less import a"
-    assert imported("hf/x.py", ast.parse(code)) == {"cli", "less"}

@@ -160,12 +160,12 @@ def terminate(*_: object) -> Any:
 
 
 @pytest.mark.parametrize("how", [interrupt, terminate])
-@pytest.mark.parametrize("where", ["trace", "resolve", "package.place_tokenizer"])
+@pytest.mark.parametrize("where", ["graphs.trace", "build.resolve", "build.package.place_tokenizer"])
 def test_interrupted(
     how: Callable[..., Any], where: str, run: Run, source: Path, place: Path, quick: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(f"less_export.exporter.build.{where}", how)
+    monkeypatch.setattr(f"less_export.exporter.{where}", how)
     before = bundles.snapshot(place)
     for out in ("out", "new", "x.onnx"):
         stopped(run(source, "--out", place / out, *QUICK_WORDS), "interrupted")

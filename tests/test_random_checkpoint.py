@@ -277,7 +277,7 @@ def test_what_stays_is_said(
         def fails(*_: object, error: BaseException = error) -> None:
             raise error
 
-        monkeypatch.setattr("less_export.exporter.build.trace", fails)
+        monkeypatch.setattr("less_export.exporter.graphs.trace", fails)
         result = run("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
         assert result.code == 1
         assert result.err.endswith(f"{says}; nothing but the random checkpoint {folder} was left behind\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,11 +15,11 @@ from ..bundle.artifact import Bundle, is_bundle
 from ..config import DEFAULT_CHUNK, ExportConfig
 from ..contract import Contract, LayerSpec
 from ..errors import UsageError
+from ..hf.model import open_model
 from ..hf.sources import resolve
 from ..hf.special_tokens import adds_bos, eos_ids
-from ..hf.surgery import discover, learned_positions
+from ..hf.surgery import learned_positions
 from ..less.feature_maps import Kernels
-from ..plan import default_context, plan_layers
 from ..runtime.backend import Backend
 from ..runtime.open import load_backend, load_tokenizer
 from ..runtime.tokenizer import Tokenizer
@@ -82,38 +82,30 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
         refuse_options(target, cache, kernel_file)
         return _bundle(Path(target))
     source = resolve(target)
-    config = source.config()
-    model = source.load(torch.float32 if whole_precision else compute_dtype(config, "cpu"))
-    layers = discover(model)
-    kernels = Kernels.load(kernel_file) if kernel_file else Kernels({}, {})
-    kernels.check([x.heads for x in layers])
-    cache = cache.with_defaults(source.recipe.options() if source.recipe else {})
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    context = cache.context or default_context(limit)
-    ranks = {i: m.rank for i, m in kernels.layers.items()}
+    opened = open_model(source, replace(cache, kernels=kernel_file))
     tokenizer = source.tokenizer()
     if tokenizer is None:
         raise UsageError(f"{target} ships no tokenizer, which evaluation on text needs")
     encode, bos = data.encoder(tokenizer)
     fast = getattr(tokenizer, "backend_tokenizer", None)
-    runs = fast and Tokenizer(
+    generating = fast and Tokenizer(
         fast,
         bos_id=tokenizer.bos_token_id,
-        eos_ids=eos_ids(source, config, tokenizer),
+        eos_ids=eos_ids(source, opened.hf_config, tokenizer),
         add_bos=adds_bos(tokenizer),
     )
+    cache = opened.config
 
     def plan_for(budget: str) -> tuple[LayerSpec, ...]:
-        changed = ExportConfig(
-            policy=cache.policy, budget=budget, context=context, compress_sliding=cache.compress_sliding
+        return opened.plan_for(
+            ExportConfig(policy=cache.policy, budget=budget, compress_sliding=cache.compress_sliding)
         )
-        return plan_layers(layers, changed, context, ranks)
 
-    plan = plan_layers(layers, cache, context, ranks)
-    for words in kernels.doubts(source.names, plan):
-        warnings.warn(words, stacklevel=2)
+    model = source.load(torch.float32 if whole_precision else compute_dtype(opened.hf_config, "cpu"))
+    for doubt in opened.kernels.doubts(source.names, opened.plan):
+        warnings.warn(doubt, stacklevel=2)
     chunk = cache.chunk or DEFAULT_CHUNK
-    return Subject(target, model, plan, kernels, encode, bos, "bfloat16", runs, chunk, plan_for)
+    return Subject(target, model, opened.plan, opened.kernels, encode, bos, "bfloat16", generating, chunk, plan_for)
 
 
 def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:

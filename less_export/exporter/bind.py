@@ -10,9 +10,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from ..dtypes import from_safetensors, onnx_dtype
 from ..hf.weights import SCALES, QuantisedTensor, Stored, StoredTensor
 
-_ONNX_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 #: Operators that only move the values of a weight, their first input.
 _MOVES = ("Gather", "Transpose")
 
@@ -47,7 +47,7 @@ def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, st
             scales = external(f"{name}{SCALES}", stored.scales, ir.DataType.FLOAT, stored.scales.shape)
             _dequantise(graph, value, stored, codes, scales)
             continue
-        dtype = _ONNX_DTYPES[stored.dtype]
+        dtype = onnx_dtype(str(from_safetensors(stored.dtype)))
         if dtype == wanted:
             value.const_value = external(name, stored, dtype, stored.shape).const_value
             graph.initializers[name] = value

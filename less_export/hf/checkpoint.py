@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from ..bundle import artifact
 from ..bundle.files import apply_umask
-from ..config import ExportConfig
 from ..dtypes import torch_dtype
 from ..errors import LessExportError, ModelError
 from ..progress import Progress
 from . import weights
 from .compat import ignored_keys
+from .model import OpenModel
 from .sources import ModelSource, checkpoint_files
 from .weights import Stored, StoredTensor
 
@@ -28,13 +28,11 @@ _NO_WEIGHTS = ("rotary_emb.", "inv_freq", "masked_bias", "position_ids")
 _PIECE = 1 << 24
 
 
-def take(
-    source: ModelSource, config: ExportConfig, hf_config: Any, bare: PreTrainedModel, scratch: Path, progress: Progress
-) -> tuple[PreTrainedModel, dict[str, Stored]]:
-    """Where every parameter of ``bare`` lies: in the checkpoint's files, or in one that is written to ``scratch``.
+def take(model: OpenModel, scratch: Path, progress: Progress) -> tuple[PreTrainedModel, dict[str, Stored]]:
+    """Where every parameter of a model is: in the checkpoint's files, or in one that is written to ``scratch``.
 
-    Parameters that ``hf_config`` ties although other values are stored are taken apart, as transformers does: then
-    ``hf_config`` is changed, and the model is another than ``bare``.
+    Parameters that the configuration ties although other values are stored are taken apart, as transformers does: then
+    ``model.hf_config`` is changed, and the bare model is not ``model.bare``.
 
     Returns:
         The bare model, and its tensors by parameter name.
@@ -42,6 +40,7 @@ def take(
     Raises:
         LessExportError: the weights cannot be had, are damaged, or are not the model's.
     """
+    source, config, hf_config, bare = model.source, model.config, model.hf_config, model.bare
     if source.gguf is not None:
         progress.say("dequantising the GGUF weights")
         # In the compute dtype of TensorRT, 16 bits unless asked otherwise.

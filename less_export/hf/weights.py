@@ -20,20 +20,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .. import dtypes
 from ..errors import ModelError
 from .compat import Naming, quiet_transformers
 from .sources import TEXT_PART
 
-#: Dtypes of weights that can be used as they are stored.
-FLOATS = ("F32", "F16", "BF16")
-#: What is read of safetensors, as torch calls it; the integers are codes of quantised weights.
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
+#: Dtypes of weights that can be used as they are stored, as safetensors calls them.
+FLOATS = tuple(dtypes.DTYPES[n].safetensors for n in dtypes.COMPUTE_DTYPES)
+#: Dtypes that are read, as torch calls them; the integers are codes of quantised weights.
+DTYPES = {dtypes.DTYPES[n].safetensors: dtypes.torch_dtype(n) for n in (*dtypes.COMPUTE_DTYPES, "int8", "uint8")}
 
 
 @dataclass(frozen=True)

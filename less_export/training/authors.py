@@ -19,9 +19,8 @@ from torch import Tensor
 from ..bundle.files import sha256
 from ..contract import Heads
 from ..errors import KernelError
+from ..hf.model import open_architecture
 from ..hf.sources import resolve
-from ..hf.surgery import discover
-from ..hf.weights import bare_model
 from ..less.feature_maps import Kernels, PaperMap
 
 _FILE = re.compile(r"layer_(\d+)\.pth$")
@@ -37,8 +36,7 @@ def import_folder(folder: Path, model: str, out: Path) -> tuple[int, ...]:
     if not found:
         raise KernelError(f"{folder} holds no layer_0.pth, layer_1.pth, ...: give the folder of the checkpoints")
     source = resolve(model)
-    layers = discover(bare_model(source.config(), torch.float32))
-    heads = [x.heads for x in layers]
+    heads = [x.heads for x in open_architecture(source).layers]
     if max(found) >= len(heads):
         raise KernelError(f"{found[max(found)].name}, but {model} has {len(heads)} layers: wrong model or folder")
     maps = {i: read_layer(p, heads[i]) for i, p in sorted(found.items())}

@@ -26,11 +26,10 @@ from .._version import __version__
 from ..bundle.files import sha256, write_atomically
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
-from ..hf import weights
+from ..hf.model import open_model
 from ..hf.sources import ModelSource, checkpoint_files, resolve
-from ..hf.surgery import discover, learned_positions
 from ..less.feature_maps import FeatureMap, Kernels
-from ..plan import default_context, plan_layers, sparse_layer
+from ..plan import sparse_layer
 from ..progress import AnyProgress, Progress, Silent, as_progress
 from . import allocate, collect, data, end_to_end, fit, room
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
@@ -59,7 +58,13 @@ class LayerReport:
 
 
 @dataclass
-class _Job:
+class TrainJob:
+    """What the steps of one training share.
+
+    layers: those to train. corpus: training sequences, then validation. facts: provenance, for the kernel file.
+    width: hidden size of the model. work: folder of what is finished, until the kernel file is written.
+    """
+
     source: ModelSource
     config: TrainConfig
     plan: tuple[LayerSpec, ...]
@@ -130,7 +135,7 @@ def train(
 
 def _prepare(
     model: str, out: Path, texts: Sequence[str], config: TrainConfig, processes: Processes, progress: Progress
-) -> _Job:
+) -> TrainJob:
     """Everything that can be wrong, before anything takes long."""
     if not texts and processes.first:
         warnings.warn("no --data given: training on the text that ships with less-export", stacklevel=3)
@@ -140,23 +145,13 @@ def _prepare(
     device = choose_device(config.device)
     source = resolve(model)
     recipe = source.recipe
-    hf_config = source.config()
-    text_config = hf_config.get_text_config()
-    bare = weights.bare_model(hf_config, torch.float32)
-    layers = discover(bare)
-    config = replace(
-        config,
-        rank=config.rank or (recipe.rank if recipe else DEFAULT_RANK),
-        hidden=config.hidden or (recipe.hidden if recipe else DEFAULT_HIDDEN),
-    )
-    limit = getattr(text_config, "max_position_embeddings", None)
-    cache = config.cache().with_defaults(recipe.options() if recipe else {})
-    cache = replace(cache, layer_budgets=None) if config.divided else cache
-    context = cache.context or default_context(limit)
+    rank = config.rank or (recipe.rank if recipe else DEFAULT_RANK)
+    config = replace(config, rank=rank, hidden=config.hidden or (recipe.hidden if recipe else DEFAULT_HIDDEN))
+    opened = open_model(source, config.cache(), rank=rank, equal_budgets=config.divided)
+    cache, plan, limit = opened.config, opened.plan, opened.trained_length
     length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    if length > (learned_positions(bare) or length):
+    if length > (opened.position_limit or length):
         raise UsageError(f"--seq-len {length} is more than the {limit} positions that the model has: lower it")
-    plan = plan_layers(layers, cache, context, dict.fromkeys(range(len(layers)), config.rank or DEFAULT_RANK))
     able = [i for i, s in enumerate(plan) if s.absorb]
     if not able:
         raise UsageError("no layer evicts anything: every layer slides and keeps its window; see --compress-sliding")
@@ -205,8 +200,8 @@ def _prepare(
     if processes.first:
         _tell_of_others(out, work)
     work.mkdir(parents=True, exist_ok=True)
-    dtype, width = compute_dtype(hf_config, device), int(getattr(text_config, "hidden_size", 0))
-    return _Job(
+    dtype, width = compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
+    return TrainJob(
         source, config, plan, chosen, corpus, facts, device, dtype, width, work, processes, progress, Silent()
     )  # fmt: skip
 
@@ -232,13 +227,13 @@ def _tell_of_others(out: Path, work: Path) -> None:
         )
 
 
-def _load(job: _Job) -> PreTrainedModel:
+def _load(job: TrainJob) -> PreTrainedModel:
     job.progress.say(f"loading {job.source.name}")
     # Moved as a whole: transformers' own placement would need accelerate for a single device.
     return job.source.load(job.dtype).to(torch.device(job.device))
 
 
-def _divide(job: _Job) -> None:
+def _divide(job: TrainJob) -> None:
     """Give every layer its share of the budget; the first process measures, what it finds is kept beside the layers."""
     file = job.work / "layer_budgets.json"
     if job.processes.first and not file.exists():
@@ -261,7 +256,7 @@ def _divide(job: _Job) -> None:
     job.progress.say(f"budgets of the layers: {job.facts['layer_budgets']}")
 
 
-def _fit_all(job: _Job) -> None:
+def _fit_all(job: TrainJob) -> None:
     """Every layer that has no file yet, in groups whose activations fit on disk."""
     todo = [i for i in job.layers if not job.layer_file(i).exists()]
     finished = len(job.layers) - len(todo)
@@ -292,7 +287,7 @@ def _fit_all(job: _Job) -> None:
         job.processes.wait()
 
 
-def _need_memory(job: _Job, split: list[list[int]], into: collect.Activations) -> None:
+def _need_memory(job: TrainJob, split: list[list[int]], into: collect.Activations) -> None:
     """Say what the fits take of disk and memory.
 
     Raises:
@@ -316,7 +311,7 @@ def _need_memory(job: _Job, split: list[list[int]], into: collect.Activations) -
         )
 
 
-def _collect(job: _Job, group: list[int], into: collect.Activations) -> dict[int, torch.Tensor]:
+def _collect(job: TrainJob, group: list[int], into: collect.Activations) -> dict[int, torch.Tensor]:
     """Have the activations of ``group``, and return its output projections; the model is gone afterwards."""
     model = _load(job)
     projections = collect.output_projections(model, job.plan)
@@ -332,7 +327,7 @@ def _collect(job: _Job, group: list[int], into: collect.Activations) -> dict[int
     return {i: projections[i] for i in group}
 
 
-def _fit_layer(job: _Job, layer: int, activations: torch.Tensor, projection: torch.Tensor) -> None:
+def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection: torch.Tensor) -> None:
     begin = time.perf_counter()
     config = job.config
     recipe = fit.Fit(steps=config.step_count)
@@ -357,7 +352,7 @@ def _fit_layer(job: _Job, layer: int, activations: torch.Tensor, projection: tor
     Kernels({layer: made.cpu()}, facts).save(job.layer_file(layer))
 
 
-def _finish(job: _Job, out: Path) -> tuple[LayerReport, ...]:
+def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     """Put the layers together, tune them if asked to, and write the file (first process only)."""
     loaded = {i: Kernels.load(job.layer_file(i)) for i in job.layers}
     job.processes.wait()  # all must have read before the first removes them
@@ -382,7 +377,7 @@ def _finish(job: _Job, out: Path) -> tuple[LayerReport, ...]:
     return reports
 
 
-def _tune(job: _Job, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any], dict[int, float]]:
+def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any], dict[int, float]]:
     """Tune the layers' kernels together; also what was found, and the layers' errors with what came out."""
     model = _load(job)
     learn, check = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])

@@ -1,0 +1,96 @@
+"""What the steps of an export share, made after everything that can be wrong has been checked."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import DEFAULT_POLICY, ExportConfig
+from ..contract import Contract
+from ..hf import checkpoint
+from ..hf.model import OpenModel, open_model
+from ..hf.sources import ModelSource
+from ..hf.weights import Stored
+from ..less.policies import by_name
+from ..plan import unused_kernels
+from ..progress import Progress
+from ..tensorrt import engine, plugin
+from . import quantise
+from .targets import Targets, compute_dtype, contract
+
+
+@dataclass
+class ExportJob:
+    """One export.
+
+    contracts: of every graph and engine, by kind. library: the plugin that an engine is built with, if any.
+    tensors: where every parameter's bytes are. facts: what the manifest tells of the model.
+    """
+
+    model: OpenModel
+    targets: Targets
+    contracts: dict[str, Contract]
+    library: Path | None
+    tokenizer: Any | None
+    tensors: dict[str, Stored]
+    facts: dict[str, Any]
+
+
+def prepare(
+    source: ModelSource, config: ExportConfig, targets: Targets, scratch: Path, progress: Progress
+) -> ExportJob:
+    """Open the model, and check all that can be wrong before anything is made; weights are fetched last.
+
+    Raises:
+        LessExportError: anything that the user can mend.
+    """
+    model = open_model(source, config)
+    contracts = {kind: contract(model, compute_dtype(kind, model)) for kind in (*targets.traced, *targets.kinds)}
+    library = _plugin(model, contracts["plan"], targets, progress) if "plan" in contracts else None
+    if config.weights is not None:
+        quantise.load_quantiser()  # refuses where it is not installed
+    tokenizer = source.tokenizer()
+    bare, tensors = checkpoint.take(model, scratch, progress)
+    facts = {
+        "name": source.name,
+        "class": type(bare).__name__,
+        "parameters": sum(p.numel() for p in bare.parameters()),
+        "config": json.loads(json.dumps(model.hf_config.to_dict(), default=str)),
+        "max_position_embeddings": model.trained_length,
+    }
+    _warn(model)
+    return ExportJob(model, targets, contracts, library, tokenizer, tensors, facts)
+
+
+def _plugin(model: OpenModel, planned: Contract, targets: Targets, progress: Progress) -> Path | None:
+    """The plugin library of an engine, None for one of standard operators.
+
+    Raises:
+        EngineError: neither can run a layer, or the library cannot be built.
+    """
+    if not model.config.plugin:
+        engine.check_limits(planned)
+        return None
+    assert targets.flavour is not None
+    library = plugin.library(engine.parse_gpu_arch(targets.flavour, model.config.gpu_arch), progress=progress)
+    plugin.check_layers(library, planned)
+    return library
+
+
+def _warn(model: OpenModel) -> None:
+    """Warn of kernels that do not fit or are missing, and of a plan that evicts nothing."""
+    for doubt in model.kernels.doubts(model.source.names, model.plan):
+        warnings.warn(doubt, stacklevel=2)
+    unused = unused_kernels(model.plan, model.kernels.layers)
+    if unused:
+        warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)
+    evicts = any(layer.policy.evicts for layer in model.plan)
+    if evicts and not model.kernels.layers:
+        warnings.warn(
+            "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
+        )
+    if not evicts and not by_name(model.config.policy or DEFAULT_POLICY).keeps_all:
+        warnings.warn("every layer slides and keeps its window: see --compress-sliding", stacklevel=2)
