@@ -16,7 +16,8 @@ import gpu_tables
 import model_tables
 import quality_tables
 
-from less_export.cli import reporting
+from less_export.cli.recipes import PAPER_BUDGETS, RECIPE_LENGTHS, full_caches, recipe_figures
+from less_export.cli.tables import size
 from less_export.hf.recipes import all_recipes, load
 
 ROOT = Path(__file__).parent.parent
@@ -106,11 +107,11 @@ def recipes() -> str:
     """Memory of the recipes, computed from their facts."""
     rows = []
     for r in all_recipes():
-        memory = reporting.recipe_figures(r)["memory"]
-        state, full = memory["state_bytes"], reporting.full_caches(r)
-        figures = [reporting.size(state), *(f"{reporting.size(n)} ({n / state:.1f}x){mark}" for n, mark in full)]
-        rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, reporting.size(memory["kernel_bytes"])])
-    lengths = [f"full cache at {n:,}" for n in reporting.RECIPE_LENGTHS]
+        memory = recipe_figures(r)["memory"]
+        state, full = memory["state_bytes"], full_caches(r)
+        figures = [size(state), *(f"{size(n)} ({n / state:.1f}x){mark}" for n, mark in full)]
+        rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, size(memory["kernel_bytes"])])
+    lengths = [f"full cache at {n:,}" for n in RECIPE_LENGTHS]
     return table(["recipe", "hub", "cache", "LESS, any length", *lengths, "kernels"], rows)
 
 
@@ -118,9 +119,9 @@ def recipe_budgets() -> str:
     """Memory of the paper's models at the paper's budgets."""
     rows = []
     for r in filter(None, map(load, ("llama2-7b", "llama2-13b", "falcon-7b"))):
-        states = reporting.recipe_figures(r)["memory"]["state_bytes_at_budget"]
-        rows.append([f"`{r.name}`", f"{r.context:,}", *map(reporting.size, states.values())])
-    return table(["recipe", "of a context of", *reporting.PAPER_BUDGETS], rows)
+        states = recipe_figures(r)["memory"]["state_bytes_at_budget"]
+        rows.append([f"`{r.name}`", f"{r.context:,}", *map(size, states.values())])
+    return table(["recipe", "of a context of", *PAPER_BUDGETS], rows)
 
 
 def _held(row: dict[str, Any]) -> list[str]:
@@ -181,13 +182,13 @@ def large() -> str:
     steps += [(f"engine with the plugin, {p['gpu_arch']}", p) for p in data["plans"]]
     rows = []
     for what, run in steps:
-        size = run.get("written_mb", run.get("plan_mb"))
-        left = f"{size:,.1f}" if size is not None else f"stopped: {run['why']}, at: {run['reached']}"
+        megabytes = run.get("written_mb", run.get("plan_mb"))
+        left = f"{megabytes:,.1f}" if megabytes is not None else f"stopped: {run['why']}, at: {run['reached']}"
         rows.append([what, str(run["layers"]), f"{run['seconds']:.0f}", f"{run['peak_rss_mb']:,.0f}", left])
     header = ["step", "layers", "wall time, s", "peak RSS, MB", "written, MB"]
     recipe = load(data["model"])
     assert recipe is not None
-    kernels = f"without kernels: trained ones are {reporting.size(recipe.kernel_bytes())} more"
+    kernels = f"without kernels: trained ones are {size(recipe.kernel_bytes())} more"
     return table(header, rows) + f"\n\n({data['model']}, {data['dtype']}, {kernels}; {where(data)})"
 
 

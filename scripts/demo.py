@@ -12,7 +12,8 @@ from pathlib import Path
 
 import less_export
 from less_export.bundle.artifact import Bundle
-from less_export.cli.reporting import show, size, story, table
+from less_export.cli.check import story
+from less_export.cli.tables import show, size, table
 
 OUT = Path("demo-out")
 BUNDLE = OUT / "gemma3-270m"
@@ -40,7 +41,7 @@ def main() -> None:
     OUT.mkdir()
     train_seconds = run("train", "gemma3-270m", "--data", "calibration", "--out", KERNELS, *QUICK)
     engine = ("--target", "both", "--engine", "--gpu-arch", GPU_ARCH)
-    export_seconds = run("gemma3-270m", "--out", BUNDLE, "--kernels", KERNELS, *engine)
+    export_seconds = run("export", "gemma3-270m", "--out", BUNDLE, "--kernels", KERNELS, *engine)
     run("info", BUNDLE)
     figures = OUT / "check.json"
     run("check", BUNDLE, "--json", figures)
@@ -58,24 +59,24 @@ def main() -> None:
     length = timing.prefill_tokens + timing.decode_tokens
     print("\n")
 
-    made = table("what came of it", "what", "figure")
+    results = table("results", "what", "figure")
     for artifact in Bundle.open(BUNDLE).manifest.artifacts:
-        made.add_row(artifact.file, size((BUNDLE / artifact.file).stat().st_size))
+        results.add_row(artifact.file, size((BUNDLE / artifact.file).stat().st_size))
     weights = sum(w.bytes for w in Bundle.open(BUNDLE).manifest.weights)
-    made.add_row("weights (dequantised once, shared by both graphs)", size(weights))
-    made.add_row("training of the kernels", f"{train_seconds:.0f} s")
-    made.add_row("export, both graphs and the engine", f"{export_seconds:.0f} s")
-    made.add_row("prompt, tokens", f"{timing.prefill_tokens} ({report['evicted']} evicted in the check)")
+    results.add_row("weights (dequantised once, shared by both graphs)", size(weights))
+    results.add_row("training of the kernels", f"{train_seconds:.0f} s")
+    results.add_row("export, both graphs and the engine", f"{export_seconds:.0f} s")
+    results.add_row("prompt, tokens", f"{timing.prefill_tokens} ({report['evicted']} evicted in the check)")
     slots = ", ".join(str(s.capacity) for s in contract.layers if s.absorb)
-    made.add_row("slots per head of the full-attention layers", slots)
-    made.add_row("LESS state of one sequence, any length", size(contract.state_bytes()))
-    made.add_row(f"full cache at {length} tokens", size(contract.full_cache_bytes(length)))
-    made.add_row("full cache at 32,768 tokens", size(contract.full_cache_bytes(32768)))
+    results.add_row("slots per head of the full-attention layers", slots)
+    results.add_row("LESS state of one sequence, any length", size(contract.state_bytes()))
+    results.add_row(f"full cache at {length} tokens", size(contract.full_cache_bytes(length)))
+    results.add_row("full cache at 32,768 tokens", size(contract.full_cache_bytes(32768)))
     worst = max(report["differences"], key=lambda d: d["error"])
-    made.add_row("largest parity error (share of the largest value)", f"{worst['error']:.1e} ({worst['tensor']})")
-    made.add_row("prefill", f"{timing.prefill_rate:.0f} tokens/s")
-    made.add_row("decode", f"{timing.decode_rate:.1f} tokens/s")
-    show(made)
+    results.add_row("largest parity error (share of the largest value)", f"{worst['error']:.1e} ({worst['tensor']})")
+    results.add_row("prefill", f"{timing.prefill_rate:.0f} tokens/s")
+    results.add_row("decode", f"{timing.decode_rate:.1f} tokens/s")
+    show(results)
     # What the kernels were not trained on: later passages of the text that ships with less-export.
     table_of = ("--compare", "full,sparse,sparse+bytes,less", "--seqs", "6", "--positions", "128")
     run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", "held_out", *table_of)

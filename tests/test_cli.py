@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +18,16 @@ from huggingface_hub import errors as hub_errors
 
 from less_export import __version__
 from less_export.bundle.artifact import Bundle
+from less_export.cli.commands import COMMANDS, overview, split
 from less_export.cli.main import main
 from less_export.config import ExportConfig
 from less_export.exporter import build
 from less_export.exporter.targets import plan_targets
 from less_export.hf import recipes
+from less_export.less.feature_maps import PARAMETRISATIONS
 from less_export.tensorrt import engine, plugin
 from less_export.tensorrt.plugin import PluginFacts
+from less_export.training import options
 
 from . import bundles
 from .bundles import PROMPT, Result, Run, generated, refused
@@ -46,8 +51,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, ExportConfig,
     return calls
 
 
-def test_the_line_users_know(run: Run, asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    result = run("llama2-7b", "--out", "engine.plan")
+@pytest.mark.parametrize("command", [(), ("export",)])
+def test_the_line_users_know(
+    command: tuple[str, ...], run: Run, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(*command, "llama2-7b", "--out", "engine.plan")
     assert (result.code, result.out, result.err) == (0, "engine.plan\n", "")
     assert asked == [("llama2-7b", "engine.plan", ExportConfig(), False)]
     monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", dataclasses, "10.3"))
@@ -156,27 +164,118 @@ def test_wrong_words(words: list[str], says: str, run: Run, asked: list[Any]) ->
     assert not asked
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["check"], ["info"], ["recipes"]])
-def test_help_and_version(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_and_version(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    argv = command.split()
     for option in ("--help", "--version"):
         with pytest.raises(SystemExit) as caught:
-            main([*command, option])
+            main([*argv, option])
         assert caught.value.code == 0
         out, err = capsys.readouterr()
         assert err == ""
         if option == "--version":
             assert out == f"less-export {__version__}\n"
         else:
-            assert out.startswith(f"usage: {' '.join(['less-export', *command])}")
+            assert out.startswith(f"usage: {' '.join(['less-export', *argv])}")
             assert "--verbose" in out
+            assert max(map(len, out.splitlines())) <= 80
     if not command:
         assert "less-export llama2-7b --out engine.plan" in run_help()
 
 
 def run_help() -> str:
     """The help as the installed command prints it."""
-    words = [str(Path(sys.executable).with_name("less-export")), "--help"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    argv = [str(Path(sys.executable).with_name("less-export")), "--help"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+
+
+def examples(text: str) -> list[list[str]]:
+    """The command lines at the end of a help text, split into arguments."""
+    title, *lines = text.rpartition("\n\n")[2].splitlines()
+    assert title == "examples:"
+    return [shlex.split(line) for line in lines]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_and_options_of_every_command(name: str) -> None:
+    parser = COMMANDS[name].parser()
+    lines = examples(parser.format_help())
+    assert len(lines) == 2
+    for program, *argv in lines:
+        assert program == "less-export"
+        command, arguments = split(argv)
+        assert command.name == name
+        parser.parse_args(arguments)
+    assert [a.dest for a in parser._actions if not a.help] == []
+    grouped = {a.dest for g in parser._action_groups if g.title not in _DEFAULT_GROUPS for a in g._group_actions}
+    assert {a.dest for a in parser._actions} == grouped
+
+
+#: Titles of argparse's own groups, which say nothing about what is in them.
+_DEFAULT_GROUPS = ("positional arguments", "options")
+
+
+def test_the_overview_lists_every_command() -> None:
+    text = overview().format_help()
+    for command in COMMANDS.values():
+        assert re.search(rf"^  {command.name} +{command.summary}$", text, re.M)
+    for _, *argv in examples(text):
+        command, arguments = split(argv)
+        command.parser().parse_args(arguments)
+
+
+def test_without_arguments_the_overview_is_shown(run: Run) -> None:
+    result = run()
+    assert (result.code, result.out) == (1, overview().format_help())
+
+
+def test_parsers_need_no_torch() -> None:
+    code = (
+        "import sys; from less_export.cli.commands import COMMANDS; "
+        "print(*(c.parser().format_help() for c in COMMANDS.values())); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_help_of_train_states_the_defaults_of_training() -> None:
+    actions = {a.dest: a for a in COMMANDS["train"].parser()._actions}
+    assert actions["parametrisation"].choices == tuple(PARAMETRISATIONS)
+    assert actions["quality"].choices == tuple(options.QUALITIES)
+    for steps, sequences, _ in options.QUALITIES.values():
+        assert f" {steps}" in str(actions["steps"].help)
+        assert f" {sequences} " in str(actions["quality"].help)
+    defaults = {"rank": options.DEFAULT_RANK, "hidden": options.DEFAULT_HIDDEN, "seq_len": options.DEFAULT_LENGTH}
+    for name, default in defaults.items():
+        assert f" {default})" in str(actions[name].help)
+
+
+def test_a_folder_named_like_a_command(
+    run: Run, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("export", "check"):
+        (tmp_path / name).mkdir()
+        for argv in ((f"./{name}",), ("export", f"./{name}"), ("export", name)):
+            assert run(*argv, "--out", "b").code == 0
+    models = [model for model, *_ in asked]
+    assert models == ["./export", "./export", "export", "./check", "./check", "check"]
+    refused(run("export", "--out", "b"), "required: MODEL")
+
+
+def test_interrupted_training_resumes(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("less_export.training.job.train", train)
+    result = run("train", "gemma3-270m", "--out", tmp_path / "k.safetensors")
+    refused(result, "interrupted; rerun the same command to resume")
+
+
+def test_the_package_runs_as_a_module() -> None:
+    argv = [sys.executable, "-m", "less_export", "--version"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert done.stdout == f"less-export {__version__}\n"
 
 
 # ------------------------------------------------------------------ weights that cannot be had

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from less_export import open_bundle
-from less_export.cli import quality as cli_quality
+from less_export.cli import lm_eval
 from less_export.evaluation.harness import LessLM
 
 from . import bundles
@@ -147,7 +147,7 @@ def test_our_errors_are_one_line(
     words = ["--tasks", "less_local", "--include_path", str(task)]
     for arguments, says in ((f"bundle={tmp_path / 'none'}", "none does not exist"), ("backend=ort", "bundle=DIR")):
         monkeypatch.setattr(sys, "argv", ["less-lm-eval", "--model", "less", "--model_args", arguments, *words])
-        assert cli_quality.lm_eval() == 1
+        assert lm_eval.main() == 1
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("less-export: error: ")
         assert says in last
@@ -160,7 +160,7 @@ def test_less_lm_eval_knows_less_and_the_others(
     words = ["--tasks", "less_local", "--include_path", str(task)]
     for arguments in (["less", "--model_args", f"bundle={plain}"], ["dummy"]):
         monkeypatch.setattr(sys, "argv", ["less-lm-eval", "--model", *arguments, *words])
-        assert cli_quality.lm_eval() == 0
+        assert lm_eval.main() == 0
         assert "|less_local|" in capsys.readouterr().out
 
 

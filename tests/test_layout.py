@@ -26,6 +26,7 @@ FLOORS = (
     ("exporter", "training", "runtime"),
     ("evaluation", "testing"),
     ("cli", ""),
+    ("__main__",),
 )
 #: Modules that an installation without the extra "export" must be able to import.
 LIGHT = ("errors", "dtypes", "less.policies", "contract", "config", "plan", "bundle.artifact", "hf.recipes", "cli.main")

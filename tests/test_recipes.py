@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from less_export.cli.reporting import recipe_figures, size
+from less_export.cli.recipes import recipe_figures
+from less_export.cli.tables import size
 from less_export.contract import Heads
 from less_export.errors import ModelError
 from less_export.hf import recipes, sources

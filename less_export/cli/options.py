@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import textwrap
+from collections.abc import Sequence
 from typing import NoReturn
 
 from .._version import __version__
@@ -10,38 +13,69 @@ from ..config import DEFAULT_BUDGET, DEFAULT_POLICY
 from ..errors import UsageError
 from ..less.policies import choosable
 
+MODEL_HELP = "recipe name, hub id (org/name), checkpoint folder or GGUF file"
+
 
 class Parser(argparse.ArgumentParser):
-    """One line per mistake, exit code 1."""
+    """The parser of one command: a short usage line, options in titled groups, examples at the end.
+
+    The command adds :func:`general_options` after its own. A mistake raises :class:`UsageError`.
+    """
+
+    def __init__(self, command: str, usage: str, description: str, examples: Sequence[str]) -> None:
+        """``usage`` follows the command's name; ``examples`` are complete command lines."""
+        prog = f"less-export {command}".rstrip()
+        super().__init__(
+            prog,
+            usage=f"{prog} {usage}",
+            description=wrapped(description),
+            epilog="\n  ".join(("examples:", *examples)),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def token_ids(words: str) -> list[int]:
+def wrapped(text: str) -> str:
+    """``text`` in lines that fit the terminal; argparse leaves descriptions beside raw examples as they are."""
+    return textwrap.fill(text, max(shutil.get_terminal_size().columns - 2, 40))
+
+
+def token_ids(text: str) -> list[int]:
     """The type of ``--token-ids``: whole numbers with commas between."""
-    return [int(word) for word in words.split(",")]
+    return [int(number) for number in text.split(",")]
 
 
-def common(parser: argparse.ArgumentParser) -> None:
+def general_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
-    parser.add_argument("--verbose", action="store_true", help="library warnings, and tracebacks of errors")
-    parser.add_argument("--version", action="version", version=f"less-export {__version__}")
+    group = parser.add_argument_group("general options")
+    group.add_argument("-h", "--help", action="help", help="show this help and exit")
+    group.add_argument("--verbose", action="store_true", help="show warnings of libraries, and tracebacks of errors")
+    group.add_argument(
+        "--version", action="version", version=f"less-export {__version__}", help="show the version and exit"
+    )
 
 
-def cache_options(parser: argparse.ArgumentParser, *, full: bool = False, more: str = "") -> argparse._ArgumentGroup:
-    """Options of a cache; with ``full``, of one that may also keep everything. ``more`` is said of layer budgets."""
+def cache_options(
+    parser: argparse.ArgumentParser, *, full: bool = False, layer_budgets_note: str = ""
+) -> argparse._ArgumentGroup:
+    """Options of a cache; with ``full``, of one that may also keep every token."""
     group = parser.add_argument_group("cache")
     group.add_argument(
         "--policy",
         choices=choosable(evicting=not full),
         help=f"which tokens keep a slot (default: recipe's, or {DEFAULT_POLICY})",
     )
+    default_budget = DEFAULT_BUDGET.replace("%", "%%")
     group.add_argument(
-        "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {DEFAULT_BUDGET}%)"
+        "--budget", metavar="N|P%", help=f"slots per layer and KV head (default: recipe's, or {default_budget})"
     )
     group.add_argument(
-        "--layer-budgets", metavar="LAYER:N|P%,...", help="layers with another budget, e.g. 5:42,11:88,17:20" + more
+        "--layer-budgets",
+        metavar="LAYER:N|P%,...",
+        help=f"layers with a budget of their own, e.g. 5:42,11:88,17:20{layer_budgets_note}",
     )
     group.add_argument(
         "--context",
@@ -52,6 +86,6 @@ def cache_options(parser: argparse.ArgumentParser, *, full: bool = False, more: 
     group.add_argument(
         "--compress-sliding",
         action=argparse.BooleanOptionalAction,
-        help="give sliding layers the policy too (default: recipe's, or not)",
+        help="apply the policy to sliding-window layers too (default: recipe's, or no)",
     )
     return group
