@@ -78,7 +78,7 @@ def overview() -> Parser:
     purpose = wrapped(
         "Export Hugging Face decoders with a LESS cache to ONNX and TensorRT. A LESS cache keeps a fixed number of "
         "tokens and a small state that absorbs every evicted token, so memory stays constant however long the "
-        "sequence. Without a command, less-export exports. A folder that is named like a command is given as ./NAME."
+        "sequence. The word export may be left out. Write ./NAME for a folder that is named like a command."
     )
     names = "\n".join(f"  {c.name:<16}{c.summary}" for c in COMMANDS.values())
     parser.description = f"{purpose}\n\ncommands (less-export COMMAND --help shows the options):\n{names}"
