@@ -1,21 +1,28 @@
-# Sourced by scripts/test and scripts/demo: venv FOLDER EXTRAS makes a virtual environment with pinned
-# versions, or reuses one that the same pins made, and sets $py to its Python.
+# Sourced by the scripts beside it: venv FOLDER EXTRAS makes a virtual environment with pinned versions, or reuses
+# one made from the same pins, and sets $py to its Python.
 venv() {
     local folder="$1" extras="$2" stamp
     local python="${PYTHON:-python3}"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "less-export needs Python 3.11 or newer; set PYTHON to one" >&2
+        echo "less-export needs Python 3.11 or newer: set PYTHON to one" >&2
         exit 1
     }
     py="$folder/bin/python"
-    stamp="$("$python" --version) $extras $(cat pyproject.toml scripts/constraints.txt | cksum)"
+    # The settings of the tools in pyproject.toml do not change what is installed.
+    stamp="$("$python" --version) $PWD $extras $("$python" -c '
+import pathlib, tomllib, zlib
+facts = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
+packages = facts["build-system"], facts["project"], facts["tool"]["setuptools"]
+pins = pathlib.Path("scripts/constraints.txt").read_text()
+print(zlib.crc32(repr((packages, pins)).encode()))')"
     if [ "$(cat "$folder/.stamp" 2>/dev/null)" != "$stamp" ]; then
-        echo "making $folder ($extras); this downloads about 1 GB the first time"
-        rm -rf "$folder"
-        "$python" -m venv "$folder"
-        "$py" -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt -e ".[$extras]"
-        # TensorRT's headers; what the package itself depends on (triton) is not needed for them.
-        "$py" -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt --no-deps kernel-lens
+        echo "installing less-export[$extras] into $folder: the first time, this downloads about 1 GB"
+        "$python" -m venv --clear "$folder"
+        # -qq: errors only, without the remarks on package indexes, caches and pip's own version.
+        local install=("$py" -m pip install -qq --disable-pip-version-check -c scripts/constraints.txt)
+        "${install[@]}" -e ".[$extras]"
+        # TensorRT's headers; the packages that kernel-lens itself depends on (triton) are not needed for them.
+        "${install[@]}" --no-deps kernel-lens
         echo "$stamp" >"$folder/.stamp"
     fi
 }
