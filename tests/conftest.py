@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from less_export.runtime.backend import Backend
@@ -18,6 +19,13 @@ if TYPE_CHECKING:
 
 #: Architecture that the tests compile the plugin and engines for.
 PLUGIN_ARCH = "sm_89"
+
+# Continuous integration draws the same examples every time. ``--hypothesis-profile thorough`` draws more, and others.
+settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=100)
+settings.register_profile(
+    "thorough", deadline=None, max_examples=3000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("fixed")
 
 #: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both kept.
 Exported = Callable[..., "Tiny"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import BackendError, LessExportError, UsageError
 from less_export.runtime.backend import Array, Backend, RowState, State, empty
-from less_export.runtime.generate import Generation, Generator, Timing, Token, _StoppableText
+from less_export.runtime.generate import Generation, Generator, Timing, Token
 from less_export.runtime.sampling import SamplingParams
 from less_export.runtime.tokenizer import Tokenizer
 
@@ -274,48 +273,6 @@ def test_held_text_comes_out_at_the_length_limit() -> None:
     assert (result.text, result.finish_reason) == ("xab", "length")
     (result,) = scripted(ids("xabab")).generate([[0]], stop="ab", max_new_tokens=3)
     assert (result.text, result.finish_reason) == ("x", "stop")
-
-
-class Pieces(Tokenizer):
-    """Token i is a given piece of text."""
-
-    def __init__(self, pieces: list[str]) -> None:
-        self.pieces = pieces
-
-    def stream(self, context: Sequence[int] = ()) -> Pieces:  # type: ignore[override]
-        return self
-
-    def push(self, token: int) -> str:
-        return self.pieces[token]
-
-    def finish(self) -> str:
-        return ""
-
-
-def test_stop_strings_against_a_search_by_character() -> None:
-    rng, stopped = random.Random(0), 0
-    for _ in range(3000):
-        pieces = ["".join(rng.choices("ab", k=rng.randint(0, 4))) for _ in range(6)]
-        stop = tuple("".join(rng.choices("ab", k=rng.randint(2, 5))) for _ in range(rng.randint(1, 3)))
-        whole, want = "".join(pieces), None
-        for end in range(len(whole) + 1):
-            ending = [s for s in stop if whole[:end].endswith(s)]
-            if ending:
-                want = whole[: end - max(map(len, ending))]
-                break
-        text, got = _StoppableText(Pieces(pieces), [], stop), ""
-        for token in range(len(pieces)):
-            new, done = text.push(token)
-            got += new
-            assert (want if want is not None else whole).startswith(got)  # nothing to take back
-            if done:
-                break
-        else:
-            got += text.finish()
-        assert done == (want is not None)
-        assert got == (want if done else whole), (pieces, stop)
-        stopped += done
-    assert 1000 < stopped < 2900
 
 
 def test_a_second_run_ends_the_first() -> None:

@@ -137,24 +137,6 @@ def spec(capacity: int, head_dim: int = 8) -> LayerSpec:
     return LayerSpec(4, 2, head_dim, 0.35, Policy.H2O, capacity // 2, capacity // 2, 0, True, capacity, 4)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_no_other_division_costs_less(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    made = [spec(16)] * 3
-    tried = (4, 8, 16, 32)
-    costs = {i: {n: float(a * n**-p) for n in tried} for i, (a, p) in enumerate(draw.uniform(0.3, 2, (3, 2)))}
-
-    powers = {i: np.log(costs[i][4] / costs[i][32]) / np.log(8) for i in costs}
-
-    def total(slots: tuple[int, ...]) -> float:
-        return sum(float(costs[i][4] * (n / 4) ** -powers[i]) for i, n in enumerate(slots))
-
-    found = tuple(allocate.divide(costs, made).values())
-    choices = [c for c in itertools.product(range(4, 34, 2), repeat=3) if sum(c) <= 48]
-    assert sum(found) == 48
-    assert total(found) == pytest.approx(min(map(total, choices)), rel=1e-9)
-
-
 def test_bytes_are_what_is_divided() -> None:
     made = [spec(16, 8), spec(16, 16)]
     costs = {0: {4: 4.0, 8: 2.0, 32: 0.5}, 1: {4: 4.0, 8: 2.0, 32: 0.5}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import numpy as np
@@ -158,9 +157,7 @@ KINDS = {"byte-level": byte_level, "llama": sentencepiece_like, "gemma": lambda:
 @pytest.mark.parametrize("kind", KINDS)
 def test_streamed_text_is_the_decoded_text(kind: str) -> None:
     tokenizer = Tokenizer(KINDS[kind]())
-    rng = random.Random(0)
-    texts = [TEXT, " leading", "", "   ", "a", *(TEXT[rng.randrange(60) :][: rng.randrange(1, 40)] for _ in range(40))]
-    for text in texts:
+    for text in (TEXT, " leading", "", "   ", "a"):
         ids = tokenizer.encode(text)
         stream, so_far = tokenizer.stream(), ""
         for count, token in enumerate(ids, 1):
