@@ -15,6 +15,7 @@ from .dtypes import COMPUTE_DTYPES, item_bytes
 from .errors import BundleError, UsageError
 from .less.policies import EvictionPolicy, by_name
 from .less.policies import Policy as Policy
+from .typed import checked
 
 OP_DOMAIN = "less"
 OP_NAME = "LessAttention"
@@ -104,7 +105,7 @@ def _policy(name: Any) -> EvictionPolicy:
         return by_name(str(name))
     except UsageError:
         raise BundleError(
-            f"the manifest's contract is damaged, or policy '{name}' is not registered: register it "
+            f"the manifest's contract is damaged, or policy {str(name)!r} is not registered: register it "
             "(less_export.less.policies), or export the bundle again"
         ) from None
 
@@ -251,7 +252,7 @@ class Contract:
     def from_dict(cls, data: dict[str, Any]) -> Contract:
         """Contract of a manifest; raises :class:`BundleError` when it does not parse."""
         try:
-            layers = tuple(LayerSpec(**{**s, "policy": _policy(s["policy"])}) for s in data["layers"])
-            return cls(**{**data, "layers": layers})
-        except (KeyError, TypeError, UsageError) as error:
+            layers = tuple(checked(LayerSpec(**{**s, "policy": _policy(s["policy"])})) for s in data["layers"])
+            return checked(cls(**{**data, "layers": layers}))
+        except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             raise BundleError(f"the manifest's contract is damaged ({error}): export the bundle again") from error

@@ -29,6 +29,8 @@ from less_export.less.policies import POLICIES
 from less_export.less.reference import place
 from less_export.training import allocate
 
+from .refusal import refused_or
+
 CONTEXTS = st.one_of(st.integers(1, 64), st.integers(1, 1 << 20))
 #: Percentages with up to three decimals, as text and exactly.
 PERCENTAGES = st.integers(1, 120_000).map(lambda n: (f"{n / 1000:g}%", Fraction(n, 1000)))
@@ -37,11 +39,7 @@ POLICY = st.sampled_from(EVICTING)
 
 def tokens_of(budget: str, context: int) -> int:
     """Tokens of a budget, 0 where it is refused."""
-    try:
-        return budget_tokens(budget, context)
-    except UsageError as error:
-        assert "\n" not in str(error)
-        return 0
+    return refused_or(lambda: budget_tokens(budget, context)) or 0
 
 
 # ------------------------------------------------------------------ budgets
@@ -106,10 +104,8 @@ def test_a_split_is_what_was_asked_for(
 ) -> None:
     assume(recent != 0)  # refused with the options
     config = ExportConfig(budget=None if budget is None else str(budget), heavy=heavy, recent=recent)
-    try:
-        split = split_budget(policy, config, context)
-    except UsageError as error:
-        assert "\n" not in str(error)
+    split = refused_or(lambda: split_budget(policy, config, context))
+    if split is None:
         contradicts = policy is Policy.TOVA and recent not in (None, 1)
         alone = budget is None and (heavy is None or (recent is None and policy is not Policy.TOVA))
         total = tokens_of(DEFAULT_BUDGET, context) if alone else budget or (heavy or 0) + (recent or 1)
@@ -141,14 +137,11 @@ def test_layer_budgets_are_read_as_they_are_written(slots: dict[int, int]) -> No
 
 @given(st.text("0123456789:,%. x", max_size=12))
 def test_any_layer_budgets_are_read_or_refused(text: str) -> None:
-    try:
-        slots = layer_tokens(text, 64)
-    except UsageError as error:
-        assert "\n" not in str(error)
-        return
-    assert slots
-    assert all(1 <= n <= 64 for n in slots.values())
-    assert layer_tokens(allocate.option(slots), 64) == slots
+    slots = refused_or(lambda: layer_tokens(text, 64))
+    if slots is not None:
+        assert slots
+        assert all(1 <= n <= 64 for n in slots.values())
+        assert layer_tokens(allocate.option(slots), 64) == slots
 
 
 @given(POLICY, LAYERS, BUDGETS, st.integers(1, 64), st.sets(st.integers(0, 5)))

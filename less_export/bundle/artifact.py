@@ -16,6 +16,7 @@ from typing import Any
 
 from ..contract import Contract
 from ..errors import BundleError
+from ..typed import checked
 from .files import sha256
 
 FORMAT_VERSION = 1
@@ -139,6 +140,12 @@ class Manifest:
     tokenizer: TokenizerFacts | None = None
     kernels: KernelFacts | None = None
 
+    def files(self) -> Iterator[str]:
+        """Names of the files it describes."""
+        yield from (a.file for a in self.artifacts)
+        yield from (w.file for w in self.weights)
+        yield from (x.file for x in (self.tokenizer, self.kernels) if x is not None and x.file)
+
     def dump(self) -> bytes:
         """JSON with its own hash in ``manifest_sha256``."""
         data: dict[str, Any] = {
@@ -167,23 +174,26 @@ class Manifest:
             stated = data.pop("manifest_sha256")
             if stated != _digest(data):
                 raise BundleError(f"{where} was changed after the export (hash differs): export again")
-            return cls(
+            manifest = cls(
                 model=data["model"],
                 settings=data["settings"],
                 artifacts=tuple(
-                    Artifact(**{**a, "contract": Contract.from_dict(a["contract"])}) for a in data["artifacts"]
+                    checked(Artifact(**{**a, "contract": Contract.from_dict(a["contract"])})) for a in data["artifacts"]
                 ),
-                weights=tuple(WeightFile(**w) for w in data["weights"]),
+                weights=tuple(checked(WeightFile(**w)) for w in data["weights"]),
                 tools=data["tools"],
                 tokenizer=_optional(TokenizerFacts, data["tokenizer"], "eos_ids"),
                 kernels=_optional(KernelFacts, data["kernels"], "layers"),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not all(name.isprintable() for name in manifest.files()):
+                raise ValueError("a file name holds control characters")
+            return checked(manifest)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(f"{where} is not a usable manifest ({error}): export again") from error
 
 
 def _optional(cls: Any, data: dict[str, Any] | None, listed: str) -> Any:
-    return None if data is None else cls(**{**data, listed: tuple(data[listed])})
+    return None if data is None else checked(cls(**{**data, listed: tuple(data[listed])}))
 
 
 def _digest(data: dict[str, Any]) -> str:

@@ -110,12 +110,27 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     """Tensors of a safetensors file by name, the codes and scales of a quantised weight as one."""
     header = read_header(path)
     found: dict[str, Stored] = dict(header)
-    for key in header:
+    for key, codes in header.items():
         for transposed, suffix in CODES.items():
             name = key.removesuffix(suffix)
-            if key.endswith(suffix) and name + SCALES in header:
+            if key.endswith(suffix) and _belong(codes, header.get(name + SCALES)):
                 found[name] = QuantisedTensor(found.pop(key), found.pop(name + SCALES), transposed)  # type: ignore[arg-type]
     return found
+
+
+def _belong(codes: StoredTensor, scales: StoredTensor | None) -> bool:
+    """Whether these are the codes and scales of one matrix; other checkpoints may use the names for something else."""
+    if scales is None or codes.dtype not in ("I8", "U8") or scales.dtype != "F32":
+        return False
+    if len(codes.shape) != 2 or len(scales.shape) != 2:
+        return False
+    columns = codes.shape[1] * (2 if codes.dtype == "U8" else 1)
+    return scales.shape[1] == columns and scales.shape[0] > 0 and codes.shape[0] % scales.shape[0] == 0
+
+
+def _sizes(values: Any) -> bool:
+    """Whether these are whole numbers from 0 that fit into 64 bits."""
+    return isinstance(values, list) and all(type(x) is int and 0 <= x < 1 << 63 for x in values)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -131,17 +146,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            begin, end = entry["data_offsets"]
-            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
+            dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+            if not (isinstance(dtype, str) and _sizes(shape) and _sizes(offsets)):
+                raise ValueError(f"dtype, shape or offsets of {name!r} are not valid")
+            begin, end = offsets
+            if begin > end:
+                raise ValueError(f"{name!r} ends before it begins")
             if 8 + length + end > size:
-                raise ValueError(f"'{name}' reaches past the end of the file")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+                raise ValueError(f"{name!r} reaches past the end of the file")
+            tensors[name] = StoredTensor(path, dtype, tuple(shape), 8 + length + begin, end - begin)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise ModelError(f"{path.name} is corrupt or truncated ({error}): download it again") from error
     for name, tensor in tensors.items():
         if tensor.dtype in DTYPES:
             expected = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
             if expected != tensor.length:
-                raise ModelError(f"{path.name} is corrupt: '{name}' has {tensor.length} bytes, not {expected}")
+                raise ModelError(f"{path.name} is corrupt: {name!r} has {tensor.length} bytes, not {expected}")
     return tensors
 
 

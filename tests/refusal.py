@@ -1,0 +1,26 @@
+"""How bad input may end: with a result, or refused in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from hypothesis import event
+
+from less_export.errors import LessExportError
+
+T = TypeVar("T")
+
+
+def refused_or(read: Callable[[], T]) -> T | None:
+    """What ``read`` returns, or None where it says in one line what is wrong. Other exceptions fail the test."""
+    try:
+        value = read()
+    except LessExportError as error:
+        reason = str(error)
+    else:
+        event("accepted")
+        return value
+    assert len(reason.splitlines()) == 1, reason
+    event("refused")
+    return None
