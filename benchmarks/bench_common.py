@@ -18,7 +18,7 @@ from less_export.hf.recipes import all_recipes
 if TYPE_CHECKING:
     from less_export.less.feature_maps import Kernels
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parent / "results"
 
 #: Facts of TinyLlama-1.1B, the shape that most benchmarks here use.
 TINYLLAMA = next(r for r in all_recipes() if r.name == "tinyllama-1.1b").architecture

@@ -44,6 +44,16 @@ def test_options_of_the_readme_exist() -> None:
     assert [x for x in used if x not in known] == []
 
 
+@pytest.mark.slow
+def test_every_benchmark_program_starts(tmp_path: Path) -> None:
+    """As far as what they import of the package, of the tests and of one another."""
+    programs = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py"))
+    code = f"import importlib, sys; sys.path.insert(0, sys.argv[1]); [importlib.import_module(n) for n in {programs}]"
+    words = [sys.executable, "-c", code, ROOT / "benchmarks"]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_recipe_key_is_documented() -> None:
     text = (ROOT / "models" / "README.md").read_text(encoding="utf-8")
     keys = {f for f in recipes.Recipe.__dataclass_fields__ if f != "name"}
