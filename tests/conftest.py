@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ settings.load_profile("fixed")
 #: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both kept.
 Exported = Callable[..., "Tiny"]
 Opened = Callable[..., "Backend"]
+
+
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder of this run of the tests; with pytest-xdist it is the same one for all workers."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -66,28 +75,30 @@ def plugin_library(_cache: None) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Bundles of the tiny families, made when first asked for.
+    """Bundles of the tiny families, made when first asked for, for all workers.
 
     Variants: ``h2o`` (two layers, 24 slots, random kernels of rank 4, logits of the last token) and ``full``
     (one layer of each kind, all logits).
     """
     from . import families
 
-    folder = tmp_path_factory.mktemp("families")
-    made: dict[tuple[str, str], Tiny] = {}
+    folder = shared_folder(tmp_path_factory, "families")
+
+    def make(family: str, variant: str, checkpoint: Path, bundle: Path) -> None:
+        if variant == "h2o":
+            families.save(family, checkpoint)
+            kernels = families.kernels(families.load(checkpoint), folder / f"{family}.kernels.safetensors")
+            families.export(checkpoint, bundle, budget=str(families.BUDGET), kernels=kernels)
+        else:
+            families.save(families.shallow(family), checkpoint)
+            families.export(checkpoint, bundle, policy="full", context=families.CONTEXT, logits="all")
 
     def export(family: str, variant: str) -> Tiny:
-        if (family, variant) not in made:
-            checkpoint, options = folder / f"{family}.{variant}.model", dict[str, Any]()
-            if variant == "h2o":
-                families.save(family, checkpoint)
-                kernels = families.kernels(families.load(checkpoint), folder / f"{family}.kernels.safetensors")
-                options = {"budget": str(families.BUDGET), "kernels": kernels}
-            else:
-                families.save(families.shallow(family), checkpoint)
-                options = {"policy": "full", "context": families.CONTEXT, "logits": "all"}
-            made[family, variant] = families.export(checkpoint, folder / f"{family}.{variant}", **options)
-        return made[family, variant]
+        checkpoint, bundle = folder / f"{family}.{variant}.model", folder / f"{family}.{variant}"
+        with FileLock(f"{bundle}.lock"):
+            if not bundle.exists():  # it gets its name when it is complete
+                make(family, variant, checkpoint, bundle)
+        return families.Tiny(checkpoint, bundle)
 
     return export
 

@@ -1,6 +1,7 @@
 """The CUDA kernels of ``plugins_trt`` compiled for the host, as an implementation that the oracle can drive.
 
-``library()`` builds them once per session. Emulated kernels are slow, so tests take small shapes.
+``library()`` builds them once for all workers and runs, until the sources change. Emulated kernels are slow, so tests
+take small shapes.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import functools
+import hashlib
 import math
 import os
 import shutil
@@ -20,6 +22,7 @@ from typing import IO
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from less_export.contract import LayerSpec
 
@@ -115,13 +118,30 @@ def build(
 
 
 @functools.cache
+def kept(name: str, *flags: str, interface: str = "host_step.cpp") -> Path:
+    """:func:`build` with these flags, kept in the cache that LESS_EXPORT_CACHE names, where there is one."""
+    if "LESS_EXPORT_CACHE" not in os.environ:
+        build(folder() / name / name, *flags, interface=interface)
+        return folder() / name / name
+    digest = hashlib.sha256(repr((flags, interface)).encode())
+    digest.update(subprocess.check_output(["g++", "--version"]))
+    digest.update((cuda_include() / "cuda_runtime_api.h").read_bytes())
+    for source in sorted(p for d in ("src", "include", "emulation") for p in (PLUGIN / d).iterdir()):
+        digest.update(source.name.encode() + source.read_bytes())
+    place = Path(os.environ["LESS_EXPORT_CACHE"]) / "emulation" / digest.hexdigest()[:20]
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / "lock"):
+        if not (place / "complete").exists():
+            build(place / name, *flags, interface=interface)
+            (place / "complete").touch()
+    return place / name
+
+
 def library() -> Path:
     """All the kernels, or the library that LESS_EMULATION_LIBRARY names."""
     if "LESS_EMULATION_LIBRARY" in os.environ:
         return Path(os.environ["LESS_EMULATION_LIBRARY"])
-    out = folder() / "kernels/libless_emulated.so"
-    build(out, "-O1")
-    return out
+    return kept("libless_emulated.so", "-O1")
 
 
 @functools.cache

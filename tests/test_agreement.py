@@ -102,6 +102,7 @@ def test_what_older_checkpoints_hold_besides(family: str, names: list[str], tmp_
     assert left_out(folder) == ["adapter.weight"]
 
 
+@pytest.mark.slow
 def test_towers_of_models_that_see(tmp_path: Path) -> None:
     from .test_text_part import _EYES, _TEXT, _TOKENS
 
@@ -145,6 +146,7 @@ def test_tied_embeddings_with_different_values(options: dict[str, object], tmp_p
     assert families.relative(found["ort"], want) < (1e-5 if not options.get("weights") else 0.05)
 
 
+@pytest.mark.slow
 def test_tied_by_the_class_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = families.save(families.small(tie_word_embeddings=True), tmp_path / "model")
     change(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
@@ -174,6 +176,7 @@ def test_what_no_conversion_explains_is_refused_before_loading(
         families.export(mixture, tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_what_can_be_converted_is(tmp_path: Path) -> None:
     folder = families.save(families.small(), tmp_path / "model")
     change(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].double()}))

@@ -28,6 +28,8 @@ from less_export.runtime.ort import OrtBackend
 from . import families
 from .families import BUDGET, Tiny, feed, relative, text
 
+pytestmark = pytest.mark.slow
+
 #: A constant of a graph may be this long; anything longer is a weight that should have stayed where it is.
 INLINE_BYTES = 4096
 DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

@@ -330,6 +330,7 @@ def test_gated_model_names_the_recipe_that_needs_no_access(
         assert "--random-weights" not in result.err
 
 
+@pytest.mark.slow
 def test_offline_as_a_user_sees_it(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
     words = [str(Path(sys.executable).with_name("less-export")), "llama2-7b", "--out", "b"]

@@ -16,6 +16,7 @@ from less_export.contract import LayerSpec
 
 from . import emulation, test_ops
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
+from .marks import slow_but
 from .oracle import OUTPUTS, Normal, Step, compare, follow, layer_of, play, scenario
 from .test_ops import EDGES, VARIANTS, empty, moved, ordinary, shaped, tie_steps, tied, torch_run
 
@@ -81,6 +82,7 @@ def check_shape(dtype: str, policy: str, head_dim: int, group: int, rank: int) -
         earned(layer, steps, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "policy", "head_dim", "group", "rank"), CHOSEN)
 def test_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: int) -> None:
     check_shape(dtype, policy, head_dim, group, rank)
@@ -100,7 +102,7 @@ def test_all_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: in
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["mixed", "decode"])
-@pytest.mark.parametrize("heads", test_ops.HEADS)
+@pytest.mark.parametrize("heads", slow_but(test_ops.HEADS, "GQA"))
 @pytest.mark.parametrize("name", [*VARIANTS, *EDGES])
 def test_every_rule(name: str, heads: str, decode: bool) -> None:
     """Policies, windows, absorb; ragged, parked and reset rows; empty, partial and full caches; NaN poison."""
@@ -127,6 +129,7 @@ def test_ties_keep_the_lower_index(name: str, seed: int) -> None:
     earned(layer, tie_steps(layer, seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("policy", "logit", "log_phi"), [("sink", 80, 60), ("sink", 1.5, 120), ("window", 80, 60)])
 def test_logits_of_200_and_low_rank_masses_of_e120(policy: str, logit: float, log_phi: float, dtype: str) -> None:
@@ -135,6 +138,7 @@ def test_logits_of_200_and_low_rank_masses_of_e120(policy: str, logit: float, lo
     earned(layer, scenario(layer, lengths, 1, normal(dtype, logit, (-60, log_phi))), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("policy", ["window", "h2o", "sink"])
 def test_chunks_longer_than_the_window(policy: str, dtype: str) -> None:
@@ -151,6 +155,7 @@ def test_positions_beyond_2_to_the_24(name: str) -> None:
         assert max(compare(step, before, got).values()) < test_ops.F32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["h2o", "sink"])
 def test_500_steps_do_not_drift(policy: str) -> None:
     """Slots and state after a chunk and 500 tokens are those of the oracle, which adds up in float64."""
@@ -158,6 +163,7 @@ def test_500_steps_do_not_drift(policy: str) -> None:
     earned(layer, scenario(layer, [(40, 11), *[(1, 1)] * 500], 8, normal("bfloat16")), "bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("policy", "blocks"), [("h2o", 1), ("h2o", 512), ("tova", 512), ("sink", 1), ("window", 512)])
 def test_thread_orders(policy: str, blocks: int, order: int) -> None:
@@ -177,6 +183,7 @@ def test_thread_orders(policy: str, blocks: int, order: int) -> None:
             assert got[name][mask].tobytes() == other[name][mask].tobytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["h2o", "tova", "sink"])
 def test_more_slots_and_tokens_than_tensorrt_could_sort(policy: str) -> None:
     """4,200 slots are filled, and a chunk pushes 300 tokens out; against the torch reference."""

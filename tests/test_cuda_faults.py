@@ -29,6 +29,8 @@ from .oracle import Arrays, OneHot, Step, follow, scenario
 from .test_cuda import FLOOR, compare_on_scattered_states
 from .test_ops import DECODE, MIXED, empty, tied, torch_run
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("-DLESS_TRIAL", "-O1")
 
 
@@ -207,12 +209,9 @@ def passes(path: Path, orders: Sequence[int]) -> bool:
     return True
 
 
-@functools.cache
 def sound() -> Path:
     """The kernels as they are."""
-    out = emulation.folder() / "small/libless_sound.so"
-    emulation.build(out, *SMALL)
-    return out
+    return emulation.kept("libless_sound.so", *SMALL)
 
 
 def includes(source: Path) -> set[str]:

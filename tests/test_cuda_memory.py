@@ -14,6 +14,8 @@ from .emulation import PLUGIN, emulated, kernel_layer, normal
 from .oracle import play, scenario
 from .test_ops import empty
 
+pytestmark = pytest.mark.slow
+
 FLAGS = ("-O1", "-DLESS_TRIAL", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CHUNKS = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1)]
 #: Policy, head_dim, group, rank.
@@ -22,9 +24,7 @@ KINDS = [("h2o", 64, 2, 8), ("tova", 24, 3, 5), ("sink", 40, 1, 16), ("window", 
 
 @pytest.fixture(scope="module")
 def replay() -> Path:
-    program = emulation.folder() / "sanitized/replay"
-    emulation.build(program, *FLAGS, interface="replay.cpp")
-    return program
+    return emulation.kept("replay", *FLAGS, interface="replay.cpp")
 
 
 def sanitized(program: Path, launches: Path, *orders: int) -> subprocess.CompletedProcess[str]:

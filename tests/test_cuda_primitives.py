@@ -15,6 +15,8 @@ import torch
 from . import emulation
 from .emulation import DTYPES, ORDERS, PLUGIN
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def primitives() -> ctypes.CDLL:

@@ -21,13 +21,14 @@ from less_export.runtime.backend import Backend, RowState
 from . import families
 from .conftest import Exported, Opened
 from .families import BUDGET, ROWS, differences, evicted, feed, feed_ragged, relative, text
+from .marks import slow_but
 
 #: What differs by the order of float32 sums only.
 ROUNDING = 2e-5
 #: Below this the error of a float32 run says nothing (a rounding of the largest logit is 6e-8).
 FLOOR = 1e-6
 
-all_families = pytest.mark.parametrize("family", families.MAIN)
+all_families = pytest.mark.parametrize("family", slow_but(families.MAIN, "llama", "gemma3"))
 both_backends = pytest.mark.parametrize("name", ["torch", "ort"])
 #: Tokens a step of three rows: ragged, one row parked now and then, past 24 slots, then one at a time.
 RAGGED = np.array([[7, 16, 3], [9, 0, 11], [16, 5, 4], [1, 16, 12], [0, 1, 1], *[[1, 1, 1]] * 6, [1, 0, 1]])
@@ -101,7 +102,7 @@ def test_eviction_is_not_the_hugging_face_model(family: str, exported: Exported,
 # ------------------------------------------------------------------ chunks (DESIGN section 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon_mqa"])
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma3", "falcon_mqa"], "llama", "gemma3"))
 @both_backends
 def test_chunking_does_not_change_full_and_window(family: str, name: str, opened: Opened) -> None:
     ids = text(2, 40, seed=2)
@@ -225,6 +226,7 @@ def test_nan_in_empty_slots_reaches_nothing(family: str, name: str, opened: Open
 # ------------------------------------------------------------------ options
 
 
+@pytest.mark.slow
 def test_last_logits_are_the_last_of_all_logits(exported: Exported, opened: Opened, tmp_path: Path) -> None:
     checkpoint, ids = exported("llama", "full").checkpoint, text(ROWS, 64)
     last = families.export(checkpoint, tmp_path / "last", policy="full", context=families.CONTEXT)
@@ -237,6 +239,7 @@ def test_last_logits_are_the_last_of_all_logits(exported: Exported, opened: Open
                 assert relative(b[row, 0], a[row, new[row] - 1]) < ROUNDING
 
 
+@pytest.mark.slow
 def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
     # Mistral slides over 10 tokens in every layer; 6 slots and the state stand for them.
     checkpoint = families.save(families.shallow("mistral"), tmp_path / "m")

@@ -20,6 +20,7 @@ def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
     done = gpu_check("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -79,6 +79,7 @@ def test_a_recipes_layer_budgets_divide_its_own_budget_only() -> None:
     assert ExportConfig(layer_budgets="0:4").with_defaults(recipe).layer_budgets == "0:4"
 
 
+@pytest.mark.slow
 def test_a_bundle_runs_with_layers_of_different_budgets(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     export(str(folder), tmp_path / "bundle", budget="8", layer_budgets="1:12")
@@ -145,6 +146,7 @@ def test_bytes_are_what_is_divided() -> None:
     assert found[0] * 8 + found[1] * 16 <= 16 * (8 + 16) < found[0] * 8 + (found[1] + 2) * 16
 
 
+@pytest.mark.slow
 def test_training_divides_the_budget_and_says_how(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     file, reports = trained(folder, text, layer_budgets="auto", steps=5)

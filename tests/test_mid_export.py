@@ -172,6 +172,7 @@ def test_interrupted(
         assert bundles.snapshot(place) == before
 
 
+@pytest.mark.slow
 def test_control_c_while_tracing(source: Path, place: Path) -> None:
     """A real process and a real signal."""
     before = bundles.snapshot(place)

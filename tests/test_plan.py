@@ -14,6 +14,8 @@ from less_export.runtime.trt import inspect_plan
 from . import families
 from .conftest import PLUGIN_ARCH
 
+pytestmark = pytest.mark.slow
+
 
 def has_gpu() -> bool:
     return torch.cuda.is_available()

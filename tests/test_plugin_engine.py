@@ -42,6 +42,8 @@ from . import families
 from .conftest import PLUGIN_ARCH
 from .trt_support import Fake, contract_of, decoder, serialised
 
+pytestmark = pytest.mark.slow
+
 
 def bare(contract: Contract, folder: Path) -> bytes:
     """The decoder of trt_support with bare LessAttention nodes."""

@@ -34,6 +34,7 @@ from less_export.runtime.torch import bundle_model
 from . import families
 from .conftest import PLUGIN_ARCH
 from .families import Tiny, feed, relative, text
+from .marks import slow_but
 
 BITS = {"int8": 8, "int4": 4}
 every_kind = pytest.mark.parametrize("kind", BITS)
@@ -73,7 +74,7 @@ def linear(bundle: Path) -> dict[str, QuantisedTensor]:
 
 
 @every_kind
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", slow_but(MODELS, "gemma3"))
 def test_weights_are_the_librarys(quantised: Callable[[str, str], Tiny], family: str, kind: str) -> None:
     tiny = quantised(family, kind)
     model = families.load(tiny.checkpoint)
@@ -100,7 +101,7 @@ def test_weights_are_the_librarys(quantised: Callable[[str, str], Tiny], family:
 
 
 @every_kind
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", slow_but(MODELS, "gemma3"))
 def test_onnx_runtime_computes_with_the_dequantised_weights(
     quantised: Callable[[str, str], Tiny], family: str, kind: str
 ) -> None:
@@ -120,7 +121,7 @@ def test_onnx_runtime_computes_with_the_dequantised_weights(
 
 
 @every_kind
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", slow_but(MODELS, "gemma3"))
 def test_onnx_runtime_multiplies_by_the_codes(
     quantised: Callable[[str, str], Tiny], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -130,6 +131,7 @@ def test_onnx_runtime_multiplies_by_the_codes(
     assert operators["DequantizeLinear"] == 0
 
 
+@pytest.mark.slow
 @every_kind
 def test_file_is_all_that_the_bundle_needs(quantised: Callable[[str, str], Tiny], kind: str) -> None:
     tiny = quantised("gemma3", kind)
@@ -167,6 +169,7 @@ def test_damage_is_seen(quantised: Callable[[str, str], Tiny], tmp_path: Path) -
         Bundle.open(broken, full=True)
 
 
+@pytest.mark.slow
 @every_kind
 def test_tensorrt_takes_the_graph(kind: str, tmp_path: Path) -> None:
     wide = families.small(hidden_size=512, intermediate_size=1024)
@@ -188,6 +191,7 @@ def test_tensorrt_takes_the_graph(kind: str, tmp_path: Path) -> None:
     assert sizes[kind] - sizes[None] < -0.5 * (halves - kept)
 
 
+@pytest.mark.slow
 @every_kind
 def test_tensorrt_takes_the_graph_with_the_plugin(kind: str, plugin_library: Path, tmp_path: Path) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model", torch.float16)
@@ -201,6 +205,7 @@ def test_tensorrt_takes_the_graph_with_the_plugin(kind: str, plugin_library: Pat
     assert {w.file for w in bundle.manifest.weights} == {QUANTISED_WEIGHTS}
 
 
+@pytest.mark.slow
 @every_kind
 def test_check_and_info_know(
     quantised: Callable[[str, str], Tiny], kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -213,6 +218,7 @@ def test_check_and_info_know(
     assert f"linear layers in {kind}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_single_artifact_from_a_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
     out = tmp_path / "x.onnx"
@@ -222,6 +228,7 @@ def test_single_artifact_from_a_command_line(tmp_path: Path, capsys: pytest.Capt
     assert Bundle.open(out).manifest.settings["weights"] == "int4"
 
 
+@pytest.mark.slow
 def test_matrices_that_cannot_be_quantised_are_named(tmp_path: Path) -> None:
     odd = families.small(intermediate_size=72)
     checkpoint = families.save(odd, tmp_path / "model")
@@ -250,6 +257,7 @@ def test_block_divides_the_inputs(matrix: tuple[int, int], bits: int, block: int
     assert quantise.block_of(matrix, bits) == block
 
 
+@pytest.mark.slow
 def test_matrices_are_quantised_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
     whole = families.export(checkpoint, tmp_path / "whole", weights="int4", budget="16")
@@ -258,6 +266,7 @@ def test_matrices_are_quantised_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert (whole.bundle / QUANTISED_WEIGHTS).read_bytes() == (pieces.bundle / QUANTISED_WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_zeros_stay_zeros(tmp_path: Path) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
     path = checkpoint / "model.safetensors"
@@ -269,6 +278,7 @@ def test_zeros_stay_zeros(tmp_path: Path) -> None:
     assert np.isfinite(feed(tiny.backend("ort", 1), text(1, 8), [8])[0]).all()
 
 
+@pytest.mark.slow
 def test_lost_weights_are_named(tmp_path: Path, nothing_left: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
     write = quantise.write

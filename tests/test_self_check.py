@@ -32,6 +32,7 @@ LLAMA, MISTRAL = families.small(), families.shallow("mistral")
 # ------------------------------------------------------------------ what is right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "policy", "rank", "compress"),
     [
@@ -98,6 +99,7 @@ def test_the_twin_has_few_experts(tmp_path: Path) -> None:
     assert self_check(config, contract, tmp_path) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_checked_export_holds_nothing_of_the_check(tmp_path: Path, nothing_left: Path) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
     words: list[str] = []
@@ -176,6 +178,7 @@ def swapped_weights(patch: Patch) -> None:
 HUGGING_FACE, REFERENCE = "eager Hugging Face", "the torch reference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("defect", "family", "against"),
     [

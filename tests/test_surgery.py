@@ -247,6 +247,7 @@ def test_refuses_a_bidirectional_overlay() -> None:
         discover(model)
 
 
+@pytest.mark.slow
 def test_refuses_what_onnx_has_no_word_for(nothing_left: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     families.save(families.small(), tmp_path / "model")
     plain = tr.models.llama.modeling_llama.LlamaMLP.forward
@@ -257,6 +258,7 @@ def test_refuses_what_onnx_has_no_word_for(nothing_left: Path, monkeypatch: pyte
         less_export.export(str(tmp_path / "model"), nothing_left / "bundle", budget="8", validate=False)
 
 
+@pytest.mark.slow
 def test_refuses_experts_in_a_loop(nothing_left: Path, tmp_path: Path) -> None:
     config = tr.AriaTextConfig(**families.ONE, moe_num_experts=2, moe_topk=1)
     families.save(lambda: tr.AriaTextForCausalLM(config), tmp_path / "model")

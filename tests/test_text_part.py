@@ -17,6 +17,8 @@ from less_export.hf.sources import resolve
 from . import bundles, families
 from .families import VOCAB, WINDOW
 
+pytestmark = pytest.mark.slow
+
 _TEXT = {
     "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW,

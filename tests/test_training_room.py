@@ -132,6 +132,7 @@ def peak(call: Any) -> int:
 SPEC = LayerSpec(4, 2, 16, 0.3, Policy.H2O, 8, 8, 0, True, 16, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "count", "length", "width"),
     [

@@ -24,6 +24,7 @@ from less_export.testing import empty_state
 from less_export.training import data, job
 
 from . import bundles
+from .marks import slow_but
 from .training_support import LENGTH, QUICK, model_folder, sliding_folder, trained
 
 pytest_plugins = ["tests.bundles", "tests.training_support"]
@@ -99,8 +100,8 @@ def holds(folder: Path, text: Path, file: Path, reports: tuple[job.LayerReport, 
             assert error(*facts, kernels.layers[r.layer], projection) == pytest.approx(r.less, rel=1e-3)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1), (4, 4)])
-@pytest.mark.parametrize("policy", ["h2o", "sink", "tova"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), *slow_but([(4, 1), (4, 4)])])
+@pytest.mark.parametrize("policy", slow_but(["h2o", "sink", "tova"], "h2o"))
 def test_training_helps_and_its_errors_are_the_runtimes(
     heads: int, kv_heads: int, policy: str, text: Path, tmp_path: Path
 ) -> None:
@@ -112,6 +113,7 @@ def test_training_helps_and_its_errors_are_the_runtimes(
     holds(folder, text, file, reports, {"policy": policy})
 
 
+@pytest.mark.slow
 def test_kernels_that_are_tuned_together(text: Path, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     file, reports = trained(folder, text, end_to_end=True)
@@ -121,6 +123,7 @@ def test_kernels_that_are_tuned_together(text: Path, tmp_path: Path) -> None:
     assert [r.less for r in reports] != [r.less for r in trained(folder, text)[1]]
 
 
+@pytest.mark.slow
 def test_the_papers_parametrisation(text: Path, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     file, reports = trained(folder, text, parametrisation="paper", hidden=32, steps=80)
@@ -130,6 +133,7 @@ def test_the_papers_parametrisation(text: Path, tmp_path: Path) -> None:
     holds(folder, text, file, reports, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["h2o", "sink", "tova"])
 @pytest.mark.parametrize("parametrisation", ["exp", "paper"])
 def test_sliding_layers_with_the_policy(policy: str, parametrisation: str, text: Path, tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_sliding_layers_with_the_policy(policy: str, parametrisation: str, text:
     holds(folder, text, file, reports, options)
 
 
-@pytest.mark.parametrize("parametrisation", ["exp", "paper"])
+@pytest.mark.parametrize("parametrisation", slow_but(["exp", "paper"], "exp"))
 def test_a_bundle_runs_the_trained_kernels(parametrisation: str, text: Path, tmp_path: Path) -> None:
     """ONNX Runtime, one token a step, against Hugging Face's model whose attention is the operator."""
     folder = model_folder(tmp_path / "model")

@@ -1,0 +1,18 @@
+"""Which cases of a test run with ``scripts/test --quick``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Values for ``parametrize``, marked slow but for those named after them."""
+
+    def case(value: Any) -> Any:
+        several = value if isinstance(value, tuple) else (value,)
+        return value if value in quick else pytest.param(*several, marks=pytest.mark.slow)
+
+    return [case(v) for v in values]
