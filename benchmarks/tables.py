@@ -1,4 +1,4 @@
-"""The figures in the READMEs, from ``benchmarks/results``: rewrites what lies between their markers.
+"""The tables of README and docs, from ``benchmarks/results``: rewrites what lies between their markers.
 
 ``python benchmarks/tables.py`` writes, ``--check`` only says whether they are up to date.
 """
@@ -21,12 +21,10 @@ from less_export.cli.tables import size
 from less_export.hf.recipes import all_recipes, load
 
 ROOT = Path(__file__).parent.parent
-READMES = (
+DOCUMENTS = (
     ROOT / "README.md",
-    ROOT / "plugins_trt" / "README.md",
-    ROOT / "models" / "README.md",
-    ROOT / "benchmarks" / "README.md",
     ROOT / "models" / "ARCHITECTURES.md",
+    *sorted(p for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts),
 )
 
 
@@ -101,6 +99,32 @@ def decode_cost() -> str:
     kernels = f"{data['kernel_bytes'] / 1e6:.2f} MB of kernels for all rows"
     what += f"rank {data['rank']}, hidden {data['hidden']}: {kernels}"
     return table(header, rows) + f"\n\n({what}; {where(data)})"
+
+
+def headline() -> str:
+    """The few figures that the README begins with, linked to where they come from."""
+    decode, data = results("decode_cost"), results("quality")
+    by_context = {r["context"]: r for r in decode["rows"]}
+    long, step, short = by_context[32768], by_context[16384], decode["rows"][0]
+    state, cache = (reporting.size(long[n]) for n in ("less_state_bytes", "full_cache_bytes"))
+    slower = f"{short['less_ms']:.0f} against {short['full_ms']:.0f} ms at {short['context']}"
+    cost = "[Decoding](docs/results/decoding.md)"
+    times = (f"{step[n]:.0f} ms" for n in ("less_ms", "full_ms"))
+    rows = [
+        [f"cache of one sequence at {long['context']:,} tokens", state, "", cache, cost],
+        [f"decode step at {step['context']:,} tokens ({slower})", next(times), "", next(times), cost],
+    ]
+    measured = quality_tables.Quality(data)
+    setting = measured.settings()[0]
+    for domain, text in (("in", "WikiText-2"), ("shipped", "other passages of the training text")):
+        less = [f.row["perplexity"] for f in measured.less(domain, setting)]
+        rest = (measured.one(domain, setting, "sparse+bytes R8"), measured.one(domain, "", "full"))
+        figures = [sum(less) / len(less), *(f.row["perplexity"] for f in rest if f)]
+        quality_page = "[Quality](docs/results/quality.md)"
+        rows.append([f"perplexity on {text}, {setting}", *(f"{x:.2f}" for x in figures), quality_page])
+    what = f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots; "
+    what += "perplexity: Gemma 3 270M, contexts of 1,024 tokens"
+    return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({what})"
 
 
 def recipes() -> str:
@@ -212,8 +236,13 @@ def models(part: str) -> str:
 
 
 def rendered(text: str) -> str:
-    """README text with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
-    makers: dict[str, Any] = {"families": families, "export_cost": export_cost, "decode_cost": decode_cost}
+    """A document with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
+    makers: dict[str, Any] = {
+        "headline": headline,
+        "families": families,
+        "export_cost": export_cost,
+        "decode_cost": decode_cost,
+    }
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
@@ -227,7 +256,7 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    stale = {p: fresh for p in READMES if (fresh := rendered(text := p.read_text(encoding="utf-8"))) != text}
+    stale = {p: fresh for p in DOCUMENTS if (fresh := rendered(text := p.read_text(encoding="utf-8"))) != text}
     names = ", ".join(str(p.relative_to(ROOT)) for p in stale)
     if "--check" in sys.argv[1:]:
         print(f"stale: {names}; run benchmarks/tables.py" if stale else "the tables are up to date")

@@ -1,4 +1,4 @@
-"""The README says what was measured, and names nothing that is not there."""
+"""README and docs say what was measured, and name nothing that does not exist."""
 
 from __future__ import annotations
 
@@ -19,26 +19,47 @@ from less_export.plan import AttentionLayer
 ROOT = Path(__file__).parent.parent
 
 
-def test_tables_of_the_readmes_are_those_of_the_results() -> None:
+def test_tables_of_the_documents_are_those_of_the_results() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "file", sorted(p for d in (".", "*", "*/*") for p in ROOT.glob(f"{d}/*.md") if ".venv" not in str(p))
+#: README, docs and the files beside the code.
+DOCUMENTS = sorted(
+    p
+    for folder in (".", "*", "*/*", "docs/**")
+    for p in ROOT.glob(f"{folder}/*.md")
+    if not {".venv", "_build"} & {x[:5] if x.startswith(".") else x for x in p.relative_to(ROOT).parts}
 )
+
+
+def headings(text: str) -> set[str]:
+    """The anchors of a document's headings, as code hosts and MyST make them."""
+    lines = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_of_the_documents_lead_somewhere(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    local = [x for x in re.findall(r"\]\(([^)]+)\)", text) if not x.startswith("http")]
+    local = [x for x in re.findall(r"\]\(([^)\s]+)\)", text) if not x.startswith("http")]
     assert local or file.name != "README.md" or file.parent != ROOT
-    assert [x for x in local if not (file.parent / x).exists()] == []
+    for link in local:
+        name, _, anchor = link.partition("#")
+        target = file.parent / name if name else file
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target.read_text(encoding="utf-8")), link
 
 
-def test_options_of_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    used = {x for line in re.findall(r"^less-export .*$", text, re.M) for x in re.findall(r"--[\w-]+", line)}
+def test_options_of_the_documents_exist() -> None:
+    lines = [
+        line
+        for file in DOCUMENTS
+        for line in re.findall(r"^(?:\$ |build/)?less-export .*$", file.read_text(encoding="utf-8"), re.M)
+    ]
+    used = {x for line in lines for x in re.findall(r"(?<![\w-])--[\w-]+", line)}
     known = "".join(command.parser().format_help() for command in COMMANDS.values())
     assert used
     assert [x for x in used if x not in known] == []
