@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+from sphinx.util.nodes import make_refnode
+
 from less_export import __version__
 
 project = "less-export"
@@ -18,7 +26,9 @@ myst_heading_anchors = 4
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True}
+maximum_signature_line_length = 100
 python_use_unqualified_type_names = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -28,3 +38,20 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(?:np|npt|numpy|torch|tokenizers|pathlib|collections|typing|abc|enum|onnx_ir)\..*"),
     (r"py:.*", r"(?:Path|Any|Sequence|Mapping|Iterator|Iterable|Callable|Tensor|Module|ABC|IntEnum|Exception|Array)"),
 ]
+
+
+def resolve_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode: nodes.Element) -> Any:
+    """A link from a name without its module, as docstrings write it, to the one object of that name."""
+    if node.get("refdomain") != "py":
+        return None
+    domain = env.domains.python_domain
+    last = node["reftarget"].rsplit(".", 1)[-1]
+    names = [name for name in domain.objects if name.rsplit(".", 1)[-1] == last]
+    if len(names) != 1:
+        return None
+    entry = domain.objects[names[0]]
+    return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, names[0])
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("missing-reference", resolve_short_name)

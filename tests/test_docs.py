@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import importlib
 import json
 import re
@@ -10,11 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 
+from less_export.bundle.artifact import Artifact, Bundle, KernelFacts, TokenizerFacts, WeightFile
 from less_export.cli.commands import COMMANDS
+from less_export.contract import STATE_FIELDS, Contract, LayerSpec
 from less_export.hf import recipes
 from less_export.plan import AttentionLayer
+from less_export.tensorrt.plugin import PluginFacts
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,3 +107,55 @@ def test_the_quality_results_are_what_their_benchmark_measures(monkeypatch: pyte
 
     bench.measure(Replay())
     assert set(asked) == {r["key"] for r in found if not r["key"].startswith("train")}
+
+
+@pytest.mark.parametrize("facts", [Artifact, WeightFile, TokenizerFacts, KernelFacts, Contract, LayerSpec, PluginFacts])
+def test_the_bundle_format_names_every_field(facts: type) -> None:
+    text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    assert [f.name for f in dataclasses.fields(facts) if f"`{f.name}`" not in text] == []
+
+
+def test_the_bundle_format_specifies_the_state(kernelled: Path) -> None:
+    """Tensor names, dtypes, shapes and empty values as the page states them are those of a graph."""
+    text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `past\.\{i\}\.(\w+)` \| (\S+) \| `([^`]+)` \| (-?\d) \|$", text, re.M)
+    manifest = json.loads((kernelled / "manifest.json").read_text())
+    artifact = manifest["artifacts"][0]
+    graph = onnx.load(kernelled / artifact["file"], load_external_data=False).graph
+    dynamic = "dynamic"
+    expected: list[tuple[str, str, list[str | int]]] = [("input_ids", "int64", [dynamic, dynamic])]
+    expected += [(name, "int32", [dynamic]) for name in ("past_length", "new_length")]
+    for index, layer in enumerate(artifact["contract"]["layers"]):
+        sizes = {"B": dynamic, "Hk": layer["kv_heads"], "C": layer["capacity"]}
+        sizes |= {"D": layer["head_dim"], "R": layer["rank"]}
+        for name, dtype, shape, _ in rows:
+            stored = artifact["contract"]["dtype"] if dtype == "T-dtype" else dtype
+            expected.append((f"past.{index}.{name}", stored, [sizes[x] for x in shape.split(", ")]))
+
+    def described(value: onnx.ValueInfoProto) -> tuple[str, str, list[str | int]]:
+        tensor = value.type.tensor_type
+        shape = [d.dim_value or dynamic for d in tensor.shape.dim]
+        return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape
+
+    assert [described(value) for value in graph.input] == expected
+    names = [name.replace("past.", "present.") for name, _, _ in expected[3:]]
+    assert [value.name for value in graph.output] == ["logits", *names]
+    assert {name: int(empty) for name, _, _, empty in rows} == {f.name: f.empty for f in STATE_FIELDS}
+
+
+def test_the_bundle_format_specifies_hashes_and_identity(kernelled: Path) -> None:
+    manifest = json.loads((kernelled / "manifest.json").read_text())
+    stated = manifest.pop("manifest_sha256")
+
+    def hashed(data: Any) -> str:
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    assert hashed(manifest) == stated
+    weights = [w["sha256"] for w in manifest["weights"]]
+    facts = {"model": manifest["model"], "weights": weights, "kernels": manifest["kernels"]["sha256"]}
+    assert hashed(facts) == Bundle.open(kernelled).identity()
+    for weight in manifest["weights"]:
+        data = (kernelled / weight["file"]).read_bytes()
+        header = data[: 8 + int.from_bytes(data[:8], "little")]
+        assert hashlib.sha256(header).hexdigest() == weight["header_sha256"]
+        assert len(data) == weight["bytes"]
