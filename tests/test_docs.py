@@ -22,6 +22,8 @@ from less_export.hf import recipes
 from less_export.plan import AttentionLayer
 from less_export.tensorrt.plugin import PluginFacts
 
+pytest_plugins = ["tests.bundles"]
+
 ROOT = Path(__file__).parent.parent
 
 
