@@ -54,17 +54,17 @@ class LayerNumbers(Protocol):
 class EvictionPolicy(abc.ABC):
     """One policy; stateless, the numbers come with the call. :func:`register` makes it known."""
 
-    #: Name in options, manifests and messages: lower-case letters, digits and hyphens.
+    #: Name in options, manifests and messages (lower-case letters, digits and hyphens).
     name: ClassVar[str]
     #: The operator's ``policy`` attribute; this package uses 0 to 99.
     code: ClassVar[int]
-    #: Score a query leaves on what it saw: nothing, added up, or only the last valid query's.
+    #: Score a query leaves on what it saw (nothing, added up, or only the last valid query's).
     scoring: ClassVar[Scoring] = "none"
     #: Whether a user may ask for it by name.
     choosable: ClassVar[bool] = True
     #: Whether tokens lose their slots while the model would still see them.
     evicts: ClassVar[bool] = True
-    #: Whether no token ever leaves: the capacity is the longest sequence, and there is no budget to split.
+    #: Whether no token ever leaves; then the capacity is the longest sequence, and there is no budget to split.
     keeps_all: ClassVar[bool] = False
     #: Number of recent tokens where the policy leaves no choice.
     fixed_recent: ClassVar[int | None] = None
