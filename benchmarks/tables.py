@@ -106,7 +106,7 @@ def headline() -> str:
     decode, data = results("decode_cost"), results("quality")
     by_context = {r["context"]: r for r in decode["rows"]}
     long, step, short = by_context[32768], by_context[16384], decode["rows"][0]
-    state, cache = (reporting.size(long[n]) for n in ("less_state_bytes", "full_cache_bytes"))
+    state, cache = (size(long[n]) for n in ("less_state_bytes", "full_cache_bytes"))
     slower = f"{short['less_ms']:.0f} against {short['full_ms']:.0f} ms at {short['context']}"
     cost = "[Decoding](docs/results/decoding.md)"
     times = (f"{step[n]:.0f} ms" for n in ("less_ms", "full_ms"))
