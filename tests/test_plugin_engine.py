@@ -232,7 +232,7 @@ def test_a_wrong_node_is_refused_by_name(plugin_library: Path, weights: Path) ->
 
     assert "recent" in refused(drop)
     assert "log_phi_q is float16, but must be float32" in refused(swap)
-    assert "takes 14 inputs and gives 8 outputs, not 13 and 8" in refused(cut)
+    assert "takes 14 inputs and has 8 outputs, not 13 and 8" in refused(cut)
 
 
 # ------------------------------------------------------------------ plans that come back
