@@ -19,7 +19,7 @@ import onnx_ir as ir
 import pytest
 
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy
-from less_export.dtypes import numpy_dtype
+from less_export.dtypes import DTYPES, numpy_dtype
 from less_export.exporter import onnx_op
 from less_export.runtime import trt
 from less_export.runtime.trt import TrtBackend
@@ -188,7 +188,7 @@ class FakeEngine:
         return "in" if name in {s.name for s in self.contract.inputs()} else "out"
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return types.SimpleNamespace(name={v: k for k, v in engine._DTYPES.items()}[self.specs[name].dtype])
+        return types.SimpleNamespace(name=DTYPES[self.specs[name].dtype].tensorrt)
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.specs[name].sized(-1, -1)
