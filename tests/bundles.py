@@ -119,7 +119,7 @@ def kernels(path: Path, parametrisation: str = "exp", layers: Iterable[int] = (0
 def bundle(source: Path, out: Path, **options: Any) -> Path:
     """Export ``source`` to ``out`` with :data:`QUICK` options."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "trace", trace_once)
+        patch.setattr(graphs, "trace", trace_once)
         return build.export(str(source), out, ExportConfig(**QUICK | options))
 
 

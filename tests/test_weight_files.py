@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from less_export.bundle import files
 from less_export.bundle.artifact import Bundle, Layout
 from less_export.exporter import package
+from less_export.progress import Spoken
 from less_export.tensorrt import engine
 
 from . import bundles
@@ -77,6 +78,15 @@ def test_converted_weights_beside_a_file_of_that_name(tmp_path: Path) -> None:
         }  # fmt: skip
 
 
+def test_converted_weights_beside_a_single_graph(run: Run, source: Path, tmp_path: Path, quick: None) -> None:
+    """They are renamed after the graph: x.converted.safetensors."""
+    gguf = bundles.gguf_file(tmp_path / "m.gguf", source)
+    result = run(gguf, "--out", tmp_path / "out" / "x.onnx", *QUICK_WORDS)
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "x.converted.safetensors").is_file()
+    Bundle.open(tmp_path / "out" / "x.onnx", full=True)
+
+
 @pytest.mark.parametrize("outside", ["../other/model.safetensors", "{}/other/model.safetensors", "a/../../x.st"])
 def test_an_index_stays_in_its_folder(outside: str, run: Run, source: Path, tmp_path: Path) -> None:
     bundles.copy(source, tmp_path / "other")
@@ -111,7 +121,7 @@ def test_copies_are_announced(
     copy = files.copy
     monkeypatch.setattr(package, "copy", lambda a, b: said.append("copied") or copy(a, b))
     names = {source / WEIGHTS: WEIGHTS}
-    assert package.place_weights(names, tmp_path, said.append) == [WEIGHTS]
+    assert package.place_weights(names, tmp_path, Spoken(said.append)) == [WEIGHTS]
     assert said == ["copying 0.00 GB of weights, hard links are not possible here", "copied"]
 
 

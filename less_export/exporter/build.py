@@ -106,7 +106,7 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
     kernels = package.place_kernels(model.kernels, layout, scratch)
     artifacts = []
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        hashes = {f: pool.submit(sha256, f) for f in names if targets.with_weights}
+        hashes = {n: pool.submit(sha256, scratch / n) for n in names.values() if targets.with_weights}
         models = {}
         for kind in targets.traced:
             progress.say(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
@@ -116,7 +116,7 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
             path = scratch / layout.companion(artifact.QUANTISED_WEIGHTS)
             graphs.quantise_weights(job, models[targets.traced[0]], path)
             names = {path: path.name}
-            hashes = {f: pool.submit(sha256, f) for f in names if targets.with_weights}
+            hashes = {n: pool.submit(sha256, scratch / n) for n in names.values() if targets.with_weights}
         for kind, graph in models.items():
             graphs.bind_weights(job, graph, names, scratch / layout.companion(artifact.KERNELS))
             if kind in targets.kinds:
@@ -126,7 +126,8 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
         progress.say("writing tokenizer and manifest")
         tokenizer = package.place_tokenizer(model.source, model.hf_config, job.tokenizer, layout, scratch)
         weight_files = tuple(
-            WeightFile(names[f], f.stat().st_size, artifact.header_sha256(f), hashes[f].result()) for f in hashes
+            WeightFile(n, (scratch / n).stat().st_size, artifact.header_sha256(scratch / n), digest.result())
+            for n, digest in hashes.items()
         )
     if not targets.with_weights:
         for name in [*names.values(), *([kernels.file] if kernels else [])]:
