@@ -1,6 +1,6 @@
 """Graphs whose initializers point into safetensors files: no weight is copied.
 
-An initializer whose stored dtype is not the graph's gets a Cast, a quantised one a DequantizeLinear.
+An initializer stored in another dtype than the graph's gets a Cast, a quantised one a DequantizeLinear.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import onnx_ir as ir
 from ..dtypes import from_safetensors, onnx_dtype
 from ..hf.weights import SCALES, QuantisedTensor, Stored, StoredTensor
 
-#: Operators that only move the values of a weight, their first input.
+#: Operators that only move the values of their first input, a weight.
 _MOVES = ("Gather", "Transpose")
 
 
 def bind(model: ir.Model, tensors: Mapping[str, Stored], names: Mapping[Path, str], folder: Path) -> None:
     """Point the initializers named in ``tensors`` at their bytes.
 
-    ``names`` gives each weight file's name inside ``folder``, where the graph will lie. An initializer
-    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold at load. Where that
-    widens it the Cast lies behind what only moves it: a matrix is transposed while it is small, and rows that are
-    looked up (embeddings) are cast when they are, so that their table stays as it is.
+    ``names`` gives each weight file's name inside ``folder``, where the graph will be saved. An initializer
+    stored in another dtype than the graph's gets a Cast, which ONNX Runtime and TensorRT fold when they load it. Where
+    the Cast widens the weight it comes after the operators that only move values: a matrix is transposed while it is
+    small, and only the rows that are looked up in an embedding are cast, so that the table keeps its dtype.
     """
     graph = model.graph
 
@@ -81,7 +81,7 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
 
 
 def _dequantise(graph: ir.Graph, value: ir.Value, stored: QuantisedTensor, codes: ir.Value, scales: ir.Value) -> None:
-    """Let what multiplied by ``value``, or by its transpose, multiply by codes * scales in ``value``'s dtype."""
+    """Replace ``value``, or its transpose, by codes * scales in ``value``'s dtype."""
     turned = [node for node, _ in value.uses()] if stored.transposed else []
     for node in turned:
         if node.op_type != "Transpose":

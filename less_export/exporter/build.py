@@ -43,14 +43,14 @@ def export(
         out: bundle folder, ``x.onnx`` or ``x.plan``; written under a temporary name and renamed.
         config: options, or give their fields as keyword arguments.
         engine_plan: also build ``engine.plan`` into a folder bundle (implied by ``x.plan``).
-        progress: where to report: a :class:`~less_export.progress.Progress`, or a function that is called with a few
-            words as each phase begins; default nowhere.
+        progress: where progress is reported: a :class:`~less_export.progress.Progress`, or a function that is called
+            with a short text as each phase begins; default: nowhere.
 
     Returns:
-        The path of what was written.
+        The path that was written: the folder or the file.
 
     Raises:
-        LessExportError: anything the user can mend; nothing is left half written.
+        LessExportError: anything the user can fix; no partial output is left behind.
     """
     config, progress = replace(config or ExportConfig(), **options), as_progress(progress)
     targets = plan_targets(out, config, engine_plan)
@@ -75,7 +75,7 @@ def export(
 
 
 def _remains(source: ModelSource) -> str:
-    """What is on the disk after an export that failed."""
+    """What a failed export leaves on disk."""
     if isinstance(source, RandomSource) and source.folder.exists():
         return f"nothing but the random checkpoint {source.folder} was left behind"
     return "nothing was left behind"

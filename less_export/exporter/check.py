@@ -1,8 +1,8 @@
 """The self-check of every export: a twin of the model, two layers of each kind at true width.
 
-The twin has random weights, a small vocabulary, few experts and short windows, and goes through the very code that
-makes the real graph. While nothing is evicted from its budget its ONNX graph must agree with eager
-Hugging Face, windows long passed; afterwards with the torch reference.
+The twin has random weights, a small vocabulary, few experts and short windows, and is exported by the same code as
+the real model. Its ONNX graph must agree with eager Hugging Face until the first eviction, well past every window,
+and with the torch reference after that.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .bind import bind
 from .trace import trace
 
 _VOCAB, _WINDOW, _BUDGET, _EXPERTS = 256, 12, 32, 8
-#: What configs call the number of experts.
+#: Names that configs use for the number of experts.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 #: Tokens per step: chunks, then one at a time, past window and budget.
 _STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1)
@@ -93,15 +93,15 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
 
 
 def twin_budget(twin: Contract) -> int:
-    """Tokens up to which the twin forgets nothing that the model would see."""
+    """How many tokens the twin takes before it evicts one that the model would still see."""
     return min((s.capacity for s in twin.layers if s.policy.evicts), default=sum(_STEPS))
 
 
 def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
-    """The first two layers of each kind: of attention, by what the config says of them, and as they are built.
+    """The first two layers of each kind: by attention, by config entries and by parameters.
 
-    Where a config counts its layers instead of listing them (the first few dense, every second with experts),
-    those before the last one come too: a rule that counts holds for the first layers only.
+    Some configs give a rule instead of a list (the first few layers dense, every second one with experts). Such a rule
+    counts from layer 0, so all layers before the last one of the list are included too.
     """
     kinds: dict[Any, list[int]] = {}
     said = layer_kinds(hf_config.get_text_config())
@@ -115,14 +115,14 @@ def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
 
 
 def _built(model: PreTrainedModel, count: int) -> list[str]:
-    """Names and shapes of each layer's parameters; equal words, equal layers."""
+    """Names and shapes of each layer's parameters; equal strings mean equal layers."""
     stacks = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
     layers = next(stacks, nn.ModuleList(nn.Identity() for _ in range(count)))
     return [repr([(n, tuple(p.shape)) for n, p in layer.named_parameters()]) for layer in layers]
 
 
 def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
-    """A config with two layers of each kind, and which layers of the model they are."""
+    """A config with two layers of each kind, and their indices in the model."""
     config = copy.deepcopy(hf_config)
     text = config.get_text_config()
     kept = two_of_each_kind(config, contract)

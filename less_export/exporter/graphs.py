@@ -33,7 +33,7 @@ def traced(job: ExportJob, contract: Contract) -> ir.Model:
 
 
 def quantise_weights(job: ExportJob, graph: ir.Model, path: Path) -> None:
-    """Write all weights to ``path``, quantised as the options say, and let the job have them from there.
+    """Write all weights to ``path``, quantised as the options say, and point the job's tensors at that file.
 
     Raises:
         UnsupportedModelError: the file lacks a parameter.
@@ -54,7 +54,7 @@ def quantise_weights(job: ExportJob, graph: ir.Model, path: Path) -> None:
 
 
 def bind_weights(job: ExportJob, graph: ir.Model, names: Mapping[Path, str], kernel_file: Path) -> None:
-    """Point a graph's initializers at the bundle's files, which ``names`` names; ``kernel_file`` is in its folder."""
+    """Point a graph's initializers at the bundle's files: ``names`` by path, and ``kernel_file`` beside them."""
     tensors, files = {f"model.{n}": t for n, t in job.tensors.items()}, dict(names)
     if job.model.kernels.layers:
         tensors |= {_kernel_initializer(n): t for n, t in weights.read_header(kernel_file).items()}
@@ -71,5 +71,5 @@ def _bare(job: ExportJob, dtype: str) -> PreTrainedModel:
 
 
 def _kernel_initializer(name: str) -> str:
-    """What the graph calls a tensor of the kernel file."""
+    """The initializer's name for a tensor of the kernel file."""
     return f"maps.{name.removeprefix('layers.')}"

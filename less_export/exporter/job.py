@@ -1,4 +1,4 @@
-"""What the steps of an export share, made after everything that can be wrong has been checked."""
+"""The data that the steps of an export share, prepared after everything that can go wrong has been checked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ExportJob:
     """One export.
 
     contracts: of every graph and engine, by kind. library: the plugin that an engine is built with, if any.
-    tensors: where every parameter's bytes are. facts: what the manifest tells of the model.
+    tensors: where every parameter's bytes are. facts: what the manifest states about the model.
     """
 
     model: OpenModel
@@ -42,10 +42,10 @@ class ExportJob:
 def prepare(
     source: ModelSource, config: ExportConfig, targets: Targets, scratch: Path, progress: Progress
 ) -> ExportJob:
-    """Open the model, and check all that can be wrong before anything is made; weights are fetched last.
+    """Open the model and check everything that can go wrong before any output is made; weights are fetched last.
 
     Raises:
-        LessExportError: anything that the user can mend.
+        LessExportError: anything that the user can fix.
     """
     model = open_model(source, config)
     contracts = {kind: contract(model, compute_dtype(kind, model)) for kind in (*targets.traced, *targets.kinds)}
@@ -86,7 +86,7 @@ def _warn(model: OpenModel) -> None:
         warnings.warn(doubt, stacklevel=2)
     unused = unused_kernels(model.plan, model.kernels.layers)
     if unused:
-        warnings.warn(f"kernels of layers {unused} are not used: these layers keep all they see", stacklevel=2)
+        warnings.warn(f"kernels of layers {unused} are not used: these layers evict nothing", stacklevel=2)
     evicts = any(layer.policy.evicts for layer in model.plan)
     if evicts and not model.kernels.layers:
         warnings.warn(

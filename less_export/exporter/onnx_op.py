@@ -1,6 +1,6 @@
 """``less::LessAttention`` in ONNX: the translation of the torch op, and its body in standard operators.
 
-The body is one function per policy, with and without the low-rank term; a node names its own through
+The body is one function per policy, with and without the low-rank term; a node selects its own through
 ``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces it.
 """
 
@@ -78,7 +78,7 @@ def translation_table() -> dict[Any, Any]:
 
 
 class _Nodes(ir.tape.Tape):
-    """``op.Add(a, b, axis=1)`` appends a node; ``op.f32(0.5)`` and its like make constants."""
+    """``op.Add(a, b, axis=1)`` appends a node; ``op.f32(0.5)`` and the like make constants."""
 
     def __getattr__(self, op_type: str) -> Any:
         def node(*inputs: ir.Value, _outputs: int = 1, **attributes: Any) -> Any:
@@ -168,7 +168,7 @@ def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
         count = op.CumSum(op.to_f32(mask), op.Constant(value_int=2))
         return op.Cast(count, to=ir.DataType.INT64)
 
-    # arrivals[j] = index of the j-th kept new token; what is not kept lands on the spare last place.
+    # arrivals[j] = index of the j-th kept new token; tokens that are not kept go to the spare last place.
     index = op.Expand(op.Cast(s.step, to=ir.DataType.INT64), op.Shape(kept_new))
     turn_new = op.Where(kept_new, op.Sub(running(kept_new), op.ints(1)), s.chunk)
     spare = op.Expand(op.ints(0), op.shape(s.heads, op.Add(s.chunk, op.ints(1))))
@@ -260,8 +260,8 @@ def function_body(policy: EvictionPolicy, absorb: bool) -> ir.Function:
         h,
         z,
     ]
-    # Names of their own: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a
-    # Constant of the same name in a function called before it.
+    # Unique names: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a Constant of the
+    # same name in a function called earlier.
     for index, value in enumerate(v for node in op.nodes for v in node.outputs):
         value.name = f"{overload(policy, absorb)}.{index}"
     for name, value in zip(_OUTPUTS, outputs, strict=True):

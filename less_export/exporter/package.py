@@ -1,4 +1,4 @@
-"""The files of a bundle beside its graphs: weights, kernels, tokenizer; and putting them in place at once."""
+"""The files of a bundle besides its graphs (weights, kernels, tokenizer), and publishing them all at once."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SUFFIX = ".safetensors"
 
 
 def weight_names(files: Iterable[Path], layout: Layout, scratch: Path) -> dict[Path, str]:
-    """What every weight file is called in the bundle: as it is, unless that name is another's.
+    """The name of every weight file in the bundle: its own, unless another file has that name.
 
-    Files of ``scratch`` (converted weights) keep the names that bundles have for them.
+    Files in ``scratch`` (converted weights) have fixed names.
     """
     names = {f: layout.companion(f.name) for f in files if f.parent == scratch}
     reserved = (artifact.KERNELS, artifact.CONVERTED_WEIGHTS, artifact.QUANTISED_WEIGHTS)
@@ -45,7 +45,7 @@ def weight_names(files: Iterable[Path], layout: Layout, scratch: Path) -> dict[P
 
 
 def place_weights(names: Mapping[Path, str], scratch: Path, progress: Progress) -> list[str]:
-    """Put the weight files into the bundle under their ``names``; returns those that had to be copied.
+    """Put the weight files into the bundle under their ``names``; returns the names of those that had to be copied.
 
     Raises:
         LessExportError: copies do not fit on the disk.
@@ -61,9 +61,9 @@ def place_weights(names: Mapping[Path, str], scratch: Path, progress: Progress) 
         if free < size:
             raise LessExportError(
                 f"hard links to {left[0].parent} are not possible, copies of its weights take {size / 1e9:.1f} GB, and "
-                f"{scratch.parent} has {free / 1e9:.1f} GB free: make room, or give an --out on the checkpoint's disk"
+                f"{scratch.parent} has {free / 1e9:.1f} GB free: make room, or choose an --out on the checkpoint's disk"
             )
-        progress.say(f"copying {size / 1e9:.2f} GB of weights, hard links are not possible here")
+        progress.say(f"copying {size / 1e9:.2f} GB of weights, because hard links are not possible here")
         for file in left:
             copy(file, scratch / names[file])
     return [f.name for f in left]
@@ -90,7 +90,7 @@ def place_kernels(kernels: Kernels, layout: Layout, scratch: Path) -> KernelFact
 def place_tokenizer(
     source: ModelSource, hf_config: Any, tokenizer: Any | None, layout: Layout, scratch: Path
 ) -> TokenizerFacts | None:
-    """Write ``tokenizer.json`` (converted where the model ships another form); None without a tokenizer."""
+    """Write ``tokenizer.json`` (converted where the model ships another format); None without a tokenizer."""
     if tokenizer is None or getattr(tokenizer, "backend_tokenizer", None) is None:
         warnings.warn("the model ships no tokenizer: generate will take token ids only", stacklevel=2)
         return None
@@ -102,18 +102,18 @@ def place_tokenizer(
 
 
 def details(info: engine.PlanInfo) -> dict[str, Any]:
-    """What the manifest says of a plan, as JSON values."""
+    """What the manifest states about a plan, as JSON values."""
     return {**vars(info), "plugin": vars(info.plugin) if info.plugin else None}
 
 
 def tools(flavour: engine.Flavour | None) -> dict[str, str]:
-    """Versions of what made the bundle."""
-    found = {"less-export": __version__}
+    """Versions of the packages that made the bundle."""
+    versions = {"less-export": __version__}
     for package in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"):
-        found[package] = importlib.metadata.version(package)
+        versions[package] = importlib.metadata.version(package)
     if flavour is not None:
-        found[flavour.name] = flavour.version
-    return found
+        versions[flavour.name] = flavour.version
+    return versions
 
 
 def files_of(manifest: Manifest) -> set[str]:
@@ -123,7 +123,7 @@ def files_of(manifest: Manifest) -> set[str]:
 
 
 def publish_bundle(scratch: Path, layout: Layout, files: set[str]) -> None:
-    """Rename the finished files into place; a folder bundle appears at once, replacing an older one."""
+    """Rename the finished files into place; a bundle folder appears in one step and replaces an older one."""
     for path in scratch.iterdir():
         if path.name not in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

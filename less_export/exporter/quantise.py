@@ -1,11 +1,11 @@
 """Weight-only quantisation: the matrices of linear layers as int8 or int4, written to one file, matrix by matrix.
 
-Codes are symmetric (zero point 0) with a positive scale for every block of input features, which TensorRT
-asks for, and lie [in, out] with blocks along the first axis: so ONNX Runtime fuses DequantizeLinear and
-MatMul into MatMulNBits, which reads the codes themselves. A block has 64 features (TensorRT documents
-int4 blocks of 64 and 128; 64 divides the widths of all families here), 32 or 16 where 64 do not divide.
-ONNX Runtime's round-to-nearest makes the codes. The output embedding is int8 under int4 too: its errors
-reach the logits undamped.
+Codes are symmetric (zero point 0) with a positive scale for every block of input features, as TensorRT requires.
+They are stored [in, out] with blocks along the first axis, so that ONNX Runtime fuses DequantizeLinear and MatMul
+into MatMulNBits, which reads the codes directly. A block has 64 features (TensorRT documents int4 blocks of 64 and
+128; 64 divides the widths of all families here), or 32 or 16 where 64 does not divide the width. ONNX Runtime's
+round-to-nearest computes the codes. The output embedding is int8 even with int4, because its errors reach the logits
+undamped.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from ..hf.weights import CODES, DTYPES, SCALES, Stored, StoredTensor
 
 BLOCKS = (64, 32, 16)
 BITS = {"int8": 8, "int4": 4}
-#: Weights quantised at a time; round-to-nearest works in float64.
+#: Number of weights quantised at a time; round-to-nearest works in float64.
 _PIECE = 1 << 22
 
 
 def linear_weights(model: PreTrainedModel, graph: ir.Graph) -> dict[str, bool]:
-    """Parameters of linear layers that ``graph`` does nothing but multiply by, as their second factor.
+    """Parameters of linear layers that ``graph`` uses only as the second factor of a product.
 
-    True where the graph transposes them first (``nn.Linear``), False where it does not (``Conv1D``).
+    The value is True where the graph transposes them first (``nn.Linear``), False where it does not (``Conv1D``).
     """
     found = {}
     for name, module in model.named_modules():
@@ -61,7 +61,7 @@ def _multiplies(node: ir.Node) -> bool:
 def block_of(matrix: tuple[int, ...], bits: int) -> int | None:
     """Block size for a matrix [in, out], None where it cannot be quantised.
 
-    At least two blocks: several int8 products of one input with a single block stop TensorRT-RTX 1.7.1.
+    At least two blocks: TensorRT-RTX 1.7.1 fails on several int8 products of one input with a single block.
     """
     if bits == 4 and matrix[1] % 2:  # two codes to a byte, within a row
         return None
@@ -84,7 +84,7 @@ class _Matrix:
         return {name + CODES[self.transposed]: codes, name + SCALES: ("F32", (rows // self.block, columns))}
 
     def quantised(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]:
-        """Codes (int4 two to a byte) and scales, made from some output features at a time."""
+        """Codes (int4 two to a byte) and scales, computed for some output features at a time."""
         quant_tensor = load_quantiser()
         weight = self.stored.read()
         outputs = weight if self.transposed else weight.T  # [out, in]
@@ -118,16 +118,16 @@ def write(
 ) -> list[str]:
     """Write the parameters of ``model`` to a safetensors file, the matrices of linear layers quantised.
 
-    No more than one matrix is in memory at a time. Everything else (embeddings, norms) is copied as it is,
-    so that the file is all that a bundle needs.
+    At most one matrix is in memory at a time. Everything else (embeddings, norms) is copied unchanged,
+    so that the bundle needs no other weight file.
 
     Args:
         path: the file.
-        model: bare, its output embedding untied. graph: what was traced of it.
+        model: the bare model, its output embedding untied. graph: its traced graph.
         tensors: the checkpoint's, by parameter name. weights: "int8" or "int4".
 
     Returns:
-        Names of matrices that stay as they are, embeddings aside.
+        Names of the matrices that are not quantised, embeddings excepted.
     """
     head, linear = model.get_output_embeddings(), linear_weights(model, graph)
     int8 = {f"{n}.weight" for n, m in model.named_modules() if m is head}
@@ -168,7 +168,7 @@ def _bytes_of(stored: StoredTensor) -> Iterator[bytes]:
 
 
 class _Writer:
-    """A safetensors file whose tensors are put in one by one, in any order; the widest dtypes lie first."""
+    """A safetensors file that is filled tensor by tensor, in any order; the widest dtypes come first."""
 
     def __init__(self, path: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -1,4 +1,4 @@
-"""What an export writes where: the layout of the output, the artifacts to make, and what each computes in."""
+"""What an export writes: the layout of the output, the artifacts, and the compute dtype of each."""
 
 from __future__ import annotations
 
@@ -51,12 +51,14 @@ def plan_targets(out: str | Path, config: ExportConfig, engine_plan: bool) -> Ta
     """The targets of ``--out``, ``--target`` and ``--engine``.
 
     Raises:
-        UsageError: they contradict each other, or something else lies there. EngineError: no TensorRT for an engine.
+        UsageError: they contradict each other, or other files are in the way. EngineError: no TensorRT for an engine.
     """
     layout = Layout.of(out)
     manifest = layout.folder / layout.manifest
     if manifest.exists() and not artifact.is_manifest(manifest):
-        raise UsageError(f"--out {out} would replace {manifest}, which is not of a bundle: choose another name")
+        raise UsageError(
+            f"--out {out} would replace {manifest}, which does not belong to a bundle: choose another name"
+        )
     choose = _folder_kinds if layout.stem is None else _file_kinds
     kinds = choose(out, layout, config, engine_plan)
     if "plan" not in kinds:
@@ -71,7 +73,7 @@ def plan_targets(out: str | Path, config: ExportConfig, engine_plan: bool) -> Ta
 def _folder_kinds(out: str | Path, layout: Layout, config: ExportConfig, engine_plan: bool) -> tuple[str, ...]:
     """Artifacts of a bundle folder."""
     if Path(out).suffix in artifact.SINGLE_SUFFIXES and not Path(out).is_dir():
-        raise UsageError(f"--out {out} lies in a bundle: give the bundle's folder, or a name outside of it")
+        raise UsageError(f"--out {out} is inside a bundle: give the bundle's folder, or a name outside it")
     target = config.target or "ort"
     if engine_plan and target == "ort":
         raise UsageError("--engine needs --target trt or both")
@@ -82,7 +84,9 @@ def _folder_kinds(out: str | Path, layout: Layout, config: ExportConfig, engine_
         raise UsageError(f"--out {folder} is a file: give a folder, x.onnx or x.plan")
     foreign = artifact.foreign_files(folder)
     if foreign:
-        raise UsageError(f"--out {folder} holds {foreign[0]}, which is not of a bundle: give an empty or new folder")
+        raise UsageError(
+            f"--out {folder} holds {foreign[0]}, which does not belong to a bundle: give an empty or new folder"
+        )
     graphs = ("ort", "trt") if target == "both" else (target,)
     return (*graphs, "plan") if engine_plan else graphs
 
@@ -104,12 +108,12 @@ def compute_dtype(kind: str, model: OpenModel) -> str:
     """Compute dtype of an artifact: f32 on a CPU, the checkpoint's own for TensorRT, unless the options name one.
 
     Raises:
-        UsageError: the model or the runtime cannot compute in what the options name.
+        UsageError: the model or the runtime cannot compute in the dtype of the options.
     """
     chosen = model.config.dtype
     gemma = str(model.text_config.model_type).startswith("gemma")
     if chosen == "float16" and gemma:
-        raise UsageError("Gemma overflows float16: take --dtype bfloat16 or float32")
+        raise UsageError("Gemma overflows float16: use --dtype bfloat16 or float32")
     if kind == "ort":
         if chosen == "bfloat16":
             raise UsageError(

@@ -18,7 +18,7 @@ from ..errors import UnsupportedModelError
 from ..hf.decoder import LessDecoder, fresh_state
 from . import onnx_op
 
-#: Example sizes; anything but 0 and 1, which torch.export would take for constants.
+#: Example sizes; not 0 or 1, which torch.export would treat as constants.
 _BATCH, _CHUNK = 2, 7
 
 
@@ -26,7 +26,7 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
     """Trace ``decoder`` with dynamic batch and chunk.
 
     ``unbound`` names initializers whose values are bound to files afterwards: they are emptied before
-    optimisation, so that nothing folds a value that is not there. Bodies are not added.
+    optimisation, so that no pass folds a placeholder. Bodies are not added.
 
     Raises:
         UnsupportedModelError: the model cannot be traced, or nodes and layers do not match.
@@ -54,7 +54,7 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
         except (RuntimeError, ValueError, TypeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             if reason.startswith("Constraints violated"):
-                reason = "its code, such as a loop over experts, holds only for the sizes that it is traced with"
+                reason = "its code, such as a loop over experts, is valid only for the sizes it was traced with"
             raise UnsupportedModelError(f"{name} cannot be traced with dynamic batch and chunk: {reason}") from error
         try:
             result = torch.onnx.export(
@@ -104,7 +104,7 @@ def _optimise(model: ir.Model) -> ir.Model:
 
 
 def _tidy(model: ir.Model) -> None:
-    """Drop what the exporter tells about itself (stack traces, which name paths of this machine)."""
+    """Drop the exporter's own metadata (stack traces, which name paths of this machine)."""
     model.producer_name, model.producer_version = "less-export", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
@@ -119,7 +119,7 @@ def _tidy(model: ir.Model) -> None:
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """Pause the garbage collector: a trace makes millions of objects that all stay (a sixth of the time)."""
+    """Pause the garbage collector: a trace makes millions of objects, none of them garbage (it takes a sixth of the time)."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -130,7 +130,7 @@ def _uncollected() -> Iterator[None]:
 
 
 class _silent:
-    """Holds back the INFO and WARNING chatter of libraries while a graph is made."""
+    """Suppresses INFO and WARNING messages of libraries while a graph is made."""
 
     def __init__(self, *names: str) -> None:
         self.loggers = [logging.getLogger(n) for n in names]

@@ -1,7 +1,7 @@
 """The kernels of the low-rank term: phi for queries, psi for keys, and the file that holds them.
 
 phi: D -> hidden -> R per query head, psi: D -> hidden -> R per KV head, both non-negative (LESS,
-arXiv 2402.09398, section 3.2). phi travels as log phi in float32: real layers reach log-masses of 40.
+arXiv 2402.09398, section 3.2). phi is passed on as log phi in float32: real layers reach log-masses of 40.
 psi of the default parametrisation sums to one over R, so that z counts tokens.
 """
 
@@ -28,11 +28,11 @@ from .kernel_shapes import exp_shapes
 
 FORMAT_VERSION = 1
 _HEADER = "less_kernels"
-#: Dtypes of stored parameters, which the graphs can point at.
+#: Dtypes of stored parameters that graphs can point at.
 _DTYPES = tuple(map(torch_dtype, COMPUTE_DTYPES))
-#: Kernels serve budgets up to so many times larger or smaller than the one they were trained at.
+#: Kernels are used without a warning at budgets up to this factor larger or smaller than in training.
 _REACH = 4
-#: What :func:`random_kernels` names as the model.
+#: Model name in the provenance of :func:`random_kernels`.
 _RANDOM = "random"
 
 
@@ -88,7 +88,7 @@ class ExpMap(FeatureMap):
 class PaperMap(FeatureMap):
     """The authors' parametrisation: |gelu| features, psi with interaction and scaling (section 3.2).
 
-    ``q_offset`` holds the log of the constant that a rescaling of psi (``k_gain``) takes away.
+    ``q_offset`` holds the log of the constant that a rescaling of psi (``k_gain``) divides out.
     """
 
     parametrisation = "paper"
@@ -114,7 +114,7 @@ class PaperMap(FeatureMap):
 
     def log_phi(self, q: Tensor) -> Tensor:
         phi = self._hidden("q", q).abs()
-        zero = phi == 0  # away from log before it is taken: its gradient there is not finite
+        zero = phi == 0  # replaced before log is taken: its gradient at 0 is not finite
         return torch.where(zero, -torch.inf, torch.where(zero, 1.0, phi).log()) + self.get_parameter("q_offset").float()
 
     def psi(self, k: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ PARAMETRISATIONS: dict[str, type[FeatureMap]] = {m.parametrisation: m for m in (
 
 @dataclass(frozen=True)
 class Kernels:
-    """Trained feature maps by layer index (layers without one stay sparse) and where they came from.
+    """Trained feature maps by layer index (layers without one stay sparse) and their provenance.
 
     ``provenance`` is free JSON (model, policy, budget, data hashes, errors); ``model`` in it names the
     model the kernels were trained for.
@@ -168,9 +168,9 @@ class Kernels:
                 )
 
     def doubts(self, names: Collection[str], plan: Sequence[LayerSpec]) -> list[str]:
-        """What speaks against these kernels for the model called ``names`` with the layers ``plan``, a line each.
+        """Reasons to doubt these kernels for the model called ``names`` with the layers ``plan``, one line each.
 
-        Their provenance may name another model, another policy, or a budget that is far from the plan's.
+        Their provenance may name another model, another policy, or a budget far from the plan's.
         """
         found, facts = [], self.provenance
         model, policy, slots = (facts.get(n) for n in ("model", "policy", "slots"))
@@ -206,7 +206,7 @@ class Kernels:
 
     @classmethod
     def load(cls, path: str | Path) -> Kernels:
-        """Read a kernel file; raises :class:`KernelError` for anything that is not one."""
+        """Read a kernel file; raises :class:`KernelError` for any other file."""
         try:
             with safe_open(str(path), "pt") as file:
                 stated = (file.metadata() or {}).get(_HEADER)

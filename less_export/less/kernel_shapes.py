@@ -1,4 +1,4 @@
-"""How large the kernels of a layer are, for memory figures that need no torch (see ``feature_maps``)."""
+"""Sizes of a layer's kernels, for memory figures without torch (see ``feature_maps``)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from ..contract import Heads
 from ..dtypes import item_bytes
 
-#: What kernels are trained and stored in.
+#: Dtype in which kernels are trained and stored.
 DTYPE = "float32"
 
 

@@ -2,8 +2,8 @@
 
 One call attends a chunk of T new tokens to the slots, to itself (causally) and to the low-rank state,
 then decides which tokens keep a slot and absorbs the others (LESS, arXiv 2402.09398, section 3).
-Everything is computed in float32, readable before fast; values that hold no token are selected away
-before any product, so NaN in an empty slot or in padding reaches nothing.
+Everything is computed in float32, for readability rather than speed. Entries that hold no token are masked out
+before any product, so that NaN in an empty slot or in padding never spreads.
 
 Shapes: B rows, Hq query heads, Hk KV heads (G = Hq / Hk), T chunk, C slots, R features, D head_dim.
 """
@@ -124,13 +124,13 @@ def less_attention(
     valid = query_valid[:, None, None, :, None]
     out = _attend(logits, values, log_phi_q.float().unflatten(1, split), past_h, past_z, valid, bool(absorb))
 
-    score = torch.zeros_like(position, dtype=torch.float32)  # and stays so where the policy keeps no score
+    score = torch.zeros_like(position, dtype=torch.float32)  # and remains zero for a policy without scores
     if rules.scoring != "none":
         past = torch.where(held, torch.cat([past_score, score[..., slots:]], 2), 0.0)
         seen = torch.where(valid, torch.softmax(logits, -1), 0.0)
         if rules.scoring == "accumulate":
             score = past + seen.sum((2, 3))
-        else:  # only the last valid query counts; a parked row keeps what it has
+        else:  # only the last valid query counts; a parked row keeps its scores
             last = (step == new_length[:, None] - 1)[:, None, None, :, None]
             latest = torch.where(last, seen, 0.0).sum((2, 3))
             score = torch.where((new_length > 0)[:, None, None], latest, past)
@@ -167,7 +167,7 @@ def less_attention(
     )
 
 
-#: The same as an opaque operator, so that ``torch.export`` keeps it as one node.
+#: The same function as an opaque operator, which ``torch.export`` keeps as one node.
 attention = torch.library.custom_op(f"{OP_DOMAIN}::attention", less_attention, mutates_args=())
 
 

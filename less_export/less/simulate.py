@@ -1,11 +1,11 @@
 """LESS over whole sequences at once: what a streaming run computes, in a few large products.
 
 The op decides step by step which tokens keep a slot; here that decision is made first, for a whole sequence
-and by the same policy code, and written down as one number per token: the first query that no longer finds
-it in a slot (:func:`evictions`). Attention and the low-rank term are then masks and matrix products over all
-positions (:func:`sparse`, :func:`combine`). Training and evaluation use this; tests hold it to ``less.reference``.
+and by the same policy code, and recorded as one number per token: the first query that no longer finds it in a slot
+(:func:`evictions`). Attention and the low-rank term are then masks and matrix products over all positions
+(:func:`sparse`, :func:`combine`). Training and evaluation use this; tests compare it with ``less.reference``.
 
-Shapes: B rows, Hq query heads, Hk KV heads, G = Hq / Hk, T positions, P of them as queries, R features.
+Shapes: B rows, Hq query heads, Hk KV heads, G = Hq / Hk, T positions, P query positions, R features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..contract import LayerSpec
 from .policies import Candidates
 from .reference import place
 
-#: Largest exponent of a single feature: beyond it z is below anything that counts, and f32 would overflow.
+#: Largest exponent of a single feature: beyond it z is negligible, and f32 would overflow.
 _MOST = 80.0
 
 
@@ -34,7 +34,7 @@ def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
 
     Args:
         scores: :func:`logits` of all T queries, [B,Hk,G,T,T]; policies without scores read only its shape.
-        chunk: tokens per step; 1 is the order of decoding.
+        chunk: tokens per step; 1 as in decoding.
 
     Returns:
         [B,Hk,T] i32: the first query position that no longer finds the token in a slot, T if it stays.
@@ -123,7 +123,7 @@ def full(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec) -> Tensor:
     if layer.window and layer.window < q.shape[2]:
         steps = torch.arange(q.shape[2], device=q.device)
         mask = (steps <= steps[:, None]) & (steps > steps[:, None] - layer.window)
-    # Not F.scaled_dot_product_attention: that may be the route by which a model came here.
+    # Not F.scaled_dot_product_attention: it may be patched to call this function.
     return torch._C._nn.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, scale=layer.scale, enable_gqa=layer.group > 1
     )
@@ -145,7 +145,7 @@ def attend(
 def attend_as(
     q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec, features: tuple[Tensor, Tensor] | None, left: Tensor
 ) -> Tensor:
-    """:func:`attend` where it is known which tokens leave: ``left``, from :func:`evictions`."""
+    """:func:`attend` with known evictions: ``left``, from :func:`evictions`."""
     return _attend(q, logits(q, k, layer), v, layer, features, left)
 
 

@@ -76,7 +76,7 @@ class EvictionPolicy(abc.ABC):
     def __repr__(self) -> str:
         return f"<policy {self.name}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies and pickles are the registered policy itself
+    def __reduce__(self) -> tuple[Any, ...]:  # copying and unpickling return the registered policy
         return by_name, (self.name,)
 
     @abc.abstractmethod
@@ -99,8 +99,8 @@ class EvictionPolicy(abc.ABC):
     def oldest(self, end: torch.Tensor, window: int) -> torch.Tensor:
         """The oldest position that survives in a layer whose queries see ``window`` > 0 positions.
 
-        ``end`` is the position of the next query, which sees itself and ``window - 1`` tokens before it; what
-        it is blind to leaves, except ``unseen`` tokens.
+        ``end`` is the position of the next query, which sees itself and ``window - 1`` tokens before it; tokens
+        that it no longer sees leave, except ``unseen`` of them.
         """
         return end - window + (1 - self.unseen)
 

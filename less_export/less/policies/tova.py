@@ -1,4 +1,4 @@
-"""TOVA (arXiv 2401.06104): whatever the last query attended to least goes."""
+"""TOVA (arXiv 2401.06104): evicts the token that the last query attended to least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Policies that forget nothing a model would see: sliding windows, and the full cache."""
+"""Policies that keep everything a model would see: sliding windows, and the full cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Lossless(PositionalPolicy):
 
 
 class Window(_Lossless):
-    """A layer that slides anyway: ``live`` already ends at the window, all of which stays."""
+    """A layer that slides by design: ``live`` already ends at the window, and all of it stays."""
 
     name = "window"
     code = 3
@@ -40,7 +40,7 @@ class Window(_Lossless):
 
 
 class Full(_Lossless):
-    """Everything stays; one token more than there are slots is an error of the caller."""
+    """Everything stays; more tokens than slots are an error of the caller."""
 
     name = "full"
     code = 4
