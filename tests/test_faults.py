@@ -74,7 +74,10 @@ CONFIGS: dict[str, tuple[Callable[[str], str], str]] = {
     "a list": (lambda t: "[]", "model_type"),
     "null": (lambda t: "null", "cannot read the configuration"),
     "unknown type": (lambda t: t.replace('"llama"', '"lama"'), "model type `lama`"),
-    "an encoder": (lambda t: t.replace('"llama"', '"vit"'), "transformers makes no decoder of this config.json"),
+    "an encoder": (
+        lambda t: t.replace('"llama"', '"vit"'),
+        "transformers cannot build a decoder from this config.json",
+    ),
     "a word for a number": (lambda t: t.replace('"hidden_size": 32', '"hidden_size": "x"'), "hidden_size"),
     "no heads": (lambda t: t.replace('"num_attention_heads": 4', '"num_attention_heads": 0'), "configuration"),
     "other heads": (lambda t: t.replace('"num_attention_heads": 4', '"num_attention_heads": 3'), "multiple"),

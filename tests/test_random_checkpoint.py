@@ -168,7 +168,7 @@ def test_export_twice(tiny: Callable[..., None], run: Run, tmp_path: Path, quick
     words = ("tiny", "--random-weights", *QUICK_WORDS, "--num-hidden-layers", 2)
     first = run(*words, "--out", tmp_path / "b")
     assert first.code == 0, first.err
-    says = "the first 2 layers all slide: take --num-hidden-layers 3 or more, layer 2 is the first that does not"
+    says = "the first 2 layers all slide: use --num-hidden-layers 3 or more, layer 2 is the first that does not"
     assert first.err.count(says) == 1
     folder = tmp_path / "tiny-random-2-layers"
     assert f"less-export: warning: the weights are random, 0.00 GB written to {folder}" in first.err
@@ -290,7 +290,7 @@ def test_a_damaged_shard(tiny: Callable[..., None], run: Run, tmp_path: Path, qu
     folder = write(tmp_path / "tiny-random", described(recipes.load("tiny")))  # type: ignore[arg-type]
     shard = folder / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused(run(*words), f"{shard} is corrupt or truncated: remove {folder}, it is made anew")
+    refused(run(*words), f"{shard} is corrupt or truncated: remove {folder} to have it written again")
     shutil.rmtree(folder)
     assert run(*words).code == 0
 

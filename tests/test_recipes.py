@@ -146,7 +146,7 @@ def test_checkpoint_of_another_model(
 
 
 def test_facts_that_make_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match="recipe llama2-7b describes no model of transformers"):
+    with pytest.raises(ModelError, match="recipe llama2-7b does not describe a model of transformers"):
         described(recipe("llama2-7b", model_type="lama"))
 
 

@@ -1,1 +1,1 @@
-"""Hugging Face decoders: where a model comes from, LESS put into it, its weights by reference."""
+"""Hugging Face decoders: where models come from, how LESS is put into them, and their weights by reference."""

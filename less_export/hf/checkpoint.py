@@ -1,4 +1,4 @@
-"""A checkpoint's tensors for a model: fetched, found, converted where they are stored otherwise, held to the config."""
+"""A checkpoint's tensors for a model: fetched, located, converted where necessary, checked against the config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .model import OpenModel
 from .sources import ModelSource, checkpoint_files
 from .weights import Stored, StoredTensor
 
-#: Floats of older checkpoints that are no weights: rotary tables, masks. Classes of transformers name more of them.
+#: Floats in older checkpoints that are not weights: rotary tables, masks. Model classes of transformers name more.
 _NO_WEIGHTS = ("rotary_emb.", "inv_freq", "masked_bias", "position_ids")
 _PIECE = 1 << 24
 
@@ -31,19 +31,19 @@ _PIECE = 1 << 24
 def take(model: OpenModel, scratch: Path, progress: Progress) -> tuple[PreTrainedModel, dict[str, Stored]]:
     """Where every parameter of a model is: in the checkpoint's files, or in one that is written to ``scratch``.
 
-    Parameters that the configuration ties although other values are stored are taken apart, as transformers does: then
-    ``model.hf_config`` is changed, and the bare model is not ``model.bare``.
+    Parameters that the configuration ties but the checkpoint stores with different values are untied, as in
+    transformers: then ``model.hf_config`` is changed, and the bare model is not ``model.bare``.
 
     Returns:
         The bare model, and its tensors by parameter name.
 
     Raises:
-        LessExportError: the weights cannot be had, are damaged, or are not the model's.
+        LessExportError: the weights cannot be downloaded, are damaged, or belong to another model.
     """
     source, config, hf_config, bare = model.source, model.config, model.hf_config, model.bare
     if source.gguf is not None:
         progress.say("dequantising the GGUF weights")
-        # In the compute dtype of TensorRT, 16 bits unless asked otherwise.
+        # In TensorRT's compute dtype: 16 bits unless the options say otherwise.
         files = [_convert(source, hf_config, bare, None, config.dtype or "bfloat16", scratch)]
     else:
         if source.hub is not None:
@@ -58,7 +58,7 @@ def take(model: OpenModel, scratch: Path, progress: Progress) -> tuple[PreTraine
         copied = _convert(source, hf_config, bare, survey.missing, "auto", scratch)
         tensors |= weights.locate(bare, [copied])[0]
         _refuse_lost([n for n in survey.missing if n not in tensors])
-    if survey.unused and config.num_hidden_layers is not None:  # those of further layers are left out on purpose
+    if survey.unused and config.num_hidden_layers is not None:  # later layers are left out on purpose
         survey = weights.survey(weights.bare_model(source.config(), torch.float32), files)
     unused = unused_weights(bare, survey.unused, source.is_part()) if survey.unused else []
     if unused:
@@ -110,11 +110,11 @@ def _convert(
 
 
 def unused_weights(model: PreTrainedModel, unused: Mapping[str, str], is_part: bool) -> list[str]:
-    """Which of the floats that ``model`` has no place for are weights of a decoder, by their names in the checkpoint.
+    """Which of the floats without a place in ``model`` are weights of a decoder, by their names in the checkpoint.
 
     Args:
-        unused: names in the checkpoint, and what they would be called in ``model``.
-        is_part: the checkpoint also sees or hears. Then what lies beside the decoder's own modules is not its.
+        unused: names in the checkpoint, and the names they would have in ``model``.
+        is_part: the checkpoint also has vision or audio parts, whose tensors do not count.
     """
     known = [*map(re.escape, _NO_WEIGHTS), *ignored_keys(model)]
     ignored = re.compile("|".join(f"({p})" for p in known))

@@ -1,7 +1,7 @@
 """Every private or unstable name of transformers and torch that less-export uses; the other modules get them here.
 
-Each entry says what it is for, and the release of transformers that first had it in this place with this meaning
-("4.48": that release or an earlier one). The other modules import public names from transformers' top level only.
+Each entry says what it is for, and the first release of transformers that has it here with this meaning ("4.48": that
+release or an earlier one). The other modules import public names from transformers' top level only.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ __all__ = [
 
 # ------------------------------------------------------------------ attention, experts and masks
 
-#: Functions that make attention masks, by name: what is swapped while LESS is in a model. (masking_utils: 4.53)
+#: Functions that make attention masks, by name: they are replaced while LESS is in a model. (masking_utils: 4.53)
 MASK_FUNCTIONS = {n: f for n, f in vars(masking_utils).items() if n.startswith("create_") and callable(f)}
 
 
@@ -86,7 +86,7 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 @contextlib.contextmanager
 def experts_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Let mixtures of experts compute as ``name`` while the context is open; nothing for other models. (5.0)"""
+    """Let mixtures of experts compute as ``name`` while the context is open; no effect on other models. (5.0)"""
     configs = _configs(model) if model._can_set_experts_implementation() else []
     with _configured(configs, "_experts_implementation_internal", name):
         yield
@@ -94,7 +94,7 @@ def experts_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _configured(configs: Sequence[Any], attribute: str, value: Any) -> Iterator[None]:
-    """Give every configuration ``attribute`` = ``value`` for a while."""
+    """Set ``attribute`` = ``value`` in every configuration while the context is open."""
     before = [(c, getattr(c, attribute, None)) for c in configs]
     try:
         for config in configs:
@@ -160,7 +160,7 @@ class Naming:
 
 
 def ignored_keys(model: PreTrainedModel) -> list[str]:
-    """Patterns of tensors that checkpoints of ``model`` may hold and that are no weights of it. (4.48)"""
+    """Patterns of tensors that checkpoints of ``model`` may hold although they are not its weights. (4.48)"""
     return list(model._keys_to_ignore_on_load_unexpected or ())
 
 
@@ -202,7 +202,7 @@ def one_gguf_reader() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hold back transformers' warnings and progress bars."""
+    """Suppress transformers' warnings and progress bars."""
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
@@ -218,7 +218,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def fake_tensors() -> contextlib.AbstractContextManager[Any]:
-    """Run a model on shapes alone; its real tensors may be real."""
+    """Run a model on shapes alone; real tensors are allowed as inputs."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 

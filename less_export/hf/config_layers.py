@@ -1,4 +1,4 @@
-"""Layers of a model's configuration: what kinds there are, and the same configuration with some of them only."""
+"""The layers of a model's configuration: their kinds, and configurations with only some of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import UsageError
 
 
 def layer_kinds(text: Any) -> list[str]:
-    """What a config says of each of its layers; equal words, equal layers."""
+    """A description of each layer in a config; equal strings mean equal layers."""
     count = text.num_hidden_layers
     lists, single = _lists(text), _overrides(text)
     own = count - _shared_layers(text)
@@ -19,14 +19,14 @@ def layer_kinds(text: Any) -> list[str]:
 def keep_first(text: Any, count: int) -> None:
     """Reduce a config to its first ``count`` layers, for trials; raises :class:`UsageError` for too many.
 
-    Warns where they all slide and later ones do not.
+    Warns if all of them slide and a later one does not.
     """
     if count > text.num_hidden_layers:
         raise UsageError(f"--num-hidden-layers {count}: the model has {text.num_hidden_layers}")
     full = [i for i, kind in enumerate(getattr(text, "layer_types", None) or []) if kind == "full_attention"]
     if full and full[0] >= count:
         warnings.warn(
-            f"the first {count} layers all slide: take --num-hidden-layers {full[0] + 1} or more, layer {full[0]} is "
+            f"the first {count} layers all slide: use --num-hidden-layers {full[0] + 1} or more, layer {full[0]} is "
             "the first that does not",
             stacklevel=2,
         )
@@ -34,7 +34,7 @@ def keep_first(text: Any, count: int) -> None:
 
 
 def keep_layers(text: Any, indices: list[int]) -> None:
-    """Reduce a config to some of its layers, with what it says of each."""
+    """Reduce a config to some of its layers, keeping their entries."""
     lists, single = _lists(text), _overrides(text)
     own = text.num_hidden_layers - _shared_layers(text)
     for name, values in lists.items():
@@ -52,7 +52,7 @@ def _lists(text: Any) -> dict[str, list[Any]]:
 
 
 def _overrides(text: Any) -> dict[int, dict[str, Any]]:
-    """What single layers of a config have otherwise than the rest (heads of Gemma 4)."""
+    """Entries of a config that differ for single layers (heads in Gemma 4)."""
     return {int(i): v for i, v in (text.to_dict().get("per_layer_config") or {}).items()}
 
 

@@ -18,7 +18,7 @@ from .surgery import AttentionCall, less_attention
 class LessDecoder(nn.Module):
     """``forward(input_ids, past_length, new_length, state) -> (logits, *state)`` as the contract says.
 
-    The Hugging Face model is only borrowed: LESS is put in for the length of one forward pass.
+    The Hugging Face model is not changed: LESS is put in for the duration of one forward pass.
     """
 
     def __init__(self, model: PreTrainedModel, contract: Contract, kernels: Kernels) -> None:
@@ -47,7 +47,7 @@ class LessDecoder(nn.Module):
 
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position = past_length[:, None].long() + steps
-        if self.contract.position_limit is not None:  # padding may run past the learned table
+        if self.contract.position_limit is not None:  # padding may exceed the learned table
             position = position.clamp(max=self.contract.position_limit - 1)
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, args: self._last(new_length, args))
@@ -69,7 +69,7 @@ class LessDecoder(nn.Module):
         return features.log_phi(call.q), features.psi(call.k)
 
     def _last(self, new_length: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Hand only each row's last valid hidden state to the output embedding."""
+        """Pass only each row's last valid hidden state to the output embedding."""
         if self.contract.logits == "all":
             return None
         hidden = args[0]

@@ -1,4 +1,4 @@
-"""A model opened as far as an export, a training and an evaluation share: its layers and what their caches will be.
+"""Opening a model: its architecture, its kernels and the plan of its caches, for export, training and evaluation.
 
 No weights are read here.
 """
@@ -28,8 +28,8 @@ from .surgery import discover, learned_positions
 class Architecture:
     """A decoder without its weights.
 
-    hf_config: its Hugging Face configuration. bare: the model, whose parameters have shapes only (f32).
-    layers: what each layer asks of attention.
+    hf_config: its Hugging Face configuration. bare: the model, its parameters without memory (f32).
+    layers: the attention of each layer.
     """
 
     source: ModelSource
@@ -44,7 +44,7 @@ class Architecture:
 
     @property
     def trained_length(self) -> int | None:
-        """Positions that the configuration names, which the model was trained for (tokens)."""
+        """The number of positions the model was trained for, from its configuration (tokens)."""
         limit = getattr(self.text_config, "max_position_embeddings", None)
         return None if limit is None else int(limit)
 
@@ -58,7 +58,7 @@ class Architecture:
 class OpenModel(Architecture):
     """An architecture and its cache.
 
-    config: the options, those that the user left open filled in from the recipe. context: tokens that percentages
+    config: the options, with defaults from the recipe. context: tokens that percentages
     refer to. kernels: those of ``config.kernels``. ranks: rank of each layer that gets a low-rank term if it evicts.
     plan: every layer's cache.
     """
@@ -70,7 +70,7 @@ class OpenModel(Architecture):
     plan: tuple[LayerSpec, ...]
 
     def plan_for(self, config: ExportConfig) -> tuple[LayerSpec, ...]:
-        """The plan that other options for the cache lead to.
+        """The plan for other options of the cache.
 
         Raises:
             UsageError: options that contradict each other or the model.
@@ -111,7 +111,7 @@ def open_architecture(source: ModelSource, num_hidden_layers: int | None = None)
     """Read a model's configuration and find its attention layers.
 
     Args:
-        num_hidden_layers: keep only so many of the first layers.
+        num_hidden_layers: keep only the first layers, this many.
 
     Raises:
         ModelError: config.json is unreadable. UnsupportedModelError: LESS cannot express the model.
@@ -122,12 +122,12 @@ def open_architecture(source: ModelSource, num_hidden_layers: int | None = None)
     if quantised is not None and source.gguf is None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         how = method or "by a method that config.json does not name"
-        raise UnsupportedModelError(f"{source.name} is quantised ({how}): give the checkpoint in 16 or 32 bits")
+        raise UnsupportedModelError(f"{source.name} is quantised ({how}): use a checkpoint in 16 or 32 bits")
     if num_hidden_layers is not None:
         keep_first(hf_config.get_text_config(), num_hidden_layers)
     try:
         bare = weights.bare_model(hf_config, torch.float32)
     except Exception as error:  # whatever a model's constructor raises for a config
         reason = textwrap.shorten(str(error), 160) or type(error).__name__
-        raise UnsupportedModelError(f"transformers makes no decoder of this config.json: {reason}") from error
+        raise UnsupportedModelError(f"transformers cannot build a decoder from this config.json: {reason}") from error
     return Architecture(source, hf_config, bare, discover(bare))

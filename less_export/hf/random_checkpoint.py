@@ -1,9 +1,8 @@
-"""Checkpoints of true shape with made-up weights: sharded safetensors beside a config.
+"""Checkpoints with a model's true shapes and random weights: sharded safetensors beside a config.
 
-Names are those in transformers' model: a layer's experts lie in one tensor, which the hub's files may hold apart.
-Nothing of the model is ever in memory but one shard. Normal numbers cost more time than a disk does, so one
-block of them is made, and every matrix reads it from another place on, around and around. The block's length is
-prime, so no two rows are equal.
+Names are those in transformers' model: a layer's experts are one tensor, even if the hub's files store them apart. At
+most one shard is in memory. Drawing normal numbers would take longer than writing them to disk, so one block is drawn
+and every matrix reads it cyclically from its own offset. The block's length is prime, so no two rows are equal.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class RandomSource(ModelSource):
-    """A random checkpoint, found or written by :meth:`fetch`."""
+    """A random checkpoint, reused or written by :meth:`fetch`."""
 
     hf_config: Any = None
     own_tokenizer: Any = None
@@ -50,7 +49,7 @@ class RandomSource(ModelSource):
     progress: Progress | None = None
 
     def fetch(self) -> None:
-        """Write the checkpoint; raises :class:`LessExportError` for no room, or another one in its place."""
+        """Write the checkpoint; raises :class:`LessExportError` if it does not fit on the disk or another one is there."""
         size, made = write(self.hf_config, self.folder, self.seed, self.progress, self.own_tokenizer)
         where = "written to" if made else "taken from"
         warnings.warn(f"the weights are random, {size / 1e9:.2f} GB {where} {self.folder}", stacklevel=2)
@@ -65,11 +64,11 @@ class RandomSource(ModelSource):
 def random_source(model: str, config: ExportConfig, beside: Path, progress: Progress | None = None) -> RandomSource:
     """MODEL with random weights: a recipe, or anything with a config.json.
 
-    The checkpoint is a folder next to ``beside``, named after the model, and stays there: a second run with
-    the same model, layers and seed takes it as it is.
+    The checkpoint is a folder next to ``beside``, named after the model, and is kept: a second run with
+    the same model, layers and seed reuses it.
 
     Raises:
-        LessExportError: no such model, or not so many layers.
+        LessExportError: no such model, or too many layers.
     """
     recipe = recipes.load(model)
     if recipe is not None:
@@ -78,7 +77,7 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
         origin = resolve(model)
         if origin.gguf is not None:
             raise UsageError(
-                f"--random-weights makes safetensors: give a recipe or a folder with config.json, not {model}"
+                f"--random-weights writes safetensors: give a recipe or a folder with config.json, not {model}"
             )
         hf_config, name, tokenizer = origin.config(), origin.name.split("/")[-1], origin.tokenizer()
     vars(hf_config).pop("quantization_config", None)
@@ -107,14 +106,14 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
 def write(
     hf_config: Any, folder: Path, seed: int = 0, progress: Progress | None = None, tokenizer: Any = None
 ) -> tuple[int, bool]:
-    """Write a random checkpoint of ``hf_config`` in its dtype, or find it written.
+    """Write a random checkpoint of ``hf_config`` in its dtype, unless it is there.
 
     Args:
         folder: where it goes, under a temporary name until it is whole.
-        tokenizer: of transformers, to be saved beside the weights.
+        tokenizer: the Hugging Face tokenizer to save beside the weights.
 
     Returns:
-        The weights' bytes, and whether they had to be written.
+        The size of the weights in bytes, and whether they were written.
     """
     bare = weights.bare_model(hf_config, hf_config.dtype)
     saved = bare.state_dict()
@@ -159,7 +158,7 @@ def write(
 
 @contextlib.contextmanager
 def _no_room(folder: Path) -> Iterator[None]:
-    """What the disk says against writing ``folder``, in one line."""
+    """Why ``folder`` cannot be written, in one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -185,16 +184,18 @@ def _refuse_damaged(folder: Path, shards: list[str]) -> None:
         try:
             weights.read_header(folder / name)
         except ModelError as error:
-            raise ModelError(f"{folder / name} is corrupt or truncated: remove {folder}, it is made anew") from error
+            raise ModelError(
+                f"{folder / name} is corrupt or truncated: remove {folder} to have it written again"
+            ) from error
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """What a JSON file says, whichever transformers wrote it."""
+    """The contents of a JSON file, without the version of transformers that wrote it."""
     return {k: v for k, v in json.loads(path.read_text()).items() if k != "transformers_version"}
 
 
 class _Values:
-    """Values of a model's tensors: normal with its ``initializer_range``; norms, biases and buffers as it starts."""
+    """Values of a model's tensors: normal with its ``initializer_range``; norms, biases and buffers as the model initialises them."""
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -203,7 +204,7 @@ class _Values:
         self._given = dict(_vectors(model)) | dict(model.named_buffers())
 
     def of(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """The tensor called ``name``, of the shape of ``like``; to be called once a name, in order."""
+        """The tensor called ``name``, of the shape of ``like``; call it once for each name, in order."""
         if name in self._given:
             return self._given[name]
         out = torch.empty(like.shape, dtype=like.dtype)

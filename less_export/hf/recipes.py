@@ -18,9 +18,9 @@ from ..plan import AttentionLayer, plan_layers
 
 _OPTIONS = ("policy", "budget", "layer_budgets", "context", "chunk", "compress_sliding")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
-#: Facts that every decoder has, all positive whole numbers.
+#: Keys that every decoder's architecture has, all positive integers.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-#: Keys of older config.json that transformers turns into others, and what it makes of them.
+#: Keys of older config.json files that transformers rewrites, and what it turns them into.
 REWRITTEN = ("rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window_pattern")
 _DERIVED = ("rope_parameters", "layer_types", "no_rope_layers")
 #: What the values of a recipe's keys must be, and of those of its architecture.
@@ -57,7 +57,7 @@ class Recipe:
     hub: Hugging Face id. gguf_package: Python package that ships the model as GGUF, tried first.
     policy, budget, layer_budgets, context, chunk, compress_sliding: defaults of
     :class:`~less_export.config.ExportConfig`.
-    rank and hidden are what kernels for this model are trained with, dtype is what TensorRT computes in.
+    rank, hidden: sizes of the kernels trained for this model. dtype: compute dtype on TensorRT.
     architecture: keys of the (text) config.json that fix shapes and arithmetic.
     """
 
@@ -137,7 +137,7 @@ class Recipe:
         return facts
 
     def compare(self, described: Any, found: Any) -> None:
-        """Raise :class:`ModelError` where two configs differ: made of this recipe, read from a checkpoint."""
+        """Raise :class:`ModelError` where this recipe's config and a checkpoint's differ."""
         for key in (*self.architecture, *_DERIVED):
             want, got = getattr(described, key, None), getattr(found, key, None)
             if key not in REWRITTEN and want != got:
@@ -148,7 +148,7 @@ class Recipe:
 
 
 def _check(given: dict[str, Any], known: dict[str, str], prefix: str = "") -> None:
-    """Raise :class:`UsageError` for keys that are not known and for values of another kind."""
+    """Raise :class:`UsageError` for unknown keys and for values of the wrong kind."""
     for key, value in given.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -163,7 +163,7 @@ def _files() -> dict[str, Any]:
 
 
 def names() -> list[str]:
-    """The recipes there are."""
+    """Names of all recipes."""
     return sorted(_files())
 
 
@@ -188,12 +188,12 @@ def all_recipes() -> list[Recipe]:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a MODEL that is no file can be an id like org/name."""
+    """Whether a MODEL that is not a file can be an id like org/name."""
     return bool(_HUB_ID.match(model))
 
 
 def refuse_unknown(model: str) -> None:
-    """Raise :class:`UsageError` for a MODEL that is no recipe, file, folder or hub id; needs no torch."""
+    """Raise :class:`UsageError` for a MODEL that is not a recipe, file, folder or hub id; does not import torch."""
     path = Path(model).expanduser()
     if model in _files() or path.exists() or path.suffix == ".gguf" or is_hub_id(model):
         return

@@ -19,11 +19,11 @@ from ..errors import GatedModelError, ModelError
 from . import recipes
 from .compat import one_gguf_reader, quiet_transformers
 
-#: What a snapshot needs to be understood: configuration, tokenizer; and weights that are called otherwise than usual.
+#: Files of a snapshot besides its weights (configuration, tokenizer), and weights under unusual names.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _WEIGHT_FILES = ["*.safetensors"]
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-#: How the decoder's weights are called in checkpoints that also see or hear, and in the decoder alone.
+#: Prefixes of the decoder's weights in checkpoints with vision or audio parts, and in the decoder alone.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 
 
@@ -31,7 +31,7 @@ TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 class ModelSource:
     """A model on disk. ``gguf`` is the file, for GGUF; ``folder`` holds config and tokenizer otherwise.
 
-    Of a hub id (``hub``) only the small files are there until :meth:`fetch`.
+    For a hub id (``hub``), only the small files are present until :meth:`fetch`.
     """
 
     name: str
@@ -42,14 +42,14 @@ class ModelSource:
 
     @property
     def names(self) -> list[str]:
-        """What the model may be called: its own name and its recipe's ids."""
+        """Names of the model: its own and its recipe's ids."""
         return [n for n in (self.name, self.hub, self.recipe and self.recipe.hub) if n]
 
     def fetch(self) -> None:
         """Download the weights of a hub id: the files that its index names, or the only one.
 
         Raises:
-            ModelError: they cannot be had.
+            ModelError: they cannot be downloaded.
         """
         if self.hub is None:
             return
@@ -63,15 +63,15 @@ class ModelSource:
                 _download(self.hub, [*_SMALL_FILES, *_WEIGHT_FILES])
                 absent = [] if any(self.folder.glob(_WEIGHT_FILES[0])) else [_SINGLE]
             for name in absent:
-                if not (self.folder / name).exists():  # not at the hub, or the hub not there?
+                if not (self.folder / name).exists():  # missing on the hub, or the hub unreachable?
                     _ask(self.hub, name)
 
     def _arguments(self) -> dict[str, Any]:
-        # Code that a checkpoint brings along is neither run nor asked about.
+        # Code in a checkpoint is never run, and transformers does not ask about it.
         return {"trust_remote_code": False, **({"gguf_file": self.gguf.name} if self.gguf else {})}
 
     def config(self) -> Any:
-        """The decoder's Hugging Face configuration, of the text part where there are others.
+        """The decoder's Hugging Face configuration; that of the text part for multimodal models.
 
         Raises:
             ModelError: unreadable.
@@ -91,7 +91,7 @@ class ModelSource:
         """The model with its weights in memory (GGUF is dequantised).
 
         Raises:
-            ModelError: unreadable, or weights are missing (transformers would make them up).
+            ModelError: unreadable, or weights are missing (transformers would initialise them).
         """
         self.fetch()
         if config is None and self.gguf is None:
@@ -124,28 +124,28 @@ class ModelSource:
 
 
 def _text_part(config: Any) -> Any:
-    """The config of the decoder inside a model that also sees or hears; others as they are."""
+    """The config of the decoder inside a multimodal model; any other config unchanged."""
     text = config.get_text_config()
     for part in (config, text):
-        if getattr(part, "quantization_config", None) == {}:  # nothing is quantised, but transformers takes offence
+        if getattr(part, "quantization_config", None) == {}:  # nothing is quantised, but transformers raises an error
             del part.quantization_config
     if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return config
     for name in ("dtype", "quantization_config"):
         if getattr(text, name, None) is None and getattr(config, name, None) is not None:
             setattr(text, name, getattr(config, name))
-    if getattr(config, "tie_word_embeddings", None) is not None:  # the whole's is what transformers goes by
+    if getattr(config, "tie_word_embeddings", None) is not None:  # transformers uses that of the whole model
         text.tie_word_embeddings = config.tie_word_embeddings
     return text
 
 
 @contextlib.contextmanager
 def _explained(source: ModelSource, what: str) -> Iterator[None]:
-    """Turn what transformers raises for an unreadable model into one line, and keep it quiet."""
+    """Turn any error of transformers for an unreadable model into one line, and suppress its output."""
     try:
         with quiet_transformers(), one_gguf_reader() if source.gguf else contextlib.nullcontext():
             yield
-    except Exception as error:  # what transformers raises for damaged files shares no base class
+    except Exception as error:  # errors of transformers for damaged files share no base class
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         raise ModelError(f"cannot read the {what} of {source.gguf or source.folder}: {reason}") from error
 
@@ -183,7 +183,9 @@ def resolve(model: str) -> ModelSource:
             raise ModelError(f"{path} has no config.json: give a Hugging Face checkpoint folder")
         return ModelSource(path.resolve().name, path)
     if path.exists():
-        raise ModelError(f"{path} is a file, not a checkpoint folder; only .gguf files are read by themselves")
+        raise ModelError(
+            f"{path} is a file, not a checkpoint folder; the only single files that can be read are .gguf files"
+        )
     return ModelSource(model, _download(model, _SMALL_FILES), hub=model)
 
 
@@ -191,7 +193,7 @@ def index_names(folder: Path) -> list[str] | None:
     """The weight files that a checkpoint's index names; None where there is no index.
 
     Raises:
-        ModelError: the index is damaged, or names files outside of the folder.
+        ModelError: the index is damaged, or names files outside the folder.
     """
     index = folder / _INDEX
     if not index.is_file():
@@ -224,18 +226,18 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def described(recipe: recipes.Recipe) -> Any:
-    """The Hugging Face configuration that a recipe's facts make."""
+    """The Hugging Face configuration of a recipe's architecture."""
     try:
         config = AutoConfig.for_model(**recipe.facts())
-    except Exception as error:  # whatever a config class makes of values it does not expect
+    except Exception as error:  # whatever a config class raises for unexpected values
         reason = textwrap.shorten(str(error), 160) or type(error).__name__
-        raise ModelError(f"recipe {recipe.name} describes no model of transformers: {reason}") from error
+        raise ModelError(f"recipe {recipe.name} does not describe a model of transformers: {reason}") from error
     config.dtype = getattr(torch, recipe.dtype)
     return config
 
 
 def _gguf_of(recipe: recipes.Recipe) -> Path | None:
-    """The GGUF file of the recipe's package, put together in the user's cache; None if not installed."""
+    """The GGUF file of the recipe's package, assembled in the user's cache; None if the package is not installed."""
     if recipe.gguf_package is None:
         return None
     try:
@@ -250,7 +252,7 @@ def _gguf_of(recipe: recipes.Recipe) -> Path | None:
 
 @contextlib.contextmanager
 def _or_package(recipe: recipes.Recipe | None) -> Iterator[None]:
-    """Where the hub's files cannot be had, name the package that ships the model."""
+    """If the hub's files cannot be downloaded, name the package that ships the model."""
     try:
         yield
     except ModelError as error:
@@ -260,7 +262,7 @@ def _or_package(recipe: recipes.Recipe | None) -> Iterator[None]:
 
 
 def _download(hub_id: str, patterns: list[str]) -> Path:
-    """Snapshot folder of a hub id with the files that match, from the cache or the hub."""
+    """Snapshot folder of a hub id with the matching files, from the cache or the hub."""
     from huggingface_hub import snapshot_download
 
     with _hub_errors(hub_id):
@@ -268,7 +270,7 @@ def _download(hub_id: str, patterns: list[str]) -> Path:
 
 
 def _ask(hub_id: str, name: str) -> None:
-    """Say why a file of a hub id is not in the cache; nothing where the hub does not have it either."""
+    """Raise the reason why a file of a hub id is not in the cache; return if the hub does not have it either."""
     from huggingface_hub import errors, hf_hub_download
 
     with _hub_errors(hub_id):
@@ -282,7 +284,7 @@ def _ask(hub_id: str, name: str) -> None:
 
 @contextlib.contextmanager
 def _hub_errors(hub_id: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one line."""
+    """Turn any error of the hub's client into one line."""
     from huggingface_hub import errors
 
     instead = "or give a local checkpoint folder as MODEL"
@@ -303,7 +305,7 @@ def _hub_errors(hub_id: str) -> Iterator[None]:
             f"{hub_id} is not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set): "
             f"check the network, {instead}"
         ) from None
-    except Exception as error:  # what the hub, the network and the disk raise shares no base class
+    except Exception as error:  # errors of the hub, the network and the disk share no base class
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 160)
         raise ModelError(
             f"{hub_id} cannot be downloaded ({reason}): check the network and the disk, {instead}"

@@ -1,9 +1,9 @@
-"""Putting LESS into a Hugging Face decoder, and taking it out again without a trace.
+"""Putting LESS into a Hugging Face decoder, and restoring the decoder afterwards.
 
 A decoder calls its attention through transformers' attention interface, or (Falcon) through
-``F.scaled_dot_product_attention``. Inside :func:`less_attention` both routes lead to one handler that is
-given the new, not yet repeated q, k, v of a layer; outside nothing of the model has changed.
-:func:`discover` sends a probe down the same route and refuses what LESS cannot express.
+``F.scaled_dot_product_attention``. Inside :func:`less_attention` both routes lead to one handler, which
+receives a layer's new q, k and v before they are repeated; outside it the model is unchanged. :func:`discover` sends a
+probe down the same route and refuses what LESS cannot express.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Handler = Callable[["AttentionCall"], Tensor]
 
 @dataclass
 class AttentionCall:
-    """One layer's attention as the model asked for it; k and v have Hk heads."""
+    """One layer's attention as the model calls it; k and v have Hk heads."""
 
     layer: int
     module: nn.Module | None
@@ -68,7 +68,7 @@ compat.register_attention("less", _interface_attention)
 
 @contextlib.contextmanager
 def _sdpa_route(model: nn.Module) -> Iterator[None]:
-    """Decoders off the interface: the i-th call of F.scaled_dot_product_attention is layer i.
+    """Decoders that do not use the interface: the i-th call of F.scaled_dot_product_attention is layer i.
 
     The function itself is replaced: a TorchFunctionMode would come too late, after torch has parsed the
     arguments, and parsing refuses the symbolic ``is_causal`` that Falcon computes while it is traced.
@@ -112,7 +112,7 @@ def _sdpa_route(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _masks(model: nn.Module, make: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
-    """Let ``make(name, args, kwargs)`` stand in for every transformers mask function the model can reach."""
+    """Replace every transformers mask function the model can reach by ``make(name, args, kwargs)``."""
 
     def stand_in(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: make(name, args, kwargs)
@@ -139,9 +139,9 @@ def less_attention(
 ) -> Iterator[None]:
     """Send every attention of ``model`` to ``handler`` while the context is open.
 
-    Masks are not built (``handler`` masks by position); ``make_mask`` may put its own in their place.
-    Afterwards weights, buffers, configuration and transformers itself are as they were. One thread at a
-    time: the masks are swapped for the whole process.
+    Masks are not built (``handler`` masks by position); ``make_mask`` may return others instead. Afterwards weights,
+    buffers, configuration and transformers itself are restored. Use it in one thread at a time: the mask functions are
+    replaced for the whole process.
     """
     token = _handler.set(handler)
     interface = on_interface(model)
@@ -162,7 +162,7 @@ def less_attention(
 
 
 class _Mask:
-    """Stands for a mask while probing: the window it slides over, or why LESS cannot have it."""
+    """Represents a mask while probing: the window it slides over, or why LESS cannot express it."""
 
     ndim = 4
 
@@ -186,7 +186,7 @@ class _Mask:
 
 
 def _mask_kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Mask:
-    """What a call of a transformers mask function stands for."""
+    """The mask that a call of a transformers mask function asks for."""
     config = kwargs.get("config", args[0] if args else None)
     overlays = [k for k in ("or_mask_function", "and_mask_function", "block_sequence_ids") if kwargs.get(k) is not None]
     if name == "create_recurrent_attention_mask":
@@ -254,7 +254,7 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
 
 
 def _accept(call: AttentionCall, where: str) -> AttentionLayer:
-    """The layer's facts, or the reason why it cannot be LESS."""
+    """The layer's attention; raises with the reason if LESS cannot express it."""
 
     def refuse(reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{where}: {reason}")
@@ -292,7 +292,7 @@ def refuse_by_config(model: PreTrainedModel) -> None:
 
     config, base = model.config.get_text_config(), model.base_model
     alibi = getattr(config, "alibi", False) or getattr(getattr(config, "attn_config", None), "alibi", False)
-    if alibi or hasattr(base, "build_alibi_tensor"):  # Bloom's config does not say
+    if alibi or hasattr(base, "build_alibi_tensor"):  # not stated in Bloom's config
         raise UnsupportedModelError("layer 0: alibi adds a bias that depends on the distance of every token")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError("layer 0: an encoder-decoder has cross attention; only decoders are supported")
@@ -308,7 +308,7 @@ def refuse_by_config(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} has no output embedding, so it is no language model")
     if hasattr(base, "position_bias") or hasattr(base, "relative_positional_encoding"):  # CpmAnt, XLNet
         raise UnsupportedModelError("layer 0: attention adds a bias by the relative position of every token")
-    if hasattr(getattr(base, "embeddings", None), "create_position_ids_from_input_ids"):  # RoBERTa and its kin
+    if hasattr(getattr(base, "embeddings", None), "create_position_ids_from_input_ids"):  # RoBERTa and similar models
         raise UnsupportedModelError("layer 0: positions are counted past the padding token's id, not from 0")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         why = "it is recurrent, or counts positions in a cache, where evicted tokens are missing"

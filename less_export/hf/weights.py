@@ -25,9 +25,9 @@ from ..errors import ModelError
 from .compat import Naming, quiet_transformers
 from .sources import TEXT_PART
 
-#: Dtypes of weights that can be used as they are stored, as safetensors calls them.
+#: Dtypes of weights that can be used as stored, by their names in safetensors.
 FLOATS = tuple(dtypes.DTYPES[n].safetensors for n in dtypes.COMPUTE_DTYPES)
-#: Dtypes that are read, as torch calls them; the integers are codes of quantised weights.
+#: Dtypes that can be read, as torch dtypes; the integers are codes of quantised weights.
 DTYPES = {dtypes.DTYPES[n].safetensors: dtypes.torch_dtype(n) for n in (*dtypes.COMPUTE_DTYPES, "int8", "uint8")}
 
 
@@ -42,7 +42,7 @@ class StoredTensor:
     length: int
 
     def read(self) -> torch.Tensor:
-        """The tensor itself, mapped from the file and not to be written to."""
+        """The tensor, mapped from the file: do not write to it."""
         dtype = DTYPES[self.dtype]
         if self.length == 0:
             return torch.empty(self.shape, dtype=dtype)
@@ -102,7 +102,7 @@ class QuantisedTensor:
 
 
 Stored = StoredTensor | QuantisedTensor
-#: What a quantised weight's codes are called after its name, by whether they are transposed; and its scales.
+#: Suffixes of a quantised weight's codes, by whether they are transposed, and of its scales.
 CODES, SCALES = {False: ".codes", True: ".codes.T"}, ".scales"
 
 
@@ -119,7 +119,7 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
 
 
 def _belong(codes: StoredTensor, scales: StoredTensor | None) -> bool:
-    """Whether these are the codes and scales of one matrix; other checkpoints may use the names for something else."""
+    """Whether these are the codes and scales of one matrix; other checkpoints may use these names for other tensors."""
     if scales is None or codes.dtype not in ("I8", "U8") or scales.dtype != "F32":
         return False
     if len(codes.shape) != 2 or len(scales.shape) != 2:
@@ -167,11 +167,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a checkpoint's files hold of a model.
+    """The tensors of a model in a checkpoint's files.
 
-    ``tensors`` by parameter name, tied names included. ``missing`` names are not stored as they are needed; those that
-    are ``convertible`` are stored in another layout (fused experts) or dtype. ``unused``: floats that the model has no
-    place for, by their names in the files, and what they would be called in it.
+    ``tensors`` by parameter name, tied names included. ``missing`` names are not stored in the form that
+    is needed; those that are also ``convertible`` are stored in another layout (fused experts) or dtype. ``unused``:
+    floats without a place in the model, by their names in the files, and the names they would have in the model.
     """
 
     tensors: dict[str, Stored]
@@ -181,13 +181,13 @@ class Survey:
 
 
 def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, Stored], list[str]]:
-    """Where the parameters (and saved buffers) of ``model`` lie, and the names of those that are not there."""
+    """Where the parameters (and saved buffers) of ``model`` are stored, and the names of those that are missing."""
     found = survey(model, files)
     return found.tensors, found.missing
 
 
 def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
-    """Hold the names and shapes in ``files`` against ``model``'s, by transformers' own renaming rules.
+    """Compare the names and shapes in ``files`` with ``model``'s, by transformers' own renaming rules.
 
     Raises:
         ModelError: a damaged file, or another shape.
@@ -239,7 +239,7 @@ def bare_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A decoder whose parameters have shapes but no memory; buffers (rotary tables) are real."""
     from accelerate import init_empty_weights
 
-    config = copy.deepcopy(config)  # from_config writes dtype and attention into the one it is given
+    config = copy.deepcopy(config)  # from_config writes dtype and attention into its argument
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
     model.tie_weights()
@@ -251,7 +251,7 @@ def bare_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _stretch(like: torch.Tensor) -> nn.Parameter:
-    """A parameter of the same shape and dtype over a single element."""
+    """A parameter of the same shape and dtype backed by a single element."""
     return nn.Parameter(torch.zeros(1, dtype=like.dtype).expand(like.shape), requires_grad=False)
 
 
