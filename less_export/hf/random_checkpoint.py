@@ -49,7 +49,7 @@ class RandomSource(ModelSource):
     progress: Progress | None = None
 
     def fetch(self) -> None:
-        """Write the checkpoint; raises :class:`LessExportError` if it does not fit on the disk or another one is there."""
+        """Write the checkpoint; raises :class:`LessExportError` if it does not fit or another one is there."""
         size, made = write(self.hf_config, self.folder, self.seed, self.progress, self.own_tokenizer)
         where = "written to" if made else "taken from"
         warnings.warn(f"the weights are random, {size / 1e9:.2f} GB {where} {self.folder}", stacklevel=2)
@@ -195,7 +195,7 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 class _Values:
-    """Values of a model's tensors: normal with its ``initializer_range``; norms, biases and buffers as the model initialises them."""
+    """Values of a model's tensors: normal with its ``initializer_range``; norms, biases and buffers as initialised."""
 
     def __init__(self, model: PreTrainedModel, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
