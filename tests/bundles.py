@@ -1,6 +1,6 @@
 """Checkpoints of a few kilobytes and the bundles made of them, for tests of files, faults and the command line.
 
-A plugin: modules that say ``pytest_plugins = ["tests.bundles"]`` share its fixtures, each made once a session.
+A plugin: modules that say ``pytest_plugins = ["tests.bundles"]`` share its fixtures, each made once for all workers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from less_export.exporter import build, graphs
 from less_export.exporter.trace import trace
 from less_export.hf.decoder import LessDecoder
 from less_export.less.feature_maps import random_kernels
+
+from .sharing import once, shared_folder
 
 CORPUS = ("Alice was beginning to get very tired of sitting by her sister on the bank. ", "Once upon a time, a cat.")
 #: Longer than the 12 slots (5% of 256) that bundles have by default.
@@ -216,8 +218,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the session's checkpoints and bundles lie; nobody may have changed them at the end."""
-    folder = tmp_path_factory.mktemp("bundles")
+    """Where the checkpoints and bundles of all workers lie; nobody may have changed them at the end."""
+    folder = shared_folder(tmp_path_factory, "bundles")
     yield folder
     for manifest in folder.glob(f"*/{MANIFEST}"):
         Bundle.open(manifest.parent, full=True)
@@ -226,31 +228,34 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def source(made: Path) -> Path:
     """A checkpoint folder with a chat template."""
-    return checkpoint(made / "checkpoint", chat=True)
+    return once(made / "checkpoint", lambda path: checkpoint(path, chat=True))
 
 
 @pytest.fixture(scope="session")
 def kernel_file(made: Path) -> Path:
     """Random kernels of rank 3 for both layers of ``source``."""
-    return kernels(made / "kernels.safetensors")
+    return once(made / "kernels.safetensors", kernels)
 
 
 @pytest.fixture(scope="session")
 def plain(source: Path, made: Path) -> Path:
     """A folder bundle for ONNX Runtime: h2o, 12 slots, no kernels."""
-    return bundle(source, made / "plain")
+    return once(made / "plain", lambda path: bundle(source, path))
 
 
 @pytest.fixture(scope="session")
 def kernelled(source: Path, kernel_file: Path, made: Path) -> Path:
     """A folder bundle for both targets, with kernels."""
-    return bundle(source, made / "kernelled", kernels=kernel_file, target="both")
+    return once(made / "kernelled", lambda path: bundle(source, path, kernels=kernel_file, target="both"))
 
 
 @pytest.fixture(scope="session")
 def single(source: Path, made: Path) -> Path:
     """``x.onnx`` with its companions: policy full, 32 slots, one layer."""
-    return bundle(source, made / "single" / "x.onnx", policy="full", context=32, num_hidden_layers=1)
+    return once(
+        made / "single" / "x.onnx",
+        lambda path: bundle(source, path, policy="full", context=32, num_hidden_layers=1),
+    )
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from filelock import FileLock
 from hypothesis import HealthCheck, settings
+
+from .sharing import once, shared_folder
 
 if TYPE_CHECKING:
     from less_export.runtime.backend import Backend
@@ -31,14 +32,6 @@ settings.load_profile("fixed")
 #: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both kept.
 Exported = Callable[..., "Tiny"]
 Opened = Callable[..., "Backend"]
-
-
-def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
-    """A folder of this run of the tests; with pytest-xdist it is the same one for all workers."""
-    base = factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    folder.mkdir(exist_ok=True)
-    return folder
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,7 +77,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
     folder = shared_folder(tmp_path_factory, "families")
 
-    def make(family: str, variant: str, checkpoint: Path, bundle: Path) -> None:
+    def make(family: str, variant: str, bundle: Path) -> None:
+        checkpoint = bundle.with_name(f"{bundle.name}.model")
         if variant == "h2o":
             families.save(family, checkpoint)
             kernels = families.kernels(families.load(checkpoint), folder / f"{family}.kernels.safetensors")
@@ -94,11 +88,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
             families.export(checkpoint, bundle, policy="full", context=families.CONTEXT, logits="all")
 
     def export(family: str, variant: str) -> Tiny:
-        checkpoint, bundle = folder / f"{family}.{variant}.model", folder / f"{family}.{variant}"
-        with FileLock(f"{bundle}.lock"):
-            if not bundle.exists():  # it gets its name when it is complete
-                make(family, variant, checkpoint, bundle)
-        return families.Tiny(checkpoint, bundle)
+        bundle = once(folder / f"{family}.{variant}", lambda path: make(family, variant, path))
+        return families.Tiny(bundle.with_name(f"{bundle.name}.model"), bundle)
 
     return export
 

@@ -22,11 +22,11 @@ from typing import IO
 
 import numpy as np
 import torch
-from filelock import FileLock
 
 from less_export.contract import LayerSpec
 
 from .oracle import Normal, Run, layer_of
+from .sharing import once
 
 PLUGIN = Path(__file__).parents[1] / "plugins_trt"
 SOURCES = ("less_attention.cu", "less_attention_decode.cu", "less_attention_prefill.cu")
@@ -118,23 +118,23 @@ def build(
 
 
 @functools.cache
-def kept(name: str, *flags: str, interface: str = "host_step.cpp") -> Path:
-    """:func:`build` with these flags, kept in the cache that LESS_EXPORT_CACHE names, where there is one."""
-    if "LESS_EXPORT_CACHE" not in os.environ:
-        build(folder() / name / name, *flags, interface=interface)
-        return folder() / name / name
-    digest = hashlib.sha256(repr((flags, interface)).encode())
+def compiled(*facts: str) -> Path:
+    """A folder for what is compiled of the plugin's sources; ``facts`` are what else it depends on.
+
+    It lies in the cache that LESS_EXPORT_CACHE names, or else lives as long as the process.
+    """
+    digest = hashlib.sha256(repr(facts).encode())
     digest.update(subprocess.check_output(["g++", "--version"]))
     digest.update((cuda_include() / "cuda_runtime_api.h").read_bytes())
-    for source in sorted(p for d in ("src", "include", "emulation") for p in (PLUGIN / d).iterdir()):
+    for source in sorted(p for d in ("src", "include", "emulation", "tests") for p in (PLUGIN / d).iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    place = Path(os.environ["LESS_EXPORT_CACHE"]) / "emulation" / digest.hexdigest()[:20]
-    place.mkdir(parents=True, exist_ok=True)
-    with FileLock(place / "lock"):
-        if not (place / "complete").exists():
-            build(place / name, *flags, interface=interface)
-            (place / "complete").touch()
-    return place / name
+    cache = Path(os.environ["LESS_EXPORT_CACHE"]) if "LESS_EXPORT_CACHE" in os.environ else folder()
+    return cache / "emulation" / digest.hexdigest()[:20]
+
+
+def kept(name: str, *flags: str, interface: str = "host_step.cpp") -> Path:
+    """What :func:`build` makes with these flags, unless it was made before."""
+    return once(compiled(*flags, interface) / name, lambda path: build(path, *flags, interface=interface))
 
 
 def library() -> Path:

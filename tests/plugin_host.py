@@ -11,6 +11,7 @@ import functools
 import math
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from less_export.tensorrt import plugin
 from . import emulation
 from .emulation import DTYPES, PLUGIN, STATE, TOKENS
 from .oracle import Run
+from .sharing import once
 
 FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb")
 INPUTS, OUTPUTS = 14, 8
@@ -48,17 +50,22 @@ class Tensor(ctypes.Structure):
 @functools.cache
 def harness() -> ctypes.CDLL:
     """The harness, the plugin's own sources and the emulated kernels, in one library."""
-    out, kernels = emulation.folder() / "libplugin_harness.so", emulation.library()
+    kernels, headers = emulation.library(), plugin.tensorrt_include()
+    folder = emulation.compiled("harness", str(kernels), (headers / "NvInferVersion.h").read_text())
+    library = once(folder / "libplugin_harness.so", lambda path: compile_harness(path, kernels, headers))
+    return prepared(ctypes.CDLL(str(library)))
+
+
+def compile_harness(out: Path, kernels: Path, headers: Path) -> None:
     names = ("src/less_attention_plugin.cpp", "src/plugin_library.cpp", "src/rtx_name.cpp", "tests/plugin_harness.cpp")
     words = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-deprecated-declarations"]
     words += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
     words += ["-I", str(PLUGIN / "include"), "-I", str(PLUGIN / "src"), "-isystem", str(emulation.cuda_include())]
-    words += ["-isystem", str(plugin.tensorrt_include()), *(str(PLUGIN / n) for n in names), str(kernels)]
+    words += ["-isystem", str(headers), *(str(PLUGIN / n) for n in names), str(kernels)]
     words += [f"-Wl,-rpath,{kernels.parent}", "-ldl", "-o", str(out)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
-    return prepared(ctypes.CDLL(str(out)))
 
 
 def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:

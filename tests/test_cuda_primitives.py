@@ -14,15 +14,15 @@ import torch
 
 from . import emulation
 from .emulation import DTYPES, ORDERS, PLUGIN
+from .sharing import once
 
 pytestmark = pytest.mark.slow
 
 
 @functools.cache
 def primitives() -> ctypes.CDLL:
-    out = emulation.folder() / "libless_primitives.so"
-    emulation.compile_source(PLUGIN / "tests/primitives.cu", out)
-    return ctypes.CDLL(str(out))
+    library = emulation.compiled("primitives") / "libless_primitives.so"
+    return ctypes.CDLL(str(once(library, lambda path: emulation.compile_source(PLUGIN / "tests/primitives.cu", path))))
 
 
 def check(call: Callable[..., int], dtype: str, seed: int, device: str = "cpu") -> None:

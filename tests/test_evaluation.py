@@ -26,6 +26,7 @@ from less_export.training import collect
 
 from . import bundles, families
 from .bundles import HEADS, Run, refused
+from .sharing import once
 
 pytest_plugins = ["tests.bundles"]
 
@@ -45,7 +46,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def streaming(source: Path, kernel_file: Path, made: Path) -> Path:
     """A bundle with kernels that gives the logits of every token: 12 slots."""
-    return bundles.bundle(source, made / "streaming", kernels=kernel_file, logits="all")
+    return once(made / "streaming", lambda path: bundles.bundle(source, path, kernels=kernel_file, logits="all"))
 
 
 # ------------------------------------------------------------------ simulation and streaming

@@ -20,6 +20,7 @@ from less_export.errors import KernelError
 from less_export.less.feature_maps import PARAMETRISATIONS, Kernels, random_kernels
 
 from . import bundles
+from .sharing import once
 
 pytest_plugins = ["tests.bundles"]
 
@@ -300,8 +301,8 @@ def test_kernels_through_an_export(
 ) -> None:
     bundle = kernelled
     if family == "paper":  # of one layer only: the other stays sparse
-        file = bundles.kernels(made / "paper.safetensors", "paper", layers=[1])
-        bundle = bundles.bundle(source, made / "papered", kernels=file)
+        file = once(made / "paper.safetensors", lambda path: bundles.kernels(path, "paper", layers=[1]))
+        bundle = once(made / "papered", lambda path: bundles.bundle(source, path, kernels=file))
     ids = np.random.default_rng(0).integers(2, 300, 56).tolist()
     without, mine, theirs = logits(plain, "ort", ids), logits(bundle, "ort", ids), logits(bundle, "torch", ids)
     unit = float(np.abs(theirs).max())

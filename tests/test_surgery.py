@@ -258,7 +258,6 @@ def test_refuses_what_onnx_has_no_word_for(nothing_left: Path, monkeypatch: pyte
         less_export.export(str(tmp_path / "model"), nothing_left / "bundle", budget="8", validate=False)
 
 
-@pytest.mark.slow
 def test_refuses_experts_in_a_loop(nothing_left: Path, tmp_path: Path) -> None:
     config = tr.AriaTextConfig(**families.ONE, moe_num_experts=2, moe_topk=1)
     families.save(lambda: tr.AriaTextForCausalLM(config), tmp_path / "model")
