@@ -11,6 +11,7 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
 from less_export import __version__
+from less_export.cli.commands import COMMANDS
 
 project = "less-export"
 author = copyright = "the less-export authors"
@@ -37,7 +38,7 @@ napoleon_numpy_docstring = False
 
 # Types of other libraries: their documentation is not fetched, so that the site builds without a network.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(?:np|npt|numpy|torch|tokenizers|pathlib|collections|typing|abc|enum|onnx_ir)\..*"),
+    (r"py:.*", r"(?:np|npt|numpy|torch|tokenizers|pathlib|collections|contextlib|typing|abc|enum|onnx_ir)\..*"),
     (r"py:.*", r"(?:Path|Any|Sequence|Mapping|Iterator|Iterable|Callable|Tensor|Module|ABC|IntEnum|Exception|Array)"),
 ]
 
@@ -55,5 +56,21 @@ def resolve_short_name(app: Sphinx, env: BuildEnvironment, node: pending_xref, c
     return make_refnode(app.builder, node["refdoc"], entry.docname, entry.node_id, contnode, names[0])
 
 
+_COMMAND = """
+```{{sphinx_argparse_cli}}
+:module: {module}
+:func: parser
+:title: less-export {name}
+```
+"""
+
+
+def add_commands(app: Sphinx, document: str, source: list[str]) -> None:
+    """Below the text of the page about the command line, every command as its parser describes it."""
+    if document == "command-line":
+        source[0] += "".join(_COMMAND.format(module=c.parser.__module__, name=c.name) for c in COMMANDS.values())
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", add_commands)
     app.connect("missing-reference", resolve_short_name)
