@@ -107,7 +107,7 @@ def headline() -> str:
     by_context = {r["context"]: r for r in decode["rows"]}
     long, step, short = by_context[32768], by_context[16384], decode["rows"][0]
     state, cache = (size(long[n]) for n in ("less_state_bytes", "full_cache_bytes"))
-    slower = f"{short['less_ms']:.0f} against {short['full_ms']:.0f} ms at {short['context']}"
+    slower = f"at {short['context']}: {short['less_ms']:.0f} and {short['full_ms']:.0f} ms"
     cost = "[Decoding](docs/results/decoding.md)"
     times = (f"{step[n]:.0f} ms" for n in ("less_ms", "full_ms"))
     rows = [
@@ -116,14 +116,14 @@ def headline() -> str:
     ]
     measured = quality_tables.Quality(data)
     setting = measured.settings()[0]
-    for domain, text in (("in", "WikiText-2"), ("shipped", "other passages of the training text")):
+    for domain, text in (("in", "WikiText-2"), ("shipped", "later passages of the training texts")):
         less = [f.row["perplexity"] for f in measured.less(domain, setting)]
         rest = (measured.one(domain, setting, "sparse+bytes R8"), measured.one(domain, "", "full"))
         figures = [sum(less) / len(less), *(f.row["perplexity"] for f in rest if f)]
         quality_page = "[Quality](docs/results/quality.md)"
-        rows.append([f"perplexity on {text}, {setting}", *(f"{x:.2f}" for x in figures), quality_page])
+        rows.append([f"perplexity on {text}", *(f"{x:.2f}" for x in figures), quality_page])
     what = f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots; "
-    what += "perplexity: Gemma 3 270M, contexts of 1,024 tokens"
+    what += f"perplexity: Gemma 3 270M, contexts of 1,024 tokens, {setting}"
     return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({what})"
 
 

@@ -30,6 +30,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_type_aliases = {"npt.ArrayLike": "numpy.typing.ArrayLike"}
 napoleon_use_ivar = True
+napoleon_use_rtype = False
 autodoc_default_options = {"members": True}
 maximum_signature_line_length = 100
 python_use_unqualified_type_names = True

@@ -25,16 +25,33 @@ DEFAULT_CHUNK = 256
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What a user may choose; ``None`` leaves it to the recipe, then to the model, then to the default.
+    """Options of an export; ``None`` leaves one to the recipe, then to the model, then to the default.
 
-    budget: tokens per layer and head (``"256"``) or a share of ``context`` (``"5%"``).
-    context: tokens; what percentages refer to, and the capacity of policy ``full``.
-    layer_budgets: layers with a budget of their own, ``"5:4%,11:88"``. heavy, recent: how the budget is split, in
-    tokens. dtype: compute dtype, over the target's own choice.
-    weights: what linear layers' weights are quantised to. max_batch: most rows.
-    rank: must match the kernels when both are given. chunk: most tokens per step.
-    plugin: engines run LESS in the plugin, not in standard operators. random_weights: make the weights up,
-    from ``seed`` (0 unless given).
+    Args:
+        target: graph for ``"ort"``, ``"trt"`` or ``"both"``; default by what is written.
+        policy: which tokens keep a slot: ``"h2o"``, ``"tova"``, ``"sink"`` or ``"full"``.
+        budget: slots per layer and KV head, in tokens (``"256"``) or as a share of ``context`` (``"5%"``).
+        layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
+        context: tokens that percentages refer to, and slots of policy ``full``.
+        heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
+        recent: slots for the newest tokens; default by the policy.
+        rank: refuse kernels of another rank.
+        kernels: file of trained kernels.
+        dtype: compute dtype; default float32 for ONNX Runtime, the model's own for TensorRT.
+        weights: quantise the weights of linear layers to ``"int8"`` or ``"int4"``.
+        max_batch: most rows at a time.
+        chunk: most tokens per step.
+        num_hidden_layers: keep only the first layers, for trials.
+        logits: of the ``"last"`` token, or of ``"all"``.
+        gpu_arch: GPU architectures of an engine, like ``"sm_89,sm_90"`` (TensorRT-RTX).
+        plugin: engines run LESS in the plugin, not in standard operators.
+        compress_sliding: give sliding layers the policy too.
+        validate: compare with Hugging Face before anything is written.
+        random_weights: make a checkpoint of the model's true shape with random weights, and export that.
+        seed: of the random weights; default 0.
+
+    Raises:
+        UsageError: a value out of range, or one that contradicts another.
     """
 
     target: Target | None = None

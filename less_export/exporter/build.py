@@ -47,7 +47,7 @@ def export(
             with a short text as each phase begins; default: nowhere.
 
     Returns:
-        The path that was written: the folder or the file.
+        The path that was written, the folder or the file.
 
     Raises:
         LessExportError: anything the user can fix; no partial output is left behind.

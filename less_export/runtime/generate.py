@@ -43,10 +43,11 @@ class Token:
 class Generation:
     """The result for one prompt.
 
-    token_ids: the new tokens, including the eos token or those of the stop string.
-    text: continues the prompt (including a leading space), without special tokens; ends before the stop string.
-    finish_reason: "eos", "stop" or "length" (max_new_tokens, or the longest sequence the model takes).
-    prompt_tokens: number of tokens of the prompt, without its prefix.
+    Args:
+        token_ids: the new tokens, including the eos token or those of the stop string.
+        text: continues the prompt (including a leading space), without special tokens; ends before the stop string.
+        finish_reason: "eos", "stop" or "length" (max_new_tokens, or the longest sequence the model takes).
+        prompt_tokens: number of tokens of the prompt, without its prefix.
     """
 
     token_ids: tuple[int, ...]

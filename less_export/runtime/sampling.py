@@ -16,15 +16,17 @@ from ..errors import BackendError, UsageError
 class SamplingParams:
     """How to choose tokens and when to stop.
 
-    temperature: 0 is greedy (the lowest id among equal highest logits), and ignores top_k and top_p.
-    top_k: sample from the k most likely tokens; 0 means all.
-    top_p: sample from the smallest set of most likely tokens whose probabilities sum to top_p; 1 means all.
-    seed: the same seed, prompt and index in the list of prompts give the same tokens; None is random.
-    max_new_tokens: maximum number of new tokens per prompt.
-    stop: strings that end a text, which then stops before them; may be a single string.
-    ignore_eos: continue past the model's end-of-sequence tokens.
+    Args:
+        temperature: 0 is greedy (the lowest id among equal highest logits), and ignores top_k and top_p.
+        top_k: sample from the k most likely tokens; 0 means all.
+        top_p: sample from the smallest set of most likely tokens whose probabilities sum to top_p; 1 means all.
+        seed: the same seed, prompt and index in the list of prompts give the same tokens; None is random.
+        max_new_tokens: maximum number of new tokens per prompt.
+        stop: strings that end a text, which then stops before them; may be a single string.
+        ignore_eos: continue past the model's end-of-sequence tokens.
 
-    Raises :class:`UsageError` for values out of range.
+    Raises:
+        UsageError: a value out of range.
     """
 
     temperature: float = 0.0

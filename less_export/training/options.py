@@ -31,12 +31,28 @@ _PATIENCE = datetime.timedelta(days=7)
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a user may choose; ``None`` leaves it to the recipe, then to the default.
+    """Options of a training; ``None`` leaves one to the recipe, then to the default.
 
-    policy, budget, context, compress_sliding: as of an export; layer_budgets too, or ``"auto"``: the budget is divided
-    by what eviction costs in each layer. rank, hidden: sizes of the kernels. quality: sets ``steps``, ``seqs`` and
-    ``end_to_end`` (tune all kernels together at the end) where they are not given. seqs, seq_len: training sequences
-    and their tokens (validation takes a twelfth more). layers: ``"0-7,9"``.
+    Args:
+        policy: as in :class:`~less_export.config.ExportConfig`, without ``"full"``.
+        budget: as in an export.
+        layer_budgets: as in an export, or ``"auto"``: divide the budget by what eviction costs in each layer.
+        context: as in an export.
+        compress_sliding: as in an export.
+        rank: features R of the kernels.
+        hidden: their hidden width.
+        parametrisation: ``"exp"``, or ``"paper"`` for that of the authors.
+        quality: ``"fast"`` or ``"high"``; sets ``steps``, ``seqs`` and ``end_to_end`` where they are None.
+        steps: steps per layer; 0 keeps the k-means start.
+        seqs: training sequences; validation takes a twelfth more.
+        seq_len: tokens of a sequence.
+        layers: train only these layers, like ``"0-7,9"``.
+        end_to_end: tune all kernels together at the end.
+        seed: the same seed gives the same kernels on the same machine.
+        device: like ``"cpu"`` or ``"cuda:1"``; default a GPU if there is one.
+
+    Raises:
+        UsageError: a value out of range.
     """
 
     policy: str | None = None
