@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
 import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..errors import BundleError, UsageError
+from ..errors import BundleError, UsageError, one_line
+from .chat_template import ChatTemplate
 
 _INCOMPLETE = "\ufffd"
 #: Number of preceding tokens that can affect how the next one is decoded (leading spaces, bytes of one character).
 _CONTEXT = 8
+#: Largest ``tokenizer.json``, in bytes: reading it takes time and memory in proportion.
+MAX_FILE = 64 << 20
+#: Most tokens that a tokenizer may add to a text, and most tokens of a text of one letter.
+MAX_ADDED, MAX_LETTER = 256, 2048
+#: Most characters that a normalizer or decoder may make of one.
+MAX_GROWTH = 16
 
 
 class Tokenizer:
     """A ``tokenizers.Tokenizer`` (or its file) with the facts that its file does not hold.
+
+    Truncation and padding that the file states are switched off, as transformers does. A given object is changed so.
 
     Args:
         source: path of a ``tokenizer.json``, or the loaded object.
         bos_id: id of the beginning-of-sequence token, if the model has one.
         eos_ids: ids that end a generation, the tokenizer's eos token first.
         add_bos: whether texts start with the bos token.
-        chat_template: Jinja source of the model's chat template, if it has one.
+        chat_template: Jinja source of the model's chat template, if it has one; or several by name.
+        special_tokens: the tokens that chat templates see, by the names of their variables (``bos_token``,
+            ``pad_token``, ...); default bos and eos.
+        split_special_tokens: whether special tokens written in a text are split like other text.
 
     Raises:
-        BundleError: the file is missing or damaged, or ``add_bos`` without ``bos_id``.
+        BundleError: the file is missing or damaged, ``add_bos`` without ``bos_id``, or a tokenizer that makes
+            very long sequences of short texts.
     """
 
     def __init__(
@@ -42,41 +53,61 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_ids: Sequence[int] = (),
         add_bos: bool = False,
-        chat_template: str | None = None,
+        chat_template: str | Mapping[str, str] | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+        split_special_tokens: bool = False,
     ) -> None:
-        if isinstance(source, tokenizers.Tokenizer):
-            self._tokenizer = source
-        else:
-            try:
-                self._tokenizer = tokenizers.Tokenizer.from_file(str(source))
-            except Exception as error:  # the library raises plain Exception
-                raise BundleError(f"cannot read the tokenizer {source}: {error}") from error
+        name = "the tokenizer" if isinstance(source, tokenizers.Tokenizer) else f"the tokenizer {source}"
+        try:
+            with _panics_as_exceptions():
+                self._tokenizer = source if isinstance(source, tokenizers.Tokenizer) else _read(Path(source))
+                self._tokenizer.no_truncation()
+                self._tokenizer.no_padding()
+                if split_special_tokens:
+                    self._tokenizer.encode_special_tokens = True
+                _check_growth(self._tokenizer)
+        except Exception as error:  # the library raises plain Exception
+            reason = getattr(error, "strerror", None) or error
+            raise BundleError(f"cannot read {name}: {one_line(reason)}") from error
         if add_bos and bos_id is None:
             raise BundleError("the tokenizer adds a bos token, but the manifest has no id for it: export again")
         self.bos_id = bos_id
         self.eos_ids = tuple(eos_ids)
         self.add_bos = add_bos
         self.chat_template = chat_template
+        if special_tokens is None:
+            ids = {"bos_token": bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
+            texts = {n: self._tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
+            special_tokens = {n: text for n, text in texts.items() if text is not None}
+        self.special_tokens = dict(special_tokens)
+        self._templates: dict[str, ChatTemplate] = {}
         added = self._tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(i for i, token in added.items() if token.special)
+        #: Text of every special token, by id.
+        self.special_texts = {i: token.content for i, token in added.items() if token.special}
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens written in the text become their ids.
+        """Token ids of ``text``; special tokens written in the text become their ids, unless they are split.
 
         ``special`` adds the tokens that a new sequence starts with: the bos token (never a second one) and
         whatever else the tokenizer file adds. Pass False for text that continues a sequence.
+
+        Raises:
+            UsageError: ``text`` is not a string of valid Unicode, or the tokenizer fails.
         """
-        ids = list(self._tokenizer.encode(text, add_special_tokens=special).ids)
+        if not isinstance(text, str):
+            raise UsageError(f"a text must be a string, not {type(text).__name__}")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UsageError("a text has half of a surrogate pair: it is not valid Unicode")
+        ids = list(_run(lambda: self._tokenizer.encode(text, add_special_tokens=special).ids))
         if special and self.bos_id is not None:
-            while ids[:2] == [self.bos_id, self.bos_id]:
-                del ids[0]
-            if self.add_bos and ids[:1] != [self.bos_id]:
-                ids.insert(0, self.bos_id)
+            begin = next((i for i, token_id in enumerate(ids) if token_id != self.bos_id), len(ids))
+            if begin or self.add_bos:
+                ids[:begin] = [self.bos_id]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, without special tokens."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(_run(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True)))
 
     def stream(self, context: Sequence[int] = ()) -> TextStream:
         """A decoder for the tokens that follow ``context``, one by one."""
@@ -85,54 +116,122 @@ class Tokenizer:
     # ------------------------------------------------------------ chat
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
     ) -> str:
         """The prompt of a conversation, rendered by the model's chat template (including any bos token).
 
         Args:
             messages: one ``{"role": ..., "content": ...}`` each.
             add_generation_prompt: end the prompt where the assistant's answer starts.
+            chat_template: name of one of the model's templates; default ``tool_use`` where the model has it and
+                ``tools`` are given, ``default`` otherwise.
             variables: further template variables, such as ``tools`` or ``enable_thinking``.
 
         Raises:
-            UsageError: the model has no template, or its template refuses the messages.
+            UsageError: the model has no such template, or its template refuses the messages, fails or takes too
+                much time or memory.
         """
-        if self.chat_template is None:
-            raise UsageError("this model has no chat template: pass a plain prompt instead")
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_ids[0] if self.eos_ids else None}
-        tokens = {n: self._tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
-        try:
-            return self._template.render(
-                {
-                    "tools": None,
-                    "documents": None,
-                    **tokens,
-                    **variables,
-                    "messages": [dict(m) for m in messages],
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"the model's chat template refuses these messages: {reason}") from error
+        tools = variables.get("tools")
+        if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(t, Mapping) for t in tools)):
+            raise UsageError("tools must be a list of JSON schemas (dicts)")
+        if isinstance(messages, str | Mapping):
+            raise UsageError("messages must be a list of dicts with role and content")
+        variables = {"tools": None, "documents": None, **self.special_tokens, **variables}
+        template = self._template(chat_template, tools is not None)
+        return template.render(messages, **variables, add_generation_prompt=add_generation_prompt)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+    def encode_chat(self, messages: Sequence[Any], **variables: Any) -> list[int]:
         """Token ids of :meth:`chat`; no bos token is added to what the template writes."""
         return self.encode(self.chat(messages, **variables), special=False)
 
-    @functools.cached_property
-    def _template(self) -> jinja2.Template:
-        # The same environment as in transformers, so that templates render to the same text.
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    def _template(self, name: str | None, has_tools: bool) -> ChatTemplate:
+        if self.chat_template is None:
+            raise UsageError("this model has no chat template: pass a plain prompt instead")
+        sources = {"default": self.chat_template} if isinstance(self.chat_template, str) else self.chat_template
+        if name is None:
+            name = "tool_use" if has_tools and "tool_use" in sources else "default"
+        if name not in sources:
+            names = ", ".join(one_line(n, 40) for n in sorted(sources))
+            raise UsageError(f"this model has no chat template '{one_line(name, 40)}': choose one of {names}")
+        if name not in self._templates:
+            self._templates[name] = ChatTemplate(sources[name])
+        return self._templates[name]
+
+
+# ------------------------------------------------------------------ tokenizers that are not trusted
+
+
+def _read(path: Path) -> tokenizers.Tokenizer:
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise ValueError(f"it has {size / 1e6:.0f} MB, more than {MAX_FILE / 1e6:.0f}")
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _check_growth(tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuse a tokenizer that makes millions of tokens or characters of a short text."""
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        if part is not None and _growth(json.loads(part.__getstate__())) > MAX_GROWTH:
+            raise ValueError(f"it replaces a character by more than {MAX_GROWTH}")
+    added = tokenizer.num_special_tokens_to_add(False)
+    if added <= MAX_ADDED:
+        added = len(tokenizer.encode("").ids)
+    if added > MAX_ADDED:
+        raise ValueError(f"it adds {added:,} tokens to every text, more than {MAX_ADDED}")
+    tokens = len(tokenizer.encode("a").ids)
+    if tokens > MAX_LETTER:
+        raise ValueError(f"it makes {tokens:,} tokens of one letter")
+
+
+def _growth(part: dict[str, Any]) -> int:
+    """How many characters a normalizer or decoder may make of one, at most."""
+    growth = 1
+    for inner in part.get("normalizers") or part.get("decoders") or ():
+        growth *= _growth(inner)
+        if growth > MAX_GROWTH:
+            break
+    text = {"Replace": "content", "Prepend": "prepend"}.get(part["type"])
+    return growth * max(1, len(part[text])) if text else growth
+
+
+def _run(call: Callable[[], Any]) -> Any:
+    """What ``call`` returns; its exceptions, panics of the tokenizers library included, as :class:`UsageError`."""
+    try:
+        return call()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise UsageError(f"the tokenizer fails on this text: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _panics_as_exceptions() -> Iterator[None]:
+    """Turn panics of the tokenizers library into exceptions, without the report that Rust writes to stderr."""
+    with tempfile.TemporaryFile() as report, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # stderr may be closed
+            stderr = os.dup(2)
+            stack.callback(os.close, stderr)
+            stack.callback(os.dup2, stderr, 2)
+            os.dup2(report.fileno(), 2)
+        panicked = False
         try:
-            return environment.from_string(self.chat_template or "")
-        except jinja2.TemplateError as error:
-            raise BundleError(f"the model's chat template does not compile: {error.message}") from error
+            yield
+        except (Exception, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            panicked = True
+            raise RuntimeError(f"it is damaged ({one_line(error)})") from error
+        finally:
+            stack.close()
+            if not panicked and report.seek(0, os.SEEK_END):  # of other threads
+                report.seek(0)
+                with contextlib.suppress(OSError):
+                    os.write(2, report.read())
 
 
 class TextStream:
@@ -144,7 +243,7 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        window = [i for i in context if i not in tokenizer._special][-_CONTEXT:]
+        window = [i for i in context if i not in tokenizer.special_texts][-_CONTEXT:]
         # If the window starts inside a character, all of it may decode as broken: shorten it. A context
         # that ends inside a character gives no information about what follows.
         while window and tokenizer.decode(window).endswith(_INCOMPLETE):
@@ -153,7 +252,7 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` completes; "" inside a character and for special tokens."""
-        if token_id in self._tokenizer._special:
+        if token_id in self._tokenizer.special_texts:
             return ""
         self._ids.append(token_id)
         text = self._tokenizer.decode(self._ids)
@@ -178,22 +277,3 @@ class TextStream:
         """Start the next piece; it depends only on the tokens of the piece before it."""
         self._ids, self._context_length = context, len(context)
         self._context_text = self._tokenizer.decode(context)
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's text for training; it renders its contents."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """``tojson`` without Jinja's HTML escaping."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
