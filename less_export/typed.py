@@ -25,6 +25,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in arguments
     if origin is tuple:  # of any length, with elements of one type
         return isinstance(value, tuple) and all(_fits(x, arguments[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items()
+        )
     if origin is not None:
         return isinstance(value, origin)
     if hint is float:

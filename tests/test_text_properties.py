@@ -126,7 +126,7 @@ def split_texts(draw: st.DrawFn) -> tuple[Tokenizer, list[int], str]:
         ids = [t.id for piece in pieces for t in tokenizer._tokenizer.model.tokenize(piece)]
     for at in sorted(draw(st.sets(st.integers(0, 30), max_size=3)), reverse=True):
         if at <= len(ids):
-            ids.insert(at, draw(st.sampled_from(sorted(tokenizer._special))))
+            ids.insert(at, draw(st.sampled_from(sorted(tokenizer.special_texts))))
     return tokenizer, ids, text
 
 

@@ -105,14 +105,20 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The tokenizer file and what it does not say itself."""
+    """The tokenizer file and the facts that it does not hold.
+
+    ``chat_template`` is one template, or several by name. ``special_tokens`` are the variables of chat templates,
+    such as ``bos_token``; None in bundles of earlier versions, which know bos and eos only.
+    """
 
     file: str
     sha256: str
     bos_id: int | None
     eos_ids: tuple[int, ...]
     add_bos: bool
-    chat_template: str | None
+    chat_template: str | dict[str, str] | None
+    special_tokens: dict[str, str] | None = None
+    split_special_tokens: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,15 @@ class Manifest:
         yield from (a.file for a in self.artifacts)
         yield from (w.file for w in self.weights)
         yield from (x.file for x in (self.tokenizer, self.kernels) if x is not None and x.file)
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text: the tokenizer's; without one what the settings state, or the model's config."""
+        if self.tokenizer is not None:
+            return self.tokenizer.eos_ids
+        config = self.model.get("config") or {}
+        config = config.get("text_config") or config
+        stated = self.settings.get("eos_ids", config.get("eos_token_id"))
+        return tuple(i for i in (stated if isinstance(stated, list) else [stated]) if type(i) is int)
 
     def dump(self) -> bytes:
         """JSON with its own hash in ``manifest_sha256``."""

@@ -19,6 +19,7 @@ from ..errors import GatedModelError, LessExportError
 from ..hf import recipes
 from ..hf.random_checkpoint import RandomSource, random_source
 from ..hf.sources import ModelSource, resolve
+from ..hf.special_tokens import eos_ids
 from ..progress import AnyProgress, Progress, as_progress, prefixed
 from ..tensorrt import engine
 from . import graphs, onnx_op, package
@@ -135,6 +136,8 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
         kernels = replace(kernels, file="", sha256="") if kernels else None
     chosen = {f.name: getattr(model.config, f.name) for f in fields(model.config)}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in chosen.items() if v is not None}
+    if tokenizer is None:
+        settings["eos_ids"] = list(eos_ids(model.source, model.hf_config, None))
     tools = package.tools(targets.flavour)
     return Manifest(job.facts, settings, tuple(artifacts), weight_files, tools, tokenizer, kernels)
 

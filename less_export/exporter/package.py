@@ -96,9 +96,17 @@ def place_tokenizer(
         return None
     path = scratch / layout.companion(artifact.TOKENIZER)
     path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
-    eos = eos_ids(source, hf_config, tokenizer)
-    return TokenizerFacts(path.name, sha256(path), tokenizer.bos_token_id, eos, adds_bos(tokenizer), template)
+    templates = tokenizer.chat_template
+    return TokenizerFacts(
+        path.name,
+        sha256(path),
+        tokenizer.bos_token_id,
+        eos_ids(source, hf_config, tokenizer),
+        adds_bos(tokenizer),
+        dict(templates) if isinstance(templates, dict) else templates,
+        {n: str(token) for n, token in tokenizer.special_tokens_map.items()},
+        bool(getattr(tokenizer, "split_special_tokens", False)),
+    )
 
 
 def details(info: engine.PlanInfo) -> dict[str, Any]:

@@ -14,14 +14,17 @@ def adds_bos(tokenizer: Any) -> bool:
     return bool(tokenizer("Hello").input_ids[:1] == [tokenizer.bos_token_id])
 
 
-def eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's."""
+def eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any | None) -> tuple[int, ...]:
+    """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's.
+
+    A generation_config.json that is damaged, or that holds no object, is ignored.
+    """
+    stated: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
+    stated.append(getattr(hf_config.get_text_config(), "eos_token_id", None))
     generation = source.folder / "generation_config.json"
-    stated: list[Any] = [tokenizer.eos_token_id, getattr(hf_config.get_text_config(), "eos_token_id", None)]
     if source.gguf is None and generation.is_file():
-        with contextlib.suppress(ValueError, OSError):
-            stated.append(json.loads(generation.read_text()).get("eos_token_id"))
-    distinct: dict[int, None] = {}
-    for ids in stated:
-        distinct.update(dict.fromkeys(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else []))
-    return tuple(distinct)
+        with contextlib.suppress(ValueError, OSError, RecursionError):
+            config = json.loads(generation.read_text(encoding="utf-8"))
+            stated.append(config.get("eos_token_id") if isinstance(config, dict) else None)
+    ids = [i for value in stated for i in (value if isinstance(value, list) else [value])]
+    return tuple(dict.fromkeys(i for i in ids if type(i) is int and i >= 0))

@@ -31,7 +31,7 @@ def open_bundle(path: str | Path, backend: str | None = None, **options: Any) ->
 
 def load_generator(bundle: Bundle, backend: Backend) -> Generator:
     """A generator over a backend of an open bundle, with the bundle's tokenizer if it has one."""
-    return Generator(backend, load_tokenizer(bundle))
+    return Generator(backend, load_tokenizer(bundle), eos_ids=bundle.manifest.eos_ids())
 
 
 def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
@@ -45,6 +45,8 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
         eos_ids=facts.eos_ids,
         add_bos=facts.add_bos,
         chat_template=facts.chat_template,
+        special_tokens=facts.special_tokens,
+        split_special_tokens=facts.split_special_tokens,
     )
 
 
