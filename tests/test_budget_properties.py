@@ -13,20 +13,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from less_export.config import (
-    DEFAULT_BUDGET,
-    EVICTING,
-    ExportConfig,
-    budget_tokens,
-    layer_tokens,
-    plan_layers,
-    sparse_layer,
-    split_budget,
-)
-from less_export.contract import LayerSpec, Policy
+from less_export.config import DEFAULT_BUDGET, ExportConfig
+from less_export.contract import LayerSpec
 from less_export.errors import UsageError
-from less_export.less.policies import POLICIES
+from less_export.less.policies import EvictionPolicy, Policy
 from less_export.less.reference import place
+from less_export.plan import budget_tokens, layer_tokens, plan_layers, sparse_layer, split_budget
 from less_export.training import allocate
 
 from .refusal import refused_or
@@ -34,7 +26,7 @@ from .refusal import refused_or
 CONTEXTS = st.one_of(st.integers(1, 64), st.integers(1, 1 << 20))
 #: Percentages with up to three decimals, as text and exactly.
 PERCENTAGES = st.integers(1, 120_000).map(lambda n: (f"{n / 1000:g}%", Fraction(n, 1000)))
-POLICY = st.sampled_from(EVICTING)
+POLICY = st.sampled_from([Policy.H2O, Policy.TOVA, Policy.SINK])
 
 
 def tokens_of(budget: str, context: int) -> int:
@@ -83,8 +75,8 @@ def test_any_budget_is_a_number_of_tokens_or_refused(text: str, context: int) ->
 
 
 @given(POLICY, st.integers(1, 5000))
-def test_a_policy_splits_all_of_a_budget(policy: Policy, budget: int) -> None:
-    heavy, recent = POLICIES[policy].split(budget)
+def test_a_policy_splits_all_of_a_budget(policy: EvictionPolicy, budget: int) -> None:
+    heavy, recent = policy.split(budget)
     assert heavy + recent == budget
     assert heavy >= 0
     assert recent >= 1
@@ -100,7 +92,7 @@ OPTIONAL = st.one_of(st.none(), st.integers(0, 80))
 
 @given(POLICY, st.one_of(st.none(), st.integers(1, 80)), OPTIONAL, OPTIONAL, st.integers(1, 80))
 def test_a_split_is_what_was_asked_for(
-    policy: Policy, budget: int | None, heavy: int | None, recent: int | None, context: int
+    policy: EvictionPolicy, budget: int | None, heavy: int | None, recent: int | None, context: int
 ) -> None:
     assume(recent != 0)  # refused with the options
     config = ExportConfig(budget=None if budget is None else str(budget), heavy=heavy, recent=recent)
@@ -121,7 +113,7 @@ def test_a_split_is_what_was_asked_for(
     if policy is Policy.TOVA:
         assert split[1] == 1
     if (heavy, recent) == (None, None):
-        assert split == POLICIES[policy].split(tokens_of(config.budget or DEFAULT_BUDGET, context))
+        assert split == policy.split(tokens_of(config.budget or DEFAULT_BUDGET, context))
 
 
 # ------------------------------------------------------------------ budgets of layers
@@ -146,32 +138,32 @@ def test_any_layer_budgets_are_read_or_refused(text: str) -> None:
 
 @given(POLICY, LAYERS, BUDGETS, st.integers(1, 64), st.sets(st.integers(0, 5)))
 def test_every_layer_has_the_slots_it_was_given(
-    policy: Policy, count: int, slots: dict[int, int], budget: int, kernels: set[int]
+    policy: EvictionPolicy, count: int, slots: dict[int, int], budget: int, kernels: set[int]
 ) -> None:
     layers = [SimpleNamespace(query_heads=4, kv_heads=2, head_dim=8, scale=0.35, window=0)] * count
-    config = ExportConfig(policy=policy.label, budget=str(budget), layer_budgets=allocate.option(slots))
+    config = ExportConfig(policy=policy.name, budget=str(budget), layer_budgets=allocate.option(slots))
     if max(slots) >= count:
         with pytest.raises(UsageError, match=f"names layer {max(slots)}, but the model has {count} layers"):
             plan_layers(layers, config, 64, {})
         return
     planned = plan_layers(layers, config, 64, dict.fromkeys(kernels, 3))
     assert [s.capacity for s in planned] == [slots.get(i, budget) for i in range(count)]
-    assert [(s.heavy, s.recent) for s in planned] == [POLICIES[policy].split(s.capacity) for s in planned]
+    assert [(s.heavy, s.recent) for s in planned] == [policy.split(s.capacity) for s in planned]
     assert [s.absorb for s in planned] == [i in kernels for i in range(count)]
 
 
 @given(POLICY, st.integers(1, 64), st.integers(0, 63), st.integers(1, 200))
 def test_a_sparse_layer_has_its_slots_and_the_users_heavy_tokens(
-    policy: Policy, capacity: int, heavy: int, slots: int
+    policy: EvictionPolicy, capacity: int, heavy: int, slots: int
 ) -> None:
     assume(heavy < capacity)
     assume(policy is not Policy.TOVA or heavy == capacity - 1)
     layer = LayerSpec(4, 2, 8, 0.35, policy, heavy, capacity - heavy, 0, True, capacity, 4)
-    own = (heavy, capacity - heavy) != POLICIES[policy].split(capacity)
+    own = (heavy, capacity - heavy) != policy.split(capacity)
     assume(not own or slots > heavy)
     sparse = sparse_layer(layer, slots)
     assert (sparse.capacity, sparse.absorb, sparse.rank) == (slots, False, 1)
-    assert (sparse.heavy, sparse.recent) == ((heavy, slots - heavy) if own else POLICIES[policy].split(slots))
+    assert (sparse.heavy, sparse.recent) == ((heavy, slots - heavy) if own else policy.split(slots))
 
 
 # ------------------------------------------------------------------ dividing a budget among layers

@@ -20,12 +20,9 @@ from less_export.training.options import TrainConfig
 
 
 def signature(function: Any) -> str:
-    """Parameters with their defaults, without annotations; a default that is a function is ``...``."""
+    """Parameters with their defaults, without annotations."""
     parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
-    bare = [
-        p.replace(annotation=p.empty, default=... if inspect.isfunction(p.default) else p.default) for p in parameters
-    ]
-    return str(inspect.Signature(bare)).replace("Ellipsis", "...")
+    return str(inspect.Signature([p.replace(annotation=p.empty) for p in parameters]))
 
 
 def fields(kind: type) -> dict[str, Any]:
@@ -53,7 +50,7 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (less_export.export, "(model, out, config=None, *, engine_plan=False, progress=..., **options)"),
+        (less_export.export, "(model, out, config=None, *, engine_plan=False, progress=None, **options)"),
         (less_export.open_bundle, "(path, backend=None, **options)"),
         (less_export.train, "(model, out, texts=(), config=None, *, progress=None, **options)"),
         (Generator, "(backend, tokenizer=None, *, eos_ids=None)"),
