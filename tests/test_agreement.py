@@ -57,6 +57,7 @@ def test_every_weight_of_the_families_has_its_place(family: str, tmp_path: Path)
     assert left_out(families.save(family, tmp_path / "model")) == []
 
 
+@pytest.mark.slow
 def test_biases_that_the_config_does_not_know(tmp_path: Path) -> None:
     folder = families.save("attention_bias", tmp_path / "model")
     bundles.edit_json(folder / "config.json", attention_bias=False)
@@ -64,6 +65,7 @@ def test_biases_that_the_config_does_not_know(tmp_path: Path) -> None:
     assert said.startswith("config.json has no place for model.layers.0.self_attn.k_proj.bias (and 3 more tensors")
 
 
+@pytest.mark.slow
 def test_fewer_layers(tmp_path: Path, run: Run, source: Path, quick: None) -> None:
     folder = families.save(families.small(num_hidden_layers=2), tmp_path / "model")
     assert remarks(folder, tmp_path / "asked", num_hidden_layers=1) == []
@@ -75,6 +77,7 @@ def test_fewer_layers(tmp_path: Path, run: Run, source: Path, quick: None) -> No
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_fewer_layers_of_experts_that_are_stored_apart(tmp_path: Path) -> None:
     mixtral = tr.MixtralConfig(**{**families.ONE, "num_hidden_layers": 2}, num_local_experts=2, sliding_window=None)
     folder = families.save(lambda: tr.MixtralForCausalLM(mixtral), tmp_path / "model")
@@ -124,6 +127,7 @@ def test_towers_of_models_that_see(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ tied, but stored apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"num_hidden_layers": 1}])
 def test_tied_embeddings_with_different_values(options: dict[str, object], tmp_path: Path) -> None:
     folder = families.save(families.small(tie_word_embeddings=True), tmp_path / "model", torch.float16)

@@ -119,6 +119,7 @@ def test_check_passes(run: Run, kernelled: Path, single: Path, tmp_path: Path) -
     assert result.out.startswith("passed: 32 tokens")
 
 
+@pytest.mark.slow
 def test_check_of_own_text(run: Run, plain: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text(PROMPT * 3)
@@ -202,6 +203,7 @@ def test_single_file_form(run: Run, single: Path) -> None:
     refused(run("info", single.with_name("y.onnx")), "y.onnx does not exist")
 
 
+@pytest.mark.slow
 def test_gguf_is_the_same_model(run: Run, source: Path, plain: Path, quick: None, tmp_path: Path) -> None:
     file = bundles.gguf_file(tmp_path / "m.gguf", source)
     result = run(file, "--out", tmp_path / "b", "--dtype", "float32", *bundles.QUICK_WORDS)

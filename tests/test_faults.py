@@ -98,6 +98,7 @@ def test_config(name: str, fails: Fails, mine: Path) -> None:
     fails(mine, says)
 
 
+@pytest.mark.slow
 def test_an_encoder_with_a_head(tmp_path: Path) -> None:
     """transformers remarks on it when it is made, on a stream of its own."""
     BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "bert")
