@@ -51,10 +51,10 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
         import onnxruntime
     except ImportError:
         raise UsageError(f"checking the export needs ONNX Runtime: {install_hint('cpu')}, or --no-validate") from None
-    config, kept = twin_config(hf_config, contract)
+    config, indices = twin_config(hf_config, contract)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
-    twin, kernels = _twin_contract(model, contract, kept)
+    twin, kernels = _twin_contract(model, contract, indices)
     folder = scratch / "twin"
     folder.mkdir()
     graph = twin_graph(model, config, twin, kernels, folder)
@@ -104,14 +104,14 @@ def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
     counts from layer 0, so all layers before the last one of the list are included too.
     """
     kinds: dict[Any, list[int]] = {}
-    said = layer_kinds(hf_config.get_text_config())
-    built = _built(weights.bare_model(hf_config, torch.float32), len(said))
-    for index, (layer, words, parts) in enumerate(zip(contract.layers, said, built, strict=True)):
-        kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, words, parts
+    stated = layer_kinds(hf_config.get_text_config())
+    built = _built(weights.bare_model(hf_config, torch.float32), len(stated))
+    for index, (layer, statement, parts) in enumerate(zip(contract.layers, stated, built, strict=True)):
+        kind = bool(layer.window), layer.head_dim, layer.kv_heads, layer.absorb, statement, parts
         kinds.setdefault(kind, []).append(index)
-    kept = sorted(i for indices in kinds.values() for i in indices[:2])
-    listed = len(set(zip(said, built, strict=True))) == len(set(said))
-    return kept if listed else list(range(kept[-1] + 1))
+    indices = sorted(i for same in kinds.values() for i in same[:2])
+    listed = len(set(zip(stated, built, strict=True))) == len(set(stated))
+    return indices if listed else list(range(indices[-1] + 1))
 
 
 def _built(model: PreTrainedModel, count: int) -> list[str]:
@@ -125,8 +125,8 @@ def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
     """A config with two layers of each kind, and their indices in the model."""
     config = copy.deepcopy(hf_config)
     text = config.get_text_config()
-    kept = two_of_each_kind(config, contract)
-    keep_layers(text, kept)
+    indices = two_of_each_kind(config, contract)
+    keep_layers(text, indices)
     text.vocab_size = _VOCAB
     if hasattr(text, "vocab_size_per_layer_input"):
         text.vocab_size_per_layer_input = _VOCAB
@@ -142,18 +142,18 @@ def twin_config(hf_config: Any, contract: Contract) -> tuple[Any, list[int]]:
     if hasattr(text, "initializer_range"):  # activations keep their size, so that attention matters
         text.initializer_range = text.hidden_size**-0.5
     use_attention(config, "eager")
-    return config, kept
+    return config, indices
 
 
-def _twin_contract(model: PreTrainedModel, contract: Contract, kept: list[int]) -> tuple[Contract, Kernels]:
+def _twin_contract(model: PreTrainedModel, contract: Contract, indices: list[int]) -> tuple[Contract, Kernels]:
     """The contract of the twin: the same policies with a small budget, random kernels where there are any."""
-    found = discover(model)
-    heads = [x.heads for x in found]
-    absorbing = [i for i, index in enumerate(kept) if contract.layers[index].absorb]
-    rank = next((contract.layers[kept[i]].rank for i in absorbing), 1)
+    attention = discover(model)
+    heads = [x.heads for x in attention]
+    absorbing = [i for i, index in enumerate(indices) if contract.layers[index].absorb]
+    rank = next((contract.layers[indices[i]].rank for i in absorbing), 1)
     kernels = random_kernels(heads, absorbing, rank, 8) if absorbing else Kernels({}, {})
     layers: list[LayerSpec] = []
-    for layer, index in zip(found, kept, strict=True):
+    for layer, index in zip(attention, indices, strict=True):
         policy = contract.layers[index].policy
         window = layer.window or sum(_STEPS)
         capacity = min(_BUDGET, window) if policy.evicts else window

@@ -39,7 +39,7 @@ def linear_weights(model: PreTrainedModel, graph: ir.Graph) -> dict[str, bool]:
 
     The value is True where the graph transposes them first (``nn.Linear``), False where it does not (``Conv1D``).
     """
-    found = {}
+    transposes = {}
     for name, module in model.named_modules():
         value = graph.initializers.get(f"model.{name}.weight")
         if value is None or not isinstance(module, (nn.Linear, Conv1D)):
@@ -49,8 +49,8 @@ def linear_weights(model: PreTrainedModel, graph: ir.Graph) -> dict[str, bool]:
         if transposed:
             uses = [use for node, _ in uses for use in node.outputs[0].uses()]
         if uses and all(_multiplies(node) and index == 1 for node, index in uses):
-            found[f"{name}.weight"] = transposed
-    return found
+            transposes[f"{name}.weight"] = transposed
+    return transposes
 
 
 def _multiplies(node: ir.Node) -> bool:
@@ -94,8 +94,8 @@ class _Matrix:
         step = 2 * max(_PIECE // rows // 2, 1)
         for at in range(0, columns, step):
             piece = outputs[at : at + step].float().contiguous().numpy()
-            found, scale, _ = quant_tensor(piece, self.bits, self.block, "sym", "int")
-            whole = found.astype(np.int8).reshape(len(piece), rows).T
+            flat, scale, _ = quant_tensor(piece, self.bits, self.block, "sym", "int")
+            whole = flat.astype(np.int8).reshape(len(piece), rows).T
             if self.bits == 4:
                 whole = whole[:, ::2] & 15 | whole[:, 1::2] << 4
             first = at * self.bits // 8

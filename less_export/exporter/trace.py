@@ -79,9 +79,9 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
                 result.model.graph.initializers[initializer].const_value = None
         model = _optimise(result.model)
     _tidy(model)
-    found = len(onnx_op.less_nodes(model))
-    if found != len(contract.layers):
-        raise UnsupportedModelError(f"the graph has {found} LessAttention nodes for {len(contract.layers)} layers")
+    count = len(onnx_op.less_nodes(model))
+    if count != len(contract.layers):
+        raise UnsupportedModelError(f"the graph has {count} LessAttention nodes for {len(contract.layers)} layers")
     return model
 
 

@@ -97,14 +97,14 @@ def _convert(
     loaded = source.load(dtype if dtype == "auto" else torch_dtype(dtype), None if source.gguf else hf_config)
     state = loaded.state_dict()
     wanted = set(bare.state_dict()) if names is None else set(names)
-    kept: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in state.items():
         if name in wanted and tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
-            kept[name] = tensor.contiguous()
+            tensors[name] = tensor.contiguous()
     path = scratch / artifact.CONVERTED_WEIGHTS
-    save_file(kept, path, {"format": "pt"})
+    save_file(tensors, path, {"format": "pt"})
     apply_umask(path)  # safetensors makes files that only their owner may read
     return path
 

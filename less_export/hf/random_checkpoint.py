@@ -50,8 +50,8 @@ class RandomSource(ModelSource):
 
     def fetch(self) -> None:
         """Write the checkpoint; raises :class:`LessExportError` if it does not fit or another one is there."""
-        size, made = write(self.hf_config, self.folder, self.seed, self.progress, self.own_tokenizer)
-        where = "written to" if made else "taken from"
+        size, written = write(self.hf_config, self.folder, self.seed, self.progress, self.own_tokenizer)
+        where = "written to" if written else "taken from"
         warnings.warn(f"the weights are random, {size / 1e9:.2f} GB {where} {self.folder}", stacklevel=2)
 
     def config(self) -> Any:

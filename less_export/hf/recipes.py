@@ -136,10 +136,10 @@ class Recipe:
             facts["sliding_window"] = None
         return facts
 
-    def compare(self, described: Any, found: Any) -> None:
+    def compare(self, expected: Any, actual: Any) -> None:
         """Raise :class:`ModelError` where this recipe's config and a checkpoint's differ."""
         for key in (*self.architecture, *_DERIVED):
-            want, got = getattr(described, key, None), getattr(found, key, None)
+            want, got = getattr(expected, key, None), getattr(actual, key, None)
             if key not in REWRITTEN and want != got:
                 raise ModelError(
                     f"{self.hub} is not the model of recipe {self.name}: its config.json says {key} = {got}, the "
@@ -147,9 +147,9 @@ class Recipe:
                 )
 
 
-def _check(given: dict[str, Any], known: dict[str, str], prefix: str = "") -> None:
+def _check(values: dict[str, Any], known: dict[str, str], prefix: str = "") -> None:
     """Raise :class:`UsageError` for unknown keys and for values of the wrong kind."""
-    for key, value in given.items():
+    for key, value in values.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
             raise UsageError(f"unknown key {prefix}{key}" + (f": did you mean {prefix}{close[0]}?" if close else ""))

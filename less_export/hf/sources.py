@@ -163,9 +163,9 @@ def resolve(model: str) -> ModelSource:
         if package is not None:
             return ModelSource(model, package.parent, package, recipe)
         with _or_package(recipe):
-            found = ModelSource(model, _download(recipe.hub, _SMALL_FILES), None, recipe, recipe.hub)
-        recipe.compare(described(recipe), found.config())
-        return found
+            source = ModelSource(model, _download(recipe.hub, _SMALL_FILES), None, recipe, recipe.hub)
+        recipe.compare(described(recipe), source.config())
+        return source
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():

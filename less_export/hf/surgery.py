@@ -73,11 +73,11 @@ def _sdpa_route(model: nn.Module) -> Iterator[None]:
     The function itself is replaced: a TorchFunctionMode would come too late, after torch has parsed the
     arguments, and parsing refuses the symbolic ``is_causal`` that Falcon computes while it is traced.
     """
-    found = [m for m in model.modules() if hasattr(m, "num_kv_heads") and hasattr(m, "layer_idx")]
-    kv_heads_of = {int(m.layer_idx): int(m.num_kv_heads) for m in found}  # type: ignore[arg-type]
+    attentions = [m for m in model.modules() if hasattr(m, "num_kv_heads") and hasattr(m, "layer_idx")]
+    kv_heads_of = {int(m.layer_idx): int(m.num_kv_heads) for m in attentions}  # type: ignore[arg-type]
     counter = itertools.count()
     original = F.scaled_dot_product_attention
-    mine = _handler.get()
+    own_handler = _handler.get()
 
     def attention(
         query: Tensor,
@@ -91,7 +91,7 @@ def _sdpa_route(model: nn.Module) -> Iterator[None]:
         enable_gqa: bool = False,
     ) -> Tensor:
         handler = _handler.get(None)
-        if handler is not mine:  # another thread's model
+        if handler is not own_handler:  # another thread's model
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         layer = next(counter)
         k, v = key, value
@@ -101,7 +101,7 @@ def _sdpa_route(model: nn.Module) -> Iterator[None]:
             k, v = k[:, ::repeats], v[:, ::repeats]
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         options = {"is_causal": is_causal} if attn_mask is None else {}
-        return mine(AttentionCall(layer, None, query, k, v, attn_mask, scale, options))
+        return own_handler(AttentionCall(layer, None, query, k, v, attn_mask, scale, options))
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
     try:
@@ -216,15 +216,15 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
         UnsupportedModelError: the decoder needs something LESS cannot express; names layer and reason.
     """
     refuse_by_config(model)
-    found: dict[int, AttentionLayer] = {}
+    layers: dict[int, AttentionLayer] = {}
 
     def probe(call: AttentionCall) -> Tensor:
         where = f"layer {call.layer}"
         if call.layer < 0:
             raise UnsupportedModelError(f"{type(model).__name__}: attention is called without a layer index")
-        if call.layer in found:
+        if call.layer in layers:
             raise UnsupportedModelError(f"{where}: attends more than once in a forward pass")
-        found[call.layer] = _accept(call, where)
+        layers[call.layer] = _accept(call, where)
         return torch.empty_like(call.q)
 
     try:
@@ -242,15 +242,15 @@ def discover(model: PreTrainedModel) -> tuple[AttentionLayer, ...]:
             reason = f"it branches on the values of its tensors, which cannot be traced ({reason})"
         raise UnsupportedModelError(f"{type(model).__name__} does not run as a plain decoder: {reason}") from error
     expected = int(model.config.get_text_config().num_hidden_layers)
-    if sorted(found) != list(range(expected)):
+    if sorted(layers) != list(range(expected)):
         route = "the attention interface" if on_interface(model) else "scaled_dot_product_attention"
         raise UnsupportedModelError(
-            f"{type(model).__name__}: {len(found)} of {expected} layers attend through {route}; "
+            f"{type(model).__name__}: {len(layers)} of {expected} layers attend through {route}; "
             "the others are recurrent, skipped, or use an attention of their own, which LESS cannot replace"
         )
-    if not found:
+    if not layers:
         raise UnsupportedModelError(f"{type(model).__name__} has no layers: num_hidden_layers is {expected}")
-    return tuple(found[i] for i in range(expected))
+    return tuple(layers[i] for i in range(expected))
 
 
 def _accept(call: AttentionCall, where: str) -> AttentionLayer:
@@ -320,9 +320,9 @@ def refuse_by_config(model: PreTrainedModel) -> None:
 def learned_positions(model: PreTrainedModel) -> int | None:
     """Number of learned positions, ``None`` for decoders that compute theirs (rotary)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    words = model.get_input_embeddings()
+    token_table = model.get_input_embeddings()
     for module in model.modules():
-        if isinstance(module, nn.Embedding) and module is not words and limit in _table_sizes(module):
+        if isinstance(module, nn.Embedding) and module is not token_table and limit in _table_sizes(module):
             return int(limit)
     return None
 

@@ -109,13 +109,13 @@ CODES, SCALES = {False: ".codes", True: ".codes.T"}, ".scales"
 def stored_tensors(path: Path) -> dict[str, Stored]:
     """Tensors of a safetensors file by name, the codes and scales of a quantised weight as one."""
     header = read_header(path)
-    found: dict[str, Stored] = dict(header)
+    tensors: dict[str, Stored] = dict(header)
     for key, codes in header.items():
         for transposed, suffix in CODES.items():
             name = key.removesuffix(suffix)
             if key.endswith(suffix) and _belong(codes, header.get(name + SCALES)):
-                found[name] = QuantisedTensor(found.pop(key), found.pop(name + SCALES), transposed)  # type: ignore[arg-type]
-    return found
+                tensors[name] = QuantisedTensor(tensors.pop(key), tensors.pop(name + SCALES), transposed)  # type: ignore[arg-type]
+    return tensors
 
 
 def _belong(codes: StoredTensor, scales: StoredTensor | None) -> bool:
@@ -182,8 +182,8 @@ class Survey:
 
 def locate(model: PreTrainedModel, files: list[Path]) -> tuple[dict[str, Stored], list[str]]:
     """Where the parameters (and saved buffers) of ``model`` are stored, and the names of those that are missing."""
-    found = survey(model, files)
-    return found.tensors, found.missing
+    result = survey(model, files)
+    return result.tensors, result.missing
 
 
 def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
@@ -194,37 +194,37 @@ def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
     """
     naming = Naming.of(model, TEXT_PART)
     wanted: dict[str, torch.Tensor] = dict(model.state_dict())
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     convertible: set[str] = set()
     unused: dict[str, str] = {}
     for path in files:
-        for key, tensor in stored_tensors(path).items():
+        for key, stored in stored_tensors(path).items():
             name, converted = naming.rename(key, wanted)
             if name not in wanted and key in wanted:
                 name, converted = key, []
             if name not in wanted:
-                if isinstance(tensor, StoredTensor) and tensor.dtype.startswith(("F", "BF")):
+                if isinstance(stored, StoredTensor) and stored.dtype.startswith(("F", "BF")):
                     unused[key] = name
                 continue
             if converted:
                 convertible.update(converted)
                 continue
-            if not isinstance(tensor, QuantisedTensor) and tensor.dtype not in FLOATS:
+            if not isinstance(stored, QuantisedTensor) and stored.dtype not in FLOATS:
                 convertible.add(name)
                 continue
-            if tensor.shape != tuple(wanted[name].shape):
+            if stored.shape != tuple(wanted[name].shape):
                 raise ModelError(
-                    f"{path.name}: '{key}' is {list(tensor.shape)}, config.json makes it "
+                    f"{path.name}: '{key}' is {list(stored.shape)}, config.json makes it "
                     f"{list(wanted[name].shape)}: weights and config belong to different models"
                 )
-            found[name] = tensor
+            tensors[name] = stored
     for names in tied_names(model):
-        source = next((found[n] for n in names if n in found), None)
+        source = next((tensors[n] for n in names if n in tensors), None)
         if source is not None:
-            found.update(dict.fromkeys((n for n in names if n not in found), source))
+            tensors.update(dict.fromkeys((n for n in names if n not in tensors), source))
         if not convertible.isdisjoint(names):
             convertible.update(names)
-    return Survey(found, [n for n in wanted if n not in found], convertible, unused)
+    return Survey(tensors, [n for n in wanted if n not in tensors], convertible, unused)
 
 
 def tied_names(model: PreTrainedModel) -> list[list[str]]:
