@@ -203,7 +203,8 @@ def _mask_kind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Mas
 
 #: Arguments of an attention call that do not change what it computes.
 _HARMLESS = {
-    "position_ids", "cache_position", "position_embeddings", "past_key_values", "layer_past", "use_cache",
+    "position_ids", "cache_position", "position_embeddings", "past_key_values", "cache", "layer_past",
+    "use_cache",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep",
     "num_items_in_batch", "shared_kv_states", "target_dtype", "deterministic",
 }  # fmt: skip
@@ -318,11 +319,14 @@ def refuse_by_config(model: PreTrainedModel) -> None:
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """Number of learned positions, ``None`` for decoders that compute theirs (rotary)."""
+    """Number of positions in a table, learned or not; ``None`` for decoders that compute theirs (rotary)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     token_table = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not token_table and limit in _table_sizes(module):
+            return int(limit)
+        tables = [b for n, b in module.named_buffers(recurse=False) if "pos" in n and b.ndim == 2]
+        if limit in map(len, tables):  # a table of sines (GPT-J)
             return int(limit)
     return None
 
