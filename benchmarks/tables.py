@@ -61,6 +61,18 @@ def families() -> str:
     return table(header, rows) + f"\n\n({where(data)})"
 
 
+def versions() -> str:
+    """Releases that the core of the test suite passed with."""
+    sessions = results("versions")
+    packages = list(next(iter(sessions.values()))["packages"])
+    header = ["session", "Python", *packages, "tests passed"]
+    rows = [
+        [f"`{name}`", s["python"], *(s["packages"][p].partition("+")[0] for p in packages), str(s["passed"])]
+        for name, s in sessions.items()
+    ]
+    return table(header, rows)
+
+
 def export_cost() -> str:
     """Cost of an export against the ordinary one."""
     data = results("export_cost")
@@ -240,6 +252,7 @@ def rendered(text: str) -> str:
     makers: dict[str, Any] = {
         "headline": headline,
         "families": families,
+        "versions": versions,
         "export_cost": export_cost,
         "decode_cost": decode_cost,
     }

@@ -18,6 +18,7 @@ from ..contract import LayerSpec
 from ..errors import UnsupportedModelError, UsageError
 from ..less.feature_maps import Kernels
 from ..plan import AttentionLayer, default_context, plan_layers
+from ..versions import EXPORT_PACKAGES, warn_if_untested
 from . import weights
 from .config_layers import keep_first
 from .sources import ModelSource
@@ -91,6 +92,7 @@ def open_model(
         ModelError: config.json is unreadable. UnsupportedModelError: LESS cannot express the model.
         KernelError: damaged kernels, or those of another model. UsageError: options that do not fit.
     """
+    warn_if_untested(*EXPORT_PACKAGES)
     defaults = source.recipe.options() if source.recipe else {}
     config = config.with_defaults({**defaults, "layer_budgets": None} if equal_budgets else defaults)
     architecture = open_architecture(source, config.num_hidden_layers)

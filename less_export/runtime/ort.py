@@ -33,6 +33,7 @@ import numpy.typing as npt
 from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract, TensorSpec
 from ..dtypes import onnx_type
 from ..errors import BackendError, UsageError, install_hint
+from ..versions import warn_if_untested
 from .backend import Array, Backend, State, empty
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -128,6 +129,7 @@ class OrtBackend(Backend):
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be at least 1, not {threads}")
         self._ort = _onnxruntime()
+        warn_if_untested("onnxruntime")
         provider = _choose_provider(self._ort, provider)
         self._device = "cuda" if provider == _PROVIDERS["cuda"] else "cpu"
         self._session = self._load(Path(model_path), threads, provider, accuracy_level)
