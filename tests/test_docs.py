@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 import pytest
 
+from less_export import open_bundle
 from less_export.bundle.artifact import Artifact, Bundle, KernelFacts, TokenizerFacts, WeightFile
 from less_export.cli.commands import COMMANDS
 from less_export.contract import STATE_FIELDS, Contract, LayerSpec
@@ -161,3 +162,20 @@ def test_the_bundle_format_specifies_hashes_and_identity(kernelled: Path) -> Non
         header = data[: 8 + int.from_bytes(data[:8], "little")]
         assert hashlib.sha256(header).hexdigest() == weight["header_sha256"]
         assert len(data) == weight["bytes"]
+
+
+@pytest.mark.slow
+def test_the_bundle_format_specifies_the_checksum_of_states(kernelled: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.safetensors"
+    open_bundle(kernelled).prefill("Once upon a time").save(file)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    metadata = header.pop("__metadata__")
+    digest = hashlib.sha256(f"{metadata['length']}\0{metadata['identity']}\0".encode())
+    for name in sorted(header, key=str.encode):
+        begin, end = header[name]["data_offsets"]
+        digest.update(name.encode() + b"\0" + body[begin:end])
+    assert metadata["format"] == "less-state"
+    assert metadata["identity"] == Bundle.open(kernelled).identity()
+    assert digest.hexdigest() == metadata["sha256"]
