@@ -1,7 +1,7 @@
 """less-export: Hugging Face decoders with a constant-memory LESS cache, as ONNX and TensorRT.
 
-``less_export.export(model, out, ...)`` writes a bundle, ``less_export.open_bundle(path)`` generates with
-it. Opening and generating need neither torch nor transformers; what does is imported on first use.
+``less_export.export(model, out, ...)`` writes a bundle, ``less_export.open_bundle(path)`` opens it for
+generation. Opening and generating need neither torch nor transformers; modules that do are imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Options of an export, validated once, and the names that options take; ``plan`` turns them into layers."""
+"""Options of an export, validated once, and the allowed names; ``plan`` turns them into layers."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ class ExportConfig:
             raise UsageError(f"--seed must be at least 0, not {self.seed}")
 
     def with_defaults(self, recipe: dict[str, Any]) -> ExportConfig:
-        """The same options, those that are unset and that nothing else settles taken from ``recipe``."""
-        given = {n for n in recipe if getattr(self, n) is not None}
+        """The same options, where those that are unset, and that no other option determines, come from ``recipe``."""
+        settled = {n for n in recipe if getattr(self, n) is not None}
         name = self.policy or recipe.get("policy")
         policy = by_name(name or DEFAULT_POLICY)
         whole = self.heavy is not None and (self.recent is not None or policy.fixed_recent is not None)
         if policy.keeps_all or whole:
-            given.add("budget")
-        others = "budget" in given or (self.heavy, self.recent) != (None, None) or name != recipe.get("policy")
+            settled.add("budget")
+        others = "budget" in settled or (self.heavy, self.recent) != (None, None) or name != recipe.get("policy")
         if others or self.num_hidden_layers is not None:
-            given.add("layer_budgets")  # they divide the recipe's budget among its layers under its policy, no other
-        return replace(self, **{n: v for n, v in recipe.items() if n not in given})
+            settled.add("layer_budgets")  # the recipe's are valid only for its own budget and policy
+        return replace(self, **{n: v for n, v in recipe.items() if n not in settled})

@@ -1,7 +1,7 @@
-"""The tensor contract: which tensors a LESS graph takes and gives, with which names, dtypes and shapes.
+"""The tensor contract: the inputs and outputs of a LESS graph, with their names, dtypes and shapes.
 
 Exporter, engine profiles, backends, manifest and embedding services all derive names and shapes from
-:class:`Contract`; no other module spells a tensor name. Needs numpy only.
+:class:`Contract`; no other module contains a tensor name. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ OP_DOMAIN = "less"
 OP_NAME = "LessAttention"
 OP_VERSION = 1
 
-#: TensorRT's limit on K of TopK, which the body of h2o and tova uses to choose the slots.
+#: TensorRT's limit on K of TopK, with which the bodies of h2o and tova choose the slots.
 TENSORRT_TOPK_LIMIT = 3840
-#: Largest rank that the plugin's kernels take.
+#: Largest rank that the plugin's kernels accept.
 PLUGIN_RANK_LIMIT = 64
 
 INPUT_IDS = "input_ids"
@@ -37,7 +37,7 @@ CHUNK = "chunk"
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, KV heads and the features of each: what the kernels of an attention layer must match."""
+    """Query heads, KV heads and their size: what the kernels of an attention layer must match."""
 
     query_heads: int
     kv_heads: int
@@ -50,13 +50,13 @@ class Heads:
 
     @property
     def heads(self) -> Heads:
-        """These facts alone, without those of a subclass."""
+        """These numbers alone, without those of a subclass."""
         return Heads(self.query_heads, self.kv_heads, self.head_dim)
 
 
 @dataclass(frozen=True)
 class LayerSpec(Heads):
-    """Static facts of one attention layer's LESS node.
+    """Static properties of one attention layer's LESS node.
 
     ``capacity`` slots hold at most ``heavy + recent`` tokens; ``window`` > 0 limits what a query sees to
     the newest ``window`` positions, itself included. ``absorb`` layers own a low-rank state of ``rank``
@@ -152,7 +152,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One state tensor of one layer as the graph sees it: past in, present out."""
+    """One state tensor of one layer: ``past`` is an input of the graph, ``present`` an output."""
 
     layer: int
     field: StateField
@@ -175,11 +175,11 @@ class StateTensor:
 
 @dataclass(frozen=True)
 class Contract:
-    """Everything a runtime must know to drive one artifact.
+    """Everything that a runtime must know to run one artifact.
 
-    ``dtype`` is the compute dtype T, ``chunk`` the most tokens a step may take, ``max_batch`` the most
-    rows, ``position_limit`` the number of learned positions (``None`` with rotary embeddings),
-    ``trained_length`` the model's max_position_embeddings, past which quality is unknown.
+    ``dtype`` is the compute dtype T, ``chunk`` the maximum number of tokens per step, ``max_batch`` the maximum
+    number of rows, ``position_limit`` the number of learned positions (``None`` with rotary embeddings),
+    ``trained_length`` the model's max_position_embeddings, beyond which quality is unknown.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -227,17 +227,17 @@ class Contract:
         return (self.logits_spec(), *(s.present for s in self.state()))
 
     def state_bytes(self) -> int:
-        """State bytes of one sequence, whatever its length."""
+        """State bytes of one sequence, regardless of its length."""
         return sum(s.row_bytes for s in self.state())
 
     def full_cache_bytes(self, length: int) -> int:
-        """Bytes an ordinary KV cache of ``length`` tokens takes for one sequence (sliding layers capped)."""
+        """Bytes of an ordinary KV cache of ``length`` tokens for one sequence (sliding layers capped)."""
         tokens = (min(length, s.window) if s.window else length for s in self.layers)
         per_token = (2 * s.kv_heads * s.head_dim * item_bytes(self.dtype) for s in self.layers)
         return sum(n * b for n, b in zip(tokens, per_token, strict=True))
 
     def token_limit(self) -> int | None:
-        """Longest sequence the state can take (layers that keep all, learned positions), ``None`` if unlimited."""
+        """Longest sequence that the state can hold (layers that keep all, learned positions), ``None`` if unlimited."""
         limits = [s.capacity for s in self.layers if s.policy.keeps_all]
         if self.position_limit is not None:
             limits.append(self.position_limit)
@@ -250,7 +250,7 @@ class Contract:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Contract:
-        """Contract of a manifest; raises :class:`BundleError` when it does not parse."""
+        """Contract of a manifest; raises :class:`BundleError` if it is damaged."""
         try:
             layers = tuple(checked(LayerSpec(**{**s, "policy": _policy(s["policy"])})) for s in data["layers"])
             return checked(cls(**{**data, "layers": layers}))

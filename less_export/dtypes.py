@@ -1,4 +1,4 @@
-"""The dtypes of tensors, under the names that contracts use, and what other libraries call them.
+"""The dtypes of tensors, by the names that contracts use, and their names in other libraries.
 
 Needs numpy only; torch and onnx_ir are imported by the functions that return their types.
 """
@@ -33,7 +33,7 @@ DTYPES = {
     "int8": Dtype(1, "I8", "INT8", "INT8"),
     "uint8": Dtype(1, "U8", "UINT8", "UINT8"),
 }
-#: What a graph may compute in; the plugin counts them in this order.
+#: dtypes a graph may compute in; the plugin numbers them in this order.
 COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -43,7 +43,7 @@ def item_bytes(name: str) -> int:
 
 
 def numpy_dtype(name: str) -> np.dtype[np.generic]:
-    """numpy dtype; bfloat16 travels as its uint16 bits (numpy has none)."""
+    """numpy dtype; bfloat16, which numpy lacks, is represented by its bits as uint16."""
     return np.dtype(np.uint16 if name == "bfloat16" else name)
 
 
@@ -70,15 +70,15 @@ def onnx_type(name: str) -> str:
 
 
 def from_torch(dtype: Any) -> str:
-    """Name of a torch dtype, or of one that a config spells, like "torch.bfloat16"."""
+    """Name of a torch dtype, or of one in a config, like "torch.bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def from_safetensors(code: str) -> str | None:
-    """Name of a safetensors dtype like "BF16"; None for one that is not used here."""
+    """Name of a safetensors dtype like "BF16"; None for an unsupported one."""
     return next((n for n, d in DTYPES.items() if d.safetensors == code), None)
 
 
 def from_tensorrt(dtype: Any) -> str:
-    """Name of a TensorRT data type; of one that is not used here, TensorRT's own in lower case."""
+    """Name of a TensorRT data type; for an unsupported one, TensorRT's own name in lower case."""
     return next((n for n, d in DTYPES.items() if d.tensorrt == dtype.name), str(dtype.name).lower())

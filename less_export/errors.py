@@ -1,18 +1,18 @@
-"""Errors a user can cause or mend: one family, one line each, exit code 1 at the command line.
+"""Errors that a user can cause or fix: one family, one line each, exit code 1 at the command line.
 
-Anything else that is raised is a bug of ours and keeps its traceback.
+Any other exception is a bug in this package and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 def install_hint(*extras: str) -> str:
-    """The command that installs what is missing: the extras of this package, as pyproject.toml names them."""
+    """The command that installs extras of this package, as pyproject.toml names them."""
     return f"pip install 'less-export[{','.join(extras)}]'"
 
 
 class LessExportError(Exception):
-    """Base of all expected failures; the message says what is wrong and what to do about it."""
+    """Base of all expected errors; the message says what is wrong and what to do about it."""
 
 
 class UsageError(LessExportError):
@@ -24,7 +24,7 @@ class ModelError(LessExportError):
 
 
 class GatedModelError(ModelError):
-    """A model whose weights the hub keeps until its licence is accepted."""
+    """A model whose weights can be downloaded only after its licence has been accepted."""
 
     def __init__(self, message: str, hub: str) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class GatedModelError(ModelError):
 
 
 class UnsupportedModelError(LessExportError):
-    """A decoder that LESS cannot express; names the layer and the reason."""
+    """A decoder that LESS does not support; the message names the layer and the reason."""
 
 
 class KernelError(LessExportError):
@@ -48,18 +48,18 @@ class ValidationError(LessExportError):
 
 
 class BackendError(LessExportError):
-    """A runtime that is missing, or was fed what the contract forbids."""
+    """A runtime that is missing, or input that the contract forbids."""
 
 
 class EngineError(LessExportError):
-    """TensorRT refused the graph, the plan or the machine."""
+    """TensorRT is missing, or rejected the graph, the plan or the machine."""
 
 
 def one_line(text: object, width: int = 200) -> str:
     """``text`` for a message: on one line, without control characters, cut to ``width`` characters."""
     try:
         plain = str(text)[: 4 * width]
-    except Exception:  # whatever the objects of others do
+    except Exception:  # str() of foreign objects may raise anything
         plain = type(text).__name__
     plain = " ".join(plain.split())
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in plain)

@@ -1,4 +1,4 @@
-"""From options and a model's attention layers to the plan of every layer's cache."""
+"""The plan of every layer's cache, from the options and the model's attention layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .less.policies import EvictionPolicy, Policy, by_name
 
 @dataclass(frozen=True)
 class AttentionLayer(Heads):
-    """What a decoder's layer asks of attention. ``window`` is 0 where the layer does not slide."""
+    """One attention layer of a decoder. ``window`` is 0 if the layer does not slide."""
 
     scale: float
     window: int
@@ -28,7 +28,7 @@ def budget_tokens(budget: str, context: int, option: str = "--budget") -> int:
         UsageError: not a number, less than 1 token or more than the context.
     """
     text = str(budget).strip()
-    try:  # exactly: 29% of 200 are 58, which floats miss
+    try:  # exact: 29% of 200 are 58, floats give 57
         tokens = 2 * math.floor(Fraction(text[:-1]) * context / 200) if text.endswith("%") else int(text)
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"{option} '{budget}' is neither a number of tokens nor a percentage like 5%") from None
@@ -62,10 +62,10 @@ def layer_tokens(text: str, context: int) -> dict[int, int]:
     """Slots of the layers that ``--layer-budgets LAYER:N|P%,...`` names.
 
     Raises:
-        UsageError: not such a list, a layer named twice, or a budget that is none.
+        UsageError: not such a list, a layer named twice, or an invalid budget.
     """
     if text == "auto":
-        raise UsageError("--layer-budgets auto is for less-export train, which says what to give here")
+        raise UsageError("--layer-budgets auto is for less-export train, which prints the value to give here")
     budgets: dict[int, int] = {}
     for part in text.split(","):
         name, colon, budget = part.strip().partition(":")
@@ -88,10 +88,10 @@ def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
 def plan_layers(
     layers: Sequence[AttentionLayer], config: ExportConfig, context: int, ranks: dict[int, int]
 ) -> tuple[LayerSpec, ...]:
-    """What every layer's cache will be.
+    """The cache of every layer.
 
-    ``ranks`` gives the layers that have kernels and their rank. Layers that slide keep their window
-    exactly, unless ``compress_sliding`` gives them the policy with a budget below the window.
+    ``ranks`` maps the layers that have kernels to their rank. Sliding layers keep their window
+    exactly, unless ``compress_sliding`` applies the policy with a budget below the window to them.
     """
     policy = by_name(config.policy or DEFAULT_POLICY)
     own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
@@ -104,7 +104,7 @@ def plan_layers(
     else:
         common = split_budget(policy, config, context)
     if own and (config.heavy is not None or config.recent is not None):
-        raise UsageError("--layer-budgets are split as the policy does it: drop --heavy and --recent")
+        raise UsageError("--layer-budgets are split by the policy: drop --heavy and --recent")
     if own and max(own) >= len(layers):
         raise UsageError(f"--layer-budgets names layer {max(own)}, but the model has {len(layers)} layers")
     planned = []
@@ -129,13 +129,13 @@ def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
     """The layer with ``slots`` slots, split as its policy splits a budget, and without a low-rank term."""
     split = layer.policy.split
     heavy, recent = split(slots)
-    if (layer.heavy, layer.recent) != split(layer.capacity):  # a split of the user's own keeps its heavy tokens
+    if (layer.heavy, layer.recent) != split(layer.capacity):  # a split that the user chose keeps its heavy tokens
         heavy, recent = layer.heavy, slots - layer.heavy
     return replace(layer, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=slots)
 
 
 def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
-    """The layer with everything it would see without LESS."""
+    """The layer with every token that it would see without LESS."""
     policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
     return replace(layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)
 
@@ -146,5 +146,5 @@ def default_context(max_position_embeddings: int | None) -> int:
 
 
 def unused_kernels(planned: Sequence[LayerSpec], kernels: Collection[int]) -> list[int]:
-    """Layers that have kernels which the plan does not use (they keep everything they see)."""
+    """Layers with kernels that the plan does not use (they keep every token they see)."""
     return [i for i in kernels if not planned[i].absorb]

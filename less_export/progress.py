@@ -1,4 +1,4 @@
-"""Where long work reports. The library never prints: it is given a :class:`Progress`, or reports nowhere."""
+"""Progress of long-running work. The library never prints: it reports to a :class:`Progress`, or not at all."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Protocol
 
 
 class Step(Protocol):
-    """Called after each piece of work, with a few words such as the current error."""
+    """Called after each piece of work, with a short note such as the current error."""
 
-    def __call__(self, words: str = "", pieces: int = 1) -> None: ...
+    def __call__(self, note: str = "", pieces: int = 1, /) -> None: ...
 
 
 class Progress(Protocol):
-    """Takes reports of exports, trainings, evaluations and builds."""
+    """Receives reports from exports, trainings, evaluations and builds."""
 
     def say(self, text: str) -> None:
-        """Take a few words on what begins now, or a remark."""
+        """Receive a short text on the work that begins now, or a remark."""
 
     def phase(self, name: str, total: int) -> contextlib.AbstractContextManager[Step]:
-        """Work that is made of ``total`` pieces; what is entered is called after each."""
+        """Enter a phase of ``total`` pieces; the value of the context is called after each of them."""
 
 
 class Silent:
-    """Reports nowhere: the default, and that of all but the first of several processes."""
+    """Ignores all reports: the default, and for all but the first of several processes."""
 
     def say(self, text: str) -> None:
         pass
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Step]:
-        yield lambda words="", pieces=1: None
+        yield lambda note="", pieces=1: None
 
 
 class Spoken:
-    """Calls a function with a few words as each phase begins."""
+    """Calls a function with a short text as each phase begins."""
 
     def __init__(self, function: Callable[[str], object]) -> None:
         self._function = function
@@ -46,7 +46,7 @@ class Spoken:
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Step]:
         self.say(name)
-        yield lambda words="", pieces=1: None
+        yield lambda note="", pieces=1: None
 
 
 #: What public functions accept.
@@ -54,7 +54,7 @@ AnyProgress = Progress | Callable[[str], object]
 
 
 def as_progress(progress: AnyProgress | None) -> Progress:
-    """A :class:`Progress`, a function that is called with a few words as each phase begins, or None for nowhere."""
+    """A :class:`Progress` from itself, from a function to call with a short text as each phase begins, or from None."""
     if progress is None:
         return Silent()
     if callable(progress) and not hasattr(progress, "phase"):
@@ -63,5 +63,5 @@ def as_progress(progress: AnyProgress | None) -> Progress:
 
 
 def prefixed(progress: Progress, prefix: str) -> Progress:
-    """A progress whose words are said to ``progress`` after ``prefix``."""
+    """A progress that reports to ``progress`` with ``prefix`` before each text."""
     return Spoken(lambda text: progress.say(prefix + text))

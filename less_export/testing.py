@@ -1,4 +1,4 @@
-"""Building blocks for tests and self-checks: random states, and the operator as a one-node ONNX model."""
+"""Building blocks for tests and self-checks: empty states, and the operator as a one-node ONNX model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles: the files of one export, the manifest that describes them, and opening them with suspicion.
+"""Bundles: the files of one export, the manifest that describes them, and the checks of opening them.
 
 A bundle is a folder with ``manifest.json``, or a single artifact ``x.onnx`` / ``x.plan`` with ``x.json``
 and its companions beside it. The manifest carries a hash of itself and of graphs, kernels, tokenizer and
@@ -32,12 +32,12 @@ SINGLE_SUFFIXES = (".onnx", ".plan", ".engine")
 
 
 def is_manifest(path: Path) -> bool:
-    """Whether a file is a manifest of ours, be it damaged."""
+    """Whether a file is a manifest of ours, even a damaged one."""
     return path.is_file() and b'"manifest_sha256"' in path.read_bytes()
 
 
 def is_bundle(path: str | Path) -> bool:
-    """Whether a bundle is meant: a folder with a manifest, or an artifact's file."""
+    """Whether a path names a bundle: a folder with a manifest, or the file of an artifact."""
     path = Path(path)
     return (path / MANIFEST).is_file() or (path.is_file() and path.suffix in SINGLE_SUFFIXES)
 
@@ -51,7 +51,7 @@ def foreign_files(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the files of an export lie: a folder, or one artifact with companions named after it."""
+    """Where the files of an export are: a folder, or one artifact with companions named after it."""
 
     folder: Path
     stem: str | None = None
@@ -61,17 +61,11 @@ class Layout:
     def of(cls, path: str | Path) -> Layout:
         """Layout of a bundle folder, an .onnx file or a .plan file (``.engine`` too), existing or not."""
         path = Path(path)
-        if path.suffix == ".onnx" and not path.is_dir():
-            if path.name == ARTIFACT_FILES["trt"] or path.name == ARTIFACT_FILES["ort"]:
-                inside = path.parent / MANIFEST
-                if inside.is_file():
-                    return cls(path.parent)
-            return cls(path.parent, path.stem, path.name)
-        if path.suffix in (".plan", ".engine") and not path.is_dir():
-            if (path.parent / MANIFEST).is_file() and path.name == ARTIFACT_FILES["plan"]:
-                return cls(path.parent)
-            return cls(path.parent, path.stem, path.name)
-        return cls(path)
+        if path.suffix not in SINGLE_SUFFIXES or path.is_dir():
+            return cls(path)
+        if path.name in ARTIFACT_FILES.values() and (path.parent / MANIFEST).is_file():
+            return cls(path.parent)
+        return cls(path.parent, path.stem, path.name)
 
     @property
     def manifest(self) -> str:
@@ -123,7 +117,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """The kernel file in short."""
+    """A summary of the kernel file."""
 
     file: str
     sha256: str
@@ -136,7 +130,7 @@ class KernelFacts:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself. ``model`` holds name, source, parameter count and Hugging Face config."""
+    """The description of a bundle. ``model`` holds name, source, parameter count and Hugging Face config."""
 
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -147,7 +141,7 @@ class Manifest:
     kernels: KernelFacts | None = None
 
     def files(self) -> Iterator[str]:
-        """Names of the files it describes."""
+        """Names of the files that it describes."""
         yield from (a.file for a in self.artifacts)
         yield from (w.file for w in self.weights)
         yield from (x.file for x in (self.tokenizer, self.kernels) if x is not None and x.file)
@@ -188,7 +182,7 @@ class Manifest:
                 raise BundleError(f"{where} has format {version}, written by a newer less-export: upgrade to open it")
             stated = data.pop("manifest_sha256")
             if stated != _digest(data):
-                raise BundleError(f"{where} was changed after the export (hash differs): export again")
+                raise BundleError(f"{where} was changed after the export (its hash differs): export again")
             manifest = cls(
                 model=data["model"],
                 settings=data["settings"],
@@ -238,17 +232,17 @@ class Bundle:
             BundleError: missing, damaged, changed or newer files; names the file.
         """
         layout = Layout.of(path)
-        described = layout.folder / layout.manifest
-        if not described.is_file():
+        manifest_file = layout.folder / layout.manifest
+        if not manifest_file.is_file():
             what = f"{path} does not exist" if not Path(path).exists() else f"{path} has no {layout.manifest}"
             raise BundleError(f"{what}: give a bundle folder, or an .onnx or .plan made by less-export")
         try:
-            manifest = Manifest.parse(described.read_bytes(), str(described))
+            manifest = Manifest.parse(manifest_file.read_bytes(), str(manifest_file))
             bundle = cls(layout, manifest)
             for problem in bundle._problems(full):
                 raise BundleError(f"{problem}: export again, or copy the bundle again")
         except OSError as error:
-            raise BundleError(f"cannot read {described}: {error.strerror or error}") from error
+            raise BundleError(f"cannot read {manifest_file}: {error.strerror or error}") from error
         return bundle
 
     def identity(self) -> str:

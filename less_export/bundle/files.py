@@ -33,7 +33,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def apply_umask(path: str | Path) -> None:
-    """Give a file or folder made by ``tempfile`` or safetensors the permissions that the umask gives new ones."""
+    """Give a file or folder created by ``tempfile`` or safetensors the permissions that the umask allows."""
     with _umask_lock:
         umask = os.umask(0o077)  # the only way to read it is to set it
         os.umask(umask)
@@ -41,10 +41,10 @@ def apply_umask(path: str | Path) -> None:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Say now that a file cannot be written, before the work whose figures it is to hold.
+    """Refuse a file that cannot be written, before the work whose results it is for.
 
     Raises:
-        UsageError: a folder, or in one that is not there or takes no files.
+        UsageError: it is a folder, or its folder is missing or not writable.
     """
     try:
         if path.is_dir():
@@ -59,9 +59,9 @@ def refuse_unwritable(path: Path) -> None:
 def scratch_folder(beside: Path) -> Iterator[Path]:
     """A hidden folder next to ``beside`` (same file system, so that renames work), removed at the end.
 
-    Folders made on the way there go too if nothing was put into them.
+    Parent folders created for it are removed too if they are still empty.
     """
-    made = [p for p in beside.parents if not p.exists()]
+    created = [p for p in beside.parents if not p.exists()]
     folder = None
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
@@ -70,15 +70,15 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: something was put there
-            for path in made:
+        with contextlib.suppress(OSError):  # not empty
+            for path in created:
                 path.rmdir()
 
 
 def publish(moves: Sequence[tuple[Path, Path]]) -> None:
-    """Rename every (finished, final); what was at the final names comes back if a rename fails.
+    """Rename every (finished, final); if a rename fails, the previous files are restored.
 
-    All lie in or below one folder. What is replaced waits in a hidden folder there until the end.
+    All final names are in one folder. Replaced files are kept in a hidden folder there until the end.
     """
     aside = Path(tempfile.mkdtemp(prefix=".replaced.", dir=moves[0][1].parent))
     try:
@@ -101,7 +101,7 @@ def link(source: Path, target: Path) -> bool:
     """Hard-link the file behind ``source`` (links followed) to ``target``; False where links are impossible.
 
     Raises:
-        FileExistsError: ``target`` is there already.
+        FileExistsError: ``target`` exists.
     """
     try:
         os.link(source.resolve(), target)
@@ -116,7 +116,7 @@ def copy(source: Path, target: Path) -> None:
     """Copy the file behind ``source`` to ``target``, which is whole or absent.
 
     Raises:
-        FileExistsError: ``target`` is there already. It may be a link to what nobody may write to.
+        FileExistsError: ``target`` exists. It may be a link to a file that must not be written to.
     """
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)

@@ -98,10 +98,10 @@ def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            reason = log.reason()
-            if header.version != chosen.version:
-                reason = f"version {header.version} built it: build it again with this one ({reason})"
-            raise EngineError(f"{chosen.label} cannot load {path}: {reason}")
+            other = header.version != chosen.version
+            built = f" (built by version {header.version})" if other else ""
+            advice = ": build it again with this version" if other else ""
+            raise EngineError(f"{chosen.label} cannot load {path}{built}: {log.reason()}{advice}")
         _check_engine(module, engine, contract)
     return LoadedPlan(chosen, runtime, engine)
 
@@ -323,7 +323,7 @@ class TrtBackend(Backend):
         """Set the input shapes, and check that the outputs fit their buffers."""
         for spec in self.contract.inputs():
             if not context.set_input_shape(spec.name, spec.sized(batch, chunk)):
-                raise BackendError(f"the plan does not take {spec.name} {spec.sized(batch, chunk)}: build it again")
+                raise BackendError(f"the plan does not accept {spec.name} {spec.sized(batch, chunk)}: build it again")
         for spec in self.contract.outputs():
             shape = tuple(context.get_tensor_shape(spec.name))
             if shape != spec.sized(batch, chunk):

@@ -1,4 +1,4 @@
-"""TensorRT plans, built from an ONNX graph and its weights; ``runtime.trt_backend`` loads and runs them.
+"""TensorRT plans, built from an ONNX graph and its weights; ``runtime.trt`` loads and runs them.
 
 Two flavours share one API. ``tensorrt`` (data-center GPUs) builds for the GPU it runs on;
 ``tensorrt_rtx`` builds ahead of time for architectures, on a machine that needs neither GPU nor driver.
@@ -27,7 +27,7 @@ from .plugin import PluginFacts
 
 Shape = tuple[int, ...]
 
-#: Flavours in the order they are looked for: module -> (name in messages, our extra).
+#: Flavours in order of preference: module -> (name in messages, our extra).
 _FLAVOURS = {"tensorrt": ("TensorRT", "trt"), "tensorrt_rtx": ("TensorRT-RTX", "trt-rtx")}
 
 
@@ -46,10 +46,10 @@ class Flavour:
 
 
 def flavour(name: str | None = None) -> Flavour:
-    """The TensorRT at hand: full TensorRT where it imports, else TensorRT-RTX; or the one called ``name``.
+    """The installed TensorRT: full TensorRT if it can be imported, otherwise TensorRT-RTX; or the one called ``name``.
 
     Raises:
-        EngineError: none is installed, or what is installed does not load.
+        EngineError: none is installed, or the installed one cannot be loaded.
     """
     broken = ""
     for candidate in _FLAVOURS if name is None else (name,):
@@ -57,22 +57,22 @@ def flavour(name: str | None = None) -> Flavour:
             module = importlib.import_module(candidate)
         except ModuleNotFoundError:
             continue
-        except Exception as error:  # whatever a half-installed binary package raises
-            broken = f" ({candidate} is installed but does not load: {one_line(str(error))})"
+        except Exception as error:  # a half-installed binary package may raise anything
+            broken = f" ({candidate} is installed but cannot be loaded: {one_line(str(error))})"
             continue
         if hasattr(module, "Builder"):  # an empty folder of that name imports too
             return Flavour(candidate, module, str(module.__version__))
     hints = {n: install_hint(extra) for n, (_, extra) in _FLAVOURS.items()}
     if name is not None:
-        raise EngineError(f"this needs {_FLAVOURS[name][0]}, which is not here{broken}: {hints[name]}")
+        raise EngineError(f"this needs {_FLAVOURS[name][0]}, which is not available{broken}: {hints[name]}")
     raise EngineError(
-        f"TensorRT is not here{broken}: {hints['tensorrt']} for the GPU of this machine, "
+        f"TensorRT is not available{broken}: {hints['tensorrt']} for the GPU of this machine, "
         f"or {hints['tensorrt_rtx']} to build for RTX GPUs on any machine"
     )
 
 
 def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
-    """Architectures to build for, as "sm_89"; none means what the flavour does by itself.
+    """Architectures to build for, as "sm_89"; none means the default of the flavour.
 
     Args:
         chosen: the flavour that will build.
@@ -80,7 +80,7 @@ def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
             TensorRT-RTX's default, a plan for every GPU from sm_80 on.
 
     Raises:
-        UsageError: unknown, unsupported, or asked of full TensorRT, which builds for the GPU it sees.
+        UsageError: unknown, unsupported, or given with full TensorRT, which builds for the GPU of the machine.
     """
     if gpu_arch is None:
         return ()
@@ -109,7 +109,7 @@ def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Profile:
-    """One optimisation profile: the chunk lengths it takes, and (min, opt, max) of every input."""
+    """One optimisation profile: its largest chunk, and (min, opt, max) of every input's shape."""
 
     name: str
     chunk: int
@@ -119,7 +119,7 @@ class Profile:
 def profiles(contract: Contract) -> tuple[Profile, ...]:
     """The profiles of a plan, in order: decode (T = 1), and prefill (T = 1..chunk) where chunk > 1.
 
-    Both take 1..max_batch rows and are tuned for full ones: a larger --max-batch is asked for to be used.
+    Both accept 1..max_batch rows and are tuned for max_batch, since a user who raises --max-batch means to use it.
     """
 
     def profile(name: str, chunk: int) -> Profile:
@@ -132,17 +132,17 @@ def profiles(contract: Contract) -> tuple[Profile, ...]:
 
 
 def polygraphy_options(contract: Contract) -> list[str]:
-    """What ``polygraphy convert`` must be told to build the plan that :func:`build_plan` builds with the plugin."""
-    words = ["--strongly-typed", "--preview-features", "ALIASED_PLUGIN_IO_10_03"]
+    """Options with which ``polygraphy convert`` builds the plan that :func:`build_plan` builds with the plugin."""
+    options = ["--strongly-typed", "--preview-features", "ALIASED_PLUGIN_IO_10_03"]
     for profile in profiles(contract):
         for index, bound in enumerate(("min", "opt", "max")):
             sizes = (f"{n}:[{','.join(map(str, s[index]))}]" for n, s in profile.shapes.items())
-            words += [f"--trt-{bound}-shapes", *sizes]
-    return words
+            options += [f"--trt-{bound}-shapes", *sizes]
+    return options
 
 
 def check_limits(contract: Contract) -> None:
-    """Raise :class:`EngineError` for a contract whose function body TensorRT cannot run."""
+    """Raise :class:`EngineError` for a contract that TensorRT cannot run without the plugin."""
     for index, layer in enumerate(contract.layers):
         if layer.policy.uses_topk and layer.capacity > TENSORRT_TOPK_LIMIT:
             raise EngineError(
@@ -151,14 +151,15 @@ def check_limits(contract: Contract) -> None:
             )
 
 
-def check_tensors(found: Mapping[str, tuple[str, Shape]], expected: Iterable[TensorSpec], what: str) -> None:
-    """Names, dtypes and shapes; TensorRT writes -1 for what it cannot know, dynamic axes at least."""
+def check_tensors(tensors: Mapping[str, tuple[str, Shape]], expected: Iterable[TensorSpec], what: str) -> None:
+    """Compare names, dtypes and shapes with the contract; TensorRT reports unknown and dynamic sizes as -1."""
     specs = {s.name: s for s in expected}
-    for name in [*specs, *found]:
-        if name not in found or name not in specs:
-            where = "lacks" if name not in found else "has, and the contract does not,"
-            raise EngineError(f"{what} {where} the tensor {name}: export the bundle again")
-        spec, (dtype, shape) = specs[name], found[name]
+    for name in [*specs, *tensors]:
+        if name not in tensors:
+            raise EngineError(f"{what} lacks the tensor {name}: export the bundle again")
+        if name not in specs:
+            raise EngineError(f"{what} has the tensor {name}, which the contract lacks: export the bundle again")
+        spec, (dtype, shape) = specs[name], tensors[name]
         fits = len(shape) == len(spec.shape) and all(a == -1 or a == b for a, b in zip(shape, spec.shape, strict=True))
         if dtype != spec.dtype or not fits:
             raise EngineError(
@@ -169,9 +170,9 @@ def check_tensors(found: Mapping[str, tuple[str, Shape]], expected: Iterable[Ten
 
 @dataclass(frozen=True)
 class PlanInfo:
-    """How a plan was made: file size, time, TensorRT's layers; ``gpu_arch`` like "sm_86,sm_89", or the default.
+    """How a plan was built: file size, time, TensorRT's layers; ``gpu_arch`` like "sm_86,sm_89", None for the default.
 
-    ``plugin_layers`` of the layers are plugins; ``plugin`` says where their library is.
+    ``plugin_layers`` of the layers are plugins; ``plugin`` describes their library.
     """
 
     flavour: str
@@ -196,19 +197,19 @@ def build_plan(
 ) -> PlanInfo:
     """Build ``out`` from an ONNX graph; the file is whole or as it was before.
 
-    The plan is streamed to disk where TensorRT can (RTX does), so that the host holds it at no time.
+    The plan is streamed to disk if TensorRT can do that (RTX can), so it never takes up host memory.
 
     Args:
         model: serialised ONNX, with the LessAttention bodies inside or, with a ``library``, bare nodes.
         weights_dir: the folder that external data locations are relative to.
         gpu_arch: see :func:`parse_gpu_arch`.
         library: the plugin (see :func:`less_export.tensorrt.plugin.library`); TensorRT-RTX puts it into the plan.
-        progress: told when each profile begins (TensorRT's own steps tell nothing about time: nearly all of it is
-            one opaque step per profile); what it raises cancels the build and is raised from here.
+        progress: notified when each profile begins (TensorRT's own steps are no measure of time: nearly all of it is
+            one opaque step per profile); an exception that it raises cancels the build and is passed on.
 
     Raises:
         UsageError: ``gpu_arch``.
-        EngineError: no TensorRT, or it refuses the graph (the message is TensorRT's own, in one line).
+        EngineError: no TensorRT, or it rejects the graph (the message is TensorRT's own, in one line).
     """
     chosen = flavour()
     archs = parse_gpu_arch(chosen, gpu_arch)
@@ -257,7 +258,7 @@ def _build(
     log = log_of(chosen.module)
     try:
         builder = module.Builder(log.interface)
-    except (TypeError, RuntimeError):  # the bindings' way to say that the factory returned nothing
+    except (TypeError, RuntimeError):  # the bindings raise these if the factory returns nothing
         raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
     if library is not None:
         plugin.load(module, library)
@@ -269,14 +270,14 @@ def _build(
         (network.get_input, network.num_inputs, contract.inputs()),
         (network.get_output, network.num_outputs, contract.outputs()),
     ):
-        found = {t.name: (from_tensorrt(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
-        check_tensors(found, specs, "the graph")
+        tensors = {t.name: (from_tensorrt(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
+        check_tensors(tensors, specs, "the graph")
     config = _configure(module, builder, contract, archs)
     if library is not None:
         config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         if _embeds(chosen):
             config.plugins_to_serialize = [os.fspath(library)]
-    monitor = implement(  # a name of its own: TensorRT does not keep it alive
+    monitor = implement(  # bound to a name: TensorRT does not keep it alive
         module.IProgressMonitor,
         phase_start=lambda *_: None,
         step_complete=log.guarded(lambda *_: True, failed=False),  # False cancels the build
@@ -297,7 +298,7 @@ def _build(
 
 
 def _culprit(parser: Any, library: Path | None) -> str:
-    """The node that the parser stumbled over, for a message."""
+    """The node that the parser failed at, for a message."""
     if parser.num_errors == 0 or not parser.get_error(0).node_operator():
         return ""
     error = parser.get_error(0)
@@ -306,9 +307,9 @@ def _culprit(parser: Any, library: Path | None) -> str:
 
 
 def _configure(module: Any, builder: Any, contract: Contract, archs: tuple[str, ...]) -> Any:
-    """Builder configuration: the profiles, the architectures, and f32 that is f32."""
+    """Builder configuration: profiles, architectures, and f32 without TF32."""
     config = builder.create_builder_config()
-    # TF32 keeps 10 bits: too few for log phi and for the state, which are f32 on purpose.
+    # TF32 has 10 bits of mantissa: too few for log phi and for the state, which need f32.
     config.clear_flag(module.BuilderFlag.TF32)
     for profile in profiles(contract):
         entry = builder.create_optimization_profile()

@@ -23,18 +23,18 @@ _LEVELS = {"VERBOSE": logging.DEBUG, "INFO": logging.INFO, "WARNING": logging.WA
 
 
 def implement(interface: Any, **methods: Callable[..., Any]) -> Any:
-    """An object of TensorRT's ``interface`` whose methods are these functions (called without self)."""
+    """An object that implements TensorRT's ``interface`` with these functions (called without self)."""
     body = {"__init__": lambda self: interface.__init__(self)}
     body.update({name: staticmethod(f) for name, f in methods.items()})
     return type(f"Less{interface.__name__}", (interface,), body)()
 
 
 class Log:
-    """TensorRT's logger: passes everything on, and keeps the errors.
+    """TensorRT's logger: passes everything on, and stores the errors.
 
-    TensorRT takes one logger per process and keeps the first, so there is one of these per flavour.
-    Nothing may be raised through TensorRT's frames: an exception inside a call-back waits in ``stopped``,
-    call-backs that can cancel do, and :meth:`listening` raises it at the end.
+    TensorRT uses the first logger of the process and ignores others, so there is one of these per flavour.
+    No exception may pass through TensorRT's frames: one inside a call-back is stored in ``stopped``,
+    call-backs that can cancel the work do, and :meth:`listening` raises it at the end.
     """
 
     def __init__(self, module: Any) -> None:
@@ -53,12 +53,12 @@ class Log:
         _LOGGER.log(_LEVELS.get(severity.name, logging.ERROR), message)
 
     def error(self, message: str) -> None:
-        """Take an error that does not come through TensorRT."""
+        """Record an error that TensorRT does not report itself."""
         self.errors.append(message)
         _LOGGER.error(message)
 
     def guarded(self, function: Callable[..., Any], failed: Any = None) -> Callable[..., Any]:
-        """``function`` for TensorRT to call: an exception is kept, and ``failed`` returned from then on."""
+        """``function`` for TensorRT to call: an exception is stored, and from then on every call returns ``failed``."""
 
         def call(*args: Any) -> Any:
             try:
@@ -72,7 +72,7 @@ class Log:
 
     @contextlib.contextmanager
     def listening(self, watch: Callable[[str], None] | None = None) -> Iterator[None]:
-        """Start with no errors; on the way out raise what a call-back raised, before anything else.
+        """Clear the errors on entry; on exit raise what a call-back raised, in preference to anything else.
 
         ``watch`` is called with every message.
         """
@@ -89,23 +89,23 @@ class Log:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Ctrl-C stops what goes on at its next call-back (raised there, TensorRT would swallow it)."""
-        usual, main = signal.default_int_handler, threading.main_thread()
-        if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not usual:
+        """Ctrl-C stops the work at its next call-back (an exception raised there would be lost in TensorRT)."""
+        default, main = signal.default_int_handler, threading.main_thread()
+        if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not default:
             yield
             return
         signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", KeyboardInterrupt()))
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, usual)
+            signal.signal(signal.SIGINT, default)
 
     def reason(self) -> str:
-        """The most useful of the errors: the first that is neither a frame nor an echo of another."""
+        """The most useful of the errors: the first that neither frames nor repeats another."""
         echoes = ("While parsing node", "--- Begin node", "--- End node", "catchCudaError")
         causes = [e for e in self.errors if not any(echo in e for echo in echoes)]
         if not causes:
-            return "it gave no reason (--verbose shows its log)"
+            return "no reason given (--verbose shows its log)"
         if re.search(r"cudaError (35|100)\b", causes[0]):
             return "no CUDA driver, or none recent enough, or no GPU: run nvidia-smi"
         return one_line(causes[0])
@@ -113,12 +113,12 @@ class Log:
 
 @functools.cache
 def log_of(module: ModuleType) -> Log:
-    """The one logger of a flavour."""
+    """The logger of a flavour."""
     return Log(module)
 
 
 def one_line(message: str) -> str:
-    """A message of TensorRT's without line breaks and source positions."""
+    """A message from TensorRT without line breaks and source positions."""
     text = " ".join(message.split())
     text = re.sub(r"^(\S+\.cpp:\d+:? |ERROR: |In function \w+: |\[\d+\] )+", "", text)
     text = re.sub(r"[. ]*In \w+ at /\S+:\d+", "", text)

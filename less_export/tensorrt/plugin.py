@@ -1,7 +1,7 @@
-"""The TensorRT plugin library: its toolchain, its build into a cache, and what it can run.
+"""The TensorRT plugin library: its toolchain, its build into a cache, and the layers it can run.
 
 The sources are those of ``plugins_trt``, which ship with the package. Building needs nvcc and a C++
-compiler, no GPU and no TensorRT but its headers; the result is kept in a cache.
+compiler, TensorRT's headers but not TensorRT, and no GPU; the result is stored in a cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FIRST_CUDA = (12, 8)
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What the plugin is compiled with; ``cuda`` is nvcc's version like "13.0.88"."""
+    """The tools that compile the plugin; ``cuda`` is nvcc's version like "13.0.88"."""
 
     nvcc: Path
     cuda: str
@@ -49,7 +49,7 @@ class Toolchain:
 
     @property
     def library_folders(self) -> list[Path]:
-        """Where the static CUDA runtime may lie (PyPI's packages have no lib64, which nvcc looks in)."""
+        """Folders of the static CUDA runtime (PyPI's packages have no lib64, where nvcc looks)."""
         return [f for f in (self.nvcc.parents[1] / "lib64", self.nvcc.parents[1] / "lib") if f.is_dir()]
 
 
@@ -64,7 +64,7 @@ def _listed(name: str) -> list[str]:
 
 
 def default_archs() -> tuple[str, ...]:
-    """Architectures that are built unless others are asked for, like "sm_89"."""
+    """Architectures that are built by default, like "sm_89"."""
     return tuple(f"sm_{n}" for n in _listed("architectures.txt"))
 
 
@@ -101,19 +101,21 @@ def toolchain() -> Toolchain:
     """nvcc, a C++ compiler and TensorRT's headers.
 
     Raises:
-        EngineError: one of them is missing, or nvcc is too old; says where it was looked for.
+        EngineError: one of them is missing, or nvcc is too old; the message says where it was searched for.
     """
     nvcc = next((p for p in _nvcc_places() if p.is_file()), None)
     if nvcc is None:
-        raise EngineError(f"the plugin needs nvcc, which is neither in CUDA_HOME nor on the PATH: {_INSTALL}")
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"V(\d+)\.(\d+)\.(\d+)", said)
+        raise EngineError(f"the plugin needs nvcc, which is neither in CUDA_HOME nor on PATH: {_INSTALL}")
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    version = re.search(r"V(\d+)\.(\d+)\.(\d+)", output)
     if version is None:
-        raise EngineError(f"{nvcc} does not say its version: {_INSTALL}")
+        raise EngineError(f"{nvcc} reports no version: {_INSTALL}")
     if (int(version[1]), int(version[2])) < _FIRST_CUDA:
         needed = ".".join(map(str, _FIRST_CUDA))
-        raise EngineError(f"{nvcc} is of CUDA {version[1]}.{version[2]}, the plugin needs {needed}: {_INSTALL}")
-    host = next((found for name in ("g++", "c++", "clang++") if (found := shutil.which(name))), None)
+        raise EngineError(
+            f"{nvcc} is from CUDA {version[1]}.{version[2]}, the plugin needs {needed} or newer: {_INSTALL}"
+        )
+    host = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
     if host is None:
         raise EngineError("the plugin needs a C++ compiler: install g++")
     headers = tensorrt_include()
@@ -121,7 +123,7 @@ def toolchain() -> Toolchain:
 
 
 def tensorrt_include() -> Path:
-    """The folder of NvInfer.h; raises :class:`EngineError` where there is none."""
+    """The folder of NvInfer.h; raises :class:`EngineError` if it is not found."""
     headers = next((p for p in _header_places() if (p / "NvInfer.h").is_file()), None)
     if headers is None:
         raise EngineError(
@@ -137,7 +139,7 @@ def _nvcc_places() -> Iterator[Path]:
     if on_path := shutil.which("nvcc"):
         yield Path(on_path).resolve()
     yield Path("/usr/local/cuda/bin/nvcc")
-    spec = importlib.util.find_spec("nvidia")  # a namespace of PyPI's packages
+    spec = importlib.util.find_spec("nvidia")  # the namespace of PyPI's packages
     for folder in spec.submodule_search_locations or () if spec else ():
         yield Path(folder) / "cu13" / "bin" / "nvcc"
 
@@ -148,7 +150,7 @@ def _header_places() -> Iterator[Path]:
         return
     machine = os.uname().machine
     yield from map(Path, (f"/usr/include/{machine}-linux-gnu", "/usr/include", "/usr/local/tensorrt/include"))
-    spec = importlib.util.find_spec("kernel_lens")  # found, never imported: it needs triton
+    spec = importlib.util.find_spec("kernel_lens")  # not imported: it needs triton
     for folder in spec.submodule_search_locations or () if spec else ():
         yield Path(folder) / "include" / "tensorrt"
 
@@ -171,32 +173,33 @@ def cache_folder() -> Path:
 
 
 def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
-    """The plugin library for ``archs`` (default: all), out of the cache or built into it.
+    """The plugin library for ``archs`` (default: all), from the cache or built into it.
 
-    Processes that build the same thing at a time do it twice; one of the two results stays.
+    Processes that build the same library at the same time each compile it; one of the results stays.
 
     Raises:
         EngineError: no toolchain, or it fails.
     """
-    wanted = tuple(archs) or default_archs()
+    archs = tuple(archs) or default_archs()
     tools = toolchain()
-    target = cache_folder() / "plugins" / _key(tools, wanted) / LIBRARY
+    target = cache_folder() / "plugins" / _key(tools, archs) / LIBRARY
     if target.is_file():
         return target
     try:
         with scratch_folder(target.parent) as folder:
-            compile_library(folder / LIBRARY, wanted, tools, progress=progress)
+            compile_library(folder / LIBRARY, archs, tools, progress=progress)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder / LIBRARY, target)
     except OSError as error:
         raise EngineError(
-            f"cannot write the plugin to {target.parent}: {error.strerror or error} (LESS_EXPORT_CACHE names another)"
+            f"cannot write the plugin to {target.parent}: {error.strerror or error} "
+            "(set LESS_EXPORT_CACHE to another folder)"
         ) from error
     return target
 
 
 def _key(tools: Toolchain, archs: Sequence[str]) -> str:
-    """What the library depends on: sources, compilers, headers, architectures."""
+    """Key of everything that the library depends on: sources, compilers, headers, architectures."""
     digest = hashlib.sha256()
     names = [p for pattern in ("src/*", "include/*", "*.txt", "*.map") for p in sorted(sources().glob(pattern))]
     for path in names:
@@ -208,10 +211,10 @@ def _key(tools: Toolchain, archs: Sequence[str]) -> str:
 
 
 def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progress: Progress | None = None) -> None:
-    """Compile the plugin to ``out``; objects are left beside it.
+    """Compile the plugin to ``out``; object files are left beside it.
 
     Raises:
-        EngineError: the compiler fails; its first complaint is the message (the log has all of it).
+        EngineError: the compiler fails; the message is its first error (the log has the whole output).
     """
     base, progress = sources(), progress or Silent()
     numbers = [a.removeprefix("sm_") for a in archs]
@@ -223,10 +226,10 @@ def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progre
     names, cores = _listed("sources.txt"), os.cpu_count() or 1
 
     def compile_one(name: str) -> str:
-        made = out.parent / f"{Path(name).name}.o"
+        object_file = out.parent / f"{Path(name).name}.o"
         device = [*targets, "--threads", str(min(len(targets), cores))] if name.endswith(".cu") else []
-        _run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(made)], name)
-        return str(made)
+        _run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(object_file)], name)
+        return str(object_file)
 
     progress.say(f"compiling the plugin for {', '.join(archs)} (once; a minute or two per architecture)")
     with concurrent.futures.ThreadPoolExecutor(min(len(names), cores)) as pool:
@@ -246,20 +249,20 @@ def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progre
     _run(link, LIBRARY)
 
 
-def _run(words: Sequence[str], what: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    _LOG.debug("%s\n%s%s", " ".join(words), done.stdout, done.stderr)
-    if done.returncode:
-        lines = [x for x in (done.stderr + done.stdout).splitlines() if x.strip()]
+def _run(argv: Sequence[str], what: str) -> None:
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    _LOG.debug("%s\n%s%s", " ".join(argv), result.stdout, result.stderr)
+    if result.returncode:
+        lines = [x for x in (result.stderr + result.stdout).splitlines() if x.strip()]
         why = next((x for x in lines if "error" in x or "fatal" in x), lines[0] if lines else "no reason given")
-        raise EngineError(f"the plugin does not compile ({what}): {why.strip()[:300]}")
+        raise EngineError(f"the plugin cannot be compiled ({what}): {why.strip()[:300]}")
 
 
-# ------------------------------------------------------------------ what it can run
+# ------------------------------------------------------------------ layers it can run
 
 
 def why_unsupported(path: Path, layer: LayerSpec, dtype: str) -> str | None:
-    """Why the plugin in ``path`` cannot run a layer that computes in ``dtype``; ``None`` where it can."""
+    """Why the plugin in ``path`` cannot run a layer that computes in ``dtype``; ``None`` if it can."""
     ask = ctypes.CDLL(os.fspath(path)).lessWhyUnsupported
     ask.restype = ctypes.c_char_p
     sizes = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank)
@@ -283,17 +286,17 @@ def check_layers(path: Path, contract: Contract) -> None:
 #: Name of a TensorRT module -> the library that its registry holds, and its handle.
 _loaded: dict[str, tuple[Path, Any]] = {}
 _ErrorSink = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
-#: Call-backs that the libraries hold.
+#: Call-backs that the libraries hold; they must not be garbage collected.
 _sinks: dict[str, Any] = {}
 
 
 def load(module: Any, path: Path) -> None:
-    """Register the library's operators with a TensorRT, once; another build of them goes out.
+    """Register the library's operators with a TensorRT, once; it replaces another build of them.
 
-    What they complain about goes to the flavour's log.
+    Their errors go to the flavour's log.
 
     Raises:
-        EngineError: the library does not load, or somebody else has registered operators of that name.
+        EngineError: the library cannot be loaded, or operators of that name are registered already.
     """
     if module.__name__ not in _sinks:
         _sinks[module.__name__] = _ErrorSink(lambda text: log_of(module).error(text.decode(errors="replace")))
@@ -302,17 +305,17 @@ def load(module: Any, path: Path) -> None:
     if held is not None:
         if held[0] == path:
             return
-        registry.deregister_library(held[1])  # its code stays: engines may use it
+        registry.deregister_library(held[1])  # its code stays loaded: engines may use it
         del _loaded[module.__name__]
     handle = registry.load_library(os.fspath(path))
     if handle is None:
-        raise EngineError(f"TensorRT does not load the plugin {path}: is another one loaded in this process?")
+        raise EngineError(f"cannot load the plugin {path}: is another one loaded in this process?")
     _loaded[module.__name__] = (path, handle)
 
 
 @dataclass(frozen=True)
 class PluginFacts:
-    """What a manifest says of a plan's plugin: it is ``inside`` the plan, or the ``library`` with this hash."""
+    """A manifest's description of a plan's plugin: it is ``inside`` the plan, or in the ``library`` with this hash."""
 
     library: str
     sha256: str
@@ -325,15 +328,15 @@ class PluginFacts:
 
 
 def find(facts: PluginFacts) -> Path:
-    """The library that a plan was built with: where it was, or where LESS_EXPORT_PLUGIN says.
+    """The library that a plan was built with: where it was then, or the one that LESS_EXPORT_PLUGIN names.
 
     Raises:
-        EngineError: it is missing, or another one lies there.
+        EngineError: it is missing, or has been replaced by another one.
     """
     path = Path(os.environ.get("LESS_EXPORT_PLUGIN") or facts.library)
     cure = "build the engine again, or set LESS_EXPORT_PLUGIN to the library that it was built with"
     if not path.is_file():
         raise EngineError(f"the plugin of this engine is missing ({path}): {cure}")
     if sha256(path) != facts.sha256:
-        raise EngineError(f"{path} is not the plugin that this engine was built with (hash differs): {cure}")
+        raise EngineError(f"{path} is not the plugin that this engine was built with (its hash differs): {cure}")
     return path
