@@ -23,6 +23,8 @@ OP_VERSION = 1
 
 #: TensorRT's limit on K of TopK, with which the bodies of h2o and tova choose the slots.
 TENSORRT_TOPK_LIMIT = 3840
+#: Bytes that the tensors of all rows stay below, so that sums of sizes fit into 64 bits in every runtime.
+MAX_TENSOR_BYTES = 2**60
 #: Largest rank that the plugin's kernels accept.
 PLUGIN_RANK_LIMIT = 64
 
@@ -253,6 +255,11 @@ class Contract:
         """Contract of a manifest; raises :class:`BundleError` if it is damaged."""
         try:
             layers = tuple(checked(LayerSpec(**{**s, "policy": _policy(s["policy"])})) for s in data["layers"])
-            return checked(cls(**{**data, "layers": layers}))
+            contract = checked(cls(**{**data, "layers": layers}))
+            tokens = 8 * contract.chunk * contract.vocab_size
+            state = sum(16 * s.kv_heads * (s.capacity + s.rank) * (s.head_dim + s.rank + 1) for s in layers)
+            if contract.max_batch * (tokens + state) >= MAX_TENSOR_BYTES:
+                raise ValueError("its tensors are too large")
+            return contract
         except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
             raise BundleError(f"the manifest's contract is damaged ({error}): export the bundle again") from error

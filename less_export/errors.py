@@ -55,6 +55,17 @@ class EngineError(LessExportError):
     """TensorRT is missing, or rejected the graph, the plan or the machine."""
 
 
+def printable(text: str, keep: str = "") -> str:
+    r"""``text`` with escapes for what a terminal would obey: control characters, changes of direction, surrogates.
+
+    Names and templates come from bundles, and an escape sequence in one could rewrite what the terminal shows.
+    Characters in ``keep``, such as ``"\n\t"``, stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
 def one_line(text: object, width: int = 200) -> str:
     """``text`` for a message: on one line, without control characters, cut to ``width`` characters."""
     try:

@@ -26,7 +26,7 @@ from less_export.exporter.targets import plan_targets
 from less_export.hf import recipes
 from less_export.less.feature_maps import PARAMETRISATIONS
 from less_export.tensorrt import engine, plugin
-from less_export.tensorrt.plugin import PluginFacts
+from less_export.tensorrt.trust import PluginFacts
 from less_export.training import options
 
 from . import bundles

@@ -2,21 +2,24 @@
 
 A bundle is a folder with ``manifest.json``, or a single artifact ``x.onnx`` / ``x.plan`` with ``x.json``
 and its companions beside it. The manifest carries a hash of itself and of graphs, kernels, tokenizer and
-plan, checked at every opening; weights are checked by size and header, and whole by ``check --full``.
+plan, checked at every opening; weights are checked by size and header, and whole by ``check``. A manifest comes from
+strangers: ``schema`` bounds it, and nothing that it names is a reason to run code.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..contract import Contract
 from ..errors import BundleError
-from ..typed import checked
+from . import schema
 from .files import sha256
 
 FORMAT_VERSION = 1
@@ -27,13 +30,18 @@ KERNELS = "kernels.safetensors"
 TOKENIZER = "tokenizer.json"
 CONVERTED_WEIGHTS = "converted.safetensors"
 QUANTISED_WEIGHTS = "quantised.safetensors"
+#: Every name in a folder bundle but those of the checkpoint's weight files.
+FIXED_NAMES = (*ARTIFACT_FILES.values(), KERNELS, TOKENIZER, CONVERTED_WEIGHTS, QUANTISED_WEIGHTS)
 #: Suffixes of a bundle that is one artifact with companions.
 SINGLE_SUFFIXES = (".onnx", ".plan", ".engine")
 
 
 def is_manifest(path: Path) -> bool:
     """Whether a file is a manifest of ours, even a damaged one."""
-    return path.is_file() and b'"manifest_sha256"' in path.read_bytes()
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return b'"manifest_sha256"' in file.read(schema.MAX_BYTES)
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -42,11 +50,27 @@ def is_bundle(path: str | Path) -> bool:
     return (path / MANIFEST).is_file() or (path.is_file() and path.suffix in SINGLE_SUFFIXES)
 
 
-def foreign_files(folder: Path) -> list[str]:
-    """Names in a folder that no bundle has there: replacing the folder would lose them."""
-    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    known = {MANIFEST, KERNELS, TOKENIZER, *ARTIFACT_FILES.values()} if is_manifest(folder / MANIFEST) else set()
-    return [n for n in names if not (n in known or (known and n.endswith(".safetensors")))]
+def foreign_files(layout: Layout) -> list[str]:
+    """Names in the layout's folder that its manifest does not list: an export must not touch them.
+
+    A manifest that cannot be read lists the names that every bundle has.
+    """
+    folder, own = layout.folder, set[str]()
+    if is_manifest(folder / layout.manifest):
+        own = {layout.manifest, *_listed(folder / layout.manifest)}
+        own = own if len(own) > 1 else {layout.manifest, *map(layout.companion, FIXED_NAMES)}
+    return sorted({p.name for p in folder.iterdir()} - own) if folder.is_dir() else []
+
+
+def _listed(file: Path) -> set[str]:
+    """The files that a manifest lists, even one whose hash is wrong; none if it cannot be read."""
+    try:
+        data = schema.read_json(file.read_bytes())
+        schema.MANIFEST.check(data, "")
+    except (OSError, schema.SchemaError):
+        return set()
+    entries = [*data["artifacts"], *data["weights"], data["tokenizer"], data["kernels"]]
+    return {entry["file"] for entry in entries if entry is not None} - {""}
 
 
 @dataclass(frozen=True)
@@ -129,6 +153,25 @@ class KernelFacts:
 
 
 @dataclass(frozen=True)
+class OnDisk:
+    """The files of a bundle as the export left them: time and inode of the weights by name, and the manifest's inode.
+
+    Weights that are hard links change with the checkpoint. In a copy of the bundle, whose manifest has another inode,
+    nothing links to a checkpoint, and the facts mean nothing.
+    """
+
+    manifest_inode: int
+    weights: Mapping[str, Mapping[str, int]]
+
+    @classmethod
+    def of(cls, manifest: Path, weights: Iterable[Path]) -> OnDisk:
+        """The facts of files as they are now."""
+        facts = {w.name: w.stat() for w in weights}
+        times = {name: {"mtime_ns": s.st_mtime_ns, "inode": s.st_ino} for name, s in facts.items()}
+        return cls(manifest.stat().st_ino, times)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The description of a bundle. ``model`` holds name, source, parameter count and Hugging Face config."""
 
@@ -139,6 +182,7 @@ class Manifest:
     tools: Mapping[str, str]
     tokenizer: TokenizerFacts | None = None
     kernels: KernelFacts | None = None
+    on_disk: OnDisk | None = None
 
     def files(self) -> Iterator[str]:
         """Names of the files that it describes."""
@@ -169,40 +213,41 @@ class Manifest:
             "kernels": vars(self.kernels) if self.kernels else None,
             "tools": dict(self.tools),
         }
-        data = json.loads(json.dumps(data))
+        if self.on_disk is not None:
+            data["on_disk"] = vars(self.on_disk)
+        data = json.loads(json.dumps(schema.tag_floats(data)))
         return json.dumps({"manifest_sha256": _digest(data), **data}, indent=1).encode()
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Manifest:
         """Manifest of a file's contents; raises :class:`BundleError` when damaged or too new."""
         try:
-            data = json.loads(text)
+            data = schema.read_json(text)
+            schema.HEAD.check(data, "")
             version = data["format_version"]
-            if not isinstance(version, int) or version > FORMAT_VERSION:
+            if version > FORMAT_VERSION:
                 raise BundleError(f"{where} has format {version}, written by a newer less-export: upgrade to open it")
-            stated = data.pop("manifest_sha256")
-            if stated != _digest(data):
+            if data.pop("manifest_sha256") != _digest(data):
                 raise BundleError(f"{where} was changed after the export (its hash differs): export again")
-            manifest = cls(
-                model=data["model"],
-                settings=data["settings"],
-                artifacts=tuple(
-                    checked(Artifact(**{**a, "contract": Contract.from_dict(a["contract"])})) for a in data["artifacts"]
-                ),
-                weights=tuple(checked(WeightFile(**w)) for w in data["weights"]),
-                tools=data["tools"],
-                tokenizer=_optional(TokenizerFacts, data["tokenizer"], "eos_ids"),
-                kernels=_optional(KernelFacts, data["kernels"], "layers"),
-            )
-            if not all(name.isprintable() for name in manifest.files()):
-                raise ValueError("a file name holds control characters")
-            return checked(manifest)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            schema.MANIFEST.check(data, "")
+        except schema.SchemaError as error:
             raise BundleError(f"{where} is not a usable manifest ({error}): export again") from error
+        return cls(
+            model=data["model"],
+            settings=data["settings"],
+            artifacts=tuple(
+                Artifact(**{**a, "contract": Contract.from_dict(a["contract"])}) for a in data["artifacts"]
+            ),
+            weights=tuple(WeightFile(**w) for w in data["weights"]),
+            tools=data["tools"],
+            tokenizer=_optional(TokenizerFacts, data["tokenizer"], "eos_ids"),
+            kernels=_optional(KernelFacts, data["kernels"], "layers"),
+            on_disk=OnDisk(**data["on_disk"]) if "on_disk" in data else None,
+        )
 
 
 def _optional(cls: Any, data: dict[str, Any] | None, listed: str) -> Any:
-    return None if data is None else checked(cls(**{**data, listed: tuple(data[listed])}))
+    return None if data is None else cls(**{**data, listed: tuple(data[listed])})
 
 
 def _digest(data: dict[str, Any]) -> str:
@@ -226,7 +271,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, full: bool = False) -> Bundle:
-        """Read and verify a bundle; ``full`` hashes the weights too.
+        """Read and verify a bundle; ``full`` hashes the weights too. Warns of weights that changed on the disk.
 
         Raises:
             BundleError: missing, damaged, changed or newer files; names the file.
@@ -237,10 +282,17 @@ class Bundle:
             what = f"{path} does not exist" if not Path(path).exists() else f"{path} has no {layout.manifest}"
             raise BundleError(f"{what}: give a bundle folder, or an .onnx or .plan made by less-export")
         try:
-            manifest = Manifest.parse(manifest_file.read_bytes(), str(manifest_file))
+            with open(manifest_file, "rb") as file:
+                manifest = Manifest.parse(file.read(schema.MAX_BYTES + 1), str(manifest_file))
             bundle = cls(layout, manifest)
             for problem in bundle._problems(full):
                 raise BundleError(f"{problem}: export again, or copy the bundle again")
+            for name in () if full else bundle._changed_weights():
+                warnings.warn(
+                    f"{bundle.path(name)} is not as the export left it (another date or file): less-export check "
+                    "compares its hash; export again if the weights are meant to be new",
+                    stacklevel=2,
+                )
         except OSError as error:
             raise BundleError(f"cannot read {manifest_file}: {error.strerror or error}") from error
         return bundle
@@ -258,6 +310,14 @@ class Bundle:
         """The artifact of a kind, or None."""
         return next((a for a in self.manifest.artifacts if a.kind == kind), None)
 
+    def _changed_weights(self) -> list[str]:
+        """Weight files with another date or inode than after the export; none in a copy of the bundle."""
+        facts = self.manifest.on_disk
+        if facts is None or self.path(self.layout.manifest).stat().st_ino != facts.manifest_inode:
+            return []
+        now = OnDisk.of(self.path(self.layout.manifest), [self.path(w.file) for w in self.manifest.weights])
+        return [name for name, stated in facts.weights.items() if now.weights.get(name, stated) != stated]
+
     def _problems(self, full: bool) -> Iterator[str]:
         m = self.manifest
         hashed = [(a.file, a.sha256) for a in m.artifacts]
@@ -265,6 +325,8 @@ class Bundle:
         for file, expected in hashed:
             if not self.path(file).is_file():
                 yield f"{file} is missing from the bundle"
+            elif self._leaves(file):
+                yield f"{file} is a link to a file outside the bundle"
             elif sha256(self.path(file)) != expected:
                 yield f"{file} is damaged (its hash differs from the manifest's)"
         for weight in m.weights:
@@ -273,5 +335,9 @@ class Bundle:
                 yield f"{weight.file} is missing from the bundle"
             elif path.stat().st_size != weight.bytes or header_sha256(path) != weight.header_sha256:
                 yield f"{weight.file} is damaged (its size or header differs from the manifest's)"
-            elif full and sha256(path) != weight.sha256:
+            elif (full or self._leaves(weight.file)) and sha256(path) != weight.sha256:
                 yield f"{weight.file} is damaged (its hash differs from the manifest's)"
+
+    def _leaves(self, file: str) -> bool:
+        """Whether a file is a link out of the bundle's folder; weights may be, if their hash is the manifest's."""
+        return Path(os.path.realpath(self.path(file))).parent != Path(os.path.realpath(self.layout.folder))

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -75,13 +75,16 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def publish(moves: Sequence[tuple[Path, Path]]) -> None:
-    """Rename every (finished, final); if a rename fails, the previous files are restored.
+def publish(moves: Sequence[tuple[Path, Path]], removed: Iterable[Path] = ()) -> None:
+    """Rename every (finished, final) and delete ``removed``; if a rename fails, the previous files are restored.
 
     All final names are in one folder. Replaced files are kept in a hidden folder there until the end.
     """
     aside = Path(tempfile.mkdtemp(prefix=".replaced.", dir=moves[0][1].parent))
+    removed = list(removed)
     try:
+        for final in removed:
+            os.replace(final, aside / final.name)
         for finished, final in moves:
             if final.exists():
                 os.replace(final, aside / final.name)
@@ -90,6 +93,7 @@ def publish(moves: Sequence[tuple[Path, Path]]) -> None:
         for finished, final in moves:
             if not finished.exists():
                 os.replace(final, finished)
+        for final in (*removed, *(final for _, final in moves)):
             if (aside / final.name).exists():
                 os.replace(aside / final.name, final)
         aside.rmdir()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import GRAPH_BACKENDS
 from ..errors import UsageError
 from .files import read_text, write_json
-from .options import Parser, general_options
+from .options import Parser, general_options, trust_option
 from .progress import spinner
 from .tables import show, table
 
@@ -31,7 +31,10 @@ def parser() -> Parser:
     bundle.add_argument(
         "--backend", choices=GRAPH_BACKENDS, help="backend to check (default: by the bundle's contents)"
     )
-    bundle.add_argument("--full", action="store_true", help="verify the hashes of the weights too")
+    weights = bundle.add_mutually_exclusive_group()
+    weights.add_argument("--quick", action="store_true", help="do not verify the hashes of the weights")
+    weights.add_argument("--full", action="store_true", help="verify the hashes of the weights (default)")
+    trust_option(bundle)
     text = parser.add_argument_group("text")
     text.add_argument("--text-file", metavar="FILE", help="text to feed (default: a story in the package)")
     text.add_argument(
@@ -50,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from ..bundle.artifact import Bundle
     from ..runtime.open import load_backend, load_generator
 
-    bundle = Bundle.open(args.bundle, full=args.full)
-    backend = load_backend(bundle, args.backend)
+    bundle = Bundle.open(args.bundle, full=not args.quick)
+    backend = load_backend(bundle, args.backend, trust_code=args.trust_code)
     reference = load_backend(bundle, "torch")
     from ..evaluation import parity
 

@@ -11,7 +11,7 @@ from ..config import BACKENDS, ExportConfig
 from ..errors import UsageError
 from ..hf import recipes
 from .files import write_json
-from .options import Parser, cache_options, general_options
+from .options import Parser, cache_options, general_options, trust_option
 from .progress import Bars
 from .tables import interval, show, size, table
 
@@ -23,7 +23,7 @@ _TASK_OPTIONS: dict[str, set[str]] = {
     "summarize": {"kernels", *_CACHE_OPTIONS, "data", "compare", "seqs", "chunk", "backend", "max_new_tokens"},
     "lm-eval": {"seqs", "backend"},
 }
-_COMMON_OPTIONS = {"target", "task", "json", "verbose"}
+_COMMON_OPTIONS = {"target", "task", "json", "verbose", "trust_code"}
 
 
 def parser() -> Parser:
@@ -41,6 +41,7 @@ def parser() -> Parser:
     subject.add_argument(
         "target", metavar="BUNDLE|MODEL", help="exported bundle, or a model with the options of its cache"
     )
+    trust_option(subject)
     subject.add_argument(
         "--task",
         nargs="+",
@@ -138,7 +139,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     inside, outside = data.read(args.data or ["held_out"]), data.read(args.out_of_domain)
     bars = Bars()
     bars.say(f"loading {args.target}")
-    subject = open_subject(args.target, cache, args.kernels, args.backend is not None)
+    subject = open_subject(args.target, cache, args.kernels, args.backend is not None, args.trust_code)
     rows = run.evaluate(subject, inside, outside, config, bars)
     figures = table(
         f"perplexity, sequences of {config.seq_len} tokens, {config.chunk} per step",
@@ -167,7 +168,7 @@ def _summarize(args: argparse.Namespace) -> int:
     tokens = 64 if args.max_new_tokens is None else args.max_new_tokens
     cache = _cache(args, chunk=args.chunk)
     rows = summarize.summarize(
-        args.target, args.data, args.seqs, tokens, compare, cache, args.kernels, args.backend, Bars()
+        args.target, args.data, args.seqs, tokens, compare, cache, args.kernels, args.backend, Bars(), args.trust_code
     )
     title = f"ROUGE F1 of {len(rows[0].texts)} summaries, at most {tokens} tokens each"
     scores = table(title, "cache", *summarize.METRICS, "how")
@@ -182,7 +183,7 @@ def _lm_eval(args: argparse.Namespace) -> int:
     from ..evaluation.harness import run_task
 
     folder = args.task[2] if len(args.task) > 2 else None
-    figures = run_task(args.target, args.task[1], folder, args.backend, args.seqs)
+    figures = run_task(args.target, args.task[1], folder, args.backend, args.seqs, args.trust_code)
     scores = table("scores", "task", "metric", "value")
     for task, metrics in figures["scores"].items():
         for metric, value in metrics.items():

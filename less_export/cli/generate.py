@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 from ..config import BACKENDS
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from .files import read_text
-from .options import Parser, general_options, token_ids
+from .options import Parser, general_options, token_ids, trust_option
 
 
 def parser() -> Parser:
@@ -26,6 +26,7 @@ def parser() -> Parser:
     bundle = parser.add_argument_group("bundle")
     bundle.add_argument("bundle", metavar="BUNDLE", help="bundle folder, x.onnx or x.plan")
     bundle.add_argument("--backend", choices=BACKENDS, help="what runs the bundle (default: by its contents)")
+    trust_option(bundle)
     prompt = parser.add_argument_group("prompt (give one)").add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue")
     prompt.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue, or - for stdin")
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         text = read_text(args.prompt_file)
     if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):  # bytes that Python could not decode
         raise UsageError("the prompt is not UTF-8 text")
-    generator = open_bundle(args.bundle, args.backend)
+    generator = open_bundle(args.bundle, args.backend, trust_code=args.trust_code)
     prompt: Any = text if args.token_ids is None else args.token_ids
     if args.chat is not None:
         if generator.tokenizer is None:
@@ -78,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
         print(*generator.generate([prompt], params)[0].token_ids, sep=",")
     elif args.stream:
         for token in generator.stream([prompt], params):
-            print(token.text, end="", flush=True)
+            print(_shown(token.text), end="", flush=True)
         print()
     else:
-        print(generator.generate([prompt], params)[0].text)
+        print(_shown(generator.generate([prompt], params)[0].text))
     timing = generator.timing
     print(
         f"prompt {timing.prefill_tokens} tokens in {timing.prefill_seconds:.2f} s, "
@@ -89,3 +90,8 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _shown(text: str) -> str:
+    """Generated text as it is, but at a terminal without control characters, which a model may learn or be made to."""
+    return printable(text, keep="\n\t") if sys.stdout.isatty() else text

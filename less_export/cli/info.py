@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from .options import Parser, general_options
 from .tables import BEYOND, beyond_mark, show, size, table
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_bundle(bundle: Bundle) -> None:
     m = bundle.manifest
-    print(f"{m.model['name']} ({m.model['class']}, {m.model['parameters']:,} parameters)")
+    print(printable(f"{m.model['name']} ({m.model['class']}, {m.model['parameters']:,} parameters)"))
     files = table("files", "file", "what", "size")
     for artifact in m.artifacts:
         kind = _KINDS.get(artifact.kind, artifact.kind)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import LessExportError, UsageError, install_hint
+from ..errors import LessExportError, UsageError, install_hint, printable
 from . import commands
 from .progress import library_log
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report_error(message: str) -> int:
     """Print an error as one line on stderr; returns the exit code."""
-    print(f"less-export: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"less-export: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 1
 
 
@@ -85,7 +85,7 @@ def _one_line_warnings(verbose: bool) -> Iterator[None]:
 
     def show(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
         if verbose or "less_export" in Path(filename).parts:
-            print(f"less-export: warning: {message}", file=sys.stderr)
+            print(f"less-export: warning: {printable(' '.join(str(message).split()))}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -48,6 +48,15 @@ def token_ids(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def trust_option(group: argparse._ArgumentGroup) -> None:
+    """``--trust-code``, for commands that open bundles."""
+    group.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="load native code that the bundle brings and this machine did not build; only for sources you trust",
+    )
+
+
 def general_options(parser: argparse.ArgumentParser) -> None:
     """Options that every command has."""
     group = parser.add_argument_group("general options")

@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Iterator
 
+from ..errors import printable
 from ..progress import Progress, Spoken, Step
 
 
 def say(text: str) -> None:
     """Print one line."""
-    print(f"less-export: {text}", file=sys.stderr, flush=True)
+    print(f"less-export: {printable(text)}", file=sys.stderr, flush=True)
 
 
 class Bars:
@@ -43,8 +44,13 @@ class Bars:
             words = f", {latest}" if latest else ""
             self.say(f"{name}: {time.perf_counter() - begin:.0f} s{words}")
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with RichProgress(*columns, TextColumn("{task.fields[words]}"), console=self._console) as bars:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, TextColumn("{task.fields[words]}", markup=False), console=self._console) as bars:
             task = bars.add_task(name, total=total, words="")
 
             def step(words: str = "", pieces: int = 1) -> None:
@@ -59,13 +65,14 @@ class Bars:
 def spinner() -> Iterator[Progress]:
     """A spinner with the latest words at a terminal, one line each elsewhere."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Spoken(say)
         return
     with console.status("starting") as status:
-        yield Spoken(status.update)
+        yield Spoken(lambda text: status.update(escape(printable(text))))
 
 
 @contextlib.contextmanager

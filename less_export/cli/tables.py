@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ..errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,11 +18,19 @@ BEYOND = "*: more tokens than the model has positions."
 
 
 def table(title: str, *columns: str) -> Table:
-    """An empty table whose first column is text and whose others are figures."""
+    """An empty table whose first column is text and whose others are figures.
+
+    Cells show what they hold: neither markup of rich nor control characters have an effect.
+    """
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    empty = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    class Plain(Table):
+        def add_row(self, *cells: Any, **options: Any) -> None:
+            super().add_row(*(Text(printable(str(cell))) for cell in cells), **options)
+
+    empty = Plain(title=Text(printable(title)), box=box.SIMPLE_HEAD, title_justify="left")
     for index, column in enumerate(columns):
         is_text = index == 0 or column in _TEXT_COLUMNS
         empty.add_column(column, justify="left" if is_text else "right", overflow="fold")

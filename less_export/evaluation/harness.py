@@ -60,18 +60,25 @@ class Scorer(Generator):
 
 
 class LessLM(TemplateLM):
-    """``bundle``: what less-export wrote. ``backend``: ort, trt or torch; default by what the bundle holds."""
+    """``bundle``: what less-export wrote. ``backend``: ort, trt or torch; default by what the bundle holds.
 
-    def __init__(self, bundle: str | None = None, backend: str | None = None, **_: Any) -> None:
+    ``trust_code``: see :func:`less_export.open_bundle`.
+    """
+
+    def __init__(
+        self, bundle: str | None = None, backend: str | None = None, trust_code: bool = False, **_: Any
+    ) -> None:
         super().__init__()
         if bundle is None:
             raise UsageError("the model less needs --model_args bundle=DIR")
+        if not isinstance(trust_code, bool):  # words that the harness does not read as a boolean
+            raise UsageError(f"trust_code must be true or false, not {trust_code!r}")
         opened = Bundle.open(bundle)
         tokenizer = load_tokenizer(opened)
         if tokenizer is None:
             raise UsageError(f"{bundle} has no tokenizer, which tasks on text need")
         self._tokenizer = tokenizer
-        self._scorer = Scorer(load_backend(opened, backend), tokenizer)
+        self._scorer = Scorer(load_backend(opened, backend, trust_code=trust_code), tokenizer)
         self._bundle = bundle
 
     @property
@@ -114,7 +121,9 @@ if "less" not in model_registry:  # where it is, an entry point waits to be repl
     register_model("less")(LessLM)
 
 
-def run_task(bundle: str, task: str, folder: str | None, backend: str | None, limit: int | None) -> dict[str, Any]:
+def run_task(
+    bundle: str, task: str, folder: str | None, backend: str | None, limit: int | None, trust_code: bool = False
+) -> dict[str, Any]:
     """Run a task, a group or a tag; ``folder`` holds task files of the user's own, ``limit`` the most items of each.
 
     Returns:
@@ -139,7 +148,7 @@ def run_task(bundle: str, task: str, folder: str | None, backend: str | None, li
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"task {task} cannot be loaded ({reason}): check its file and data") from error
     chosen = [loaded["groups"][task]] if task in loaded["groups"] else list(loaded["tasks"].values())
-    model = LessLM(bundle, backend)
+    model = LessLM(bundle, backend, trust_code)
     found = simple_evaluate(model, tasks=chosen, task_manager=manager, limit=limit, bootstrap_iters=0)
     scores = {
         name: {n: v for n, v in figures.items() if isinstance(v, int | float)}

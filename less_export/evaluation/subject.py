@@ -70,7 +70,9 @@ class Subject:
         return self.own is not None and variant.plan == self.plan
 
 
-def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, whole_precision: bool) -> Subject:
+def open_subject(
+    target: str, cache: ExportConfig, kernel_file: Path | None, whole_precision: bool, trust_code: bool = False
+) -> Subject:
     """A bundle (folder with a manifest, x.onnx, x.plan) or a MODEL.
 
     ``whole_precision`` keeps a model in f32 even where 16 bits are faster (for streaming in f32).
@@ -80,7 +82,7 @@ def open_subject(target: str, cache: ExportConfig, kernel_file: Path | None, who
     """
     if is_bundle(target):
         refuse_options(target, cache, kernel_file)
-        return _bundle(Path(target))
+        return _bundle(Path(target), trust_code)
     source = resolve(target)
     opened = open_model(source, replace(cache, kernels=kernel_file))
     tokenizer = source.tokenizer()
@@ -117,7 +119,7 @@ def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -
         raise UsageError(f"{target} is a bundle, whose cache is fixed: drop {option}, or give the MODEL it was made of")
 
 
-def _bundle(path: Path) -> Subject:
+def _bundle(path: Path, trust_code: bool) -> Subject:
     bundle = Bundle.open(path)
     artifact = next(iter(bundle.manifest.artifacts))
     tokenizer = load_tokenizer(bundle)
@@ -131,5 +133,5 @@ def _bundle(path: Path) -> Subject:
     contract = artifact.contract
     return Subject(
         str(path), bundle_model(bundle), contract.layers, bundle_kernels(bundle), encode, bos, contract.dtype,
-        tokenizer, contract.chunk, own=functools.cache(lambda name: load_backend(bundle, name)),
+        tokenizer, contract.chunk, own=functools.cache(lambda name: load_backend(bundle, name, trust_code=trust_code)),
     )  # fmt: skip

@@ -48,6 +48,7 @@ def summarize(
     kernel_file: Path | None,
     backend: str | None,
     progress: Progress,
+    trust_code: bool = False,
 ) -> list[Summaries]:
     """Greedy summaries of the first ``count`` lines of a jsonl (all for None) and their ROUGE F1 against its own.
 
@@ -56,6 +57,7 @@ def summarize(
 
     Args:
         compare: kinds of caches; none for the bundle or model as it is. cache, kernel_file: of a MODEL.
+        trust_code: see :func:`less_export.open_bundle`.
 
     Raises:
         UsageError: no such file or fields, impossible options, or the rouge-score library is not installed.
@@ -74,9 +76,9 @@ def summarize(
     prompts = [_PROMPT.format(text=text) for text, _ in items]
     if is_bundle(target) and not compare:
         refuse_options(target, cache, kernel_file)
-        runs = iter([("as exported", open_bundle(target, backend))])
+        runs = iter([("as exported", open_bundle(target, backend, trust_code=trust_code))])
     else:
-        runs = _variants(target, prompts, max_new_tokens, compare, cache, kernel_file, backend, progress)
+        runs = _variants(target, prompts, max_new_tokens, compare, cache, kernel_file, backend, progress, trust_code)
     scorer = RougeScorer(list(METRICS), use_stemmer=True)
     found = []
     for name, generator in runs:
@@ -99,10 +101,11 @@ def _variants(
     kernel_file: Path | None,
     backend: str | None,
     progress: Progress,
+    trust_code: bool,
 ) -> Iterator[tuple[str, Generator]]:
     """The caches one by one: what was exported on its own backend, all others through the steps of torch."""
     progress.say(f"loading {target}")
-    subject = open_subject(target, cache, kernel_file, True)
+    subject = open_subject(target, cache, kernel_file, True, trust_code)
     subject.refuse_backend(backend)
     if subject.tokenizer is None:
         raise UsageError(f"{target} has no tokenizer.json, which summaries need")

@@ -12,16 +12,16 @@ import onnx_ir as ir
 from safetensors import SafetensorError
 
 from ..bundle import artifact
-from ..bundle.artifact import Artifact, Manifest, WeightFile
+from ..bundle.artifact import Artifact, Manifest, OnDisk, WeightFile
 from ..bundle.files import scratch_folder, sha256
 from ..config import ExportConfig
-from ..errors import GatedModelError, LessExportError
+from ..errors import EngineError, GatedModelError, LessExportError
 from ..hf import recipes
 from ..hf.random_checkpoint import RandomSource, random_source
 from ..hf.sources import ModelSource, resolve
 from ..hf.special_tokens import eos_ids
 from ..progress import AnyProgress, Progress, as_progress, prefixed
-from ..tensorrt import engine
+from ..tensorrt import cache, engine
 from . import graphs, onnx_op, package
 from .check import self_check
 from .job import ExportJob, prepare
@@ -64,9 +64,12 @@ def export(
                 progress.say("checking the export on two layers of each kind against Hugging Face")
                 self_check(job.model.hf_config, contract(job.model, "float32"), scratch)
             manifest = _write(job, scratch, progress)
-            (scratch / layout.manifest).write_bytes(manifest.dump())
+            file = scratch / layout.manifest
+            file.touch()
+            on_disk = OnDisk.of(file, [scratch / w.file for w in manifest.weights])
+            file.write_bytes(replace(manifest, on_disk=on_disk).dump())
             progress.say("renaming")
-            package.publish_bundle(scratch, layout, {layout.manifest, *package.files_of(manifest)})
+            package.publish_bundle(scratch, layout, {layout.manifest, *manifest.files()})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise LessExportError(f"cannot write {destination}: {reason}; {_remains(source)}") from error
@@ -100,7 +103,7 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
     quantised = model.config.weights is not None
     # The weights are linked under their names in the bundle; graphs (and the engine builder) look there.
     files = [] if quantised else sorted({t.file for t in job.tensors.values()})
-    names = package.weight_names(files, layout, scratch)
+    names = package.weight_names(files, layout, scratch, artifact.foreign_files(layout))
     copied = package.place_weights(names, scratch, progress)
     if copied and targets.with_weights:
         warnings.warn(f"hard links are not possible here: copied {', '.join(copied)}", stacklevel=2)
@@ -164,4 +167,15 @@ def _build_engine(job: ExportJob, graph: ir.Model, scratch: Path, progress: Prog
         out=scratch / file,
         progress=prefixed(progress, "building the engine: "),
     )
-    return Artifact("plan", file, sha256(scratch / file), planned, package.details(info))
+    digest = sha256(scratch / file)
+    if info.plugin is not None and info.plugin.inside:
+        _record(digest)
+    return Artifact("plan", file, digest, planned, package.details(info))
+
+
+def _record(digest: str) -> None:
+    """Note that this machine built the code in an engine, so that opening it needs no further word."""
+    try:
+        cache.record(digest)
+    except (OSError, EngineError) as error:
+        warnings.warn(f"this engine will need --trust-code to be opened: {error}", stacklevel=2)

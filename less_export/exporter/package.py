@@ -12,7 +12,7 @@ from typing import Any
 
 from .._version import __version__
 from ..bundle import artifact
-from ..bundle.artifact import KernelFacts, Layout, Manifest, TokenizerFacts
+from ..bundle.artifact import KernelFacts, Layout, TokenizerFacts
 from ..bundle.files import apply_umask, copy, link, publish, sha256
 from ..errors import LessExportError
 from ..hf.sources import ModelSource
@@ -24,14 +24,14 @@ from ..tensorrt import engine
 _SUFFIX = ".safetensors"
 
 
-def weight_names(files: Iterable[Path], layout: Layout, scratch: Path) -> dict[Path, str]:
-    """The name of every weight file in the bundle: its own, unless another file has that name.
+def weight_names(files: Iterable[Path], layout: Layout, scratch: Path, foreign: Iterable[str] = ()) -> dict[Path, str]:
+    """The name of every weight file in the bundle: its own, unless another file (``foreign`` ones too) has that name.
 
     Files in ``scratch`` (converted weights) have fixed names.
     """
     names = {f: layout.companion(f.name) for f in files if f.parent == scratch}
     reserved = (artifact.KERNELS, artifact.CONVERTED_WEIGHTS, artifact.QUANTISED_WEIGHTS)
-    taken = {layout.companion(n).casefold() for n in reserved}
+    taken = {name.casefold() for name in (*map(layout.companion, reserved), *foreign)}
     for file in files:
         if file in names:
             continue
@@ -124,20 +124,27 @@ def tools(flavour: engine.Flavour | None) -> dict[str, str]:
     return versions
 
 
-def files_of(manifest: Manifest) -> set[str]:
-    """Every file a manifest describes."""
-    extra = [x.file for x in (manifest.tokenizer, manifest.kernels) if x is not None and x.file]
-    return {*(a.file for a in manifest.artifacts), *(w.file for w in manifest.weights), *extra}
-
-
 def publish_bundle(scratch: Path, layout: Layout, files: set[str]) -> None:
-    """Rename the finished files into place; a bundle folder appears in one step and replaces an older one."""
+    """Rename the finished files into place. They replace what the manifest there lists, and nothing else.
+
+    A folder that holds nothing else is replaced at once; in another the manifest comes last.
+
+    Raises:
+        LessExportError: a file that is not the bundle's own has one of the names.
+    """
     for path in scratch.iterdir():
         if path.name not in files:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     apply_umask(scratch)
-    if layout.stem is None:
+    foreign = artifact.foreign_files(layout)
+    for name in sorted((files - {layout.artifact}) & {*foreign}):
+        raise LessExportError(
+            f"the export would replace {layout.folder / name}, which no manifest there lists: rename it, or choose "
+            "another --out; nothing was left behind"
+        )
+    if layout.stem is None and not foreign:
         publish([(scratch, layout.folder)])
-    else:  # the manifest last
-        names = sorted(files, key=lambda n: (n == layout.manifest, n))
-        publish([(scratch / n, layout.folder / n) for n in names])
+        return
+    stale = {p.name for p in layout.folder.iterdir()} - {*foreign, *files} if layout.stem is None else set[str]()
+    names = sorted(files, key=lambda n: (n == layout.manifest, n))
+    publish([(scratch / n, layout.folder / n) for n in names], [layout.folder / n for n in sorted(stale)])

@@ -61,6 +61,7 @@ def plan_targets(out: str | Path, config: ExportConfig, engine_plan: bool) -> Ta
         )
     choose = _folder_kinds if layout.stem is None else _file_kinds
     kinds = choose(out, layout, config, engine_plan)
+    _refuse_foreign(out, layout, {artifact.TOKENIZER, *([artifact.KERNELS] if config.kernels else [])}, kinds)
     if "plan" not in kinds:
         if config.gpu_arch is not None:
             raise UsageError("--gpu-arch is for engines: add --engine, or --out x.plan")
@@ -68,6 +69,18 @@ def plan_targets(out: str | Path, config: ExportConfig, engine_plan: bool) -> Ta
     flavour = engine.flavour()
     engine.parse_gpu_arch(flavour, config.gpu_arch)
     return Targets(layout, kinds, flavour)
+
+
+def _refuse_foreign(out: str | Path, layout: Layout, companions: set[str], kinds: tuple[str, ...]) -> None:
+    """Refuse to replace files that the manifest there, if any, does not list; a single artifact is named on purpose."""
+    names = {layout.companion(name) for name in companions}
+    names |= {artifact.ARTIFACT_FILES[kind] for kind in kinds} if layout.stem is None else set()
+    for name in artifact.foreign_files(layout):
+        if name in names:
+            raise UsageError(
+                f"--out {out} would replace {layout.folder / name}, which no manifest there lists: rename it, or "
+                "choose another --out"
+            )
 
 
 def _folder_kinds(out: str | Path, layout: Layout, config: ExportConfig, engine_plan: bool) -> tuple[str, ...]:
@@ -82,7 +95,7 @@ def _folder_kinds(out: str | Path, layout: Layout, config: ExportConfig, engine_
         raise UsageError(f"--out '{out}' names no folder of its own: give it a name")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file: give a folder, x.onnx or x.plan")
-    foreign = artifact.foreign_files(folder)
+    foreign = [] if artifact.is_manifest(folder / layout.manifest) else artifact.foreign_files(layout)
     if foreign:
         raise UsageError(
             f"--out {folder} holds {foreign[0]}, which does not belong to a bundle: give an empty or new folder"

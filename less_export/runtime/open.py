@@ -8,25 +8,27 @@ from typing import Any
 from ..bundle.artifact import Artifact, Bundle
 from ..config import BACKENDS
 from ..errors import BackendError, UsageError, install_hint
-from ..tensorrt.plugin import PluginFacts
+from ..tensorrt.trust import PluginFacts
 from .backend import Backend
 from .generate import Generator
 from .tokenizer import Tokenizer
 
 
-def open_bundle(path: str | Path, backend: str | None = None, **options: Any) -> Generator:
+def open_bundle(path: str | Path, backend: str | None = None, *, trust_code: bool = False, **options: Any) -> Generator:
     """Open and verify a bundle folder, an ``x.onnx`` or an ``x.plan``, ready to generate.
 
     Args:
         path: the output of ``less-export``.
         backend: ``"ort"``, ``"trt"`` or ``"torch"``; default by the bundle's artifacts.
+        trust_code: also load native code that the bundle brings or names (a plugin library, a plan with one inside)
+            and that this machine did not build. Only for bundles whose source you trust.
         options: arguments of the backend (``threads``, ``provider`` for ONNX Runtime; ``device`` for torch).
 
     Raises:
         BundleError: missing or damaged files. BackendError: the runtime or its artifact is missing.
     """
     bundle = Bundle.open(path)
-    return load_generator(bundle, load_backend(bundle, backend, **options))
+    return load_generator(bundle, load_backend(bundle, backend, trust_code=trust_code, **options))
 
 
 def load_generator(bundle: Bundle, backend: Backend) -> Generator:
@@ -50,14 +52,14 @@ def load_tokenizer(bundle: Bundle) -> Tokenizer | None:
     )
 
 
-def load_backend(bundle: Bundle, name: str | None = None, **options: Any) -> Backend:
+def load_backend(bundle: Bundle, name: str | None = None, *, trust_code: bool = False, **options: Any) -> Backend:
     """The backend of a bundle, by name or by the bundle's artifacts; its runtime is imported here."""
-    backend = _load(bundle, name, **options)
+    backend = _load(bundle, name, trust_code, **options)
     backend.identity = bundle.identity()
     return backend
 
 
-def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
+def _load(bundle: Bundle, name: str | None, trust_code: bool, **options: Any) -> Backend:
     if name is None:
         name = "ort" if bundle.artifact("ort") else "trt"
     if name not in BACKENDS:
@@ -74,7 +76,7 @@ def _load(bundle: Bundle, name: str | None, **options: Any) -> Backend:
         facts = plan.details.get("plugin")
         if facts:  # a library beside the plan may be named by its file name
             options.setdefault("plugin", PluginFacts(**{**facts, "library": str(bundle.path(facts["library"]))}))
-        return TrtBackend(plan.contract, bundle.path(plan.file), **options)
+        return TrtBackend(plan.contract, bundle.path(plan.file), trust_code=trust_code, **options)
     try:
         from .torch import TorchBackend
     except ImportError as error:

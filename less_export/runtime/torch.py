@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..bundle.artifact import Artifact, Bundle
+from ..bundle.schema import untag_floats
 from ..contract import Contract
 from ..errors import BackendError
 from ..hf import weights
@@ -27,7 +28,7 @@ def bundle_model(bundle: Bundle) -> PreTrainedModel:
     """
     if not bundle.manifest.weights:
         raise BackendError("this plan contains its weights: the torch backend needs a bundle with a graph")
-    config_fields = dict(bundle.manifest.model["config"])
+    config_fields = untag_floats(bundle.manifest.model["config"])
     config = AutoConfig.for_model(config_fields.pop("model_type"), **config_fields)
     model = weights.bare_model(config, torch.float32)
     tensors, missing = weights.locate(model, [bundle.path(w.file) for w in bundle.manifest.weights])

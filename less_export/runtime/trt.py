@@ -22,9 +22,10 @@ from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
 from ..dtypes import from_tensorrt, item_bytes, numpy_dtype
 from ..errors import BackendError, EngineError, install_hint
 from ..tensorrt import plugin as plugins
+from ..tensorrt import trust
 from ..tensorrt.engine import Flavour, check_tensors, flavour, profiles
 from ..tensorrt.log import log_of
-from ..tensorrt.plugin import PluginFacts
+from ..tensorrt.trust import PluginFacts
 from .backend import Array, Backend, State, empty
 
 #: First bytes of a plan, and the flavour that writes them.
@@ -73,10 +74,13 @@ class LoadedPlan:
     engine: Any
 
 
-def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None) -> LoadedPlan:
+def load_plan(
+    path: Path, contract: Contract, plugin: PluginFacts | None = None, trust_code: bool = False
+) -> LoadedPlan:
     """Deserialise a plan on the GPU and check its tensors and profiles against the contract.
 
-    ``plugin`` describes the plan's plugin, as in the manifest.
+    ``plugin`` describes the plan's plugin, as in the manifest. Without ``trust_code``, native code is loaded only if
+    this machine built it (see :mod:`less_export.tensorrt.trust`).
 
     Raises:
         EngineError: not a plan, its flavour or a driver is not installed, it was built by another version
@@ -91,11 +95,13 @@ def load_plan(path: Path, contract: Contract, plugin: PluginFacts | None = None)
             runtime = module.Runtime(log.interface)
         except (TypeError, RuntimeError):  # what the bindings raise when the factory returns nothing
             raise EngineError(f"{chosen.label} cannot start: {log.reason()}") from None
-        if plugin is not None and plugin.inside:
-            runtime.engine_host_code_allowed = True  # for the embedded library; the plan's hash was checked
-        elif plugin is not None:
-            plugins.load(module, plugins.find(plugin))
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            if plugin is not None and plugin.inside:
+                if not trust_code:
+                    trust.refuse_unknown_plan(path, data)
+                runtime.engine_host_code_allowed = True
+            elif plugin is not None:
+                plugins.load(module, trust.find(plugin, trust_code))
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
             other = header.version != chosen.version
@@ -232,8 +238,10 @@ class TrtBackend(Backend):
 
     name = "trt"
 
-    def __init__(self, contract: Contract, plan_path: Path, plugin: PluginFacts | None = None) -> None:
-        """Load the plan; ``plugin`` describes its plugin, as in the manifest.
+    def __init__(
+        self, contract: Contract, plan_path: Path, plugin: PluginFacts | None = None, trust_code: bool = False
+    ) -> None:
+        """Load the plan; ``plugin`` describes its plugin, as in the manifest, ``trust_code`` allows foreign code.
 
         Raises:
             BackendError: no cuda-bindings, no driver or no GPU.
@@ -241,7 +249,7 @@ class TrtBackend(Backend):
         """
         super().__init__(contract)
         self._device = _Device()  # first: its message about a missing driver is the clearest
-        self._plan = load_plan(plan_path, contract, plugin)
+        self._plan = load_plan(plan_path, contract, plugin, trust_code)
         self._log = log_of(self._plan.flavour.module)
         self._profiles = profiles(contract)
         self._in_place = self._aliases()

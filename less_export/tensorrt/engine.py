@@ -23,7 +23,7 @@ from ..errors import EngineError, UsageError, install_hint
 from ..progress import Progress
 from . import plugin
 from .log import implement, log_of, one_line
-from .plugin import PluginFacts
+from .trust import PluginFacts
 
 Shape = tuple[int, ...]
 

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.files import scratch_folder, sha256
-from ..contract import OP_VERSION, Contract, LayerSpec
+from ..bundle.files import scratch_folder
+from ..contract import Contract, LayerSpec
 from ..dtypes import COMPUTE_DTYPES
-from ..errors import EngineError, UsageError, install_hint
+from ..errors import EngineError, UsageError, install_hint, one_line
 from ..progress import Progress, Silent
+from . import cache
 from .log import log_of
 
 _LOG = logging.getLogger(__name__)
@@ -165,13 +166,6 @@ def _tensorrt_version(headers: Path) -> str:
 # ------------------------------------------------------------------ building
 
 
-def cache_folder() -> Path:
-    """LESS_EXPORT_CACHE, or less-export in XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get("LESS_EXPORT_CACHE"):
-        return Path(os.environ["LESS_EXPORT_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "less-export"
-
-
 def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
     """The plugin library for ``archs`` (default: all), from the cache or built into it.
 
@@ -182,14 +176,16 @@ def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> P
     """
     archs = tuple(archs) or default_archs()
     tools = toolchain()
-    target = cache_folder() / "plugins" / _key(tools, archs) / LIBRARY
-    if target.is_file():
+    target = cache.cache_folder() / "plugins" / _key(tools, archs) / LIBRARY
+    if digest := cache.stored(target):
+        cache.record(digest)
         return target
+    if target.exists() and progress is not None:
+        progress.say("the plugin in the cache is not as it was stored: building it again")
     try:
         with scratch_folder(target.parent) as folder:
             compile_library(folder / LIBRARY, archs, tools, progress=progress)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder / LIBRARY, target)
+            cache.store(folder / LIBRARY, target)
     except OSError as error:
         raise EngineError(
             f"cannot write the plugin to {target.parent}: {error.strerror or error} "
@@ -293,14 +289,17 @@ _sinks: dict[str, Any] = {}
 def load(module: Any, path: Path) -> None:
     """Register the library's operators with a TensorRT, once; it replaces another build of them.
 
-    Their errors go to the flavour's log.
+    Their errors go to the flavour's log. ``path`` is absolute: see :func:`less_export.tensorrt.trust.find`.
 
     Raises:
         EngineError: the library cannot be loaded, or operators of that name are registered already.
     """
     if module.__name__ not in _sinks:
         _sinks[module.__name__] = _ErrorSink(lambda text: log_of(module).error(text.decode(errors="replace")))
-    ctypes.CDLL(os.fspath(path)).lessOnError(_sinks[module.__name__])
+    try:
+        ctypes.CDLL(os.fspath(path)).lessOnError(_sinks[module.__name__])
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"cannot load the plugin {path}: {one_line(error)}") from None
     registry, held = module.get_plugin_registry(), _loaded.get(module.__name__)
     if held is not None:
         if held[0] == path:
@@ -311,32 +310,3 @@ def load(module: Any, path: Path) -> None:
     if handle is None:
         raise EngineError(f"cannot load the plugin {path}: is another one loaded in this process?")
     _loaded[module.__name__] = (path, handle)
-
-
-@dataclass(frozen=True)
-class PluginFacts:
-    """A manifest's description of a plan's plugin: it is ``inside`` the plan, or in the ``library`` with this hash."""
-
-    library: str
-    sha256: str
-    version: str
-    inside: bool
-
-    @classmethod
-    def of(cls, path: Path, inside: bool) -> PluginFacts:
-        return cls(os.fspath(path), sha256(path), str(OP_VERSION), inside)
-
-
-def find(facts: PluginFacts) -> Path:
-    """The library that a plan was built with: where it was then, or the one that LESS_EXPORT_PLUGIN names.
-
-    Raises:
-        EngineError: it is missing, or has been replaced by another one.
-    """
-    path = Path(os.environ.get("LESS_EXPORT_PLUGIN") or facts.library)
-    cure = "build the engine again, or set LESS_EXPORT_PLUGIN to the library that it was built with"
-    if not path.is_file():
-        raise EngineError(f"the plugin of this engine is missing ({path}): {cure}")
-    if sha256(path) != facts.sha256:
-        raise EngineError(f"{path} is not the plugin that this engine was built with (its hash differs): {cure}")
-    return path
