@@ -321,12 +321,14 @@ def refuse_by_config(model: PreTrainedModel) -> None:
 def learned_positions(model: PreTrainedModel) -> int | None:
     """Number of positions in a table, learned or not; ``None`` for decoders that compute theirs (rotary)."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return None
     token_table = model.get_input_embeddings()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not token_table and limit in _table_sizes(module):
             return int(limit)
         tables = [b for n, b in module.named_buffers(recurse=False) if "pos" in n and b.ndim == 2]
-        if limit in map(len, tables):  # a table of sines (GPT-J)
+        if any(len(table) == limit for table in tables):  # a table of sines (GPT-J)
             return int(limit)
     return None
 
