@@ -11,8 +11,8 @@ from hypothesis import assume, event, example, given
 from hypothesis import strategies as st
 
 from less_export.errors import BackendError
-from less_export.runtime.generate import _StoppableText
 from less_export.runtime.sampling import SamplingParams, sample
+from less_export.runtime.stop_strings import StoppableText
 from less_export.runtime.tokenizer import Tokenizer
 
 from .test_text import KINDS, TEXT
@@ -177,7 +177,7 @@ def before_stop(text: str, stop: Sequence[str]) -> str | None:
 def check_stop(tokenizer: Tokenizer, ids: Sequence[int], text: str, stop: Sequence[str]) -> None:
     """Streaming ends at the first token whose text holds a stop string, with the text before it."""
     want = before_stop(text, stop)
-    row, got, done, used = _StoppableText(tokenizer, [], tuple(stop)), "", False, 0
+    row, got, done, used = StoppableText(tokenizer, [], tuple(stop)), "", False, 0
     while used < len(ids) and not done:
         piece, done = row.push(ids[used])
         got, used = got + piece, used + 1
@@ -197,6 +197,7 @@ class Pieces(Tokenizer):
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
+        self.special_texts = {}
 
     def stream(self, context: Sequence[int] = ()) -> Pieces:  # type: ignore[override]
         return self

@@ -9,7 +9,8 @@ from __future__ import annotations
 import collections.abc
 import operator
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,10 +20,11 @@ import numpy.typing as npt
 from ..errors import UsageError
 from .backend import Backend, RowState
 from .sampling import SamplingParams, sample
+from .stop_strings import StoppableText
 from .tokenizer import Tokenizer
 
 FinishReason = Literal["eos", "stop", "length"]
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[int]
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Generator:
         self.tokenizer = tokenizer
         if eos_ids is None:
             eos_ids = tokenizer.eos_ids if tokenizer else ()
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids = frozenset(_token_ids(eos_ids, "eos_ids must be a list of token ids (whole numbers)"))
         self.timing = Timing()
 
     # ------------------------------------------------------------ public
@@ -117,7 +119,7 @@ class Generator:
         """Continue every prompt; more prompts than ``max_batch`` run in groups, one after the other.
 
         Args:
-            prompts: texts, or lists of token ids.
+            prompts: texts, or lists of token ids; arrays, tensors and iterators of these are fine too.
             params: how to sample and when to stop; default greedy, 128 tokens.
             prefix: a state from :meth:`prefill` (or ``RowState.load``) that every prompt continues. No bos
                 token is added to the prompts then.
@@ -165,8 +167,7 @@ class Generator:
         It holds no logits, so every continuation needs at least one token: leave the last tokens of a
         shared text to the prompts.
         """
-        if prefix is not None:
-            prefix.check(self.backend.contract, self.backend.identity)
+        self._check_prefix(prefix)
         ids = self._encode(prompt, prefix, new_tokens=0)
         with self.backend.exclusive():
             self.timing = Timing()
@@ -183,23 +184,32 @@ class Generator:
         prefix: RowState | None,
         overrides: dict[str, Any],
     ) -> list[_Row]:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise UsageError(f"params must be SamplingParams, not {type(params).__name__}")
         params = (params or SamplingParams()).with_overrides(**overrides)
-        if isinstance(prompts, str) or any(isinstance(p, int | np.integer) for p in prompts):
+        prompts = _items(prompts, "prompts must be a list of prompts: put a single one into a list")
+        if any(isinstance(p, int | np.integer) for p in prompts):
             raise UsageError("prompts must be a list of prompts: put a single one into a list")
         if params.stop and self.tokenizer is None:
             raise UsageError("stop strings need a tokenizer: stop by eos_ids instead")
-        if prefix is not None:
-            prefix.check(self.backend.contract, self.backend.identity)
+        self._check_prefix(prefix)
         limit = self.backend.contract.token_limit()
         rows = []
         for index, prompt in enumerate(prompts):
             ids = self._encode(prompt, prefix, new_tokens=1)
             length = len(ids) + (prefix.length if prefix else 0)
             max_new_tokens = params.max_new_tokens if limit is None else min(params.max_new_tokens, limit - length)
-            text = _StoppableText(self.tokenizer, ids, params.stop) if self.tokenizer else None
+            text = StoppableText(self.tokenizer, ids, params.stop) if self.tokenizer else None
             eos = frozenset() if params.ignore_eos else self.eos_ids
             rows.append(_Row(index, ids, params, params.generator(index), max_new_tokens, eos, text))
         return rows
+
+    def _check_prefix(self, prefix: RowState | None) -> None:
+        if prefix is None:
+            return
+        if not isinstance(prefix, RowState):
+            raise UsageError(f"prefix must be a RowState, not {type(prefix).__name__}: RowState.load reads a file")
+        prefix.check(self.backend.contract, self.backend.identity)
 
     def _encode(self, prompt: Prompt, prefix: RowState | None, new_tokens: int) -> list[int]:
         """Token ids of a prompt, checked to leave space for ``new_tokens`` more."""
@@ -208,10 +218,7 @@ class Generator:
                 raise UsageError("text prompts need a tokenizer: pass token ids instead (--token-ids)")
             ids = self.tokenizer.encode(prompt, special=prefix is None) if prompt else []
         else:
-            try:
-                ids = [operator.index(i) for i in prompt]
-            except TypeError:
-                raise UsageError("a prompt must be a string or a list of token ids (whole numbers)") from None
+            ids = _token_ids(prompt, "a prompt must be a string or a list of token ids (whole numbers)")
         if not ids:
             raise UsageError(
                 "a prompt is empty: give it at least one token"
@@ -295,6 +302,26 @@ class Generator:
         return tokens
 
 
+def _items(values: Any, message: str) -> list[Any]:
+    """What an ordered collection holds: a list, an iterator, an array or tensor; refused with ``message`` if none."""
+    if callable(getattr(values, "tolist", None)):  # numpy, torch
+        values = values.tolist()
+    ordered = isinstance(values, Iterable) and not isinstance(values, str | bytes | bytearray | Mapping | AbstractSet)
+    if not ordered:
+        raise UsageError(message)
+    return list(values)
+
+
+def _token_ids(values: Any, message: str) -> list[int]:
+    ids = _items(values, message)
+    try:
+        if any(isinstance(i, bool) for i in ids):
+            raise TypeError
+        return [operator.index(i) for i in ids]
+    except TypeError:
+        raise UsageError(message) from None
+
+
 class _Stream(Iterator[Token]):
     """The tokens of a run; holds the backend while it computes, not between tokens."""
 
@@ -322,7 +349,7 @@ class _Row:
     rng: np.random.Generator
     max_new_tokens: int
     eos_ids: frozenset[int]
-    text: _StoppableText | None
+    text: StoppableText | None
     token_ids: list[int] = field(default_factory=list)
     active: bool = True
 
@@ -343,39 +370,3 @@ class _Row:
             if self.text and not stopped:
                 text += self.text.finish()
         return Token(self.index, token_id, text, reason)
-
-
-class _StoppableText:
-    """The text of a row; holds back what may still become a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: tuple[str, ...]) -> None:
-        self._stream = tokenizer.stream(prompt)
-        self._stop = stop
-        self._held = ""
-
-    def push(self, token_id: int) -> tuple[str, bool]:
-        """Add a token; return the text that is certain now, and whether a stop string is complete (after that text)."""
-        return self._scan(self._stream.push(token_id))
-
-    def finish(self) -> str:
-        """The text that was held back, when no token follows."""
-        text, _ = self._scan(self._stream.finish())
-        rest, self._held = self._held, ""
-        return text + rest
-
-    def _scan(self, piece: str) -> tuple[str, bool]:
-        text = self._held + piece
-        self._held = ""
-        # The stop string that is complete first counts, however the text is cut into tokens.
-        matches = [(text.find(s) + len(s), text.find(s)) for s in self._stop if s in text]
-        if matches:
-            _, begin = min(matches)
-            return text[:begin], True
-        certain = len(text) - max((_overlap(text, s) for s in self._stop), default=0)
-        self._held = text[certain:]
-        return text[:certain], False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of ``stop`` that ``text`` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BackendError, UsageError
+from ..errors import BackendError, UsageError, one_line
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class SamplingParams:
         top_p: sample from the smallest set of most likely tokens whose probabilities sum to top_p; 1 means all.
         seed: the same seed, prompt and index in the list of prompts give the same tokens; None is random.
         max_new_tokens: maximum number of new tokens per prompt.
-        stop: strings that end a text, which then stops before them; may be a single string.
+        stop: strings that end a text, which then stops before them; may be a single string. Special tokens
+            count with their own text here, though texts leave them out.
         ignore_eos: continue past the model's end-of-sequence tokens.
 
     Raises:
@@ -38,12 +40,20 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-
         def require(ok: bool, why: str) -> None:
             if not ok:
                 raise UsageError(why)
+
+        def shown(value: object) -> str:
+            return one_line(value, 60)
+
+        stop: Any = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        require(
+            isinstance(stop, Iterable) and not isinstance(stop, bytes | bytearray | Mapping),
+            f"stop must be a string or a list of strings, not {type(stop).__name__}",
+        )
+        stop = tuple(stop)
+        object.__setattr__(self, "stop", stop)
 
         def is_integer(value: object) -> bool:
             return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -53,29 +63,33 @@ class SamplingParams:
 
         require(
             is_number(self.temperature) and self.temperature >= 0,
-            f"temperature must be 0 (greedy) or more, not {self.temperature}",
+            f"temperature must be 0 (greedy) or more, not {shown(self.temperature)}",
         )
         require(
             is_integer(self.top_k) and self.top_k >= 0,
-            f"top_k must be 0 (off) or a whole number, not {self.top_k}",
+            f"top_k must be 0 (off) or a whole number, not {shown(self.top_k)}",
         )
-        require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {self.top_p}")
+        require(is_number(self.top_p) and 0 < self.top_p <= 1, f"top_p must lie in (0, 1], not {shown(self.top_p)}")
         require(
             self.seed is None or (is_integer(self.seed) and self.seed >= 0),
-            f"seed must be a whole number from 0, not {self.seed}",
+            f"seed must be a whole number from 0, not {shown(self.seed)}",
         )
         require(
             is_integer(self.max_new_tokens) and self.max_new_tokens >= 1,
-            f"max_new_tokens must be at least 1, not {self.max_new_tokens}",
+            f"max_new_tokens must be at least 1, not {shown(self.max_new_tokens)}",
         )
         require(all(isinstance(s, str) and s for s in stop), "stop strings must be strings that are not empty")
+        require(
+            isinstance(self.ignore_eos, bool | np.bool_),
+            f"ignore_eos must be True or False, not {shown(self.ignore_eos)}",
+        )
 
     def with_overrides(self, **overrides: Any) -> SamplingParams:
         """A copy with some fields replaced; raises :class:`UsageError` for an unknown name."""
         names = [f.name for f in fields(self)]
         for name in overrides:
             if name not in names:
-                raise UsageError(f"unknown sampling option '{name}': choose from {', '.join(names)}")
+                raise UsageError(f"unknown sampling option '{one_line(name, 60)}': choose from {', '.join(names)}")
         return replace(self, **overrides)
 
     def generator(self, row: int) -> np.random.Generator:

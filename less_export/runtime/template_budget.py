@@ -194,7 +194,8 @@ class Budget:
         length, at = len(template), template.find("%")
         while at >= 0:
             self.spend(1)
-            field, at = _printf_field(template, at + 1)
+            begin, (field, at) = at, _printf_field(template, at + 1)
+            self.spend((at - begin) // 8)
             for number in _DIGITS.findall(field):
                 length += self.check_field(number)
             if "*" in field:
