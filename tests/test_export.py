@@ -119,6 +119,7 @@ def test_chunking_does_not_change_full_and_window(family: str, name: str, opened
             assert sorted(x[0]) == list(range(40 - families.WINDOW, 40))
 
 
+@pytest.mark.slow
 @both_backends
 def test_prefill_hands_over_to_decode(name: str, opened: Opened, tmp_path: Path) -> None:
     # The state that prefill leaves, saved and loaded elsewhere, is all that decoding needs.

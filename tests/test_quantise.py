@@ -37,7 +37,7 @@ from .families import Tiny, feed, relative, text
 from .marks import slow_but
 
 BITS = {"int8": 8, "int4": 4}
-every_kind = pytest.mark.parametrize("kind", BITS)
+every_kind = pytest.mark.parametrize("kind", slow_but(BITS, "int4"))
 #: A model for each layout: [out, in] apart and tied, fused QKV, [in, out] with biases (Gemm), experts.
 MODELS = ("llama", "gemma3", "phi3", "gpt2", "falcon_mqa", "mixtral")
 
@@ -157,6 +157,7 @@ def test_file_is_all_that_the_bundle_needs(quantised: Callable[[str, str], Tiny]
         onnx.checker.check_model(str(tiny.bundle / graph), full_check=True)
 
 
+@pytest.mark.slow
 def test_damage_is_seen(quantised: Callable[[str, str], Tiny], tmp_path: Path) -> None:
     from .bundles import copy
 

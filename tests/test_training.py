@@ -109,6 +109,7 @@ def test_provenance(text: Path, tmp_path: Path) -> None:
     assert facts["layers"] == {"1": {n: v for n, v in vars(report).items() if n != "layer"}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "finite"), [(0.1, True), (30.0, False)])
 def test_end_to_end_never_leaves_the_kernels_worse(
     rate: float, finite: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +126,7 @@ def test_end_to_end_never_leaves_the_kernels_worse(
     assert all(torch.equal(x, before[n]) for n, x in after.tensors().items())
 
 
+@pytest.mark.slow
 def test_end_to_end_goes_on_where_it_was_interrupted(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

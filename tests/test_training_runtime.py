@@ -145,7 +145,8 @@ def test_sliding_layers_with_the_policy(policy: str, parametrisation: str, text:
     holds(folder, text, file, reports, options)
 
 
-@pytest.mark.parametrize("parametrisation", slow_but(["exp", "paper"], "exp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("parametrisation", ["exp", "paper"])
 def test_a_bundle_runs_the_trained_kernels(parametrisation: str, text: Path, tmp_path: Path) -> None:
     """ONNX Runtime, one token a step, against Hugging Face's model whose attention is the operator."""
     folder = model_folder(tmp_path / "model")
