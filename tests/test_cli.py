@@ -63,6 +63,7 @@ def test_the_line_users_know(
     assert (targets.file("plan"), targets.layout.manifest, targets.kinds) == ("engine.plan", "engine.json", ("plan",))
 
 
+@pytest.mark.slow
 def test_the_line_users_know_end_to_end(
     run: Run, source: Path, plugin_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

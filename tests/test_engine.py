@@ -122,6 +122,7 @@ def test_what_tensorrt_refuses_is_one_line(weights: Path) -> None:
     assert "(LessAttention, which has no body inside)" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_full_disk_leave_nothing(weights: Path) -> None:
     contract = contract_of("float16", chunk=1)
     model = serialised(decoder(contract, weights))

@@ -58,6 +58,7 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a GPU" in gpu_tables.note(data)
 
 
+@pytest.mark.slow
 def test_says_that_there_is_no_gpu() -> None:
     if torch.cuda.is_available():
         return

@@ -111,6 +111,7 @@ def test_generation_until(model: LessLM, plain: Path) -> None:
 # ------------------------------------------------------------------ eval --task lm-eval
 
 
+@pytest.mark.slow
 def test_a_local_task(run: Run, plain: Path, model: LessLM, task: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.json"
     right = 0

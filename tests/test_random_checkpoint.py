@@ -163,6 +163,7 @@ def test_few_layers_are_the_first(tiny: Callable[..., None], tmp_path: Path) -> 
 # ------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 def test_export_twice(tiny: Callable[..., None], run: Run, tmp_path: Path, quick: None) -> None:
     tiny("gemma3-1b")
     words = ("tiny", "--random-weights", *QUICK_WORDS, "--num-hidden-layers", 2)
@@ -191,6 +192,7 @@ def test_export_twice(tiny: Callable[..., None], run: Run, tmp_path: Path, quick
     refused(run("generate", tmp_path / "b", "--prompt", "Hi"), "need a tokenizer")
 
 
+@pytest.mark.slow
 def test_folder_without_weights(run: Run, source: Path, tmp_path: Path, quick: None) -> None:
     shutil.copytree(source, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors"))
     result = run(tmp_path / "mine", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
@@ -284,6 +286,7 @@ def test_what_stays_is_said(
         assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.slow
 def test_a_damaged_shard(tiny: Callable[..., None], run: Run, tmp_path: Path, quick: None) -> None:
     tiny("qwen2.5-7b")
     words = ("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
