@@ -122,7 +122,7 @@ def test_copies_are_announced(
     monkeypatch.setattr(package, "copy", lambda a, b: said.append("copied") or copy(a, b))
     names = {source / WEIGHTS: WEIGHTS}
     assert package.place_weights(names, tmp_path, Spoken(said.append)) == [WEIGHTS]
-    assert said == ["copying 0.00 GB of weights, hard links are not possible here", "copied"]
+    assert said == ["copying 0.00 GB of weights, because hard links are not possible here", "copied"]
 
 
 def test_copies_that_do_not_fit(

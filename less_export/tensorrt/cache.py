@@ -39,7 +39,7 @@ def refuse_shared(path: Path) -> None:
     """
     try:
         facts = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     advice = "set LESS_EXPORT_CACHE to a folder of your own"
     if facts.st_uid != os.geteuid():
