@@ -125,7 +125,7 @@ CASES = (
     *_wrong(("kernels",), [], "x", 1),
     *_wrong(("tools",), MISSING, None, [], {"torch": 2}, only_python=True),
     *_wrong(("model", "name"), MISSING, None, 1, ["x"]),
-    *_wrong(("model", "config"), MISSING, None, [], only_python=True),
+    *_wrong(("model", "config"), MISSING, None, [], {"text_config": []}, only_python=True),
     *_wrong(("model", "parameters"), MISSING, None, "1", 1.0, True, -1, 2**63, only_python=True),
     # ---- an artifact
     *_wrong((*ARTIFACT, "kind"), MISSING, None, 1, "onnx", ["ort"]),
@@ -200,7 +200,9 @@ CASES = (
     *_wrong(("tokenizer", "bos_id"), MISSING, "1", 1.0, True, INT32),
     *_wrong(("tokenizer", "eos_ids"), MISSING, None, 1, {}, ["1"], [1.0], [True], [None], [INT32], [0] * 5000),
     *_wrong(("tokenizer", "add_bos"), MISSING, None, 0, "true"),
-    *_wrong(("tokenizer", "chat_template"), MISSING, 1, ["x"], "\ud800", only_python=True),
+    *_wrong(("tokenizer", "chat_template"), MISSING, 1, ["x"], "\ud800", {"default": ["x"]}, only_python=True),
+    *_wrong(("tokenizer", "special_tokens"), 1, [], {"bos_token": 1}, only_python=True),
+    *_wrong(("tokenizer", "split_special_tokens"), None, 0, "true", only_python=True),
     *_wrong(("tokenizer", "surprise"), 1, only_python=True),
     *_wrong(("kernels", "sha256"), MISSING, None, 1, "x"),
     *_wrong(("kernels", "bytes"), MISSING, None, "1", 1.0, True, -1, only_python=True),
@@ -215,6 +217,8 @@ FINE = (
     Case("unknown in details", "", (*ARTIFACT, "details"), {"later": "x"}),
     Case("64 levels", "", text=lambda d: _inside(d, nested(MAX_DEPTH - 1))),
     Case("16 MB of spaces", "", text=lambda d: d + b" " * (MAX_BYTES - len(d))),
+    Case("named templates", "", ("tokenizer", "chat_template"), {"default": "x", "tool_use": "y"}),
+    Case("special tokens", "", ("tokenizer", "special_tokens"), {"bos_token": "<s>"}),
     Case("big numbers in the config", "", ("model", "config"), {"a": 2**70, "b": 1e300}),
 )
 

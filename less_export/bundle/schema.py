@@ -234,6 +234,16 @@ class Nullable:
 
 
 @dataclass(frozen=True)
+class TextOr:
+    """Text, or what ``rule`` says of anything else."""
+
+    rule: Rule
+
+    def check(self, value: Any, place: str) -> None:
+        (Text() if isinstance(value, str) else self.rule).check(value, place)
+
+
+@dataclass(frozen=True)
 class ListOf:
     """A list of ``least`` to ``most`` values."""
 
@@ -277,6 +287,7 @@ _POSITIVE = Integer(1, INT32_MAX)
 _COUNT = Integer(0, INT32_MAX)
 _TOKEN = Integer(-(2**31), INT32_MAX)
 _OBJECT = Record(others=Anything())
+_TEXTS = Record(others=Text())
 
 LAYER = Record(
     {
@@ -335,8 +346,9 @@ TOKENIZER = Record(
         "bos_id": Nullable(_TOKEN),
         "eos_ids": ListOf(_TOKEN),
         "add_bos": Flag(),
-        "chat_template": Nullable(Text()),
-    }
+        "chat_template": Nullable(TextOr(_TEXTS)),
+    },
+    {"special_tokens": Nullable(_TEXTS), "split_special_tokens": Flag()},
 )
 KERNELS = Record(
     {
@@ -349,8 +361,9 @@ KERNELS = Record(
         "layers": ListOf(Integer(0, MAX_ENTRIES)),
     }
 )
+_CONFIG = Record(optional={"text_config": Nullable(_OBJECT)}, others=Anything())
 MODEL = Record(
-    {"name": Text(), "class": Text(), "parameters": Integer(), "config": _OBJECT},
+    {"name": Text(), "class": Text(), "parameters": Integer(), "config": _CONFIG},
     {"max_position_embeddings": Nullable(Integer())},
     others=Anything(),
 )
@@ -372,7 +385,7 @@ MANIFEST = Record(
         "weights": ListOf(WEIGHT),
         "tokenizer": Nullable(TOKENIZER),
         "kernels": Nullable(KERNELS),
-        "tools": Record(others=Text()),
+        "tools": _TEXTS,
     },
     {"on_disk": ON_DISK},
     others=Anything(),
