@@ -19,7 +19,7 @@ from ..hf.compat import Conv1D
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..progress import Progress
-from . import room
+from . import resources
 
 _MARK = "collected.json"
 
@@ -62,7 +62,7 @@ class Activations:
             for layer in layers:
                 file, size = self._file(layer), self.nbytes(layer)
                 if not file.exists() or file.stat().st_size != size:
-                    room.reserve(file, size)
+                    resources.reserve(file, size)
         except OSError as error:
             self.remove()  # what was reserved so far counts as free
             whole, free = sum(map(self.nbytes, layers)), shutil.disk_usage(self.folder.parent).free

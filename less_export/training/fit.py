@@ -18,7 +18,7 @@ from ..contract import LayerSpec
 from ..errors import LessExportError
 from ..less import simulate
 from ..less.feature_maps import FeatureMap
-from . import start
+from . import initialisation
 
 #: Queries attended at a time while preparing and validating: bounds memory.
 _QUERIES = 256
@@ -171,11 +171,11 @@ def begin(data: Prepared, parametrisation: str, rank: int, hidden: int, generato
     """Kernels at their start, calibrated on the first few sequences."""
     few = data.rows(slice(0, 8))
     keys = few.k.float().transpose(0, 1).flatten(1, 2)
-    made = start.new_map(parametrisation, data.layer, rank, hidden, keys, generator)
+    made = initialisation.new_map(parametrisation, data.layer, rank, hidden, keys, generator)
     few = data.rows(slice(0, 4))
     queries = torch.arange(data.first, data.q.shape[2], max(1, data.q.shape[2] // 256), device=data.q.device)
-    true = start.true_mass(few.q, few.k, data.layer, few.left, queries)
-    start.calibrate(made, true, few.predict(made, queries)[1])
+    true = initialisation.true_mass(few.q, few.k, data.layer, few.left, queries)
+    initialisation.calibrate(made, true, few.predict(made, queries)[1])
     return made
 
 

@@ -31,7 +31,7 @@ from ..hf.sources import ModelSource, checkpoint_files, resolve
 from ..less.feature_maps import FeatureMap, Kernels
 from ..plan import sparse_layer
 from ..progress import AnyProgress, Progress, Silent, as_progress
-from . import allocate, collect, data, end_to_end, fit, room
+from . import allocate, collect, data, end_to_end, fit, resources
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
 from .options import device as choose_device
 
@@ -302,7 +302,7 @@ def _need_memory(job: TrainJob, split: list[list[int]], into: collect.Activation
         f"{len(todo)} layers, {len(job.corpus.ids)} sequences: {disk / 1e9:.2f} GB of activations on disk, "
         f"up to {most / 1e9:.2f} GB of memory while a layer is fitted"
     )
-    free = room.free_memory(job.device)
+    free = resources.free_memory(job.device)
     if free is not None and sharing * most > free:
         each = f", in each of {sharing} processes" if sharing > 1 else ""
         raise LessExportError(
