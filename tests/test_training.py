@@ -184,13 +184,13 @@ def test_bad_options(source: Path, text: Path, tmp_path: Path, run: Run) -> None
         return run("train", source, "--data", text, "--out", tmp_path / "k.safetensors", *words)
 
     refused(train("--budget", 60, "--seq-len", 60), "shorter than the budget of 60 tokens")
-    refused(train("--layers", "0-9"), "--layers 0-9: layer 2 evicts nothing or is not there")
-    refused(train("--layers", "0-99999999999"), "--layers 0-99999999999: layer 2 evicts nothing or is not there")
-    refused(train("--layers", "1-0"), "--layers 1-0: 1-0 runs backwards, write 0-1")
+    refused(train("--layers", "0-9"), "--layers 0-9: layer 2 evicts nothing or does not exist")
+    refused(train("--layers", "0-99999999999"), "--layers 0-99999999999: layer 2 evicts nothing or does not exist")
+    refused(train("--layers", "1-0"), "--layers 1-0: 1-0 is reversed, write 0-1")
     for words in ("a", "", "0-", "0,", "9" * 5000):
         refused(train(f"--layers={words}"), "not a list like 0-7,9")
     for seed in ("99999999999999999999999", "-1"):
-        refused(train(f"--seed={seed}"), "--seed must lie between 0 and 9223372036854775807")
+        refused(train(f"--seed={seed}"), "--seed must be between 0 and 9223372036854775807")
     refused(train("--steps", "-1"), "--steps must be at least 0")
     refused(train("--policy", "full"), "invalid choice")
     refused(train("--device", "tpu9"), "--device tpu9 cannot be used")
@@ -207,7 +207,7 @@ def test_nan_in_activations_names_the_layer(text: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[0, 0] = torch.nan
     model.save_pretrained(folder)
-    with pytest.raises(ModelError, match="layer 1 is given NaN or inf"):
+    with pytest.raises(ModelError, match="the input of layer 1 holds NaN or inf"):
         trained(folder, text)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

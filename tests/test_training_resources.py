@@ -162,7 +162,7 @@ def test_too_little_memory_is_one_line(text: Path, tmp_path: Path, monkeypatch: 
     folder = model_folder(tmp_path / "model")
     monkeypatch.setattr(resources, "free_memory", lambda device: 1000)
     monkeypatch.setattr(ModelSource, "load", None)  # before the model is in memory
-    with pytest.raises(LessExportError, match=r"takes 0\.00 GB of memory, and 0\.00 GB are free: give fewer --seqs"):
+    with pytest.raises(LessExportError, match=r"takes 0\.00 GB of memory, and 0\.00 GB are free: use fewer --seqs"):
         trained(folder, text)
     assert left(tmp_path) == []
 
@@ -230,7 +230,7 @@ def test_a_text_counts_once(text: Path, tmp_path: Path) -> None:
     sources, again = data.distinct(data.read([str(text), str(same), str(other), str(text)]))
     assert ([s.name for s in sources], again) == (["text.txt", "other.txt"], ["same.txt", "text.txt"])
     folder, out = model_folder(tmp_path / "model"), tmp_path / "k.safetensors"
-    with pytest.warns(UserWarning, match="--data same.txt: the text of another source once more, left out"):
+    with pytest.warns(UserWarning, match="--data same.txt: ignored, same text as another source"):
         job.train(str(folder), out, [str(text), str(same)], budget="8", seq_len=LENGTH, seqs=4, steps=0)
     assert [x["name"] for x in Kernels.load(out).provenance["data"]] == ["text.txt"]
 

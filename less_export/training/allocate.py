@@ -1,8 +1,8 @@
-"""Slots where they count: one budget for all layers, divided by what eviction costs the model in each.
+"""Divide one budget among the layers by what eviction costs the model in each.
 
-Every layer alone is made to evict, at some budgets, and the model's next-token distributions are compared with those
-of its full cache. Then the layers share their total so that the sum of these costs is least. That costs add up is an
-assumption; what it leads to is measured in ``benchmarks``.
+One layer at a time evicts, at several budgets, and the model's next-token distributions are compared with those of its
+full cache. The total is then divided so that the sum of these costs is smallest. That the costs of layers add up is an
+assumption; ``benchmarks`` measures the result.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..plan import exact_layer, sparse_layer
 from ..progress import Progress
 from .end_to_end import divergence, full_cache
 
-#: Budgets that are tried, as shares of the layer's own; none gets less or more.
+#: Budgets to measure, as shares of the layer's own; the smallest and the largest bound what a layer can get.
 SHARES = (0.25, 0.5, 1.0, 2.0)
-#: Sequences that are looked at, and positions of each.
+#: Sequences that are measured, and positions of each.
 SEQUENCES, _POSITIONS = 4, 96
-#: Slots that change hands at a time.
+#: Slots that a layer gains at a time.
 _STEP = 2
 
-#: Cost in nats per token by slots, of every layer.
+#: Cost of eviction in nats per token, by layer and slots.
 Costs = Mapping[int, Mapping[int, float]]
 
 
@@ -34,56 +34,58 @@ Costs = Mapping[int, Mapping[int, float]]
 def measure(
     model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], layers: Sequence[int], progress: Progress
 ) -> dict[int, dict[int, float]]:
-    """What it costs when one of ``layers`` alone evicts, at each of :data:`SHARES` of its budget.
+    """Measure the cost of eviction in each of ``layers`` alone, at each of :data:`SHARES` of its budget.
 
     Args:
-        ids: [N,T], of which a few are looked at. plan: every layer's cache.
+        ids: [N,T], of which the first :data:`SEQUENCES` are used. plan: every layer's cache.
 
     Returns:
-        By layer and slots: KL of the full cache's next-token distribution from that, nats per token, past every budget.
+        By layer and slots: mean KL divergence from the full cache's next-token distribution, in nats per token, at
+            positions past the largest budget.
     """
-    kept = [exact_layer(s, ids.shape[1]) for s in plan]
-    tried = {i: sorted({_slots(plan[i], share, ids.shape[1]) for share in SHARES}) for i in layers}
-    first = max(map(max, tried.values())) + 1
-    positions = torch.linspace(first, ids.shape[1] - 2, _POSITIONS).long().unique()
-    found = {i: dict.fromkeys(slots, 0.0) for i, slots in tried.items()}
+    full_caches = [exact_layer(s, ids.shape[1]) for s in plan]
+    budgets = {i: sorted({_slots(plan[i], share, ids.shape[1]) for share in SHARES}) for i in layers}
+    start = max(map(max, budgets.values())) + 1
+    positions = torch.linspace(start, ids.shape[1] - 2, _POSITIONS).long().unique()
+    costs = {i: dict.fromkeys(slots, 0.0) for i, slots in budgets.items()}
     rows = ids[:SEQUENCES]
-    with progress.phase("what eviction costs in each layer", len(rows) * sum(map(len, tried.values()))) as step:
+    runs = len(rows) * sum(map(len, budgets.values()))
+    with progress.phase("measuring the cost of eviction in each layer", runs) as step:
         for row in rows:
-            wanted = full_cache(model, row, kept, positions)
-            for i, costs in found.items():
-                for slots in costs:
-                    changed = [*kept[:i], sparse_layer(plan[i], slots), *kept[i + 1 :]]
-                    cost = float(divergence(wanted, model, row, changed, {}, positions))
-                    costs[slots] += cost / len(rows)
+            reference = full_cache(model, row, full_caches, positions)
+            for i, by_slots in costs.items():
+                for slots in by_slots:
+                    caches = [*full_caches[:i], sparse_layer(plan[i], slots), *full_caches[i + 1 :]]
+                    cost = float(divergence(reference, model, row, caches, {}, positions))
+                    by_slots[slots] += cost / len(rows)
                     step(f"layer {i}, {slots} slots: {cost:.4f}")
-    return found
+    return costs
 
 
 def divide(costs: Costs, plan: Sequence[LayerSpec]) -> dict[int, int]:
-    """Slots for every layer of ``costs``: all of them together take no more bytes than in ``plan``.
+    """Divide the bytes that the layers of ``costs`` take in ``plan`` among them; returns each one's slots.
 
-    Starts with the fewest slots that were measured and gives more to the layer that gains most by them for its bytes.
-    Between measurements the cost is a power of the slots.
+    Starts with the fewest slots that were measured and gives more to the layer that gains most per byte. Between
+    measurements the cost is interpolated as a power of the slots.
     """
 
     def cost(layer: int, slots: int) -> float:
-        at = sorted(costs[layer])
-        logs = [np.log(max(costs[layer][s], 1e-12)) for s in at]
-        return float(np.exp(np.interp(np.log(slots), np.log(at), logs)))
+        measured = sorted(costs[layer])
+        logs = [np.log(max(costs[layer][s], 1e-12)) for s in measured]
+        return float(np.exp(np.interp(np.log(slots), np.log(measured), logs)))
 
     def size(layer: int) -> int:
         return plan[layer].kv_heads * plan[layer].head_dim
 
-    given = {i: min(at) for i, at in costs.items()}
-    left = sum((plan[i].capacity - n) * size(i) for i, n in given.items())
+    slots_of = {i: min(by_slots) for i, by_slots in costs.items()}
+    spare = sum((plan[i].capacity - n) * size(i) for i, n in slots_of.items())
     while True:
-        able = [i for i, n in given.items() if n + _STEP <= max(costs[i]) and _STEP * size(i) <= left]
-        if not able:
-            return given
-        best = max(able, key=lambda i: (cost(i, given[i]) - cost(i, given[i] + _STEP)) / size(i))
-        given[best] += _STEP
-        left -= _STEP * size(best)
+        candidates = [i for i, n in slots_of.items() if n + _STEP <= max(costs[i]) and _STEP * size(i) <= spare]
+        if not candidates:
+            return slots_of
+        best = max(candidates, key=lambda i: (cost(i, slots_of[i]) - cost(i, slots_of[i] + _STEP)) / size(i))
+        slots_of[best] += _STEP
+        spare -= _STEP * size(best)
 
 
 def option(slots: Mapping[int, int]) -> str:
@@ -92,9 +94,9 @@ def option(slots: Mapping[int, int]) -> str:
 
 
 def _slots(layer: LayerSpec, share: float, length: int) -> int:
-    """That share of the layer's slots: an even number, fewer than its window and than leave nothing to evict.
+    """``share`` of the layer's slots: an even number, fewer than its window and few enough that something is evicted.
 
-    At least 4, but not more than a smaller budget has.
+    At least 4, or the layer's own number of slots where that is smaller.
     """
-    most = min(layer.window - 1 if layer.window else length, length // 2)
-    return max(min(2 * _STEP, layer.capacity), min(int(layer.capacity * share), most) // _STEP * _STEP)
+    limit = min(layer.window - 1 if layer.window else length, length // 2)
+    return max(min(2 * _STEP, layer.capacity), min(int(layer.capacity * share), limit) // _STEP * _STEP)

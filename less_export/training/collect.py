@@ -1,4 +1,4 @@
-"""What attention layers see: q, k and v of every sequence, on disk, and the layers' output projections."""
+"""Inputs of the attention layers (q, k and v of every sequence, on disk) and the layers' output projections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MARK = "collected.json"
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its output embedding, whose logits nobody here looks at."""
+    """The model without its output embedding: the logits are not needed here."""
     return getattr(model, model.base_model_prefix, model)
 
 
@@ -52,10 +52,10 @@ class Activations:
         return self.shape(layer).numel() * self._dtype.itemsize
 
     def reserve(self, layers: Sequence[int]) -> None:
-        """Make the files of ``layers`` that are not there, with all the disk space that they take.
+        """Create the missing files of ``layers`` and reserve all their disk space.
 
         Raises:
-            LessExportError: the disk has not so much.
+            LessExportError: not enough disk space.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -64,15 +64,15 @@ class Activations:
                 if not file.exists() or file.stat().st_size != size:
                     resources.reserve(file, size)
         except OSError as error:
-            self.remove()  # what was reserved so far counts as free
-            whole, free = sum(map(self.nbytes, layers)), shutil.disk_usage(self.folder.parent).free
+            self.remove()  # before free space is measured below
+            total, free = sum(map(self.nbytes, layers)), shutil.disk_usage(self.folder.parent).free
             raise LessExportError(
-                f"{whole / 1e9:.2f} GB of activations do not fit beside --out, where {free / 1e9:.2f} GB are free "
-                f"({error.strerror or error}): make room, or give fewer --seqs or a shorter --seq-len"
+                f"{total / 1e9:.2f} GB of activations do not fit beside --out, where {free / 1e9:.2f} GB are free "
+                f"({error.strerror or error}): free disk space, or use fewer --seqs or a shorter --seq-len"
             ) from error
 
     def done(self) -> set[int]:
-        """Layers whose files are whole."""
+        """Layers whose files are complete."""
         mark = self.folder / _MARK
         return set(json.loads(mark.read_text())) if mark.exists() else set()
 
@@ -80,12 +80,12 @@ class Activations:
         write_atomically(self.folder / _MARK, json.dumps(sorted(layers)).encode())
 
     def drop(self) -> None:
-        """Give the disk space back."""
+        """Delete the files, to free their disk space."""
         for file in (self.folder / _MARK, *self.folder.glob("layer_*.bin")):
             file.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """The same, folder and all."""
+        """Delete the folder and everything in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -95,35 +95,36 @@ def collect(
     ids: Tensor,
     plan: Sequence[LayerSpec],
     layers: Sequence[int],
-    into: Activations,
+    activations: Activations,
     share: tuple[int, int],
     progress: Progress,
 ) -> None:
-    """Run the model with its own full attention and keep what ``layers`` are given.
+    """Run the model with its own full attention and write the inputs of ``layers`` to ``activations``.
 
     ``share`` = (rank, processes): this process runs every ``processes``-th sequence.
 
     Raises:
-        LessExportError: a layer is given NaN or inf, or the disk is full.
+        LessExportError: a layer's input holds NaN or inf, or the disk is full.
     """
-    into.reserve(layers)
-    files = {i: into.tensor(i) for i in layers}
+    activations.reserve(layers)
+    files = {i: activations.tensor(i) for i in layers}
     rank, processes = share
-    mine = list(range(rank, len(ids), processes))
+    rows = list(range(rank, len(ids), processes))
     row = 0
 
-    def keep(call: AttentionCall) -> Tensor:
+    def record(call: AttentionCall) -> Tensor:
         if call.layer in files:
-            seen = torch.cat([call.q, call.k, call.v], 1)
-            if not bool(seen.isfinite().all()):
+            inputs = torch.cat([call.q, call.k, call.v], 1)
+            if not bool(inputs.isfinite().all()):
                 raise ModelError(
-                    f"layer {call.layer} is given NaN or inf: the weights are damaged, or overflow {seen.dtype}"
+                    f"the input of layer {call.layer} holds NaN or inf: "
+                    f"the weights are damaged, or overflow {inputs.dtype}"
                 )
-            files[call.layer][row] = seen[0]
+            files[call.layer][row] = inputs[0]
         return simulate.full(call.q, call.k, call.v, plan[call.layer])
 
-    with progress.phase("collecting activations", len(mine)) as step, less_attention(model, keep):
-        for row in mine:
+    with progress.phase("collecting activations", len(rows)) as step, less_attention(model, record):
+        for row in rows:
             _forward(model, ids[row : row + 1].to(model.device))
             step()
 
@@ -134,33 +135,33 @@ def _forward(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 def output_projections(model: PreTrainedModel, plan: Sequence[LayerSpec]) -> dict[int, Tensor]:
-    """The matrix that follows each layer's attention, f32 [Hq * D, width]: what a layer adds comes out of it.
+    """The matrix that projects each layer's attention output to the hidden size, f32 [Hq * D, width].
 
     Raises:
         UnsupportedModelError: no linear map is applied to a layer's attention output.
     """
-    found: dict[int, Tensor] = {}
-    waiting: list[int] = []
+    projections: dict[int, Tensor] = {}
+    pending: list[int] = []
 
     def attention(call: AttentionCall) -> Tensor:
-        waiting.append(call.layer)
+        pending.append(call.layer)
         return torch.zeros_like(call.q)
 
     def linear(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if waiting:
-            layer = waiting.pop()
+        if pending:
+            layer = pending.pop()
             width = plan[layer].query_heads * plan[layer].head_dim
             weight = module.get_parameter("weight").detach()
             weight = weight if isinstance(module, Conv1D) else weight.T
             if weight.shape[0] == width:
-                found[layer] = weight.float()
+                projections[layer] = weight.float()
 
     with _hooks(model, linear), less_attention(model, attention), torch.no_grad():
         _forward(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))
-    missing = [i for i in range(len(plan)) if i not in found]
+    missing = [i for i in range(len(plan)) if i not in projections]
     if missing:
         raise UnsupportedModelError(f"layer {missing[0]}: its attention is not followed by a linear output projection")
-    return found
+    return projections
 
 
 @contextlib.contextmanager
@@ -174,15 +175,15 @@ def _hooks(model: nn.Module, hook: object) -> Iterator[None]:
             handle.remove()
 
 
-def groups(layers: Sequence[int], into: Activations, most_bytes: int) -> list[list[int]]:
-    """Split ``layers`` so that the files of each group fit into ``most_bytes`` of disk (one layer at least)."""
-    split: list[list[int]] = []
+def groups(layers: Sequence[int], activations: Activations, max_bytes: int) -> list[list[int]]:
+    """Split ``layers`` so that the files of each group fit into ``max_bytes`` of disk (at least one layer each)."""
+    result: list[list[int]] = []
     used = 0
     for layer in layers:
-        size = into.nbytes(layer)
-        if not split or used + size > most_bytes:
-            split.append([])
+        size = activations.nbytes(layer)
+        if not result or used + size > max_bytes:
+            result.append([])
             used = 0
-        split[-1].append(layer)
+        result[-1].append(layer)
         used += size
-    return split
+    return result

@@ -1,4 +1,4 @@
-"""From text to sequences: files, folders and datasets, mixed in equal shares."""
+"""Texts from files, folders and datasets, cut into sequences and mixed in equal shares."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from ..errors import UsageError, install_hint
 from ..hf.special_tokens import adds_bos
 
-#: Most characters read of one source: far more than training looks at, and what keeps memory bounded.
-MOST_CHARACTERS = 64_000_000
+#: Most characters read of one source. Bounds memory; training uses far fewer.
+MAX_CHARACTERS = 64_000_000
 
-#: Texts that come with the package.
+#: Texts in the package.
 SHIPPED = ("calibration", "held_out")
 
 Encode = Callable[[str], list[int]]
@@ -27,13 +27,13 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True)
 class Source:
-    """One text: its name, what is in it, and the hash of that."""
+    """A text and its name."""
 
     name: str
     text: str
 
     def facts(self) -> dict[str, Any]:
-        """Provenance of the text."""
+        """Provenance of the text: its name, size and hash."""
         return {
             "name": self.name,
             "characters": len(self.text),
@@ -42,36 +42,37 @@ class Source:
 
 
 def read(names: Sequence[str]) -> list[Source]:
-    """The texts behind ``--data``: UTF-8 files, folders of ``*.txt``, ``hf:NAME[/CONFIG][:SPLIT]``, or one of
-    the package's own, ``calibration`` and ``held_out``.
+    """Read the texts that ``--data`` names: UTF-8 files, folders of ``*.txt``, ``hf:NAME[/CONFIG][:SPLIT]``, or
+    ``calibration`` and ``held_out``, the texts in the package.
 
     Raises:
-        UsageError: missing, not UTF-8, or empty.
+        UsageError: a text is missing, not UTF-8, or empty.
     """
-    found = []
+    sources = []
     for name in names:
         if name in SHIPPED and not Path(name).exists():
-            found.append(shipped(name))
+            sources.append(shipped(name))
             continue
         text = _dataset(name[3:]) if name.startswith("hf:") else _files(Path(name).expanduser())
         if not text.strip():
             raise UsageError(f"--data {name} is empty: give a text")
-        found.append(Source(name if name.startswith("hf:") else Path(name).name, plain(text)))
-    return found
+        sources.append(Source(name if name.startswith("hf:") else Path(name).name, plain(text)))
+    return sources
 
 
 def distinct(sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
-    """The sources without those whose text is an earlier one's, which would be trained on and held back at once.
+    """Drop sources whose text repeats an earlier one: the same text would be used for training and validation.
 
-    Also returns the names of those.
+    Returns:
+        The distinct sources, and the names of the dropped ones.
     """
-    found: dict[str, Source] = {}
-    again = [s.name for s in sources if found.setdefault(s.facts()["sha256"], s) is not s]
-    return list(found.values()), again
+    by_hash: dict[str, Source] = {}
+    duplicates = [s.name for s in sources if by_hash.setdefault(s.facts()["sha256"], s) is not s]
+    return list(by_hash.values()), duplicates
 
 
 def shipped(folder: str) -> Source:
-    """The texts that come with the package: ``calibration`` to train on, ``held_out`` to evaluate on."""
+    """A text in the package: ``calibration`` to train on, ``held_out`` to evaluate on."""
     files = importlib.resources.files("less_export") / "data" / folder
     names = sorted(f.name for f in files.iterdir() if f.name.endswith(".txt"))
     return Source(folder, "\n\n".join((files / n).read_text(encoding="utf-8") for n in names))
@@ -84,23 +85,23 @@ def _files(path: Path) -> str:
             raise UsageError(f"--data {path} holds no .txt file")
     else:
         files = [path]
-    texts, room = [], MOST_CHARACTERS
+    texts, remaining = [], MAX_CHARACTERS
     for file in files:
         try:
             with open(file, encoding="utf-8") as opened:
-                texts.append(opened.read(room))
+                texts.append(opened.read(remaining))
         except UnicodeDecodeError:
             raise UsageError(f"--data {file} is not UTF-8 text: convert it, e.g. with iconv") from None
         except OSError as error:
             raise UsageError(f"cannot read --data {file}: {error.strerror or error}") from error
-        room -= len(texts[-1])
-        if room <= 0:
+        remaining -= len(texts[-1])
+        if remaining <= 0:
             break
     return "\n\n".join(texts)
 
 
 def _dataset(name: str) -> str:
-    """A dataset of the hub, or a local one that the datasets library can load, by its column ``text``."""
+    """The column ``text`` of a dataset on the hub, or of a local one that the datasets library can load."""
     try:
         import datasets
     except ImportError:
@@ -111,22 +112,22 @@ def _dataset(name: str) -> str:
         path, _, config = path.rpartition("/")
     try:
         rows = datasets.load_dataset(path, config, split=split or "train", streaming=True)
-        texts, room = [], MOST_CHARACTERS
+        texts, remaining = [], MAX_CHARACTERS
         for row in rows:
             texts.append(str(row["text"]))
-            room -= len(texts[-1])
-            if room <= 0:
+            remaining -= len(texts[-1])
+            if remaining <= 0:
                 break
     except KeyError:
         raise UsageError(f"--data hf:{name} has no column 'text'") from None
-    except Exception as error:  # what the hub, the network and the library raise shares no base class
+    except Exception as error:  # errors of the hub, the network and the library share no base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"--data hf:{name} cannot be loaded ({reason}): check its name, or give a file") from error
     return "\n".join(texts)
 
 
 def plain(text: str) -> str:
-    """Text in WikiText's tokenised form (`` @-@ ``, spaced punctuation) as people write it; others as they are."""
+    """Undo WikiText's tokenisation (`` @-@ ``, spaced punctuation); other texts are returned unchanged."""
     if not re.search(r" @[-,.]@ ", text):
         return text
     text = re.sub(r" @([-,.])@ ", r"\1", text)
@@ -152,11 +153,11 @@ def sequences(
 ) -> Corpus:
     """Cut the sources into sequences of ``length`` tokens and take ``count`` of them, in equal shares.
 
-    A source that has fewer gives all it has and the others fill in. Sequences start with ``bos`` where the
-    model has one. They are taken evenly over each text; ``seed`` shuffles them, None leaves text order.
+    A source with too few gives all it has, and the others make up the difference. Sequences start with ``bos``
+    unless it is None. They are spread evenly over each text; ``seed`` shuffles them, None leaves them in text order.
 
     Raises:
-        UsageError: the texts have fewer than one sequence.
+        UsageError: the texts are shorter than one sequence.
     """
     step = length - (bos is not None)
     pieces: list[tuple[str, Tensor]] = []
@@ -175,12 +176,12 @@ def sequences(
             "give more text or a smaller --seq-len"
         )
     chosen: list[tuple[str, Tensor]] = []
-    left = count
-    for place, (name, rows) in enumerate(sorted(pieces, key=lambda p: len(p[1]))):
-        share = min(len(rows), -(-left // (len(pieces) - place)))
+    remaining = count
+    for number, (name, rows) in enumerate(sorted(pieces, key=lambda p: len(p[1]))):
+        share = min(len(rows), -(-remaining // (len(pieces) - number)))
         picks = torch.linspace(0, len(rows) - 1, share).long() if share else torch.empty(0, dtype=torch.long)
         chosen += [(name, rows[i]) for i in picks.tolist()]
-        left -= share
+        remaining -= share
     if seed is not None:
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed)).tolist()
         chosen = [chosen[i] for i in order]
@@ -188,7 +189,7 @@ def sequences(
 
 
 def encoder(tokenizer: Any) -> tuple[Encode, int | None]:
-    """``(encode, bos)`` of a Hugging Face tokenizer; bos is None where the model starts without one."""
+    """``(encode, bos)`` of a Hugging Face tokenizer; bos is None for models that start without one."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -1,4 +1,4 @@
-"""All kernels together: the model with LESS is brought closer to what it says with its full cache."""
+"""Tune all kernels together: bring the predictions of the model with LESS closer to those with its full cache."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ STEPS = 96
 _POSITIONS = 96
 _RATE = 5e-4
 _WARM_UP = 8
-#: Steps after which what is done is kept.
-_KEEP = 8
+#: Steps between saves of the state.
+_SAVE_EVERY = 8
 
 
 def tune(
@@ -38,21 +38,21 @@ def tune(
     seed: int,
     progress: Progress,
     steps: int = STEPS,
-    keep: Path | None = None,
+    state_file: Path | None = None,
 ) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
     """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
 
-    ``keep``: a file that holds what is done so far, for a run that was interrupted.
+    ``state_file`` saves the progress, so that an interrupted run can resume.
 
     Returns:
-        The tuned maps, or the given ones where validation text does not agree that they are better, and the
+        The tuned maps, or ``maps`` unless tuning lowers the divergence on validation text, and provenance: the
         divergences (nats per token) before and after (None: not finite).
     """
     model.requires_grad_(False)
     first = max(plan[i].capacity for i in maps) + 1
-    everywhere = torch.arange(first, train.shape[1])
+    all_positions = torch.arange(first, train.shape[1])
     tuned = {i: copy.deepcopy(m).to(model.device) for i, m in maps.items()}
-    spread = everywhere[:: max(1, len(everywhere) // _POSITIONS)]
+    spread = all_positions[:: max(1, len(all_positions) // _POSITIONS)]
 
     def measure(name: str) -> float:
         total = 0.0
@@ -66,8 +66,8 @@ def tune(
     optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
     begin = done = 0
-    if keep is not None and keep.exists():
-        state = torch.load(keep, weights_only=True, map_location=model.device)
+    if state_file is not None and state_file.exists():
+        state = torch.load(state_file, weights_only=True, map_location=model.device)
         begin, before = state["step"], state["before"]
         done = begin
         for parameter, value in zip(parameters, state["parameters"], strict=True):
@@ -82,7 +82,7 @@ def tune(
             cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * number / steps))
             for group in optimizer.param_groups:
                 group["lr"] = _RATE * min(1.0, (number + 1) / _WARM_UP) * cosine
-            positions = everywhere[torch.randperm(len(everywhere), generator=generator)[:_POSITIONS]]
+            positions = all_positions[torch.randperm(len(all_positions), generator=generator)[:_POSITIONS]]
             row = train[number % len(train)]
             loss = divergence(full_cache(model, row, plan, positions), model, row, plan, tuned, positions)
             if not bool(loss.isfinite()):
@@ -93,14 +93,14 @@ def tune(
             optimizer.step()
             done = number + 1
             step(f"divergence {loss.item():.4f}")
-            if keep is not None and done % _KEEP == 0:
+            if state_file is not None and done % _SAVE_EVERY == 0:
                 state = {"step": done, "before": before, "parameters": [p.data for p in parameters]}
                 state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
                 buffer = io.BytesIO()
                 torch.save(state, buffer)
-                write_atomically(keep, buffer.getvalue())
-    for made in tuned.values():
-        made.requires_grad_(False)
+                write_atomically(state_file, buffer.getvalue())
+    for feature_map in tuned.values():
+        feature_map.requires_grad_(False)
     after = measure("divergence after")
     better = after < before
     shown = after if math.isfinite(after) else None
@@ -110,36 +110,36 @@ def tune(
 
 @torch.no_grad()
 def full_cache(model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], positions: Tensor) -> Tensor:
-    """Log probabilities [P,V] of the next token at ``positions`` of one sequence, nothing evicted."""
+    """Log probabilities [P,V] of the next token at ``positions`` of one sequence with full caches."""
     return _log_probabilities(
         model, ids, positions, lambda call: simulate.full(call.q, call.k, call.v, plan[call.layer])
     )
 
 
 def divergence(
-    wanted: Tensor,
+    reference: Tensor,
     model: PreTrainedModel,
     ids: Tensor,
     plan: Sequence[LayerSpec],
     maps: Mapping[int, FeatureMap],
     positions: Tensor,
 ) -> Tensor:
-    """Mean over ``positions`` of the KL of :func:`full_cache` from the model with the caches of ``plan``, in nats.
+    """KL(``reference`` || the model with the caches of ``plan``), mean over ``positions``, in nats.
 
-    Layers without a map in ``maps`` evict without a low-rank term.
+    ``reference`` comes from :func:`full_cache`. Layers without a map in ``maps`` evict without a low-rank term.
     """
 
     def student(call: AttentionCall) -> Tensor:
-        layer, made = plan[call.layer], maps.get(call.layer)
+        layer, feature_map = plan[call.layer], maps.get(call.layer)
         if not layer.policy.evicts:
             return simulate.full(call.q, call.k, call.v, layer)
-        left = simulate.evictions(simulate.logits(call.q.detach(), call.k.detach(), layer), layer)
-        features = (made.log_phi(call.q), made.psi(call.k)) if made is not None else None
-        # Recomputed on the way back: masks and weights of T x T per head would not fit for larger models.
-        return checkpoint(simulate.attend_as, call.q, call.k, call.v, layer, features, left, use_reentrant=False)
+        evicted_at = simulate.evictions(simulate.logits(call.q.detach(), call.k.detach(), layer), layer)
+        features = (feature_map.log_phi(call.q), feature_map.psi(call.k)) if feature_map is not None else None
+        # Recomputed in the backward pass: T x T masks and weights per head do not fit in memory for larger models.
+        return checkpoint(simulate.attend_as, call.q, call.k, call.v, layer, features, evicted_at, use_reentrant=False)
 
-    said = _log_probabilities(model, ids, positions, student)
-    return (wanted.exp() * (wanted - said)).sum(-1).mean()
+    predicted = _log_probabilities(model, ids, positions, student)
+    return (reference.exp() * (reference - predicted)).sum(-1).mean()
 
 
 def _log_probabilities(

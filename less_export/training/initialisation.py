@@ -1,9 +1,9 @@
-"""Where training starts: kernels that already stand for clusters of keys, without a single step.
+"""Initial kernels: features that stand for clusters of keys, before any training step.
 
 k-means over the layer's keys gives R centroids c. psi(k) is the soft assignment of k to them, phi(q) the
-weight exp(scale q.c) that a query gives each, and a bias per query head puts the total mass where the true
-mass of the evicted tokens lies. The authors' parametrisation is brought to the same masses, so that
-its gradients do not vanish (their scale of 1e-4 leaves the low-rank term at nothing).
+weight exp(scale q.c) that a query gives each, and a bias per query head matches the total mass to the true
+mass of the evicted tokens. The authors' parametrisation is scaled to the same masses so that its gradients
+do not vanish (with their scale of 1e-4 the low-rank term is negligible).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..less import simulate
 from ..less.feature_maps import PARAMETRISATIONS, ExpMap, FeatureMap
 
 _ITERATIONS = 15
-#: Keys that k-means looks at, per KV head.
+#: Keys per KV head that k-means uses.
 _KEYS = 8192
 
 
@@ -37,55 +37,55 @@ def centroids(keys: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 def new_map(
     parametrisation: str, layer: LayerSpec, rank: int, hidden: int, keys: Tensor, generator: torch.Generator
 ) -> FeatureMap:
-    """A feature map at its start, before its masses are calibrated; ``keys`` [Hk,N,D] f32."""
+    """An untrained feature map whose masses are not calibrated yet; ``keys`` [Hk,N,D] f32."""
     heads = layer.heads
-    made = PARAMETRISATIONS[parametrisation](heads, rank, hidden).to(keys.device)
-    for name, parameter in made.named_parameters():
+    feature_map = PARAMETRISATIONS[parametrisation](heads, rank, hidden).to(keys.device)
+    for name, parameter in feature_map.named_parameters():
         if name.endswith(("_in", "_out", "_interaction")):
             fan_in, fan_out = parameter.shape[-2:]
             bound = (6 / (fan_in + fan_out)) ** 0.5
-            if name.endswith("_out") and isinstance(made, ExpMap):
-                bound *= 0.1  # the skip, not the network, is the start
+            if name.endswith("_out") and isinstance(feature_map, ExpMap):
+                bound *= 0.1  # at first the skip connection dominates
             noise = torch.rand(parameter.shape, generator=generator) * 2 - 1
             parameter.data = (noise * bound).to(keys.device)
-    if isinstance(made, ExpMap):
-        _assign_clusters(made, layer, keys, generator)
+    if isinstance(feature_map, ExpMap):
+        _assign_clusters(feature_map, layer, keys, generator)
     else:
-        made.get_parameter("k_scale").data.fill_(1.0)
-        made.get_parameter("k_scale_interaction").data.fill_(0.1)
-        made.get_parameter("k_gain").data.fill_(1.0)
-        mass = made.psi(keys[None]).sum(-1).mean(-1)[0]  # a token weighs one on average, as with psi of "exp"
-        made.get_parameter("k_gain").data = 1 / mass.clamp(min=1e-6)[:, None, None]
-    return made
+        feature_map.get_parameter("k_scale").data.fill_(1.0)
+        feature_map.get_parameter("k_scale_interaction").data.fill_(0.1)
+        feature_map.get_parameter("k_gain").data.fill_(1.0)
+        mass = feature_map.psi(keys[None]).sum(-1).mean(-1)[0]  # a token weighs one on average, as for "exp"
+        feature_map.get_parameter("k_gain").data = 1 / mass.clamp(min=1e-6)[:, None, None]
+    return feature_map
 
 
-def _assign_clusters(made: FeatureMap, layer: LayerSpec, keys: Tensor, generator: torch.Generator) -> None:
+def _assign_clusters(feature_map: FeatureMap, layer: LayerSpec, keys: Tensor, generator: torch.Generator) -> None:
     for head in range(layer.kv_heads):
-        centres = centroids(keys[head], made.rank, generator)
+        centres = centroids(keys[head], feature_map.rank, generator)
         distance = torch.cdist(keys[head], centres).pow(2)
-        spread = distance.var(-1).sqrt().mean() if made.rank > 1 else distance.new_ones(())
+        spread = distance.var(-1).sqrt().mean() if feature_map.rank > 1 else distance.new_ones(())
         softness = spread.clamp(min=1e-6)
-        made.get_parameter("k_skip").data[head] = 2 * centres.T / softness
-        made.get_parameter("k_bias").data[head, 0] = -centres.pow(2).sum(-1) / softness
+        feature_map.get_parameter("k_skip").data[head] = 2 * centres.T / softness
+        feature_map.get_parameter("k_bias").data[head, 0] = -centres.pow(2).sum(-1) / softness
         group = slice(head * layer.group, (head + 1) * layer.group)
-        made.get_parameter("q_skip").data[group] = layer.scale * centres.T
+        feature_map.get_parameter("q_skip").data[group] = layer.scale * centres.T
 
 
-def true_mass(q: Tensor, k: Tensor, layer: LayerSpec, left: Tensor, queries: Tensor) -> Tensor:
-    """Log of the softmax mass of what is absorbed, [B,Hk,G,P]; -inf where nothing is."""
-    state = simulate.absorbed(left, queries)
+def true_mass(q: Tensor, k: Tensor, layer: LayerSpec, evicted_at: Tensor, queries: Tensor) -> Tensor:
+    """Log of the softmax mass of the absorbed tokens, [B,Hk,G,P]; -inf where there are none."""
+    state = simulate.absorbed(evicted_at, queries)
     scores = simulate.logits(q[:, :, queries], k, layer)
-    if layer.window:  # what slid out of the window is absorbed too, but the model would not have seen it
+    if layer.window:  # tokens that slid out of the window are absorbed too, but the full model does not see them
         at = torch.arange(k.shape[2], device=k.device)
         state = state & (at > queries[:, None] - layer.window)
     return torch.logsumexp(scores.masked_fill(~state, -torch.inf), -1)
 
 
-def calibrate(made: FeatureMap, true: Tensor, predicted: Tensor) -> None:
-    """Shift log phi so that each query head's median low-rank mass is the true one; both [B,Hk,G,P]."""
-    gap = (true - predicted).permute(1, 2, 0, 3).flatten(0, 1).flatten(1)  # [Hq,N]
-    name = "q_bias" if isinstance(made, ExpMap) else "q_offset"
+def calibrate(feature_map: FeatureMap, target: Tensor, predicted: Tensor) -> None:
+    """Shift log phi so that each query head's median low-rank mass is that of ``target``; both [B,Hk,G,P]."""
+    gap = (target - predicted).permute(1, 2, 0, 3).flatten(0, 1).flatten(1)  # [Hq,N]
+    name = "q_bias" if isinstance(feature_map, ExpMap) else "q_offset"
     for head, values in enumerate(gap):
         finite = values[values.isfinite()]
         if len(finite):
-            made.get_parameter(name).data[head] += finite.median()
+            feature_map.get_parameter(name).data[head] += finite.median()

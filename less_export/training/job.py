@@ -1,7 +1,7 @@
-"""A whole training: collect, fit layer by layer, switch off what does not help, write the file.
+"""A training run: collect activations, fit layer by layer, switch off layers that do not gain, write the file.
 
-What is done is kept beside the output, in a hidden folder named by a fingerprint of model, data and options, until
-the file is written: the same command goes on where it was interrupted, another one starts anew.
+Until the file is written, finished work stays beside the output in a hidden folder whose name is a fingerprint of
+model, data and options. Rerunning the same command resumes; other options start from the beginning.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from . import allocate, collect, data, end_to_end, fit, resources
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
 from .options import device as choose_device
 
-#: Most bytes of activations on disk at a time; more layers than fit are collected in turns.
+#: Most bytes of activations on disk at a time; layers that exceed it are collected in several groups.
 DISK = 16 << 30
-#: One validation sequence for so many training sequences.
+#: Training sequences per validation sequence.
 _VALIDATION = 12
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer fared: see :class:`~less_export.training.fit.Errors`; ``used`` is False where LESS lost.
+    """Errors of one layer, see :class:`~less_export.training.fit.Errors`; ``used``: whether LESS reduces them.
 
-    ``less`` is the error of the kernels in the file: after they were tuned together, if they were.
+    ``less`` is the error of the kernels in the file, after end-to-end tuning if there was any.
     """
 
     layer: int
@@ -59,10 +59,10 @@ class LayerReport:
 
 @dataclass
 class TrainJob:
-    """What the steps of one training share.
+    """State that the steps of one training run share.
 
-    layers: those to train. corpus: training sequences, then validation. facts: provenance, for the kernel file.
-    width: hidden size of the model. work: folder of what is finished, until the kernel file is written.
+    layers: layers to train. corpus: training sequences, then validation. facts: provenance, for the kernel file.
+    width: hidden size of the model. work: folder of finished work, until the kernel file is written.
     """
 
     source: ModelSource
@@ -77,8 +77,8 @@ class TrainJob:
     work: Path
     processes: Processes
     progress: Progress
-    #: Where the other processes say what they have done; the first has ``progress``.
-    aloud: Progress
+    #: Where processes other than the first report finished layers; the first uses ``progress``.
+    other_progress: Progress
 
     @property
     def validation(self) -> int:
@@ -96,35 +96,35 @@ def train(
 
     Args:
         model: recipe name, hub id, checkpoint folder or GGUF file.
-        out: kernel file (.safetensors) to write.
-        texts: what to train on, see :func:`less_export.training.data.read`; default the package's own text.
-        config: options, or give their fields as keyword arguments.
-        progress: where to report: a :class:`~less_export.progress.Progress`, or a function that is called with a few
-            words as each phase begins; default nowhere.
+        out: the kernel file (.safetensors) to write.
+        texts: training texts, see :func:`less_export.training.data.read`; default: the text in the package.
+        config: options; keyword arguments replace its fields.
+        progress: where to report: a :class:`~less_export.progress.Progress`, or a function that is called with a
+            short text as each phase begins; default: nowhere.
 
     Returns:
-        One report per trained layer.
+        A report for each trained layer.
 
     Raises:
-        LessExportError: anything the user can mend; finished layers stay for the next run.
+        LessExportError: a problem that the user can fix; finished layers stay for the next run.
     """
     processes = Processes.here()
-    shown = as_progress(progress if processes.first else None)
+    first_progress = as_progress(progress if processes.first else None)
     config = replace(config or TrainConfig(), **options)
     out = Path(out)
     if out.is_dir() or not out.name:
         raise UsageError(f"--out {out} is a folder: give the name of a .safetensors file")
     processes.join()
     try:
-        job = _prepare(model, out, texts, config, processes, shown)
-        job.aloud = as_progress(None if processes.first else progress)
+        job = _prepare(model, out, texts, config, processes, first_progress)
+        job.other_progress = as_progress(None if processes.first else progress)
         try:
             if config.divided:
                 _divide(job)
             _fit_all(job)
             return _finish(job, out)
         except BaseException:
-            with contextlib.suppress(OSError):  # what is finished stays
+            with contextlib.suppress(OSError):  # fails, and keeps the folder, if it holds finished layers
                 job.work.rmdir()
             raise
     except OSError as error:
@@ -136,12 +136,12 @@ def train(
 def _prepare(
     model: str, out: Path, texts: Sequence[str], config: TrainConfig, processes: Processes, progress: Progress
 ) -> TrainJob:
-    """Everything that can be wrong, before anything takes long."""
+    """Check all input before anything slow begins."""
     if not texts and processes.first:
         warnings.warn("no --data given: training on the text that ships with less-export", stacklevel=3)
-    sources, again = data.distinct(data.read(texts or ["calibration"]))
-    if again and processes.first:
-        warnings.warn(f"--data {', '.join(again)}: the text of another source once more, left out", stacklevel=3)
+    sources, duplicates = data.distinct(data.read(texts or ["calibration"]))
+    if duplicates and processes.first:
+        warnings.warn(f"--data {', '.join(duplicates)}: ignored, same text as another source", stacklevel=3)
     device = choose_device(config.device)
     source = resolve(model)
     recipe = source.recipe
@@ -151,11 +151,11 @@ def _prepare(
     cache, plan, limit = opened.config, opened.plan, opened.trained_length
     length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if length > (opened.position_limit or length):
-        raise UsageError(f"--seq-len {length} is more than the {limit} positions that the model has: lower it")
-    able = [i for i, s in enumerate(plan) if s.absorb]
-    if not able:
-        raise UsageError("no layer evicts anything: every layer slides and keeps its window; see --compress-sliding")
-    chosen = parse_layers(config.layers, able)
+        raise UsageError(f"--seq-len {length} is more than the {limit} positions that the model has: reduce it")
+    evicting = [i for i, s in enumerate(plan) if s.absorb]
+    if not evicting:
+        raise UsageError("no layer evicts anything: all layers keep their sliding window; see --compress-sliding")
+    chosen = parse_layers(config.layers, evicting)
     slots = max(plan[i].capacity for i in chosen)
     if length < slots + 2:
         raise UsageError(
@@ -164,14 +164,14 @@ def _prepare(
         )
     tokenizer = source.tokenizer()
     if tokenizer is None:
-        raise UsageError(f"{source.name} ships no tokenizer, which training needs: put one beside the weights")
+        raise UsageError(f"{source.name} ships no tokenizer, which training needs: add one to its folder")
     encode, bos = data.encoder(tokenizer)
-    wanted = config.sequence_count + max(1, config.sequence_count // _VALIDATION)
-    corpus = data.sequences(sources, encode, bos, wanted, length, config.seed)
+    count = config.sequence_count + max(1, config.sequence_count // _VALIDATION)
+    corpus = data.sequences(sources, encode, bos, count, length, config.seed)
     if len(corpus.ids) < 2:
-        raise UsageError(f"the text has one sequence of {length} tokens; training and validation need two: give more")
-    if len(corpus.ids) < wanted and processes.first:
-        warnings.warn(f"the text has {len(corpus.ids)} sequences of {length} tokens, not {wanted}", stacklevel=3)
+        raise UsageError(f"the text has one sequence of {length} tokens; training and validation need two: add text")
+    if len(corpus.ids) < count and processes.first:
+        warnings.warn(f"the text has {len(corpus.ids)} sequences of {length} tokens, not {count}", stacklevel=3)
     if length > (limit or length) and processes.first:
         warnings.warn(
             f"--seq-len {length} is past the {limit} positions the model was trained for: quality may suffer",
@@ -195,10 +195,10 @@ def _prepare(
         "seed": config.seed,
         "less_export": __version__,
     }
-    mark = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    work = out.parent / f".{out.name}.{mark}"
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    work = out.parent / f".{out.name}.{fingerprint}"
     if processes.first:
-        _tell_of_others(out, work)
+        _warn_of_unfinished(out, work)
     work.mkdir(parents=True, exist_ok=True)
     dtype, width = compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
     return TrainJob(
@@ -207,38 +207,38 @@ def _prepare(
 
 
 def _model_hash(source: ModelSource, progress: Progress) -> str:
-    """Hash of the weights, over the hashes of their files."""
+    """Hash of the weights: of their files' hashes."""
     source.fetch()
     files = [f for f in ([source.gguf] if source.gguf else checkpoint_files(source.folder)) if f]
     progress.say(f"hashing {sum(f.stat().st_size for f in files) / 1e9:.2f} GB of weights")
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
-def _tell_of_others(out: Path, work: Path) -> None:
-    """Say what trainings with other options have left beside ``out``: they may still run, so it stays."""
+def _warn_of_unfinished(out: Path, work: Path) -> None:
+    """Warn of unfinished trainings beside ``out`` with other options: they are kept, as they may be running."""
     name = re.compile(re.escape(f".{out.name}.") + "[0-9a-f]{12}")
-    left = [p for p in sorted(out.parent.glob(".*")) if name.fullmatch(p.name) and p.is_dir() and p != work]
-    if left:
-        size = sum(f.stat().st_size for p in left for f in p.rglob("*") if f.is_file())
+    unfinished = [p for p in sorted(out.parent.glob(".*")) if name.fullmatch(p.name) and p.is_dir() and p != work]
+    if unfinished:
+        size = sum(f.stat().st_size for p in unfinished for f in p.rglob("*") if f.is_file())
         warnings.warn(
-            f"unfinished trainings of {out.name} with other options or texts hold {size / 1e9:.2f} GB; delete what "
-            f"no longer runs: {', '.join(map(str, left))}",
+            f"unfinished trainings of {out.name} with other options or texts hold {size / 1e9:.2f} GB; delete those "
+            f"that are not running: {', '.join(map(str, unfinished))}",
             stacklevel=4,
         )
 
 
 def _load(job: TrainJob) -> PreTrainedModel:
     job.progress.say(f"loading {job.source.name}")
-    # Moved as a whole: transformers' own placement would need accelerate for a single device.
+    # Not with transformers' device_map, which needs accelerate even for a single device.
     return job.source.load(job.dtype).to(torch.device(job.device))
 
 
 def _divide(job: TrainJob) -> None:
-    """Give every layer its share of the budget; the first process measures, what it finds is kept beside the layers."""
+    """Divide the budget among the layers; the first process measures the costs and saves them beside the layers."""
     file = job.work / "layer_budgets.json"
     if job.processes.first and not file.exists():
-        found = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress)
-        write_atomically(file, json.dumps([[i, *x] for i, at in found.items() for x in at.items()]).encode())
+        measured = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress)
+        write_atomically(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
     job.processes.wait()
     costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
     for i, slots, cost in json.loads(file.read_text()):
@@ -257,73 +257,74 @@ def _divide(job: TrainJob) -> None:
 
 
 def _fit_all(job: TrainJob) -> None:
-    """Every layer that has no file yet, in groups whose activations fit on disk."""
-    todo = [i for i in job.layers if not job.layer_file(i).exists()]
-    finished = len(job.layers) - len(todo)
+    """Fit every layer that has no file yet, in groups whose activations fit on disk."""
+    pending = [i for i in job.layers if not job.layer_file(i).exists()]
+    finished = len(job.layers) - len(pending)
     if finished:
         job.progress.say(f"{finished} of {len(job.layers)} layers were trained before")
-    if todo:
+    if pending:
         ids = job.corpus.ids
         folder = job.work / str(job.dtype).replace("torch.", "activations_")
-        into = collect.Activations(folder, job.plan, len(ids), ids.shape[1], job.dtype)
-        split = collect.groups(todo, into, DISK)
-        _need_memory(job, split, into)
-    job.processes.wait()  # all must have looked before the first takes memory and writes
-    if not todo:
+        activations = collect.Activations(folder, job.plan, len(ids), ids.shape[1], job.dtype)
+        groups = collect.groups(pending, activations, DISK)
+        _check_memory(job, groups, activations)
+    job.processes.wait()  # all check before the first allocates memory or writes
+    if not pending:
         return
-    for group in split:
+    for group in groups:
         try:
-            projections = _collect(job, group, into)
+            projections = _collect(job, group, activations)
             for layer in group[job.processes.rank :: job.processes.count]:
-                _fit_layer(job, layer, into.tensor(layer), projections[layer])
+                _fit_layer(job, layer, activations.tensor(layer), projections[layer])
         except BaseException as error:
-            # Half of the activations are of no use, nor are all of them where the same command would fail again.
-            if isinstance(error, LessExportError) or not set(group) <= into.done():
-                into.remove()
+            # Incomplete activations are useless, and so are complete ones if the same command would fail again.
+            if isinstance(error, LessExportError) or not set(group) <= activations.done():
+                activations.remove()
             raise
         job.processes.wait()
         if job.processes.first:
-            into.drop()
+            activations.drop()
         job.processes.wait()
 
 
-def _need_memory(job: TrainJob, split: list[list[int]], into: collect.Activations) -> None:
-    """Say what the fits take of disk and memory.
+def _check_memory(job: TrainJob, groups: list[list[int]], activations: collect.Activations) -> None:
+    """Report the disk space and memory that fitting takes.
 
     Raises:
-        LessExportError: there is less memory.
+        LessExportError: not enough memory.
     """
-    todo = [i for group in split for i in group]
-    matrices = 4 * job.width * max(sum(job.plan[i].query_heads * job.plan[i].head_dim for i in g) for g in split)
-    most = matrices + max(fit.memory(job.plan[i], job.width, into.shape(i), job.dtype.itemsize) for i in todo)
-    sharing = min(job.processes.on_machine, len(todo)) if torch.device(job.device).type == "cpu" else 1
-    disk = max(sum(into.nbytes(i) for i in g) for g in split)
+    layers = [i for group in groups for i in group]
+    matrices = 4 * job.width * max(sum(job.plan[i].query_heads * job.plan[i].head_dim for i in g) for g in groups)
+    itemsize = job.dtype.itemsize
+    needed = matrices + max(fit.memory(job.plan[i], job.width, activations.shape(i), itemsize) for i in layers)
+    sharing = min(job.processes.on_machine, len(layers)) if torch.device(job.device).type == "cpu" else 1
+    disk = max(sum(activations.nbytes(i) for i in g) for g in groups)
     job.progress.say(
-        f"{len(todo)} layers, {len(job.corpus.ids)} sequences: {disk / 1e9:.2f} GB of activations on disk, "
-        f"up to {most / 1e9:.2f} GB of memory while a layer is fitted"
+        f"{len(layers)} layers, {len(job.corpus.ids)} sequences: {disk / 1e9:.2f} GB of activations on disk, "
+        f"up to {needed / 1e9:.2f} GB of memory while a layer is fitted"
     )
     free = resources.free_memory(job.device)
-    if free is not None and sharing * most > free:
-        each = f", in each of {sharing} processes" if sharing > 1 else ""
+    if free is not None and sharing * needed > free:
+        per_process = f", in each of {sharing} processes" if sharing > 1 else ""
         raise LessExportError(
-            f"fitting a layer takes {most / 1e9:.2f} GB of memory{each}, and {free / 1e9:.2f} GB are free: "
-            "give fewer --seqs or a shorter --seq-len"
+            f"fitting a layer takes {needed / 1e9:.2f} GB of memory{per_process}, and {free / 1e9:.2f} GB are free: "
+            "use fewer --seqs or a shorter --seq-len"
         )
 
 
-def _collect(job: TrainJob, group: list[int], into: collect.Activations) -> dict[int, torch.Tensor]:
-    """Have the activations of ``group``, and return its output projections; the model is gone afterwards."""
+def _collect(job: TrainJob, group: list[int], activations: collect.Activations) -> dict[int, torch.Tensor]:
+    """Collect the activations of ``group`` and return its output projections; the model is freed afterwards."""
     model = _load(job)
     projections = collect.output_projections(model, job.plan)
-    if not set(group) <= into.done():
+    if not set(group) <= activations.done():
         if job.processes.first:
-            into.reserve(group)
+            activations.reserve(group)
         job.processes.wait()
         share = (job.processes.rank, job.processes.count)
-        collect.collect(model, job.corpus.ids, job.plan, group, into, share, job.progress)
+        collect.collect(model, job.corpus.ids, job.plan, group, activations, share, job.progress)
         job.processes.wait()
         if job.processes.first:
-            into.mark_done(group)
+            activations.mark_done(group)
     return {i: projections[i] for i in group}
 
 
@@ -332,12 +333,12 @@ def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection:
     config = job.config
     recipe = fit.Fit(steps=config.step_count)
     with job.progress.phase(f"layer {layer}", recipe.steps + 1) as step:
-        ready = fit.prepare(activations, job.plan[layer], projection, job.device)
+        prepared = fit.prepare(activations, job.plan[layer], projection, job.device)
         step()
-        cut = len(activations) - job.validation
-        made, errors = fit.fit(
-            ready.rows(slice(0, cut)),
-            ready.rows(slice(cut, None)),
+        training = len(activations) - job.validation
+        feature_map, errors = fit.fit(
+            prepared.rows(slice(0, training)),
+            prepared.rows(slice(training, None)),
             config.parametrisation,
             config.rank or DEFAULT_RANK,
             config.hidden or DEFAULT_HIDDEN,
@@ -348,18 +349,18 @@ def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection:
         step(f"error {errors.less:.4f}, without LESS {errors.sparse:.4f}", 0)
     seconds = round(time.perf_counter() - begin, 1)
     facts = {**vars(errors), "used": errors.less < errors.sparse, "seconds": seconds}
-    job.aloud.say(f"layer {layer}: {seconds:.0f} s, error {errors.less:.4f}, without LESS {errors.sparse:.4f}")
-    Kernels({layer: made.cpu()}, facts).save(job.layer_file(layer))
+    job.other_progress.say(f"layer {layer}: {seconds:.0f} s, error {errors.less:.4f}, without LESS {errors.sparse:.4f}")
+    Kernels({layer: feature_map.cpu()}, facts).save(job.layer_file(layer))
 
 
 def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
-    """Put the layers together, tune them if asked to, and write the file (first process only)."""
+    """Join the layers, tune them together if configured, and write the file (first process only)."""
     loaded = {i: Kernels.load(job.layer_file(i)) for i in job.layers}
-    job.processes.wait()  # all must have read before the first removes them
+    job.processes.wait()  # all must have read them before the first deletes them
     reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
     maps = {r.layer: loaded[r.layer].layers[r.layer] for r in reports if r.used}
-    where = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
-    facts = {**job.facts, "torch": torch.__version__, "device": where}
+    device = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
+    facts = {**job.facts, "torch": torch.__version__, "device": device}
     if job.processes.first:
         if job.config.tuned and maps:
             maps, facts["end_to_end"], errors = _tune(job, maps)
@@ -367,10 +368,10 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
         facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
         Kernels(dict(maps), facts).save(out)
         shutil.rmtree(job.work, ignore_errors=True)
-        off = [r.layer for r in reports if not r.used]
-        if off:
+        unused = [r.layer for r in reports if not r.used]
+        if unused:
             warnings.warn(
-                f"layers {off}: LESS does not beat plain eviction on validation text, so they have no low-rank term",
+                f"layers {unused}: LESS does not beat plain eviction on validation text, so they have no low-rank term",
                 stacklevel=3,
             )
     job.processes.wait()
@@ -378,19 +379,21 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
 
 
 def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any], dict[int, float]]:
-    """Tune the layers' kernels together; also what was found, and the layers' errors with what came out."""
+    """Tune the layers' kernels together; returns them, their provenance, and the errors of the layers with them."""
     model = _load(job)
-    learn, check = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
-    kept = job.work / "end_to_end.pt"
-    tuned, facts = end_to_end.tune(model, learn, check, job.plan, maps, job.config.seed, job.progress, keep=kept)
+    training, validation = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
+    state_file = job.work / "end_to_end.pt"
+    tuned, facts = end_to_end.tune(
+        model, training, validation, job.plan, maps, job.config.seed, job.progress, state_file=state_file
+    )
     errors: dict[int, float] = {}
     if facts["used"]:
-        into = collect.Activations(job.work / "tuned", job.plan, len(check), check.shape[1], job.dtype)
-        into.reserve(list(tuned))
+        activations = collect.Activations(job.work / "tuned", job.plan, len(validation), validation.shape[1], job.dtype)
+        activations.reserve(list(tuned))
         projections = collect.output_projections(model, job.plan)
-        collect.collect(model, check, job.plan, list(tuned), into, (0, 1), job.progress)
-        for i, made in tuned.items():
-            ready = fit.prepare(into.tensor(i), job.plan[i], projections[i], job.device)
-            errors[i] = fit.relative_error(ready, made.to(job.device))
-            made.cpu()
+        collect.collect(model, validation, job.plan, list(tuned), activations, (0, 1), job.progress)
+        for i, feature_map in tuned.items():
+            prepared = fit.prepare(activations.tensor(i), job.plan[i], projections[i], job.device)
+            errors[i] = fit.relative_error(prepared, feature_map.to(job.device))
+            feature_map.cpu()
     return tuned, facts, errors

@@ -1,4 +1,4 @@
-"""Options of a training, validated once."""
+"""Options of a training run, validated once."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Quality = Literal["fast", "high"]
 #: Steps per layer, training sequences, and whether all kernels are tuned together at the end, of each quality.
 QUALITIES: dict[str, tuple[int, int, bool]] = {"fast": (500, 48, False), "high": (500, 192, True)}
 DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 8, 128, 1024
-#: The ``layer_budgets`` that are found by measurement.
-DIVIDED = "auto"
+#: Value of ``layer_budgets`` that divides the budget by measured costs.
+AUTO = "auto"
 #: Largest seed: layers add their number to it, and torch takes 64 bits.
 _SEED = 2**63 - 1
-#: How long processes wait for each other; one may train for hours while the others have nothing to do.
-_PATIENCE = datetime.timedelta(days=7)
+#: How long processes wait for each other: one may train for hours while the others are idle.
+_TIMEOUT = datetime.timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a training; ``None`` leaves one to the recipe, then to the default.
+    """Options of a training run; ``None`` takes the recipe's value, or the default.
 
     Args:
         policy: as in :class:`~less_export.config.ExportConfig`, without ``"full"``.
@@ -40,12 +40,12 @@ class TrainConfig:
         context: as in an export.
         compress_sliding: as in an export.
         rank: features R of the kernels.
-        hidden: their hidden width.
-        parametrisation: ``"exp"``, or ``"paper"`` for that of the authors.
-        quality: ``"fast"`` or ``"high"``; sets ``steps``, ``seqs`` and ``end_to_end`` where they are None.
+        hidden: hidden width of the kernels.
+        parametrisation: ``"exp"``, or ``"paper"`` for the authors'.
+        quality: ``"fast"`` or ``"high"``; the defaults of ``steps``, ``seqs`` and ``end_to_end``.
         steps: steps per layer; 0 keeps the k-means start.
         seqs: training sequences; validation takes a twelfth more.
-        seq_len: tokens of a sequence.
+        seq_len: tokens per sequence.
         layers: train only these layers, like ``"0-7,9"``.
         end_to_end: tune all kernels together at the end.
         seed: the same seed gives the same kernels on the same machine.
@@ -90,7 +90,7 @@ class TrainConfig:
         if self.steps is not None and self.steps < 0:
             raise UsageError(f"--steps must be at least 0, not {self.steps}")
         if not 0 <= self.seed <= _SEED:
-            raise UsageError(f"--seed must lie between 0 and {_SEED}, not be {self.seed}")
+            raise UsageError(f"--seed must be between 0 and {_SEED}, not {self.seed}")
         self.cache()
 
     def cache(self) -> ExportConfig:
@@ -102,8 +102,8 @@ class TrainConfig:
 
     @property
     def divided(self) -> bool:
-        """Whether the budget is to be divided by measurement."""
-        return self.layer_budgets == DIVIDED
+        """Whether the budget is divided by measured costs."""
+        return self.layer_budgets == AUTO
 
     @property
     def tuned(self) -> bool:
@@ -122,44 +122,45 @@ def parse_layers(text: str | None, available: list[int]) -> list[int]:
     """Layers of ``"0-7,9"`` among those that have a low-rank term; all of them for None.
 
     Raises:
-        UsageError: not such a list, or a layer that keeps everything it sees.
+        UsageError: ``text`` is not such a list, or names a layer that evicts nothing.
     """
     if text is None:
         return available
     chosen: set[int] = set()
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", part)
+        if match is None:
             raise UsageError(f"--layers '{text}' is not a list like 0-7,9")
-        first, last = int(found[1]), int(found[2] or found[1])
+        first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UsageError(f"--layers {text}: {first}-{last} runs backwards, write {last}-{first}")
-        asked = range(first, last + 1)
-        wrong = next((i for i in asked if i not in available), None)  # at most one past those there are
-        if wrong is not None:
+            raise UsageError(f"--layers {text}: {first}-{last} is reversed, write {last}-{first}")
+        layers = range(first, last + 1)
+        # Stops at the first, however long the range is.
+        unavailable = next((i for i in layers if i not in available), None)
+        if unavailable is not None:
             raise UsageError(
-                f"--layers {text}: layer {wrong} evicts nothing or is not there; "
-                f"those that do: {','.join(map(str, available))}"
+                f"--layers {text}: layer {unavailable} evicts nothing or does not exist; "
+                f"layers that evict: {','.join(map(str, available))}"
             )
-        chosen.update(asked)
+        chosen.update(layers)
     return sorted(chosen)
 
 
 def device(name: str | None) -> str:
-    """The device to train on: the given one, this process's GPU, or the CPU."""
+    """The device to train on: ``name``, else this process's GPU, else the CPU."""
     if name is None:
         if not torch.cuda.is_available():
             return "cpu"
         return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        torch.zeros(1, device=name).item()  # meta holds nothing
+        torch.zeros(1, device=name).item()  # fails on meta, which holds no data
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return name
 
 
 def compute_dtype(config: Any, device: str) -> torch.dtype:
-    """What the model computes in while activations are collected: 16 bits where weights and device allow it."""
+    """Compute dtype of the model while activations are collected: 16 bits if weights and device allow it."""
     stored = from_torch(getattr(config, "dtype", None) or "bfloat16")
     if stored == "float32":
         return torch.float32
@@ -170,7 +171,7 @@ def compute_dtype(config: Any, device: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that torchrun started (one of one without it)."""
+    """This process among those that torchrun started; a single one without it."""
 
     rank: int
     count: int
@@ -180,17 +181,17 @@ class Processes:
         return cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
 
     def join(self) -> None:
-        """Meet the others."""
+        """Join the process group."""
         if self.count > 1:
-            torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+            torch.distributed.init_process_group("gloo", timeout=_TIMEOUT)
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes have called this."""
         if self.count > 1:
             torch.distributed.barrier()
 
     def leave(self) -> None:
-        """Part, also after an error: torchrun then ends the others."""
+        """Leave the process group; after an error, torchrun then ends the other processes."""
         if self.count > 1:
             torch.distributed.destroy_process_group()
 
@@ -200,5 +201,5 @@ class Processes:
 
     @property
     def on_machine(self) -> int:
-        """How many of them share this machine's memory."""
+        """Number of processes that share this machine's memory."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Memory and disk that a training takes, asked for before it begins."""
+"""Free memory, and disk space reserved before training begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PIECE = 1 << 20
 
 
 def free_memory(device: str) -> int | None:
-    """Bytes of memory that can still be taken on ``device``; None where nothing tells."""
+    """Free bytes of memory on ``device``; None if unknown."""
     kind = torch.device(device).type
     if kind == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
@@ -22,7 +22,7 @@ def free_memory(device: str) -> int | None:
     try:
         with open("/proc/meminfo") as file:
             return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: all memory there is
+    except (OSError, StopIteration):  # not Linux: use the total instead
         pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -31,11 +31,12 @@ def free_memory(device: str) -> int | None:
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make ``path`` a file of ``size`` bytes that the disk truly has: a full one kills whoever writes to a sparse
-    file through its mapping.
+    """Create ``path`` with ``size`` bytes of disk space allocated.
+
+    A write to a sparse file through its mapping would kill the process when the disk is full.
 
     Raises:
-        OSError: it has not.
+        OSError: not enough disk space, or ``path`` cannot be written.
     """
     with open(path, "wb") as file:
         try:
