@@ -97,7 +97,7 @@ def test_chunks_that_an_artifact_does_not_take(kernelled: Path) -> None:
     backend = open_bundle(kernelled).backend
     with pytest.raises(UsageError, match="--logits all"):
         perplexity.streamed(backend, np.zeros((1, 8), np.int64), 4, [5])
-    with pytest.raises(UsageError, match="--chunk 17 is more than the 16 that the bundle takes"):
+    with pytest.raises(UsageError, match="--chunk 17 is more than the 16 that the bundle accepts"):
         perplexity.streamed(backend, np.zeros((1, 40), np.int64), 17, [5])
 
 
@@ -245,7 +245,7 @@ def test_refused_before_anything_is_evaluated(
     refused(run("eval", kernelled, "--data", text, *WORDS, "--backend", "ort", "--chunk", 4), "--logits all", after=1)
     refused(
         run("eval", streaming, "--data", text, *WORDS, "--backend", "ort", "--chunk", 17),
-        "--chunk 17 is more than the 16 that the bundle takes", after=1,
+        "--chunk 17 is more than the 16 that the bundle accepts", after=1,
     )  # fmt: skip
     plain_ = ("eval", source, "--data", text, "--compare", "full", "--budget", 8, *WORDS)
     refused(run(*plain_, "--plot", "/none/x.png"), "cannot write /none/x.png: No such file")
@@ -281,7 +281,7 @@ def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text
     refused(run("eval", source, "--data", text, "--budgets", "", *WORDS), "--budgets names an empty budget")
     refused(run("eval", source, "--task", "perplexity", "summarize"), "choose perplexity, summarize, or lm-eval TASK")
     refused(run("eval", source, "--task", "poetry"), "choose perplexity, summarize, or lm-eval TASK")
-    refused(run("eval", streaming, "--data", text, "--task", "summarize"), "no jsonl")
+    refused(run("eval", streaming, "--data", text, "--task", "summarize"), "is not a .jsonl file")
 
 
 def test_kernels_flatter_themselves_on_their_own_text(

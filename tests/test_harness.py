@@ -130,7 +130,7 @@ def test_a_local_task(run: Run, plain: Path, model: LessLM, task: Path, tmp_path
 
 
 def test_what_a_user_can_get_wrong(run: Run, source: Path, plain: Path, task: Path) -> None:
-    refused(run("eval", plain, "--task", "lm-eval", "no_such_task"), "knows no task")
+    refused(run("eval", plain, "--task", "lm-eval", "no_such_task"), "has no task")
     lost = run("eval", plain, "--task", "lm-eval", "less_lost", task)
     assert lost.code == 1
     assert lost.err.splitlines()[-1].startswith("less-export: error: task less_lost cannot be loaded (")

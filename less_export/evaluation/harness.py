@@ -1,7 +1,7 @@
-"""Bundles as a model of EleutherAI's lm-evaluation-harness, which calls it ``less``.
+"""Bundles as the model ``less`` of EleutherAI's lm-evaluation-harness.
 
-Versions after 0.4.13 find it by its entry point. For those before, ``less-lm-eval`` is the harness's command line with
-the model registered; or a task file imports this module, with a ``!function`` under its ``metadata``.
+Versions after 0.4.13 find it through its entry point. For older ones, ``less-lm-eval`` is the harness's command line
+with the model registered; alternatively, a task file can import this module with a ``!function`` in its ``metadata``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ..runtime.generate import Generator
 from ..runtime.open import load_backend, load_tokenizer
 
 try:
-    import lm_eval.models  # noqa: F401  (registers the models that the harness finds by itself)
+    import lm_eval.models  # noqa: F401  (registers the harness's own models)
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import model_registry, register_model
 except ImportError:
     raise UsageError(f"lm-evaluation-harness is not installed: {install_hint('eval')}") from None
 
-#: New tokens of a generation whose task does not say how many.
+#: New tokens of a generation whose task sets no limit.
 _NEW_TOKENS = 256
 
 
@@ -31,14 +31,14 @@ class Scorer(Generator):
     """Scores given continuations through the same steps that generate them."""
 
     def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the continuation's log probability, and whether greedy is the same."""
-        found: list[tuple[float, bool]] = []
+        """For each (context, continuation): its log probability, and whether greedy decoding produces it."""
+        scores: list[tuple[float, bool]] = []
         size = self.backend.contract.max_batch
         with self.backend.exclusive():
             for begin in range(0, len(pairs), size):
                 contexts, continuations = zip(*pairs[begin : begin + size], strict=True)
-                found += self._score(list(contexts), list(continuations))
-        return found
+                scores += self._score(list(contexts), list(continuations))
+        return scores
 
     def _score(self, contexts: list[list[int]], continuations: list[list[int]]) -> list[tuple[float, bool]]:
         self._start(len(contexts), None)
@@ -60,7 +60,7 @@ class Scorer(Generator):
 
 
 class LessLM(TemplateLM):
-    """``bundle``: what less-export wrote. ``backend``: ort, trt or torch; default by what the bundle holds.
+    """``bundle``: path of an exported bundle. ``backend``: ort, trt or torch; default by what the bundle holds.
 
     ``trust_code``: see :func:`less_export.open_bundle`.
     """
@@ -106,31 +106,31 @@ class LessLM(TemplateLM):
         return [score for score, _ in self._scorer.score([([self.prefix_token_id], ids) for ids in texts])]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        found = []
+        texts = []
         for context, options in (r.args for r in requests):
             until = options.get("until") or ()
             stop = (until,) if isinstance(until, str) else tuple(u for u in until if u)
             temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            most = int(options.get("max_gen_toks", _NEW_TOKENS))
-            (made,) = self._scorer.generate([context], max_new_tokens=most, stop=stop, temperature=temperature)
-            found.append(made.text)
-        return found
+            limit = int(options.get("max_gen_toks", _NEW_TOKENS))
+            (completion,) = self._scorer.generate([context], max_new_tokens=limit, stop=stop, temperature=temperature)
+            texts.append(completion.text)
+        return texts
 
 
-if "less" not in model_registry:  # where it is, an entry point waits to be replaced by the class
+if "less" not in model_registry:  # if it is, the harness resolves the entry point itself
     register_model("less")(LessLM)
 
 
 def run_task(
     bundle: str, task: str, folder: str | None, backend: str | None, limit: int | None, trust_code: bool = False
 ) -> dict[str, Any]:
-    """Run a task, a group or a tag; ``folder`` holds task files of the user's own, ``limit`` the most items of each.
+    """Run a task, group or tag; ``folder`` holds the user's own task files, ``limit`` caps the items of each task.
 
     Returns:
-        ``scores``: the metrics of every task and group that has any.
+        ``task`` and ``scores``, the metrics of every task and group that has any.
 
     Raises:
-        UsageError: no such task, its data cannot be loaded, or no bundle.
+        UsageError: there is no such task, its data cannot be loaded, or ``bundle`` is not a bundle.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -138,22 +138,22 @@ def run_task(
     if limit is not None and limit < 1:
         raise UsageError(f"--seqs must be at least 1, not {limit}")
     if not is_bundle(bundle):
-        raise UsageError(f"--task lm-eval runs bundles, and {bundle} is none: export the model first")
+        raise UsageError(f"--task lm-eval runs bundles, and {bundle} is not one: export the model first")
     manager = TaskManager(include_path=folder)
     if task not in manager.all_tasks:
-        raise UsageError(f"lm-evaluation-harness knows no task '{task}': give the folder of its file after it")
+        raise UsageError(f"lm-evaluation-harness has no task '{task}': give the folder of its task file after it")
     try:
         loaded = manager.load([task])
-    except Exception as error:  # what task files, datasets, the hub and the network raise shares no base class
+    except Exception as error:  # errors of task files, datasets, the hub and the network share no base class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"task {task} cannot be loaded ({reason}): check its file and data") from error
     chosen = [loaded["groups"][task]] if task in loaded["groups"] else list(loaded["tasks"].values())
     model = LessLM(bundle, backend, trust_code)
-    found = simple_evaluate(model, tasks=chosen, task_manager=manager, limit=limit, bootstrap_iters=0)
+    results = simple_evaluate(model, tasks=chosen, task_manager=manager, limit=limit, bootstrap_iters=0)
     scores = {
         name: {n: v for n, v in figures.items() if isinstance(v, int | float)}
-        for name, figures in found["results"].items()
-        if any("," in n for n in figures)  # metric,filter: a group that does not aggregate has none
+        for name, figures in results["results"].items()
+        if any("," in n for n in figures)  # keys are metric,filter; a group that does not aggregate has none
     }
     return {"task": task, "scores": scores}
 

@@ -1,8 +1,8 @@
-"""``less-export check``: a bundle's backend against the torch reference, through Polygraphy.
+"""``less-export check``: compare a bundle's backend with the torch reference, through Polygraphy.
 
-Teacher-forced over many steps: before every step the backend is given the reference's own state, so
-that an early rounding cannot snowball. Compared are the logits, the set of positions in every head's
-slots, and H and z of the heads whose sets agree.
+Teacher-forced over many steps: before every step the backend receives the reference's state, so that rounding
+errors cannot accumulate. The logits are compared, the set of positions in every head's slots, and H and z of the
+heads whose sets agree.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract
 from ..errors import UsageError
 from ..runtime.backend import Array, Backend, RowState, State
 
-#: Largest error by compute dtype, as a share of the largest reference value of the tensor.
+#: Largest error by compute dtype, relative to the tensor's largest reference value.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
-#: Largest share of slots whose token may differ (scores within rounding of each other).
+#: Largest share of slots whose token may differ, because scores are within rounding of each other.
 SLOT_TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
-#: What ONNX Runtime's products with quantised weights are as good as: they round activations to 8 bits.
+#: Precision whose tolerances hold for ONNX Runtime with quantised weights: it rounds activations to 8 bits.
 QUANTISED_PRECISION = "bfloat16"
 #: Tokens fed one at a time after the chunks.
 DECODE_STEPS = 8
@@ -36,7 +36,7 @@ DECODE_STEPS = 8
 
 @dataclass(frozen=True)
 class Difference:
-    """The worst error of one tensor over all steps; ``error`` is relative, for positions a share of slots."""
+    """The worst error of one tensor over all steps; ``error`` is relative, or for positions a share of slots."""
 
     tensor: str
     error: float
@@ -67,12 +67,12 @@ class Report:
 
     def largest(self, kind: str) -> float:
         """Largest error of a kind of tensor: logits, position, h or z."""
-        found = [d.error for d in self.differences.values() if d.tensor.split(".")[-1] == kind]
-        return max(found, default=0.0)
+        errors = [d.error for d in self.differences.values() if d.tensor.split(".")[-1] == kind]
+        return max(errors, default=0.0)
 
 
 class _Runner(BaseRunner):
-    """A backend as a Polygraphy runner; ``before`` gives the state to start each step from."""
+    """A backend as a Polygraphy runner; ``before`` returns the state that each step starts from."""
 
     def __init__(self, backend: Backend, before: Callable[[], RowState] | None = None) -> None:
         super().__init__(name=backend.name)
@@ -100,9 +100,9 @@ class _Runner(BaseRunner):
 
 
 def _compared(state: State) -> State:
-    """The state tensors that mean the same in every implementation."""
-    kept = {n: x for n, x in state.items() if n.rsplit(".", 1)[-1] in ("position", "h", "z")}
-    return {n: np.sort(x, -1) if n.endswith("position") else x for n, x in kept.items()}
+    """The state tensors that have the same meaning in every implementation."""
+    tensors = {n: x for n, x in state.items() if n.rsplit(".", 1)[-1] in ("position", "h", "z")}
+    return {n: np.sort(x, -1) if n.endswith("position") else x for n, x in tensors.items()}
 
 
 def convert(state: RowState, contract: Contract) -> RowState:
@@ -128,22 +128,22 @@ def check(
 ) -> Report:
     """Compare ``backend`` with ``reference`` over ``token_ids`` of one sequence.
 
-    The text goes in chunks of ``chunk`` (default the contract's), its last 8 tokens one at a time.
-    ``precision`` is the dtype whose tolerances hold (default the contract's).
+    The text runs in chunks of ``chunk`` tokens (default: the contract's), its last 8 tokens one at a time.
+    ``precision`` is the dtype whose tolerances apply (default: the contract's).
     """
     if len(token_ids) < DECODE_STEPS + 2:
         raise UsageError(f"checking takes at least {DECODE_STEPS + 2} tokens of text, not {len(token_ids)}")
     contract = backend.contract
     sizes = _steps(len(token_ids), min(chunk or contract.chunk, contract.chunk))
     report = Report(len(token_ids), len(sizes))
-    truth = _Runner(reference)
+    reference_runner = _Runner(reference)
 
     def started_from() -> RowState:
-        assert truth.started_from is not None
-        return truth.started_from
+        assert reference_runner.started_from is not None
+        return reference_runner.started_from
 
     compare = _Compare(contract, report, precision or contract.dtype)
-    runners = [truth, _Runner(backend, started_from)]
+    runners = [reference_runner, _Runner(backend, started_from)]
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         run = Comparator.run(runners, data_loader=_feeds(token_ids, sizes), streaming=True)
         results = Comparator.compare_accuracy(run, compare_func=compare)
@@ -165,7 +165,7 @@ def _feeds(token_ids: Sequence[int], sizes: Sequence[int]) -> Iterator[dict[str,
 
 
 class _Compare:
-    """Polygraphy comparison function that also keeps the worst error of every tensor in ``report``."""
+    """Polygraphy comparison function that also records the worst error of every tensor in ``report``."""
 
     def __init__(self, contract: Contract, report: Report, precision: str) -> None:
         self.contract, self.report, self.precision, self.step = contract, report, precision, 0
@@ -174,32 +174,32 @@ class _Compare:
         limit, slots = TOLERANCE[self.precision], SLOT_TOLERANCE[self.precision]
         verdicts: OrderedDict[str, bool] = OrderedDict()
 
-        def record(name: str, error: float, most: float) -> None:
+        def record(name: str, error: float, tolerance: float) -> None:
             error = error if np.isfinite(error) else float("inf")
             before = self.report.differences.get(name)
             if before is None or error > before.error:
-                self.report.differences[name] = Difference(name, error, most, self.step)
-            verdicts[name] = error <= most
+                self.report.differences[name] = Difference(name, error, tolerance, self.step)
+            verdicts[name] = error <= tolerance
 
         record(LOGITS, _relative(truth[LOGITS], other[LOGITS]), limit)
         for index, layer in enumerate(self.contract.layers):
             prefix = f"past.{index}."
-            mine, theirs = truth[prefix + "position"], other[prefix + "position"]
-            differ = np.array([len(set(a) ^ set(b)) for a, b in zip(mine, theirs, strict=True)])
-            record(prefix + "position", float(differ.sum()) / 2 / mine.size, slots)
+            expected, actual = truth[prefix + "position"], other[prefix + "position"]
+            differ = np.array([len(set(a) ^ set(b)) for a, b in zip(expected, actual, strict=True)])
+            record(prefix + "position", float(differ.sum()) / 2 / expected.size, slots)
             if layer.absorb:
                 same = differ == 0
                 for name in ("h", "z"):
                     record(prefix + name, _relative(truth[prefix + name][same], other[prefix + name][same]), limit)
             if layer.policy.evicts:
-                live = int((mine[0] >= 0).sum())
-                self.report.evicted = max(self.report.evicted, int(mine[0].max()) + 1 - live)
+                live = int((expected[0] >= 0).sum())
+                self.report.evicted = max(self.report.evicted, int(expected[0].max()) + 1 - live)
         self.step += 1
         return verdicts
 
 
 def _relative(truth: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
-    """Largest difference as a share of the largest reference value."""
+    """Largest difference, relative to the largest reference value."""
     if truth.size == 0:
         return 0.0
     a, b = truth.astype(np.float64), other.astype(np.float64)

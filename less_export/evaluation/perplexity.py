@@ -1,4 +1,4 @@
-"""Negative log likelihood per token, by the streaming code or by a simulation of it over whole sequences."""
+"""Negative log likelihood per token, by streaming or by simulating that over whole sequences."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..runtime.backend import Backend
 from .variants import Variant
 
 Nll = npt.NDArray[np.float64]
-#: Rows of logits that are brought to f32 at a time.
+#: Rows of logits cast to f32 at a time.
 _ROWS = 4
-#: Most sequences simulated at a time (the eviction loop costs the same for one), and most bytes of their logits.
+#: Most sequences simulated together (the eviction loop takes the same time for several), and most bytes of logits.
 _BATCH, _LOGITS = 4, 512 << 20
 
 
@@ -31,8 +31,8 @@ def attention(variant: Variant, chunk: int) -> Callable[[AttentionCall], Tensor]
     def attend(call: AttentionCall) -> Tensor:
         features = None
         if call.layer in variant.kernels:
-            made = variant.kernels[call.layer]
-            features = made.log_phi(call.q), made.psi(call.k)
+            feature_map = variant.kernels[call.layer]
+            features = feature_map.log_phi(call.q), feature_map.psi(call.k)
         return simulate.attend(call.q, call.k, call.v, variant.plan[call.layer], features, chunk)
 
     return attend
@@ -47,32 +47,32 @@ def simulated(
     positions: Tensor,
     step: Callable[[int], Any] = lambda rows: None,
 ) -> Nll:
-    """What a streaming run with steps of ``chunk`` tokens would find, several times faster.
+    """The result of a streaming run with steps of ``chunk`` tokens, computed several times faster.
 
     Args:
         ids: [N,L]. positions: [P], ascending; entry p scores the token at p + 1 given those up to p.
 
     Returns:
-        [N,P] in nats.
+        [N,P] negative log likelihoods in nats.
     """
     head = model.get_output_embeddings()
-    places = positions.to(model.device)
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, places], *args[1:]))
+    columns = positions.to(model.device)
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, columns], *args[1:]))
     widest = max(s.query_heads for s in variant.plan)
     batch = max(1, min(_BATCH, _LOGITS // (4 * widest * ids.shape[1] ** 2)))
-    found = []
+    nlls = []
     try:
         with less_attention(model, attention(variant, chunk)):
             for rows in ids.split(batch):
                 rows = rows.to(model.device)
                 steps = torch.arange(rows.shape[1], device=rows.device)[None].expand(len(rows), -1)
                 logits = model(input_ids=rows, position_ids=steps, use_cache=False).logits
-                nll = _nll(logits.flatten(0, 1), rows[:, places + 1].flatten())
-                found.append(nll.view(len(rows), -1).cpu().double().numpy())
+                nll = _nll(logits.flatten(0, 1), rows[:, columns + 1].flatten())
+                nlls.append(nll.view(len(rows), -1).cpu().double().numpy())
                 step(len(rows))
     finally:
         hook.remove()
-    return np.concatenate(found)
+    return np.concatenate(nlls)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -86,13 +86,11 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def refuse_chunk(contract: Contract, chunk: int) -> None:
-    """Raise :class:`UsageError` unless an artifact takes ``chunk`` tokens a step and gives the logits of each."""
+    """Raise :class:`UsageError` unless the artifact accepts ``chunk`` tokens a step and returns the logits of each."""
     if chunk > contract.chunk:
-        raise UsageError(f"--chunk {chunk} is more than the {contract.chunk} that the bundle takes: lower it")
+        raise UsageError(f"--chunk {chunk} is more than the {contract.chunk} that the bundle accepts: reduce it")
     if chunk > 1 and contract.logits != "all":
-        raise UsageError(
-            f"--chunk {chunk} needs the logits of every token: export with --logits all, or take --chunk 1"
-        )
+        raise UsageError(f"--chunk {chunk} needs the logits of every token: export with --logits all, or use --chunk 1")
 
 
 def streamed(
@@ -102,14 +100,14 @@ def streamed(
     positions: Sequence[int],
     step: Callable[[], Any] = lambda: None,
 ) -> Nll:
-    """The same through a backend's steps, as generation runs them.
+    """The same as :func:`simulated`, through a backend's steps as in generation.
 
     Raises:
-        UsageError: chunks that the artifact does not take.
+        UsageError: the artifact does not support ``chunk``.
     """
     contract = backend.contract
     refuse_chunk(contract, chunk)
-    found = np.empty((len(ids), len(positions)))
+    nlls = np.empty((len(ids), len(positions)))
     column = {p: c for c, p in enumerate(positions)}
     for begin in range(0, len(ids), contract.max_batch):
         rows = ids[begin : begin + contract.max_batch]
@@ -118,10 +116,10 @@ def streamed(
             piece = rows[:, at : at + chunk]
             logits = backend.step(piece, np.full(len(rows), piece.shape[1]))
             for offset in range(piece.shape[1]):
-                place = column.get(at + offset)
-                if place is not None:
+                index = column.get(at + offset)
+                if index is not None:
                     scores = torch.from_numpy(np.ascontiguousarray(logits[:, offset]))
                     nll = _nll(scores, torch.from_numpy(rows[:, at + offset + 1]))
-                    found[begin : begin + len(rows), place] = nll.double().numpy()
+                    nlls[begin : begin + len(rows), index] = nll.double().numpy()
             step()
-    return found
+    return nlls

@@ -26,11 +26,11 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """What a user may choose.
+    """Options of an evaluation.
 
-    compare: variants, in the table's order; None takes all that the subject can have. seqs, seq_len: sequences of
-    each text and their tokens. chunk: tokens per step. positions: scored positions of a sequence, spread evenly
-    past the budget. backend: stream through it; None simulates. budgets: more budgets, for the plot.
+    compare: variants to compare; None for all that the subject supports. seqs, seq_len: sequences of each text, and
+    tokens in each. chunk: tokens per step. positions: scored positions of a sequence, spread evenly past the budget.
+    backend: stream through it; None simulates. budgets: more budgets, for the plot.
     """
 
     compare: tuple[Kind, ...] | None = None
@@ -53,9 +53,9 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. ``sequences``: how many the text gave.
+    """One row of the table. ``sequences``: number of sequences that the text has.
 
-    ``share`` is the part of the gap between full and each baseline that LESS closes, None where there is no gap.
+    ``share``: how much of the gap between full and each baseline LESS closes; None where there is no gap.
     """
 
     text: str
@@ -76,13 +76,13 @@ def evaluate(
     config: EvalConfig,
     progress: Progress,
 ) -> list[Row]:
-    """Perplexity of every variant, for each text apart.
+    """Perplexity of every variant on each text.
 
     Args:
-        inside: texts of the kind the kernels were trained on. outside: of other kinds.
+        inside: texts from the domain that the kernels were trained on. outside: texts from other domains.
 
     Raises:
-        UsageError: a text that is too short, a variant or a step that is impossible; all before anything runs.
+        UsageError: a text is too short, or a variant or chunk is impossible; raised before anything runs.
     """
     kinds = chosen(config.compare or [k for k in KINDS if k != "less" or subject.kernels.layers])
     plans: list[tuple[str, Sequence[LayerSpec]]] = [(_slots(subject.plan), subject.plan)]
@@ -96,20 +96,20 @@ def evaluate(
     _warn_of_training_text(subject, [*inside, *outside])
     maps = subject.kernels.layers
     compared = [(budget, build(kinds, p, maps, config.seq_len, subject.cache_dtype)) for budget, p in plans]
-    first = max(v.first() for _, made in compared for v in made)  # the same positions for all of them
+    first = max(v.first() for _, variants in compared for v in variants)  # all are scored at the same positions
     if first > config.seq_len - 2:
-        raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: raise it")
-    _refuse_backend(subject, [v for _, made in compared for v in made], config)
+        raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: increase it")
+    _refuse_backend(subject, [v for _, variants in compared for v in variants], config)
     positions = torch.linspace(first, config.seq_len - 2, config.positions).long().unique()
     texts = [(domain, s, _ids(subject, s, config)) for domain, x in (("in", inside), ("out", outside)) for s in x]
     rows: list[Row] = []
     for domain, source, ids in texts:
-        for budget, made in compared:
-            done: dict[Kind, Nll] = {}
-            for variant in made:
+        for budget, variants in compared:
+            nlls: dict[Kind, Nll] = {}
+            for variant in variants:
                 nll, how = _score(subject, variant, ids, positions, config, progress, source.name)
-                done[variant.kind] = nll
-                rows.append(_row(source.name, domain, budget, variant, how, done, subject, config.seed))
+                nlls[variant.kind] = nll
+                rows.append(_row(source.name, domain, budget, variant, how, nlls, subject, config.seed))
     return rows
 
 
@@ -120,11 +120,11 @@ def _refuse_backend(subject: Subject, variants: Sequence[Variant], config: EvalC
 
 
 def _ids(subject: Subject, source: data.Source, config: EvalConfig) -> torch.Tensor:
-    """The sequences of a text, [N,L]; says so where it has fewer than were asked for."""
+    """The sequences of a text, [N,L]; warns if there are fewer than ``config.seqs``."""
     ids = data.sequences([source], subject.encode, subject.bos, config.seqs, config.seq_len, None).ids
     if len(ids) < config.seqs:
-        had = f"{len(ids)} sequence{'s' if len(ids) > 1 else ''} of {config.seq_len} tokens"
-        warnings.warn(f"{source.name} has {had}, not {config.seqs}", stacklevel=3)
+        available = f"{len(ids)} sequence{'s' if len(ids) > 1 else ''} of {config.seq_len} tokens"
+        warnings.warn(f"{source.name} has {available}, not {config.seqs}", stacklevel=3)
     return ids
 
 
@@ -142,41 +142,41 @@ def _score(
     progress: Progress,
     text: str,
 ) -> tuple[Nll, str]:
-    """nll and how it was found."""
+    """The negative log likelihoods, and how they were computed."""
     name = f"{text}: {variant.kind}"
     if config.backend == "torch" or (config.backend is not None and subject.exported(variant)):
         batch = min(BATCH, len(ids))
         backend = subject.backend(variant, config.backend, batch, config.chunk)
         steps = -(-len(ids) // backend.contract.max_batch) * -(-(int(positions[-1]) + 1) // config.chunk)
         with progress.phase(name, steps) as step:
-            found = perplexity.streamed(backend, ids.numpy(), config.chunk, positions.tolist(), step)
+            nll = perplexity.streamed(backend, ids.numpy(), config.chunk, positions.tolist(), step)
         backend.close()
-        return found, f"streamed, {config.backend}"
+        return nll, f"streamed, {config.backend}"
     with progress.phase(name, len(ids)) as step:
-        found = perplexity.simulated(subject.model, ids, variant, config.chunk, positions, lambda rows: step("", rows))
-    return found, "simulated"
+        nll = perplexity.simulated(subject.model, ids, variant, config.chunk, positions, lambda rows: step("", rows))
+    return nll, "simulated"
 
 
 def _row(
-    text: str, domain: str, budget: str, variant: Variant, how: str, done: dict[Kind, Nll], subject: Subject, seed: int
+    text: str, domain: str, budget: str, variant: Variant, how: str, nlls: dict[Kind, Nll], subject: Subject, seed: int
 ) -> Row:
     share: dict[str, Interval | None] = {}
-    if variant.kind == "less" and "full" in done:
-        share = {b: statistics.share_of_gap(done["full"], done[b], done["less"], seed) for b in BASELINES if b in done}
-    bytes_, nll = variant.state_bytes(subject.cache_dtype), done[variant.kind]
-    return Row(text, domain, budget, variant.kind, how, len(nll), statistics.perplexity(nll, seed), bytes_, share)
+    if variant.kind == "less" and "full" in nlls:
+        share = {b: statistics.share_of_gap(nlls["full"], nlls[b], nlls["less"], seed) for b in BASELINES if b in nlls}
+    size, nll = variant.state_bytes(subject.cache_dtype), nlls[variant.kind]
+    return Row(text, domain, budget, variant.kind, how, len(nll), statistics.perplexity(nll, seed), size, share)
 
 
 def _warn_of_training_text(subject: Subject, sources: Sequence[data.Source]) -> None:
-    trained = {x.get("sha256") for x in subject.kernels.provenance.get("data", ()) if isinstance(x, dict)}
-    seen = [s.name for s in sources if s.facts()["sha256"] in trained]
-    if seen:
-        warnings.warn(f"the kernels were trained on {seen[0]}: its figures flatter them", stacklevel=3)
+    hashes = {x.get("sha256") for x in subject.kernels.provenance.get("data", ()) if isinstance(x, dict)}
+    trained_on = [s.name for s in sources if s.facts()["sha256"] in hashes]
+    if trained_on:
+        warnings.warn(f"the kernels were trained on {trained_on[0]}: perplexity on it is optimistic", stacklevel=3)
 
 
 def as_json(rows: Sequence[Row], subject: Subject, config: EvalConfig) -> dict[str, Any]:
-    """The table and what made it, for a file."""
-    shown = [
+    """The table, the options and the provenance of the kernels, for a JSON file."""
+    table = [
         {
             **vars(r),
             "perplexity": vars(r.perplexity),
@@ -192,19 +192,19 @@ def as_json(rows: Sequence[Row], subject: Subject, config: EvalConfig) -> dict[s
         "kernel_bytes": subject.kernels.nbytes(),
         "kernels": dict(subject.kernels.provenance),
         "layers": layers,
-        "rows": shown,
+        "rows": table,
     }
 
 
 def refuse_plot(path: Path) -> None:
-    """Raise :class:`UsageError` where matplotlib is missing or does not know the suffix of ``path``."""
+    """Raise :class:`UsageError` if matplotlib is missing or does not support the suffix of ``path``."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         raise UsageError(f"--plot needs matplotlib: {install_hint('eval')}") from None
-    known = FigureCanvasAgg.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise UsageError(f"--plot {path} must end in one of {', '.join('.' + n for n in sorted(known))}")
+    supported = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in supported:
+        raise UsageError(f"--plot {path} must end in one of {', '.join('.' + n for n in sorted(supported))}")
 
 
 def plot(rows: Sequence[Row], subject: Subject, path: Path) -> None:
@@ -225,16 +225,16 @@ def plot(rows: Sequence[Row], subject: Subject, path: Path) -> None:
     )
     for ax, text in zip(axes[0], texts, strict=False):
         for kind in dict.fromkeys(r.kind for r in rows):
-            mine = sorted((r for r in rows if r.text == text and r.kind == kind), key=lambda r: r.state_bytes)
-            x = np.array([r.state_bytes for r in mine]) / 1e3
+            line = sorted((r for r in rows if r.text == text and r.kind == kind), key=lambda r: r.state_bytes)
+            x = np.array([r.state_bytes for r in line]) / 1e3
             if kind == "full":
-                ax.axhline(mine[0].perplexity.value, color="black", linestyle=":", label=kind)
+                ax.axhline(line[0].perplexity.value, color="black", linestyle=":", label=kind)
                 continue
             spread = [
-                [r.perplexity.value - r.perplexity.low for r in mine],
-                [r.perplexity.high - r.perplexity.value for r in mine],
+                [r.perplexity.value - r.perplexity.low for r in line],
+                [r.perplexity.high - r.perplexity.value for r in line],
             ]
-            ax.errorbar(x, [r.perplexity.value for r in mine], spread, marker="o", capsize=2, label=kind)
+            ax.errorbar(x, [r.perplexity.value for r in line], spread, marker="o", capsize=2, label=kind)
         ax.set_title(text)
         ax.set_xlabel("state of one sequence, kB")
         ax.set_ylabel("perplexity")

@@ -13,7 +13,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its 95% bootstrap interval."""
+    """A value and its 95% bootstrap interval."""
 
     value: float
     low: float
@@ -31,7 +31,7 @@ def _interval(value: float, draws: Nll) -> Interval:
 
 
 def perplexity(nll: Nll, seed: int = 0) -> Interval:
-    """exp of the mean of nll [N,P]; resamples whole sequences, since tokens of one are not independent."""
+    """exp of the mean of nll [N,P]; resamples whole sequences, as the tokens of one are not independent."""
     rows = nll.mean(1)
     return _interval(np.exp(rows.mean()), np.exp(rows[_draws(len(rows), seed)].mean(1)))
 
@@ -42,9 +42,9 @@ def mean(values: Nll, seed: int = 0) -> Interval:
 
 
 def share_of_gap(full: Nll, baseline: Nll, less: Nll, seed: int = 0) -> Interval | None:
-    """(baseline - less) / (baseline - full) in perplexity, the same sequences resampled in all three.
+    """(baseline - less) / (baseline - full) in perplexity, with the same sequences resampled in all three.
 
-    None where there is no gap to close: the baseline is no worse than full.
+    None if there is no gap to close: the baseline is no worse than full.
     """
     if baseline.mean() <= full.mean():
         return None

@@ -1,4 +1,4 @@
-"""What is evaluated: a bundle as it was exported, or a model with options and a kernel file."""
+"""The subject of an evaluation: a bundle as it was exported, or a model with options and a kernel file."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from .variants import Variant
 
 @dataclass
 class Subject:
-    """A loaded model, the plan of its LESS cache, and how text becomes tokens.
+    """A loaded model, the plan of its LESS cache, and its tokenizer.
 
-    own: the bundle's artifact on a backend by name (by what the bundle holds for None), opened once; None for a
-    model. cache_dtype: what bytes count in. tokenizer, chunk: what generation takes.
+    own: opens the bundle's artifact on the named backend (None: the one for what the bundle holds), once each; None
+    for a model. cache_dtype: dtype that state bytes are counted in. tokenizer, chunk: for generation.
     """
 
     name: str
@@ -50,23 +50,23 @@ class Subject:
     own: Callable[[str | None], Backend] | None = None
 
     def backend(self, variant: Variant, name: str | None, batch: int, chunk: int) -> Backend:
-        """A backend that runs ``variant`` step by step: any on torch, what was exported on another."""
+        """A backend that runs ``variant`` step by step: any variant on torch, the exported one on other backends."""
         if name == "torch":
             dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
             vocabulary = int(self.model.config.get_text_config().vocab_size)
             limit = learned_positions(self.model)
             contract = Contract(variant.plan, vocabulary, dtype, chunk, batch, "all", limit)
             return ModelBackend(self.model, contract, Kernels(variant.kernels, {}))
-        assert self.own is not None, "a model runs on torch alone"
+        assert self.own is not None, "a model runs on torch only"
         return self.own(name)
 
     def refuse_backend(self, name: str | None) -> None:
-        """Raise :class:`UsageError` for a model on a backend that runs what was exported."""
+        """Raise :class:`UsageError` for a model on a backend that runs only bundles."""
         if name not in (None, "torch") and self.own is None:
-            raise UsageError(f"--backend {name} runs bundles: export the model first, or take --backend torch")
+            raise UsageError(f"--backend {name} runs bundles: export the model first, or use --backend torch")
 
     def exported(self, variant: Variant) -> bool:
-        """Whether ``variant`` is what the bundle holds."""
+        """Whether ``variant`` is the cache in the bundle."""
         return self.own is not None and variant.plan == self.plan
 
 
@@ -75,10 +75,10 @@ def open_subject(
 ) -> Subject:
     """A bundle (folder with a manifest, x.onnx, x.plan) or a MODEL.
 
-    ``whole_precision`` keeps a model in f32 even where 16 bits are faster (for streaming in f32).
+    ``whole_precision`` loads a model in f32 even where 16 bits are faster (for streaming in f32).
 
     Raises:
-        LessExportError: neither of them, or options that do not fit.
+        LessExportError: ``target`` is neither, or the options do not fit it.
     """
     if is_bundle(target):
         refuse_options(target, cache, kernel_file)
@@ -89,9 +89,9 @@ def open_subject(
     if tokenizer is None:
         raise UsageError(f"{target} ships no tokenizer, which evaluation on text needs")
     encode, bos = data.encoder(tokenizer)
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    generating = fast and Tokenizer(
-        fast,
+    fast_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
+    runtime_tokenizer = fast_tokenizer and Tokenizer(
+        fast_tokenizer,
         bos_id=tokenizer.bos_token_id,
         eos_ids=eos_ids(source, opened.hf_config, tokenizer),
         add_bos=adds_bos(tokenizer),
@@ -107,16 +107,18 @@ def open_subject(
     for doubt in opened.kernels.doubts(source.names, opened.plan):
         warnings.warn(doubt, stacklevel=2)
     chunk = cache.chunk or DEFAULT_CHUNK
-    return Subject(target, model, opened.plan, opened.kernels, encode, bos, "bfloat16", generating, chunk, plan_for)
+    return Subject(
+        target, model, opened.plan, opened.kernels, encode, bos, "bfloat16", runtime_tokenizer, chunk, plan_for
+    )
 
 
 def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:
-    """Raise :class:`UsageError` for options of a cache beside a bundle, which has its own."""
+    """Raise :class:`UsageError` for cache options, as the cache of a bundle is fixed."""
     names = ("policy", "budget", "layer_budgets", "context", "compress_sliding", "chunk")
-    asked = [n for n in names if getattr(cache, n) is not None] + ["kernels"] * (kernel_file is not None)
-    if asked:
-        option = "--" + asked[0].replace("_", "-")
-        raise UsageError(f"{target} is a bundle, whose cache is fixed: drop {option}, or give the MODEL it was made of")
+    options = [n for n in names if getattr(cache, n) is not None] + ["kernels"] * (kernel_file is not None)
+    if options:
+        option = "--" + options[0].replace("_", "-")
+        raise UsageError(f"{target} is a bundle, whose cache is fixed: drop {option}, or give its MODEL")
 
 
 def _bundle(path: Path, trust_code: bool) -> Subject:

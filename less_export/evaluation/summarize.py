@@ -1,4 +1,4 @@
-"""Summaries by generation, scored with ROUGE, with the caches that perplexity compares."""
+"""Generated summaries, scored with ROUGE, for the same caches as perplexity."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .variants import build, chosen
 
 _PROMPT = "{text}\n\nSummary:"
 METRICS = ("rouge1", "rouge2", "rougeL")
-#: Prompts that run at a time on torch.
+#: Prompts per batch on torch.
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class Summaries:
-    """What one cache led to. ``scores``: ROUGE F1 against the given summaries; ``texts``: one for each item."""
+    """Results of one cache. ``scores``: ROUGE F1 against the reference summaries; ``texts``: one for each item."""
 
     cache: str
     backend: str
@@ -50,17 +50,17 @@ def summarize(
     progress: Progress,
     trust_code: bool = False,
 ) -> list[Summaries]:
-    """Greedy summaries of the first ``count`` lines of a jsonl (all for None) and their ROUGE F1 against its own.
+    """Summarise the first ``count`` texts of a .jsonl file (None: all) greedily and score them with ROUGE F1.
 
-    Each line is an object with ``text`` and ``summary``. Generation stops at the first line break. Intervals are by
-    bootstrap over the items.
+    Each line is an object with ``text`` and ``summary``, the reference. Generation stops at the first line break.
+    Intervals are by bootstrap over the items.
 
     Args:
-        compare: kinds of caches; none for the bundle or model as it is. cache, kernel_file: of a MODEL.
+        compare: kinds of caches; if empty, the bundle or model as it is. cache, kernel_file: for a MODEL only.
         trust_code: see :func:`less_export.open_bundle`.
 
     Raises:
-        UsageError: no such file or fields, impossible options, or the rouge-score library is not installed.
+        UsageError: the file or its fields are missing, options are impossible, or rouge-score is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -80,16 +80,16 @@ def summarize(
     else:
         runs = _variants(target, prompts, max_new_tokens, compare, cache, kernel_file, backend, progress, trust_code)
     scorer = RougeScorer(list(METRICS), use_stemmer=True)
-    found = []
+    results = []
     for name, generator in runs:
         with progress.phase(name, len(prompts)) as step:
-            made = generator.generate(prompts, params)
+            completions = generator.generate(prompts, params)
             step("", len(prompts))
         generator.backend.close()
-        scores = [scorer.score(summary, m.text) for (_, summary), m in zip(items, made, strict=True)]
+        scores = [scorer.score(summary, m.text) for (_, summary), m in zip(items, completions, strict=True)]
         means = {n: statistics.mean(np.array([s[n].fmeasure for s in scores])) for n in METRICS}
-        found.append(Summaries(name, generator.backend.name, means, tuple(m.text for m in made)))
-    return found
+        results.append(Summaries(name, generator.backend.name, means, tuple(m.text for m in completions)))
+    return results
 
 
 def _variants(
@@ -103,7 +103,7 @@ def _variants(
     progress: Progress,
     trust_code: bool,
 ) -> Iterator[tuple[str, Generator]]:
-    """The caches one by one: what was exported on its own backend, all others through the steps of torch."""
+    """The caches one by one: the exported one on its own backend, all others on torch."""
     progress.say(f"loading {target}")
     subject = open_subject(target, cache, kernel_file, True, trust_code)
     subject.refuse_backend(backend)
@@ -114,7 +114,7 @@ def _variants(
     variants = build(kinds, subject.plan, subject.kernels.layers, longest, subject.cache_dtype)
     own = {v.kind for v in variants if backend != "torch" and subject.exported(v)}
     if own and subject.own:
-        subject.own(backend)  # what is missing is missed before anything runs
+        subject.own(backend)  # fails before anything runs if a requirement is missing
     for variant in variants:
         name = backend if variant.kind in own else "torch"
         opened = subject.backend(variant, name, min(_BATCH, len(prompts)), subject.chunk)
@@ -122,20 +122,20 @@ def _variants(
 
 
 def as_json(rows: Sequence[Summaries], target: str) -> dict[str, Any]:
-    """The table and the summaries, for a file."""
-    shown = [{**vars(r), "scores": {n: vars(s) for n, s in r.scores.items()}} for r in rows]
-    return {"task": "summarize", "subject": target, "items": len(rows[0].texts), "rows": shown}
+    """The table and the summaries, for a JSON file."""
+    table = [{**vars(r), "scores": {n: vars(s) for n, s in r.scores.items()}} for r in rows]
+    return {"task": "summarize", "subject": target, "items": len(rows[0].texts), "rows": table}
 
 
 def _read(path: str) -> list[tuple[str, str]]:
     try:
         with open(path, encoding="utf-8") as file:
             items = [json.loads(line) for line in file if line.strip()]
-        found = [(str(x["text"]), str(x["summary"])) for x in items]
+        pairs = [(str(x["text"]), str(x["summary"])) for x in items]
     except OSError as error:
         raise UsageError(f"cannot read --data {path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--data {path} is no jsonl with text and summary on each line ({error})") from None
-    if not found:
+        raise UsageError(f"--data {path} is not a .jsonl file with text and summary on each line ({error})") from None
+    if not pairs:
         raise UsageError(f"--data {path} is empty")
-    return found
+    return pairs

@@ -1,4 +1,4 @@
-"""The caches that are compared: full, sparse, sparse with LESS's bytes given back to it, and LESS."""
+"""The caches that are compared: full, sparse, sparse with as many bytes as LESS, and LESS."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from ..errors import UsageError
 from ..less.feature_maps import FeatureMap
 from ..plan import exact_layer, sparse_layer
 
-#: ``sparse+4`` gives the sparse cache the 4 tokens of the paper (section 4.1), ``sparse+bytes`` every byte that
-#: LESS adds to a sequence.
+#: ``sparse+4`` is the sparse cache plus the 4 tokens of the paper (section 4.1), ``sparse+bytes`` the sparse cache
+#: plus all bytes that LESS adds to a sequence.
 Kind = Literal["full", "sparse", "sparse+4", "sparse+bytes", "less"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-#: Baselines, the hardest to beat first.
+#: Baselines, strongest first.
 BASELINES: tuple[Kind, ...] = ("sparse+bytes", "sparse+4", "sparse")
 PAPER_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache: its name, the plan of every layer, and the kernels of those that have a low-rank term."""
+    """A cache: its kind, the plan of every layer, and the kernels of layers with a low-rank term."""
 
     kind: Kind
     plan: tuple[LayerSpec, ...]
     kernels: Mapping[int, FeatureMap]
 
     def state_bytes(self, dtype: str) -> int:
-        """Bytes of one sequence's state; of the full cache only keys and values, as an ordinary decoder keeps them."""
+        """Bytes of one sequence's state; for the full cache only keys and values, as in an ordinary decoder."""
         plain = sum(2 * s.kv_heads * s.capacity * s.head_dim * item_bytes(dtype) for s in self.plan)
         return plain if self.kind == "full" else sum(layer_bytes(s, dtype) for s in self.plan)
 
     def first(self) -> int:
-        """First position whose query may be without a token that the full cache has."""
+        """First position at which a token of the full cache may have been evicted."""
         return max((s.capacity for s in self.plan if s.policy.evicts), default=0) + 1
 
 
 def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
-    """State bytes of one layer for one sequence; ``tokens`` in place of its capacity.
+    """State bytes of one layer for one sequence; ``tokens`` replaces its capacity.
 
-    psi, H and z count only where the layer absorbs: elsewhere they are placeholders of rank 1.
+    psi, H and z count only in layers that absorb; in others they are placeholders of rank 1.
     """
     total = 0
     for field in STATE_FIELDS:
@@ -57,7 +57,7 @@ def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
 
 
 def extra_tokens(spec: LayerSpec, dtype: str) -> int:
-    """Tokens that the bytes of the low-rank state would hold beside the layer's slots, rounded up."""
+    """Tokens that would fit in the bytes of the low-rank state, rounded up."""
     without = replace(spec, absorb=False, rank=1)
     added = layer_bytes(spec, dtype) - layer_bytes(without, dtype)
     token = layer_bytes(without, dtype, spec.capacity + 1) - layer_bytes(without, dtype)
@@ -65,14 +65,14 @@ def extra_tokens(spec: LayerSpec, dtype: str) -> int:
 
 
 def chosen(names: Sequence[str]) -> tuple[Kind, ...]:
-    """The kinds that are named, each once, LESS last (its share of a gap needs the others).
+    """The kinds in ``names``, each once, LESS last (its share of a gap needs the others).
 
     Raises:
-        UsageError: there is no such kind.
+        UsageError: a name is not a kind.
     """
-    wrong = [n for n in names if n not in KINDS]
-    if wrong:
-        raise UsageError(f"--compare: unknown '{wrong[0]}'; choose from {', '.join(KINDS)}")
+    unknown = [n for n in names if n not in KINDS]
+    if unknown:
+        raise UsageError(f"--compare: unknown '{unknown[0]}'; choose from {', '.join(KINDS)}")
     return tuple(k for k in KINDS if k in names)
 
 
@@ -82,29 +82,29 @@ def build(
     """The variants of a comparison.
 
     Args:
-        plan: that of LESS. maps: its kernels, needed for "less" only. context: tokens the full cache must hold.
-        dtype: that of the cache, which bytes are counted in.
+        plan: layers of the LESS cache. maps: its kernels, needed for "less" only. context: tokens of the full cache.
+        dtype: of the cache, to count bytes.
 
     Raises:
-        UsageError: LESS without kernels.
+        UsageError: "less" is compared without kernels.
     """
-    made = []
+    variants = []
     for kind in kinds:
         if kind == "full":
-            made.append(Variant(kind, tuple(exact_layer(s, context) for s in plan), {}))
+            variants.append(Variant(kind, tuple(exact_layer(s, context) for s in plan), {}))
         elif kind == "less":
             used = {i: maps[i] for i, s in enumerate(plan) if s.absorb and i in maps}
             if not used:
                 raise UsageError(
-                    "no layer has kernels, so LESS is the sparse cache: give --kernels, or drop less from --compare"
+                    "no layer has kernels, so LESS equals the sparse cache: give --kernels, or drop less from --compare"
                 )
-            made.append(Variant(kind, tuple(plan), used))
+            variants.append(Variant(kind, tuple(plan), used))
         else:
-            grown = (sparse_layer(s, s.capacity + _more(kind, s, dtype)) if s.absorb else s for s in plan)
-            made.append(Variant(kind, tuple(grown), {}))
-    return made
+            layers = (sparse_layer(s, s.capacity + _extra_slots(kind, s, dtype)) if s.absorb else s for s in plan)
+            variants.append(Variant(kind, tuple(layers), {}))
+    return variants
 
 
-def _more(kind: Kind, spec: LayerSpec, dtype: str) -> int:
-    """Slots that a sparse baseline gets back."""
+def _extra_slots(kind: Kind, spec: LayerSpec, dtype: str) -> int:
+    """Slots that a sparse baseline gets in addition."""
     return {"sparse": 0, "sparse+4": PAPER_TOKENS, "sparse+bytes": extra_tokens(spec, dtype)}[kind]
