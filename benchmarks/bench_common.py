@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, random checkpoints of true size, results as data."""
+"""Shared by the benchmarks: the machine, random checkpoints of real shapes, results as data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def random_checkpoint(
 
 
 def kernels(layers: int, rank: int, hidden: int) -> Kernels:
-    """Kernels of the size that training makes, with random weights: the same work, no quality."""
+    """Random kernels of the same size as trained ones: the same work, without the quality."""
     from less_export.contract import Heads
     from less_export.less.feature_maps import random_kernels
 
@@ -51,7 +51,7 @@ def kernels(layers: int, rank: int, hidden: int) -> Kernels:
 
 @dataclass(frozen=True)
 class Run:
-    """What a command took. ``reached`` is the last line of its progress, ``why`` the reason of a failure."""
+    """Time and memory of a command. ``reached``: the last line of its progress. ``why``: the reason of a failure."""
 
     seconds: float
     peak_rss_mb: float
@@ -60,7 +60,7 @@ class Run:
 
 
 def measure(command: list[str], limit_gb: float | None = None) -> Run:
-    """Run a command in a process of its own, and end it when it takes more than ``limit_gb`` of memory."""
+    """Run a command in its own process, and kill it when it takes more than ``limit_gb`` of memory."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
@@ -77,7 +77,7 @@ def measure(command: list[str], limit_gb: float | None = None) -> Run:
 
 
 def _watch(process: subprocess.Popen[bytes], limit_gb: float) -> bool:
-    """Wait until a process ends by itself, or takes too much memory and is killed (True)."""
+    """Wait until a process exits, or kill it when it takes too much memory (returns True)."""
     import psutil
 
     watched = psutil.Process(process.pid)
@@ -93,12 +93,12 @@ def _watch(process: subprocess.Popen[bytes], limit_gb: float) -> bool:
 
 
 def written(folder: Path) -> int:
-    """Bytes of files below a folder that are not links to others."""
+    """Bytes of the files in a folder that are not hard links to others."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
 
 
 def machine() -> dict[str, Any]:
-    """Where a figure was measured."""
+    """The machine that results were measured on."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -116,7 +116,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_results(name: str, data: dict[str, Any]) -> None:
-    """Write ``benchmarks/results/NAME.json`` with the machine beside the figures."""
+    """Write ``benchmarks/results/NAME.json``: the machine and the results."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **data}, indent=1) + "\n")

@@ -1,9 +1,9 @@
-"""What a decode step costs on ONNX Runtime's CPU: LESS against an ordinary export with a growing cache.
+"""Cost of a decode step on ONNX Runtime's CPU: LESS against an ordinary export with a growing cache.
 
-LESS runs with (random) kernels of the size that training makes, and once without: plain sparse eviction.
+LESS runs with random kernels of the same size as trained ones, and without kernels: plain sparse eviction.
 All sides are the same random Llama of TinyLlama-1.1B's shape (fewer layers), float32, batch 1, in one
-process, with the same session options, their steps timed in turn. The ordinary side is what
-``torch.onnx.export`` makes of the Hugging Face model with ``past_key_values``: it reads and returns the
+process, with the same session options, their steps timed in turn. The ordinary side is the result of
+``torch.onnx.export`` for the Hugging Face model with ``past_key_values``: it reads and returns the
 whole cache at every step.
 """
 
@@ -30,7 +30,7 @@ HEADS, DIM = TINYLLAMA["num_key_value_heads"], TINYLLAMA["hidden_size"] // TINYL
 
 
 class FullCache(torch.nn.Module):
-    """The ordinary decoder: token and cache in, logits and the longer cache out."""
+    """The ordinary decoder: takes a token and the cache, returns logits and the longer cache."""
 
     def __init__(self, model: Any, layers: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class FullCache(torch.nn.Module):
 
 
 def export_full_cache(checkpoint: Path, out: Path, layers: int) -> ort.InferenceSession:
-    """torch.onnx.export with a dynamic cache length, one new token; opened, and checked against the model."""
+    """Export with a dynamic cache length and one new token; opens the graph and checks it against the model."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
     past = [torch.zeros(1, HEADS, 9, DIM) for _ in range(2 * layers)]
     length = torch.export.Dim("past", min=2, max=1 << 17)
@@ -110,16 +110,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         folder = Path(scratch)
         random_checkpoint(folder / "checkpoint", "float32", args.layers, context=1 << 16)
-        made = folder / "kernels.safetensors"
-        kernels(args.layers, args.rank, args.hidden).save(made)
+        kernel_file = folder / "kernels.safetensors"
+        kernels(args.layers, args.rank, args.hidden).save(kernel_file)
         options: dict[str, Any] = {"policy": "h2o", "budget": str(args.slots), "validate": False, "max_batch": 1}
-        less_export.export(str(folder / "checkpoint"), folder / "less", kernels=made, **options)
+        less_export.export(str(folder / "checkpoint"), folder / "less", kernels=kernel_file, **options)
         less_export.export(str(folder / "checkpoint"), folder / "sparse", **options)
         full = export_full_cache(folder / "checkpoint", folder / "full", args.layers)
         threads = os.cpu_count() or 1
         less = less_export.open_bundle(folder / "less", "ort", threads=threads).backend
         sparse = less_export.open_bundle(folder / "sparse", "ort", threads=threads).backend
-        # All contexts in turn, round after round, so that whatever else the machine does falls on all alike.
+        # All contexts in turn, in several rounds, so that other load on the machine affects all alike.
         cases = {c: (filled(less, c), filled(sparse, c), FullCacheStep(full, c)) for c in args.contexts}
         times: dict[int, list[list[float]]] = {c: [[], [], []] for c in cases}
         for count in range(args.steps + 1):
@@ -127,13 +127,13 @@ def main() -> None:
                 less.write_row(0, less_state)
                 sparse.write_row(0, sparse_state)
                 steps = (lambda: less.step([[5]]), lambda: sparse.step([[5]]), plain)
-                for kept, step in zip(times[context], steps, strict=True):
+                for samples, step in zip(times[context], steps, strict=True):
                     milliseconds = timed(step)
                     if count:  # the first round warms up
-                        kept.append(milliseconds)
+                        samples.append(milliseconds)
         rows = []
-        for context, kept in times.items():
-            less_ms, sparse_ms, full_ms = (round(statistics.median(x), 2) for x in kept)
+        for context, samples in times.items():
+            less_ms, sparse_ms, full_ms = (round(statistics.median(x), 2) for x in samples)
             row = {
                 "context": context,
                 "less_ms": less_ms,
@@ -145,11 +145,11 @@ def main() -> None:
             }
             rows.append(row)
             print(row, flush=True)
-    what = {"model": "random Llama, TinyLlama-1.1B shape", "dtype": "float32", "batch": 1, "threads": threads}
+    facts = {"model": "random Llama, TinyLlama-1.1B shape", "dtype": "float32", "batch": 1, "threads": threads}
     write_results(
         "decode_cost",
         {
-            **what,
+            **facts,
             "layers": args.layers,
             "slots": args.slots,
             "policy": "h2o",
@@ -163,7 +163,7 @@ def main() -> None:
 
 
 def filled(backend: Any, context: int) -> RowState:
-    """The state of a row at ``context - 1`` tokens (its slots are full after two budgets; more changes nothing)."""
+    """The state of a row at ``context - 1`` tokens (slots are full after two budgets; further ones change nothing)."""
     backend.open(1)
     rng, warm = np.random.default_rng(0), min(context - 1, 2 * backend.contract.layers[0].capacity)
     for at in range(0, warm, backend.contract.chunk):

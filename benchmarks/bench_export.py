@@ -1,7 +1,7 @@
-"""What an export costs: less-export against the ordinary exporter, on the same patched model.
+"""Cost of an export: less-export against the ordinary exporter, on the same patched model.
 
-A random Llama of TinyLlama-1.1B's shape, fp16, 22 layers, sharded, is written first. Each side runs in a
-process of its own, several times in turn; wall time, peak RSS and bytes written are taken by the parent.
+A random Llama of TinyLlama-1.1B's shape, fp16, 22 layers, sharded, is written first. Each side runs in its
+own process, several times in turn; the parent measures wall time, peak RSS and bytes written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BUDGET = "256"
 
 
 def ordinary(checkpoint: Path, out: Path) -> None:
-    """The other side: the model in memory, LESS put in, torch.onnx.export with external data."""
+    """The other side: load the model, insert LESS, run torch.onnx.export with external data."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -92,10 +92,10 @@ def main() -> None:
         name: {k: round(statistics.median(r[k] for r in runs), 2) for k in runs[0]} for name, runs in sides.items()
     }
     ratio = {k: round(median["less_export"][k] / median["ordinary"][k], 4) for k in median["ordinary"]}
-    what = {"model": "random Llama, TinyLlama-1.1B shape", "layers": args.layers, "dtype": "float16"}
+    facts = {"model": "random Llama, TinyLlama-1.1B shape", "layers": args.layers, "dtype": "float16"}
     write_results(
         "export_cost",
-        {**what, "checkpoint_mb": round(nbytes / 1e6, 1), "median": median, "ratio": ratio, "runs": sides},
+        {**facts, "checkpoint_mb": round(nbytes / 1e6, 1), "median": median, "ratio": ratio, "runs": sides},
     )
 
 

@@ -1,7 +1,7 @@
 """Parity of every supported family: tiny random models, exported and run on ONNX Runtime in float32.
 
-Two figures each, as a share of the largest logit: with nothing evicted against Hugging Face in float64
-(beside Hugging Face's own float32 error), and past eviction with random kernels against the torch reference.
+Two errors each, relative to the largest logit: without eviction, against Hugging Face in float64
+(next to Hugging Face's own float32 error); with eviction and random kernels, against the torch reference.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ STEPS = (16, 16, 16, 6, 1, 1, 1, 1, 1, 1)
 
 
 def measure(name: str, folder: Path) -> dict[str, float | str | list[str]]:
-    """Both figures of one family."""
+    """Both errors of one family."""
     checkpoint = families.save(name, folder / "checkpoint")
     model = families.load(checkpoint)
     ids = families.text(2, LENGTH)
     exact, own = families.truth(model, ids)
     full = families.export(checkpoint, folder / "full", policy="full", context=64, logits="all")
-    kept = families.feed(full.backend("ort", 2), ids, STEPS)
+    outputs = families.feed(full.backend("ort", 2), ids, STEPS)
     worst, at = 0.0, 0
-    for logits, size in zip(kept, STEPS, strict=True):
+    for logits, size in zip(outputs, STEPS, strict=True):
         worst = max(worst, families.relative(logits, exact[:, at : at + size]))
         at += size
     kernels = families.kernels(families.load(checkpoint), folder / "kernels.safetensors")

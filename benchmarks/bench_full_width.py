@@ -2,8 +2,8 @@
 
 Each is built from the recipe's facts with random weights in float32, exported with policy ``full``, and fed in
 chunks and token by token. Weights are large enough for attention to be far from uniform, and sliding windows are
-made short, so that they are passed. ``--num-hidden-layers`` would keep the first layers only,
-which need not be of all kinds.
+short enough to be exceeded. ``--num-hidden-layers`` would take only the first layers, which may not include all
+kinds.
 
 ``--resume`` keeps the rows whose recipe has not changed, ``--only NAME`` measures one recipe (again).
 """
@@ -43,25 +43,25 @@ STEPS = (16, 9, 1, 1, 16, 1, 1, 3)
 
 
 def shortened(name: str) -> tuple[Any, list[int]]:
-    """The config of a recipe with two layers of each kind, and which layers of the model they are."""
+    """The config of a recipe with two layers of each kind, and the indices of these layers."""
     recipe = recipes.load(name)
     assert recipe is not None
     config = described(recipe)
     text, contract = config.get_text_config(), recipe.contract()
-    kept = two_of_each_kind(config, contract)
-    keep_layers(text, kept)
+    layers = two_of_each_kind(config, contract)
+    keep_layers(text, layers)
     config.dtype = torch.float32
     text.initializer_range = text.hidden_size**-0.5
     if any(s.window for s in contract.layers):
         text.sliding_window = WINDOW
-    return config, kept
+    return config, layers
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Both differences of one recipe, as shares of the largest logit, and what they cost (wall and CPU time)."""
+    """Both differences of one recipe, relative to the largest logit, with wall and CPU time."""
     began = time.perf_counter()
     torch.set_num_threads(2)
-    config, kept = shortened(name)
+    config, layers = shortened(name)
     ids = families.text(1, sum(STEPS))
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = Path(scratch) / "model"
@@ -74,9 +74,9 @@ def measure(name: str) -> dict[str, Any]:
             truth = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.numpy()
         facts = {
             "recipe": name,
-            "architecture_sha256": described_by(name),
+            "architecture_sha256": architecture_hash(name),
             "class": type(model).__name__,
-            "layers": kept,
+            "layers": layers,
             "weight_bytes": size,
         }
         del model
@@ -97,8 +97,8 @@ def measure(name: str) -> dict[str, Any]:
     }
 
 
-def described_by(name: str) -> str:
-    """Hash of a recipe's architecture: a row is measured again when it changes."""
+def architecture_hash(name: str) -> str:
+    """Hash of a recipe's architecture; a row is measured again when it changes."""
     recipe = recipes.load(name)
     assert recipe is not None
     return hashlib.sha256(json.dumps(recipe.architecture, sort_keys=True).encode()).hexdigest()
@@ -112,20 +112,20 @@ def main() -> int:
     path, rows = RESULTS / "full_width.json", dict[str, dict[str, Any]]()
     if path.is_file() and (options.resume or options.only):
         rows = {r["recipe"]: r for r in json.loads(path.read_text())["rows"]}
-    rows = {n: r for n, r in rows.items() if n in recipes.names() and r["architecture_sha256"] == described_by(n)}
+    rows = {n: r for n, r in rows.items() if n in recipes.names() and r["architecture_sha256"] == architecture_hash(n)}
     names = [options.only] if options.only else [n for n in recipes.names() if n not in rows]
-    bad = []
+    failures = []
     for name in names:
         row = isolated(measure, name, seconds=SECONDS)
         print(name, json.dumps(row), flush=True)
         if "failed" in row or not max(row["torch_against_hf"], row["onnx_against_torch"]) <= TOLERANCE:
-            bad.append(name)
+            failures.append(name)
         if "failed" not in row:
             rows[name] = row
             write_results("full_width", {"steps": list(STEPS), "rows": [rows[n] for n in sorted(rows)]})
-    if bad:
-        print(f"failed or beyond {TOLERANCE:.0e}: {', '.join(bad)}")
-    return 1 if bad else 0
+    if failures:
+        print(f"failed or beyond {TOLERANCE:.0e}: {', '.join(failures)}")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

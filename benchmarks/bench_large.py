@@ -1,7 +1,7 @@
-"""What full size costs: a random Llama-2-7B, its export for TensorRT, and TensorRT-RTX plans of its layers.
+"""Cost at full size: a random Llama-2-7B, its export for TensorRT, and TensorRT-RTX plans of its layers.
 
-Everything runs in processes of its own, whose wall time, peak RSS and bytes written are taken from outside. A
-plan whose build takes more memory than there is (``--limit-gb``) is ended, and how far it got is written down.
+Every step runs in its own process; the parent measures wall time, peak RSS and bytes written. A build that takes
+more memory than ``--limit-gb`` is killed, and the results record how far it got.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROGRAM = str(Path(sysconfig.get_path("scripts")) / "less-export")
 
 
 def write(folder: Path, layers: int) -> None:
-    """The checkpoint that ``--random-weights`` takes when it finds it; runs in a process of its own."""
+    """Write the checkpoint that ``--random-weights`` then reuses; runs in its own process."""
     from less_export.config import ExportConfig
     from less_export.hf.random_checkpoint import random_source
 
@@ -32,14 +32,14 @@ def write(folder: Path, layers: int) -> None:
     random_source(MODEL, config, folder / "out").fetch()
 
 
-def words(layers: int, out: Path) -> list[str]:
+def command(layers: int, out: Path) -> list[str]:
     return [PROGRAM, MODEL, "--random-weights", "--num-hidden-layers", str(layers), "--no-validate", "--out", str(out)]
 
 
-def rounded(run: Run, **more: float) -> dict[str, Any]:
-    """A run and what it left, as JSON values; without its progress if it went through."""
-    said = asdict(run) if run.why else {"seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb}
-    return {k: round(v, 1) if isinstance(v, float) else v for k, v in (said | more).items()}
+def rounded(run: Run, **sizes: float) -> dict[str, Any]:
+    """A run and the sizes of its output, as JSON values; without its progress if it succeeded."""
+    facts = asdict(run) if run.why else {"seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb}
+    return {k: round(v, 1) if isinstance(v, float) else v for k, v in (facts | sizes).items()}
 
 
 def checkpoint(folder: Path, layers: int) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def checkpoint(folder: Path, layers: int) -> dict[str, Any]:
 def export(folder: Path, layers: int) -> dict[str, Any]:
     """Export the checkpoint in ``folder`` for TensorRT, weights linked."""
     out = folder / "bundle"
-    run = measure([*words(layers, out), "--target", "trt"])
+    run = measure([*command(layers, out), "--target", "trt"])
     if run.why:
         sys.exit(f"the checkpoint of {layers} layers was not exported: {run.why}")
     return {"layers": layers, **rounded(run, written_mb=written(out) / 1e6)}
@@ -62,17 +62,17 @@ def export(folder: Path, layers: int) -> dict[str, Any]:
 def plan(folder: Path, layers: int, arch: str, limit_gb: float) -> dict[str, Any]:
     """Build an engine with the plugin from the checkpoint in ``folder``."""
     out = folder / "engine.plan"
-    run = measure([*words(layers, out), "--gpu-arch", arch], limit_gb)
+    run = measure([*command(layers, out), "--gpu-arch", arch], limit_gb)
     size = {"plan_mb": out.stat().st_size / 1e6} if out.exists() else {}
     return {"layers": layers, "gpu_arch": arch, "limit_gb": limit_gb, **rounded(run, **size)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("export", "plans"), help="measure this part; the other stays as it was")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="of the plans (default: 8 16 32); the last "
-                        "one's number is the export's")  # fmt: skip
-    parser.add_argument("--gpu-arch", default="sm_89", help="of the plans (default: sm_89)")
+    parser.add_argument("--only", choices=("export", "plans"), help="measure only this part, keep the other's results")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="N", help="layers of the plans (default: 8 16 32); "
+                        "the export has as many as the last")  # fmt: skip
+    parser.add_argument("--gpu-arch", default="sm_89", help="GPU architecture of the plans (default: sm_89)")
     parser.add_argument("--limit-gb", type=float, default=22.0, help="most memory of a build (default: 22)")
     parser.add_argument("--results", default="large", help="name of the results file (default: large)")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
@@ -82,30 +82,30 @@ def main() -> None:
         write(args.write, layers[-1])
         return
     file = RESULTS / f"{args.results}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if args.only and file.exists() else {}
-    found = {k: v for k, v in found.items() if k != "machine"} | {"model": MODEL, "dtype": "float16"}
+    results: dict[str, Any] = json.loads(file.read_text()) if args.only and file.exists() else {}
+    results = {k: v for k, v in results.items() if k != "machine"} | {"model": MODEL, "dtype": "float16"}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         if args.only != "plans":
             folder = Path(scratch) / "export"
             folder.mkdir()
-            found["checkpoint"] = checkpoint(folder, layers[-1])
-            print("checkpoint", found["checkpoint"], flush=True)
-            found["export"] = export(folder, layers[-1])
-            print("export", found["export"], flush=True)
+            results["checkpoint"] = checkpoint(folder, layers[-1])
+            print("checkpoint", results["checkpoint"], flush=True)
+            results["export"] = export(folder, layers[-1])
+            print("export", results["export"], flush=True)
             shutil.rmtree(folder)
         if args.only != "export":
-            found["plans"] = []
-            built = measure([PROGRAM, "build-plugin", "--gpu-arch", args.gpu_arch])  # kept in the cache
+            results["plans"] = []
+            built = measure([PROGRAM, "build-plugin", "--gpu-arch", args.gpu_arch])  # stays in the cache
             if built.why:
                 sys.exit(f"no plugin: {built.why}")
             for count in layers:
                 folder = Path(scratch) / f"plan-{count}"
                 folder.mkdir()
                 checkpoint(folder, count)
-                found["plans"].append(plan(folder, count, args.gpu_arch, args.limit_gb))
-                print("plan", found["plans"][-1], flush=True)
+                results["plans"].append(plan(folder, count, args.gpu_arch, args.limit_gb))
+                print("plan", results["plans"][-1], flush=True)
                 shutil.rmtree(folder)
-    write_results(args.results, found)
+    write_results(args.results, results)
 
 
 if __name__ == "__main__":

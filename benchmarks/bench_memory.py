@@ -1,11 +1,11 @@
-"""What a bundle holds in memory on ONNX Runtime's CPU, against the bytes of its weights.
+"""Memory of a bundle on ONNX Runtime's CPU, compared with the bytes of its weights.
 
-Random weights of TinyLlama-1.1B's shape as f32, bf16 and fp16 checkpoint, and fp16 quantised to int8 and int4; and
-of Qwen3-0.6B's, whose embeddings are tied, as bf16. Every bundle is opened in a process of its own with the session
-options of the backend, and those of ``--variants`` with each of the options that bear on memory changed, too.
-Resident memory is read from /proc after loading, at its peak and at the end, after two chunks of prompt and some
-steps of decoding of four rows. What is mapped from files (``mapped``) is part of it, and goes back to the system
-when memory is short.
+Random weights of TinyLlama-1.1B's shape as f32, bf16 and fp16 checkpoints, and fp16 quantised to int8 and int4; and
+of Qwen3-0.6B's shape, whose embeddings are tied, as bf16. Every bundle is opened in its own process with the session
+options of the backend, and those of ``--variants`` also with each option that affects memory changed.
+Resident memory is read from /proc after loading, at its peak and at the end, after two chunks of prompt and several
+decode steps of four rows. It includes memory mapped from files (``mapped``), which the system can reclaim when
+memory is short.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ROWS = {
     "int4": ("tinyllama-1.1b", "float16", "int4"),
     "bfloat16, tied": ("qwen3-0.6b", "bfloat16", None),
 }
-#: What is changed against the backend's options: attributes of its session options, entries of their
-#: configuration, optimizers left out, or what the backend does besides.
+#: Changes to the backend: attributes of its session options, entries of their configuration, disabled optimizers,
+#: or what the backend does in addition.
 VARIANTS: dict[str, dict[str, Any]] = {
     "as the backend sets them": {},
     "freed memory kept": {"hand_back": False},
@@ -49,14 +49,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def resident() -> dict[str, float]:
-    """Resident memory of this process in MB: now, mapped from files, and at most so far."""
+    """Resident memory of this process in MB: now, mapped from files, and at its peak."""
     names = {"VmRSS": "resident_mb", "RssFile": "mapped_mb", "VmHWM": "peak_mb"}
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {ours: round(int(fields[theirs].split()[0]) * 1024 / 1e6, 1) for theirs, ours in names.items()}
+    return {name: round(int(fields[field].split()[0]) * 1024 / 1e6, 1) for field, name in names.items()}
 
 
 def child(bundle: Path, variant: str) -> None:
-    """Open, feed a chunk, decode; print the figures as JSON."""
+    """Open the bundle, feed two chunks, decode; print the figures as JSON."""
     import onnxruntime
 
     import less_export
@@ -98,10 +98,10 @@ def child(bundle: Path, variant: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, metavar="N", help="the first N only")
+    parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    tried = "rows that are also measured with other session options (default: bfloat16 int4)"
-    parser.add_argument("--variants", nargs="*", choices=ROWS, default=["bfloat16", "int4"], metavar="ROW", help=tried)
+    note = "rows to measure with other session options too (default: bfloat16 int4)"
+    parser.add_argument("--variants", nargs="*", choices=ROWS, default=["bfloat16", "int4"], metavar="ROW", help=note)
     parser.add_argument("--results", default="memory", help="name of the results file (default: memory)")
     parser.add_argument("--child", nargs=2, metavar=("BUNDLE", "VARIANT"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,13 +1,12 @@
 """less-export against optimum-onnx and ONNX Runtime GenAI's model builder, on one checkpoint.
 
-A random Llama of TinyLlama-1.1B's shape, fp16, is exported by each; wall time, peak RSS and bytes written
-are taken by the parent. Then every model decodes on this environment's ONNX Runtime, each in a process of its
-own: less-export's through its backend, its 256 slots full and its position set to the context; the peers' graphs with
-a past of that length (random numbers, bound once; GenAI's attention writes into the buffer it reads, as its
-runtime has it). int4 is each one's own: ours has blocks of 64, an int8 output embedding and the checkpoint's
-input embedding, GenAI's blocks of 32, an int4 output embedding and an f32 input embedding. Each peer is
-installed into an environment of its own, made under ``--environments``; one that cannot be installed or
-fails is recorded with the reason.
+Each exports a random Llama of TinyLlama-1.1B's shape, fp16; the parent measures wall time, peak RSS and bytes
+written. Then every model decodes on this environment's ONNX Runtime, each in its own process: less-export's through
+its backend, with its 256 slots full and its position set to the context; the peers' graphs with a past of that length
+(random numbers, bound once; GenAI's attention writes into the buffer it reads, as in its runtime). Each has its
+own int4: ours has blocks of 64, an int8 output embedding and the checkpoint's input embedding; GenAI's has blocks of
+32, an int4 output embedding and an f32 input embedding. Each peer is installed into its own environment under
+``--environments``; if one cannot be installed or fails, the reason is recorded.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from bench_common import TINYLLAMA, kernels, measure, random_checkpoint, write_r
 from bench_memory import resident
 
 BUDGET, RANK, HIDDEN, STEPS = 256, 8, 128, 12
-#: Times that every context is measured, in turns with the others; the median rate counts.
+#: Measurements of every context, in turn with the others; the median rate counts.
 ROUNDS = 3
-#: Packages of each peer. torch is the version that has a CPU wheel wherever this runs.
+#: Packages of each peer. This version of torch has a CPU wheel wherever the benchmark runs.
 PEERS = {
     "optimum-onnx": ["torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0"],
     "onnxruntime-genai": [
@@ -42,7 +41,7 @@ PEERS = {
 
 
 def environment(peer: str, folder: Path) -> Path:
-    """The python of a peer's environment, made where it is not there."""
+    """The Python interpreter of a peer's environment, which is created if it does not exist."""
     python = folder / peer / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder / peer)], check=True)
@@ -55,7 +54,7 @@ def environment(peer: str, folder: Path) -> Path:
 
 
 def tokenizer(folder: Path) -> None:
-    """A tokenizer of single letters: GenAI's builder copies one and fails without."""
+    """Write a tokenizer of single letters: GenAI's builder copies one and fails without it."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -65,12 +64,12 @@ def tokenizer(folder: Path) -> None:
 
 
 def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict[tuple[str, str], Any]:
-    """How each exports, by (who, precision); a command, or the reason why there is none."""
-    made = scratch / "kernels.safetensors"
-    kernels(layers, RANK, HIDDEN).save(made)
+    """Export commands by (who, precision), or the reason why there is none."""
+    kernel_file = scratch / "kernels.safetensors"
+    kernels(layers, RANK, HIDDEN).save(kernel_file)
     ours = [sys.executable, "-m", "less_export.cli.main", str(checkpoint), "--no-validate", "--budget", str(BUDGET)]
-    ours += ["--kernels", str(made), "--max-batch", "1"]
-    found: dict[tuple[str, str], Any] = {
+    ours += ["--kernels", str(kernel_file), "--max-batch", "1"]
+    exports: dict[tuple[str, str], Any] = {
         ("less-export", "f32"): ours,
         ("less-export", "int4"): [*ours, "--weights", "int4"],
     }
@@ -78,17 +77,17 @@ def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict
         try:
             python = str(environment(peer, folder))
         except (OSError, subprocess.CalledProcessError) as error:
-            found[peer, "f32"] = found[peer, "int4"] = f"cannot be installed: {error}"
+            exports[peer, "f32"] = exports[peer, "int4"] = f"cannot be installed: {error}"
             continue
         if peer == "optimum-onnx":
             command = [str(Path(python).with_name("optimum-cli")), "export", "onnx", "-m", str(checkpoint)]
-            found[peer, "f32"] = [*command, "--task", "text-generation-with-past", "--no-post-process"]
-            found[peer, "int4"] = "its exporter has no weight-only int4"
+            exports[peer, "f32"] = [*command, "--task", "text-generation-with-past", "--no-post-process"]
+            exports[peer, "int4"] = "its exporter has no weight-only int4"
         else:
             builder = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-e", "cpu"]
             for precision, name in (("f32", "fp32"), ("int4", "int4")):
-                found[peer, precision] = [*builder, "-p", name, "-c", str(scratch / "cache")]
-    return found
+                exports[peer, precision] = [*builder, "-p", name, "-c", str(scratch / "cache")]
+    return exports
 
 
 class Step:
@@ -139,8 +138,8 @@ def less_step(bundle: Path, context: int) -> Any:
     for _ in range(0, BUDGET + backend.contract.chunk, backend.contract.chunk):
         backend.step(rng.integers(3, 1000, (1, backend.contract.chunk)))
     state = backend.read_row(0)
-    gone = context - 1 - state.length  # positions move with it, so that the newest stay the newest
-    tensors = {n: np.where(x >= 0, x + gone, x) if n.endswith("position") else x for n, x in state.tensors.items()}
+    shift = context - 1 - state.length  # shift positions too, so that the newest stay the newest
+    tensors = {n: np.where(x >= 0, x + shift, x) if n.endswith("position") else x for n, x in state.tensors.items()}
     tensors = {n: x.astype(state.tensors[n].dtype) for n, x in tensors.items()}
     backend.write_row(0, RowState(context - 1, tensors, state.identity))
     return lambda: backend.step([[5]])
@@ -163,14 +162,14 @@ def child(who: str, out: Path, context: int) -> None:
 
 
 def decoded(who: str, out: Path, contexts: list[int]) -> list[dict[str, Any]]:
-    """Figures of each context, each time from a process of its own."""
-    found: dict[int, list[dict[str, Any]]] = {c: [] for c in contexts}
+    """Results of each context, every one from its own process."""
+    results: dict[int, list[dict[str, Any]]] = {c: [] for c in contexts}
     for context in contexts * ROUNDS:
-        words = [sys.executable, __file__, "--child", who, str(out), str(context)]
-        done = subprocess.run(words, capture_output=True, text=True)
-        found[context].append({"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout))
+        command = [sys.executable, __file__, "--child", who, str(out), str(context)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        results[context].append({"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout))
     rows = []
-    for context, runs in found.items():
+    for context, runs in results.items():
         failed = next((r for r in runs if "failed" in r), None)
         if failed is None:
             rates = [r["tokens_per_second"] for r in runs]
@@ -219,12 +218,12 @@ def main() -> None:
             row["contexts"] = decoded(who, out, args.contexts)
             print(row, flush=True)
             shutil.rmtree(out)
-    what = {
+    facts = {
         "model": "random Llama, TinyLlama-1.1B shape",
         "layers": args.layers,
         "checkpoint_mb": round(nbytes / 1e6, 1),
     }
-    write_results("peers", {**what, "slots": BUDGET, "peers": PEERS, "threads": os.cpu_count(), "rows": rows})
+    write_results("peers", {**facts, "slots": BUDGET, "peers": PEERS, "threads": os.cpu_count(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What LESS does to Gemma 3 270M's perplexity: kernels trained here, against sparse baselines of equal bytes.
+"""Effect of LESS on Gemma 3 270M's perplexity: kernels trained here, against sparse baselines of equal bytes.
 
-Every figure is a row of ``benchmarks/results/quality.json``, written as soon as it is there; ``--resume`` goes on
-where an interrupted run ended. Rows are measured by simulation in the order of decoding (one token a step)
-unless they say otherwise; ``tests/test_simulate.py`` holds the simulation to the operator.
+Every result is a row of ``benchmarks/results/quality.json``, written as soon as it is measured; ``--resume``
+continues an interrupted run. Rows are simulated in the order of decoding (one token a step) unless their keys say
+otherwise; ``tests/test_simulate.py`` compares the simulation with the operator.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from less_export.training import allocate, collect, data, end_to_end, fit
 
 MODEL, LENGTH = "gemma3-270m", 1024
 TRAIN, EVALUATION = 48, 16
-#: Sequences of the rows that are trained on all there is of the shipped text, and as much of the other.
+#: Training sequences of the rows that use all of the shipped text, and as much of the other.
 MANY = 207
-#: Sequences of the rows that are streamed step by step, the first of those evaluated.
+#: Sequences of the rows that are streamed step by step: the first of the evaluated ones.
 STREAMED = 4
 #: The authors' training script for a layer: 40 epochs of 512 sequences, 2 a step, all positions, 512 hidden features.
 AUTHORS_STEPS, AUTHORS_HIDDEN = 40 * 512 // 2, 512
-#: Steps timed of either recipe.
+#: Steps of either recipe that are timed.
 TIMED = 12
 #: Every fourth position past the largest budget of the table.
 POSITIONS = torch.arange(127, LENGTH - 1, 4)
@@ -52,7 +52,7 @@ DOMAINS = ("in", "shipped", "out")
 
 @dataclass(frozen=True)
 class Setting:
-    """One cache: which policy and budget, on the three full layers or on all eighteen."""
+    """One cache: policy and budget, on the three full layers or on all eighteen."""
 
     policy: str
     budget: str
@@ -80,13 +80,13 @@ SETTINGS = (
 )
 
 
-#: About the bytes of the first setting at R = 8 (50 slots), otherwise divided between slots and rank.
+#: About as many bytes as the first setting at R = 8 (50 slots), divided differently between slots and rank.
 SPLITS = ((Setting("h2o", "42"), 16), (Setting("h2o", "34"), 24))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How kernels are made; the defaults are those of ``less-export train`` with rank and hidden of the recipe."""
+    """How kernels are trained; the defaults are those of ``less-export train`` with rank and hidden of the recipe."""
 
     rank: int = 8
     hidden: int = 128
@@ -94,7 +94,7 @@ class Recipe:
     steps: int = 500
     parametrisation: str = "exp"
     sequences: int = TRAIN
-    #: Steps end to end after the layers', 0 for none.
+    #: End-to-end steps after the layers are trained, 0 for none.
     end_to_end: int = 0
 
     @property
@@ -106,7 +106,7 @@ class Recipe:
 
 
 class Bench:
-    """The model, the texts and the rows found so far."""
+    """The model, the texts and the rows measured so far."""
 
     def __init__(self, work: Path, train_text: Path, eval_text: Path, other: Path | None, resume: bool) -> None:
         self.work = work
@@ -130,18 +130,18 @@ class Bench:
     # ------------------------------------------------------------ rows
 
     def row(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of that key, measured now if it is not there."""
+        """The row with this key, measured now if it is missing."""
         if key not in self.rows:
             begin = time.perf_counter()
             self.rows[key] = {"key": key, **make(), "seconds": round(time.perf_counter() - begin, 1)}
             self._write()
-            shown = {n: v for n, v in self.rows[key].items() if n not in ("sequences", "layers", "key")}
-            print(key, shown, flush=True)
+            summary = {n: v for n, v in self.rows[key].items() if n not in ("sequences", "layers", "key")}
+            print(key, summary, flush=True)
         return self.rows[key]
 
     def _write(self) -> None:
         facts = {"model": MODEL, "length": LENGTH, "positions": len(POSITIONS), "texts": self.texts}
-        facts |= {"train_sequences": TRAIN, "validation_sequences": _held(TRAIN), "linears": "bfloat16"}
+        facts |= {"train_sequences": TRAIN, "validation_sequences": _validation_count(TRAIN), "linears": "bfloat16"}
         rows = list(self.rows.values())
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_atomically(FILE, (json.dumps({"machine": machine(), **facts, "rows": rows}, indent=1) + "\n").encode())
@@ -151,14 +151,14 @@ class Bench:
         return {"state_bytes": variant.state_bytes("bfloat16"), **self._figures(nll)}
 
     def _figures(self, nll: statistics.Nll) -> dict[str, Any]:
-        """A perplexity with its interval, and the mean of every sequence, which shares of gaps need."""
-        found = statistics.perplexity(nll)
+        """A perplexity with its interval, and the mean of every sequence, needed for shares of gaps."""
+        interval = statistics.perplexity(nll)
         means = [round(float(x), 6) for x in nll.mean(1)]
-        return {"perplexity": found.value, "low": found.low, "high": found.high, "sequences": means}
+        return {"perplexity": interval.value, "low": interval.low, "high": interval.high, "sequences": means}
 
     def full(self, domain: str = "in") -> None:
-        none = self._variant("full", SETTINGS[0], {}, 8)
-        self.row(f"{domain} | full", lambda: self.perplexity(none, domain, 1))
+        variant = self._variant("full", SETTINGS[0], {}, 8)
+        self.row(f"{domain} | full", lambda: self.perplexity(variant, domain, 1))
 
     def _variant(self, kind: variants.Kind, s: Setting, maps: Mapping[int, FeatureMap], rank: int) -> variants.Variant:
         """A cache of the setting; without kernels, every compressed layer counts as one of ``rank``."""
@@ -167,9 +167,9 @@ class Bench:
         return variants.build([kind], plan, maps, LENGTH, "bfloat16")[0]
 
     def baseline(self, s: Setting, kind: variants.Kind, domain: str = "in", chunk: int = 1, rank: int = 8) -> None:
-        """A sparse cache; what it gets back is counted against kernels of ``rank`` on every compressed layer."""
-        more = f" R{rank}" if kind == "sparse+bytes" else ""
-        key = f"{domain} | {s.name} | {kind}{more} | chunk {chunk}"
+        """A sparse cache; ``sparse+bytes`` adds the bytes of a low-rank state of ``rank`` in every compressed layer."""
+        suffix = f" R{rank}" if kind == "sparse+bytes" else ""
+        key = f"{domain} | {s.name} | {kind}{suffix} | chunk {chunk}"
         self.row(key, lambda: self.perplexity(self._variant(kind, s, {}, rank), domain, chunk))
 
     def divided(self, s: Setting) -> Setting:
@@ -177,7 +177,7 @@ class Bench:
 
         def make() -> dict[str, Any]:
             plan, used = self._plan(s)
-            ids = self.training_text(count=TRAIN + _held(TRAIN)).ids
+            ids = self.training_text(count=TRAIN + _validation_count(TRAIN)).ids
             costs = allocate.measure(self.model, ids, plan, used, self.bars)
             rounded = {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()}
             return {"costs": rounded, "layer_budgets": allocate.option(allocate.divide(costs, plan))}
@@ -185,12 +185,12 @@ class Bench:
         return replace(s, layer_budgets=self.row(f"divide | {s.name}", make)["layer_budgets"])
 
     def _plan(self, s: Setting) -> tuple[tuple[LayerSpec, ...], list[int]]:
-        """The cache that kernels are trained for, and its layers that have any."""
+        """The cache that kernels are trained for, and the layers that have kernels."""
         plan = plan_layers(self.layers, s.config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
         return plan, [i for i, spec in enumerate(plan) if spec.absorb]
 
     def less(self, s: Setting, *recipes: Recipe, domain: str = "in", chunk: int = 1) -> None:
-        """LESS; kernels of rows that are missing are trained together."""
+        """Measure LESS; kernels of missing rows are trained together."""
         keys = {r: f"{domain} | {s.name} | less {r.name} | chunk {chunk}" for r in recipes}
         self.trained(s, [r for r, key in keys.items() if key not in self.rows])
 
@@ -203,13 +203,13 @@ class Bench:
             self.row(key, functools.partial(make, r))
 
     def sweep(self, s: Setting, *recipes: Recipe) -> None:
-        """Other kernels for one setting, each beside the sparse cache of its bytes."""
+        """Other kernels for one setting, each with the sparse cache of the same bytes."""
         self.less(s, *recipes)
         for r in recipes:
             self.baseline(s, "sparse+bytes", rank=r.rank)
 
     def stream(self, s: Setting, r: Recipe) -> None:
-        """The row of those kernels again, token by token through a backend."""
+        """Measure a row again, token by token through a backend."""
         key = f"in | {s.name} | less {r.name} | streamed"
         self.trained(s, [] if key in self.rows else [r])
 
@@ -228,77 +228,82 @@ class Bench:
     # ------------------------------------------------------------ training
 
     def _file(self, s: Setting, r: Recipe) -> Path:
-        words = f"{s.name} {r.name}".replace(" ", "_").replace("%", "").replace(",", "")
-        return self.work / f"{words}.safetensors"
+        name = f"{s.name} {r.name}".replace(" ", "_").replace("%", "").replace(",", "")
+        return self.work / f"{name}.safetensors"
 
     def trained(self, s: Setting, recipes: list[Recipe]) -> None:
-        """Train the kernels that are missing; recipes of one setting share what is prepared."""
+        """Train missing kernels; recipes of one setting share the prepared layers."""
         for r in recipes:
             if r.end_to_end:
                 self._tuned(s, r)
         for count in {r.sequences for r in recipes}:
-            mine = [r for r in recipes if r.sequences == count and not r.end_to_end]
-            found = [f"train | {s.name} | {r.name}" in self.rows and self._file(s, r).exists() for r in mine]
-            if not all(found):
-                self._train(s, [r for r, there in zip(mine, found, strict=True) if not there], count)
+            candidates = [r for r in recipes if r.sequences == count and not r.end_to_end]
+            missing = [
+                r
+                for r in candidates
+                if f"train | {s.name} | {r.name}" not in self.rows or not self._file(s, r).exists()
+            ]
+            if missing:
+                self._train(s, missing, count)
 
-    def _train(self, s: Setting, todo: list[Recipe], count: int) -> None:
+    def _train(self, s: Setting, recipes: list[Recipe], count: int) -> None:
         plan, used = self._plan(s)
         activations = self._activations(used, count)
-        maps: dict[Recipe, dict[int, Any]] = {r: {} for r in todo}
-        figures: dict[Recipe, list[dict[str, Any]]] = {r: [] for r in todo}
+        maps: dict[Recipe, dict[int, Any]] = {r: {} for r in recipes}
+        figures: dict[Recipe, list[dict[str, Any]]] = {r: [] for r in recipes}
         for layer in used:
             begin = time.perf_counter()
-            ready = fit.prepare(activations.tensor(layer), plan[layer], self.projections[layer], "cpu")
-            train, held = ready.rows(slice(0, count)), ready.rows(slice(count, None))
-            prepared = time.perf_counter() - begin
-            for r in todo:
+            prepared = fit.prepare(activations.tensor(layer), plan[layer], self.projections[layer], "cpu")
+            train, validation = prepared.rows(slice(0, count)), prepared.rows(slice(count, None))
+            prepare_seconds = time.perf_counter() - begin
+            for r in recipes:
                 begin = time.perf_counter()
                 recipe = replace(fit.Fit(), steps=r.steps)
-                made, errors = fit.fit(
-                    train, held, r.parametrisation, r.rank, r.hidden, recipe, r.seed, lambda words: None
+                feature_map, errors = fit.fit(
+                    train, validation, r.parametrisation, r.rank, r.hidden, recipe, r.seed, lambda _: None
                 )
                 seconds = time.perf_counter() - begin
                 if errors.less < errors.sparse:
-                    maps[r][layer] = made
-                facts = {"layer": layer, **vars(errors), "prepare_seconds": prepared, "fit_seconds": seconds}
+                    maps[r][layer] = feature_map
+                facts = {"layer": layer, **vars(errors), "prepare_seconds": prepare_seconds, "fit_seconds": seconds}
                 figures[r].append({n: round(x, 5) for n, x in facts.items()})
                 print(s.name, r.name, figures[r][-1], flush=True)
-        for r in todo:
+        for r in recipes:
             Kernels(maps[r], {"model": MODEL, "setting": s.name, "recipe": r.name}).save(self._file(s, r))
             key = f"train | {s.name} | {r.name}"
             self.rows.pop(key, None)
             self.row(key, lambda r=r: {"layers": figures[r]})  # type: ignore[misc]
 
     def paces(self, s: Setting) -> None:
-        """Seconds that a step takes, ours and the authors', layer by layer in this process."""
+        """Seconds of a training step, ours and the authors', layer by layer in this process."""
 
         def make() -> dict[str, Any]:
             plan, used = self._plan(s)
             activations = self._activations(used, TRAIN)
             layers = []
             for layer in used:
-                ready = fit.prepare(activations.tensor(layer)[:4], plan[layer], self.projections[layer], "cpu")
-                ours = _pace(ready, "exp", 128, fit.Fit(steps=TIMED))
-                theirs = _pace(ready, "paper", AUTHORS_HIDDEN, fit.Fit(steps=TIMED, positions=LENGTH))
+                prepared = fit.prepare(activations.tensor(layer)[:4], plan[layer], self.projections[layer], "cpu")
+                ours = _pace(prepared, "exp", 128, fit.Fit(steps=TIMED))
+                theirs = _pace(prepared, "paper", AUTHORS_HIDDEN, fit.Fit(steps=TIMED, positions=LENGTH))
                 layers.append({"layer": layer, "ours": ours, "authors": theirs})
             return {"layers": layers, "steps": {"ours": fit.Fit().steps, "authors": AUTHORS_STEPS}}
 
         self.row(f"pace | {s.name}", make)
 
     def _tuned(self, s: Setting, r: Recipe) -> None:
-        """Tune the kernels of the recipe without its last stage end to end."""
+        """Train the kernels of the recipe without end-to-end steps, then tune them end to end."""
         if self._file(s, r).exists():
             return
-        before = replace(r, end_to_end=0)
-        self.trained(s, [before])
-        maps = Kernels.load(self._file(s, before)).layers
+        untuned = replace(r, end_to_end=0)
+        self.trained(s, [untuned])
+        maps = Kernels.load(self._file(s, untuned)).layers
         plan = plan_layers(self.layers, s.config(), LENGTH, {i: m.rank for i, m in maps.items()})
-        ids = self.training_text(count=r.sequences + _held(r.sequences)).ids
-        learn, check = ids.split([r.sequences, _held(r.sequences)])
+        ids = self.training_text(count=r.sequences + _validation_count(r.sequences)).ids
+        training, validation = ids.split([r.sequences, _validation_count(r.sequences)])
 
         def make() -> dict[str, Any]:
-            tuned, facts = end_to_end.tune(self.model, learn, check, plan, maps, r.seed, self.bars, r.end_to_end)
+            texts = training, validation
+            tuned, facts = end_to_end.tune(self.model, *texts, plan, maps, r.seed, self.bars, r.end_to_end)
             Kernels(tuned, {"model": MODEL, "setting": s.name, "recipe": r.name}).save(self._file(s, r))
             return {"end_to_end": facts}
 
@@ -307,44 +312,46 @@ class Bench:
         self.row(key, make)
 
     def _activations(self, layers: list[int], sequences: int) -> collect.Activations:
-        """Those of all layers at once where they serve every setting."""
-        count = sequences + _held(sequences)
+        """Activations of ``layers``; of all layers where every setting can reuse them."""
+        count = sequences + _validation_count(sequences)
         plan = plan_layers(self.layers, SETTINGS[0].config(), LENGTH, dict.fromkeys(range(len(self.layers)), 8))
-        wanted = list(range(len(plan))) if sequences == TRAIN else layers
-        into = collect.Activations(self.work / f"activations_{count}", plan, count, LENGTH, torch.bfloat16)
+        collected = list(range(len(plan))) if sequences == TRAIN else layers
+        activations = collect.Activations(self.work / f"activations_{count}", plan, count, LENGTH, torch.bfloat16)
         if not self.projections:
             self.projections = collect.output_projections(self.model, plan)
-        if not set(wanted) <= into.done():
+        if not set(collected) <= activations.done():
             ids = self.training_text(count=count).ids
-            collect.collect(self.model, ids, plan, wanted, into, (0, 1), self.bars)
-            into.mark_done(wanted)
-        return into
+            collect.collect(self.model, ids, plan, collected, activations, (0, 1), self.bars)
+            activations.mark_done(collected)
+        return activations
 
 
-def _held(sequences: int) -> int:
-    """Sequences of the training text that are kept for validation."""
+def _validation_count(sequences: int) -> int:
+    """Number of validation sequences for so many training sequences."""
     return sequences // 12
 
 
-def _pace(ready: fit.Prepared, parametrisation: str, hidden: int, recipe: fit.Fit) -> float:
-    """Median seconds of a step."""
-    at: list[float] = []
-    fit.fit(
-        ready, ready.rows(slice(0, 1)), parametrisation, 8, hidden, recipe, 0, lambda _: at.append(time.perf_counter())
-    )
-    return round(median(b - a for a, b in pairwise(at)), 4)
+def _pace(prepared: fit.Prepared, parametrisation: str, hidden: int, recipe: fit.Fit) -> float:
+    """Median seconds of a training step."""
+    stamps: list[float] = []
+
+    def step(_: str) -> None:
+        stamps.append(time.perf_counter())
+
+    fit.fit(prepared, prepared.rows(slice(0, 1)), parametrisation, 8, hidden, recipe, 0, step)
+    return round(median(b - a for a, b in pairwise(stamps)), 4)
 
 
 def _pydoc() -> str:
-    """The reference manual that every CPython carries: a domain that no kernel here is trained on."""
+    """The reference manual in every CPython: a domain that no kernels here are trained on."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[n] for n in sorted(topics))
 
 
 def measure(b: Bench) -> None:
-    """All rows, those that say most first."""
-    plain, more = Recipe(), [Recipe(seed=1), Recipe(seed=2)]
+    """Measure all rows, the most informative first."""
+    plain, seeds = Recipe(), [Recipe(seed=1), Recipe(seed=2)]
     first, whole = SETTINGS[0], SETTINGS[4]
     b.full()
     for s in SETTINGS:
@@ -357,13 +364,13 @@ def measure(b: Bench) -> None:
         b.baseline(first, "sparse+bytes", domain)
         b.less(first, plain, domain=domain)
     b.stream(first, plain)
-    b.less(first, *more)
+    b.less(first, *seeds)
     for s in SETTINGS:
         b.baseline(s, "sparse")
     for s, rank in SPLITS:
         b.less(s, Recipe(rank=rank))
     for s in SETTINGS[1:4]:
-        b.less(s, *more)
+        b.less(s, *seeds)
     b.sweep(first, Recipe(steps=0), Recipe(rank=16), Recipe(rank=4), Recipe(hidden=64), Recipe(hidden=32))
     b.sweep(first, Recipe(steps=1500), Recipe(parametrisation="paper", hidden=512))
     for s in (first, SETTINGS[2]):
@@ -381,11 +388,11 @@ def measure(b: Bench) -> None:
         for r in (Recipe(sequences=MANY, end_to_end=96), plain):
             b.less(d, r, domain=domain)
         b.baseline(d, "sparse+bytes", domain)
-    b.less(d, *more)
+    b.less(d, *seeds)
     for s in SETTINGS[1:]:
         b.baseline(s, "sparse+bytes", "out")
         b.less(s, plain, domain="out")
-    b.less(whole, *more)
+    b.less(whole, *seeds)
 
 
 def main() -> None:
@@ -396,7 +403,7 @@ def main() -> None:
     parser.add_argument("--eval-text", type=Path, required=True, help="WikiText-2 test")
     parser.add_argument("--other-text", type=Path, help="another domain (default: Python's reference manual)")
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="activations and kernels (3 GB)")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are already measured")
     args = parser.parse_args()
     measure(Bench(args.work, args.train_text, args.eval_text, args.other_text, args.resume))
 

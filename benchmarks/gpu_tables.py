@@ -1,4 +1,4 @@
-"""Tables of plugins_trt/README.md from what ``gpu_check`` measured (``benchmarks/results/gpu.json``)."""
+"""GPU tables of the docs, from the results of ``gpu_check`` (``benchmarks/results/gpu.json``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def decode(data: dict[str, Any]) -> Table:
-    """Decode against a device-to-device copy of the same run."""
+    """Decode, compared with a device-to-device copy in the same run."""
     header = ["batch", "slots", "KV heads", "query heads", "us", "MB moved", "GB/s", "of a copy"]
     copy = data.get("bandwidth", {}).get("gb_per_s")
     rows = [
@@ -26,7 +26,7 @@ def decode(data: dict[str, Any]) -> Table:
 
 
 def peers(data: dict[str, Any]) -> Table:
-    """A decode step against torch: the same step eager, and attention over a full cache."""
+    """A decode step compared with torch: the same step eager, and attention over a full cache."""
     header = ["batch", "against", "plugin, us", "torch, us", "ratio"]
     rows = [
         [str(r["batch"]), "the same step, eager", f"{r['plugin_us']:.1f}", f"{r['eager_us']:.1f}", f"{r['ratio']:.1f}x"]
@@ -60,21 +60,21 @@ def prefill(data: dict[str, Any]) -> Table:
 
 
 def checks(data: dict[str, Any]) -> Table:
-    """What was checked on the GPU."""
+    """Results of the checks on the GPU."""
     rows = []
     for name, label in (("primitives", "tensor-core primitives"), ("parity", "parity through the plugin's interface")):
-        found = data.get(name)
-        rows.append([label, f"{found['cases'] - len(found['failed'])} of {found['cases']}" if found else MISSING])
+        result = data.get(name)
+        rows.append([label, f"{result['cases'] - len(result['failed'])} of {result['cases']}" if result else MISSING])
     tools = ("memcheck", "racecheck", "synccheck")
     sanitizers = {t: data.get("sanitizers", {}).get(t, MISSING) for t in tools}
-    rows += [[f"compute-sanitizer {tool}", said] for tool, said in sanitizers.items()]
+    rows += [[f"compute-sanitizer {tool}", result] for tool, result in sanitizers.items()]
     engines = data.get("engine") or dict.fromkeys(("plugin", "no plugin"), MISSING)
-    rows += [[f"engine on TensorRT-RTX, {name}", said] for name, said in engines.items()]
+    rows += [[f"engine on TensorRT-RTX, {name}", result] for name, result in engines.items()]
     return ["check", "result"], rows
 
 
 def note(data: dict[str, Any]) -> str:
-    """The machine in words."""
+    """The machine, as text."""
     if "machine" not in data:
         return "no GPU yet: `scripts/gpu_check` measures it"
     m = data["machine"]

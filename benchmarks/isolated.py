@@ -1,4 +1,4 @@
-"""One piece of work in a process of its own, so that it can crash, hang or fill memory without ending the run."""
+"""Run a function in its own process, where it can crash, hang or run out of memory without ending the benchmark."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from transformers.utils import logging
 
 
 def isolated(work: Callable[..., dict[str, Any]], *arguments: Any, seconds: float) -> dict[str, Any]:
-    """``work(*arguments)``, or why there is no result under ``failed``: an error, a crash, or too long."""
+    """``work(*arguments)``; on an error, a crash or a timeout, the reason under ``failed`` instead."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, work, arguments))
     process.start()
     sender.close()
     try:
-        found = receiver.recv() if receiver.poll(seconds) else {"failed": f"took over {seconds:.0f} s"}
+        result = receiver.recv() if receiver.poll(seconds) else {"failed": f"took over {seconds:.0f} s"}
     except EOFError:
         process.join()
-        found = {"failed": f"its process ended with {process.exitcode}"}
+        result = {"failed": f"its process ended with {process.exitcode}"}
     process.kill()
     process.join()
-    return dict(found)
+    return dict(result)
 
 
 def _child(to_parent: Connection, work: Callable[..., dict[str, Any]], arguments: tuple[Any, ...]) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch logs whatever a model raised
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # torch logs every exception of a model
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     gc.set_threshold(100_000, 50, 50)
     try:
-        found = work(*arguments)
+        result = work(*arguments)
     except Exception as error:
-        found = {"failed": one_line(error)}
-    to_parent.send(found)
+        result = {"failed": one_line(error)}
+    to_parent.send(result)
 
 
 def one_line(error: Exception) -> str:
-    """An error of any library in one line."""
+    """The type and message of an error in one line."""
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200)

@@ -1,4 +1,4 @@
-"""Tables of the model architectures tried: recipes at full width, and all of transformers in a tiny size."""
+"""Tables of the tested architectures: recipes at full width, and all of transformers in a tiny size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def full_width(data: dict[str, Any]) -> Table:
     return header, rows
 
 
-def _with(outcome: str, data: dict[str, Any]) -> list[dict[str, Any]]:
+def _with_outcome(outcome: str, data: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for r in data["rows"] if r["outcome"] == outcome]
 
 
@@ -35,7 +35,7 @@ def supported(data: dict[str, Any]) -> Table:
     """Model types whose export agrees with Hugging Face."""
     rows = [
         [f"`{r['model_type']}`", f"`{r['class']}`", _sliding(r["layers"]), f"{r['error']:.1e}"]
-        for r in _with("supported", data)
+        for r in _with_outcome("supported", data)
     ]
     return ["model type", "class", "sliding layers", "difference"], rows
 
@@ -47,18 +47,20 @@ def _sliding(layers: list[list[int]]) -> str:
 
 def refused(data: dict[str, Any]) -> Table:
     """Decoders that LESS cannot express, with the message of the refusal."""
-    return ["model type", "reason"], [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with("refused", data)]
+    return ["model type", "reason"], [
+        [f"`{r['model_type']}`", _cell(r["reason"])] for r in _with_outcome("refused", data)
+    ]
 
 
 def unknown(data: dict[str, Any]) -> Table:
     """Model types that could not be tried, or failed."""
-    rows = [*_with("failed", data), *_with("no tiny config", data)]
+    rows = [*_with_outcome("failed", data), *_with_outcome("no tiny config", data)]
     return ["model type", "reason"], [[f"`{r['model_type']}`", _cell(r["reason"])] for r in rows]
 
 
 def not_decoders(data: dict[str, Any]) -> Table:
-    """Encoder-decoders, and decoders taken from them, that transformers lists among the decoders."""
-    rows = [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with("not a decoder", data)]
+    """Encoder-decoders, and decoders taken from them, that transformers lists as causal language models."""
+    rows = [[f"`{r['model_type']}`", _cell(r["reason"])] for r in _with_outcome("not a decoder", data)]
     return ["model type", "reason"], rows
 
 
@@ -66,7 +68,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-#: By table name: the result file that the table shows, and the function that makes it.
+#: By table name: the name of the result file, and the function that makes the table.
 PARTS: dict[str, tuple[str, Callable[[dict[str, Any]], Table]]] = {
     "full_width": ("full_width", full_width),
     "zoo_supported": ("zoo", supported),

@@ -1,4 +1,4 @@
-"""The plots of the README, made from the committed figures in ``benchmarks/results``."""
+"""The plots of the docs, from the committed results in ``benchmarks/results``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench_common import RESULTS
 
 
 def decode_cost() -> None:
-    """Time of a decode step and bytes of cache against the context, LESS and full cache."""
+    """Time of a decode step and bytes of the cache over the context, for LESS and the full cache."""
     data = json.loads((RESULTS / "decode_cost.json").read_text())
     rows = data["rows"]
     contexts = [r["context"] for r in rows]
@@ -44,32 +44,32 @@ def decode_cost() -> None:
 
 def quality() -> None:
     """Perplexity of every setting, and the relative error of the layers, with and without LESS."""
-    found = quality_tables.Quality(json.loads((RESULTS / "quality.json").read_text()))
+    measured = quality_tables.Quality(json.loads((RESULTS / "quality.json").read_text()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), width_ratios=[3, 2])
-    settings = [s for s in found.settings() if found.less("in", s)]
+    settings = [s for s in measured.settings() if measured.less("in", s)]
     caches = {"sparse": "sparse", "sparse+4": "+4 tokens", "sparse+bytes R8": "= bytes of LESS"}
     for marker, (cache, label) in zip("v^s", caches.items(), strict=True):
-        rows = [(i, found.one("in", s, cache)) for i, s in enumerate(settings)]
-        shown = [(i, r.row["perplexity"]) for i, r in rows if r is not None]
-        left.plot(*zip(*shown, strict=True), marker, label=label) if shown else None
-    less = [np.mean([f.row["perplexity"] for f in found.less("in", s)]) for s in settings]
+        rows = [(i, measured.one("in", s, cache)) for i, s in enumerate(settings)]
+        points = [(i, r.row["perplexity"]) for i, r in rows if r is not None]
+        left.plot(*zip(*points, strict=True), marker, label=label) if points else None
+    less = [np.mean([f.row["perplexity"] for f in measured.less("in", s)]) for s in settings]
     left.plot(range(len(settings)), less, "o", label="LESS, R = 8")
-    divided = [(settings.index(s.removesuffix(quality_tables.DIVIDED)), s) for s in found.divided()]
+    divided = [(settings.index(s.removesuffix(quality_tables.DIVIDED)), s) for s in measured.divided()]
     for marker, label, recipe in (("P", "", quality_tables.PLAIN), ("*", ", end to end", quality_tables.TUNED)):
-        rows = [(i, found.less("in", s, recipe)) for i, s in divided]
-        shown = [(i, np.mean([f.row["perplexity"] for f in less])) for i, less in rows if less]
-        left.plot(*zip(*shown, strict=True), marker, label=f"LESS, divided{label}") if shown else None
-    full = found.one("in", "", "full")
+        rows = [(i, measured.less("in", s, recipe)) for i, s in divided]
+        points = [(i, np.mean([f.row["perplexity"] for f in less])) for i, less in rows if less]
+        left.plot(*zip(*points, strict=True), marker, label=f"LESS, divided{label}") if points else None
+    full = measured.one("in", "", "full")
     if full is not None:
         left.axhline(full.row["perplexity"], color="black", linestyle=":", label="full cache")
     left.set_xticks(range(len(settings)), [s.replace(", ", "\n") for s in settings], fontsize=8)
     left.set_ylabel("perplexity, WikiText-2 test")
-    whole = [(s, r) for s, r in found.training if r == "R8 hidden 128 exp steps 500 seed 0"]
-    layers = max((found.training[k] for k in whole), key=len)
-    places = range(len(layers))
+    plain = [(s, r) for s, r in measured.training if r == "R8 hidden 128 exp steps 500 seed 0"]
+    layers = max((measured.training[k] for k in plain), key=len)
+    ticks = range(len(layers))
     for shift, (name, label) in enumerate((("sparse", "sparse"), ("start", "k-means start"), ("less", "LESS"))):
-        right.bar([i + 0.27 * (shift - 1) for i in places], [x[name] for x in layers], 0.27, label=label)
-    right.set_xticks(places, [str(x["layer"]) for x in layers], fontsize=8)
+        right.bar([i + 0.27 * (shift - 1) for i in ticks], [x[name] for x in layers], 0.27, label=label)
+    right.set_xticks(ticks, [str(x["layer"]) for x in layers], fontsize=8)
     right.set_xlabel("layer")
     right.set_ylabel("relative error of the layer's output")
     for axes in (left, right):
@@ -82,7 +82,7 @@ def quality() -> None:
 
 
 def gpu() -> None:
-    """Decode on a GPU: bandwidth against a copy, and time against attention over a full cache."""
+    """Decode on a GPU: bandwidth compared with a copy, and time compared with attention over a full cache."""
     data = json.loads((RESULTS / "gpu.json").read_text())
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
     rows = data["decode"]
@@ -92,10 +92,12 @@ def gpu() -> None:
     left.set_xticks(range(len(rows)), labels, fontsize=7)
     left.set_ylabel("decode step, GB/s")
     for batch in sorted({r["batch"] for r in data["full_cache"]}):
-        of = [r for r in data["full_cache"] if r["batch"] == batch]
-        (line,) = right.plot([r["context"] for r in of], [r["sdpa_us"] for r in of], "o-", label=f"SDPA, batch {batch}")
-        ours = [r["plugin_us"] for r in of]
-        right.plot([r["context"] for r in of], ours, "s--", color=line.get_color(), label=f"LESS, batch {batch}")
+        selected = [r for r in data["full_cache"] if r["batch"] == batch]
+        (line,) = right.plot(
+            [r["context"] for r in selected], [r["sdpa_us"] for r in selected], "o-", label=f"SDPA, batch {batch}"
+        )
+        ours = [r["plugin_us"] for r in selected]
+        right.plot([r["context"] for r in selected], ours, "s--", color=line.get_color(), label=f"LESS, batch {batch}")
     right.set_xscale("log", base=2)
     right.set_yscale("log")
     right.set_xlabel("context, tokens")

@@ -17,13 +17,13 @@ _LESS = re.compile(
 )
 
 _SEED = re.compile(r" seed \d+")
-#: What the name of a setting ends with whose budget is divided among the layers.
+#: Suffix of settings whose budget is divided among the layers.
 DIVIDED = ", divided"
 
 
 @dataclass(frozen=True, order=True)
-class Made:
-    """How kernels were made; 0 sequences stand for what the results call ``train_sequences``, tuned for steps."""
+class KernelRecipe:
+    """How kernels were trained; ``sequences`` 0 is the results' ``train_sequences``, ``tuned`` the end-to-end steps."""
 
     rank: int = 8
     hidden: int = 128
@@ -34,24 +34,24 @@ class Made:
 
     @property
     def trained(self) -> str:
-        """The name of their training without its last stage, up to the seed and what follows it."""
+        """Name of the training before the end-to-end stage, without the seed and what follows it."""
         return f"R{self.rank} hidden {self.hidden} {self.kind} steps {self.steps}"
 
 
-PLAIN = Made()
-TUNED = Made(tuned=96)
+PLAIN = KernelRecipe()
+TUNED = KernelRecipe(tuned=96)
 NOT_YET = "not measured yet"
 
 
 @dataclass(frozen=True)
-class Found:
-    """A row of the results by what it is about."""
+class Measurement:
+    """A row of the results, with its key split into parts."""
 
     domain: str
     setting: str
     cache: str
     how: str
-    recipe: Made | None
+    recipe: KernelRecipe | None
     seed: int
     row: dict[str, Any]
 
@@ -61,11 +61,11 @@ class Found:
 
 
 class Quality:
-    """The measured rows, to be looked up."""
+    """The measured rows, with lookups."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data = data
-        self.found: list[Found] = []
+        self.measurements: list[Measurement] = []
         self.training: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.tuning: dict[tuple[str, str], float] = {}
         self.paces: dict[str, dict[str, Any]] = {}
@@ -88,46 +88,46 @@ class Quality:
             recipe, seed = None, 0
             if match := _LESS.match(cache):
                 rank, hidden, kind, steps, seed_, more, tuned = match.groups()
-                recipe = Made(int(rank), int(hidden), kind, int(steps), int(more or 0), int(tuned or 0))
+                recipe = KernelRecipe(int(rank), int(hidden), kind, int(steps), int(more or 0), int(tuned or 0))
                 seed, cache = int(seed_), "less"
-            self.found.append(Found(parts[0], setting, cache, how, recipe, seed, row))
+            self.measurements.append(Measurement(parts[0], setting, cache, how, recipe, seed, row))
 
-    def one(self, domain: str, setting: str, cache: str, how: str = "chunk 1") -> Found | None:
-        wanted = (domain, setting, cache, how) if cache != "full" else (domain, "", "full", "")
-        return next((f for f in self.found if (f.domain, f.setting, f.cache, f.how) == wanted), None)
+    def one(self, domain: str, setting: str, cache: str, how: str = "chunk 1") -> Measurement | None:
+        key = (domain, setting, cache, how) if cache != "full" else (domain, "", "full", "")
+        return next((f for f in self.measurements if (f.domain, f.setting, f.cache, f.how) == key), None)
 
-    def less(self, domain: str, setting: str, recipe: Made = PLAIN, how: str = "chunk 1") -> list[Found]:
-        """One per seed."""
-        wanted = (domain, setting, "less", how, recipe)
-        mine = [f for f in self.found if (f.domain, f.setting, f.cache, f.how, f.recipe) == wanted]
-        return sorted(mine, key=lambda f: f.seed)
+    def less(self, domain: str, setting: str, recipe: KernelRecipe = PLAIN, how: str = "chunk 1") -> list[Measurement]:
+        """The measurements of a recipe, one for each seed."""
+        key = (domain, setting, "less", how, recipe)
+        matches = [f for f in self.measurements if (f.domain, f.setting, f.cache, f.how, f.recipe) == key]
+        return sorted(matches, key=lambda f: f.seed)
 
-    def share(self, domain: str, baseline: Found | None, less: list[Found]) -> statistics.Interval | None:
-        """Part of the gap that LESS closes, its perplexity averaged over the seeds sequence by sequence."""
+    def share(self, domain: str, baseline: Measurement | None, less: list[Measurement]) -> statistics.Interval | None:
+        """Share of the gap that LESS closes; its log likelihoods are averaged over the seeds, sequence by sequence."""
         full = self.one(domain, "", "full")
         if full is None or baseline is None or not less:
             return None
         return statistics.share_of_gap(full.nll, baseline.nll, np.mean([f.nll for f in less], 0))
 
     def settings(self) -> list[str]:
-        """Those of the main table: budgets in percent."""
-        return [s for s in dict.fromkeys(f.setting for f in self.found if "%" in f.setting) if DIVIDED not in s]
+        """Settings of the main table: those with budgets in percent."""
+        return [s for s in dict.fromkeys(f.setting for f in self.measurements if "%" in f.setting) if DIVIDED not in s]
 
     def divided(self) -> list[str]:
-        """Those whose budget is divided by what eviction costs."""
-        return [s for s in dict.fromkeys(f.setting for f in self.found) if DIVIDED in s]
+        """Settings whose budget is divided by the cost of eviction."""
+        return [s for s in dict.fromkeys(f.setting for f in self.measurements) if DIVIDED in s]
 
     def splits(self) -> list[str]:
-        """The first of them, and those with its bytes divided otherwise: budgets in tokens."""
-        others = dict.fromkeys(f.setting for f in self.found if f.setting and "%" not in f.setting)
+        """The first setting, and those that divide its bytes differently: budgets in tokens."""
+        others = dict.fromkeys(f.setting for f in self.measurements if f.setting and "%" not in f.setting)
         return [self.settings()[0], *others]
 
 
-def _ppl(found: Found | None) -> str:
-    return f"{found.row['perplexity']:.2f}" if found else NOT_YET
+def _ppl(measurement: Measurement | None) -> str:
+    return f"{measurement.row['perplexity']:.2f}" if measurement else NOT_YET
 
 
-def _seeds(less: list[Found]) -> str:
+def _seeds(less: list[Measurement]) -> str:
     if not less:
         return NOT_YET
     values = [f.row["perplexity"] for f in less]
@@ -151,12 +151,12 @@ def settings(q: Quality) -> tuple[list[str], list[list[str]]]:
 
 
 def divided(q: Quality) -> tuple[list[str], list[list[str]]]:
-    """The same bytes, divided among the layers by what eviction costs, against both sparse caches of those bytes."""
+    """The same bytes, divided among the layers by the cost of eviction, against both sparse caches of as many bytes."""
     rows = []
     for name in q.divided():
         even = name.removesuffix(DIVIDED)
         baselines = [q.one("in", n, "sparse+bytes R8") for n in (even, name)]
-        recipes = {f.recipe for f in q.found if f.setting == name and f.recipe and f.domain == "in"}
+        recipes = {f.recipe for f in q.measurements if f.setting == name and f.recipe and f.domain == "in"}
         for recipe in sorted(r for r in recipes if r):
             less = q.less("in", name, recipe)
             how = f"{recipe.sequences or q.data['train_sequences']} sequences"
@@ -171,7 +171,7 @@ def divided(q: Quality) -> tuple[list[str], list[list[str]]]:
 
 def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
     setting = q.settings()[0]
-    recipes = dict.fromkeys(f.recipe for f in q.found if f.setting == setting and f.recipe and f.domain == "in")
+    recipes = dict.fromkeys(f.recipe for f in q.measurements if f.setting == setting and f.recipe and f.domain == "in")
     rows = []
     for recipe in sorted(r for r in recipes if r):
         less = q.less("in", setting, recipe)
@@ -210,16 +210,17 @@ def sweep(q: Quality) -> tuple[list[str], list[list[str]]]:
 
 
 def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
-    """The same bytes as slots or as rank; all against the sparse cache of the first one's bytes."""
+    """The same bytes used for slots or for rank, all against the sparse cache with the bytes of the first."""
     first, *_ = names = q.splits()
     baseline = q.one("in", first, "sparse+bytes R8")
     rows = []
     for name in names:
-        mine = [f for f in q.found if f.setting == name and f.cache == "less" and f.domain == "in" and f.seed == 0]
-        mine = [f for f in mine if f.how == "chunk 1" and f.recipe and replace(f.recipe, rank=8) == PLAIN]
+        key = (name, "less", "in", 0, "chunk 1")
+        matches = [f for f in q.measurements if (f.setting, f.cache, f.domain, f.seed, f.how) == key]
+        matches = [f for f in matches if f.recipe and replace(f.recipe, rank=8) == PLAIN]
         if name == first:
-            mine = [f for f in mine if f.recipe == PLAIN]
-        for f in mine:
+            matches = [f for f in matches if f.recipe == PLAIN]
+        for f in matches:
             state, rank = f"{f.row['state_bytes'] / 1e6:.3f}", str(f.recipe.rank if f.recipe else "")
             rows.append([name, rank, state, _ppl(f), _share(q.share("in", baseline, [f]))])
     return ["setting", "R", "state, MB", "LESS", "share of the gap (= bytes of the first)"], rows
@@ -228,13 +229,13 @@ def splits(q: Quality) -> tuple[list[str], list[list[str]]]:
 def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
     rows = []
     names = {"in": "WikiText-2 test", "shipped": "held-out part of the shipped text", "out": "Python reference manual"}
-    made = {f.recipe for f in q.found if f.domain != "in" and f.recipe}
+    recipes = {f.recipe for f in q.measurements if f.domain != "in" and f.recipe}
     for setting in [*q.settings(), *q.divided()]:
         if not any(q.less(d, setting) for d in ("out", "shipped")):
             continue
         for domain, label in names.items():
             full, baseline = q.one(domain, "", "full"), q.one(domain, setting, "sparse+bytes R8")
-            for recipe in sorted(made):
+            for recipe in sorted(recipes):
                 less = q.less(domain, setting, recipe)
                 if less:
                     how = f"{recipe.sequences or q.data['train_sequences']} sequences"
@@ -245,7 +246,7 @@ def domains(q: Quality) -> tuple[list[str], list[list[str]]]:
 
 
 def orders(q: Quality) -> tuple[list[str], list[list[str]]]:
-    """The same kernels in chunks of 256, and streamed through a backend beside the simulation of those sequences."""
+    """The same kernels in chunks of 256, and streamed through a backend next to a simulation of the same sequences."""
     rows = []
     for setting in q.settings():
         one, streamed, large = (q.less("in", setting, how=h)[:1] for h in ("chunk 1", "streamed", "chunk 256"))
@@ -256,14 +257,14 @@ def orders(q: Quality) -> tuple[list[str], list[list[str]]]:
                 rows.append([setting, label, *cells])
         if streamed and one:
             count = len(streamed[0].nll)
-            for label, found in (("one token a step, simulated", one[0]), ("the same, streamed", streamed[0])):
-                value = f"{statistics.perplexity(found.nll[:count]).value:.2f}"
+            for label, measurement in (("one token a step, simulated", one[0]), ("the same, streamed", streamed[0])):
+                value = f"{statistics.perplexity(measurement.nll[:count]).value:.2f}"
                 rows.append([setting, label, str(count), "", value, ""])
     return ["setting", "order", "sequences", "= bytes", "LESS", "share of the gap"], rows
 
 
 def memory(q: Quality) -> tuple[list[str], list[list[str]]]:
-    """Bytes of a sequence, of the kernels, and the batch from which LESS takes less in all."""
+    """Bytes of a sequence and of the kernels, and the batch from which LESS takes less memory in total."""
     rows = []
     full = q.one("in", "", "full")
     for setting in q.settings():
@@ -291,7 +292,7 @@ def _batch(kernels: int, saved: int) -> str:
 
 
 def times(q: Quality) -> tuple[list[str], list[list[str]]]:
-    """Seconds of training per layer and in all."""
+    """Seconds of training per layer and in total."""
     grouped: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for (setting, recipe), layers in q.training.items():
         grouped[setting, _SEED.sub("", recipe)] += layers
@@ -308,7 +309,7 @@ def times(q: Quality) -> tuple[list[str], list[list[str]]]:
 
 
 def pace(q: Quality) -> tuple[list[str], list[list[str]]]:
-    """Our recipe beside the authors': seconds of a step, and of all steps at that pace."""
+    """Our recipe and the authors': seconds of a step, and of all steps at that rate."""
     rows = []
     for setting, row in q.paces.items():
         for name, label in (("ours", "ours"), ("authors", "the authors'")):
@@ -323,7 +324,7 @@ PARTS = ("settings", "divided", "splits", "sweep", "domains", "orders", "memory"
 
 
 def note(q: Quality, part: str) -> str:
-    """What a table's figures are, in words, before the machine."""
+    """Text that explains a table's figures; it precedes the machine."""
     d = q.data
     if part in ("times", "pace"):
         return "one thread, beside other work on the machine; "
@@ -332,6 +333,7 @@ def note(q: Quality, part: str) -> str:
     full = q.one("in", "", "full") if part == "settings" else None
     return (
         (f"full cache {full.row['perplexity']:.2f}; " if full else "")
-        + f"{len(q.found[0].row['sequences'])} sequences of {d['length']:,} tokens, {d['positions']} positions each; "
+        + f"{len(q.measurements[0].row['sequences'])} sequences of {d['length']:,} tokens, "
+        f"{d['positions']} positions each; "
         "95% intervals by bootstrap over sequences; "
     )

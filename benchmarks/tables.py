@@ -1,6 +1,6 @@
-"""The tables of README and docs, from ``benchmarks/results``: rewrites what lies between their markers.
+"""Update the tables of README and docs, between their markers, from ``benchmarks/results``.
 
-``python benchmarks/tables.py`` writes, ``--check`` only says whether they are up to date.
+``python benchmarks/tables.py`` writes them, ``--check`` only reports whether they are up to date.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def results(name: str) -> dict[str, Any]:
 
 
 def where(data: dict[str, Any]) -> str:
-    """The machine of a result in words."""
+    """The machine of a result, as text."""
     m = data["machine"]
     versions = ", ".join(f"{n} {m['versions'][n]}" for n in ("torch", "transformers", "onnxruntime"))
     return f"{m['cpu']}, {m['cores']} cores, {m['memory_gb']} GB; {versions}"
@@ -74,7 +74,7 @@ def versions() -> str:
 
 
 def export_cost() -> str:
-    """Cost of an export against the ordinary one."""
+    """Cost of an export, compared with the ordinary one."""
     data = results("export_cost")
     ours, theirs, ratio = data["median"]["less_export"], data["median"]["ordinary"], data["ratio"]
     names = {"seconds": "wall time, s", "peak_rss_mb": "peak RSS, MB", "written_mb": "written, MB"}
@@ -84,7 +84,7 @@ def export_cost() -> str:
 
 
 def decode_cost() -> str:
-    """Decode step against the full cache."""
+    """Cost of a decode step, compared with the full cache."""
     data = results("decode_cost")
     rows = [
         [
@@ -107,14 +107,14 @@ def decode_cost() -> str:
         "LESS state, MB",
         "full cache, MB",
     ]
-    what = f"{data['layers']} layers, {data['dtype']}, batch {data['batch']}, {data['slots']} slots, {data['policy']}, "
+    note = f"{data['layers']} layers, {data['dtype']}, batch {data['batch']}, {data['slots']} slots, {data['policy']}, "
     kernels = f"{data['kernel_bytes'] / 1e6:.2f} MB of kernels for all rows"
-    what += f"rank {data['rank']}, hidden {data['hidden']}: {kernels}"
-    return table(header, rows) + f"\n\n({what}; {where(data)})"
+    note += f"rank {data['rank']}, hidden {data['hidden']}: {kernels}"
+    return table(header, rows) + f"\n\n({note}; {where(data)})"
 
 
 def headline() -> str:
-    """The few figures that the README begins with, linked to where they come from."""
+    """The figures at the top of the README, with links to their pages."""
     decode, data = results("decode_cost"), results("quality")
     by_context = {r["context"]: r for r in decode["rows"]}
     long, step, short = by_context[32768], by_context[16384], decode["rows"][0]
@@ -134,9 +134,9 @@ def headline() -> str:
         figures = [sum(less) / len(less), *(f.row["perplexity"] for f in rest if f)]
         quality_page = "[Quality](docs/results/quality.md)"
         rows.append([f"perplexity on {text}", *(f"{x:.2f}" for x in figures), quality_page])
-    what = f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots; "
-    what += f"perplexity: Gemma 3 270M, contexts of 1,024 tokens, {setting}"
-    return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({what})"
+    description = f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots; "
+    description += f"perplexity: Gemma 3 270M, contexts of 1,024 tokens, {setting}"
+    return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({description})"
 
 
 def recipes() -> str:
@@ -160,33 +160,33 @@ def recipe_budgets() -> str:
     return table(["recipe", "of a context of", *PAPER_BUDGETS], rows)
 
 
-def _held(row: dict[str, Any]) -> list[str]:
-    """What a bundle held in MB: loaded, decoding, at most; less the process before loading."""
+def _memory_cells(row: dict[str, Any]) -> list[str]:
+    """Memory of a bundle in MB: loaded, decoding and peak, minus the process before loading."""
     figures = (row["loaded"]["resident_mb"], row["running"]["resident_mb"], row["running"]["peak_mb"])
     return [f"{x - row['empty']['resident_mb']:,.0f}" for x in figures]
 
 
 def memory() -> str:
-    """What a bundle holds in memory."""
+    """Memory of a bundle."""
     data = results("memory")
     rows = [
-        [f"`{r['model']}`, {r['layers']} layers", r["weights"], f"{r['weight_mb']:,.0f}", *_held(r)]
+        [f"`{r['model']}`, {r['layers']} layers", r["weights"], f"{r['weight_mb']:,.0f}", *_memory_cells(r)]
         for r in data["rows"]
         if r["variant"] == data["rows"][0]["variant"]
     ]
     header = ["model", "weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB"]
-    what = f"random weights, batch {data['batch']}, less the process before loading"
-    return table(header, rows) + f"\n\n({what}; {where(data)})"
+    description = f"random weights, batch {data['batch']}, less the process before loading"
+    return table(header, rows) + f"\n\n({description}; {where(data)})"
 
 
 def memory_options() -> str:
-    """The same with other session options, where they were tried."""
+    """The same with other session options, where measured."""
     data = results("memory")
-    tried = {r["weights"] for r in data["rows"] if r["variant"] != data["rows"][0]["variant"]}
+    varied = {r["weights"] for r in data["rows"] if r["variant"] != data["rows"][0]["variant"]}
     rows = []
     for r in data["rows"]:
-        if r["weights"] in tried:
-            rows.append([r["weights"], r["variant"], *([r["failed"], "", ""] if "failed" in r else _held(r))])
+        if r["weights"] in varied:
+            rows.append([r["weights"], r["variant"], *([r["failed"], "", ""] if "failed" in r else _memory_cells(r))])
     header = ["weights", "session options", "loaded, MB", "decoding, MB", "at most, MB"]
     return table(header, rows) + f"\n\n({where(data)})"
 
@@ -207,8 +207,8 @@ def peers() -> str:
         rows.append([r["who"], r["precision"], *cells])
     header = ["exporter", "weights", "export, s", "its peak RSS, MB", "written, MB"]
     header += [h for c in contexts for h in (f"tokens/s at {c:,}", f"resident at {c:,}, MB")]
-    what = f"{data['layers']} layers, fp16 checkpoint of {data['checkpoint_mb']:,.0f} MB, {data['slots']} slots"
-    return table(header, rows) + f"\n\n({what}, {data['threads']} threads; {where(data)})"
+    description = f"{data['layers']} layers, fp16 checkpoint of {data['checkpoint_mb']:,.0f} MB, {data['slots']} slots"
+    return table(header, rows) + f"\n\n({description}, {data['threads']} threads; {where(data)})"
 
 
 def large() -> str:
@@ -217,10 +217,10 @@ def large() -> str:
     steps = [("random checkpoint", data["checkpoint"]), ("export for TensorRT, weights linked", data["export"])]
     steps += [(f"engine with the plugin, {p['gpu_arch']}", p) for p in data["plans"]]
     rows = []
-    for what, run in steps:
+    for description, run in steps:
         megabytes = run.get("written_mb", run.get("plan_mb"))
-        left = f"{megabytes:,.1f}" if megabytes is not None else f"stopped: {run['why']}, at: {run['reached']}"
-        rows.append([what, str(run["layers"]), f"{run['seconds']:.0f}", f"{run['peak_rss_mb']:,.0f}", left])
+        output = f"{megabytes:,.1f}" if megabytes is not None else f"stopped: {run['why']}, at: {run['reached']}"
+        rows.append([description, str(run["layers"]), f"{run['seconds']:.0f}", f"{run['peak_rss_mb']:,.0f}", output])
     header = ["step", "layers", "wall time, s", "peak RSS, MB", "written, MB"]
     recipe = load(data["model"])
     assert recipe is not None
@@ -229,19 +229,22 @@ def large() -> str:
 
 
 def quality(part: str) -> str:
-    """One of the tables of the quality benchmark."""
-    found = quality_tables.Quality(results("quality"))
-    return table(*getattr(quality_tables, part)(found)) + f"\n\n({quality_tables.note(found, part)}{where(found.data)})"
+    """A table of the quality benchmark."""
+    measured = quality_tables.Quality(results("quality"))
+    return (
+        table(*getattr(quality_tables, part)(measured))
+        + f"\n\n({quality_tables.note(measured, part)}{where(measured.data)})"
+    )
 
 
 def gpu(part: str) -> str:
-    """One of the tables of what gpu_check measured, which may not have been anything yet."""
-    found = results("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").is_file() else {}
-    return table(*gpu_tables.PARTS[part](found)) + f"\n\n({gpu_tables.note(found)})"
+    """A table of the results of gpu_check, which may not have run yet."""
+    data = results("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").is_file() else {}
+    return table(*gpu_tables.PARTS[part](data)) + f"\n\n({gpu_tables.note(data)})"
 
 
 def models(part: str) -> str:
-    """One of the tables about architectures."""
+    """A table about architectures."""
     name, maker = model_tables.PARTS[part]
     data = results(name)
     return table(*maker(data)) + f"\n\n({where(data)})"

@@ -39,29 +39,29 @@ from tests import families
 #: Time limit per model; one that takes longer counts as failed.
 SECONDS = 300
 #: A model with more parameters is not tiny: its config has a size key that zoo_configs does not know.
-MOST_PARAMETERS = 100_000_000
+MAX_PARAMETERS = 100_000_000
 STEPS = (16, 9, 1, 1, 16, 1, 1, 1)
 
 
 def visit(model_type: str) -> dict[str, Any]:
     """The result for one model type, or for its text part if the whole has no tiny config."""
-    found, part = attempt(model_type), f"{model_type}_text"
-    if found["outcome"] == "no tiny config" and part in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        of_part = attempt(part)
-        if of_part["outcome"] != "no tiny config":
-            return of_part
-    return found
+    result, part = attempt(model_type), f"{model_type}_text"
+    if result["outcome"] == "no tiny config" and part in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        part_result = attempt(part)
+        if part_result["outcome"] != "no tiny config":
+            return part_result
+    return result
 
 
 def attempt(model_type: str) -> dict[str, Any]:
-    """A dict of ``outcome`` and either ``reason`` or ``layers`` and ``error``."""
+    """A dict with ``outcome`` and either ``reason`` or ``layers`` and ``error``."""
     try:
         config = tiny_config(model_type)
-    except Exception as error:  # whatever a config's own checks raise
+    except Exception as error:  # a config's own checks may raise anything
         return {"outcome": "no tiny config", "reason": one_line(error)}
     try:
         bare = weights.bare_model(config, torch.float32)
-    except Exception as error:  # whatever a model's constructor raises
+    except Exception as error:  # a model's constructor may raise anything
         if config.is_encoder_decoder:
             reason = "an encoder-decoder: transformers builds no decoder from its whole configuration"
             return {"outcome": "not a decoder", "reason": reason}
@@ -70,10 +70,10 @@ def attempt(model_type: str) -> dict[str, Any]:
     try:
         layers = discover(bare)
     except UnsupportedModelError as refusal:
-        behind = "attends to the encoder" in str(refusal)
-        return {"outcome": "not a decoder" if behind else refused, "reason": str(refusal)}
+        cross_attention = "attends to the encoder" in str(refusal)
+        return {"outcome": "not a decoder" if cross_attention else refused, "reason": str(refusal)}
     count = sum(p.numel() for p in bare.parameters())
-    if count > MOST_PARAMETERS:
+    if count > MAX_PARAMETERS:
         return {"outcome": "no tiny config", "reason": f"{count / 1e6:,.0f} million parameters"}
     try:
         error = difference(config)
@@ -81,14 +81,14 @@ def attempt(model_type: str) -> dict[str, Any]:
         return {"outcome": refused, "reason": str(refusal)}
     except Exception as reason:  # raised by the exporter, torch or ONNX Runtime: the row records the failure
         return {"outcome": "failed", "reason": one_line(reason)}
-    found = {"layers": [[x.query_heads, x.kv_heads, x.head_dim, x.window] for x in layers], "error": error}
+    facts = {"layers": [[x.query_heads, x.kv_heads, x.head_dim, x.window] for x in layers], "error": error}
     if not error <= TOLERANCE:
-        return {"outcome": "failed", "reason": f"differs from Hugging Face by {error:.1e}", **found}
-    return {"outcome": "supported", **found}
+        return {"outcome": "failed", "reason": f"differs from Hugging Face by {error:.1e}", **facts}
+    return {"outcome": "supported", **facts}
 
 
 def difference(config: Any) -> float:
-    """Largest difference between the exported logits and eager Hugging Face's, as a share of the largest logit."""
+    """Largest difference between the exported logits and eager Hugging Face's, relative to the largest logit."""
     model = families.build(
         lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     )
@@ -98,29 +98,29 @@ def difference(config: Any) -> float:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "model")
         tiny = families.export(Path(folder) / "model", Path(folder) / "x", policy="full", context=64, logits="all")
-        found = np.concatenate(families.feed(tiny.backend("ort", 2), ids, STEPS), 1)
-    return families.relative(found, expected)
+        logits = np.concatenate(families.feed(tiny.backend("ort", 2), ids, STEPS), 1)
+    return families.relative(logits, expected)
 
 
 def row(model_type: str) -> dict[str, Any]:
     """The row of one model type, measured in a process that may crash or hang."""
-    found = isolated(visit, model_type, seconds=SECONDS)
-    if "failed" in found:
-        found = {"outcome": "failed", "reason": found["failed"]}
-    return {"model_type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], **found}
+    result = isolated(visit, model_type, seconds=SECONDS)
+    if "failed" in result:
+        result = {"outcome": "failed", "reason": result["failed"]}
+    return {"model_type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], **result}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model_types", nargs="*", metavar="MODEL_TYPE")
-    chosen, path = parser.parse_args().model_types, RESULTS / "zoo.json"
+    model_types, path = parser.parse_args().model_types, RESULTS / "zoo.json"
     rows: dict[str, dict[str, Any]] = {}
-    if chosen and path.is_file():
+    if model_types and path.is_file():
         rows = {r["model_type"]: r for r in json.loads(path.read_text())["rows"]}
-    for model_type in chosen or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        rows[model_type] = found = row(model_type)
-        said = found.get("reason") or f"{found['error']:.1e} {found['layers']}"
-        print(f"{model_type}: {found['outcome']}: {said}", flush=True)
+    for model_type in model_types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        rows[model_type] = result = row(model_type)
+        detail = result.get("reason") or f"{result['error']:.1e} {result['layers']}"
+        print(f"{model_type}: {result['outcome']}: {detail}", flush=True)
     write_results("zoo", {"steps": list(STEPS), "rows": [rows[n] for n in sorted(rows)]})
 
 

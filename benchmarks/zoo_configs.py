@@ -1,4 +1,4 @@
-"""How the zoo makes decoders tiny: the sizes it knows by name, and what single model types need beyond."""
+"""Tiny configurations for the zoo: sizes by their usual names, and changes that single model types need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from tests.families import VOCAB, WINDOW
 
-#: Small values by transformers' usual names; each config takes those it has.
+#: Small values by transformers' usual names; each config gets those it has.
 SMALL: dict[str, Any] = {
     **{"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": WINDOW},
@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "num_shared_experts"), 1),
-    # latent attention; the widths of its heads stay, because Dk = Dv is what decides
+    # latent attention; the head widths stay, because support depends on Dk = Dv
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ _QWEN4 = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 32,
     "indexer_compress_ratio": 4,
 }  # fmt: skip
-#: What a model type needs beyond, or instead of, that.
+#: Values that a model type needs in addition or instead.
 CHANGES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -76,22 +76,22 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str) -> Any:
-    """The default config of a model type with every size that is known made small.
+    """The default config of a model type with every known size made small.
 
-    Where layers differ there is one of each kind, and never fewer than two layers. Raises whatever a config
-    that cannot be had this small raises.
+    If layers differ, there is one of each kind, and always at least two layers. A config that cannot be this small
+    may raise any exception.
     """
     default = AutoConfig.for_model(model_type)
     kind = type(default)
     values = _shrunk(default)
-    within = values
+    text_values = values
     for name in kind.sub_configs:
         sub = getattr(default, name, None)
         if sub is not None:
             values[name] = _shrunk(sub)
             if sub is default.get_text_config(decoder=True):
-                within = values[name]
-    within |= CHANGES.get(model_type, {})
+                text_values = values[name]
+    text_values |= CHANGES.get(model_type, {})
     return kind(**values)
 
 

@@ -21,18 +21,18 @@ KERNELS = OUT / "kernels.safetensors"
 #: Half the sequences and steps of --quality fast.
 QUICK = ("--seqs", "16", "--steps", "300")
 NEW_TOKENS = 80
-GPU_ARCH = "sm_89"  # one architecture: the plugin is compiled for it the first time
+GPU_ARCH = "sm_89"  # one architecture: the first run compiles the plugin for it
 
 
 def run(*command: str | Path) -> float:
-    """Run a less-export command as a user would, its output on the terminal; returns the seconds it took."""
-    words = [str(c) for c in command]
-    print(f"\n$ less-export {' '.join(words)}", flush=True)
+    """Run a less-export command with its output on the terminal; returns the seconds it took."""
+    arguments = [str(c) for c in command]
+    print(f"\n$ less-export {' '.join(arguments)}", flush=True)
     program = Path(sysconfig.get_path("scripts")) / "less-export"
     start = time.perf_counter()
-    done = subprocess.run([program, *words], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    process = subprocess.run([program, *arguments], check=False)
+    if process.returncode:
+        sys.exit(process.returncode)
     return time.perf_counter() - start
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     prompt = story()
     generator = less_export.open_bundle(BUNDLE)
     contract = generator.backend.contract
-    print(f"\ngenerating after a prompt of {len(prompt)} characters, of which the end:\n")
+    print(f"\ngenerating from a prompt of {len(prompt)} characters, which ends:\n")
     print(f"...{prompt[-220:].strip()}", end="", flush=True)
     params = less_export.SamplingParams(temperature=0.7, top_p=0.9, seed=2, max_new_tokens=NEW_TOKENS)
     for token in generator.stream([prompt], params):
@@ -77,9 +77,9 @@ def main() -> None:
     results.add_row("prefill", f"{timing.prefill_rate:.0f} tokens/s")
     results.add_row("decode", f"{timing.decode_rate:.1f} tokens/s")
     show(results)
-    # What the kernels were not trained on: later passages of the text that ships with less-export.
-    table_of = ("--compare", "full,sparse,sparse+bytes,less", "--seqs", "6", "--positions", "128")
-    run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", "held_out", *table_of)
+    # The kernels were not trained on held_out: later passages of the text that ships with less-export.
+    options = ("--compare", "full,sparse,sparse+bytes,less", "--seqs", "6", "--positions", "128")
+    run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", "held_out", *options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Timings for gpu_check: CUDA events, medians of 100 replays of a captured graph.
 
 A graph runs one step on each of several sets of state, together at least four times the L2 cache, so that no step
-finds its slots in the cache. Both sides of a comparison run in this process, one after the other.
+reads its slots from the cache. Both sides of a comparison run in this process, one after the other.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEAD_DIM, GROUP, RANK = 128, 4, 16
 
 
 def replayed(runs: Sequence[Callable[[], object]], device: str, replays: int = REPLAYS) -> float:
-    """Median microseconds of one of ``runs``, captured one after another in a CUDA graph."""
+    """Median microseconds per call of ``runs``, captured one after another in a CUDA graph."""
     if device == "cpu":
         started = time.perf_counter()
         for run in runs:
@@ -49,7 +49,7 @@ def replayed(runs: Sequence[Callable[[], object]], device: str, replays: int = R
 def timed(run: Callable[[], object], repeats: int, ahead: int = 0) -> float:
     """Median microseconds of a call between two events on the current stream.
 
-    ``ahead`` keeps the GPU busy for so many cycles first, so that the span holds no time of the CPU's launching.
+    ``ahead`` keeps the GPU busy for that many cycles first, so that the span contains no launch time of the CPU.
     """
     for _ in range(3):
         run()
@@ -66,12 +66,12 @@ def timed(run: Callable[[], object], repeats: int, ahead: int = 0) -> float:
     return statistics.median(spans)
 
 
-def sets_for(one: int, device: str) -> int:
-    """How many sets of ``one`` bytes exceed four times the L2 cache."""
+def sets_for(size: int, device: str) -> int:
+    """Number of sets of ``size`` bytes that exceed four times the L2 cache."""
     if device == "cpu":
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(512, -(-4 * cache // one)))
+    return max(2, min(512, -(-4 * cache // size)))
 
 
 def current_stream(device: str) -> int:
@@ -79,7 +79,7 @@ def current_stream(device: str) -> int:
 
 
 def launches(layer: LayerSpec, batch: int, chunk: int, device: str) -> list[Callable[[], object]]:
-    """A launch for each of enough sets of state."""
+    """Launches on enough sets of state to exceed the cache, one for each."""
     first = Step(layer, DTYPE, batch, chunk, device)
     more = sets_for(total_bytes(first.inputs[5:12]), device) - 1
     steps = [first, *(Step(layer, DTYPE, batch, chunk, device, seed + 1) for seed in range(more))]
@@ -112,7 +112,7 @@ def decode(device: str, dry: bool) -> list[dict[str, Any]]:
 
 
 def prefill(device: str, dry: bool) -> list[dict[str, Any]]:
-    """Chunks of prefill; operations are those of the attention alone (two products per visible pair)."""
+    """Chunks of prefill; only the operations of attention count (two products per visible pair)."""
     rows = []
     for policy in ("h2o", "sink"):
         for batch, chunk in ((1, 256), (1, 1024), (8, 256), (8, 1024)):
@@ -129,7 +129,7 @@ def prefill(device: str, dry: bool) -> list[dict[str, Any]]:
 
 
 def eager(device: str, dry: bool) -> list[dict[str, Any]]:
-    """The same decode step by torch on the same state: eager as users run it, and captured in a graph."""
+    """The same decode step in torch on the same state: eager, as users run it, and captured in a graph."""
     rows = []
     for batch in (1, 16, 64):
         if dry and batch > 1:
@@ -184,7 +184,7 @@ def sdpa(q: torch.Tensor, caches: Sequence[tuple[torch.Tensor, ...]], device: st
         try:
             with sdpa_kernel([SDPBackend.MATH] if device == "cpu" else backend):
                 times[backend.name] = replayed(runs, device)
-        except RuntimeError:  # this one does not take these shapes
+        except RuntimeError:  # this implementation does not support these shapes
             continue
     name = min(times, key=lambda n: times[n])
     return times[name], name.lower()
@@ -200,7 +200,7 @@ BENCHMARKS: dict[str, Callable[[str, bool], Any]] = {
 
 
 def summary(data: dict[str, Any]) -> str:
-    """The figures that matter, in a few lines."""
+    """The main figures in a few lines."""
     lines = []
     copy = data.get("bandwidth", {}).get("gb_per_s")
     for r in data.get("decode", []):

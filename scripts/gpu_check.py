@@ -1,7 +1,7 @@
-"""Check and time the plugin's kernels on this machine's GPU; prints a short table, writes gpu.json.
+"""Check and time the plugin's kernels on this machine's GPU; prints a summary and writes gpu.json.
 
-``--dry-run`` goes through everything with the emulated kernels and tiny sizes, on a machine without a GPU: its
-times mean nothing and are not written anywhere.
+``--dry-run`` runs everything with the emulated kernels and tiny sizes, on a machine without a GPU: its times are
+meaningless and not written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 def parity(device: str, quick: bool) -> dict[str, Any]:
-    """Every case of tests/test_cuda.py through the plugin's interface: the largest error over the one allowed."""
+    """Every case of tests/test_cuda.py through the plugin's interface: the largest ratio of an error to its limit."""
     worst, failed, count = 0.0, [], 0
 
     def check(name: str, layer: Any, steps: Any, dtype: str) -> None:
@@ -42,15 +42,15 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         reference = follow(test_ops.torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
         try:
             errors = follow(plugin_run(Plugin.of(layer).attach(), layer, dtype, device=device), steps, fresh)
-        except Exception as error:  # a difference, or an error of CUDA
+        except Exception as error:  # a difference, or a CUDA error
             failed.append(f"{name}: {' '.join(str(error).split())[:160]}")
             if device == "cuda":
-                torch.cuda.synchronize()  # raises where nothing more can run in this process
+                torch.cuda.synchronize()  # raises if nothing more can run in this process
             return
         ratio = max(e / (2 * reference[n] + test_cuda.FLOOR) for n, e in errors.items())
         worst = max(worst, ratio)
         if ratio > 1:
-            failed.append(f"{name}: {ratio:.2f} of what is allowed")
+            failed.append(f"{name}: {ratio:.2f} times the limit")
 
     for dtype, policy, head_dim, group, rank in test_cuda.CHOSEN[: 3 if quick else None]:
         capacity = 150 if policy == "full" else 100
@@ -71,7 +71,7 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
 
 
 def primitives(lib: Any, device: str) -> dict[str, Any]:
-    """The tensor core against plain products; the host twins are held to the same in tests/."""
+    """Tensor core primitives against plain products; tests/ checks their host versions in the same way."""
     failed = []
     for dtype in ("float16", "bfloat16"):
         for seed in range(8):
@@ -83,10 +83,10 @@ def primitives(lib: Any, device: str) -> dict[str, Any]:
 
 
 def sanitize(library: Path) -> dict[str, Any]:
-    """compute-sanitizer over decode and prefill steps, in processes of their own, without torch's caching allocator."""
-    said: dict[str, Any] = {"failed": []}
+    """compute-sanitizer over decode and prefill steps, one process per tool, without torch's caching allocator."""
+    outcomes: dict[str, Any] = {"failed": []}
     if shutil.which("compute-sanitizer") is None:
-        return {**dict.fromkeys(TOOLS, "compute-sanitizer is not here"), "failed": []}
+        return {**dict.fromkeys(TOOLS, "compute-sanitizer is not installed"), "failed": []}
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool in TOOLS:
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
@@ -94,18 +94,18 @@ def sanitize(library: Path) -> dict[str, Any]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
         except subprocess.TimeoutExpired:
-            said[tool] = "timed out"
-            said["failed"].append(f"{tool}: timed out")
+            outcomes[tool] = "timed out"
+            outcomes["failed"].append(f"{tool}: timed out")
             continue
         lines = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-        said[tool] = lines[-1].strip("= ") if lines else f"exit code {done.returncode}"
+        outcomes[tool] = lines[-1].strip("= ") if lines else f"exit code {done.returncode}"
         if done.returncode:
-            said["failed"].append(f"{tool}: {done.stdout[-1500:]} {done.stderr[-500:]}")
-    return said
+            outcomes["failed"].append(f"{tool}: {done.stdout[-1500:]} {done.stderr[-500:]}")
+    return outcomes
 
 
 def exercise(library: Path) -> None:
-    """What runs under compute-sanitizer: every kernel; slots split over blocks and not; narrow and wide heads."""
+    """Steps to run under compute-sanitizer: every kernel, slots in one block and in several, narrow and wide heads."""
     gpu_kernels.use(library)
     kinds = [
         ("h2o", "float16", 1, 100, 128, 4),
@@ -123,12 +123,12 @@ def exercise(library: Path) -> None:
 
 
 def engine() -> dict[str, str]:
-    """Whether plans run here at all (TensorRT-RTX does not list every GPU), and tokens per second if they do."""
+    """Run plans, which TensorRT-RTX may not support on this GPU; returns tokens per second, or the error."""
     from bench_common import random_checkpoint
 
     import less_export
 
-    said = {}
+    outcomes = {}
     for name, plugin in (("plugin", True), ("no plugin", False)):
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -139,14 +139,14 @@ def engine() -> dict[str, str]:
                 less_export.export(str(Path(folder) / "model"), bundle, config, engine_plan=True)
                 model = less_export.open_bundle(bundle, backend="trt")
                 model.generate([[1, 2, 3] * 100], max_new_tokens=200)
-            said[name] = f"{model.timing.decode_rate:.1f} tokens/s (2 layers of TinyLlama's shape, float16)"
-        except Exception as error:  # whatever a library that does not know this GPU raises
-            said[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return said
+            outcomes[name] = f"{model.timing.decode_rate:.1f} tokens/s (2 layers of TinyLlama's shape, float16)"
+        except Exception as error:  # a library that does not support this GPU may raise anything
+            outcomes[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return outcomes
 
 
-def engine_elsewhere() -> dict[str, str]:
-    """:func:`engine` in a process of its own: TensorRT-RTX may abort on a GPU that it does not know."""
+def engine_isolated() -> dict[str, str]:
+    """:func:`engine` in its own process: TensorRT-RTX may abort on a GPU that it does not support."""
     command = [sys.executable, __file__, "--engine"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     lines = done.stdout.splitlines()
@@ -175,7 +175,7 @@ def machine() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.json (default: benchmarks/results)")
-    parser.add_argument("--only", choices=("check", "time"), help="half of it")
+    parser.add_argument("--only", choices=("check", "time"), help="run only the checks, or only the timings")
     parser.add_argument("--dry-run", action="store_true", help="emulated kernels, tiny sizes, nothing written")
     parser.add_argument("--exercise", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
@@ -188,7 +188,7 @@ def main() -> int:
         print(json.dumps(engine()))
         return 0
     if not args.dry_run and not torch.cuda.is_available():
-        print("gpu_check: no GPU here; --dry-run goes through the motions without one", file=sys.stderr)
+        print("gpu_check: no GPU found; --dry-run runs without one", file=sys.stderr)
         return 1
     device = "cpu" if args.dry_run else "cuda"
     folder = Path(tempfile.mkdtemp(prefix="less-gpu-"))
@@ -196,16 +196,16 @@ def main() -> int:
     lib = gpu_kernels.use(library)
     path = args.out / "gpu.json"
     data: dict[str, Any] = {}
-    if not args.dry_run:  # the halves may be run one after the other
+    if not args.dry_run:  # checks and timings may run separately
         data = {**(json.loads(path.read_text()) if path.is_file() else {}), "machine": machine()}
-    # What may take the process or the time with it comes last.
+    # Parts that may crash the process or run out of time come last.
     parts: dict[str, Callable[[], Any]] = {}
     if args.only != "time":
         parts |= {"primitives": lambda: primitives(lib, device), "parity": lambda: parity(device, args.dry_run)}
     if args.only != "check":
         parts |= {n: lambda f=f: f(device, args.dry_run) for n, f in gpu_bench.BENCHMARKS.items()}
     if args.only != "time" and library is not None:
-        parts |= {"sanitizers": lambda: sanitize(library), "engine": engine_elsewhere}
+        parts |= {"sanitizers": lambda: sanitize(library), "engine": engine_isolated}
     for name, run in parts.items():
         try:
             data[name] = run()
@@ -223,5 +223,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as users have it: nothing may load inside a capture
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as for users; no module may load during a capture
     sys.exit(main())

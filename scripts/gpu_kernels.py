@@ -24,15 +24,15 @@ def build(folder: Path) -> Path:
     out = folder / "libless_gpu_check.so"
     sources = [PLUGIN / line for line in (PLUGIN / "sources.txt").read_text().splitlines() if line.startswith("src/")]
     sources += [PLUGIN / "tests/plugin_harness.cpp", PLUGIN / "tests/primitives.cu"]
-    words = ["nvcc", "-std=c++17", "-O3", "-arch=native", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "-w"]
-    words += ["--threads", "0", "-DLESS_HARNESS_ON_DEVICE", f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
-    words += [f"-I{plugin.tensorrt_include()}", *map(str, sources), "-ldl", "-o", str(out)]
-    subprocess.run(words, check=True)
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=native", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "-w"]
+    command += ["--threads", "0", "-DLESS_HARNESS_ON_DEVICE", f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
+    command += [f"-I{plugin.tensorrt_include()}", *map(str, sources), "-ldl", "-o", str(out)]
+    subprocess.run(command, check=True)
     return out
 
 
 def use(library: Path | None) -> ctypes.CDLL:
-    """Drive this library from now on (``None``: the emulated kernels); returns what holds the primitives."""
+    """Use this library from now on (None: the emulated kernels); returns the library with the primitives."""
     if library is None:
         plugin_host.harness()
         from tests.test_cuda_primitives import primitives
@@ -44,7 +44,7 @@ def use(library: Path | None) -> ctypes.CDLL:
 
 
 class Step:
-    """One layer on the device with state of its own: :meth:`launch` runs it once more, in place."""
+    """One layer on the device with its own state: each :meth:`launch` runs a step in place."""
 
     def __init__(self, layer: LayerSpec, dtype: str, batch: int, chunk: int, device: str, seed: int = 0) -> None:
         kind, generator = DTYPES[dtype], torch.Generator(device).manual_seed(seed)
@@ -86,10 +86,10 @@ def total_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def decode_bytes(layer: LayerSpec, dtype: str, batch: int) -> int:
-    """Bytes that a decode step must move: everything once, by formula.
+    """Bytes that a decode step must move, by formula: everything once.
 
     Per row and KV head: K and V of all slots, positions, scores (read and written where there are any), psi of
-    the token that leaves and of the new one, the new token's K and V (read and written), H and z (read and
+    the evicted token and of the new one, the new token's K and V (read and written), H and z (read and
     written where the layer absorbs); per query head: q, out, log phi.
     """
     item = torch.finfo(DTYPES[dtype]).bits // 8

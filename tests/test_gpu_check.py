@@ -64,4 +64,4 @@ def test_says_that_there_is_no_gpu() -> None:
         return
     done = gpu_check()
     assert done.returncode == 1
-    assert done.stderr == "gpu_check: no GPU here; --dry-run goes through the motions without one\n"
+    assert done.stderr == "gpu_check: no GPU found; --dry-run runs without one\n"
