@@ -1,6 +1,6 @@
-"""Checkpoints of a few kilobytes and the bundles made of them, for tests of files, faults and the command line.
+"""Checkpoints of a few kilobytes and their bundles, for tests of files, faults and the command line.
 
-A plugin: modules that say ``pytest_plugins = ["tests.bundles"]`` share its fixtures, each made once for all workers.
+A pytest plugin: modules with ``pytest_plugins = ["tests.bundles"]`` use its fixtures, created once for all workers.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ PROMPT = "Alice was tired of sitting by the bank, once upon a time; so she was b
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 CONTEXT = 256
 HEADS = [Heads(4, 2, 8)] * 2
-#: Options of a quick export, as fields and as words.
+#: Options of a quick export, as fields and as arguments.
 QUICK: dict[str, Any] = {"validate": False, "chunk": 16, "max_batch": 2}
-QUICK_WORDS = ("--no-validate", "--chunk", "16", "--max-batch", "2")
+QUICK_OPTIONS = ("--no-validate", "--chunk", "16", "--max-batch", "2")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE with <s> and </s>, trained on a sentence or two."""
+    """A byte-level BPE with <s> and </s>, trained on a few sentences."""
     bare = Tokenizer(models.BPE())
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.decoder = decoders.ByteLevel()
@@ -129,7 +129,7 @@ _graphs: dict[str, ir.Model] = {}
 
 
 def trace_once(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ()) -> ir.Model:
-    """:func:`less_export.exporter.trace.trace`, which takes seconds, once for equal models."""
+    """:func:`less_export.exporter.trace.trace`, which takes seconds, cached for equal models."""
     maps = [(n, type(m).__name__, m.rank, m.hidden) for n, m in decoder.maps.items()]
     config = {n: v for n, v in decoder.model.config.to_dict().items() if n != "_name_or_path"}
     key = json.dumps([contract.to_dict(), config, maps], default=str)
@@ -139,7 +139,7 @@ def trace_once(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] 
 
 
 def copy(source: Path, out: Path) -> Path:
-    """A copy of a folder whose files are its own (no hard links), to be damaged."""
+    """A copy of a folder without hard links, for tests that damage it."""
     return Path(shutil.copytree(source, out))
 
 
@@ -152,7 +152,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def resign(bundle: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -> None:
-    """Change a folder bundle's manifest and sign it again, the hashes of its graphs included."""
+    """Change a bundle folder's manifest and update its hashes, those of the graphs included."""
     file = bundle / MANIFEST
     manifest = change(Manifest.parse(file.read_bytes(), "manifest"))
     rehashed = [dataclasses.replace(a, sha256=sha256(bundle / a.file)) for a in manifest.artifacts]
@@ -164,7 +164,7 @@ def resign(bundle: Path, change: Callable[[Manifest], Manifest] = lambda m: m) -
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a command left: its exit code and what it printed."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -176,30 +176,30 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """``run(word, ...)`` is the command line in this process."""
+    """``run(argument, ...)`` runs the command line in this process."""
 
-    def call(*words: object) -> Result:
+    def call(*arguments: object) -> Result:
         capsys.readouterr()
-        code = main([str(w) for w in words])
+        code = main([str(w) for w in arguments])
         return Result(code, *capsys.readouterr())
 
     return call
 
 
 def refused(result: Result, *says: str, after: int = 0) -> None:
-    """The command failed with one line that holds ``says``, after so many lines of progress."""
+    """Assert that the command failed with one line that holds ``says``, after ``after`` lines of progress."""
     *progress, last = result.err.splitlines()
     assert result.code == 1
     assert last.startswith("less-export: error: "), result.err
     assert len(progress) == after, result.err
     assert all(line.startswith("less-export: ") and "error" not in line for line in progress), result.err
-    for words in says:
-        assert words in last
+    for text in says:
+        assert text in last
 
 
-def generated(run: Run, bundle: Path, *words: object) -> str:
-    """What ``generate`` prints for 12 new tokens."""
-    result = run("generate", bundle, "--max-new-tokens", 12, *words)
+def generated(run: Run, bundle: Path, *arguments: object) -> str:
+    """Output of ``generate`` for 12 new tokens."""
+    result = run("generate", bundle, "--max-new-tokens", 12, *arguments)
     assert result.code == 0, result.err
     assert result.out.endswith("\n")
     assert result.err.startswith("prompt ")
@@ -212,13 +212,13 @@ def generated(run: Run, bundle: Path, *words: object) -> str:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports of this test take a trace that another one made, where there is one."""
+    """Exports of this test reuse traces of other tests."""
     monkeypatch.setattr(graphs, "trace", trace_once)
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the checkpoints and bundles of all workers lie; nobody may have changed them at the end."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of the checkpoints and bundles of all workers; no test may change them."""
     folder = shared_folder(tmp_path_factory, "bundles")
     yield folder
     for manifest in folder.glob(f"*/{MANIFEST}"):
@@ -226,41 +226,41 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def source(made: Path) -> Path:
+def source(shared: Path) -> Path:
     """A checkpoint folder with a chat template."""
-    return once(made / "checkpoint", lambda path: checkpoint(path, chat=True))
+    return once(shared / "checkpoint", lambda path: checkpoint(path, chat=True))
 
 
 @pytest.fixture(scope="session")
-def kernel_file(made: Path) -> Path:
+def kernel_file(shared: Path) -> Path:
     """Random kernels of rank 3 for both layers of ``source``."""
-    return once(made / "kernels.safetensors", kernels)
+    return once(shared / "kernels.safetensors", kernels)
 
 
 @pytest.fixture(scope="session")
-def plain(source: Path, made: Path) -> Path:
+def plain(source: Path, shared: Path) -> Path:
     """A folder bundle for ONNX Runtime: h2o, 12 slots, no kernels."""
-    return once(made / "plain", lambda path: bundle(source, path))
+    return once(shared / "plain", lambda path: bundle(source, path))
 
 
 @pytest.fixture(scope="session")
-def kernelled(source: Path, kernel_file: Path, made: Path) -> Path:
+def kernelled(source: Path, kernel_file: Path, shared: Path) -> Path:
     """A folder bundle for both targets, with kernels."""
-    return once(made / "kernelled", lambda path: bundle(source, path, kernels=kernel_file, target="both"))
+    return once(shared / "kernelled", lambda path: bundle(source, path, kernels=kernel_file, target="both"))
 
 
 @pytest.fixture(scope="session")
-def single(source: Path, made: Path) -> Path:
+def single(source: Path, shared: Path) -> Path:
     """``x.onnx`` with its companions: policy full, 32 slots, one layer."""
     return once(
-        made / "single" / "x.onnx",
+        shared / "single" / "x.onnx",
         lambda path: bundle(source, path, policy="full", context=32, num_hidden_layers=1),
     )
 
 
 @pytest.fixture
 def place(plain: Path, tmp_path: Path) -> Path:
-    """A folder with a bundle ``out``, which exports into it would replace."""
+    """A folder with a bundle ``out``, for exports that replace it."""
     folder = tmp_path / "place"
     copy(plain, folder / "out")
     return folder

@@ -1,4 +1,4 @@
-"""Fixtures that export each tiny model once a session; torch and transformers load only when they are used."""
+"""Fixtures that export each tiny model once a session; torch and transformers are imported only when needed."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 #: Architecture that the tests compile the plugin and engines for.
 PLUGIN_ARCH = "sm_89"
 
-# Continuous integration draws the same examples every time. ``--hypothesis-profile thorough`` draws more, and others.
+# CI draws the same examples every time; ``--hypothesis-profile thorough`` draws more, random ones.
 settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=100)
 settings.register_profile(
     "thorough", deadline=None, max_examples=3000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("fixed")
 
-#: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both kept.
+#: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both cached.
 Exported = Callable[..., "Tiny"]
 Opened = Callable[..., "Backend"]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and tracing spends a sixth of its time collecting garbage."""
+    """One thread, enough for tiny tensors, and fewer garbage collections, which take a sixth of tracing time."""
     before = gc.get_threshold()
     gc.set_threshold(100_000, 50, 50)
     torch = sys.modules.get("torch")
@@ -51,7 +51,7 @@ def _quick() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compiled plugins go into a folder of the session, or where LESS_EXPORT_CACHE says."""
+    """Compiled plugins go into LESS_EXPORT_CACHE if set, else into a folder of the session."""
     with pytest.MonkeyPatch.context() as patch:
         if "LESS_EXPORT_CACHE" not in os.environ:
             patch.setenv("LESS_EXPORT_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -68,7 +68,7 @@ def plugin_library(_cache: None) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Bundles of the tiny families, made when first asked for, for all workers.
+    """Bundles of the tiny families, exported on first use, shared by all workers.
 
     Variants: ``h2o`` (two layers, 24 slots, random kernels of rank 4, logits of the last token) and ``full``
     (one layer of each kind, all logits).
@@ -96,22 +96,22 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 @pytest.fixture(scope="session")
 def opened(exported: Exported) -> Opened:
-    """Backends over those bundles, opened afresh (three empty rows) at every call."""
-    made: dict[tuple[str, str, str, int], Backend] = {}
+    """Backends of those bundles, reset to three empty rows at every call."""
+    backends: dict[tuple[str, str, str, int], Backend] = {}
 
     def open_backend(family: str, variant: str, name: str, rows: int = 3, copy: int = 0) -> Backend:
         key = (family, variant, name, copy)
-        if key not in made:
-            made[key] = exported(family, variant).backend(name, rows)
-        made[key].open(rows)
-        return made[key]
+        if key not in backends:
+            backends[key] = exported(family, variant).backend(name, rows)
+        backends[key].open(rows)
+        return backends[key]
 
     return open_backend
 
 
 @pytest.fixture
 def nothing_left(tmp_path: Path) -> Iterator[Path]:
-    """A folder to export into that must be empty again at the end."""
+    """A folder to export into that must be empty at the end."""
     folder = tmp_path / "out"
     folder.mkdir()
     yield folder

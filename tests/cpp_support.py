@@ -1,4 +1,4 @@
-"""Builds of the C++ runtime for its tests, bundles around plans, and the test engine of its tests in numpy."""
+"""Builds of the C++ runtime for tests, bundles around plans, and its test engine in numpy."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ RUNTIME = ROOT / "plugins_trt" / "runtime"
 
 
 @dataclass(frozen=True)
-class Done:
-    """What a program left."""
+class Result:
+    """Exit code and output of a program."""
 
     code: int
     out: str
     err: str
 
 
-def call(*words: object, feed: str = "") -> Done:
-    done = subprocess.run([str(w) for w in words], input=feed, capture_output=True, text=True, encoding="utf-8")
-    return Done(done.returncode, done.stdout, done.stderr)
+def call(*arguments: object, feed: str = "") -> Result:
+    process = subprocess.run([str(w) for w in arguments], input=feed, capture_output=True, text=True, encoding="utf-8")
+    return Result(process.returncode, process.stdout, process.stderr)
 
 
 def cmake(source: Path, folder: Path, *options: str) -> Path:
-    """Configure and build, warnings as errors; a missing tool or library is a failure with cmake's own words."""
+    """Configure and build, warnings as errors; a missing tool or library fails with cmake's own message."""
     assert shutil.which("cmake"), "the tests of the C++ runtime need cmake and a C++17 compiler"
-    for words in (
+    for command in (
         ["-S", source, "-B", folder, "-DCMAKE_COMPILE_WARNING_AS_ERROR=ON", *options],
         ["--build", folder, "--parallel", "2"],
     ):
-        done = call("cmake", *words)
-        assert done.code == 0, done.out + done.err
+        process = call("cmake", *command)
+        assert process.code == 0, process.out + process.err
     return folder
 
 
@@ -70,7 +70,7 @@ def less_generate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ------------------------------------------------------------------ bundles
 
-#: What JSON makes hard: floats, text that is not ASCII, what is no number.
+#: Values that are hard in JSON: floats, text that is not ASCII, values that are not numbers.
 MODEL: Mapping[str, Any] = {
     "name": 'Größe 😀 \u2028 \x7f \\ "quoted" \ud800',
     "config": {"eps": 1e-05, "theta": 1000000.0, "big": 2**70, "tiny": 5e-324, "z": [True, None, -0.0, {}, [], ""]},
@@ -104,7 +104,7 @@ def bundle(
 
 
 def edit(manifest: Path, change: Any) -> None:
-    """Change a manifest's data and sign it again."""
+    """Change a manifest's data and update its hash."""
     data = json.loads(manifest.read_bytes())
     data.pop("manifest_sha256")
     change(data)

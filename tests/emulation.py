@@ -30,7 +30,7 @@ from .sharing import once
 
 PLUGIN = Path(__file__).parents[1] / "plugins_trt"
 SOURCES = ("less_attention.cu", "less_attention_decode.cu", "less_attention_prefill.cu")
-#: The operator's tensors in the order of the op, which is that of the C struct.
+#: The operator's tensors in the order of the op and of the C struct.
 TOKENS = ("q", "k", "v", "log_phi_q", "psi_k")
 STATE = ("key", "value", "psi", "score", "position", "h", "z")
 LENGTHS = ("past_length", "new_length")
@@ -65,16 +65,16 @@ def cuda_include() -> Path:
 
 @functools.cache
 def folder() -> Path:
-    """A folder that lives as long as the process."""
-    made = tempfile.mkdtemp(prefix="less-emulation-")
-    atexit.register(shutil.rmtree, made, ignore_errors=True)
-    return Path(made)
+    """A temporary folder, deleted when the process ends."""
+    path = tempfile.mkdtemp(prefix="less-emulation-")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
 
 
 def _compiler(*flags: str) -> list[str]:
-    words = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
-    words += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
-    return [*words, "-isystem", str(cuda_include()), *flags]
+    command = ["g++", "-std=c++17", "-g1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-x", "c++"]
+    command += ["-include", str(PLUGIN / "emulation/cuda_emu.h"), f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
+    return [*command, "-isystem", str(cuda_include()), *flags]
 
 
 def compile_source(source: Path, out: Path, *flags: str) -> None:
@@ -95,7 +95,7 @@ def build(
 ) -> None:
     """Compile the kernels and an interface to them for the host into ``out``, a library (.so) or a program.
 
-    The objects lie beside it.
+    The object files are written beside it.
     ``sources`` may hold changed copies. ``reuse`` is a library built before with the same flags: objects of it
     are taken for what is not in ``sources``.
     """
@@ -103,13 +103,13 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     objects, running = [], []
     for part in (*(sources / s for s in SOURCES), PLUGIN / "emulation" / interface):
-        made = out.with_name(f"{part.stem}.o")
+        target = out.with_name(f"{part.stem}.o")
         if reuse is not None and (part.parent != sources or not part.is_file()):
-            made = reuse.with_name(made.name)
+            target = reuse.with_name(target.name)
         else:
-            command = [*common, "-c", str(part), "-o", str(made)]
+            command = [*common, "-c", str(part), "-o", str(target)]
             running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        objects.append(str(made))
+        objects.append(str(target))
     said = "".join(p.communicate()[1] for p in running)
     assert not said, said
     assert not any(p.returncode for p in running)
@@ -119,9 +119,9 @@ def build(
 
 @functools.cache
 def compiled(*facts: str) -> Path:
-    """A folder for what is compiled of the plugin's sources; ``facts`` are what else it depends on.
+    """A folder for builds of the plugin's sources; ``facts`` are the other inputs of the build.
 
-    It lies in the cache that LESS_EXPORT_CACHE names, or else lives as long as the process.
+    It is in the cache that LESS_EXPORT_CACHE names, or else deleted when the process ends.
     """
     digest = hashlib.sha256(repr(facts).encode())
     digest.update(subprocess.check_output(["g++", "--version"]))
@@ -132,8 +132,8 @@ def compiled(*facts: str) -> Path:
     return cache / "emulation" / digest.hexdigest()[:20]
 
 
-def kept(name: str, *flags: str, interface: str = "host_step.cpp") -> Path:
-    """What :func:`build` makes with these flags, unless it was made before."""
+def cached_build(name: str, *flags: str, interface: str = "host_step.cpp") -> Path:
+    """The result of :func:`build` with these flags, built once."""
     return once(compiled(*flags, interface) / name, lambda path: build(path, *flags, interface=interface))
 
 
@@ -141,7 +141,7 @@ def library() -> Path:
     """All the kernels, or the library that LESS_EMULATION_LIBRARY names."""
     if "LESS_EMULATION_LIBRARY" in os.environ:
         return Path(os.environ["LESS_EMULATION_LIBRARY"])
-    return kept("libless_emulated.so", "-O1")
+    return cached_build("libless_emulated.so", "-O1")
 
 
 @functools.cache
@@ -152,17 +152,17 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def set_order(order: int, path: Path | None = None) -> None:
-    """Thread order of the launches to come."""
+    """Set the thread order of later launches."""
     load(path or library()).less_host_set_order(order)
 
 
 def set_blocks(wanted: int, path: Path | None = None) -> None:
-    """Blocks that a decode launch is cut into: 1 keeps every head in one block, 512 is the kernels' own."""
+    """Set the blocks of a decode launch: 1 keeps every head in one block, 512 is the kernels' own value."""
     load(path or library()).less_host_set_blocks(wanted)
 
 
 def why_unsupported(layer: LayerSpec, dtype: str = "float16") -> str:
-    """The launcher's reason to refuse a layer, or nothing."""
+    """The launcher's reason to refuse a layer, or ""."""
     rules = _Rules(*layer.attributes().values())
     reason = load(library()).less_why_unsupported(ctypes.byref(_shape(layer, dtype, 1, 1)), ctypes.byref(rules))
     return reason.decode() if reason else ""
@@ -174,7 +174,7 @@ def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int) -> _Shape:
 
 
 def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None) -> Run:
-    """The kernels on arrays, where float32 holds 16-bit values as in ``test_ops.torch_run``."""
+    """Run the kernels on arrays; float32 holds 16-bit values as in ``test_ops.torch_run``."""
     lib, rules = load(path or library()), _Rules(*layer.attributes().values())
     wide = {3, 8, 10, 11}  # log_phi_q, past_score, past_h, past_z stay float32
 
@@ -199,7 +199,7 @@ def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, pa
     return run
 
 
-#: Where the inputs of all launches go, for emulation/replay.cpp; nowhere usually.
+#: File that records the inputs of all launches for emulation/replay.cpp; None to record nothing.
 recording: IO[bytes] | None = None
 
 
@@ -208,7 +208,7 @@ def _raw(tensor: torch.Tensor) -> bytes:
 
 
 def rounded(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
-    """To the values that ``dtype`` can hold."""
+    """Round to the values of ``dtype``."""
     return lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(DTYPES[dtype]).float().numpy()
 
 

@@ -47,7 +47,7 @@ OPT = {
 
 Make = Callable[[], PreTrainedModel]
 
-#: The families that issue 2 names, by number of layers; Gemma 3 always has one layer of each kind.
+#: The basic families, by number of layers; Gemma 3 always has one layer of each kind.
 MAIN: dict[str, Callable[..., PreTrainedModel]] = {
     "llama": lambda n=2: tr.LlamaForCausalLM(tr.LlamaConfig(**_GQA, num_hidden_layers=n)),
     "qwen3": lambda n=2: tr.Qwen3ForCausalLM(tr.Qwen3Config(**_GQA, num_hidden_layers=n, head_dim=32)),
@@ -101,7 +101,7 @@ def _rope(kind: str, **values: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 1e4, **values}
 
 
-#: What single decoders do differently, each in the smallest model that has it.
+#: Features of single decoders, each in the smallest model that has it.
 VARIANTS: dict[str, Make] = {
     "llama3_rope": lambda: tr.LlamaForCausalLM(
         tr.LlamaConfig(
@@ -127,10 +127,10 @@ VARIANTS: dict[str, Make] = {
     "tied_embeddings": lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**ONE, tie_word_embeddings=True)),
     "glm": lambda: tr.GlmForCausalLM(tr.GlmConfig(**ONE, head_dim=16)),  # rotates half of each head, interleaved
     "gpt_bigcode": lambda: tr.GPTBigCodeForCausalLM(tr.GPTBigCodeConfig(**_GPT2)),  # MQA, learned positions
-    "cohere2": lambda: tr.Cohere2ForCausalLM(  # no rotary embedding where it does not slide
+    "cohere2": lambda: tr.Cohere2ForCausalLM(  # no rotary embedding in full layers
         tr.Cohere2Config(**_TWO, sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"])
     ),
-    "gemma4": lambda: tr.Gemma4ForCausalLM(  # the last layer takes keys and values of the one before
+    "gemma4": lambda: tr.Gemma4ForCausalLM(  # the last layer uses keys and values of the previous one
         tr.Gemma4TextConfig(
             **_TWO, head_dim=16, global_head_dim=32, sliding_window=WINDOW, num_kv_shared_layers=1,
             layer_types=["full_attention", "full_attention"], vocab_size_per_layer_input=VOCAB,
@@ -138,7 +138,7 @@ VARIANTS: dict[str, Make] = {
         )
     ),
     "olmoe": lambda: tr.OlmoeForCausalLM(tr.OlmoeConfig(**ONE, num_experts=4, num_experts_per_tok=2)),
-    "glm4_moe": lambda: tr.Glm4MoeForCausalLM(  # first layer dense, then a shared expert beside the routed ones
+    "glm4_moe": lambda: tr.Glm4MoeForCausalLM(  # first layer dense, then a shared expert and routed ones
         tr.Glm4MoeConfig(
             **_TWO, head_dim=16, use_qk_norm=True, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
         )
@@ -147,7 +147,7 @@ VARIANTS: dict[str, Make] = {
 
 
 def small(**changes: Any) -> Make:
-    """A Llama of one layer, the quickest to trace."""
+    """A Llama with one layer, the quickest to trace."""
     return lambda: tr.LlamaForCausalLM(tr.LlamaConfig(**{**ONE, **changes}))
 
 
@@ -175,7 +175,7 @@ def save(family: str | Make, folder: Path, dtype: torch.dtype = torch.float32, *
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The untouched Hugging Face model of a checkpoint, eager (experts too: grouped products know no f64)."""
+    """The untouched Hugging Face model of a checkpoint, eager (experts too: grouped products do not support f64)."""
     options = {"dtype": dtype, "attn_implementation": "eager", "experts_implementation": "eager"}
     return tr.AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
@@ -215,7 +215,7 @@ def truth(model: PreTrainedModel, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArr
 
 
 def relative(found: npt.ArrayLike, expected: npt.ArrayLike) -> float:
-    """Largest difference as a share of the largest expected value; NaN counts as infinite."""
+    """Largest difference relative to the largest expected value; NaN counts as infinite."""
     a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     error = float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-9))
     return error if np.isfinite(error) else float("inf")
@@ -226,7 +226,7 @@ def relative(found: npt.ArrayLike, expected: npt.ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A checkpoint and the bundle made of it."""
+    """A checkpoint and its bundle."""
 
     checkpoint: Path
     bundle: Path
@@ -236,7 +236,7 @@ class Tiny:
         return Bundle.open(self.bundle)
 
     def backend(self, name: str, rows: int = ROWS) -> Backend:
-        """The bundle on a runtime, open with ``rows`` fresh rows."""
+        """Open the bundle on a runtime with ``rows`` fresh rows."""
         options: dict[str, Any] = {"threads": 1} if name == "ort" else {}
         backend = load_backend(self.opened, name, **options)
         backend.open(rows)
@@ -307,7 +307,7 @@ def differences(a: Backend, b: Backend, rows: Sequence[tuple[int, int]] | None =
 
 
 def evicted(backend: Backend, row: int = 0) -> int:
-    """Tokens of a row that no slot of its emptiest evicting layer holds any more (0: nothing evicts)."""
+    """Tokens of a row that its layer with the most evictions no longer holds (0: nothing evicts)."""
     state, gone = backend.read_row(row), 0
     for i, layer in enumerate(backend.contract.layers):
         if layer.policy is not Policy.FULL:

@@ -1,4 +1,4 @@
-"""Which cases of a test run with ``scripts/test --quick``."""
+"""Marks for test cases that ``scripts/test --quick`` skips."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """Values for ``parametrize``, marked slow but for those named after them."""
+    """Values for ``parametrize``, marked slow except for those in ``quick``."""
 
     def case(value: Any) -> Any:
         several = value if isinstance(value, tuple) else (value,)

@@ -1,6 +1,6 @@
-"""Brute force for ``LessAttention``, written from the design's text: token lists, plain Python, float64.
+"""Brute-force ``LessAttention``, written from the specification: token lists, plain Python, float64.
 
-Nothing here knows how the operator is computed. Per row and KV head there is a list of slots that hold a
+It is independent of how the operator is computed. Per row and KV head there is a list of slots that hold a
 token's position or nothing, a list of absorbed positions, and every token ever seen; each output is the
 formula evaluated over those. :func:`scenario` records inputs and expectations, :func:`play` drives an
 implementation through them, :func:`compare` asserts what is exact and measures the rest.
@@ -27,7 +27,7 @@ TOKENS = ("q", "k", "v", "log_phi_q", "psi_k")
 STATE = ("key", "value", "psi", "score", "position", "h", "z")
 OUTPUTS = ("out", *STATE)
 
-#: Scores nearer than this (relative) but not equal could rank differently in float32: not used.
+#: Scores that differ by less than this (relative) but are not equal could rank differently in float32: not used.
 FRAGILE = 1e-5
 
 
@@ -56,7 +56,7 @@ class Overflow(Exception):
 
 @dataclass
 class Head:
-    """The sequence of one row as one KV head keeps it."""
+    """The tokens of one row in one KV head."""
 
     layer: LayerSpec
     slots: list[int | None] = field(init=False)
@@ -71,7 +71,7 @@ class Head:
         self.slots = [None] * self.layer.capacity
 
     def low_rank(self) -> tuple[np.ndarray, np.ndarray]:
-        """``H [R,D]`` and ``z [R]``, summed afresh over the absorbed list."""
+        """``H [R,D]`` and ``z [R]``, summed over the absorbed list."""
         h, z = np.zeros((self.layer.rank, self.layer.head_dim)), np.zeros(self.layer.rank)
         for p in self.absorbed:
             h += np.outer(self.psis[p], self.values[p])
@@ -138,7 +138,7 @@ class Head:
         return newest | set(rest[:room])
 
     def settle(self, candidates: list[int], kept: set[int], first: int) -> None:
-        """Kept tokens stay in their slot, new ones fill the freed slots in order, the others are absorbed."""
+        """Kept tokens stay in their slots, new ones fill the freed slots in order, the others are absorbed."""
         if self.layer.absorb:
             self.absorbed += [p for p in candidates if p not in kept]
         arriving = sorted(p for p in kept if p >= first)
@@ -199,7 +199,7 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the operator: rows to reset before it, its inputs beside the state, what must come out."""
+    """One call of the operator: rows to reset first, inputs without the state, expected outputs."""
 
     reset: tuple[int, ...]
     inputs: Arrays
@@ -221,7 +221,7 @@ class Normal:
         log_phi = rng.uniform(*self.log_phi, (*queries, layer.rank)).astype(np.float32)
         log_phi[rng.random(log_phi.shape) < 0.1] = -np.inf
         mixed = np.exp(rng.normal(0, 1.5, (*tokens, layer.rank)))
-        mixed[:, 0, :, 1:2] = 0  # a feature that one KV head never fills, whatever its phi
+        mixed[:, 0, :, 1:2] = 0  # a feature that one KV head never fills, whatever phi is
         psi = mixed / mixed.sum(-1, keepdims=True) if layer.absorb else np.zeros(mixed.shape)
         drawn = {
             "q": gain * rng.normal(size=(*queries, layer.head_dim)),
@@ -259,7 +259,7 @@ class OneHot:
 def chunk_of(
     draw: Draw, rng: np.random.Generator, layer: LayerSpec, past: np.ndarray, new: np.ndarray, pad: int
 ) -> Arrays:
-    """Inputs of one call beside the state: ``new`` [B] valid tokens, ``pad`` more, all padding NaN."""
+    """Inputs of one call without the state: ``new`` [B] valid tokens, ``pad`` more, all padding NaN."""
     width = max(1, int(new.max()) + pad)
     chunk = draw(rng, layer, past[:, None] + np.arange(width))
     for b, n in enumerate(new):
@@ -277,7 +277,7 @@ def scenario(
 ) -> list[Step]:
     """Steps with ``lengths[step][row]`` new tokens and what the oracle expects of them.
 
-    Data whose evictions hang on less than :data:`FRAGILE` is thrown away: the next seed is taken.
+    Data with evictions that depend on less than :data:`FRAGILE` is discarded for the next seed's.
     """
     draw, reset, batch = draw or Normal(), reset or {}, len(lengths[0])
     for attempt in range(100):

@@ -58,18 +58,23 @@ def harness() -> ctypes.CDLL:
 
 def compile_harness(out: Path, kernels: Path, headers: Path) -> None:
     names = ("src/less_attention_plugin.cpp", "src/plugin_library.cpp", "src/rtx_name.cpp", "tests/plugin_harness.cpp")
-    words = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Wno-deprecated-declarations"]
-    words += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
-    words += ["-I", str(PLUGIN / "include"), "-I", str(PLUGIN / "src"), "-isystem", str(emulation.cuda_include())]
-    words += ["-isystem", str(headers), *(str(PLUGIN / n) for n in names), str(kernels)]
-    words += [f"-Wl,-rpath,{kernels.parent}", "-ldl", "-o", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    command = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-Wall", "-Wextra"]
+    command += [
+        "-Wno-deprecated-declarations",
+        "-fsanitize=undefined",
+        "-fno-sanitize-recover=undefined",
+        "-fno-sanitize=vptr",
+    ]
+    command += ["-I", str(PLUGIN / "include"), "-I", str(PLUGIN / "src"), "-isystem", str(emulation.cuda_include())]
+    command += ["-isystem", str(headers), *(str(PLUGIN / n) for n in names), str(kernels)]
+    command += [f"-Wl,-rpath,{kernels.parent}", "-ldl", "-o", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
 
 
 def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """A harness library with the types of what its functions return."""
+    """A harness library with its functions' return types declared."""
     for name in ("plugin_create", "plugin_round_trip", "plugin_clone", "plugin_attach"):
         getattr(lib, name).restype = ctypes.c_void_p
     for name in ("plugin_text", "harness_log"):
@@ -80,12 +85,12 @@ def prepared(lib: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def log() -> str:
-    """What the plugin has logged since the last call."""
+    """Log messages of the plugin since the last call."""
     return str(harness().harness_log().decode())
 
 
 class Plugin:
-    """One plugin object; its methods are those of the C++ class, a refusal is what they return."""
+    """One plugin object with the methods of the C++ class, which return an error code on refusal."""
 
     def __init__(self, handle: int | None) -> None:
         self.handle = handle
@@ -96,22 +101,22 @@ class Plugin:
 
     @classmethod
     def create(cls, fields: Sequence[tuple[str, Any, str]], runtime: bool = False) -> Plugin:
-        """From (name, value or None, key of FIELD_TYPES) triples."""
+        """Create from (name, value or None, key of FIELD_TYPES) triples."""
         kept: list[Any] = []
-        made = (Field * len(fields))()
-        for place, (name, value, kind) in zip(made, fields, strict=True):
+        array = (Field * len(fields))()
+        for place, (name, value, kind) in zip(array, fields, strict=True):
             number, ctype = FIELD_TYPES[kind]
             kept.append(None if value is None else ctype(value))
             data = None if value is None else ctypes.cast(ctypes.byref(kept[-1]), ctypes.c_void_p)
             place.name, place.data, place.type, place.n = name.encode(), data, number, 1
-        return cls(harness().plugin_create(made, len(fields), int(runtime)))
+        return cls(harness().plugin_create(array, len(fields), int(runtime)))
 
     @classmethod
     def of(cls, layer: LayerSpec, integers: str = "i32", floats: str = "f32") -> Plugin:
         values = layer.attributes().items()
-        made = cls.create([(n, v, floats if n == "scale" else integers) for n, v in values])
-        assert made.handle, log()
-        return made
+        plugin = cls.create([(n, v, floats if n == "scale" else integers) for n, v in values])
+        assert plugin.handle, log()
+        return plugin
 
     def call(self, name: str, *args: Any) -> Any:
         return getattr(harness(), f"plugin_{name}")(ctypes.c_void_p(self.handle), *args)
@@ -130,7 +135,7 @@ class Plugin:
         return Plugin(self.call("attach"))
 
     def tensors(self, name: str, described: Sequence[Tensor], outputs: int = OUTPUTS) -> int:
-        """A method that takes all inputs and outputs."""
+        """Call a method that takes all inputs and outputs."""
         array = (Tensor * len(described))(*described)
         return int(self.call(name, array, len(described) - outputs, outputs))
 

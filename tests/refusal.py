@@ -1,4 +1,4 @@
-"""How bad input may end: with a result, or refused in one line."""
+"""The two allowed outcomes of bad input: a result, or a refusal in one line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def refused_or(read: Callable[[], T]) -> T | None:
-    """What ``read`` returns, or None where it says in one line what is wrong. Other exceptions fail the test."""
+    """The result of ``read``, or None if it refuses with a one-line error. Other exceptions fail the test."""
     try:
         value = read()
     except LessExportError as error:

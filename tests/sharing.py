@@ -1,4 +1,4 @@
-"""What one worker of pytest-xdist makes for all: folders that they share, and files that are made once."""
+"""Folders that the workers of pytest-xdist share, and files that one of them creates for all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from filelock import FileLock
 
 
 def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
-    """A folder of this run of the tests, the same one for all workers."""
+    """A folder for this test run, the same for all workers."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
@@ -19,9 +19,9 @@ def shared_folder(factory: pytest.TempPathFactory, name: str) -> Path:
 
 
 def once(path: Path, make: Callable[[Path], object]) -> Path:
-    """``path``, which the first to ask for it makes with ``make(path)`` while the others wait."""
+    """``path``, which the first caller creates with ``make(path)`` while the others wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    marker = path.parent.with_name(f".{path.parent.name}.{path.name}")  # not beside it: tests list those folders
+    marker = path.parent.with_name(f".{path.parent.name}.{path.name}")  # not in the same folder, which tests list
     with FileLock(f"{marker}.lock"):
         if not marker.exists():
             make(path)

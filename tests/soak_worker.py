@@ -1,4 +1,4 @@
-"""Generates with a bundle in a process of its own and prints what its memory did, for test_soak."""
+"""Generate with a bundle and print the memory use of this process, for test_soak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that say otherwise than config.json: named, followed or refused, never dropped without a word."""
+"""Weights that contradict config.json: reported, used or refused, never dropped silently."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from less_export.hf import checkpoint, sources, weights
 from less_export.runtime.open import load_backend
 
 from . import bundles, families
-from .bundles import QUICK_WORDS, Run, refused
+from .bundles import QUICK_OPTIONS, Run, refused
 
 pytest_plugins = ["tests.bundles"]
 
@@ -34,7 +34,7 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> P
 
 
 def remarks(folder: Path, out: Path, **options: object) -> list[str]:
-    """What an export of all it sees warns of, beside the tokenizer."""
+    """Warnings of an export, except those about the tokenizer."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         families.export(folder, out, policy="full", context=64, logits="all", **options)
@@ -49,7 +49,7 @@ def left_out(folder: Path) -> list[str]:
     return checkpoint.unused_weights(bare, found.unused, source.is_part())
 
 
-# ------------------------------------------------------------------ tensors without a place
+# ------------------------------------------------------------------ tensors without a parameter
 
 
 @pytest.mark.parametrize("family", [*families.FAMILIES, *families.VARIANTS])
@@ -73,7 +73,7 @@ def test_fewer_layers(tmp_path: Path, run: Run, source: Path, quick: None) -> No
     (said,) = remarks(folder, tmp_path / "said")
     assert "no place for model.layers.1.input_layernorm.weight (and 8 more" in said
     bundles.edit_json(folder / "config.json", num_hidden_layers=0)
-    refused(run(folder, "--out", tmp_path / "none", *QUICK_WORDS), "has no layers: num_hidden_layers is 0")
+    refused(run(folder, "--out", tmp_path / "none", *QUICK_OPTIONS), "has no layers: num_hidden_layers is 0")
     assert not (tmp_path / "none").exists()
 
 
@@ -124,7 +124,7 @@ def test_towers_of_models_that_see(tmp_path: Path) -> None:
         assert left_out(folder) == [bias, further]
 
 
-# ------------------------------------------------------------------ tied, but stored apart
+# ------------------------------------------------------------------ tied, but stored separately
 
 
 @pytest.mark.slow
@@ -160,7 +160,7 @@ def test_tied_by_the_class_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         families.export(folder, tmp_path / "b")
 
 
-# ------------------------------------------------------------------ tensors that are not there
+# ------------------------------------------------------------------ missing tensors
 
 
 def test_what_no_conversion_explains_is_refused_before_loading(
@@ -172,7 +172,7 @@ def test_what_no_conversion_explains_is_refused_before_loading(
     monkeypatch.setattr(sources.ModelSource, "load", load)
     mine = bundles.copy(source, tmp_path / "mine")
     change(mine, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    result = run(mine, "--out", tmp_path / "b", *QUICK_WORDS)
+    result = run(mine, "--out", tmp_path / "b", *QUICK_OPTIONS)
     refused(result, "the checkpoint lacks model.layers.1.mlp.up_proj.weight (and 0 more)")
     mixture = families.save("mixtral", tmp_path / "mixture")
     change(mixture, lambda t: [t.pop(n) for n in list(t) if "experts" in n])

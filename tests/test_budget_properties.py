@@ -1,4 +1,4 @@
-"""Budgets, their split and division, and where kept tokens go, for whatever numbers hypothesis thinks of."""
+"""Property tests of budgets, their split and division, and the slots of kept tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POLICY = st.sampled_from([Policy.H2O, Policy.TOVA, Policy.SINK])
 
 
 def tokens_of(budget: str, context: int) -> int:
-    """Tokens of a budget, 0 where it is refused."""
+    """Tokens of a budget, 0 if it is refused."""
     return refused_or(lambda: budget_tokens(budget, context)) or 0
 
 
@@ -47,7 +47,7 @@ def test_a_percentage_is_the_largest_even_number_of_tokens_in_it(share: tuple[st
         assert tokens % 2 == 0
         assert tokens <= exact < tokens + 2
     elif tokens:
-        assert exact - 2 < tokens <= context  # 101% of 31 tokens are 31.31, and 30 are fewer than there are
+        assert exact - 2 < tokens <= context  # 101% of 31 tokens are 31.31, more than 31; 30 are fewer
 
 
 @given(PERCENTAGES, PERCENTAGES, CONTEXTS, CONTEXTS)
@@ -201,7 +201,7 @@ def test_no_other_division_costs_less(laws: list[tuple[float, float]]) -> None:
 def test_a_division_keeps_to_the_bytes_and_to_what_was_measured(
     layers: list[tuple[int, int, list[float]]],
 ) -> None:
-    """Whatever was measured, zeros and costs that rise with the slots included."""
+    """For any costs, including zeros and costs that rise with the slots."""
     plan = [spec(2 * half, head_dim) for half, head_dim, _ in layers]
     costs = {
         i: dict(zip(sorted({s.capacity // 2, s.capacity, 2 * s.capacity, 4}), measured, strict=False))
@@ -216,7 +216,7 @@ def test_a_division_keeps_to_the_bytes_and_to_what_was_measured(
     used = sum(slots[i] * s.head_dim for i, s in enumerate(plan))
     assert used <= room
     more = [i for i, n in slots.items() if n + 2 <= max(costs[i])]
-    assert all(used + 2 * plan[i].head_dim > room for i in more)  # nothing that could be given is left
+    assert all(used + 2 * plan[i].head_dim > room for i in more)  # no further step fits
 
 
 # ------------------------------------------------------------------ slots
@@ -226,13 +226,13 @@ def test_a_division_keeps_to_the_bytes_and_to_what_was_measured(
 def test_where_kept_tokens_go(data: st.DataObject, rows: int, heads: int, slots: int, chunk: int) -> None:
     kept = data.draw(arrays.arrays(bool, (rows, heads, slots + chunk)))
     free = slots - kept[..., :slots].sum(-1, keepdims=True)
-    kept[..., slots:] &= kept[..., slots:].cumsum(-1) <= free  # no more than there is room for
+    kept[..., slots:] &= kept[..., slots:].cumsum(-1) <= free  # no more than the free slots
     sources = place(torch.from_numpy(kept), slots).numpy()
     assert sources.shape == (rows, heads, slots)
     for row, head in np.ndindex(rows, heads):
         source, keep = sources[row, head], kept[row, head]
         for slot in np.flatnonzero(keep[:slots]):
-            assert source[slot] == slot  # what is kept stays where it is
+            assert source[slot] == slot  # kept tokens stay in their slots
         filled = source[~keep[:slots]]
         arrivals = slots + np.flatnonzero(keep[slots:])
         # Each kept new token once, in order, into the first slots that are free; the others stay empty.

@@ -43,7 +43,7 @@ MODEL_OF: dict[str, families.Make] = {
 
 @pytest.fixture(scope="module")
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """A checkpoint of the dtype asked for, exported for both targets with kernels."""
+    """A checkpoint of the given dtype, exported for both targets with kernels."""
     folder, dtype = tmp_path_factory.mktemp(request.param), getattr(torch, request.param)
     checkpoint = families.save(MODEL_OF[request.param], folder / "model", dtype)
     kernels = families.kernels(families.load(checkpoint), folder / "kernels.safetensors")
@@ -83,9 +83,9 @@ def byte_ranges(path: Path) -> set[tuple[int, int]]:
 
 
 def casts(model: onnx.ModelProto) -> set[str]:
-    """Weights that are stored in another dtype than the graph computes in (a model casts some itself).
+    """Weights stored in another dtype than the graph computes in (a model casts some itself).
 
-    What is looked up or transposed is cast afterwards.
+    Weights that are looked up or transposed are cast afterwards.
     """
     external = places(model)
     moved = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type in ("Gather", "Transpose")}
@@ -105,7 +105,7 @@ def assert_is_the_model(tiny: Tiny) -> None:
 
 
 def no_link(*_: object) -> None:
-    """``os.link`` to another file system."""
+    """``os.link`` as if to another file system."""
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
@@ -133,7 +133,7 @@ def test_weights_are_not_copied(tiny: Tiny) -> None:
         for tensor in model.graph.initializer:
             assert tensor.external_data or tensor.ByteSize() <= INLINE_BYTES, tensor.name
         found = set(places(model).values())
-        for file in ("model.safetensors", "kernels.safetensors"):  # every tensor, whole, and nothing else
+        for file in ("model.safetensors", "kernels.safetensors"):  # every tensor in full, and nothing else
             assert {x[1:] for x in found if x[0] == file} == byte_ranges(tiny.bundle / file)
         assert {x[0] for x in found} == {"model.safetensors", "kernels.safetensors"}
 
@@ -187,7 +187,7 @@ def test_graph_for_onnx_runtime_carries_its_bodies(tiny: Tiny) -> None:
 
 @every_dtype
 def test_graphs_pass_the_checker_and_name_no_path(tiny: Tiny, tmp_path: Path) -> None:
-    # The checker takes hard links for an attack, so it is given a copy, as another machine would be.
+    # The checker refuses hard links as an attack, so it gets a copy, as on another machine.
     shutil.copytree(tiny.bundle, tmp_path / "copy")
     for kind in ("ort", "trt"):
         path = tmp_path / "copy" / ARTIFACT_FILES[kind]
@@ -203,7 +203,7 @@ def test_graphs_pass_the_checker_and_name_no_path(tiny: Tiny, tmp_path: Path) ->
 
 @pytest.mark.parametrize("tiny", ["float16"], indirect=True)
 def test_tensorrt_graph_computes_in_half_precision(tiny: Tiny, tmp_path: Path) -> None:
-    # The same graph with its bodies, on ONNX Runtime: only the compute dtype is another.
+    # The same graph with its bodies, on ONNX Runtime: only the compute dtype differs.
     shutil.copytree(tiny.bundle, tmp_path / "copy")
     model = ir.load(tmp_path / "copy" / "model.trt.onnx")
     onnx_op.add_bodies(model)
@@ -268,14 +268,14 @@ def test_sharded_hub_snapshot_whose_files_are_links(tmp_path: Path) -> None:
 
     ids = text(2, 16)
     before = feed(tiny.backend("ort", 2), ids, [16])[0]
-    shutil.rmtree(hub)  # a hard link outlives the cache it came from
+    shutil.rmtree(hub)  # hard links survive deletion of the cache
     tiny.bundle.rename(tmp_path / "moved")
     moved = Tiny(snapshot, tmp_path / "moved")
     assert np.array_equal(feed(moved.backend("ort", 2), ids, [16])[0], before)
 
 
 def test_mixed_dtypes(tmp_path: Path) -> None:
-    # Norms in f32 beside bf16 matrices: each is cast only where the graph computes in the other.
+    # Norms in f32, matrices in bf16: each is cast only where the graph computes in the other dtype.
     checkpoint = families.save(families.small(), tmp_path / "model", torch.bfloat16)
     path = checkpoint / "model.safetensors"
     mixed = {n: t.float() * 1.001 if t.ndim == 1 else t for n, t in load_file(path).items()}
@@ -292,7 +292,7 @@ def test_mixed_dtypes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_are_cast_after_they_are_moved(tied: bool, tmp_path: Path) -> None:
-    # ONNX Runtime folds the casts, so it would hold tables that are looked up in f32 beside the transposed ones.
+    # ONNX Runtime folds the casts, so it would hold embedding tables in f32 in addition to the transposed ones.
     checkpoint = families.save(families.small(tie_word_embeddings=tied), tmp_path / "model", torch.bfloat16)
     tiny = families.export(checkpoint, tmp_path / "bundle", budget=str(BUDGET))
     model = graph(tiny, "ort")
@@ -315,7 +315,7 @@ def test_weights_are_cast_after_they_are_moved(tied: bool, tmp_path: Path) -> No
 
 
 def test_tied_embeddings_are_cast_once_where_nothing_is_gained(tmp_path: Path) -> None:
-    # From one 16-bit dtype to the other: TensorRT would keep the rows' table beside the one it multiplies by.
+    # Between 16-bit dtypes: TensorRT would keep the embedding table in addition to the output matrix.
     checkpoint = families.save(families.small(tie_word_embeddings=True), tmp_path / "model", torch.bfloat16)
     tiny = families.export(checkpoint, tmp_path / "bundle", target="trt", dtype="float16", budget=str(BUDGET))
     model = graph(tiny, "trt")
@@ -337,7 +337,7 @@ def test_folder_that_may_only_be_read(tmp_path: Path) -> None:
         assert all(p.stat().st_mode & 0o777 == 0o444 for p in checkpoint.iterdir())
     finally:
         checkpoint.chmod(0o755)
-    shutil.rmtree(tiny.bundle)  # a bundle of links can go, the checkpoint stays
+    shutil.rmtree(tiny.bundle)  # deleting a bundle of links leaves the checkpoint intact
     assert {p.name: p.read_bytes() for p in checkpoint.iterdir()} == before
 
 
@@ -356,12 +356,12 @@ def test_checkpoint_on_another_file_system(tmp_path: Path, monkeypatch: pytest.M
         assert sorted(copies) == shards
         assert all(copies[n].read_bytes() == (checkpoint / n).read_bytes() for n in shards)
         assert_is_the_model(tiny)
-    ids = text(1, 8)  # the checkpoint is gone, the bundle is whole
+    ids = text(1, 8)  # without the checkpoint, the bundle is still complete
     feed(tiny.backend("ort", 1), ids, [8])
 
 
 def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
-    # A hole in a sparse file: where there are such, nothing is written, but every weight behind it lies past 32 bits.
+    # A hole in a sparse file: takes no space where supported, but puts the weights after it beyond 32-bit offsets.
     gap = (1 << 32) + 4096
     checkpoint = families.save(families.small(), tmp_path / "model", torch.float16)
     path = checkpoint / "model.safetensors"

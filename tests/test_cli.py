@@ -1,4 +1,4 @@
-"""The command line: what words come to mean, what help says, and weights that cannot be had."""
+"""The command line: parsing of arguments, help, and weights that cannot be downloaded."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from .bundles import PROMPT, Result, Run, generated, refused
 pytest_plugins = ["tests.bundles"]
 
 
-# ------------------------------------------------------------------ words
+# ------------------------------------------------------------------ arguments
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, ExportConfig, bool]]:
-    """Exports that were asked for, instead of being made: model, out, config, engine."""
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, ExportConfig, bool]]:
+    """Recorded calls of export, which is replaced: model, out, config, engine."""
     calls: list[tuple[str, str, ExportConfig, bool]] = []
 
     def export(model: str, out: str, config: ExportConfig, *, engine_plan: bool, progress: Any) -> Path:
@@ -53,13 +53,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, ExportConfig,
 
 @pytest.mark.parametrize("command", [(), ("export",)])
 def test_the_line_users_know(
-    command: tuple[str, ...], run: Run, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+    command: tuple[str, ...], run: Run, exports: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(*command, "llama2-7b", "--out", "engine.plan")
     assert (result.code, result.out, result.err) == (0, "engine.plan\n", "")
-    assert asked == [("llama2-7b", "engine.plan", ExportConfig(), False)]
+    assert exports == [("llama2-7b", "engine.plan", ExportConfig(), False)]
     monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", dataclasses, "10.3"))
-    targets = plan_targets("engine.plan", asked[0][2], False)
+    targets = plan_targets("engine.plan", exports[0][2], False)
     assert (targets.file("plan"), targets.layout.manifest, targets.kinds) == ("engine.plan", "engine.json", ("plan",))
 
 
@@ -67,7 +67,7 @@ def test_the_line_users_know(
 def test_the_line_users_know_end_to_end(
     run: Run, source: Path, plugin_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With tiny weights where the hub's would be, and an engine builder that only writes down what it is given."""
+    """With tiny weights instead of the hub's, and an engine builder that only records its arguments."""
 
     def build_plan(model: bytes, contract: Any, out: Path, library: Path, **options: Any) -> engine.PlanInfo:
         out.write_bytes(b"ftrt" + model)
@@ -99,7 +99,7 @@ def test_the_line_users_know_end_to_end(
     refused(run("check", "engine.plan", "--backend", "ort"), "this bundle has no model.onnx")
 
 
-def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
+def test_every_option_in_both_spellings(run: Run, exports: list[Any]) -> None:
     kebab = ["org/a_b", "--out", "o_u-t", "--target", "both", "--engine", "--policy", "sink", "--budget", "7%"]
     kebab += [
         "--layer-budgets",
@@ -126,14 +126,14 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
         weights="int4",
     )  # fmt: skip
     assert run(*kebab).code == run(*snake).code == 0
-    assert asked == [("org/a_b", "o_u-t", want, True)] * 2
+    assert exports == [("org/a_b", "o_u-t", want, True)] * 2
     assert {f.name for f in dataclasses.fields(ExportConfig)} == {
         n for n in vars(want) if getattr(want, n) != getattr(ExportConfig(), n)
     }, "an option is not covered here"
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
         ([], "the following arguments are required: MODEL, --out"),
         (["llama2-7b"], "the following arguments are required: --out"),
@@ -160,9 +160,9 @@ def test_every_option_in_both_spellings(run: Run, asked: list[Any]) -> None:
         (["build-plugin", "--gpu-arch", "sm_75"], "give architectures from sm_80 on"),
     ],
 )
-def test_wrong_words(words: list[str], says: str, run: Run, asked: list[Any]) -> None:
-    refused(run(*words), says)
-    assert not asked
+def test_wrong_arguments(arguments: list[str], says: str, run: Run, exports: list[Any]) -> None:
+    refused(run(*arguments), says)
+    assert not exports
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -213,7 +213,7 @@ def test_examples_and_options_of_every_command(name: str) -> None:
     assert {a.dest for a in parser._actions} == grouped
 
 
-#: Titles of argparse's own groups, which say nothing about what is in them.
+#: Titles of argparse's own groups, which do not describe their options.
 _DEFAULT_GROUPS = ("positional arguments", "options")
 
 
@@ -252,14 +252,14 @@ def test_help_of_train_states_the_defaults_of_training() -> None:
 
 
 def test_a_folder_named_like_a_command(
-    run: Run, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, exports: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("export", "check"):
         (tmp_path / name).mkdir()
         for argv in ((f"./{name}",), ("export", f"./{name}"), ("export", name)):
             assert run(*argv, "--out", "b").code == 0
-    models = [model for model, *_ in asked]
+    models = [model for model, *_ in exports]
     assert models == ["./export", "./export", "export", "./check", "./check", "check"]
     refused(run("export", "--out", "b"), "required: MODEL")
 
@@ -279,7 +279,7 @@ def test_the_package_runs_as_a_module() -> None:
     assert done.stdout == f"less-export {__version__}\n"
 
 
-# ------------------------------------------------------------------ weights that cannot be had
+# ------------------------------------------------------------------ weights that cannot be downloaded
 
 
 def _answer(code: int) -> httpx2.Response:
@@ -322,8 +322,8 @@ def test_gated_model_names_the_recipe_that_needs_no_access(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     hint = "to measure without weights: less-export llama2-7b --random-weights"
     recipe, hub_id = "llama2-7b", "meta-llama/Llama-2-7b-hf"
-    for words in ([recipe], [hub_id], [hub_id, "--random-weights"]):
-        refused(run(*words, "--out", tmp_path / "b"), "is gated", hint)
+    for arguments in ([recipe], [hub_id], [hub_id, "--random-weights"]):
+        refused(run(*arguments, "--out", tmp_path / "b"), "is gated", hint)
     (tmp_path / "text.txt").write_text("Once upon a time")
     train = run("train", hub_id, "--data", tmp_path / "text.txt", "--out", tmp_path / "k.safetensors")
     for result in (run("org/other", "--out", tmp_path / "b"), train):
@@ -334,14 +334,14 @@ def test_gated_model_names_the_recipe_that_needs_no_access(
 @pytest.mark.slow
 def test_offline_as_a_user_sees_it(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    words = [str(Path(sys.executable).with_name("less-export")), "llama2-7b", "--out", "b"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    arguments = [str(Path(sys.executable).with_name("less-export")), "llama2-7b", "--out", "b"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, env=environment)
     refused(Result(done.returncode, done.stdout, done.stderr), "meta-llama/Llama-2-7b-hf is not in the cache")
     assert done.stdout == ""
     assert not (tmp_path / "b").exists()
 
 
-# ------------------------------------------------------------------ the rest
+# ------------------------------------------------------------------ other
 
 
 def test_recipes(run: Run) -> None:
@@ -357,17 +357,17 @@ def test_recipes(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["recipes"], ["recipes", "--json"], ["lama2-7b", "--out", "x"], ["eval", "lama2-7b"]]
+    "arguments", [["recipes"], ["recipes", "--json"], ["lama2-7b", "--out", "x"], ["eval", "lama2-7b"]]
 )
-def test_words_that_need_no_torch(words: list[str]) -> None:
-    code = f"import sys; from less_export.cli.main import main; main({words}); sys.exit('torch' in sys.modules)"
+def test_commands_that_need_no_torch(arguments: list[str]) -> None:
+    code = f"import sys; from less_export.cli.main import main; main({arguments}); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert ("lama2-7b" in words) == ("did you mean llama2-7b?" in done.stderr)
+    assert ("lama2-7b" in arguments) == ("did you mean llama2-7b?" in done.stderr)
 
 
 def test_export_says_what_it_does(run: Run, source: Path, plain: Path, quick: None, tmp_path: Path) -> None:
-    result = run(source, "--out", tmp_path / "b", *bundles.QUICK_WORDS)
+    result = run(source, "--out", tmp_path / "b", *bundles.QUICK_OPTIONS)
     assert (result.code, result.out) == (0, f"{tmp_path / 'b'}\n")
     lines = result.err.splitlines()
     assert lines[0].startswith("less-export: warning: no --kernels given")

@@ -42,7 +42,7 @@ def own_names(trees: dict[str, ast.Module]) -> set[str]:
 def private_names(tree: ast.Module, own: set[str]) -> Iterator[str]:
     """Private names and submodules of transformers and torch that a module uses.
 
-    An attribute counts where the package defines none of that name; so does one that getattr or setattr names.
+    An attribute counts unless the package defines one of that name; so does a name in getattr or setattr.
     """
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0:

@@ -57,7 +57,7 @@ def test_prompts_from_files(run: Run, plain: Path, tmp_path: Path, monkeypatch: 
     file.write_bytes(b"\xff\xfe")
     refused(run("generate", plain, "--prompt-file", file), "cannot read", "not UTF-8")
     refused(run("generate", plain, "--prompt-file", tmp_path / "none"), "No such file")
-    refused(run("generate", plain, "--prompt", "\udcff"), "not UTF-8")  # what Python makes of such an argument
+    refused(run("generate", plain, "--prompt", "\udcff"), "not UTF-8")  # Python's decoding of such an argument
 
 
 def test_chat(run: Run, plain: Path, tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_token_ids(run: Run, plain: Path, tmp_path: Path) -> None:
     assert generator.tokenizer is not None
     ids = generator.tokenizer.encode(PROMPT)
     (want,) = generator.generate([ids], max_new_tokens=12)
-    words = ("--token-ids", ",".join(map(str, ids)))
-    assert generated(run, plain, *words) == want.text + "\n"
+    arguments = ("--token-ids", ",".join(map(str, ids)))
+    assert generated(run, plain, *arguments) == want.text + "\n"
     bare = bundles.copy(plain, tmp_path / "bare")
     resign(bare, lambda m: dataclasses.replace(m, tokenizer=None))
-    assert generated(run, bare, *words) == ",".join(map(str, want.token_ids)) + "\n"
+    assert generated(run, bare, *arguments) == ",".join(map(str, want.token_ids)) + "\n"
     refused(run("generate", bare, "--token-ids", "1,100000"), "token ids must lie in")
 
 
@@ -91,13 +91,13 @@ def test_prompts_that_cannot_be(run: Run, plain: Path, single: Path) -> None:
     assert result.code == 0
     tokens = len(open_bundle(single).tokenizer.encode("Once upon"))
     assert f"prompt {tokens} tokens" in result.err
-    assert f"{32 - tokens - 1} tokens at" in result.err  # stops where the cache ends
+    assert f"{32 - tokens - 1} tokens at" in result.err  # stops at the end of the cache
 
 
 def test_output_survives_a_terminal_without_utf8(plain: Path) -> None:
-    words = [sys.executable, "-m", "less_export.cli.main", "generate", str(plain), "--prompt", PROMPT]
+    arguments = [sys.executable, "-m", "less_export.cli.main", "generate", str(plain), "--prompt", PROMPT]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(words, capture_output=True, env=environment, cwd=Path(__file__).parents[1])
+    done = subprocess.run(arguments, capture_output=True, env=environment, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     done.stdout.decode("ascii")
 
@@ -158,7 +158,7 @@ def test_check_fails(attributes: dict[str, float], worst: str, run: Run, kernell
     assert "worst tensors" in result.out
     rows = [line.split() for line in result.out.splitlines() if "too large" in line]
     assert worst in [r[0] for r in rows]
-    assert "past.0.h" not in [r[0] for r in rows]  # the layer before is right
+    assert "past.0.h" not in [r[0] for r in rows]  # the previous layer is correct
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["passed"]
     assert {d["tensor"] for d in report["differences"] if not d["passed"]} == {r[0] for r in rows}
@@ -170,13 +170,13 @@ def test_check_fails(attributes: dict[str, float], worst: str, run: Run, kernell
 def test_info(run: Run, kernelled: Path, plain: Path) -> None:
     result = run("info", kernelled)
     assert (result.code, result.err) == (0, "")
-    for words in (
+    for part in (
         "LlamaForCausalLM", "model.onnx", "model.trt.onnx", "model.safetensors", "kernels.safetensors",
         "tokenizer.json", "h2o", "past.0.key", "batch, 2, 12, 8", "logits", "LESS state, any length",
         "full cache at 4,096 tokens* ", "*: more tokens than the model has positions",
         "kernels' weights, once for all sequences",
     ):  # fmt: skip
-        assert words in result.out, words
+        assert part in result.out, part
     state = Bundle.open(kernelled).manifest.artifacts[0].contract.state_bytes()
     assert f"{state / 1000:.2f} kB" in result.out
     assert f"{2 * 2 * 2 * 8 * 4096 * 4 / state:.1f}x" in result.out
@@ -206,7 +206,7 @@ def test_single_file_form(run: Run, single: Path) -> None:
 @pytest.mark.slow
 def test_gguf_is_the_same_model(run: Run, source: Path, plain: Path, quick: None, tmp_path: Path) -> None:
     file = bundles.gguf_file(tmp_path / "m.gguf", source)
-    result = run(file, "--out", tmp_path / "b", "--dtype", "float32", *bundles.QUICK_WORDS)
+    result = run(file, "--out", tmp_path / "b", "--dtype", "float32", *bundles.QUICK_OPTIONS)
     assert result.code == 0, result.err
     assert generated(run, tmp_path / "b", "--prompt", PROMPT) == generated(run, plain, "--prompt", PROMPT)
     (weights,) = Bundle.open(tmp_path / "b", full=True).manifest.weights

@@ -168,7 +168,7 @@ def test_sliding_layers_keep_their_window() -> None:
 
 def test_compress_sliding() -> None:
     specs = plan(128, 40, 30, 0, budget="40", compress_sliding=True, ranks={0: 2})
-    assert [s.policy for s in specs] == [H2O, WINDOW, WINDOW, H2O]  # only where it saves something
+    assert [s.policy for s in specs] == [H2O, WINDOW, WINDOW, H2O]  # only if it saves memory
     assert (specs[0].capacity, specs[0].window, specs[0].absorb, specs[0].rank) == (40, 128, True, 2)
     assert specs[3].window == 0
     assert plan(128, policy="full", compress_sliding=True)[0].policy is WINDOW
@@ -215,7 +215,7 @@ def test_options_win_over_the_recipe() -> None:
     ):
         config = settled(**options)
         assert config.budget is None, options
-        plan_layers([layer()], config, 1000, {})  # and nothing contradicts
+        plan_layers([layer()], config, 1000, {})  # no contradiction
     assert settled(heavy=10).budget == "5%"
     assert plan_layers([layer()], settled(heavy=10), 1000, {})[0].recent == 40
     assert ExportConfig().with_defaults(recipe | {"policy": "full"}).budget is None

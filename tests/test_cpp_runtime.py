@@ -1,6 +1,6 @@
 """The C++ runtime against the Python package, as far as a machine without a GPU goes.
 
-What runs on its own (sessions, sampling, JSON, files) is tested in plugins_trt/runtime/tests, under sanitizers.
+Parts that need no bundle (sessions, sampling, JSON, files) are tested in plugins_trt/runtime/tests, under sanitizers.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_manifest_of_a_real_export(kernelled: Path, tools: Path, tmp_path: Path)
     manifest = folder / "manifest.json"
     manifest.write_bytes((kernelled / "manifest.json").read_bytes())
     done = call(tools / "less_runtime_probe", "describe", folder)
-    assert "has no plan: export with" in done.err  # the manifest itself was accepted
+    assert "has no plan: export with" in done.err  # the manifest itself is accepted
     facts = {"kind": "plan", "file": "engine.plan", "sha256": hashlib.sha256(PLAN).hexdigest()}
     (folder / "engine.plan").write_bytes(PLAN)
     edit(manifest, lambda m: m["artifacts"].append({**m["artifacts"][-1], **facts}))
@@ -242,7 +242,7 @@ def test_sha256(tools: Path, tmp_path: Path) -> None:
 
 
 class Fixed:
-    """A generator of one number."""
+    """A generator that returns one number."""
 
     def __init__(self, value: float) -> None:
         self.random = lambda: value
@@ -263,8 +263,8 @@ def test_sampling(tools: Path) -> None:
         params = SamplingParams(temperature, int(random.integers(0, 8)), float(random.choice([1, 0.9, 0.5, 0.01])))
         uniform = float(random.choice([0, random.random(), 1 - 2.0**-53]))
         expected.append(sample(logits, params, Fixed(uniform)))  # type: ignore[arg-type]
-        words = [params.temperature, params.top_k, params.top_p, uniform, *map(float, logits)]
-        cases += " ".join(map(repr, words)) + "\n"
+        numbers = [params.temperature, params.top_k, params.top_p, uniform, *map(float, logits)]
+        cases += " ".join(map(repr, numbers)) + "\n"
     done = call(tools / "less_runtime_probe", "sample", feed=cases)
     assert done.code == 0, done.err
     assert list(map(int, done.out.split())) == expected
@@ -311,12 +311,12 @@ def test_generation(name: str, memory: str, tools: Path, tmp_path: Path) -> None
     reasons = set()
     for start in ([], [3, 1, 4, 1, 5, 9, 2]):
         prefix = generator.prefill(start) if start else None
-        made = generator.generate(prompts, max_new_tokens=12, prefix=prefix)
-        reasons |= {g.finish_reason for g in made}
-        words = [path, memory, 12, " ".join(map(str, start))]
-        done = call(tools / "less_runtime_probe", "generate", *words, feed=lines(prompts))
+        generations = generator.generate(prompts, max_new_tokens=12, prefix=prefix)
+        reasons |= {g.finish_reason for g in generations}
+        arguments = [path, memory, 12, " ".join(map(str, start))]
+        done = call(tools / "less_runtime_probe", "generate", *arguments, feed=lines(prompts))
         assert done.code == 0, done.err
-        assert done.out == "".join(f"{list(g.token_ids)} {g.finish_reason}\n" for g in made)
+        assert done.out == "".join(f"{list(g.token_ids)} {g.finish_reason}\n" for g in generations)
     assert reasons == {"eos", "length"}
 
 
@@ -340,7 +340,7 @@ def test_example(less_generate: Path, engine: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("1 2 3\n\n4\n")
     done = call(less_generate, engine, tokens, "--max-new-tokens", 4, "--temperature", 0.7, "--seed", 1)
-    # Everything but the GPU is there: the bundle opens, the plan is verified, both libraries are linked and loaded.
+    # Only the GPU is missing: the bundle opens, the plan is verified, both libraries are linked and loaded.
     reason = "was compiled with the headers of" if has_driver() else "no CUDA driver: run this where nvidia-smi lists"
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("less_generate: error: ")
@@ -350,7 +350,7 @@ def test_example(less_generate: Path, engine: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
         (["BUNDLE"], "give a bundle and a file of token ids"),
         (["nothing", "TOKENS"], "does not exist"),
@@ -366,11 +366,11 @@ def test_example(less_generate: Path, engine: Path, tmp_path: Path) -> None:
         (["BUNDLE", "TOKENS", "--save-state", "x"], "takes exactly one prompt"),
     ],
 )
-def test_example_refuses(words: list[str], says: str, less_generate: Path, engine: Path, tmp_path: Path) -> None:
+def test_example_refuses(arguments: list[str], says: str, less_generate: Path, engine: Path, tmp_path: Path) -> None:
     for name, text in (("TOKENS", "1 2\n3\n"), ("EMPTY", "\n \n"), ("LETTERS", "1 a 2")):
         (tmp_path / name).write_text(text)
-    given = [engine if w == "BUNDLE" else tmp_path / w if w.isupper() else w for w in words]
-    done = call(less_generate, *given)
+    command = [engine if w == "BUNDLE" else tmp_path / w if w.isupper() else w for w in arguments]
+    done = call(less_generate, *command)
     assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
     assert says in done.err
 

@@ -20,7 +20,7 @@ from .marks import slow_but
 from .oracle import OUTPUTS, Normal, Step, compare, follow, layer_of, play, scenario
 from .test_ops import EDGES, VARIANTS, empty, moved, ordinary, shaped, tie_steps, tied, torch_run
 
-#: What float32 rounding may add to twice the reference's error, as for the ONNX bodies.
+#: Allowance for float32 rounding on top of twice the reference's error, as for the ONNX bodies.
 FLOOR = 5e-7
 #: Prefill past the budget, decode, a parked row, a second chunk, an end in mid-chunk.
 CHUNKS = [(70, 9), (1, 1), (1, 0), (1, 1), (30, 66), (0, 1), (1, 1)]
@@ -53,7 +53,7 @@ CHOSEN = [
 
 @pytest.fixture(autouse=True)
 def upwards() -> Iterator[None]:
-    """Threads run in their usual order again after a test."""
+    """Restore the usual thread order after a test."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,8 +62,8 @@ def upwards() -> Iterator[None]:
     emulation.set_blocks(512)
 
 
-def earned(layer: LayerSpec, steps: list[Step], dtype: str = "float32", in_place: bool = True) -> None:
-    """Slots exactly, and at most twice as far from the oracle as the torch reference at the same precision."""
+def check_accuracy(layer: LayerSpec, steps: list[Step], dtype: str = "float32", in_place: bool = True) -> None:
+    """Slots are exact, and errors at most twice those of the torch reference at the same precision."""
     fresh = empty(layer, DTYPES[dtype], len(steps[0].inputs["new_length"]))
     reference = follow(torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
     kernels = follow(emulated(layer, dtype, in_place), steps, fresh)
@@ -79,7 +79,7 @@ def check_shape(dtype: str, policy: str, head_dim: int, group: int, rank: int) -
     steps = scenario(layer, lengths, 3, normal(dtype))
     for blocks in (512, 1):  # decode with the slots of a head split over blocks, and in one
         emulation.set_blocks(blocks)
-        earned(layer, steps, dtype)
+        check_accuracy(layer, steps, dtype)
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: int) -
 ALL_SHAPES = [
     shape
     for shape in itertools.product(DTYPES, POLICIES, HEAD_DIMS, GROUPS, RANKS)
-    if shape[1] not in ("window", "full") or shape[4] == 1  # which absorb nothing and have no rank
+    if shape[1] not in ("window", "full") or shape[4] == 1  # these absorb nothing and have no rank
 ]
 
 
@@ -111,14 +111,14 @@ def test_every_rule(name: str, heads: str, decode: bool) -> None:
         assert layer.window == 1
         assert layer.policy.name != "window"
         return
-    earned(layer, ordinary(layer, decode))
+    check_accuracy(layer, ordinary(layer, decode))
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "elsewhere"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_state_in_place_and_elsewhere(dtype: str, in_place: bool) -> None:
     layer = kernel_layer("h2o", 20, 16, 2, 8)
-    earned(layer, scenario(layer, CHUNKS, 4, normal(dtype)), dtype, in_place)
+    check_accuracy(layer, scenario(layer, CHUNKS, 4, normal(dtype)), dtype, in_place)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_state_in_place_and_elsewhere(dtype: str, in_place: bool) -> None:
 )
 def test_ties_keep_the_lower_index(name: str, seed: int) -> None:
     layer = tied(VARIANTS[name])
-    earned(layer, tie_steps(layer, seed))
+    check_accuracy(layer, tie_steps(layer, seed))
 
 
 @pytest.mark.slow
@@ -135,17 +135,17 @@ def test_ties_keep_the_lower_index(name: str, seed: int) -> None:
 def test_logits_of_200_and_low_rank_masses_of_e120(policy: str, logit: float, log_phi: float, dtype: str) -> None:
     layer = kernel_layer(policy, 100, 64, 2, 8)
     lengths = [(30, 9), (1, 1), (40, 3), (1, 1)]
-    earned(layer, scenario(layer, lengths, 1, normal(dtype, logit, (-60, log_phi))), dtype)
+    check_accuracy(layer, scenario(layer, lengths, 1, normal(dtype, logit, (-60, log_phi))), dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("policy", ["window", "h2o", "sink"])
 def test_chunks_longer_than_the_window(policy: str, dtype: str) -> None:
-    """Whole tiles of slots and of the chunk are out of sight of later rows."""
+    """Whole tiles of slots and of the chunk are invisible to later rows."""
     layer = kernel_layer(policy, 20, 64, 2, 8)
     layer = replace(layer, window=layer.window or 30)
-    earned(layer, scenario(layer, [(150, 70), (1, 1), (200, 131), (1, 1)], 6, normal(dtype)), dtype)
+    check_accuracy(layer, scenario(layer, [(150, 70), (1, 1), (200, 131), (1, 1)], 6, normal(dtype)), dtype)
 
 
 @pytest.mark.parametrize("name", ["h2o", "tova sliding", "window"])
@@ -158,16 +158,16 @@ def test_positions_beyond_2_to_the_24(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["h2o", "sink"])
 def test_500_steps_do_not_drift(policy: str) -> None:
-    """Slots and state after a chunk and 500 tokens are those of the oracle, which adds up in float64."""
+    """Slots and state after a chunk and 500 tokens equal those of the float64 oracle."""
     layer = kernel_layer(policy, 24, 16, 2, 8)
-    earned(layer, scenario(layer, [(40, 11), *[(1, 1)] * 500], 8, normal("bfloat16")), "bfloat16")
+    check_accuracy(layer, scenario(layer, [(40, 11), *[(1, 1)] * 500], 8, normal("bfloat16")), "bfloat16")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("policy", "blocks"), [("h2o", 1), ("h2o", 512), ("tova", 512), ("sink", 1), ("window", 512)])
 def test_thread_orders(policy: str, blocks: int, order: int) -> None:
-    """Whoever runs first, the result is the same to the bit."""
+    """Results are bitwise equal in any thread order."""
     emulation.set_blocks(blocks)
     layer = kernel_layer(policy, 70, 64, 4, 8)
     steps = scenario(layer, [(90, 9), (1, 1), (1, 0), (20, 66), (1, 1)], 6, normal("float16"))
@@ -186,7 +186,7 @@ def test_thread_orders(policy: str, blocks: int, order: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["h2o", "tova", "sink"])
 def test_more_slots_and_tokens_than_tensorrt_could_sort(policy: str) -> None:
-    """4,200 slots are filled, and a chunk pushes 300 tokens out; against the torch reference."""
+    """4,200 slots are filled, and a chunk evicts 300 tokens; compared with the torch reference."""
     layer = kernel_layer(policy, 4200, 8, 1, 8, kv_heads=1)
     rng, draw = np.random.default_rng(0), Normal()
     state = [x.float().numpy() if x.is_floating_point() else x.numpy() for x in testing.empty_state(layer, 1)]
@@ -196,7 +196,7 @@ def test_more_slots_and_tokens_than_tensorrt_could_sort(policy: str) -> None:
         tokens = draw(rng, layer, past + np.arange(count)[None])
         lengths = [np.array([past], np.int32), np.array([count], np.int32)]
         inputs = [tokens[n] for n in ("q", "k", "v", "log_phi_q", "psi_k")]
-        if count == 4150:  # the first chunk only fills slots: take the reference's state for both
+        if count == 4150:  # the first chunk only fills slots: use the reference's state for both
             outputs = runs["torch"]([*inputs, *state, *lengths])
             previous = {n: [x.copy() for x in outputs[1:]] for n in runs}
         else:
@@ -209,7 +209,7 @@ def test_more_slots_and_tokens_than_tensorrt_could_sort(policy: str) -> None:
 
 
 def test_more_tokens_than_slots_of_policy_full_stay_inside_memory() -> None:
-    """The runtime refuses them; the kernels, should they see them, keep what they have."""
+    """The runtime refuses them; if the kernels get them, they keep the old tokens."""
     layer = kernel_layer("full", 12, 16, 2, 1)
     roomy = kernel_layer("full", 40, 16, 2, 1)
     steps = scenario(roomy, [(10, 12), (9, 1), (1, 1)], 0)
@@ -236,7 +236,7 @@ def test_chosen_shapes_cover_every_value() -> None:
 
 
 def compare_on_scattered_states(dtype: str, path: Path | None = None) -> None:
-    """States that no sequence of steps makes (holes, positions far apart, several tokens leaving at once)."""
+    """States that no sequence of steps creates (holes, distant positions, several evictions at once)."""
     rng = np.random.default_rng(5)
     for policy, absorb in itertools.product(("h2o", "sink", "tova"), (True, False)):
         heavy = 10 if policy == "tova" else 5

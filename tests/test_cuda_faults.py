@@ -1,6 +1,6 @@
-"""A test of the tests: kernels with one thing broken must fail the comparison with the oracle.
+"""Test of the tests: kernels with one fault must fail the comparison with the oracle.
 
-A small build (float16, head_dim up to 64) is made anew for each fault. Barriers and waits are removed one at a time,
+A small build (float16, head_dim up to 64) is compiled for each fault. Barriers and waits are removed one at a time,
 all of them; a fault that nothing here can see stands in SURVIVORS with the reason, and the test fails as well when
 such a fault begins to be caught, so that the list stays true.
 """
@@ -134,7 +134,7 @@ FAULTS = {
     "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
 }
 
-#: Faults that cannot be seen here, and why.
+#: Faults that cannot be detected here, and why.
 SURVIVORS: dict[str, str] = {}
 
 
@@ -162,12 +162,12 @@ def case(layer: LayerSpec, steps: list[Step], blocks: int = 512) -> Case:
 
 @functools.cache
 def racing() -> list[Case]:
-    """What reaches every barrier; run in all thread orders."""
+    """Cases that reach every barrier; run in all thread orders."""
     chunks = [(70, 9), *[(1, 1)] * 6, (20, 66), *[(1, 1)] * 3]
     layers = [kernel_layer("h2o", 90, 40, group, 9, kv_heads=1) for group in (2, 3)]
     sliding = replace(kernel_layer("h2o", 12, 16, 2, 8, kv_heads=1), window=20)
     crowd = scenario(sliding, [(30, 9), (1, 1), (17, 25), (1, 1)], 2, normal("float16"))
-    long = kernel_layer("h2o", 24, 16, 1, 8, kv_heads=1)  # enough tiles of queries to use a buffer again
+    long = kernel_layer("h2o", 24, 16, 1, 8, kv_heads=1)  # enough tiles of queries to reuse a buffer
     return [
         *(case(la, scenario(la, chunks, 6, normal("float16")), blocks) for la in layers for blocks in (512, 1)),
         case(sliding, crowd),
@@ -177,7 +177,7 @@ def racing() -> list[Case]:
 
 @functools.cache
 def cases() -> list[Case]:
-    """What reaches every rule."""
+    """Cases that reach every rule."""
     chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
     layers = [kernel_layer(p, 70, 40, 2, 8, kv_heads=1) for p in ("tova", "sink", "window")]
     narrow = kernel_layer("window", 20, 40, 2, 1, kv_heads=1)
@@ -194,7 +194,7 @@ def cases() -> list[Case]:
 
 
 def passes(path: Path, orders: Sequence[int]) -> bool:
-    """Whether a library agrees with the oracle, in every case once and in the racing ones in all orders."""
+    """Whether a library agrees with the oracle, in every case once and in the racing cases in all thread orders."""
     for order in orders:
         emulation.set_order(order, path)
         try:
@@ -210,8 +210,8 @@ def passes(path: Path, orders: Sequence[int]) -> bool:
 
 
 def sound() -> Path:
-    """The kernels as they are."""
-    return emulation.kept("libless_sound.so", *SMALL)
+    """The unchanged kernels."""
+    return emulation.cached_build("libless_sound.so", *SMALL)
 
 
 def includes(source: Path) -> set[str]:
@@ -221,7 +221,7 @@ def includes(source: Path) -> set[str]:
 
 
 def broken(folder: Path, fault: Fault) -> Path:
-    """The kernels with a fault; what does not include the changed file is not compiled again."""
+    """The kernels with a fault; files that do not include the changed one are not recompiled."""
     sources = folder / "src"
     shutil.copytree(PLUGIN / "src", sources)
     text = (sources / fault.file).read_text()
@@ -234,7 +234,7 @@ def broken(folder: Path, fault: Fault) -> Path:
 
 
 def caught(library: Path, orders: Sequence[int]) -> bool:
-    """Compare a library with the oracle in a process of its own: broken ones hang or crash."""
+    """Compare a library with the oracle in its own process, as broken ones hang or crash."""
     cases()
     process = multiprocessing.get_context("fork").Process(target=_work, args=(library, orders))
     process.start()
@@ -247,7 +247,7 @@ def caught(library: Path, orders: Sequence[int]) -> bool:
 
 
 def _work(library: Path, orders: Sequence[int]) -> None:
-    faulthandler.disable()  # a deadlock aborts: expected, and said by the exit code
+    faulthandler.disable()  # a deadlock aborts, as expected; the exit code shows it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os._exit(0 if passes(library, orders) else 1)
 

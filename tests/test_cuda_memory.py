@@ -24,7 +24,7 @@ KINDS = [("h2o", 64, 2, 8), ("tova", 24, 3, 5), ("sink", 40, 1, 16), ("window", 
 
 @pytest.fixture(scope="module")
 def replay() -> Path:
-    return emulation.kept("replay", *FLAGS, interface="replay.cpp")
+    return emulation.cached_build("replay", *FLAGS, interface="replay.cpp")
 
 
 def sanitized(program: Path, launches: Path, *orders: int) -> subprocess.CompletedProcess[str]:
@@ -54,7 +54,7 @@ def test_nothing_out_of_bounds_and_nothing_undefined(
 
 
 def test_the_sanitizers_would_say(replay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same with a decode kernel that reads one row of slots too many."""
+    """The sanitizers report a decode kernel that reads one row of slots too many."""
     source = "less_attention_decode.cu"
     shutil.copytree(PLUGIN / "src", tmp_path / "src", ignore=lambda _, names: {n for n in names if n.endswith(".cu")})
     shutil.copy(PLUGIN / "src" / source, tmp_path / "src")

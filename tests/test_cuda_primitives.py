@@ -1,6 +1,6 @@
-"""The host twins of the tensor core, of matrix loads and of asynchronous copies, against plain products.
+"""Host versions of the tensor core, of matrix loads and of asynchronous copies, against plain products.
 
-``scripts/gpu_check`` runs the same source on a GPU, so that twin and hardware are held to the same result.
+``scripts/gpu_check`` runs the same source on a GPU, so that host version and hardware must give the same result.
 """
 
 from __future__ import annotations

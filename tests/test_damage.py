@@ -1,6 +1,6 @@
-"""Damaged files: whatever happened to their bytes, they are refused with one line or hold what they held.
+"""Damaged files are refused with one line, or still hold the same values.
 
-Two kinds of damage: to bytes, as disks and transfers do it, and to the values of a JSON header, which gets past the
+Two kinds of damage: to bytes, as by disks and transfers, and to the values of a JSON header, which passes the
 first check and far into the code that reads it.
 """
 
@@ -63,7 +63,7 @@ JSON = st.recursive(
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, whole: bytes, reach: int | None = None) -> bytes:
-    """``whole`` with some of its first ``reach`` bytes changed, cut, lost, doubled or put in."""
+    """``whole`` with some of its first ``reach`` bytes changed, truncated, deleted, duplicated or inserted."""
     reach = reach or len(whole)
     data = whole
     for _ in range(draw(st.integers(1, 3))):
@@ -172,7 +172,7 @@ def nested(depth: int) -> bytes:
 @example(with_header(WEIGHTS, {"a": {"dtype": "F32", "shape": [0, 1 << 70], "data_offsets": [4, 4]}}))
 @example(with_header(WEIGHTS, {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}))
 def test_weights(folder: Path, data: bytes) -> None:
-    """Every tensor that is listed can be read, and lies inside the file behind its header."""
+    """Every listed tensor can be read, and is inside the file after its header."""
     path = folder / "model.safetensors"
     path.write_bytes(data)
     for name, tensor in (refused_or(lambda: read_header(path)) or {}).items():
@@ -221,7 +221,7 @@ STATE = RowState(
 
 @given(st.data())
 def test_states(folder: Path, data: st.DataObject) -> None:
-    """What is read and still has its checksum is what was saved; without one it has the contract's tensors at least."""
+    """A state read with its checksum equals the saved one; without it, the state still has the contract's tensors."""
     path = folder / "state"
     STATE.save(path)
     path.write_bytes(data.draw(damaged_safetensors(path.read_bytes())))
@@ -243,7 +243,7 @@ def test_states(folder: Path, data: st.DataObject) -> None:
 
 @pytest.fixture(scope="module")
 def bundle(folder: Path) -> Path:
-    """A bundle whose files are what the manifest says; none of them is run here."""
+    """A bundle whose files match the manifest; none of them is run."""
     path = folder / "bundle"
     path.mkdir()
     (path / "model.onnx").write_bytes(b"graph")
@@ -267,7 +267,7 @@ def bundle(folder: Path) -> Path:
 
 @given(st.data(), st.booleans())
 def test_files_of_a_bundle(bundle: Path, data: st.DataObject, full: bool) -> None:
-    """Damage to any file is noticed, but for that to the contents of weights, which only ``full`` looks at."""
+    """Damage to any file is detected, except to the contents of weights, which only ``full`` reads."""
     file = bundle / data.draw(st.sampled_from(sorted(p.name for p in bundle.iterdir())))
     manifest, whole = Manifest.parse((bundle / MANIFEST).read_bytes(), "manifest"), file.read_bytes()
     damage = data.draw(damaged_bytes(whole))
@@ -288,7 +288,7 @@ def test_files_of_a_bundle(bundle: Path, data: st.DataObject, full: bool) -> Non
 
 @given(st.data())
 def test_manifests_that_were_signed_again(bundle: Path, data: st.DataObject) -> None:
-    """Other values with a hash that fits: a manifest that somebody edited, or that another program wrote."""
+    """Other values with a matching hash: a manifest that was edited or written by another program."""
     file = bundle / MANIFEST
     whole = file.read_bytes()
     values = {n: x for n, x in json.loads(whole).items() if n != "manifest_sha256"}

@@ -1,4 +1,4 @@
-"""README and docs say what was measured, and name nothing that does not exist."""
+"""README and docs show measured results, and name only what exists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_tables_of_the_documents_are_those_of_the_results() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-#: README, docs and the files beside the code.
+#: README, docs, and the Markdown files in other folders.
 DOCUMENTS = sorted(
     p
     for folder in (".", "*", "*/*", "docs/**")
@@ -76,11 +76,11 @@ def test_options_of_the_documents_exist() -> None:
 
 @pytest.mark.slow
 def test_every_benchmark_program_starts(tmp_path: Path) -> None:
-    """As far as what they import of the package, of the tests and of one another."""
+    """Their imports of the package, of the tests and of one another work."""
     programs = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py"))
     code = f"import importlib, sys; sys.path.insert(0, sys.argv[1]); [importlib.import_module(n) for n in {programs}]"
-    words = [sys.executable, "-c", code, ROOT / "benchmarks"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-c", code, ROOT / "benchmarks"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -93,23 +93,23 @@ def test_every_recipe_key_is_documented() -> None:
 def test_the_quality_results_are_what_their_benchmark_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     bench = importlib.import_module("bench_quality")
-    found = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
-    asked: dict[str, Any] = {}
+    rows = json.loads((ROOT / "benchmarks" / "results" / "quality.json").read_text())["rows"]
+    requested: dict[str, Any] = {}
 
     class Replay(bench.Bench):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
-            self.rows = {r["key"]: r for r in found}
+            self.rows = {r["key"]: r for r in rows}
             self.layers = (AttentionLayer(4, 1, 256, 1 / 16, 0),) * 18
 
         def row(self, key: str, make: Any) -> Any:
-            asked[key] = self.rows[key]
+            requested[key] = self.rows[key]
             return self.rows[key]
 
         def trained(self, setting: Any, recipes: Any) -> None:
             assert not recipes, f"{setting.name}: rows of {recipes} are missing"
 
     bench.measure(Replay())
-    assert set(asked) == {r["key"] for r in found if not r["key"].startswith("train")}
+    assert set(requested) == {r["key"] for r in rows if not r["key"].startswith("train")}
 
 
 @pytest.mark.parametrize("facts", [Artifact, WeightFile, TokenizerFacts, KernelFacts, Contract, LayerSpec, PluginFacts])

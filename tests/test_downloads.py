@@ -1,4 +1,4 @@
-"""What is asked of the hub: the files that a checkpoint is made of, and what is said where they cannot be had."""
+"""Requests to the hub: the files of a checkpoint, and the errors if they cannot be downloaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from huggingface_hub import errors as hub_errors
 from less_export.errors import ModelError
 from less_export.hf import recipes, sources
 
-from .bundles import QUICK_WORDS, Run, refused
+from .bundles import QUICK_OPTIONS, Run, refused
 
 pytest_plugins = ["tests.bundles"]
 
@@ -52,10 +52,10 @@ class Hub:
 def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """A repository with everything but weights."""
     shutil.copytree(source, tmp_path / "hub", ignore=shutil.ignore_patterns("*.safetensors"))
-    made = Hub(tmp_path / "hub", tmp_path / "snapshot")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", made.snapshot_download)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", made.hf_hub_download)
-    return made
+    repository = Hub(tmp_path / "hub", tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", repository.snapshot_download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", repository.hf_hub_download)
+    return repository
 
 
 def put(hub: Hub, *names: str, index: list[str] | None = None) -> None:
@@ -87,11 +87,11 @@ def test_only_what_the_checkpoint_is_made_of(
 def test_the_hub_has_no_safetensors(hub: Hub, run: Run, tmp_path: Path) -> None:
     put(hub, "pytorch_model.bin")
     progress = f"fetching the weights of {HUB}"
-    result = run(HUB, "--out", tmp_path / "b", *QUICK_WORDS)
+    result = run(HUB, "--out", tmp_path / "b", *QUICK_OPTIONS)
     refused(result, "no .safetensors file", after=1)
     assert progress in result.err
     put(hub, index=SHARDS)
-    refused(run(HUB, "--out", tmp_path / "b", *QUICK_WORDS), f"{SHARDS[0]} is missing", after=1)
+    refused(run(HUB, "--out", tmp_path / "b", *QUICK_OPTIONS), f"{SHARDS[0]} is missing", after=1)
 
 
 @pytest.mark.parametrize("index", [None, SHARDS])
@@ -101,7 +101,7 @@ def test_only_the_config_is_in_the_cache(index: list[str] | None, hub: Hub, run:
     if index:
         shutil.copyfile(hub.files / index[0], hub.cache / index[0])
     hub.reachable = False
-    result = run(HUB, "--out", tmp_path / "b", *QUICK_WORDS)
+    result = run(HUB, "--out", tmp_path / "b", *QUICK_OPTIONS)
     refused(result, f"{HUB} is not in the cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)", after=1)
 
 

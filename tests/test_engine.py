@@ -1,4 +1,4 @@
-"""TensorRT: plans really built by TensorRT-RTX, and the backend's logic against a GPU made of bytes.
+"""TensorRT: plans built by TensorRT-RTX, and the backend's logic on a fake GPU in host memory.
 
 No test here needs a GPU; a machine that has one runs :func:`test_on_a_gpu` instead of the driver's absence.
 """
@@ -89,7 +89,7 @@ def test_profiles_follow_the_contract() -> None:
 def refuse(
     weights: Path, model: bytes, contract: Contract, error: type[Exception] = EngineError, **options: Any
 ) -> str:
-    """The message of a build that fails, in one line, with the plan of before still there."""
+    """The one-line message of a build that fails; the previous plan is kept."""
     out = weights.parent / "engine.plan"
     out.write_bytes(b"as before")
     with pytest.raises(error) as caught:
@@ -116,7 +116,7 @@ def test_what_tensorrt_refuses_is_one_line(weights: Path) -> None:
     assert "weights.bin" in refuse(weights, serialised(model), contract)
     (weights / "moved.bin").rename(weights / "weights.bin")
     onnx_op.strip_bodies(model)
-    apart = multiprocessing.get_context("spawn").Pool(1)  # where no test before has loaded the plugin
+    apart = multiprocessing.get_context("spawn").Pool(1)  # if no earlier test has loaded the plugin
     with apart:
         said = apart.apply(refuse, (weights, serialised(model), contract))
     assert "(LessAttention, which has no body inside)" in said
@@ -127,10 +127,10 @@ def test_ctrl_c_and_a_full_disk_leave_nothing(weights: Path) -> None:
     contract = contract_of("float16", chunk=1)
     model = serialised(decoder(contract, weights))
 
-    def cancel(words: str) -> None:
-        raise ValueError(words)
+    def cancel(text: str) -> None:
+        raise ValueError(text)
 
-    def interrupt(words: str) -> None:  # while TensorRT compiles
+    def interrupt(text: str) -> None:  # while TensorRT compiles
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -265,7 +265,7 @@ def test_on_a_gpu(weights: Path) -> None:
     for (name, got), (_, wanted) in zip(
         play(TrtBackend(contract, plan)), play(OrtBackend(contract, weights / "model.onnx")), strict=True
     ):
-        if not any(kind in name for kind in ("key", "value", "psi", "score")):  # empty slots hold anything
+        if not any(kind in name for kind in ("key", "value", "psi", "score")):  # empty slots may hold anything
             np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
@@ -275,11 +275,11 @@ def test_cuda_bindings_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         TrtBackend(contract_of("float16"), tmp_path / "engine.plan")
 
 
-# ------------------------------------------------------------------ the backend on a GPU made of bytes
+# ------------------------------------------------------------------ the backend on a fake GPU
 
 
 def play(backend: Backend) -> Iterator[tuple[str, np.ndarray]]:
-    """Ragged prefill, decode, parked, reset and copied rows, reopening; every result on the way."""
+    """Results of ragged prefill, decode, parked, reset and copied rows, and reopening."""
     random = np.random.default_rng(1)
     with backend:
         for rows in (3, 2):
@@ -310,7 +310,7 @@ def test_backend_keeps_the_state(in_place: bool, weights: Path, monkeypatch: pyt
         np.testing.assert_array_equal(got, wanted, name)
     assert count > 500
     assert set(fake.engine.used) == {0, 1}
-    assert not fake.cuda.memory  # all given back
+    assert not fake.cuda.memory  # all freed
 
 
 @pytest.mark.parametrize("in_place", [False, True])

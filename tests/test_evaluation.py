@@ -37,16 +37,16 @@ SPEC = LayerSpec(8, 2, 128, 0.1, Policy.H2O, 25, 25, 0, True, 50, 8)
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
-    words = bundles.PROMPT.split()
-    picks = torch.randint(len(words), (900,), generator=torch.Generator().manual_seed(1)).tolist()
-    file.write_text(" ".join(words[i] for i in picks))
+    vocabulary = bundles.PROMPT.split()
+    picks = torch.randint(len(vocabulary), (900,), generator=torch.Generator().manual_seed(1)).tolist()
+    file.write_text(" ".join(vocabulary[i] for i in picks))
     return file
 
 
 @pytest.fixture(scope="module")
-def streaming(source: Path, kernel_file: Path, made: Path) -> Path:
+def streaming(source: Path, kernel_file: Path, shared: Path) -> Path:
     """A bundle with kernels that gives the logits of every token: 12 slots."""
-    return once(made / "streaming", lambda path: bundles.bundle(source, path, kernels=kernel_file, logits="all"))
+    return once(shared / "streaming", lambda path: bundles.bundle(source, path, kernels=kernel_file, logits="all"))
 
 
 # ------------------------------------------------------------------ simulation and streaming
@@ -167,15 +167,15 @@ def test_share_of_the_gap() -> None:
 
 # ------------------------------------------------------------------ the command
 
-WORDS = ("--seqs", 3, "--seq-len", LENGTH, "--positions", 8)
+OPTIONS = ("--seqs", 3, "--seq-len", LENGTH, "--positions", 8)
 
 
 def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path) -> None:
     out, picture = tmp_path / "e.json", tmp_path / "e.png"
     other = tmp_path / "other.txt"
     other.write_text("a cat " * 300)
-    words = ("--kernels", kernel_file, "--budget", 12, "--budgets", "8,16", "--out-of-domain", other)
-    result = run("eval", source, "--data", text, *words, *WORDS, "--json", out, "--plot", picture)
+    arguments = ("--kernels", kernel_file, "--budget", 12, "--budgets", "8,16", "--out-of-domain", other)
+    result = run("eval", source, "--data", text, *arguments, *OPTIONS, "--json", out, "--plot", picture)
     assert result.code == 0, result.err
     data = json.loads(out.read_text())
     assert len(data["rows"]) == 2 * 3 * 5
@@ -189,9 +189,9 @@ def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path
 
 
 def test_a_bundle_on_onnx_runtime(run: Run, streaming: Path, text: Path, tmp_path: Path) -> None:
-    def rows(*words: object) -> dict[str, Any]:
+    def rows(*arguments: object) -> dict[str, Any]:
         file = tmp_path / "e.json"
-        assert run("eval", streaming, "--data", text, *WORDS, "--json", file, *words).code == 0
+        assert run("eval", streaming, "--data", text, *OPTIONS, "--json", file, *arguments).code == 0
         return {r["kind"]: r for r in json.loads(file.read_text())["rows"]}
 
     simulated, streamed = rows(), rows("--backend", "ort")
@@ -209,8 +209,8 @@ def test_where_there_is_no_gap_there_is_no_share(
 ) -> None:
     found = iter([np.full((3, 8), x) for x in (2.0, 1.9, 1.8)])
     monkeypatch.setattr(perplexity, "simulated", lambda *_: next(found))
-    words = ("--kernels", kernel_file, "--budget", 12, "--compare", "less,full,sparse", "--json", tmp_path / "e.json")
-    result = run("eval", source, "--data", text, *words, *WORDS)
+    options = ("--kernels", kernel_file, "--budget", 12, "--compare", "less,full,sparse", "--json", tmp_path / "e.json")
+    result = run("eval", source, "--data", text, *options, *OPTIONS)
     assert result.code == 0, result.err
     assert json.loads((tmp_path / "e.json").read_text())["rows"][2]["share"] == {"sparse": None}
     assert "6.05 [6.05, 6.05]" in result.out
@@ -218,8 +218,8 @@ def test_where_there_is_no_gap_there_is_no_share(
 
 
 def test_what_is_named_twice_is_evaluated_once(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
-    words = ("--compare", "sparse,full,sparse", "--budget", 8, "--budgets", "8,16,16", "--json", tmp_path / "e.json")
-    assert run("eval", source, "--data", text, *words, *WORDS).code == 0
+    options = ("--compare", "sparse,full,sparse", "--budget", 8, "--budgets", "8,16,16", "--json", tmp_path / "e.json")
+    assert run("eval", source, "--data", text, *options, *OPTIONS).code == 0
     rows = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert [(r["budget"], r["kind"]) for r in rows] == [
         ("8 tokens", "full"), ("8 tokens", "sparse"), ("16", "full"), ("16", "sparse"),
@@ -229,8 +229,8 @@ def test_what_is_named_twice_is_evaluated_once(run: Run, source: Path, text: Pat
 def test_fewer_sequences_than_asked_for(run: Run, source: Path, text: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text(text.read_text()[:400])
-    words = ("--compare", "full", "--budget", 8, "--seq-len", LENGTH, "--json", tmp_path / "e.json")
-    result = run("eval", source, "--data", short, *words, "--seqs", 100000)
+    arguments = ("--compare", "full", "--budget", 8, "--seq-len", LENGTH, "--json", tmp_path / "e.json")
+    result = run("eval", source, "--data", short, *arguments, "--seqs", 100000)
     (row,) = json.loads((tmp_path / "e.json").read_text())["rows"]
     assert 1 < row["sequences"] < 20
     assert f"warning: short.txt has {row['sequences']} sequences of 40 tokens, not 100000" in result.err
@@ -241,13 +241,13 @@ def test_refused_before_anything_is_evaluated(
     run: Run, source: Path, streaming: Path, kernelled: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "_score", lambda *_: pytest.fail("evaluated"))
-    refused(run("eval", streaming, "--data", text, *WORDS, "--backend", "trt"), "no engine.plan", after=1)
-    refused(run("eval", kernelled, "--data", text, *WORDS, "--backend", "ort", "--chunk", 4), "--logits all", after=1)
+    refused(run("eval", streaming, "--data", text, *OPTIONS, "--backend", "trt"), "no engine.plan", after=1)
+    refused(run("eval", kernelled, "--data", text, *OPTIONS, "--backend", "ort", "--chunk", 4), "--logits all", after=1)
     refused(
-        run("eval", streaming, "--data", text, *WORDS, "--backend", "ort", "--chunk", 17),
+        run("eval", streaming, "--data", text, *OPTIONS, "--backend", "ort", "--chunk", 17),
         "--chunk 17 is more than the 16 that the bundle accepts", after=1,
     )  # fmt: skip
-    plain_ = ("eval", source, "--data", text, "--compare", "full", "--budget", 8, *WORDS)
+    plain_ = ("eval", source, "--data", text, "--compare", "full", "--budget", 8, *OPTIONS)
     refused(run(*plain_, "--plot", "/none/x.png"), "cannot write /none/x.png: No such file")
     refused(run(*plain_, "--plot", text.parent / "x.doc"), "must end in one of", ".png")
     refused(run(*plain_, "--json", text.parent), "Is a directory")
@@ -271,20 +271,20 @@ def test_options_that_a_task_does_not_use(task: str, options: list[str], run: Ru
 
 
 def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text: Path) -> None:
-    refused(run("eval", source, "--data", text, "--compare", "less", "--budget", 8, *WORDS), "no layer has", after=1)
-    refused(run("eval", source, "--data", text, "--compare", "best", *WORDS), "unknown 'best'")
-    refused(run("eval", source, "--data", text, "--budget", 39, *WORDS), "--seq-len 40 ends before", after=1)
-    refused(run("eval", source, "--data", text, "--backend", "ort", *WORDS), "runs bundles", after=1)
+    refused(run("eval", source, "--data", text, "--compare", "less", "--budget", 8, *OPTIONS), "no layer has", after=1)
+    refused(run("eval", source, "--data", text, "--compare", "best", *OPTIONS), "unknown 'best'")
+    refused(run("eval", source, "--data", text, "--budget", 39, *OPTIONS), "--seq-len 40 ends before", after=1)
+    refused(run("eval", source, "--data", text, "--backend", "ort", *OPTIONS), "runs bundles", after=1)
     refused(run("eval", streaming, "--data", text, "--budget", 8), "is a bundle, whose cache is fixed", after=1)
     refused(run("eval", source, "--data", text, "--seqs", 0), "--seqs must be at least 1")
-    refused(run("eval", source, "--data", text, "--compare", "", *WORDS), "--compare: unknown ''")
-    refused(run("eval", source, "--data", text, "--budgets", "", *WORDS), "--budgets names an empty budget")
+    refused(run("eval", source, "--data", text, "--compare", "", *OPTIONS), "--compare: unknown ''")
+    refused(run("eval", source, "--data", text, "--budgets", "", *OPTIONS), "--budgets names an empty budget")
     refused(run("eval", source, "--task", "perplexity", "summarize"), "choose perplexity, summarize, or lm-eval TASK")
     refused(run("eval", source, "--task", "poetry"), "choose perplexity, summarize, or lm-eval TASK")
     refused(run("eval", streaming, "--data", text, "--task", "summarize"), "is not a .jsonl file")
 
 
-def test_kernels_flatter_themselves_on_their_own_text(
+def test_kernels_evaluated_on_their_training_text(
     source: Path, text: Path, kernel_file: Path, tmp_path: Path, run: Run
 ) -> None:
     from less_export.training import data
@@ -292,8 +292,8 @@ def test_kernels_flatter_themselves_on_their_own_text(
     kernels = Kernels.load(kernel_file)
     (facts,) = (s.facts() for s in data.read([str(text)]))
     Kernels(kernels.layers, {"model": "x", "data": [facts]}).save(tmp_path / "k.safetensors")
-    words = ("--kernels", tmp_path / "k.safetensors", "--budget", 12, "--compare", "less")
-    result = run("eval", source, "--data", text, *words, *WORDS)
+    arguments = ("--kernels", tmp_path / "k.safetensors", "--budget", 12, "--compare", "less")
+    result = run("eval", source, "--data", text, *arguments, *OPTIONS)
     assert "trained on text.txt" in result.err
 
 
@@ -305,11 +305,11 @@ def articles(tmp_path: Path) -> Path:
     return file
 
 
-def summaries(run: Run, target: Path, articles: Path, *words: object) -> dict[str, Any]:
-    """The rows by cache of eight tokens for each item."""
+def summaries(run: Run, target: Path, articles: Path, *arguments: object) -> dict[str, Any]:
+    """Rows by cache, with eight tokens for each item."""
     out = articles.parent / "s.json"
-    words = ("--task", "summarize", "--data", articles, "--max-new-tokens", 8, "--json", out, *words)
-    result = run("eval", target, *words)
+    arguments = ("--task", "summarize", "--data", articles, "--max-new-tokens", 8, "--json", out, *arguments)
+    result = run("eval", target, *arguments)
     assert result.code == 0, result.err
     found = json.loads(out.read_text())
     assert found["items"] == 2
@@ -328,17 +328,17 @@ def test_summaries_of_a_bundle(run: Run, plain: Path, articles: Path) -> None:
 
 
 def test_summaries_of_every_cache(run: Run, source: Path, kernel_file: Path, streaming: Path, articles: Path) -> None:
-    """A bundle and the model it was made of agree, whatever runs them; the full cache is Hugging Face's."""
+    """A bundle and its model agree on all backends; the full cache equals Hugging Face's."""
     names = "full,sparse,sparse+bytes,less"
     bundle = summaries(run, streaming, articles, "--compare", names)
     assert {n: r["backend"] for n, r in bundle.items()} == {**dict.fromkeys(names.split(","), "torch"), "less": "ort"}
-    words = ("--kernels", kernel_file, "--budget", 12, "--chunk", 16)
-    model = summaries(run, source, articles, "--compare", names, *words)
+    arguments = ("--kernels", kernel_file, "--budget", 12, "--chunk", 16)
+    model = summaries(run, source, articles, "--compare", names, *arguments)
     assert {r["backend"] for r in model.values()} == {"torch"}
-    for name in ("full", "sparse", "less"):  # sparse+bytes counts bytes of 16 bits here, of the bundle's 32 there
+    for name in ("full", "sparse", "less"):  # sparse+bytes counts 16 bits a value for a model, 32 for the bundle
         assert model[name]["texts"] == bundle[name]["texts"]
     assert len({tuple(r["texts"]) for r in model.values()}) > 1
-    assert summaries(run, source, articles, *words).keys() == {"less"}
+    assert summaries(run, source, articles, *arguments).keys() == {"less"}
     hf, tokenizer = LlamaForCausalLM.from_pretrained(source), bundles.tokenizer()
     ids = tokenizer(f"{bundles.PROMPT}\n\nSummary:", return_tensors="pt").input_ids
     made = hf.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
@@ -346,13 +346,13 @@ def test_summaries_of_every_cache(run: Run, source: Path, kernel_file: Path, str
 
 
 def test_summaries_that_cannot_be(run: Run, source: Path, plain: Path, articles: Path) -> None:
-    words = ("--task", "summarize", "--data", articles)
-    refused(run("eval", plain, *words, "--seqs", 0), "--seqs must be at least 1")
-    refused(run("eval", plain, *words, "--compare", ""), "--compare: unknown ''")
-    refused(run("eval", plain, *words, "--max-new-tokens", 0), "max_new_tokens must be")
-    refused(run("eval", plain, *words, "--chunk", 4), "is a bundle, whose cache is fixed: drop --chunk")
-    refused(run("eval", plain, *words, "--kernels", "k"), "drop --kernels")
-    refused(run("eval", source, *words, "--backend", "ort"), "runs bundles", after=1)
-    refused(run("eval", plain, *words, "--compare", "full,less"), "no layer has kernels", after=1)
-    trt = run("eval", plain, *words, "--compare", "full,sparse", "--backend", "trt")
+    arguments = ("--task", "summarize", "--data", articles)
+    refused(run("eval", plain, *arguments, "--seqs", 0), "--seqs must be at least 1")
+    refused(run("eval", plain, *arguments, "--compare", ""), "--compare: unknown ''")
+    refused(run("eval", plain, *arguments, "--max-new-tokens", 0), "max_new_tokens must be")
+    refused(run("eval", plain, *arguments, "--chunk", 4), "is a bundle, whose cache is fixed: drop --chunk")
+    refused(run("eval", plain, *arguments, "--kernels", "k"), "drop --kernels")
+    refused(run("eval", source, *arguments, "--backend", "ort"), "runs bundles", after=1)
+    refused(run("eval", plain, *arguments, "--compare", "full,less"), "no layer has kernels", after=1)
+    trt = run("eval", plain, *arguments, "--compare", "full,sparse", "--backend", "trt")
     refused(trt, "no engine.plan", after=1)

@@ -1,4 +1,4 @@
-"""Exported tiny models of the families that issue 2 names, on the torch and ONNX Runtime backends.
+"""Exported tiny models of the basic families, on the torch and ONNX Runtime backends.
 
 ``h2o`` bundles evict (24 slots; sliding layers keep their window of 10) and have random kernels; ``full`` bundles
 must be the untouched Hugging Face model. Tolerances are shares of the largest value; those against Hugging
@@ -23,9 +23,9 @@ from .conftest import Exported, Opened
 from .families import BUDGET, ROWS, differences, evicted, feed, feed_ragged, relative, text
 from .marks import slow_but
 
-#: What differs by the order of float32 sums only.
+#: Tolerance of results that differ only in the order of float32 sums.
 ROUNDING = 2e-5
-#: Below this the error of a float32 run says nothing (a rounding of the largest logit is 6e-8).
+#: Below this, the error of a float32 run is meaningless (one rounding of the largest logit is 6e-8).
 FLOOR = 1e-6
 
 all_families = pytest.mark.parametrize("family", slow_but(families.MAIN, "llama", "gemma3"))
@@ -58,7 +58,7 @@ def test_onnx_runtime_agrees_with_torch_past_eviction(family: str, opened: Opene
     assert max(differences(ort, torch).values()) < ROUNDING
     lowrank = [i for i, s in enumerate(ort.contract.layers) if s.absorb]
     assert lowrank == [i for i, s in enumerate(ort.contract.layers) if s.policy is Policy.H2O]
-    for i in lowrank:  # every token is in one place: z counts those that left
+    for i in lowrank:  # every token is in one place: z counts the evicted ones
         state = ort.read_row(0)
         held = (state.tensors[f"past.{i}.position"] >= 0).sum(-1)
         np.testing.assert_allclose(held + state.tensors[f"past.{i}.z"].sum(-1), state.length, rtol=1e-5)
@@ -89,7 +89,7 @@ def test_budget_longer_than_the_text_is_the_hugging_face_model(
 
 @all_families
 def test_eviction_is_not_the_hugging_face_model(family: str, exported: Exported, opened: Opened) -> None:
-    # What the tests above would miss if attention were nearly uniform, or nothing were ever evicted.
+    # The tests above would show nothing if attention were nearly uniform, or nothing were evicted.
     ids = text(2, 48)
     expected, _ = families.truth(families.load(exported(family, "h2o").checkpoint), ids)
     found = feed(opened(family, "h2o", "ort", rows=2), ids, [16, 16, 15, 1])[-1]
@@ -113,7 +113,7 @@ def test_chunking_does_not_change_full_and_window(family: str, name: str, opened
     assert max(differences(whole, small).values()) < ROUNDING
     for i, layer in enumerate(whole.contract.layers):
         x, y = (backend.read_row(0).tensors[f"past.{i}.position"] for backend in (whole, small))
-        if layer.policy is Policy.FULL:  # the very same slots
+        if layer.policy is Policy.FULL:  # exactly the same slots
             np.testing.assert_array_equal(x, y)
         else:
             assert sorted(x[0]) == list(range(40 - families.WINDOW, 40))
@@ -122,7 +122,7 @@ def test_chunking_does_not_change_full_and_window(family: str, name: str, opened
 @pytest.mark.slow
 @both_backends
 def test_prefill_hands_over_to_decode(name: str, opened: Opened, tmp_path: Path) -> None:
-    # The state that prefill leaves, saved and loaded elsewhere, is all that decoding needs.
+    # Decoding needs only the state after prefill, saved and loaded elsewhere.
     ids = text(1, 60, seed=3)
     for family in families.MAIN:
         here, there = opened(family, "h2o", name, rows=1), opened(family, "h2o", name, rows=2, copy=1)
@@ -195,7 +195,7 @@ def test_resetting_a_row_leaves_the_others_alone(family: str, name: str, opened:
     backend.reset_rows([1])
     assert [snapshot(backend, row) for row in (0, 2)] == [before[0], before[2]]
     assert snapshot(backend, 1) == snapshot(fresh, 1)
-    for at in range(0, 40, 8):  # the row starts a new sequence beside its running neighbours
+    for at in range(0, 40, 8):  # the row starts a new sequence while the others continue
         chunk = np.stack([ids[0, 30:38], more[1, at : at + 8], ids[2, 30:38]])
         assert np.array_equal(backend.step(chunk)[1], fresh.step(chunk)[1])
     assert snapshot(backend, 1) == snapshot(fresh, 1)
@@ -242,7 +242,7 @@ def test_last_logits_are_the_last_of_all_logits(exported: Exported, opened: Open
 
 @pytest.mark.slow
 def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
-    # Mistral slides over 10 tokens in every layer; 6 slots and the state stand for them.
+    # Mistral slides over 10 tokens in every layer; 6 slots and the state replace them.
     checkpoint = families.save(families.shallow("mistral"), tmp_path / "m")
     kernels = families.kernels(families.load(checkpoint), tmp_path / "kernels.safetensors", sliding=True)
     tiny = families.export(checkpoint, tmp_path / "b", budget="6", kernels=kernels, compress_sliding=True)
@@ -253,7 +253,7 @@ def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
     assert max(differences(ort, torch).values()) < ROUNDING
     state = ort.read_row(0)
     position, z = state.tensors["past.0.position"], state.tensors["past.0.z"]
-    assert ((position < 0) | (position > state.length - 10)).all()  # what the next query cannot see is gone
+    assert ((position < 0) | (position > state.length - 10)).all()  # tokens that the next query cannot see are gone
     np.testing.assert_allclose((position >= 0).sum(-1) + z.sum(-1), state.length, rtol=1e-5)
 
 

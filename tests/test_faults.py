@@ -1,4 +1,4 @@
-"""Bad input: one line, exit code 1, no half bundle, and what was there before untouched."""
+"""Bad input: one line, exit code 1, no partial bundle, and existing files untouched."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from less_export.contract import Heads
 from less_export.less.feature_maps import random_kernels
 
 from . import bundles
-from .bundles import QUICK_WORDS, Run, refused, resign
+from .bundles import QUICK_OPTIONS, Run, refused, resign
 
 pytest_plugins = ["tests.bundles"]
 
@@ -31,7 +31,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def mine(source: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be damaged."""
+    """A copy of the checkpoint, for tests that damage it."""
     return bundles.copy(source, tmp_path / "mine")
 
 
@@ -40,14 +40,14 @@ Fails = Callable[..., None]
 
 @pytest.fixture
 def fails(run: Run, place: Path) -> Fails:
-    """``fails(model, says, *words)``: an export over ``out`` and one to a new name are refused and change nothing."""
+    """``fails(model, says, *arguments)``: an export over ``out`` and one to a new name fail and change nothing."""
 
-    def call(model: object, says: str, *words: object, after: int = 0) -> None:
+    def call(model: object, says: str, *arguments: object, after: int = 0) -> None:
         before = bundles.snapshot(place)
         for out in ("out", "new", "deep/er/new", "x.onnx"):
-            result = run(model, "--out", place / out, *QUICK_WORDS, *words)
+            result = run(model, "--out", place / out, *QUICK_OPTIONS, *arguments)
             refused(result, says, after=after)
-            assert result.out == ""  # nor is anything asked
+            assert result.out == ""  # and no prompt is shown
             assert bundles.snapshot(place) == before, out
 
     return call
@@ -100,10 +100,10 @@ def test_config(name: str, fails: Fails, mine: Path) -> None:
 
 @pytest.mark.slow
 def test_an_encoder_with_a_head(tmp_path: Path) -> None:
-    """transformers remarks on it when it is made, on a stream of its own."""
+    """transformers prints a remark when the model is created."""
     BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path / "bert")
-    words = [sys.executable, "-m", "less_export.cli.main", "bert", "--out", "b"]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    arguments = [sys.executable, "-m", "less_export.cli.main", "bert", "--out", "b"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
     refused(bundles.Result(done.returncode, done.stdout, done.stderr), "attention is not causal")
 
 
@@ -111,11 +111,11 @@ def test_quantised_by_nothing(fails: Fails, mine: Path, run: Run, tmp_path: Path
     bundles.edit_json(mine / "config.json", quantization_config={"bits": 4})
     fails(mine, "is quantised (by a method that config.json does not name)")
     bundles.edit_json(mine / "config.json", quantization_config={})
-    assert run(mine, "--out", tmp_path / "b", *QUICK_WORDS).code == 0
+    assert run(mine, "--out", tmp_path / "b", *QUICK_OPTIONS).code == 0
 
 
-def test_weights_are_never_made_up(fails: Fails, mine: Path) -> None:
-    """transformers fills missing weights with random ones, and only warns."""
+def test_weights_are_never_random(fails: Fails, mine: Path) -> None:
+    """transformers fills in random values for missing weights, and only warns."""
     bundles.edit_json(mine / "config.json", num_hidden_layers=3)
     fails(mine, "lacks model.layers.2.self_attn.q_proj.weight (and 8 more)")
 
@@ -241,11 +241,11 @@ def test_out(run: Run, source: Path, place: Path, quick: None, monkeypatch: pyte
         ".": "names no folder",
         "": "names no folder",
     }.items():
-        refused(run(source, "--out", out, *QUICK_WORDS), says)
+        refused(run(source, "--out", out, *QUICK_OPTIONS), says)
         assert bundles.snapshot(place) == before, out
-    refused(run(source, "--out", "x.onnx", "--target", "both", *QUICK_WORDS), "one graph")
-    refused(run(source, "--out", "x.plan", "--target", "ort", *QUICK_WORDS), "drop --target")
-    refused(run(source, "--out", "x", "--engine", *QUICK_WORDS), "--engine needs --target")
+    refused(run(source, "--out", "x.onnx", "--target", "both", *QUICK_OPTIONS), "one graph")
+    refused(run(source, "--out", "x.plan", "--target", "ort", *QUICK_OPTIONS), "drop --target")
+    refused(run(source, "--out", "x", "--engine", *QUICK_OPTIONS), "--engine needs --target")
     assert bundles.snapshot(place) == before
 
 
@@ -263,7 +263,7 @@ def flip(file: Path, at: int) -> None:
 
 @pytest.fixture
 def broken(kernelled: Path, tmp_path: Path) -> Path:
-    """A bundle to be damaged."""
+    """A bundle, for tests that damage it."""
     return bundles.copy(kernelled, tmp_path / "broken")
 
 
@@ -272,14 +272,14 @@ def test_flipped_and_missing(name: str, broken: Path, run: Run) -> None:
     whole = (broken / name).read_bytes()
     for at in (40, len(whole) // 2, -1):
         flip(broken / name, at)
-        if name == WEIGHTS and at != 40:  # past the header: found by --full alone
+        if name == WEIGHTS and at != 40:  # after the header: only --full detects it
             assert run("info", broken).code == 0
             refused(run("check", broken, "--full"), f"{name} is damaged (its hash")
         elif name == MANIFEST:
             refused(run("info", broken), str(broken / MANIFEST), "export again")
         else:
-            for words in (["info", broken], ["generate", broken, "--prompt", "x"], ["check", broken]):
-                refused(run(*words), f"{name} is damaged", "export again, or copy the bundle again")
+            for arguments in (["info", broken], ["generate", broken, "--prompt", "x"], ["check", broken]):
+                refused(run(*arguments), f"{name} is damaged", "export again, or copy the bundle again")
         (broken / name).write_bytes(whole)
     for content in (whole[:-1], whole + b"x", b""):
         (broken / name).write_bytes(content)
@@ -289,7 +289,7 @@ def test_flipped_and_missing(name: str, broken: Path, run: Run) -> None:
 
 
 def test_damaged_plan(tmp_path: Path, run: Run, single: Path) -> None:
-    """A plan, here a file of bytes, is hashed like a graph."""
+    """A plan (here just a file of bytes) is hashed like a graph."""
     data = json.loads(single.with_name("x.json").read_text())
     manifest = Manifest.parse(json.dumps(data).encode(), "x")
     (tmp_path / "x.plan").write_bytes(b"ftrt" * 100)
@@ -320,10 +320,10 @@ def test_manifests(broken: Path, run: Run) -> None:
 
 
 def test_no_bundle_at_all(run: Run, source: Path, tmp_path: Path) -> None:
-    for words in (["info"], ["check"], ["generate", "--prompt", "x"]):
-        refused(run(*words, source), "has no manifest.json", "give a bundle folder")
-        refused(run(*words, tmp_path / "none"), "none does not exist")
-        refused(run(*words, tmp_path / "none.plan"), "none.plan does not exist")
+    for arguments in (["info"], ["check"], ["generate", "--prompt", "x"]):
+        refused(run(*arguments, source), "has no manifest.json", "give a bundle folder")
+        refused(run(*arguments, tmp_path / "none"), "none does not exist")
+        refused(run(*arguments, tmp_path / "none.plan"), "none.plan does not exist")
 
 
 def test_graph_of_another_manifest(broken: Path, plain: Path, run: Run) -> None:
@@ -336,5 +336,5 @@ def test_runtime_is_missing(run: Run, plain: Path, fails: Fails, source: Path, m
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     refused(run("generate", plain, "--prompt", "x"), "ONNX Runtime cannot be imported", "'less-export[cpu]'")
     refused(run("generate", plain, "--prompt", "x", "--backend", "trt"), "no engine.plan")
-    monkeypatch.setattr("tests.test_faults.QUICK_WORDS", ())
+    monkeypatch.setattr("tests.test_faults.QUICK_OPTIONS", ())
     fails(source, "needs ONNX Runtime: pip install 'less-export[cpu]', or --no-validate", after=2)

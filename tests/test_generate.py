@@ -49,7 +49,7 @@ def expected(prompt: Sequence[int], count: int) -> tuple[int, ...]:
 
 
 class HashBackend(Backend):
-    """The hash is the state (past.0.z), so rows, snapshots and parking are the real thing.
+    """The hash is the state (past.0.z), so rows, snapshots and parking are real.
 
     ``script`` replaces the logits: the token at position n of a sequence is script[n].
     """
@@ -72,7 +72,7 @@ class HashBackend(Backend):
 
     def _step(self, input_ids: Array, past_length: Array, new_length: Array) -> np.ndarray:
         self.calls.append((input_ids.shape[1], new_length.tolist()))
-        every = np.full((*input_ids.shape, VOCAB), 1e6, np.float32)  # padding and parked rows: finite rubbish
+        every = np.full((*input_ids.shape, VOCAB), 1e6, np.float32)  # padding and parked rows: finite garbage
         for row, new in enumerate(new_length):
             hashed = int(self.state["past.0.z"][row, 0, 0])
             for t in range(new):
@@ -93,7 +93,7 @@ class HashBackend(Backend):
             x[row] = tensors[name]
 
 
-def words() -> Tokenizer:
+def letter_tokenizer() -> Tokenizer:
     """One token per character "a".."z", then <s>, </s>, a space and pieces of longer text."""
     names = [*"abcdefghijklmnopqrstuvwxyz", "<s>", "</s>", " ", "ab", "bc", "abc", "."]
     raw = tokenizers.Tokenizer(models.BPE({n: i for i, n in enumerate(names)}, []))
@@ -104,7 +104,7 @@ def words() -> Tokenizer:
 
 
 def ids(text: str) -> list[int]:
-    return words().encode(text, special=False)
+    return letter_tokenizer().encode(text, special=False)
 
 
 PROMPTS = [[1, 2, 3], [5] * 9, [4, 3, 2, 1, 0, 9], [8], [7, 7, 7, 7]]
@@ -198,7 +198,7 @@ def test_a_run_without_prefix_forgets_the_one_before() -> None:
 
 
 def test_text_after_a_prefix_has_no_bos() -> None:
-    generator = Generator(HashBackend(contract()), words())
+    generator = Generator(HashBackend(contract()), letter_tokenizer())
     prefix = generator.prefill("abc")  # <s> a b c
     assert prefix.length == 4
     whole = generator.generate(["abcde"], max_new_tokens=5)[0]
@@ -229,18 +229,18 @@ def collect(tokens: list[Token]) -> Generation:
 
 
 def scripted(text_ids: Sequence[int], prompt: int = 1) -> Generator:
-    return Generator(HashBackend(contract(), [0] * prompt + list(text_ids) + [27] * 99), words())
+    return Generator(HashBackend(contract(), [0] * prompt + list(text_ids) + [27] * 99), letter_tokenizer())
 
 
 def test_stream_is_generate() -> None:
-    generator = Generator(HashBackend(contract(max_batch=2)), words())
+    generator = Generator(HashBackend(contract(max_batch=2)), letter_tokenizer())
     tokens = list(generator.stream(PROMPTS, max_new_tokens=7, ignore_eos=True))
     for row, want in enumerate(generator.generate(PROMPTS, max_new_tokens=7, ignore_eos=True)):
         mine = [t for t in tokens if t.row == row]
         got = collect(mine)
         assert (got.token_ids, got.text, got.finish_reason) == (want.token_ids, want.text, want.finish_reason)
         assert [t.finish_reason for t in mine[:-1]] == [None] * 6
-        assert got.text == words().decode(got.token_ids)
+        assert got.text == letter_tokenizer().decode(got.token_ids)
 
 
 def test_eos_ends_the_text() -> None:
@@ -254,14 +254,14 @@ def test_eos_ends_the_text() -> None:
         ("xabcy", "abc", ["x", "", "", ""], "stop"),
         ("xabdy", "abc", ["x", "", "", "abd", "y", ""], "eos"),
         ("aab.", ("ab.",), ["", "a", "", ""], "stop"),
-        ("xab", ("abc",), ["x", "", "", "ab"], "eos"),  # what was held back comes with the end
-        ("abcd", ("bcd", "c"), ["a", "", "b"], "stop"),  # complete first
+        ("xab", ("abc",), ["x", "", "", "ab"], "eos"),  # text that was held back comes at the end
+        ("abcd", ("bcd", "c"), ["a", "", "b"], "stop"),  # the one that is complete first
         (["abc", "x"], ("bcx", "b"), ["a"], "stop"),
         (["a", "bc", "."], ("c.",), ["a", "b", ""], "stop"),
     ],
 )
 def test_stop_strings_span_tokens(tokens: Sequence[str], stop: object, texts: list[str], reason: str) -> None:
-    vocabulary = {words().decode([i]): i for i in range(33)}
+    vocabulary = {letter_tokenizer().decode([i]): i for i in range(33)}
     generator = scripted([vocabulary[t] for t in tokens])
     out = list(generator.stream([[0]], stop=stop))
     assert [t.text for t in out] == texts
@@ -295,7 +295,7 @@ def test_a_seeded_row_does_not_depend_on_its_mates() -> None:
     batch = generator.generate([[1, 2], [1, 2], [9]], params)
     assert generator.generate([[1, 2]], params)[0] == batch[0]
     assert generator.generate([[6] * 9, [1, 2]], params)[1] == batch[1]
-    assert batch[0].token_ids != batch[1].token_ids  # the same prompt twice is two samples
+    assert batch[0].token_ids != batch[1].token_ids  # the same prompt twice gives two samples
     assert generator.generate([[1, 2]], params, seed=12)[0] != batch[0]
     unseeded = [generator.generate([[1, 2]], params, seed=None)[0].token_ids for _ in range(2)]
     assert unseeded[0] != unseeded[1]
@@ -345,4 +345,4 @@ def test_generation_ends_at_the_longest_sequence() -> None:
 
 def test_an_empty_text_is_refused() -> None:
     with pytest.raises(LessExportError, match="empty"):
-        Generator(HashBackend(contract()), words()).generate([""])
+        Generator(HashBackend(contract()), letter_tokenizer()).generate([""])

@@ -1,4 +1,4 @@
-"""``scripts/gpu_check`` works before there is a GPU: everything but the GPU itself."""
+"""``scripts/gpu_check`` without a GPU: everything except the GPU itself."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
     for part in ("primitives", "parity", "bandwidth", "decode", "eager", "full_cache", "prefill"):
         assert f"\n{part}: " in f"\n{done.stdout}"
     assert done.stdout.endswith("nothing failed\n")
-    assert list(tmp_path.iterdir()) == []  # times of an emulation are no results
+    assert list(tmp_path.iterdir()) == []  # times of an emulation are not results
 
 
 def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts of the README's tables from results of the shape that gpu_check writes."""
+    """The parts of the tables from results in the format of gpu_check."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import gpu_tables
 

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its tasks through ``eval``, its own command line, and scores computed by hand."""
+"""lm-evaluation-harness: its tasks through ``eval``, its own command line, and scores computed independently."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def model(plain: Path) -> LessLM:
 
 
 def log_probability(model: LessLM, context: list[int], continuation: list[int]) -> float:
-    """One row by itself: the context in one chunk, then token by token."""
+    """One row alone: the context in one chunk, then token by token."""
     backend = model._scorer.backend
     backend.open(1)
     total = 0.0
@@ -145,9 +145,9 @@ def test_what_a_user_can_get_wrong(run: Run, source: Path, plain: Path, task: Pa
 def test_our_errors_are_one_line(
     tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--tasks", "less_local", "--include_path", str(task)]
+    options = ["--tasks", "less_local", "--include_path", str(task)]
     for arguments, says in ((f"bundle={tmp_path / 'none'}", "none does not exist"), ("backend=ort", "bundle=DIR")):
-        monkeypatch.setattr(sys, "argv", ["less-lm-eval", "--model", "less", "--model_args", arguments, *words])
+        monkeypatch.setattr(sys, "argv", ["less-lm-eval", "--model", "less", "--model_args", arguments, *options])
         assert lm_eval.main() == 1
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith("less-export: error: ")
@@ -158,27 +158,27 @@ def test_our_errors_are_one_line(
 def test_less_lm_eval_knows_less_and_the_others(
     plain: Path, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--tasks", "less_local", "--include_path", str(task)]
+    options = ["--tasks", "less_local", "--include_path", str(task)]
     for arguments in (["less", "--model_args", f"bundle={plain}"], ["dummy"]):
-        monkeypatch.setattr(sys, "argv", ["less-lm-eval", "--model", *arguments, *words])
+        monkeypatch.setattr(sys, "argv", ["less-lm-eval", "--model", *arguments, *options])
         assert lm_eval.main() == 0
         assert "|less_local|" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_task_file_brings_the_model_into_lm_eval(plain: Path, tmp_path: Path) -> None:
-    """``lm_eval`` as it is installed, in a process of its own; the line under ``metadata`` is README's."""
+    """The installed ``lm_eval`` in its own process; the line under ``metadata`` is README's."""
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     line = "model: !function less_export.evaluation.harness.LessLM"
     assert f"`{line}`" in (ROOT / "README.md").read_text()
     folder = tmp_path / "tasks"
     folder.mkdir()
-    made = TASK.format(name="less_local", data=tmp_path / "items.jsonl") + f"metadata:\n  {line}\n"
-    (folder / "local.yaml").write_text(made)
-    words = ["--model", "less", "--model_args", f"bundle={plain}", "--tasks", str(folder), "--output_path", "out"]
+    definition = TASK.format(name="less_local", data=tmp_path / "items.jsonl") + f"metadata:\n  {line}\n"
+    (folder / "local.yaml").write_text(definition)
+    options = ["--model", "less", "--model_args", f"bundle={plain}", "--tasks", str(folder), "--output_path", "out"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", *words], capture_output=True, text=True, cwd=tmp_path, env=environment
+        [sys.executable, "-m", "lm_eval", *options], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert "|less_local|" in done.stdout
@@ -186,7 +186,7 @@ def test_a_task_file_brings_the_model_into_lm_eval(plain: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_entry_point_becomes_the_model() -> None:
-    """What versions with the group ``lm_eval.models`` do: the entry point under its name, loaded on demand."""
+    """As in versions with the entry point group ``lm_eval.models``: loaded by name, on demand."""
     points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lm_eval.models"]
     assert points == {"less": f"{LessLM.__module__}:{LessLM.__name__}"}
     code = (

@@ -41,7 +41,7 @@ def checkpoint(heads: int, kv_heads: int) -> dict[str, torch.Tensor]:
 
 
 def similarity(saved: dict[str, torch.Tensor], q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """phi(q) psi(k) [B,H,T,T] as the paper's section 3.2 has it, in float64."""
+    """phi(q) psi(k) [B,H,T,T] as in section 3.2 of the paper, in float64."""
 
     def product(x: torch.Tensor, name: str) -> torch.Tensor:
         if name in saved:
@@ -60,12 +60,12 @@ def similarity(saved: dict[str, torch.Tensor], q: torch.Tensor, k: torch.Tensor)
 def test_the_same_similarities(heads: int, kv_heads: int, tmp_path: Path) -> None:
     saved = checkpoint(heads, kv_heads)
     torch.save(saved, tmp_path / "layer_0.pth")
-    made = read_layer(tmp_path / "layer_0.pth", Heads(heads, kv_heads, D))
+    feature_map = read_layer(tmp_path / "layer_0.pth", Heads(heads, kv_heads, D))
     g = torch.Generator().manual_seed(9)
     q, k = torch.randn(2, heads, 5, D, generator=g), torch.randn(2, kv_heads, 5, D, generator=g)
-    got = made.log_phi(q).exp() @ made.psi(k).mT
+    got = feature_map.log_phi(q).exp() @ feature_map.psi(k).mT
     torch.testing.assert_close(got.double(), similarity(saved, q, k), rtol=1e-4, atol=1e-12)
-    assert 0.05 < float(made.psi(k).mean()) < 50  # fit for 16-bit slots, unlike the 1e-4 it was
+    assert 0.05 < float(feature_map.psi(k).mean()) < 50  # suitable for 16-bit slots, unlike the original 1e-4
 
 
 def test_the_command(run: Run, source: Path, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_another_model(model: list[Heads], says: str) -> None:
 
 Damage = Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
 ONE = "layers.0.k_in"
-#: What is done to the header and the tensors, and what the error says.
+#: Changes to the header and the tensors, and the error message.
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "newer": (lambda h, t: h.update(format_version=2), "newer less-export"),
     "no version": (lambda h, t: h.pop("format_version"), "format_version"),
@@ -126,7 +126,7 @@ def test_damaged_header_or_tensor(name: str, tmp_path: Path) -> None:
     path = tmp_path / "k.safetensors"
     some("exp").save(path)
     rewrite(path, lambda h, t: None)
-    Kernels.load(path)  # rewriting alone does no harm
+    Kernels.load(path)  # rewriting alone is harmless
     rewrite(path, damage)
     with pytest.raises(KernelError) as caught:
         Kernels.load(path)
@@ -159,7 +159,7 @@ def test_not_a_kernel_file(content: str, tmp_path: Path) -> None:
 
 
 def trained_for(facts: dict[str, Any], policy: Policy, slots: int, *names: str) -> list[str]:
-    """What is said of kernels with ``facts`` in a model of that policy; its layer 1 keeps all it sees."""
+    """Warnings about kernels with ``facts`` in a model with that policy, whose layer 1 keeps everything."""
     heavy, recent = (slots - 1, 1) if policy is Policy.TOVA else (slots // 2, slots // 2)
     plan = [
         LayerSpec(h.query_heads, h.kv_heads, h.head_dim, 0.3, policy, heavy, recent, 0, True, slots, 5) for h in HEADS
@@ -196,15 +196,15 @@ def test_kernels_for_something_else() -> None:
 def test_other_kernels_are_said(source: Path, kernel_file: Path, quick: None, tmp_path: Path, run: bundles.Run) -> None:
     facts = {"model": "other", "policy": "tova", "slots": {"0": [59, 1], "1": [59, 1]}}
     Kernels(Kernels.load(kernel_file).layers, facts).save(tmp_path / "k.safetensors")
-    words = ("--kernels", tmp_path / "k.safetensors", "--budget", 12)
+    arguments = ("--kernels", tmp_path / "k.safetensors", "--budget", 12)
     says = [
         "warning: the kernels were trained for other: if checkpoint is another model, train its own",
         "warning: the kernels were trained for policy tova, not h2o: quality may suffer",
         "warning: the kernels were trained with 60 slots, not 12 (layer 0): quality may suffer",
     ]
-    exported = run(source, "--out", tmp_path / "out", *words, *bundles.QUICK_WORDS)
+    exported = run(source, "--out", tmp_path / "out", *arguments, *bundles.QUICK_OPTIONS)
     few = ("--compare", "less", "--seqs", 1, "--seq-len", 40, "--positions", 4)
-    evaluated = run("eval", source, *words, *few)
+    evaluated = run("eval", source, *arguments, *few)
     for result in (exported, evaluated):
         assert result.code == 0, result.err
         assert [x.removeprefix("less-export: ") for x in result.err.splitlines() if "trained" in x] == says
@@ -247,7 +247,7 @@ def test_formulas(family: str, index: int) -> None:
     assert psi.min() >= 0
     assert np.abs(psi.numpy() - want[1]).max() < 1e-6 * np.abs(want[1]).max()
     assert np.abs(log_phi.exp().numpy() - np.exp(want[0])).max() < 2e-6 * np.exp(want[0]).max()
-    likely = np.exp(want[0]) > 1e-3 * np.exp(want[0]).max()  # a float32 gelu loses its far tail
+    likely = np.exp(want[0]) > 1e-3 * np.exp(want[0]).max()  # float32 gelu underflows far from zero
     assert np.abs(log_phi.numpy() - want[0])[likely].max() < 1e-4
 
 
@@ -297,12 +297,12 @@ def logits(bundle: Path, backend: str, ids: list[int]) -> np.ndarray:
 
 @BOTH
 def test_kernels_through_an_export(
-    family: str, source: Path, plain: Path, kernelled: Path, made: Path, request: pytest.FixtureRequest
+    family: str, source: Path, plain: Path, kernelled: Path, shared: Path, request: pytest.FixtureRequest
 ) -> None:
     bundle = kernelled
     if family == "paper":  # of one layer only: the other stays sparse
-        file = once(made / "paper.safetensors", lambda path: bundles.kernels(path, "paper", layers=[1]))
-        bundle = once(made / "papered", lambda path: bundles.bundle(source, path, kernels=file))
+        file = once(shared / "paper.safetensors", lambda path: bundles.kernels(path, "paper", layers=[1]))
+        bundle = once(shared / "papered", lambda path: bundles.bundle(source, path, kernels=file))
     ids = np.random.default_rng(0).integers(2, 300, 56).tolist()
     without, mine, theirs = logits(plain, "ort", ids), logits(bundle, "ort", ids), logits(bundle, "torch", ids)
     unit = float(np.abs(theirs).max())

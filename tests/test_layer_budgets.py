@@ -1,4 +1,4 @@
-"""Budgets of single layers: the option, what eviction costs in each layer, and how a budget is divided by it."""
+"""Budgets of single layers: the option, the cost of eviction in each layer, and the division of a budget."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def plan(*windows: int, **options: Any) -> tuple[LayerSpec, ...]:
 
 
 def test_layers_have_the_budget_they_are_given() -> None:
-    made = plan(0, 0, 0, budget="10", layer_budgets="1:20, 2:0.5%")
-    assert [(s.heavy, s.recent, s.capacity) for s in made] == [(5, 5, 10), (10, 10, 20), (2, 2, 4)]
+    layer_plan = plan(0, 0, 0, budget="10", layer_budgets="1:20, 2:0.5%")
+    assert [(s.heavy, s.recent, s.capacity) for s in layer_plan] == [(5, 5, 10), (10, 10, 20), (2, 2, 4)]
     assert [s.heavy for s in plan(0, 0, policy="sink", budget="10", layer_budgets="1:20")] == [4, 4]
     assert [s.capacity for s in plan(64, 0, budget="10", layer_budgets="0:20", compress_sliding=True)] == [20, 10]
 
 
-@pytest.mark.parametrize("words", ["", "5", "5:", ":5", "a:5", "1:2:3", "1:2,", "-1:4", "auto"])
-def test_what_is_no_list_is_refused(words: str) -> None:
+@pytest.mark.parametrize("option", ["", "5", "5:", ":5", "a:5", "1:2:3", "1:2,", "-1:4", "auto"])
+def test_bad_lists_are_refused(option: str) -> None:
     with pytest.raises(UsageError, match="--layer-budgets"):
-        layer_tokens(words, 1000)
+        layer_tokens(option, 1000)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +91,17 @@ def test_a_bundle_runs_with_layers_of_different_budgets(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-# ------------------------------------------------------------------ what eviction costs
+# ------------------------------------------------------------------ cost of eviction
 
 
 def test_costs_are_those_of_a_streaming_run_in_which_one_layer_evicts(text: Path, tmp_path: Path) -> None:
     source = resolve(str(model_folder(tmp_path / "model")))
     model = source.load(torch.float32)
     layers = discover(model)
-    made = plan_layers(layers, ExportConfig(budget="8"), 48, dict.fromkeys(range(2), 2))
+    layer_plan = plan_layers(layers, ExportConfig(budget="8"), 48, dict.fromkeys(range(2), 2))
     ids = torch.randint(3, 60, (allocate.SEQUENCES + 1, 48), generator=torch.Generator().manual_seed(1))
-    found = allocate.measure(model, ids, made, [0, 1], Silent())
-    assert {i: sorted(at) for i, at in found.items()} == {0: [4, 8, 16], 1: [4, 8, 16]}
+    result = allocate.measure(model, ids, layer_plan, [0, 1], Silent())
+    assert {i: sorted(at) for i, at in result.items()} == {0: [4, 8, 16], 1: [4, 8, 16]}
 
     def stream(caches: list[LayerSpec]) -> torch.Tensor:
         """Log probabilities past the largest budget, token by token through a backend."""
@@ -112,26 +112,26 @@ def test_costs_are_those_of_a_streaming_run_in_which_one_layer_evicts(text: Path
         logits = torch.from_numpy(np.concatenate(steps, 1))[: allocate.SEQUENCES, 17:47]
         return torch.log_softmax(logits.double(), -1)
 
-    exact = [exact_layer(s, 48) for s in made]
+    exact = [exact_layer(s, 48) for s in layer_plan]
     wanted = stream(exact)
     for layer, slots in itertools.product((0, 1), (4, 8, 16)):
         caches = list(exact)
-        caches[layer] = sparse_layer(made[layer], slots)
+        caches[layer] = sparse_layer(layer_plan[layer], slots)
         divergence = (wanted.exp() * (wanted - stream(caches))).sum(-1).mean()
-        assert found[layer][slots] == pytest.approx(float(divergence), rel=1e-3)
+        assert result[layer][slots] == pytest.approx(float(divergence), rel=1e-3)
         assert divergence > 1e-4
 
 
 def test_no_slots_beyond_a_window(tmp_path: Path) -> None:
     model = resolve(str(sliding_folder(tmp_path / "model"))).load(torch.float32)
     config = ExportConfig(budget="10", compress_sliding=True)
-    made = plan_layers(discover(model), config, 48, dict.fromkeys(range(2), 2))
+    layer_plan = plan_layers(discover(model), config, 48, dict.fromkeys(range(2), 2))
     ids = torch.randint(3, 60, (2, 48), generator=torch.Generator().manual_seed(1))
-    found = allocate.measure(model, ids, made, [0, 1], Silent())
-    assert {i: sorted(at) for i, at in found.items()} == {0: [4, 10, 14], 1: [4, 10, 20]}
+    result = allocate.measure(model, ids, layer_plan, [0, 1], Silent())
+    assert {i: sorted(at) for i, at in result.items()} == {0: [4, 10, 14], 1: [4, 10, 20]}
 
 
-# ------------------------------------------------------------------ how it is divided
+# ------------------------------------------------------------------ division
 
 
 def spec(capacity: int, head_dim: int = 8) -> LayerSpec:
@@ -139,11 +139,11 @@ def spec(capacity: int, head_dim: int = 8) -> LayerSpec:
 
 
 def test_bytes_are_what_is_divided() -> None:
-    made = [spec(16, 8), spec(16, 16)]
+    layer_plan = [spec(16, 8), spec(16, 16)]
     costs = {0: {4: 4.0, 8: 2.0, 32: 0.5}, 1: {4: 4.0, 8: 2.0, 32: 0.5}}
-    found = allocate.divide(costs, made)
-    assert found[0] > found[1]  # the same gain for half the bytes
-    assert found[0] * 8 + found[1] * 16 <= 16 * (8 + 16) < found[0] * 8 + (found[1] + 2) * 16
+    result = allocate.divide(costs, layer_plan)
+    assert result[0] > result[1]  # the same gain for half the bytes
+    assert result[0] * 8 + result[1] * 16 <= 16 * (8 + 16) < result[0] * 8 + (result[1] + 2) * 16
 
 
 @pytest.mark.slow

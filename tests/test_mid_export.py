@@ -1,4 +1,4 @@
-"""Bad luck in mid-export: full disks, failing renames, interrupts; and sources that are only lent."""
+"""Failures during an export: full disks, failing renames, interrupts; and source files that stay unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from less_export.hf import checkpoint
 from less_export.less import feature_maps
 
 from . import bundles
-from .bundles import QUICK_WORDS, Result, Run
+from .bundles import QUICK_OPTIONS, Result, Run
 
 pytest_plugins = ["tests.bundles"]
 
@@ -37,7 +37,7 @@ def full_disk(*_: object, **__: object) -> Any:
 
 
 def fails_at(function: Callable[..., Any], call: int = 1, name: str = "") -> Callable[..., Any]:
-    """``function``, but that call of it finds a full disk; calls whose first argument lacks ``name`` do not count."""
+    """``function``, whose given call fails with a full disk; calls count if their first argument contains ``name``."""
     left = [call]
 
     def instead(first: Any, *rest: Any, **options: Any) -> Any:
@@ -48,7 +48,7 @@ def fails_at(function: Callable[..., Any], call: int = 1, name: str = "") -> Cal
 
 
 def stopped(result: Result, says: str) -> None:
-    """The export failed with exactly one error line, its last."""
+    """Assert that the export failed with exactly one error line, the last."""
     *before, last = result.err.splitlines()
     assert result.code == 1
     assert last.startswith(f"less-export: error: {says}"), result.err
@@ -70,12 +70,12 @@ DISKS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
 
 
 def second_folder() -> Callable[..., Any]:
-    made: list[str] = []
+    results: list[str] = []
     original = files.tempfile.mkdtemp
 
     def mkdtemp(**options: Any) -> str:
-        made.append(full_disk() if made else original(**options))
-        return made[-1]
+        results.append(full_disk() if results else original(**options))
+        return results[-1]
 
     return mkdtemp
 
@@ -89,7 +89,7 @@ def test_full_disk(
     for out in ("out", "new", "deep/er/new"):
         with monkeypatch.context() as patch:
             DISKS[where](patch)
-            result = run(source, "--out", place / out, *QUICK_WORDS, "--kernels", kernel_file, "--target", "both")
+            result = run(source, "--out", place / out, *QUICK_OPTIONS, "--kernels", kernel_file, "--target", "both")
         stopped(result, f"cannot write {place / out}: No space left on device")
         assert bundles.snapshot(place) == before
 
@@ -98,15 +98,15 @@ def test_full_disk(
 def test_every_rename_may_fail(
     out: str, run: Run, source: Path, single: Path, place: Path, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``out`` and x.onnx are there already and come back, whichever rename fails; new ones leave nothing."""
+    """Existing ``out`` and x.onnx are restored, whichever rename fails; new ones leave nothing."""
     for file in single.parent.iterdir():
         (place / file.name).write_bytes(file.read_bytes())
     before = bundles.snapshot(place)
-    words = (*QUICK_WORDS, "--policy", "full", "--context", "32", "--num-hidden-layers", "1")
+    arguments = (*QUICK_OPTIONS, "--policy", "full", "--context", "32", "--num-hidden-layers", "1")
     for call in range(1, 20):
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "replace", fails_at(os.replace, call))
-            result = run(source, "--out", place / out, *words)
+            result = run(source, "--out", place / out, *arguments)
         if result.code == 0:
             break
         stopped(result, f"cannot write {place / out}: No space left on device")
@@ -117,7 +117,7 @@ def test_every_rename_may_fail(
 
 
 def test_renaming_back_may_fail_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then what was replaced stays where it was put aside: it is the only copy."""
+    """The replaced files then stay in their temporary place: they are the only copy."""
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "what").write_text(name)
@@ -142,7 +142,9 @@ def test_converted_weights_on_a_full_disk(
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
     before = bundles.snapshot(place)
-    stopped(run(tmp_path / "mixtral", "--out", place / "out", *QUICK_WORDS), f"cannot write {place / 'out'}: I/O error")
+    stopped(
+        run(tmp_path / "mixtral", "--out", place / "out", *QUICK_OPTIONS), f"cannot write {place / 'out'}: I/O error"
+    )
     assert bundles.snapshot(place) == before
 
 
@@ -168,7 +170,7 @@ def test_interrupted(
     monkeypatch.setattr(f"less_export.exporter.{where}", how)
     before = bundles.snapshot(place)
     for out in ("out", "new", "x.onnx"):
-        stopped(run(source, "--out", place / out, *QUICK_WORDS), "interrupted")
+        stopped(run(source, "--out", place / out, *QUICK_OPTIONS), "interrupted")
         assert bundles.snapshot(place) == before
 
 
@@ -176,9 +178,9 @@ def test_interrupted(
 def test_control_c_while_tracing(source: Path, place: Path) -> None:
     """A real process and a real signal."""
     before = bundles.snapshot(place)
-    words = [sys.executable, "-m", "less_export.cli.main", str(source), "--out", str(place / "out"), *QUICK_WORDS]
+    arguments = [sys.executable, "-m", "less_export.cli.main", str(source), "--out", str(place / "out"), *QUICK_OPTIONS]
     with subprocess.Popen(
-        words,
+        arguments,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -204,7 +206,7 @@ def test_control_c_while_tracing(source: Path, place: Path) -> None:
 
 
 def test_source_is_not_touched(run: Run, source: Path, place: Path, tmp_path: Path, quick: None) -> None:
-    """A read-only checkpoint stays as it was: links point at its weights, nobody writes there."""
+    """A read-only checkpoint is unchanged: links point to its weights, and nothing is written there."""
     lent = bundles.copy(source, tmp_path / "lent")
     for file in lent.iterdir():
         file.chmod(0o444)
@@ -215,7 +217,7 @@ def test_source_is_not_touched(run: Run, source: Path, place: Path, tmp_path: Pa
 
     before, contents = facts(), bundles.snapshot(lent)
     for _ in range(2):  # the second replaces the first
-        assert run(lent, "--out", place / "out", *QUICK_WORDS).code == 0
+        assert run(lent, "--out", place / "out", *QUICK_OPTIONS).code == 0
         assert os.path.samefile(lent / WEIGHTS, place / "out" / WEIGHTS)
     assert facts() == before
     assert bundles.snapshot(lent) == contents
@@ -229,7 +231,7 @@ def test_links_are_impossible(
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
     monkeypatch.setattr(files.os, "link", link)
-    result = run(source, "--out", place / "new", *QUICK_WORDS)
+    result = run(source, "--out", place / "new", *QUICK_OPTIONS)
     assert result.code == 0
     assert f"less-export: warning: hard links are not possible here: copied {WEIGHTS}\n" in result.err
     copied = place / "new" / WEIGHTS
@@ -246,7 +248,7 @@ def test_links_of_a_hub_snapshot_are_followed(run: Run, source: Path, tmp_path: 
     for index, file in enumerate(sorted(blobs.iterdir())):
         (snapshot / file.name).symlink_to(f"../blobs/{index}")
         file.rename(blobs / str(index))
-    assert run(snapshot, "--out", tmp_path / "new", *QUICK_WORDS).code == 0
+    assert run(snapshot, "--out", tmp_path / "new", *QUICK_OPTIONS).code == 0
     linked = tmp_path / "new" / WEIGHTS
     assert not linked.is_symlink()
     assert os.path.samefile(linked, snapshot / WEIGHTS)

@@ -52,13 +52,13 @@ HEADS = {"MHA": (2, 2), "GQA": (4, 2), "MQA": (3, 1)}
 #: New tokens per step and row: chunks longer than the capacity, decode, parked rows, late and early ends.
 MIXED = [(5, 3, 0), (1, 1, 1), (1, 0, 1), (17, 2, 9), (0, 6, 1), (0, 0, 0), (1, 1, 1), (3, 16, 8), (1, 0, 1)]
 DECODE = [(1, 1, 0), (1, 1, 1), (1, 0, 1)] * 6 + [(1, 1, 1)] * 6
-#: Row 1 starts over with a chunk, later row 2 does while it is parked.
+#: Row 1 is reset and gets a chunk; later row 2 is reset while it is parked.
 RESETS = {4: (1,), 5: (2,)}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Small tensors: on a busy machine torch's threads spin ten times longer than they work."""
+    """Small tensors: on a busy machine, torch's threads wait ten times longer than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -78,13 +78,13 @@ def ordinary(layer: LayerSpec, decode: bool, seed: int = 0) -> list[Step]:
 
 
 def empty(layer: LayerSpec, dtype: torch.dtype = torch.float32, batch: int = 3) -> list[np.ndarray]:
-    """Fresh rows with NaN in the empty slots; tensors of 16 bit are held as float32."""
+    """Fresh rows with NaN in the empty slots; 16-bit tensors are stored as float32."""
     state = testing.empty_state(layer, batch, dtype, poison=True)
     return [x.float().numpy() if x.dtype == dtype else x.numpy() for x in state]
 
 
 def torch_run(layer: LayerSpec, operator: object = reference.less_attention, dtype: torch.dtype = torch.float32) -> Run:
-    """The torch operator on arrays; q, k, v, psi and their slots travel in ``dtype``."""
+    """Run the torch operator on arrays; q, k, v, psi and their slots have ``dtype``."""
     wide = {3, 8, 10, 11}  # log_phi_q, past_score, past_h, past_z stay float32
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
@@ -100,7 +100,7 @@ def torch_run(layer: LayerSpec, operator: object = reference.less_attention, dty
 
 
 def onnx_run(layer: LayerSpec, half: bool = False) -> Run:
-    """The operator's ONNX model on ONNX Runtime; checks the model on the way."""
+    """Run the operator's ONNX model on ONNX Runtime, after checking it."""
     model = testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     options = onnxruntime.SessionOptions()
@@ -126,7 +126,7 @@ def onnx_run(layer: LayerSpec, half: bool = False) -> Run:
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_torch_equals_brute_force(name: str, heads: str, decode: bool) -> None:
-    """Slots exactly, outputs, scores, H and z to float32 rounding."""
+    """Slots are exact; outputs, scores, H and z agree to float32 rounding."""
     layer = shaped(VARIANTS[name], HEADS[heads])
     errors = follow(torch_run(layer), ordinary(layer, decode), empty(layer))
     assert max(errors.values()) < F32, errors
@@ -152,7 +152,7 @@ def test_logits_of_200_and_low_rank_masses_of_e60(name: str) -> None:
     ("name", "seed"), [(n, s) for n in VARIANTS for s in range(3) if n.startswith(("h2o", "tova"))]
 )
 def test_ties_keep_the_lower_index(name: str, seed: int) -> None:
-    """Scores are small integers (or, for tova, all the same), so nearly every eviction is a tie."""
+    """Scores are small integers (or, for tova, all equal), so nearly every eviction is a tie."""
     layer = tied(VARIANTS[name])
     errors = follow(torch_run(layer), tie_steps(layer, seed), empty(layer))
     assert max(errors.values()) < F32, errors
@@ -222,7 +222,7 @@ def test_operator_is_well_formed(name: str) -> None:
 
 @pytest.mark.parametrize("chunks", [[(2, 0), (7, 1), (0, 1)], [(9, 3)]])
 def test_full_overflow_is_an_error(chunks: list[tuple[int, int]]) -> None:
-    """Row 0 fills its 8 slots to one more than there are, in one chunk or in its last one."""
+    """Row 0 gets one token more than its 8 slots, in one chunk or in its last one."""
     layer = layer_of("full", 0, 8)
     fits = scenario(layer, [(8, 1)] if len(chunks) == 1 else [(2, 0), (6, 1), (0, 1)], 0)
     assert max(follow(torch_run(layer), fits, empty(layer, batch=2)).values()) < F32
@@ -249,7 +249,7 @@ def test_sixteen_bit_inputs_round_only_the_output(name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("make", [torch_run, onnx_run])
 @pytest.mark.parametrize("name", ["h2o", "tova sliding", "window"])
 def test_positions_beyond_2_to_the_24(name: str, make: Callable[[LayerSpec], Run]) -> None:
-    """Sequences that begin at position 2^30 + 1 differ in nothing but the positions."""
+    """Sequences that begin at position 2^30 + 1 differ only in positions."""
     layer, shift = VARIANTS[name], 2**30 + 1
     for step, before, got in play(make(layer), moved(ordinary(layer, False), shift), empty(layer)):
         assert max(compare(step, before, got).values()) < F32
@@ -266,7 +266,7 @@ def moved(steps: list[Step], by: int) -> list[Step]:
 
 
 def test_rows_are_independent() -> None:
-    """The same rows in another order, and a row on its own, give the same."""
+    """The same rows in another order, and a row alone, give the same results."""
     layer, order = VARIANTS["h2o"], [2, 0, 1]
     steps = ordinary(layer, False)
     got = [got for _, _, got in play(torch_run(layer), steps, empty(layer))]
@@ -288,7 +288,7 @@ def test_rows_are_independent() -> None:
 
 
 def test_a_reset_row_starts_a_new_sequence() -> None:
-    """Row 0 after its reset is a fresh row, while row 1 goes on."""
+    """After its reset, row 0 is a fresh row, while row 1 continues."""
     layer = VARIANTS["tova"]
     lengths = [(12, 5), (1, 1), (4, 1), (1, 6)]
     steps = scenario(layer, lengths, 7, reset={2: (0,)})
@@ -304,8 +304,8 @@ def test_a_reset_row_starts_a_new_sequence() -> None:
 # ----------------------------------------------------------------------------------------- the ONNX body
 
 
-def earned(layer: LayerSpec, steps: list[Step], floor: float = 5e-7) -> None:
-    """The body is at most twice as far from the oracle as the torch reference on the same data."""
+def check_accuracy(layer: LayerSpec, steps: list[Step], floor: float = 5e-7) -> None:
+    """The body's errors are at most twice those of the torch reference on the same data."""
     reference = follow(torch_run(layer), steps, empty(layer))
     body = follow(onnx_run(layer), steps, empty(layer))
     for name, error in body.items():
@@ -317,30 +317,30 @@ def earned(layer: LayerSpec, steps: list[Step], floor: float = 5e-7) -> None:
 def test_body_equals_torch(name: str, decode: bool) -> None:
     for heads in HEADS.values():
         layer = shaped(VARIANTS[name], heads)
-        earned(layer, ordinary(layer, decode))
+        check_accuracy(layer, ordinary(layer, decode))
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["mixed", "decode"])
 @pytest.mark.parametrize("name", EDGES)
 def test_body_equals_torch_at_the_edges(name: str, decode: bool) -> None:
-    earned(EDGES[name], ordinary(EDGES[name], decode))
+    check_accuracy(EDGES[name], ordinary(EDGES[name], decode))
 
 
 @pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith(("h2o", "tova"))])
 def test_body_keeps_the_lower_index_of_ties(name: str) -> None:
     layer = tied(VARIANTS[name])
-    earned(layer, tie_steps(layer, 0))
+    check_accuracy(layer, tie_steps(layer, 0))
 
 
 @pytest.mark.parametrize("name", ["sink", "sink sliding", "window", "full"])
 def test_body_at_logits_of_200(name: str) -> None:
     layer = VARIANTS[name]
-    earned(layer, scenario(layer, MIXED, 1, Normal(logit=80, log_phi=(-60, 60))))
+    check_accuracy(layer, scenario(layer, MIXED, 1, Normal(logit=80, log_phi=(-60, 60))))
 
 
 @pytest.mark.parametrize("name", ["h2o", "sink sliding", "window"])
 def test_body_in_float16(name: str) -> None:
-    """Sixteen bit in and out, float32 within: one rounding of the output, none of H, z and the scores."""
+    """16-bit inputs and outputs, float32 inside: one rounding of the output, none of H, z and the scores."""
     layer = VARIANTS[name]
     steps = scenario(layer, MIXED, 3, Normal(rounded=lambda x: x.astype(np.float16).astype(np.float32)))
     errors = follow(onnx_run(layer, half=True), steps, empty(layer, torch.float16))

@@ -1,4 +1,4 @@
-"""What an installation without torch and transformers can do: the base dependencies and onnxruntime, nothing else."""
+"""An installation without torch and transformers: only the base dependencies and onnxruntime."""
 
 from __future__ import annotations
 
@@ -53,30 +53,30 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copyfile(ROOT / name, folder / "src" / name)
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     binaries = folder / "venv" / "bin"
-    words = [binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    words += ["-c", ROOT / "scripts" / "constraints.txt", f"{folder / 'src'}[cpu]"]
-    done = subprocess.run(words, capture_output=True, text=True, env=clean())
+    command = [binaries / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["-c", ROOT / "scripts" / "constraints.txt", f"{folder / 'src'}[cpu]"]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean())
     assert done.returncode == 0, done.stdout + done.stderr
     shutil.rmtree(folder / "src")
     return binaries
 
 
-def call(runtime: Path, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+def call(runtime: Path, folder: Path, *command: object) -> subprocess.CompletedProcess[str]:
     """``less-export`` of that environment."""
-    line = [runtime / "less-export", *map(str, words)]
+    line = [runtime / "less-export", *map(str, command)]
     return subprocess.run(line, capture_output=True, text=True, env=clean(), cwd=folder)
 
 
 def test_only_the_runtime_is_there(runtime: Path) -> None:
-    words = [runtime / "python", "-m", "pip", "list", "--format", "json"]
-    done = subprocess.run(words, capture_output=True, text=True, env=clean(), check=True)
+    command = [runtime / "python", "-m", "pip", "list", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), check=True)
     names = {p["name"].lower().replace("_", "-") for p in json.loads(done.stdout)}
     assert {"less-export", "numpy", "onnxruntime", "safetensors", "tokenizers", "jinja2", "rich"} <= names
     assert not names & {"torch", "transformers", "onnx", "onnx-ir", "onnxscript", "polygraphy", "accelerate"}
 
 
 def test_the_sources_of_the_plugin_are_shipped(runtime: Path, tmp_path: Path) -> None:
-    """Whoever installs the package can compile the plugin: every file that the compilers need is there."""
+    """The plugin can be compiled from the installed package: it holds every file that the compilers need."""
     code = "from less_export.tensorrt import plugin; print(plugin.sources())"
     done = subprocess.run([runtime / "python", "-c", code], capture_output=True, text=True, env=clean(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -94,8 +94,8 @@ def test_the_sources_of_the_plugin_are_shipped(runtime: Path, tmp_path: Path) ->
 
 
 def test_generate_from_python(runtime: Path, plain: Path, tmp_path: Path) -> None:
-    words = [runtime / "python", "-c", GENERATE, json.dumps([str(plain), PROMPT, HEAVY])]
-    done = subprocess.run(words, capture_output=True, text=True, env=clean(), cwd=tmp_path)
+    command = [runtime / "python", "-c", GENERATE, json.dumps([str(plain), PROMPT, HEAVY])]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert (said["there"], said["imported"]) == ([], [])
@@ -121,15 +121,15 @@ def test_command_line(runtime: Path, kernelled: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_missing_is_said(runtime: Path, kernelled: Path, source: Path, tmp_path: Path) -> None:
-    for words, says in {
+    for command, says in {
         (source, "--out", "b"): "pip install 'less-export[export,cpu]'",
         ("llama2-7b", "--out", "engine.plan"): "pip install 'less-export[export,cpu]'",
         ("check", kernelled): "pip install 'less-export[export]'",
         ("generate", kernelled, "--prompt", "x", "--backend", "torch"): "pip install 'less-export[export]'",
         ("generate", kernelled, "--prompt", "x", "--backend", "trt"): "no engine.plan",
     }.items():
-        done = call(runtime, tmp_path, *words)
-        assert (done.returncode, done.stdout) == (1, ""), words
+        done = call(runtime, tmp_path, *command)
+        assert (done.returncode, done.stdout) == (1, ""), command
         assert done.stderr.startswith("less-export: error: ")
         assert done.stderr.count("\n") == 1, done.stderr
         assert says in done.stderr

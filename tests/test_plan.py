@@ -34,7 +34,7 @@ def test_checkpoint_to_plan(
 ) -> None:
     checkpoint = families.save(family, tmp_path / "checkpoint", dtype)
     out = tmp_path / "made" / "engine.plan"
-    words = [
+    arguments = [
         "--out",
         str(out),
         "--policy",
@@ -50,9 +50,9 @@ def test_checkpoint_to_plan(
         PLUGIN_ARCH,
         *([] if plugin else ["--no-plugin"]),
     ]
-    assert cli.main([str(checkpoint), *words]) == 0
+    assert cli.main([str(checkpoint), *arguments]) == 0
     capsys.readouterr()
-    # One file carries weights and operator; manifest (and tokenizer, where there is one) lie beside it.
+    # One file holds weights and operator; the manifest (and the tokenizer, if any) is in the same folder.
     assert sorted(p.name for p in out.parent.iterdir()) == ["engine.json", "engine.plan"]
     header = inspect_plan(out)
     assert header.bytes == out.stat().st_size
@@ -75,9 +75,9 @@ def test_checkpoint_to_plan(
 def test_folder_with_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = families.save("llama", tmp_path / "checkpoint", torch.float16)
     out = tmp_path / "bundle"
-    words = ["--out", str(out), "--target", "both", "--engine", "--budget", "12", "--context", "64", "--no-validate"]
-    words += ["--gpu-arch", PLUGIN_ARCH]
-    assert cli.main([str(checkpoint), *words]) == 0
+    arguments = ["--out", str(out), "--target", "both", "--engine", "--budget", "12", "--context", "64"]
+    arguments += ["--no-validate", "--gpu-arch", PLUGIN_ARCH]
+    assert cli.main([str(checkpoint), *arguments]) == 0
     kinds = {a.kind: a.contract.dtype for a in Bundle.open(out).manifest.artifacts}
     assert kinds == {"ort": "float32", "trt": "float16", "plan": "float16"}
     assert (out / "model.safetensors").stat().st_ino == (checkpoint / "model.safetensors").stat().st_ino

@@ -1,4 +1,4 @@
-"""Finding the plugin's toolchain, and its cache; the compiler here is a script that writes down what it is told."""
+"""Finding the plugin's toolchain, and its cache; the compiler is a script that records its command line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Toolkit = Callable[..., Path]
 
 @pytest.fixture
 def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolkit:
-    """``toolkit(version, extra)`` makes a CUDA that only notes its command lines in ``log``."""
+    """``toolkit(version, extra)`` creates a fake CUDA toolkit that records its command lines in ``log``."""
     monkeypatch.setenv("LESS_EXPORT_CACHE", str(tmp_path / "cache"))
 
     def make(version: str = "13.0.88", extra: str = "") -> Path:
@@ -46,7 +46,7 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolkit:
 
 
 def test_one_list_of_sources() -> None:
-    """What is compiled is what lies there, and what is shipped."""
+    """The compiled sources are those in the folder and those in the package."""
     root = plugin.sources()
     listed = plugin._listed("sources.txt")
     assert sorted(listed) == sorted(f"src/{p.name}" for p in (root / "src").iterdir() if p.suffix in (".cu", ".cpp"))
@@ -57,9 +57,9 @@ def test_one_list_of_sources() -> None:
 
 def test_built_once(toolkit: Toolkit, tmp_path: Path) -> None:
     log, told = toolkit(), list[str]()
-    made = plugin.library(("sm_89", "sm_120"), progress=Spoken(told.append))
-    assert made.read_text() == "compiled\n"
-    assert made.is_relative_to(tmp_path / "cache" / "plugins")
+    built = plugin.library(("sm_89", "sm_120"), progress=Spoken(told.append))
+    assert built.read_text() == "compiled\n"
+    assert built.is_relative_to(tmp_path / "cache" / "plugins")
     lines = log.read_text().splitlines()
     assert len(lines) == len(plugin._listed("sources.txt")) + 1
     (kernels,) = [x for x in lines if "less_attention_decode.cu -o" in x]
@@ -76,10 +76,10 @@ def test_built_once(toolkit: Toolkit, tmp_path: Path) -> None:
     assert all(x in link for x in ("-shared", "-cudart=static", "--exclude-libs=ALL", "exports.map"))
     assert told[-1] == "linking the plugin"
     assert any("6 of 6 files done" in x for x in told)
-    assert plugin.library(("sm_89", "sm_120")) == made
-    assert len(log.read_text().splitlines()) == len(lines)  # out of the cache
-    assert sorted(p.name for p in made.parent.iterdir()) == [plugin.LIBRARY, f"{plugin.LIBRARY}.sha256"]
-    assert [p for p in made.parents[1].iterdir() if p.name.startswith(".")] == []
+    assert plugin.library(("sm_89", "sm_120")) == built
+    assert len(log.read_text().splitlines()) == len(lines)  # from the cache
+    assert sorted(p.name for p in built.parent.iterdir()) == [plugin.LIBRARY, f"{plugin.LIBRARY}.sha256"]
+    assert [p for p in built.parents[1].iterdir() if p.name.startswith(".")] == []
 
 
 def test_what_makes_another_library(toolkit: Toolkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +110,7 @@ def test_several_processes_at_once(toolkit: Toolkit, tmp_path: Path) -> None:
         said = {*pool.map(build, range(3))}
     (path,) = said
     assert Path(path.strip()).read_text() == "compiled\n"
-    assert len(log.read_text().splitlines()) > 7  # more than one of them compiled
+    assert len(log.read_text().splitlines()) > 7  # more than one was compiled
     assert [p.name for p in Path(path.strip()).parents[1].iterdir()] == [Path(path.strip()).parent.name]
 
 
@@ -184,8 +184,8 @@ def test_the_command(toolkit: Toolkit, tmp_path: Path, capsys: pytest.CaptureFix
     assert out.read_text() == "compiled\n"
     assert cli.main(["build-plugin", "--gpu-arch", "sm_89"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_relative_to(tmp_path / "cache")
-    for words in (["--gpu-arch", "x"], ["--out", str(tmp_path / "no" / "x.so"), "--gpu-arch", "sm_89"]):
-        assert cli.main(["build-plugin", *words]) == 1
+    for arguments in (["--gpu-arch", "x"], ["--out", str(tmp_path / "no" / "x.so"), "--gpu-arch", "sm_89"]):
+        assert cli.main(["build-plugin", *arguments]) == 1
         said = capsys.readouterr().err.splitlines()
         assert said[-1].startswith("less-export: error: ")
     assert os.environ["LESS_EXPORT_CACHE"]

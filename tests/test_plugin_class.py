@@ -30,13 +30,13 @@ def _clean() -> Iterator[None]:
     assert log() == "", "a message that no test expected"
 
 
-def refused(result: object, *words: str) -> None:
-    """A refusal, and a message in one line that names what is wrong."""
-    said = log()
+def refused(result: object, *says: str) -> None:
+    """A refusal with a one-line message that holds ``says``."""
+    message = log()
     assert result in (-1, None, 0, False)
-    assert said.count("\n") == 1
-    assert said.startswith(f"{OP_NAME}: ")
-    assert all(w in said for w in words), said
+    assert message.count("\n") == 1
+    assert message.startswith(f"{OP_NAME}: ")
+    assert all(w in message for w in says), message
 
 
 def test_identity() -> None:
@@ -67,8 +67,8 @@ def test_fields_that_are_refused() -> None:
     def with_field(name: str, value: float | None, kind: str) -> list[tuple[str, float | None, str]]:
         return [(n, value, kind) if n == name else (n, v, k) for n, v, k in good]
 
-    def bad(fields: object, *words: str) -> None:
-        refused(Plugin.create(fields).handle, *words)  # type: ignore[arg-type]
+    def bad(fields: object, *says: str) -> None:
+        refused(Plugin.create(fields).handle, *says)  # type: ignore[arg-type]
 
     for index, name in enumerate(FIELDS):
         bad(good[:index] + good[index + 1 :], f"attribute {name} is missing")
@@ -102,7 +102,7 @@ def test_outputs_follow_the_inputs() -> None:
         assert [(t.rank, [*t.dims]) for t in made] == [(t.rank, [*t.dims]) for t in all_[INPUTS:]]
         for position in range(INPUTS + OUTPUTS):
             for kind in plugin_host.TYPES:
-                for form in (0, 1):  # linear, and one that is not
+                for form in (0, 1):  # linear, and one that is not linear
                     trial = [*all_]
                     trial[position] = describe(kind, [*all_[position].dims][: all_[position].rank], form)
                     both = (plugin_host.Tensor * len(trial))(*trial)
@@ -118,10 +118,10 @@ def test_tensors_that_are_refused(method: str) -> None:
     plugin, good = Plugin.of(LAYER), described(LAYER, torch.float16, 3, 5)
     assert plugin.tensors(method, good) == 0
 
-    def bad(index: int, dtype: torch.dtype, shape: list[int], *words: str, layer: Plugin = plugin) -> None:
+    def bad(index: int, dtype: torch.dtype, shape: list[int], *says: str, layer: Plugin = plugin) -> None:
         tensors = [*good]
         tensors[index] = describe(dtype, shape)
-        refused(layer.tensors(method, tensors), *words)
+        refused(layer.tensors(method, tensors), *says)
 
     f16, f32, i32 = torch.float16, torch.float32, torch.int32
     bad(0, i32, [3, 4, 5, 64], "q is int32, but must be float16, bfloat16 or float32")
@@ -163,8 +163,8 @@ def test_enqueue_without_memory() -> None:
     refused(enqueue(plugin, tensors, given, results, None), "enqueue without workspace")
 
 
-def earned(layer: LayerSpec, dtype: str, run: object) -> None:
-    """Slots exactly, and at most twice as far from the oracle as the torch reference at the same precision."""
+def check_accuracy(layer: LayerSpec, dtype: str, run: object) -> None:
+    """Slots are exact, and errors at most twice those of the torch reference at the same precision."""
     steps = scenario(layer, [(70, 9), (1, 1), (1, 0), (1, 1), (30, 66), (0, 1), (1, 1)], 5, normal(dtype))
     fresh = empty(layer, DTYPES[dtype], len(steps[0].inputs["new_length"]))
     reference = follow(torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
@@ -178,16 +178,16 @@ def earned(layer: LayerSpec, dtype: str, run: object) -> None:
     [("h2o", "float16", True), ("tova", "bfloat16", True), ("sink", "float32", False), ("window", "float16", False)],
 )
 def test_enqueue_is_the_operator(policy: str, dtype: str, in_place: bool, attached: bool) -> None:
-    """Prefill past the budget, decode, parked rows, more prefill; with counters of its own and without.
+    """Prefill past the budget, decode, parked rows, more prefill; with its own counters and without.
 
-    A hundred slots a head are spread over several blocks, which meet at the counters.
+    A hundred slots a head are spread over several blocks, which synchronise through the counters.
     """
     layer = kernel_layer(policy, 100, 64, 2, 1 if policy == "window" else 8)
     made = Plugin.of(layer, "i64").round_trip()
-    assert harness().harness_allocations() == 0  # nothing before it is attached
+    assert harness().harness_allocations() == 0  # nothing before attaching
     plugin = made.attach() if attached else made
     assert harness().harness_allocations() == attached
-    earned(layer, dtype, plugin_run(plugin, layer, dtype, in_place))
+    check_accuracy(layer, dtype, plugin_run(plugin, layer, dtype, in_place))
 
 
 def test_without_a_driver_it_attaches_all_the_same() -> None:
@@ -196,7 +196,7 @@ def test_without_a_driver_it_attaches_all_the_same() -> None:
     plugin = Plugin.of(LAYER).attach()
     assert plugin.handle
     assert harness().harness_allocations() == 0
-    earned(LAYER, "float16", plugin_run(plugin, LAYER, "float16"))
+    check_accuracy(LAYER, "float16", plugin_run(plugin, LAYER, "float16"))
 
 
 def test_every_context_has_counters_of_its_own() -> None:

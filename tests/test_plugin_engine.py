@@ -1,4 +1,4 @@
-"""The compiled plugin in TensorRT-RTX: symbols, registration, engines, Polygraphy, and plans that come back."""
+"""The compiled plugin in TensorRT-RTX: symbols, registration, engines, Polygraphy, and loading of plans."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def weights(tmp_path: Path) -> Path:
     return folder
 
 
-def python(code: str, *words: object) -> str:
-    """What a fresh interpreter prints."""
-    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True)
+def python(code: str, *arguments: object) -> str:
+    """Output of a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -70,7 +70,7 @@ def python(code: str, *words: object) -> str:
 
 
 def test_symbols(plugin_library: Path) -> None:
-    """The entry points, nothing else; linked with neither TensorRT nor a driver."""
+    """Only the entry points are exported; neither TensorRT nor a driver is linked."""
     defined = subprocess.check_output(["nm", "-D", "--defined-only", plugin_library], text=True)
     entries = {"getCreators", "setLoggerFinder", "lessOnError", "lessWhyUnsupported"}
     assert {x.split()[-1] for x in defined.splitlines()} == entries
@@ -121,18 +121,18 @@ def test_registration(steps: str, seen: list[int], plugin_library: Path) -> None
 
 def layers_of(log: str) -> list[dict[str, Any]]:
     """The plugin layers of a built engine, as TensorRT's detailed log lists them."""
-    found = []
+    layers = []
     for line in re.findall(r"^Name: .*LayerType: PluginV3.*$", log, re.M):
-        given, made = (re.findall(r"Name: ([^,]+)", x) for x in re.split(r"Outputs: \[", line, maxsplit=1))
-        found.append({"name": given[0], "inputs": given[1:], "outputs": made})
-    return found
+        names, outputs = (re.findall(r"Name: ([^,]+)", x) for x in re.split(r"Outputs: \[", line, maxsplit=1))
+        layers.append({"name": names[0], "inputs": names[1:], "outputs": outputs})
+    return layers
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_one_plugin_per_layer_updates_the_state_in_place(
     dtype: str, plugin_library: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every plugin reads past and writes present of the network itself: no copy lies between, in both profiles."""
+    """Every plugin reads the network's past and writes its present directly, without copies, in both profiles."""
     contract, out = contract_of(dtype), weights.parent / "engine.plan"
     configure = engine._configure
 
@@ -155,7 +155,7 @@ def test_one_plugin_per_layer_updates_the_state_in_place(
         names = [f"{number}.{f.name}{suffix}" for f in STATE_FIELDS]
         assert layer["inputs"][5:12] == [f"past.{n}" for n in names]
         assert layer["outputs"][1:] == [f"present.{n}" for n in names]
-    # The library is inside: the plan is larger by it than one that only refers to it.
+    # The plan contains the library: it is larger by that than a plan that only refers to it.
     assert info.plugin == PluginFacts.of(plugin_library, inside=True)
     monkeypatch.setattr(engine, "_embeds", lambda flavour: False)
     outside = engine.build_plan(
@@ -169,7 +169,7 @@ def test_one_plugin_per_layer_updates_the_state_in_place(
 def test_tensorrt_asks_the_plugin_for_its_aliases(
     plugin_library: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the preview feature TensorRT refuses what getAliasedInput says."""
+    """Without the preview feature, TensorRT refuses the answer of getAliasedInput."""
     contract = contract_of("float16", chunk=1)
     feature = type("Off", (), {"ALIASED_PLUGIN_IO_10_03": tensorrt_rtx.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10})
     monkeypatch.setattr(tensorrt_rtx, "PreviewFeature", feature)
@@ -235,13 +235,13 @@ def test_a_wrong_node_is_refused_by_name(plugin_library: Path, weights: Path) ->
     assert "takes 14 inputs and has 8 outputs, not 13 and 8" in refused(cut)
 
 
-# ------------------------------------------------------------------ plans that come back
+# ------------------------------------------------------------------ loading of plans
 
 
 def test_plans_without_their_plugin_inside(
     plugin_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full TensorRT's plans refer to the library: found where it was or where LESS_EXPORT_PLUGIN says, and checked."""
+    """Full TensorRT's plans refer to the library: found at its path or at LESS_EXPORT_PLUGIN, and checked."""
     contract = contract_of("float16")
     fake, loaded = Fake(contract, tmp_path, monkeypatch, lambda feed: []), list[Path]()
     monkeypatch.setattr(plugin, "load", lambda module, path: loaded.append(path))
@@ -292,25 +292,25 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("plugin")
     checkpoint = families.save("llama", folder / "checkpoint", torch.float16)
     out = folder / "bundle"
-    words = ["--out", str(out), "--target", "trt", "--budget", "12", "--context", "64", "--chunk", "16"]
-    assert cli.main([str(checkpoint), *words, "--no-validate"]) == 0
+    arguments = ["--out", str(out), "--target", "trt", "--budget", "12", "--context", "64", "--chunk", "16"]
+    assert cli.main([str(checkpoint), *arguments, "--no-validate"]) == 0
     return out
 
 
 def test_polygraphy_convert(
     bundle: Path, plugin_library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the README of plugins_trt says it."""
+    """The command in the README of plugins_trt."""
     assert cli.main(["build-plugin", "--gpu-arch", PLUGIN_ARCH]) == 0
     assert Path(capsys.readouterr().out.strip()) == plugin_library
     assert cli.main(["info", str(bundle), "--polygraphy"]) == 0
     options = capsys.readouterr().out.split()
     plan = tmp_path / "engine.plan"
     code = "import sys; from polygraphy.tools import main; sys.exit(main())"
-    words = [sys.executable, "-c", code, "convert", bundle / "model.trt.onnx", "--convert-to", "trt", "-o", plan]
+    arguments = [sys.executable, "-c", code, "convert", bundle / "model.trt.onnx", "--convert-to", "trt", "-o", plan]
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
-    words += ["--plugins", plugin_library, *options]
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, env=environment)
+    arguments += ["--plugins", plugin_library, *options]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     header = inspect_plan(plan)
     assert header.flavour == "tensorrt_rtx"

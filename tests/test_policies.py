@@ -1,7 +1,7 @@
-"""Policies against their O(T^2) definitions, one token at a time, and what chunks may change.
+"""Policies against their O(T^2) definitions, one token at a time, and the effect of chunks.
 
-The definitions here are masks over a whole matrix of logits, as in the papers; they share nothing with
-``oracle.py`` or the package but the layer's numbers.
+The definitions here are masks over a whole matrix of logits, as in the papers; they share only the layer's
+numbers with ``oracle.py`` and the package.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STEPS = 220
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Small tensors: on a busy machine torch's threads spin ten times longer than they work."""
+    """Small tensors: on a busy machine, torch's threads wait ten times longer than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +56,7 @@ def scored_mask(logits: np.ndarray, layer: LayerSpec) -> tuple[np.ndarray, float
         mask[t] = live
         share = softmax(np.where(live, logits[:, t], -np.inf)).sum(0)
         score = score + share if layer.policy is Policy.H2O else share
-        score[score < 1e-80] = 0  # the state is float32: exp(-400) is nothing
+        score[score < 1e-80] = 0  # the state is float32: exp(-400) is zero
         if layer.window:
             live[: max(t + 2 - layer.window, 0)] = False
         if live.sum() > budget:
@@ -97,7 +97,7 @@ def definition(layer: LayerSpec, q: np.ndarray, k: np.ndarray) -> tuple[np.ndarr
 
 
 def defined(layer: LayerSpec, draw: Callable[[int], list[Tensor]]) -> tuple[list[Tensor], np.ndarray]:
-    """Tokens of the first seed without scores too near for float32, and their masks."""
+    """Tokens of the first seed whose scores differ enough for float32, and their masks."""
     for seed in range(20):
         sequence = draw(seed)
         masks, gap = definition(layer, sequence[0].numpy(), sequence[1].numpy())
@@ -204,7 +204,7 @@ def test_one_token_at_a_time_is_the_definition(
     [("h2o", 8, 6, 0), ("h2o", 10, 2, 0), ("h2o", 8, 4, 30), ("tova", 9, 1, 0), ("tova", 9, 1, 30)],
 )
 def test_ties_one_token_at_a_time(policy: str, heavy: int, recent: int, window: int, heads: tuple[int, int]) -> None:
-    """Scores are whole numbers (tova: often all alike); the highest slot of the lowest score leaves."""
+    """Scores are integers (tova: often all equal); the highest slot with the lowest score is evicted."""
     layer = layer_of(policy, heavy, recent, window, heads=heads, head_dim=STEPS)
     blind = 0.5 if policy == "tova" else 0.0
     sequence, want = defined(layer, lambda seed: tied_tokens(layer, STEPS, seed, blind))
@@ -224,7 +224,7 @@ CUTS = [[60], [1] * 60, [7] * 8 + [4], [16, 1, 1, 30, 12], [1, 59], [59, 1]]
 
 
 def test_full_is_the_same_in_any_chunks() -> None:
-    """Same slots, and the outputs of plain causal attention, to rounding."""
+    """The same slots, and the outputs of plain causal attention, up to rounding."""
     layer = layer_of("full", 0, 64)
     sequence = tokens(layer, 2, 60, 5)
     q, k, v = sequence[:3]
@@ -237,7 +237,7 @@ def test_full_is_the_same_in_any_chunks() -> None:
 
 
 def test_window_is_the_same_in_any_chunks() -> None:
-    """The newest positions, and the outputs of plain sliding attention, to rounding."""
+    """The newest positions, and the outputs of plain sliding attention, up to rounding."""
     layer = layer_of("window", 0, 9, window=9)
     sequence = tokens(layer, 2, 60, 6)
     q, k, v = sequence[:3]
@@ -260,7 +260,7 @@ def test_sink_keeps_the_same_positions_in_any_chunks() -> None:
 
 @pytest.mark.parametrize("policy", ["h2o", "sink"])
 def test_larger_chunks_see_more(policy: str) -> None:
-    """A chunk within which nothing is evicted yet is plain causal attention; one by one is not."""
+    """A chunk without evictions is plain causal attention; the same tokens one by one are not."""
     layer = layer_of(policy, 6, 6, absorb=False)
     sequence = tokens(layer, 1, 60, 8)
     whole, kept, _ = run_in(layer, sequence, [60])
@@ -276,7 +276,7 @@ def test_larger_chunks_see_more(policy: str) -> None:
 
 
 def test_table_of_policies() -> None:
-    """The op's numbers, what leaves a score, and how a budget is split."""
+    """The op's numbers, the policies with scores, and the split of a budget."""
     assert [p.name for p in registered()] == ["h2o", "tova", "sink", "window", "full"]
     assert [p.code for p in registered()] == [0, 1, 2, 3, 4]
     assert all(by_name(p.name) is p and by_code(p.code) is p for p in registered())

@@ -1,4 +1,4 @@
-"""Policies that this package does not ship: registered here, then planned, exported, run, simulated and trusted."""
+"""Policies from outside the package: registered here, then planned, exported, run, simulated and trusted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ OUTSIDE = {p.name: p for p in (Strided(), Latest())}
 
 @pytest.fixture(scope="module", autouse=True)
 def _registered() -> Iterator[None]:
-    """Known while this file runs, forgotten afterwards."""
+    """Registered while this file runs."""
     before = tuple(policies.registered())
     for policy in OUTSIDE.values():
         assert policies.register(policy) is policy
@@ -130,7 +130,7 @@ def test_onnx_runtime_agrees_with_torch_past_eviction(tiny: Tiny, policy: Evicti
     assert max(errors) < ROUNDING
     assert families.evicted(ort) >= 20
     assert max(families.differences(ort, reference).values()) < ROUNDING
-    if policy.name == "strided":  # the definition, counted by hand
+    if policy.name == "strided":  # the definition, computed by hand
         heavy, recent = policy.split(families.BUDGET)
         near = range(70 - recent, 70)
         older = [p for p in range(near[0] - STRIDE * heavy, near[0]) if p % STRIDE == 0 and p >= 0]
@@ -156,7 +156,7 @@ def test_simulation_is_the_operator(policy: EvictionPolicy, window: int) -> None
     got = simulate.attend(q, k, v, layer, (log_phi, psi), 1)
     torch.testing.assert_close(got, torch.cat(outputs, 2), rtol=2e-5, atol=2e-5)
     left = simulate.evictions(simulate.logits(q, k, layer), layer)
-    slots = [set(row[row >= 0].tolist()) for row in position.flatten(0, 1)]  # what the last query finds there
+    slots = [set(row[row >= 0].tolist()) for row in position.flatten(0, 1)]  # tokens that the last query finds there
     assert [set((row[:-1] == tokens).nonzero()[:, 0].tolist()) for row in left.flatten(0, 1)] == slots
     assert all(0 < len(s) <= layer.capacity for s in slots)
 

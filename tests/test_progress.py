@@ -1,4 +1,4 @@
-"""Where long work reports, and what the command line shows of it."""
+"""Progress reports of long work, and how the command line shows them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest_plugins = ["tests.bundles", "tests.training_support"]
 
 
 class Recorder:
-    """Keeps all that is reported."""
+    """Records all reports."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -32,7 +32,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Step]:
-        def step(words: str = "", pieces: int = 1) -> None:
+        def step(text: str = "", pieces: int = 1) -> None:
             self.pieces[name] = (self.pieces[name][0] + pieces, total)
 
         self.pieces[name] = (0, total)
@@ -94,7 +94,7 @@ def test_the_log_is_shown_when_verbose(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_the_library_is_silent_by_itself() -> None:
-    """Without handlers of the application, errors in the log go nowhere (logging's last resort would print them)."""
+    """Without the application's handlers, logged errors are dropped (logging's last resort would print them)."""
     code = "import logging, less_export; logging.getLogger('less_export.x').error('a complaint')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -1,6 +1,6 @@
-"""What other programs rely on: public names, signatures, fields with their defaults, errors and entry points.
+"""The public API: names, signatures, fields with their defaults, errors and entry points.
 
-A failure here is a change that users notice. If it is meant, change the expectation and say so in CHANGELOG.md.
+A failure here is a change that users notice. If it is intended, change the expectation and say so in CHANGELOG.md.
 """
 
 from __future__ import annotations

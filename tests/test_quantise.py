@@ -1,4 +1,4 @@
-"""Weights quantised to int8 and int4: their file, what both targets compute with them, and what is refused."""
+"""Weights quantised to int8 and int4: their file, results of both targets, and refusals."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ from .marks import slow_but
 
 BITS = {"int8": 8, "int4": 4}
 every_kind = pytest.mark.parametrize("kind", slow_but(BITS, "int4"))
-#: A model for each layout: [out, in] apart and tied, fused QKV, [in, out] with biases (Gemm), experts.
+#: A model for each layout: [out, in] untied and tied, fused QKV, [in, out] with biases (Gemm), experts.
 MODELS = ("llama", "gemma3", "phi3", "gpt2", "falcon_mqa", "mixtral")
 
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Tiny]:
-    """Bundles by family and kind, one layer of each kind, policy full, all logits; made when first asked for."""
+    """Bundles by family and kind, one layer of each kind, policy full, all logits; exported on first use."""
     folder = tmp_path_factory.mktemp("quantised")
-    made: dict[tuple[str, str], Tiny] = {}
+    exports: dict[tuple[str, str], Tiny] = {}
 
     def export(family: str, kind: str) -> Tiny:
-        if (family, kind) not in made:
+        if (family, kind) not in exports:
             checkpoint = folder / f"{family}.model"
             if not checkpoint.exists():
                 families.save(families.shallow(family), checkpoint, torch.bfloat16)
             options = {"policy": "full", "context": families.CONTEXT, "logits": "all", "target": "both"}
-            made[family, kind] = families.export(checkpoint, folder / f"{family}.{kind}", weights=kind, **options)
-        return made[family, kind]
+            exports[family, kind] = families.export(checkpoint, folder / f"{family}.{kind}", weights=kind, **options)
+        return exports[family, kind]
 
     return export
 
@@ -95,7 +95,7 @@ def test_weights_are_the_librarys(quantised: Callable[[str, str], Tiny], family:
         dequantised = dequantised if stored.transposed else dequantised.T
         np.testing.assert_allclose(dequantised.numpy(), expected, rtol=2e-7)
         scale = stored.scales.read()
-        assert bool((scale > 0).all())  # TensorRT takes no others
+        assert bool((scale > 0).all())  # TensorRT supports no others
         error = (dequantised - rows).abs().view(rows.shape[0], -1, block)
         assert bool((error <= 0.5001 * scale.T[..., None]).all())
 
@@ -107,7 +107,7 @@ def test_onnx_runtime_computes_with_the_dequantised_weights(
 ) -> None:
     tiny, ids, sizes = quantised(family, kind), text(2, 24), [16, 1, 7]
     model = bundle_model(tiny.opened)
-    model.set_experts_implementation("eager")  # grouped products know no f64
+    model.set_experts_implementation("eager")  # grouped products do not support f64
     if model.config.get_text_config().tie_word_embeddings:
         assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
     expected, own_error = families.truth(model, ids)
@@ -115,7 +115,7 @@ def test_onnx_runtime_computes_with_the_dequantised_weights(
     exact.open(2)
     assert relative(np.concatenate(feed(exact, ids, sizes), 1), expected) <= max(2 * own_error, 2e-6)
     rounded = np.concatenate(feed(tiny.backend("ort", 2), ids, sizes), 1)
-    assert 1e-4 < relative(rounded, expected) < 0.1  # activations in 8 bits
+    assert 1e-4 < relative(rounded, expected) < 0.1  # 8-bit activations
     original, _ = families.truth(families.load(tiny.checkpoint), ids)
     assert relative(expected, original) > 1e-3
 
@@ -188,7 +188,7 @@ def test_tensorrt_takes_the_graph(kind: str, tmp_path: Path) -> None:
         sizes[weights] = plan.details["bytes"]
     stored = linear(tmp_path / kind).values()
     halves = sum(2 * t.codes.shape[0] * t.codes.shape[1] * (2 if t.packed else 1) for t in stored)
-    kept = sum(t.codes.length + t.scales.length // 2 for t in stored)  # scales are halves there
+    kept = sum(t.codes.length + t.scales.length // 2 for t in stored)  # scales are float16 there
     assert sizes[kind] - sizes[None] < -0.5 * (halves - kept)
 
 

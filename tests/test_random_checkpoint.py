@@ -1,4 +1,4 @@
-"""Random checkpoints: true shape, whole or absent, made once, and exported as any other."""
+"""Random checkpoints: true shape, complete or absent, written once, and exported like any other."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from less_export.hf import random_checkpoint, recipes, sources, weights
 from less_export.hf.sources import described
 
 from . import bundles, families
-from .bundles import QUICK_WORDS, Run, generated, refused
+from .bundles import QUICK_OPTIONS, Run, generated, refused
 
 pytest_plugins = ["tests.bundles"]
 
 _SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 _NARROW = {"num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 4, "max_position_embeddings": 256}
-#: Recipe of which the tiny one is made, and what is changed beside its sizes.
+#: Recipe that the tiny one is based on, and changes in addition to its sizes.
 _KINDS: dict[str, dict[str, Any]] = {
     "qwen2.5-7b": {},  # biases
     "gemma3-1b": {"sliding_window": 8, "sliding_window_pattern": 3, "query_pre_attn_scalar": 8},  # tied, 1 + w
@@ -42,17 +42,17 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``tiny(kind, **facts)`` puts a recipe "tiny" of a few kilobytes in the place of all others."""
+    """``tiny(kind, **facts)`` replaces all recipes by one, "tiny", of a few kilobytes."""
 
     def put(kind: str, **facts: Any) -> None:
-        found = recipes.load(kind)
-        assert found is not None
-        sizes = {k: v for k, v in (_SIZES | _NARROW).items() if k in found.architecture}
-        facts = found.architecture | sizes | _KINDS[kind] | facts
-        made = dataclasses.replace(found, name="tiny", architecture=facts, context=64, chunk=16, budget="50%")
+        recipe = recipes.load(kind)
+        assert recipe is not None
+        sizes = {k: v for k, v in (_SIZES | _NARROW).items() if k in recipe.architecture}
+        facts = recipe.architecture | sizes | _KINDS[kind] | facts
+        tiny_recipe = dataclasses.replace(recipe, name="tiny", architecture=facts, context=64, chunk=16, budget="50%")
         monkeypatch.setattr(recipes, "names", lambda: ["tiny"])
         monkeypatch.setattr(recipes, "_files", lambda: {"tiny": None})
-        monkeypatch.setattr(recipes, "load", lambda name: made if name == "tiny" else None)
+        monkeypatch.setattr(recipes, "load", lambda name: tiny_recipe if name == "tiny" else None)
 
     return put
 
@@ -74,7 +74,7 @@ def llama(**changes: Any) -> tr.LlamaConfig:
     return tr.LlamaConfig(**{**_SIZES, **_NARROW, "dtype": torch.bfloat16, "initializer_range": 0.02, **changes})
 
 
-# ------------------------------------------------------------------ what is in it
+# ------------------------------------------------------------------ contents
 
 
 @pytest.mark.parametrize("kind", _KINDS)
@@ -166,8 +166,8 @@ def test_few_layers_are_the_first(tiny: Callable[..., None], tmp_path: Path) -> 
 @pytest.mark.slow
 def test_export_twice(tiny: Callable[..., None], run: Run, tmp_path: Path, quick: None) -> None:
     tiny("gemma3-1b")
-    words = ("tiny", "--random-weights", *QUICK_WORDS, "--num-hidden-layers", 2)
-    first = run(*words, "--out", tmp_path / "b")
+    arguments = ("tiny", "--random-weights", *QUICK_OPTIONS, "--num-hidden-layers", 2)
+    first = run(*arguments, "--out", tmp_path / "b")
     assert first.code == 0, first.err
     says = "the first 2 layers all slide: use --num-hidden-layers 3 or more, layer 2 is the first that does not"
     assert first.err.count(says) == 1
@@ -175,7 +175,7 @@ def test_export_twice(tiny: Callable[..., None], run: Run, tmp_path: Path, quick
     assert f"less-export: warning: the weights are random, 0.00 GB written to {folder}" in first.err
     assert "ships no tokenizer: generate will take token ids only" in first.err
     before = contents(folder)
-    again = run(*words, "--out", tmp_path / "x.onnx", "--policy", "full", "--logits", "all")
+    again = run(*arguments, "--out", tmp_path / "x.onnx", "--policy", "full", "--logits", "all")
     assert again.code == 0, again.err
     assert f"taken from {folder}" in again.err
     assert contents(folder) == before
@@ -195,7 +195,7 @@ def test_export_twice(tiny: Callable[..., None], run: Run, tmp_path: Path, quick
 @pytest.mark.slow
 def test_folder_without_weights(run: Run, source: Path, tmp_path: Path, quick: None) -> None:
     shutil.copytree(source, tmp_path / "mine", ignore=shutil.ignore_patterns("*.safetensors"))
-    result = run(tmp_path / "mine", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
+    result = run(tmp_path / "mine", "--random-weights", "--out", tmp_path / "b", *QUICK_OPTIONS)
     assert result.code == 0, result.err
     assert "no tokenizer" not in result.err
     assert tensors(tmp_path / "mine-random").keys() == tensors(source).keys()
@@ -203,13 +203,13 @@ def test_folder_without_weights(run: Run, source: Path, tmp_path: Path, quick: N
 
 
 def test_hub_id_without_its_weights(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(sources, "_download", lambda *words: asked.append(words) or source)
+    downloads = []
+    monkeypatch.setattr(sources, "_download", lambda *arguments: downloads.append(arguments) or source)
     found = random_checkpoint.random_source("org/mine", ExportConfig(random_weights=True), tmp_path / "out")
-    assert asked == [("org/mine", sources._SMALL_FILES)]
+    assert downloads == [("org/mine", sources._SMALL_FILES)]
     assert (found.folder, found.name) == (tmp_path / "mine-random", "mine")
     found.fetch()  # nothing from the hub
-    assert len(asked) == 1
+    assert len(downloads) == 1
     assert tensors(found.folder).keys() == tensors(source).keys()
 
 
@@ -280,7 +280,7 @@ def test_what_stays_is_said(
             raise error
 
         monkeypatch.setattr("less_export.exporter.graphs.trace", fails)
-        result = run("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
+        result = run("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_OPTIONS)
         assert result.code == 1
         assert result.err.endswith(f"{says}; nothing but the random checkpoint {folder} was left behind\n")
         assert list(tmp_path.iterdir()) == [folder]
@@ -289,13 +289,13 @@ def test_what_stays_is_said(
 @pytest.mark.slow
 def test_a_damaged_shard(tiny: Callable[..., None], run: Run, tmp_path: Path, quick: None) -> None:
     tiny("qwen2.5-7b")
-    words = ("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_WORDS)
+    arguments = ("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_OPTIONS)
     folder = write(tmp_path / "tiny-random", described(recipes.load("tiny")))  # type: ignore[arg-type]
     shard = folder / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused(run(*words), f"{shard} is corrupt or truncated: remove {folder} to have it written again")
+    refused(run(*arguments), f"{shard} is corrupt or truncated: remove {folder} to have it written again")
     shutil.rmtree(folder)
-    assert run(*words).code == 0
+    assert run(*arguments).code == 0
 
 
 def test_refused_before_anything_is_written(
@@ -308,8 +308,8 @@ def test_refused_before_anything_is_written(
 ) -> None:
     tiny("qwen2.5-7b")
 
-    def fails(*words: object, model: object = "tiny", says: str) -> None:
-        refused(run(model, "--random-weights", "--out", nothing_left / "b", *words), says)
+    def fails(*arguments: object, model: object = "tiny", says: str) -> None:
+        refused(run(model, "--random-weights", "--out", nothing_left / "b", *arguments), says)
 
     fails("--num-hidden-layers", 5, says="--num-hidden-layers 5: the model has 4")
     gguf = bundles.gguf_file(tmp_path / "m.gguf", source)

@@ -25,7 +25,7 @@ from .bundles import Run, refused
 
 pytest_plugins = ["tests.bundles"]
 
-#: Parameters of the hub's checkpoints; of gemma3-4b without its eyes.
+#: Parameters of the hub's checkpoints; of gemma3-4b without its vision tower.
 PARAMETERS = {
     "falcon-7b": 6_921_720_704,
     "gemma3-1b": 999_885_952,
@@ -84,7 +84,7 @@ def test_memory() -> None:
     assert contract.full_cache_bytes(4096) == 2 << 30
     maps = random_kernels([Heads(32, 32, 128)], [0], llama.rank, llama.hidden)
     assert llama.kernel_bytes() == 32 * maps.nbytes()
-    gemma = recipe("gemma3-1b").contract()  # 22 layers see 512 tokens, the 4 others everything
+    gemma = recipe("gemma3-1b").contract()  # 22 layers see 512 tokens, the other 4 everything
     assert gemma.full_cache_bytes(4096) == (22 * 512 + 4 * 4096) * 2 * 256 * 2
     assert [i for i, s in enumerate(gemma.layers) if s.absorb] == [5, 11, 17, 23]
     phi = recipe("phi3-mini-4k").contract()
@@ -158,11 +158,11 @@ def test_facts_of_another_architecture() -> None:
 
 
 def test_what_is_refused_is_not_downloaded(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Phi-3 mini with 128k: 8 GB of weights must not be fetched to say that longrope cannot be had."""
-    asked: list[list[str]] = []
+    """Phi-3 mini with 128k: the refusal of longrope must not download 8 GB of weights."""
+    downloads: list[list[str]] = []
 
     def snapshot_download(hub: str, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
+        downloads.append(allow_patterns)
         return str(tmp_path / "hub")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -174,5 +174,5 @@ def test_what_is_refused_is_not_downloaded(run: Run, tmp_path: Path, monkeypatch
     (tmp_path / "hub" / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     result = run("microsoft/Phi-3-mini-128k-instruct", "--out", tmp_path / "out")
     refused(result, "rotary embedding 'longrope' depends on the longest row")
-    assert asked == [sources._SMALL_FILES]
+    assert downloads == [sources._SMALL_FILES]
     assert not (tmp_path / "out").exists()

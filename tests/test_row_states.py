@@ -1,4 +1,4 @@
-"""Saved states: what is written, what is refused before a byte of a row changes, and how it is reported."""
+"""Saved states: their contents, refusals before a byte of a row changes, and the messages."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_the_file_is_what_the_docstring_says(state: RowState, tmp_path: Path) ->
 
 
 def rewrite(path: Path, state: RowState, **metadata: str | None) -> Path:
-    """A file without checksum, so that its values are what is looked at."""
+    """A file without checksum, so that its values are checked."""
     tags = {"format": "less-state", "length": str(state.length), "identity": ""} | metadata
     tensors = {n: np.ascontiguousarray(x) for n, x in state.tensors.items()}
     save_file(tensors, path, {k: v for k, v in tags.items() if v is not None})
@@ -184,7 +184,7 @@ def test_any_changed_byte_is_noticed(state: RowState, tmp_path: Path) -> None:
 
 
 def slot(state: RowState, layer: int, held: bool) -> tuple[int, int]:
-    """A slot of ``layer`` that holds a token or not."""
+    """A slot of ``layer`` that holds a token, or an empty one."""
     at = np.argwhere((state.tensors[f"past.{layer}.position"] >= 0) == held)
     return int(at[0][0]), int(at[0][1])
 
@@ -206,7 +206,7 @@ def test_values_that_are_not_finite(value: float, state: RowState, tmp_path: Pat
             bad = put(state, f"past.{layer}.{field}", 0, value)
             with pytest.raises(BackendError, match=rf"past\.{layer}\.{field} holds NaN or infinity"):
                 RowState.load(rewrite(tmp_path / "bad", bad))
-            bad.save(tmp_path / "bad")  # its hash is right
+            bad.save(tmp_path / "bad")  # its hash is correct
             with pytest.raises(BackendError, match="NaN"):
                 RowState.load(tmp_path / "bad")
 
@@ -294,7 +294,7 @@ def test_what_is_no_state(state: RowState, tmp_path: Path) -> None:
 
 
 def test_odd_tensors_are_left_to_the_check(tmp_path: Path) -> None:
-    """Loading knows no contract: names and shapes of another export are named when the state is used."""
+    """Loading has no contract: names and shapes of another export are reported when the state is used."""
     odd = {"x": np.array([np.nan], np.float32), "past.0.key": np.full((1, 3, 2), np.nan, np.float32)}
     odd |= {"past.0.position": np.zeros((1, 2), np.int32), "past.1.z": np.zeros(0, np.float32)}
     RowState(1, odd).save(tmp_path / "odd")

@@ -44,7 +44,7 @@ def ort(shared: OrtBackend) -> OrtBackend:
 
 
 def steps(count: int, seed: int = 0, batch: int = 3) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ragged chunks with parked rows; padding holds rubbish."""
+    """Ragged chunks with parked rows; padding holds garbage."""
     rng = np.random.default_rng(seed)
     out = []
     for i in range(count):
@@ -54,7 +54,7 @@ def steps(count: int, seed: int = 0, batch: int = 3) -> list[tuple[np.ndarray, n
 
 
 def assert_same_rows(a: Backend, b: Backend, tolerance: float) -> None:
-    """Slot by slot; what an empty slot holds is nobody's business."""
+    """Compare slot by slot; the contents of empty slots do not matter."""
     for row in range(a.batch):
         x, y = a.read_row(row), b.read_row(row)
         assert x.length == y.length
@@ -130,12 +130,12 @@ def test_state_is_allocated_once_and_ping_pongs(ort: OrtBackend) -> None:
         seen.append(ort._current)
     assert addresses() == before
     assert seen == [0, 1, 0, 1, 0, 1, 0]
-    for logits, copy in kept:  # a result belongs to the caller, later steps leave it alone
+    for logits, copy in kept:  # a result belongs to the caller; later steps do not change it
         np.testing.assert_array_equal(logits, copy)
 
 
 def test_memory_is_kept_low(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropping any of these options takes more memory, or time: ``benchmarks/bench_memory.py``."""
+    """Without any of these options, memory or time increases: ``benchmarks/bench_memory.py``."""
     seen: list[str] = []
     sessions: list[onnxruntime.SessionOptions] = []
     load = onnxruntime.InferenceSession

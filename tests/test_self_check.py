@@ -1,4 +1,4 @@
-"""The check that every export makes of itself: it passes for what is right and stops what is wrong."""
+"""The self-check of every export: correct exports pass, wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from . import families
 
 LLAMA, MISTRAL = families.small(), families.shallow("mistral")
 
-# ------------------------------------------------------------------ what is right
+# ------------------------------------------------------------------ correct exports
 
 
 @pytest.mark.slow
@@ -63,7 +63,7 @@ def test_the_twin_has_two_layers_of_each_kind() -> None:
         (tr.Qwen3Config(**size), [0, 1]),
         (tr.SmolLM3Config(**size, no_rope_layers=[1, 1, 1, 0] * 3), [0, 1, 3, 7]),
         (tr.Gemma3TextConfig(**size, layer_types=[*[sliding] * 5, full] * 2), [0, 1, 5, 11]),
-        # Counted, not listed: three dense layers first; every third with experts, but not the sixth.
+        # Given by numbers, not lists: three dense layers first; every third with experts, but not the sixth.
         (tr.Glm4MoeConfig(**size, **experts, n_routed_experts=16, first_k_dense_replace=3), [0, 1, 2, 3, 4]),
         (tr.Qwen3MoeConfig(**size, **experts, num_experts=16, decoder_sparse_step=3, mlp_only_layers=[5]), [*range(9)]),
         (
@@ -102,13 +102,13 @@ def test_the_twin_has_few_experts(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_checked_export_holds_nothing_of_the_check(tmp_path: Path, nothing_left: Path) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
-    words: list[str] = []
-    bundle = less_export.export(str(checkpoint), tmp_path / "bundle", budget="8", progress=words.append)
-    assert any("checking" in w for w in words)
+    phases: list[str] = []
+    bundle = less_export.export(str(checkpoint), tmp_path / "bundle", budget="8", progress=phases.append)
+    assert any("checking" in w for w in phases)
     assert {p.name for p in bundle.iterdir()} == {"manifest.json", "model.onnx", "model.safetensors"}
 
 
-# ------------------------------------------------------------------ what is wrong
+# ------------------------------------------------------------------ wrong exports
 
 Patch = pytest.MonkeyPatch
 
@@ -116,9 +116,9 @@ Patch = pytest.MonkeyPatch
 def _attribute(patch: Patch, name: str, change: Callable[[Any, ir.Value], ir.Value]) -> None:
     original = onnx_op._Nodes.attribute
 
-    def attribute(op: Any, asked: str) -> ir.Value:
-        value = original(op, asked)
-        return change(op, value) if asked == name else value
+    def attribute(op: Any, key: str) -> ir.Value:
+        value = original(op, key)
+        return change(op, value) if key == name else value
 
     patch.setattr(onnx_op._Nodes, "attribute", attribute)
 

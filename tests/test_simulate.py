@@ -1,4 +1,4 @@
-"""Whole sequences at once against the operator step by step: the same tokens in the slots, the same outputs."""
+"""Simulation of whole sequences against the operator step by step: the same tokens in the slots, the same outputs."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "docs/quickstart.md", "docs/howto/embed.md")
 #: The model that the documents name; a folder of this name holds a tiny one here.
 MODEL = "gemma3-270m"
-#: What commands get besides, so that they take seconds.
+#: Additional options of commands, so that they take seconds.
 LIGHTER = {
     "train": ("--seqs", "2", "--steps", "2", "--seq-len", "64", "--hidden", "6"),
     "eval": ("--seqs", "2", "--seq-len", "64", "--positions", "16"),
@@ -54,7 +54,7 @@ def blocks(document: str) -> list[Block]:
 
 
 def run_command(line: str) -> str:
-    """What a ``less-export`` command prints to stdout, run with the tiny model and the lighter options."""
+    """Stdout of a ``less-export`` command, run with the tiny model and lighter options."""
     program, *argv = shlex.split(line)
     assert program == "less-export", f"a block with {program} needs a 'not run' directive: {line}"
     if "--random-weights" not in argv:
@@ -67,16 +67,16 @@ def run_command(line: str) -> str:
 
 
 def run_python(text: str, names: dict[str, Any]) -> str:
-    """What Python code prints, run with the tiny model in the namespace ``names``."""
+    """Output of Python code, run with the tiny model in the namespace ``names``."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(text.replace(f'"{MODEL}"', f'"./{MODEL}"'), names)
     return out.getvalue()
 
 
 def check(expected: str, actual: str, directive: str, where: str) -> None:
-    """Compare what a document shows with what was printed, except for numbers and white space.
+    """Compare the output in a document with the printed output, except for numbers and white space.
 
-    A figure in the document is of the named model, the printed one of the tiny model. A document need not show
+    Numbers in the document are of the named model, printed ones of the tiny model. A document need not show
     what is printed; ``...`` stands for anything.
     """
     if directive == VARIES:
@@ -112,7 +112,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_blocks_run(document: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / MODEL).symlink_to(model)
-    if document != "docs/quickstart.md":  # the others begin where the quickstart has been
+    if document != "docs/quickstart.md":  # the others start with the quickstart's files
         bundles.bundle(model, tmp_path / "bundle")
     names: dict[str, Any] = {}
     printed = None

@@ -1,4 +1,4 @@
-"""Constant memory is the product: twenty thousand tokens on a tiny model with rotary embeddings."""
+"""Constant memory over twenty thousand tokens, on a tiny model with rotary embeddings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from . import families
 
 PROMPT, TOKENS, WARM_UP, EVERY = 40, 20_000, 2_000, 500
-#: What allocators may still move about; a cache of this model that grew would take 256 bytes a token.
+#: Allowance for allocators; a growing cache of this model would take 256 bytes a token.
 ROOM = 2 << 20
 assert ROOM < (TOKENS - WARM_UP) * 256 / 2
 
@@ -22,7 +22,7 @@ def test_memory_stays_flat_over_twenty_thousand_tokens(tmp_path: Path) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")
     kernels = families.kernels(families.load(checkpoint), tmp_path / "kernels.safetensors")
     tiny = families.export(checkpoint, tmp_path / "bundle", budget="16", kernels=kernels)
-    # A process of its own, so that the memory measured is that of generation alone.
+    # In its own process, so that only the memory of generation is measured.
     command = [sys.executable, "-m", "tests.soak_worker", tiny.bundle, *map(str, (PROMPT, TOKENS, WARM_UP, EVERY))]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
@@ -31,12 +31,12 @@ def test_memory_stays_flat_over_twenty_thousand_tokens(tmp_path: Path) -> None:
     assert not found["torch"]
     assert found["tokens"] == TOKENS
     assert found["length"] == PROMPT + TOKENS - 1
-    assert found["different"] > 20  # still a text, not one token for ever
+    assert found["different"] > 20  # still text, not a single token repeated
     assert found["finite"]
     assert len(set(found["state"])) == 1
     first, most = found["resident"][0], max(found["resident"])
     assert most - first <= ROOM, f"{first} bytes after {WARM_UP} tokens, up to {most} later"
-    # Still every token in one place, and the newest eight in their slots.
+    # Every token is still in one place, and the newest eight are in their slots.
     newest = set(range(found["length"] - 8, found["length"]))
     for position, absorbed in zip(found["positions"], found["absorbed"], strict=True):
         assert newest <= set(position)

@@ -1,4 +1,4 @@
-"""Putting LESS into decoders: what discovery finds, what it refuses, and that nothing of it stays."""
+"""Inserting LESS into decoders: discovery, refusals, and complete removal."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ FACTS: dict[str, list[AttentionLayer]] = {
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_discovers_every_layer(family: str) -> None:
     config = families.build(family).config
-    model = bare_model(config, torch.float32)  # as an export does: no weights
+    model = bare_model(config, torch.float32)  # without weights, as in an export
     assert list(discover(model)) == pytest.approx(FACTS[family])
     assert learned_positions(model) == (512 if family in ("gpt2", "opt") else None)
     assert on_interface(model) == (not family.startswith("falcon"))
@@ -96,7 +96,7 @@ _GPT: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head
 _FALCON: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
 
-#: What a real class asks for, and the words (layer or model, then reason) that must say so.
+#: Features of real classes, and the texts of their refusals (layer or model, then reason).
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "own attention, on its own mask (GPT Neo)": (
         lambda: tr.GPTNeoConfig(
@@ -242,14 +242,14 @@ def test_gptj_is_supported_where_its_attention_is_on_the_interface() -> None:
     model = bare_model(tr.GPTJConfig(**_GPT, rotary_dim=4), torch.float32)
     if on_interface(model):
         assert discover(model) == (AttentionLayer(4, 4, 8, pytest.approx(8**-0.5), 0),) * 2
-        assert learned_positions(model) == model.config.n_positions  # a table, though not a learned one
+        assert learned_positions(model) == model.config.n_positions  # a table, but not a learned one
         return
     with pytest.raises(UnsupportedModelError, match=REFUSED["own attention, on its own mask (GPT Neo)"][1]):
         discover(model)
 
 
 def test_refuses_a_bidirectional_overlay() -> None:
-    # Gemma 3's mask function gets an overlay too; here its layers claim to be causal, so only the mask tells.
+    # Gemma 3's mask function gets an overlay too; here its layers are declared causal, so only the mask shows it.
     config = tr.Gemma3TextConfig(**_GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True)
     model = bare_model(config, torch.float32)
     for module in model.modules():
@@ -297,11 +297,11 @@ def test_refuses_a_window_that_mask_and_attention_do_not_share() -> None:
         discover(model)
 
 
-# ------------------------------------------------------------------ nothing stays
+# ------------------------------------------------------------------ removal
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """Everything that a decoder is made of, and what of transformers and torch LESS touches."""
+    """All parts of a decoder, and the parts of transformers and torch that LESS changes."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     assert tensors.keys() >= model.state_dict().keys()
     modules = list(model.modules())
@@ -390,7 +390,7 @@ def test_a_refused_model_is_as_before() -> None:
 
 
 def test_inside_the_model_is_another() -> None:
-    # The fingerprint can tell: while the context is open, configuration and masks are not as before.
+    # The fingerprint detects changes: while the context is open, configuration and masks differ.
     for family, parts in (
         ("gemma3", {"config", "attention", "masks", "patterns", "code"}),
         ("falcon_mqa", {"config", "attention", "masks", "patterns", "code", "sdpa"}),

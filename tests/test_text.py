@@ -39,7 +39,7 @@ def test_distribution(temperature: float, top_k: int, top_p: float) -> None:
     order = np.argsort(-p)
     keep = order[: top_k or None]
     share = np.cumsum(p[keep]) / p[keep].sum()
-    keep = keep[: int((share < top_p).sum()) + 1]  # the token that reaches top_p stays
+    keep = keep[: int((share < top_p).sum()) + 1]  # the token that reaches top_p is included
     want = np.zeros(12)
     want[keep] = p[keep] / p[keep].sum()
     count = 20000
@@ -136,7 +136,7 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def sentencepiece_like(strip: bool = True) -> tokenizers.Tokenizer:
-    """Llama's kind: ▁ for a space, bytes for what has no letter; ``strip`` drops the first space."""
+    """Llama's kind: ▁ for a space, bytes for other characters; ``strip`` drops the first space."""
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("▁", "▁"), ("▁", "i"), ("o", "r")]
     letters = sorted(set("▁abcdefghijklmnopqrstuvwxyzTé,.:'é") | {"語"})
     vocab = [*SPECIAL, *(f"<0x{b:02X}>" for b in range(256)), *letters, *(a + b for a, b in merges)]
@@ -165,7 +165,7 @@ def test_streamed_text_is_the_decoded_text(kind: str) -> None:
             assert "\ufffd" not in piece
             so_far += piece
             whole = tokenizer.decode(ids[:count])
-            assert whole == so_far or "\ufffd" in whole  # nothing is held back without need
+            assert whole == so_far or "\ufffd" in whole  # nothing is held back unnecessarily
         assert so_far == tokenizer.decode(ids) == text
         assert stream.finish() == ""
 
@@ -178,7 +178,7 @@ def test_streamed_text_continues_its_context(kind: str) -> None:
         head = tokenizer.decode(ids[:cut])
         stream = tokenizer.stream(ids[:cut])
         tail = "".join(map(stream.push, ids[cut:])) + stream.finish()
-        if "\ufffd" not in head:  # else the context ends inside a character
+        if "\ufffd" not in head:  # otherwise the context ends inside a character
             assert head + tail == TEXT
         # Special tokens are neither context nor text.
         marked = tokenizer.stream([*ids[:cut], *[1, 2] * 10])
@@ -191,10 +191,10 @@ def test_broken_characters() -> None:
     assert len(ids) > 2
     stream = tokenizer.stream()
     pieces = [stream.push(i) for i in ids[:-1]]
-    assert pieces == ["a"] + [""] * (len(ids) - 2)  # held back until it is whole
+    assert pieces == ["a"] + [""] * (len(ids) - 2)  # held back until it is complete
     assert stream.finish() == "\ufffd"
     assert stream.finish() == ""
-    # A byte-fallback decoder breaks the whole run of bytes; what was fine before stays.
+    # A byte-fallback decoder breaks the whole run of bytes; the text before it stays.
     pieces = Tokenizer(sentencepiece_like())
     ids_of_run = pieces.encode("日本")
     stream = pieces.stream()
@@ -294,7 +294,7 @@ def test_a_chat_has_one_bos_or_the_template_none() -> None:
 )
 def test_chat_refusals(template: str | None, messages: list, error: type, match: str) -> None:
     tokenizer = chatty(template)
-    if not match:  # as lenient as transformers: what is missing is empty
+    if not match:  # as lenient as transformers: missing values are empty
         assert "[user]" in tokenizer.chat(messages)
         return
     with pytest.raises(error, match=match) as caught:

@@ -1,4 +1,4 @@
-"""Models that also see: the decoder inside is exported by itself, from either way its weights are called."""
+"""Vision models: only their decoder is exported, with either naming of its weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TOKENS = {"boi_token_index": 90, "eoi_token_index": 91, "image_token_index": 92
 
 
 @pytest.fixture(scope="module")
-def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Gemma 3 with a vision tower, whose decoder is called model.language_model."""
     torch.manual_seed(0)
     config = tr.Gemma3Config(text_config=_TEXT, vision_config=_EYES, dtype="float32", **_TOKENS)
@@ -41,24 +41,24 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def renamed(seeing: Path, folder: Path, old: str, new: str) -> Path:
-    """The checkpoint with its decoder's weights called as in another version of transformers."""
-    bundles.copy(seeing, folder)
-    tensors = load_file(seeing / "model.safetensors")
+def renamed(vision_model: Path, folder: Path, old: str, new: str) -> Path:
+    """The checkpoint with its decoder's weights named as in another version of transformers."""
+    bundles.copy(vision_model, folder)
+    tensors = load_file(vision_model / "model.safetensors")
     save_file({n.replace(old, new): t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def test_both_ways_its_weights_are_called(seeing: Path, tmp_path: Path) -> None:
-    names = [n for n in load_file(seeing / "model.safetensors") if "language_model" in n]
+def test_both_names_of_its_weights(vision_model: Path, tmp_path: Path) -> None:
+    names = [n for n in load_file(vision_model / "model.safetensors") if "language_model" in n]
     old = "language_model.model."
     assert all(n.startswith(old) for n in names), names
-    ids = families.text(1, 40) % 90  # none of an image
-    whole = tr.Gemma3ForConditionalGeneration.from_pretrained(seeing, attn_implementation="eager").eval()
+    ids = families.text(1, 40) % 90  # none of the vision tower
+    whole = tr.Gemma3ForConditionalGeneration.from_pretrained(vision_model, attn_implementation="eager").eval()
     with torch.no_grad():
         want = whole(torch.from_numpy(ids)).logits.numpy()
-    today = renamed(seeing, tmp_path / "today", old, "model.language_model.")
-    for folder in (seeing, today):
+    today = renamed(vision_model, tmp_path / "today", old, "model.language_model.")
+    for folder in (vision_model, today):
         source = resolve(str(folder))
         assert source.config().model_type == "gemma3_text"
         decoder = source.load(torch.float32)
@@ -89,8 +89,8 @@ def test_an_output_embedding_of_its_own(tmp_path: Path) -> None:
     assert families.relative(np.concatenate(families.feed(full.backend("ort", 1), ids, (12,)), 1), want) < 1e-5
 
 
-def test_quantised_as_a_whole(seeing: Path, tmp_path: Path) -> None:
-    folder = bundles.copy(seeing, tmp_path / "quantised")
+def test_quantised_as_a_whole(vision_model: Path, tmp_path: Path) -> None:
+    folder = bundles.copy(vision_model, tmp_path / "quantised")
     quantised: dict[str, Any] = {"quant_method": "gptq", "bits": 4}
     bundles.edit_json(folder / "config.json", quantization_config=quantised)
     with pytest.raises(UnsupportedModelError, match=r"is quantised \(gptq\)"):

@@ -1,4 +1,4 @@
-"""Sampling, streamed text and stop strings, for whatever logits, texts and tokens hypothesis thinks of."""
+"""Property tests of sampling, streamed text and stop strings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .test_text import KINDS, TEXT
 
 
 class Draw:
-    """A random generator whose next number is known."""
+    """A random generator with a known next number."""
 
     def __init__(self, number: float) -> None:
         self.number = number
@@ -41,7 +41,7 @@ PARAMS = st.builds(
 
 
 def shares(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:
-    """Probability of every token that may be drawn, by the definition: temperature, the k likeliest, the nucleus."""
+    """Probability of every token that may be drawn, by the definition: temperature, top k, top p."""
     peak = max(logits)
     weight = {i: math.exp((x - peak) / params.temperature) for i, x in enumerate(logits)}
     tokens = sorted(weight, key=lambda i: (-weight[i], i))[: params.top_k or None]
@@ -49,7 +49,7 @@ def shares(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:
     nucleus: list[int] = []
     for token in tokens:
         reached = math.fsum(weight[i] for i in nucleus) / total
-        assume(abs(reached - params.top_p) > 1e-9)  # else rounding decides
+        assume(abs(reached - params.top_p) > 1e-9)  # otherwise rounding decides
         if reached < params.top_p or params.top_p == 1:
             nucleus.append(token)
     total = math.fsum(weight[i] for i in nucleus)
@@ -60,7 +60,7 @@ def shares(logits: Sequence[float], params: SamplingParams) -> dict[int, float]:
 @example([0.0] * 9, SamplingParams(temperature=1, top_k=4))
 @example([-math.inf, 2.0, -math.inf], SamplingParams(temperature=20, top_k=2, top_p=0.9))
 def test_sampled_shares(logits: list[float], params: SamplingParams) -> None:
-    """Numbers from 0 to 1 fall on the tokens that may be drawn, on each as often as its probability says."""
+    """Uniform numbers select each allowed token in proportion to its probability."""
     assume(max(logits) > -math.inf)
     want = shares(logits, params)
     values = np.array(logits, np.float32)
@@ -113,7 +113,7 @@ TEXTS = st.text(CHARACTERS, max_size=30).filter(lambda text: "\ufffd" not in tex
 
 @st.composite
 def split_texts(draw: st.DrawFn) -> tuple[Tokenizer, list[int], str]:
-    """A tokenizer, tokens that need not be those it would choose, and the text that they spell."""
+    """A tokenizer, tokens that may differ from its own choice, and their text."""
     kind = draw(st.sampled_from(sorted(TOKENIZERS)))
     tokenizer, text = TOKENIZERS[kind], draw(TEXTS)
     if kind == "byte-level":
@@ -144,7 +144,7 @@ def test_streamed_text_is_the_decoded_text(split: tuple[Tokenizer, list[int], st
         so_far += stream.push(token)
         whole = tokenizer.decode(ids[:count])
         assert text.startswith(so_far)
-        assert whole == so_far or "\ufffd" in whole  # nothing is held back without need
+        assert whole == so_far or "\ufffd" in whole  # nothing is held back unnecessarily
     assert so_far + stream.finish() == text
     # The same after a context, which may end anywhere but inside a character.
     head = tokenizer.decode(ids[:start])
@@ -193,7 +193,7 @@ def check_stop(tokenizer: Tokenizer, ids: Sequence[int], text: str, stop: Sequen
 
 
 class Pieces(Tokenizer):
-    """Token i is a given piece of text."""
+    """A tokenizer whose token i is a given piece of text."""
 
     def __init__(self, pieces: list[str]) -> None:
         self.pieces = pieces
@@ -223,7 +223,7 @@ def test_stop_strings_however_the_text_is_cut(pieces: list[str], stop: list[str]
 
 @given(split_texts(), st.data())
 def test_stop_strings_in_tokens(split: tuple[Tokenizer, list[int], str], data: st.DataObject) -> None:
-    """Stop strings out of the text itself, and others; a token may hold the end of one, or part of a character."""
+    """Stop strings from the text itself, and others; a token may hold the end of one, or part of a character."""
     tokenizer, ids, text = split
     inside = st.integers(0, max(len(text) - 1, 0)).flatmap(
         lambda a: st.integers(1, 6).map(lambda n: text[a : a + n] or "the")

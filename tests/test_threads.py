@@ -1,4 +1,4 @@
-"""Two threads on one backend or generator: one of them gets a UsageError, nobody gets wrong tokens or a crash."""
+"""Two threads on one backend or generator: one of them gets a UsageError; there are no wrong tokens and no crashes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def backend(model: Path) -> OrtBackend:
 
 
 def in_thread(call: Callable[[], Any]) -> Any:
-    """What ``call`` returns or raises in another thread."""
+    """The result or exception of ``call`` in another thread."""
     results: list[Any] = []
 
     def run() -> None:
@@ -106,7 +106,7 @@ def test_a_second_thread_is_refused_during_a_step(operation: str, backend: OrtBa
 
 @pytest.mark.parametrize("run", ["generate", "prefill", "stream"])
 def test_runs_hold_the_backend(run: str, backend: OrtBackend, busy: Busy) -> None:
-    """generate and prefill hold it between their steps too, which a second generator cannot slip into."""
+    """generate and prefill hold the backend between their steps too, so that no second generator can interfere."""
     generator, between = Generator(backend), []
     reset = backend.reset_rows
 

@@ -1,4 +1,4 @@
-"""Training on tiny random models: it learns, and it goes on where it stopped."""
+"""Training on tiny random models: it learns, and resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from less_export.progress import Silent
 from less_export.training import collect, data, end_to_end, fit, job
 
 from .bundles import Run, refused
-from .training_support import LENGTH, WORDS, model_folder, sliding_folder, trained
+from .training_support import LENGTH, OPTIONS, model_folder, sliding_folder, trained
 
 pytest_plugins = ["tests.bundles", "tests.training_support"]
 
 
 def test_same_seed_same_kernels(text: Path, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    made = []
+    files = []
     for seed in (3, 3, 4):
         trained(folder, text, seed=seed, steps=5)
-        made.append(load_file(tmp_path / "model.safetensors"))
-    assert all(torch.equal(made[0][n], made[1][n]) for n in made[0])
-    assert any(not torch.equal(made[0][n], made[2][n]) for n in made[0] if n in made[2])
+        files.append(load_file(tmp_path / "model.safetensors"))
+    assert all(torch.equal(files[0][n], files[1][n]) for n in files[0])
+    assert any(not torch.equal(files[0][n], files[2][n]) for n in files[0] if n in files[2])
 
 
 def test_a_finished_layer_is_not_trained_again(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_finished_layer_is_not_trained_again(text: Path, tmp_path: Path, monke
     with pytest.raises(KeyboardInterrupt):
         trained(folder, text, steps=5)
     assert not whole.exists()
-    monkeypatch.setattr(collect, "collect", None)  # what was collected is still there
+    monkeypatch.setattr(collect, "collect", None)  # the collected activations are reused
     trained(folder, text, steps=5)
     assert len(calls) == 3
     assert all(torch.equal(x, want[n]) for n, x in load_file(whole).items())
@@ -81,9 +81,9 @@ def test_layers_that_lose_are_switched_off(text: Path, tmp_path: Path, monkeypat
     real, fitted = fit.fit, []
 
     def worse(*args: Any) -> Any:
-        made, errors = real(*args)
-        fitted.append(made)
-        return made, replace(errors, less=errors.sparse + 0.1) if len(fitted) == 2 else errors  # layer 1
+        feature_map, errors = real(*args)
+        fitted.append(feature_map)
+        return feature_map, replace(errors, less=errors.sparse + 0.1) if len(fitted) == 2 else errors  # layer 1
 
     monkeypatch.setattr(fit, "fit", worse)
     with pytest.warns(UserWarning, match=r"layers \[1\]: LESS does not beat"):
@@ -127,7 +127,7 @@ def test_end_to_end_never_leaves_the_kernels_worse(
 
 
 @pytest.mark.slow
-def test_end_to_end_goes_on_where_it_was_interrupted(
+def test_end_to_end_resumes_where_it_was_interrupted(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = model_folder(tmp_path / "model")
@@ -175,20 +175,20 @@ def test_sliding_layers_stay_exact_unless_compressed(text: Path, tmp_path: Path)
 def test_bad_text(content: bytes, says: str, source: Path, tmp_path: Path, run: Run) -> None:
     file = tmp_path / "bad.txt"
     file.write_bytes(content)
-    refused(run("train", source, "--data", file, "--out", tmp_path / "k.safetensors", *WORDS), says)
+    refused(run("train", source, "--data", file, "--out", tmp_path / "k.safetensors", *OPTIONS), says)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.txt"]
 
 
 def test_bad_options(source: Path, text: Path, tmp_path: Path, run: Run) -> None:
-    def train(*words: object) -> Any:
-        return run("train", source, "--data", text, "--out", tmp_path / "k.safetensors", *words)
+    def train(*arguments: object) -> Any:
+        return run("train", source, "--data", text, "--out", tmp_path / "k.safetensors", *arguments)
 
     refused(train("--budget", 60, "--seq-len", 60), "shorter than the budget of 60 tokens")
     refused(train("--layers", "0-9"), "--layers 0-9: layer 2 evicts nothing or does not exist")
     refused(train("--layers", "0-99999999999"), "--layers 0-99999999999: layer 2 evicts nothing or does not exist")
     refused(train("--layers", "1-0"), "--layers 1-0: 1-0 is reversed, write 0-1")
-    for words in ("a", "", "0-", "0,", "9" * 5000):
-        refused(train(f"--layers={words}"), "not a list like 0-7,9")
+    for layers in ("a", "", "0-", "0,", "9" * 5000):
+        refused(train(f"--layers={layers}"), "not a list like 0-7,9")
     for seed in ("99999999999999999999999", "-1"):
         refused(train(f"--seed={seed}"), "--seed must be between 0 and 9223372036854775807")
     refused(train("--steps", "-1"), "--steps must be at least 0")
@@ -216,7 +216,7 @@ def test_the_command(source: Path, text: Path, tmp_path: Path, run: Run) -> None
     out = tmp_path / "k.safetensors"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = run("train", source, "--data", text, "--out", out, *WORDS)
+        result = run("train", source, "--data", text, "--out", out, *OPTIONS)
     assert result.code == 0, result.err
     assert "layer 1" in result.err
     assert out.name in result.out
@@ -224,7 +224,7 @@ def test_the_command(source: Path, text: Path, tmp_path: Path, run: Run) -> None
 
 
 def test_without_text_the_shipped_one_is_used(source: Path, tmp_path: Path, run: Run) -> None:
-    result = run("train", source, "--out", tmp_path / "k.safetensors", *WORDS)
+    result = run("train", source, "--out", tmp_path / "k.safetensors", *OPTIONS)
     assert result.code == 0, result.err
     assert "training on the text that ships with less-export" in result.err
     (facts,) = Kernels.load(tmp_path / "k.safetensors").provenance["data"]

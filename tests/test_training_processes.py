@@ -1,4 +1,4 @@
-"""Training under torchrun: two CPU processes share the layers and write what one would have written."""
+"""Training under torchrun: two CPU processes share the layers and write the same file as one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(str(out)) == 1
         assert [p.name for p in out.parent.iterdir()] == ["k.safetensors"]
-        for layer in range(3):  # also those of the second process
+        for layer in range(3):  # including those of the second process
             assert len(re.findall(rf"layer {layer}: \d+ s, error", done.stderr)) == 1
         outputs.append(load_file(out))
     one, two = outputs

@@ -1,4 +1,4 @@
-"""What a training takes of memory and disk, what it leaves behind, and what it says of its input."""
+"""Memory and disk use of training, leftover files, and warnings about its input."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ pytest_plugins = ["tests.bundles", "tests.training_support"]
 LAYER = 9 * 8 * LENGTH * 8 * 4
 
 
-class Told(Silent):
-    """Keeps what is said."""
+class RecordedProgress(Silent):
+    """Records messages."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -43,8 +43,8 @@ class Told(Silent):
         self.lines.append(text)
 
 
-def left(folder: Path) -> list[str]:
-    """All files and folders below, relative."""
+def files_in(folder: Path) -> list[str]:
+    """All files and folders below ``folder``, relative, except the model's."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.parts[len(folder.parts)] != "model")
 
 
@@ -52,20 +52,20 @@ def left(folder: Path) -> list[str]:
 
 
 def test_a_full_disk_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is written through a mapping, where a full disk is a signal."""
-    asked = []
+    """Refused before anything is written through a mapping, where a full disk raises a signal."""
+    requests = []
 
     def full(_: int, begin: int, size: int) -> None:
-        asked.append((begin, size))
-        if len(asked) == 2:
+        requests.append((begin, size))
+        if len(requests) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     says = r"0\.00 GB of activations do not fit beside --out, where .* GB are free \(No space left on device\)"
     with pytest.raises(LessExportError, match=says):
         trained(model_folder(tmp_path / "model"), text)
-    assert asked == [(0, LAYER)] * 2
-    assert left(tmp_path) == []
+    assert requests == [(0, LAYER)] * 2
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("reason", ["unsupported", "missing"])
@@ -95,7 +95,7 @@ def test_an_interrupt_while_collecting_leaves_nothing(
     monkeypatch.setattr(collect, "output_projections", lambda model, plan: {})
     with pytest.raises(KeyboardInterrupt):
         trained(model_folder(tmp_path / "model"), text)
-    assert left(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
 def test_other_unfinished_trainings_are_named(text: Path, tmp_path: Path) -> None:
@@ -110,15 +110,15 @@ def test_other_unfinished_trainings_are_named(text: Path, tmp_path: Path) -> Non
         trained(folder, text, steps=6)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trained(folder, text, steps=5)  # goes on with its own
-    assert left(tmp_path) == ["model.safetensors"]
+        trained(folder, text, steps=5)  # resumes its own
+    assert files_in(tmp_path) == ["model.safetensors"]
 
 
 # ------------------------------------------------------------------ memory
 
 
 def peak(call: Any) -> int:
-    """Most bytes of tensors that are held at a time."""
+    """Peak bytes of tensors."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     now = most = 0
@@ -144,7 +144,7 @@ SPEC = LayerSpec(4, 2, 16, 0.3, Policy.H2O, 8, 8, 0, True, 16, 4)
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_what_is_said(spec: LayerSpec, count: int, length: int, width: int, dtype: torch.dtype) -> None:
+def test_memory_estimate(spec: LayerSpec, count: int, length: int, width: int, dtype: torch.dtype) -> None:
     heads = spec.query_heads + 2 * spec.kv_heads
     activations = torch.randn(count, heads, length, spec.head_dim).to(dtype)
     projection = torch.randn(spec.query_heads * spec.head_dim, width)
@@ -154,28 +154,28 @@ def test_memory_is_what_is_said(spec: LayerSpec, count: int, length: int, width:
         parts = ready.rows(slice(0, count - 1)), ready.rows(slice(count - 1, None))
         fit.fit(*parts, "exp", 8, 128, fit.Fit(steps=2), 0, lambda _: None)
 
-    said = fit.memory(spec, width, activations.shape, dtype.itemsize)
-    assert said / 1.5 < peak(fitted) < said
+    estimate = fit.memory(spec, width, activations.shape, dtype.itemsize)
+    assert estimate / 1.5 < peak(fitted) < estimate
 
 
 def test_too_little_memory_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     monkeypatch.setattr(resources, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(ModelSource, "load", None)  # before the model is in memory
+    monkeypatch.setattr(ModelSource, "load", None)  # before the model is loaded
     with pytest.raises(LessExportError, match=r"takes 0\.00 GB of memory, and 0\.00 GB are free: use fewer --seqs"):
         trained(folder, text)
-    assert left(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
 def test_processes_share_the_machines_memory(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, told = model_folder(tmp_path / "model"), Told()
-    trained(folder, text, steps=1, progress=told)
-    (line,) = (x for x in told.lines if "of memory" in x)
+    folder, progress = model_folder(tmp_path / "model"), RecordedProgress()
+    trained(folder, text, steps=1, progress=progress)
+    (line,) = (x for x in progress.lines if "of memory" in x)
     assert line.startswith("2 layers, 9 sequences: 0.00 GB of activations on disk, up to 0.00 GB of memory")
     most = 4 * 32 * 2 * 32 + fit.memory(replace(SPEC, head_dim=8), 32, torch.Size((9, 8, LENGTH, 8)), 4)
     monkeypatch.setattr(resources, "free_memory", lambda device: 2 * most - 1)
     trained(folder, text, steps=1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of which two have a layer each
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # only two of which have a layer
     with pytest.raises(LessExportError, match="in each of 2 processes"):
         trained(folder, text, steps=1)
     monkeypatch.setattr(resources, "free_memory", lambda device: 2 * most)
@@ -188,7 +188,7 @@ def test_free_memory_is_a_number() -> None:
 
 
 def test_the_model_is_gone_while_layers_are_fitted(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with several groups of layers, each of which needs it again."""
+    """Also with several groups of layers, each of which loads it again."""
     models, fitted, load, prepare = [], [], ModelSource.load, fit.prepare
 
     def loaded(*args: Any) -> Any:
@@ -210,7 +210,7 @@ def test_the_model_is_gone_while_layers_are_fitted(text: Path, tmp_path: Path, m
 # ------------------------------------------------------------------ results and input
 
 
-def test_steps_that_do_harm_are_taken_back(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_harmful_steps_are_undone(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     start, _ = trained(folder, text, steps=0)
     want = Kernels.load(start)
@@ -223,7 +223,7 @@ def test_steps_that_do_harm_are_taken_back(text: Path, tmp_path: Path, monkeypat
 
 
 def test_a_text_counts_once(text: Path, tmp_path: Path) -> None:
-    """Else training would see what is held back."""
+    """Otherwise training would see validation text."""
     same, other = tmp_path / "same.txt", tmp_path / "other.txt"
     same.write_bytes(text.read_bytes())
     other.write_text("A cat. " + text.read_text())
@@ -252,26 +252,26 @@ def test_sequences_longer_than_the_model_knows(text: Path, tmp_path: Path) -> No
 
 
 def test_processes_wait_as_long_as_a_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **words: asked.update(words))
+    requests: dict[str, Any] = {}
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: requests.update(options))
     Processes(0, 2).join()
-    assert asked["timeout"].days >= 7
+    assert requests["timeout"].days >= 7
 
 
 def test_nothing_is_removed_before_all_have_read_it(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process meets the others between reading the finished layers and putting them together."""
+    """Processes wait for each other between reading the finished layers and joining them."""
     events: list[str] = []
     load, rmtree = Kernels.load, shutil.rmtree
     monkeypatch.setattr(Kernels, "load", lambda path: events.append("read") or load(path))
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **words: events.append("removed") or rmtree(*args, **words))
-    monkeypatch.setattr(Processes, "wait", lambda self: events.append("met"))
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: events.append("removed") or rmtree(*args, **options))
+    monkeypatch.setattr(Processes, "wait", lambda self: events.append("waited"))
     trained(model_folder(tmp_path / "model"), text, steps=0)
-    assert events[-5:] == ["read", "read", "met", "removed", "met"]
+    assert events[-5:] == ["read", "read", "waited", "removed", "waited"]
 
 
-def test_hashing_is_said(text: Path, tmp_path: Path) -> None:
-    told = Told()
-    trained(model_folder(tmp_path / "model"), text, steps=0, progress=told)
-    assert told.lines[0].startswith("hashing 0.00 GB of weights")
+def test_hashing_is_reported(text: Path, tmp_path: Path) -> None:
+    progress = RecordedProgress()
+    trained(model_folder(tmp_path / "model"), text, steps=0, progress=progress)
+    assert progress.lines[0].startswith("hashing 0.00 GB of weights")

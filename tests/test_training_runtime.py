@@ -1,4 +1,4 @@
-"""What training says of a layer is what the operator does with its kernels, token by token; and so does a bundle."""
+"""Errors that training reports are those of the operator with its kernels, token by token; a bundle agrees."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ pytest_plugins = ["tests.bundles", "tests.training_support"]
 def loaded(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, tuple[LayerSpec, ...]]:
     """The model and the plan of its cache."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    asked = {n: v for n, v in options.items() if n in ("policy", "compress_sliding")}
-    cache = ExportConfig(budget=QUICK["budget"], **asked)
+    cache_options = {n: v for n, v in options.items() if n in ("policy", "compress_sliding")}
+    cache = ExportConfig(budget=QUICK["budget"], **cache_options)
     return model, plan_layers(discover(model), cache, bundles.CONTEXT, dict.fromkeys(range(2), QUICK["rank"]))
 
 
 def validation(folder: Path, text: Path) -> Tensor:
-    """The sequence [1, LENGTH] that a quick training of :func:`trained` holds back."""
+    """The sequence [1, LENGTH] that a quick training of :func:`trained` uses for validation."""
     encode, bos = data.encoder(AutoTokenizer.from_pretrained(folder))
     return data.sequences(data.read([str(text)]), encode, bos, QUICK["seqs"] + 1, LENGTH, 0).ids[-1:]
 
 
 def full(call: AttentionCall, window: int) -> Tensor:
-    """Attention over all that the layer sees."""
+    """Attention over all visible tokens."""
     at = torch.arange(LENGTH)
     mask = (at <= at[:, None]) & (at > at[:, None] - (window or LENGTH))
     return torch.nn.functional.scaled_dot_product_attention(
@@ -53,13 +53,13 @@ def full(call: AttentionCall, window: int) -> Tensor:
     )
 
 
-def stream(spec: LayerSpec, call: AttentionCall, made: FeatureMap | None) -> Tensor:
-    """The layer's attention by the operator, one token a step; plain eviction without kernels."""
-    if made is None:
+def stream(spec: LayerSpec, call: AttentionCall, feature_map: FeatureMap | None) -> Tensor:
+    """The layer's attention, computed by the operator one token a step; plain eviction without kernels."""
+    if feature_map is None:
         spec = replace(spec, absorb=False, rank=1)
         log_phi, psi = torch.zeros_like(call.q[..., :1]), torch.zeros_like(call.k[..., :1])
     else:
-        log_phi, psi = made.log_phi(call.q), made.psi(call.k)
+        log_phi, psi = feature_map.log_phi(call.q), feature_map.psi(call.k)
     state, outs = empty_state(spec, 1, poison=True), []
     for t in range(LENGTH):
         piece = [x[:, :, t : t + 1] for x in (call.q, call.k, call.v, log_phi, psi)]
@@ -69,19 +69,21 @@ def stream(spec: LayerSpec, call: AttentionCall, made: FeatureMap | None) -> Ten
     return torch.cat(outs, 2)
 
 
-def error(spec: LayerSpec, call: AttentionCall, made: FeatureMap | None, projection: Any) -> float:
+def error(spec: LayerSpec, call: AttentionCall, feature_map: FeatureMap | None, projection: Any) -> float:
     """The layer's relative error past the budget, after its output projection."""
 
     def added(x: Tensor) -> Tensor:
         return projection(x.transpose(1, 2).flatten(2))[:, spec.capacity + 1 :]
 
     true = added(full(call, spec.window))
-    return float((added(stream(spec, call, made)) - true).pow(2).sum() / true.pow(2).sum())
+    return float((added(stream(spec, call, feature_map)) - true).pow(2).sum() / true.pow(2).sum())
 
 
 @torch.no_grad()
-def holds(folder: Path, text: Path, file: Path, reports: tuple[job.LayerReport, ...], options: dict[str, Any]) -> None:
-    """Both errors of every layer are those of the operator on the validation sequence."""
+def assert_errors(
+    folder: Path, text: Path, file: Path, reports: tuple[job.LayerReport, ...], options: dict[str, Any]
+) -> None:
+    """Assert that both errors of every layer are those of the operator on the validation sequence."""
     model, plan = loaded(folder, options)
     kernels, seen = Kernels.load(file), dict[int, AttentionCall]()
 
@@ -110,7 +112,7 @@ def test_training_helps_and_its_errors_are_the_runtimes(
     assert [r.layer for r in reports] == [0, 1]
     assert all(r.less < r.start or r.less < r.sparse for r in reports)
     assert any(r.less < 0.9 * r.sparse for r in reports)
-    holds(folder, text, file, reports, {"policy": policy})
+    assert_errors(folder, text, file, reports, {"policy": policy})
 
 
 @pytest.mark.slow
@@ -119,7 +121,7 @@ def test_kernels_that_are_tuned_together(text: Path, tmp_path: Path) -> None:
     file, reports = trained(folder, text, end_to_end=True)
     tuned = Kernels.load(file).provenance["end_to_end"]
     assert 0 < tuned["divergence_after"] < tuned["divergence_before"]
-    holds(folder, text, file, reports, {})
+    assert_errors(folder, text, file, reports, {})
     assert [r.less for r in reports] != [r.less for r in trained(folder, text)[1]]
 
 
@@ -130,7 +132,7 @@ def test_the_papers_parametrisation(text: Path, tmp_path: Path) -> None:
     assert Kernels.load(file).parametrisation == "paper"
     assert all(r.less < r.start for r in reports)
     assert any(r.less < 0.95 * r.sparse for r in reports)
-    holds(folder, text, file, reports, {})
+    assert_errors(folder, text, file, reports, {})
 
 
 @pytest.mark.slow
@@ -142,7 +144,7 @@ def test_sliding_layers_with_the_policy(policy: str, parametrisation: str, text:
     file, reports = trained(folder, text, parametrisation=parametrisation, **options)
     assert [r.layer for r in reports] == [0, 1]
     assert any(r.used for r in reports)
-    holds(folder, text, file, reports, options)
+    assert_errors(folder, text, file, reports, options)
 
 
 @pytest.mark.slow

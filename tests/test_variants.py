@@ -1,4 +1,4 @@
-"""What decoders do differently (rotary kinds, norms, biases, experts, ...), each against Hugging Face.
+"""Differences between decoders (rotary kinds, norms, biases, experts, ...), each against Hugging Face.
 
 Every model is exported once, with random kernels and 24 slots: up to 24 tokens nothing is evicted and it must be
 the Hugging Face model, afterwards ONNX Runtime must agree with the torch reference. That the variant is at work
@@ -33,7 +33,7 @@ from less_export.runtime.ort import OrtBackend
 from . import families
 from .families import BUDGET, WINDOW, differences, evicted, feed, relative, text
 
-#: What differs by the order of float32 sums only (shares of the largest value), in one model and between two.
+#: Relative tolerance of results that differ only in the order of float32 sums, in one model and between two.
 ROUNDING, FLOOR = 2e-5, 5e-6
 STEPS = (11, 8, 1, 1, 1, 1, 1)
 AFTER = (16, 7, 1, 1, 1)
@@ -111,7 +111,7 @@ Without = Callable[[PreTrainedModel], PreTrainedModel]
 
 
 def rebuilt(model: PreTrainedModel, changes: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
-    """The weights in a model of a changed configuration, and the names of its tensors that stay random."""
+    """The weights in a model with a changed configuration, and the names of tensors that stay random."""
     config = copy.deepcopy(model.config)
     for name, value in changes.items():
         setattr(config, name, value)
@@ -192,7 +192,7 @@ WITHOUT: dict[str, tuple[str, Without]] = {
 
 @pytest.mark.parametrize("variant", WITHOUT)
 def test_the_variant_changes_the_logits(variant: str) -> None:
-    # In the tests above and in test_export the model would agree without it as well if it did not.
+    # If it did not, the tests above and test_export would pass without it.
     family, without = WITHOUT[variant]
     model = families.build(family)
     ids = torch.from_numpy(text(2, BUDGET))

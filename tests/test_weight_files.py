@@ -1,4 +1,4 @@
-"""The files of a checkpoint are lent: no export writes to them, takes their place, or takes one for another."""
+"""Files of a checkpoint: no export writes to them, replaces them, or confuses them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from less_export.progress import Spoken
 from less_export.tensorrt import engine
 
 from . import bundles
-from .bundles import PROMPT, QUICK_WORDS, Run, generated, refused
+from .bundles import PROMPT, QUICK_OPTIONS, Run, generated, refused
 
 pytest_plugins = ["tests.bundles"]
 
@@ -38,7 +38,7 @@ def split(source: Path, folder: Path, *names: str) -> Path:
 
 
 def no_link(*_: object) -> None:
-    """``os.link`` to another file system."""
+    """``os.link`` as if to another file system."""
     raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
@@ -61,8 +61,8 @@ def test_names_that_are_taken(
     before = bundles.snapshot(folder)
     if not links:
         monkeypatch.setattr(files.os, "link", no_link)
-    for out, words, same in (("plain", (), plain), ("with", ("--kernels", kernel_file), kernelled)):
-        result = run(folder, "--out", tmp_path / out, *QUICK_WORDS, *words)
+    for out, arguments, same in (("plain", (), plain), ("with", ("--kernels", kernel_file), kernelled)):
+        result = run(folder, "--out", tmp_path / out, *QUICK_OPTIONS, *arguments)
         assert result.code == 0, result.err
         assert bundles.snapshot(folder) == before
         manifest = Bundle.open(tmp_path / out, full=True).manifest
@@ -81,7 +81,7 @@ def test_converted_weights_beside_a_file_of_that_name(tmp_path: Path) -> None:
 def test_converted_weights_beside_a_single_graph(run: Run, source: Path, tmp_path: Path, quick: None) -> None:
     """They are renamed after the graph: x.converted.safetensors."""
     gguf = bundles.gguf_file(tmp_path / "m.gguf", source)
-    result = run(gguf, "--out", tmp_path / "out" / "x.onnx", *QUICK_WORDS)
+    result = run(gguf, "--out", tmp_path / "out" / "x.onnx", *QUICK_OPTIONS)
     assert result.code == 0, result.err
     assert (tmp_path / "out" / "x.converted.safetensors").is_file()
     Bundle.open(tmp_path / "out" / "x.onnx", full=True)
@@ -94,7 +94,7 @@ def test_an_index_stays_in_its_folder(outside: str, run: Run, source: Path, tmp_
     outside = outside.format(tmp_path)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     bundles.edit_json(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(index, outside))
-    result = run(folder, "--out", tmp_path / "b", *QUICK_WORDS)
+    result = run(folder, "--out", tmp_path / "b", *QUICK_OPTIONS)
     refused(result, f"model.safetensors.index.json names {outside}, which is not in its folder")
 
 
@@ -131,7 +131,7 @@ def test_copies_that_do_not_fit(
     monkeypatch.setattr(files.os, "link", no_link)
     usage = shutil.disk_usage(nothing_left)._replace(free=(source / WEIGHTS).stat().st_size - 1)
     monkeypatch.setattr(package.shutil, "disk_usage", lambda _: usage)
-    result = run(source, "--out", nothing_left / "b", *QUICK_WORDS)
+    result = run(source, "--out", nothing_left / "b", *QUICK_OPTIONS)
     refused(result, f"hard links to {source} are not possible", f"{nothing_left} has 0.0 GB free: make room", after=1)
 
 
@@ -147,7 +147,7 @@ def test_a_plan_keeps_no_copy(
     monkeypatch.setattr(engine, "flavour", lambda: engine.Flavour("tensorrt", engine, "10.3"))
     monkeypatch.setattr(engine, "build_plan", build_plan)
     monkeypatch.setattr(package, "tools", lambda _: {})
-    result = run(source, "--out", tmp_path / "x.plan", "--no-plugin", *QUICK_WORDS)
+    result = run(source, "--out", tmp_path / "x.plan", "--no-plugin", *QUICK_OPTIONS)
     assert result.code == 0, result.err
     assert "copying 0.00 GB" in result.err
     assert "warning: hard links" not in result.err

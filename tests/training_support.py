@@ -16,7 +16,7 @@ from . import bundles
 LENGTH = 48
 #: A quick training: 4 + 4 slots of 48 tokens, 2 layers.
 QUICK: dict[str, Any] = {"budget": "8", "rank": 3, "hidden": 8, "steps": 40, "seqs": 8, "seq_len": LENGTH}
-WORDS = ("--budget", 8, "--rank", 3, "--hidden", 8, "--steps", 5, "--seqs", 6, "--seq-len", LENGTH)
+OPTIONS = ("--budget", 8, "--rank", 3, "--hidden", 8, "--steps", 5, "--seqs", 6, "--seq-len", LENGTH)
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +30,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_folder(folder: Path, heads: int = 4, kv_heads: int = 2, **changes: Any) -> Path:
-    """A checkpoint whose attention is sharp enough that what is evicted matters."""
+    """A checkpoint whose attention is sharp enough for evictions to matter."""
     return bundles.checkpoint(
         folder, num_attention_heads=heads, num_key_value_heads=kv_heads, initializer_range=0.6, **changes
     )

@@ -1,4 +1,4 @@
-"""For TensorRT's tests: a tiny decoder with its weights in a file of their own, and a GPU made of bytes."""
+"""For TensorRT's tests: a tiny decoder with its weights in a separate file, and a fake GPU in host memory."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ HEADER = struct.Struct("<4s12xQ4B").pack
 
 
 class FakeCuda:
-    """The calls of cuda-bindings that the backend makes. The stream runs when it is waited for."""
+    """The cuda-bindings calls that the backend uses. Queued work runs when the stream is synchronised."""
 
     cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
 
@@ -151,7 +151,7 @@ class FakeCuda:
         return (0,)
 
     def at(self, address: int, size: int) -> np.ndarray:
-        """Device memory; an address outside of what is allocated is a bug."""
+        """Device memory at an address; an address that is not allocated is an error."""
         base = max(a for a in self.memory if a <= address)
         view = self.memory[base][address - base :][:size]
         assert len(view) == size, "outside the allocation"
