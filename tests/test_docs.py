@@ -21,7 +21,7 @@ from less_export.cli.commands import COMMANDS
 from less_export.contract import STATE_FIELDS, Contract, LayerSpec
 from less_export.hf import recipes
 from less_export.plan import AttentionLayer
-from less_export.tensorrt.plugin import PluginFacts
+from less_export.tensorrt.trust import PluginFacts
 
 pytest_plugins = ["tests.bundles"]
 
