@@ -12,7 +12,7 @@ from less_export.bundle import files
 from less_export.bundle.artifact import MANIFEST, Bundle, Layout, foreign_files
 
 from . import bundles
-from .bundles import QUICK_WORDS, Run, refused
+from .bundles import QUICK_OPTIONS, Run, refused
 from .test_mid_export import fails_at, stopped
 
 pytest_plugins = ["tests.bundles"]
@@ -37,7 +37,7 @@ def theirs(folder: Path) -> dict[str, str]:
 
 def test_what_the_user_saved_stays(used: Path, run: Run, source: Path, quick: None) -> None:
     before, state = theirs(used), (used / "states").stat()
-    result = run(source, "--out", used, *QUICK_WORDS, "--target", "trt")
+    result = run(source, "--out", used, *QUICK_OPTIONS, "--target", "trt")
     assert result.code == 0, result.err
     assert theirs(used) == before
     assert (used / "states").stat().st_ino == state.st_ino
@@ -52,13 +52,15 @@ def test_what_the_user_saved_stays(used: Path, run: Run, source: Path, quick: No
 def test_files_in_the_way(used: Path, run: Run, source: Path, kernel_file: Path, quick: None) -> None:
     """A name that is taken by the user's own file: refused before the work, or another name for weights."""
     before = bundles.snapshot(used)
-    refused(run(source, "--out", used, *QUICK_WORDS, "--kernels", kernel_file), "would replace", "kernels.safetensors")
+    refused(
+        run(source, "--out", used, *QUICK_OPTIONS, "--kernels", kernel_file), "would replace", "kernels.safetensors"
+    )
     (used / "model.trt.onnx").write_text("mine")
-    refused(run(source, "--out", used, *QUICK_WORDS, "--target", "both"), "would replace", "model.trt.onnx")
+    refused(run(source, "--out", used, *QUICK_OPTIONS, "--target", "both"), "would replace", "model.trt.onnx")
     (used / "model.trt.onnx").unlink()
     assert bundles.snapshot(used) == before
     (used / "quantised.safetensors").write_text("mine")
-    result = run(source, "--out", used, *QUICK_WORDS, "--weights", "int8")
+    result = run(source, "--out", used, *QUICK_OPTIONS, "--weights", "int8")
     assert result.err.splitlines()[-1].startswith("less-export: error: the export would replace")
     assert (used / "quantised.safetensors").read_text() == "mine"
     (used / "quantised.safetensors").unlink()
@@ -68,9 +70,9 @@ def test_files_in_the_way(used: Path, run: Run, source: Path, kernel_file: Path,
 def test_weights_of_the_user(place: Path, run: Run, source: Path, quick: None) -> None:
     """A bundle with quantised weights, beside which the user put a model.safetensors of his own."""
     out = place / "new"
-    assert run(source, "--out", out, *QUICK_WORDS, "--weights", "int8").code == 0
+    assert run(source, "--out", out, *QUICK_OPTIONS, "--weights", "int8").code == 0
     (out / "model.safetensors").write_text("mine")
-    assert run(source, "--out", out, *QUICK_WORDS).code == 0
+    assert run(source, "--out", out, *QUICK_OPTIONS).code == 0
     assert (out / "model.safetensors").read_text() == "mine"
     assert [w.file for w in Bundle.open(out, full=True).manifest.weights] == ["model-2.safetensors"]
     assert not (out / "quantised.safetensors").exists()
@@ -84,7 +86,7 @@ def test_every_rename_may_fail(
     for call in range(1, 30):
         with monkeypatch.context() as patch:
             patch.setattr(files.os, "replace", fails_at(os.replace, call))
-            result = run(source, "--out", used, *QUICK_WORDS, "--target", "trt")
+            result = run(source, "--out", used, *QUICK_OPTIONS, "--target", "trt")
         if result.code == 0:
             break
         stopped(result, f"cannot write {used}: No space left on device")
@@ -96,11 +98,11 @@ def test_every_rename_may_fail(
 def test_companions_of_another_file(place: Path, run: Run, source: Path, quick: None) -> None:
     """``x.tokenizer.json`` that no manifest lists is not an export's to replace."""
     (place / "x.tokenizer.json").write_text("mine")
-    refused(run(source, "--out", place / "x.onnx", *QUICK_WORDS), "would replace", "x.tokenizer.json")
+    refused(run(source, "--out", place / "x.onnx", *QUICK_OPTIONS), "would replace", "x.tokenizer.json")
     assert (place / "x.tokenizer.json").read_text() == "mine"
     (place / "x.tokenizer.json").unlink()
     for _ in range(2):
-        assert run(source, "--out", place / "x.onnx", *QUICK_WORDS).code == 0
+        assert run(source, "--out", place / "x.onnx", *QUICK_OPTIONS).code == 0
 
 
 def test_a_manifest_that_cannot_be_read(place: Path, run: Run, source: Path, quick: None) -> None:
@@ -109,7 +111,7 @@ def test_a_manifest_that_cannot_be_read(place: Path, run: Run, source: Path, qui
     (out / MANIFEST).write_text('{"manifest_sha256": ')
     (out / "prefix.safetensors").write_text("mine")
     assert foreign_files(Layout.of(out)) == ["model.safetensors", "prefix.safetensors"]
-    assert run(source, "--out", out, *QUICK_WORDS).code == 0
+    assert run(source, "--out", out, *QUICK_OPTIONS).code == 0
     assert (out / "prefix.safetensors").read_text() == "mine"
     Bundle.open(out, full=True)
 
@@ -121,11 +123,11 @@ def test_bundles_have_the_permissions_that_the_umask_allows(
     """Of files that are copied, written and renamed; links have the checkpoint's."""
     before = os.umask(umask)
     try:
-        words = (*QUICK_WORDS, "--kernels", kernel_file)
+        arguments = (*QUICK_OPTIONS, "--kernels", kernel_file)
         for out in ("new", "x.onnx"):
-            assert run(source, "--out", place / out, *words, "--weights", "int8").code == 0
+            assert run(source, "--out", place / out, *arguments, "--weights", "int8").code == 0
         (place / "new" / "mine").mkdir()
-        assert run(source, "--out", place / "new", *words, "--weights", "int8").code == 0  # file by file
+        assert run(source, "--out", place / "new", *arguments, "--weights", "int8").code == 0  # file by file
     finally:
         os.umask(before)
     created = [place / "new", *(place / "new").iterdir(), *place.glob("x.*")]
