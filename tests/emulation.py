@@ -110,8 +110,8 @@ def build(
             command = [*common, "-c", str(part), "-o", str(target)]
             running.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
         objects.append(str(target))
-    said = "".join(p.communicate()[1] for p in running)
-    assert not said, said
+    errors = "".join(p.communicate()[1] for p in running)
+    assert not errors, errors
     assert not any(p.returncode for p in running)
     kind = ["-shared"] if out.suffix == ".so" else []
     subprocess.run(["g++", *kind, *flags, *objects, "-o", str(out)], check=True)

@@ -182,9 +182,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 def kernels(model: PreTrainedModel, path: Path, rank: int = RANK, sliding: bool = False) -> Path:
     """Random kernels for the layers that evict (``sliding``: for all of them), saved to ``path``."""
-    found = discover(model)
-    heads = [x.heads for x in found]
-    random_kernels(heads, [i for i, x in enumerate(found) if sliding or not x.window], rank, 8).save(path)
+    layers = discover(model)
+    heads = [x.heads for x in layers]
+    random_kernels(heads, [i for i, x in enumerate(layers) if sliding or not x.window], rank, 8).save(path)
     return path
 
 
@@ -214,9 +214,9 @@ def truth(model: PreTrainedModel, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArr
     return exact, relative(single, exact)
 
 
-def relative(found: npt.ArrayLike, expected: npt.ArrayLike) -> float:
+def relative(actual: npt.ArrayLike, expected: npt.ArrayLike) -> float:
     """Largest difference relative to the largest expected value; NaN counts as infinite."""
-    a, b = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    a, b = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     error = float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-9))
     return error if np.isfinite(error) else float("inf")
 
@@ -283,8 +283,8 @@ def differences(a: Backend, b: Backend, rows: Sequence[tuple[int, int]] | None =
     Tokens are matched by position; position sets that differ count as infinite.
     """
     worst: dict[str, float] = {}
-    for mine, theirs in rows or [(i, i) for i in range(a.batch)]:
-        x, y = a.read_row(mine), b.read_row(theirs)
+    for row, other in rows or [(i, i) for i in range(a.batch)]:
+        x, y = a.read_row(row), b.read_row(other)
         assert x.length == y.length
         for i, layer in enumerate(a.contract.layers):
             left = {n.rsplit(".", 1)[1]: t for n, t in x.tensors.items() if n.startswith(f"past.{i}.")}

@@ -122,11 +122,11 @@ class Plugin:
         return getattr(harness(), f"plugin_{name}")(ctypes.c_void_p(self.handle), *args)
 
     def texts(self) -> list[str]:
-        found = iter(lambda: self.call("text", len(said)), None)
-        said: list[str] = []
-        for text in found:
-            said.append(text.decode())
-        return said
+        lines = iter(lambda: self.call("text", len(values)), None)
+        values: list[str] = []
+        for text in lines:
+            values.append(text.decode())
+        return values
 
     def round_trip(self) -> Plugin:
         return Plugin(self.call("round_trip"))

@@ -38,15 +38,15 @@ def remarks(folder: Path, out: Path, **options: object) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         families.export(folder, out, policy="full", context=64, logits="all", **options)
-    said = [str(w.message) for w in caught if w.category is UserWarning]
-    return [s for s in said if "config.json" in s]
+    messages = [str(w.message) for w in caught if w.category is UserWarning]
+    return [s for s in messages if "config.json" in s]
 
 
 def left_out(folder: Path) -> list[str]:
     source = sources.resolve(str(folder))
     bare = weights.bare_model(source.config(), torch.float32)
-    found = weights.survey(bare, sources.checkpoint_files(folder))
-    return checkpoint.unused_weights(bare, found.unused, source.is_part())
+    surveyed = weights.survey(bare, sources.checkpoint_files(folder))
+    return checkpoint.unused_weights(bare, surveyed.unused, source.is_part())
 
 
 # ------------------------------------------------------------------ tensors without a parameter
@@ -61,8 +61,8 @@ def test_every_weight_of_the_families_has_its_place(family: str, tmp_path: Path)
 def test_biases_that_the_config_does_not_know(tmp_path: Path) -> None:
     folder = families.save("attention_bias", tmp_path / "model")
     bundles.edit_json(folder / "config.json", attention_bias=False)
-    (said,) = remarks(folder, tmp_path / "b")
-    assert said.startswith("config.json has no place for model.layers.0.self_attn.k_proj.bias (and 3 more tensors")
+    (message,) = remarks(folder, tmp_path / "b")
+    assert message.startswith("config.json has no place for model.layers.0.self_attn.k_proj.bias (and 3 more tensors")
 
 
 @pytest.mark.slow
@@ -70,8 +70,8 @@ def test_fewer_layers(tmp_path: Path, run: Run, source: Path, quick: None) -> No
     folder = families.save(families.small(num_hidden_layers=2), tmp_path / "model")
     assert remarks(folder, tmp_path / "asked", num_hidden_layers=1) == []
     bundles.edit_json(folder / "config.json", num_hidden_layers=1)
-    (said,) = remarks(folder, tmp_path / "said")
-    assert "no place for model.layers.1.input_layernorm.weight (and 8 more" in said
+    (message,) = remarks(folder, tmp_path / "said")
+    assert "no place for model.layers.1.input_layernorm.weight (and 8 more" in message
     bundles.edit_json(folder / "config.json", num_hidden_layers=0)
     refused(run(folder, "--out", tmp_path / "none", *QUICK_OPTIONS), "has no layers: num_hidden_layers is 0")
     assert not (tmp_path / "none").exists()
@@ -135,19 +135,21 @@ def test_tied_embeddings_with_different_values(options: dict[str, object], tmp_p
     change(folder, lambda t: t.update({"lm_head.weight": t[table].clone()}))
     assert remarks(folder, tmp_path / "equal", **options) == []
     change(folder, lambda t: t["lm_head.weight"].mul_(torch.linspace(0.5, 2, 97)[:, None]))
-    (said,) = remarks(folder, tmp_path / "b", **options)
-    assert said.startswith(f"config.json ties {table} and lm_head.weight, but the checkpoint stores different values")
+    (message,) = remarks(folder, tmp_path / "b", **options)
+    assert message.startswith(
+        f"config.json ties {table} and lm_head.weight, but the checkpoint stores different values"
+    )
     ids = families.text(1, 12)
     with torch.no_grad():
         want = families.load(folder)(torch.from_numpy(ids)).logits.numpy()
     bundle = Bundle.open(tmp_path / "b")
-    found = {}
+    logits = {}
     for name in ("ort", "torch"):
         backend = load_backend(bundle, name)
         backend.open(1)
-        found[name] = np.concatenate(families.feed(backend, ids, (12,)), 1)
-    assert families.relative(found["ort"], found["torch"]) < (1e-5 if not options.get("weights") else 0.05)
-    assert families.relative(found["ort"], want) < (1e-5 if not options.get("weights") else 0.05)
+        logits[name] = np.concatenate(families.feed(backend, ids, (12,)), 1)
+    assert families.relative(logits["ort"], logits["torch"]) < (1e-5 if not options.get("weights") else 0.05)
+    assert families.relative(logits["ort"], want) < (1e-5 if not options.get("weights") else 0.05)
 
 
 @pytest.mark.slow
@@ -170,9 +172,9 @@ def test_what_no_conversion_explains_is_refused_before_loading(
         raise AssertionError("loaded")
 
     monkeypatch.setattr(sources.ModelSource, "load", load)
-    mine = bundles.copy(source, tmp_path / "mine")
-    change(mine, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
-    result = run(mine, "--out", tmp_path / "b", *QUICK_OPTIONS)
+    changed = bundles.copy(source, tmp_path / "mine")
+    change(changed, lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))
+    result = run(changed, "--out", tmp_path / "b", *QUICK_OPTIONS)
     refused(result, "the checkpoint lacks model.layers.1.mlp.up_proj.weight (and 0 more)")
     mixture = families.save("mixtral", tmp_path / "mixture")
     change(mixture, lambda t: [t.pop(n) for n in list(t) if "experts" in n])

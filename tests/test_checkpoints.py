@@ -58,19 +58,19 @@ def graph(tiny: Tiny, kind: str) -> onnx.ModelProto:
 
 
 def artifact(tiny: Tiny, kind: str) -> Artifact:
-    found = tiny.opened.artifact(kind)
-    assert found is not None
-    return found
+    artifact = tiny.opened.artifact(kind)
+    assert artifact is not None
+    return artifact
 
 
 def places(model: onnx.ModelProto) -> dict[str, tuple[str, int, int]]:
     """File, offset and length of every external initializer."""
-    found = {}
+    locations = {}
     for tensor in model.graph.initializer:
         entries = {e.key: e.value for e in tensor.external_data}
         if entries:
-            found[tensor.name] = (entries["location"], int(entries["offset"]), int(entries["length"]))
-    return found
+            locations[tensor.name] = (entries["location"], int(entries["offset"]), int(entries["length"]))
+    return locations
 
 
 def byte_ranges(path: Path) -> set[tuple[int, int]]:
@@ -99,9 +99,9 @@ def assert_is_the_model(tiny: Tiny) -> None:
     """While nothing is evicted, ONNX Runtime computes what Hugging Face computes in f32 from the checkpoint."""
     ids = text(2, BUDGET)
     expected, own_error = families.truth(families.load(tiny.checkpoint), ids)
-    found = feed(tiny.backend("ort", 2), ids, [10, 6, *[1] * 8])
+    logits = feed(tiny.backend("ort", 2), ids, [10, 6, *[1] * 8])
     at = np.cumsum([10, 6, *[1] * 8]) - 1
-    assert relative(np.concatenate(found, 1), expected[:, at]) <= max(2 * own_error, 1e-6)
+    assert relative(np.concatenate(logits, 1), expected[:, at]) <= max(2 * own_error, 1e-6)
 
 
 def no_link(*_: object) -> None:
@@ -132,10 +132,10 @@ def test_weights_are_not_copied(tiny: Tiny) -> None:
         model = graph(tiny, kind)
         for tensor in model.graph.initializer:
             assert tensor.external_data or tensor.ByteSize() <= INLINE_BYTES, tensor.name
-        found = set(places(model).values())
+        externals = set(places(model).values())
         for file in ("model.safetensors", "kernels.safetensors"):  # every tensor in full, and nothing else
-            assert {x[1:] for x in found if x[0] == file} == byte_ranges(tiny.bundle / file)
-        assert {x[0] for x in found} == {"model.safetensors", "kernels.safetensors"}
+            assert {x[1:] for x in externals if x[0] == file} == byte_ranges(tiny.bundle / file)
+        assert {x[0] for x in externals} == {"model.safetensors", "kernels.safetensors"}
 
 
 @every_dtype
@@ -215,9 +215,9 @@ def test_tensorrt_graph_computes_in_half_precision(tiny: Tiny, tmp_path: Path) -
     with torch.no_grad():
         half = families.load(tiny.checkpoint, torch.float16)(input_ids=torch.from_numpy(ids), use_cache=False).logits
     at = np.cumsum(sizes) - 1
-    found = np.concatenate(feed(backend, ids, sizes), 1)
+    logits = np.concatenate(feed(backend, ids, sizes), 1)
     own_error = relative(half.float().numpy(), expected)
-    assert 1e-5 < relative(found, expected[:, at]) <= 2 * own_error
+    assert 1e-5 < relative(logits, expected[:, at]) <= 2 * own_error
 
 
 # ------------------------------------------------------------------ --dtype
@@ -372,11 +372,11 @@ def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
         if name != "__metadata__":
             entry["data_offsets"] = [x + gap for x in entry["data_offsets"]]
     header["a.hole"] = {"dtype": "U8", "shape": [gap], "data_offsets": [0, gap]}
-    said = json.dumps(header).encode()
-    said += b" " * (-len(said) % 8)
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb") as file:
-        file.write(len(said).to_bytes(8, "little") + said)
-        file.seek(8 + len(said) + gap)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        file.seek(8 + len(encoded) + gap)
         file.write(data[start:])
     original = families.save(families.small(), tmp_path / "original", torch.float16)
     plain = families.export(original, tmp_path / "plain", budget=str(BUDGET))
@@ -385,8 +385,8 @@ def test_weights_beyond_four_gigabytes(tmp_path: Path) -> None:
     assert (tiny.bundle / "model.onnx").stat().st_size < 1 << 20
     ids, sizes = text(1, 12), [8, 1, 3]
     for name in ("ort", "torch"):
-        found, expected = (feed(t.backend(name, 1), ids, sizes) for t in (tiny, plain))
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        actual, expected = (feed(t.backend(name, 1), ids, sizes) for t in (tiny, plain))
+        assert all(np.array_equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_single_artifact_of_copies_where_links_are_impossible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,9 +83,9 @@ def test_contract(name: str, tools: Path, tmp_path: Path) -> None:
         "rtx": True,
         "plugin": None,
     }
-    found = json.loads(done.out)
-    found.pop("name")
-    assert found == expected
+    described = json.loads(done.out)
+    described.pop("name")
+    assert described == expected
 
 
 def test_bundle_layouts(tools: Path, tmp_path: Path) -> None:
@@ -113,15 +113,15 @@ def test_manifest_of_a_real_export(kernelled: Path, tools: Path, tmp_path: Path)
     facts = {"kind": "plan", "file": "engine.plan", "sha256": hashlib.sha256(PLAN).hexdigest()}
     (folder / "engine.plan").write_bytes(PLAN)
     edit(manifest, lambda m: m["artifacts"].append({**m["artifacts"][-1], **facts}))
-    told = json.loads(call(tools / "less_runtime_probe", "describe", folder).out)
+    description = json.loads(call(tools / "less_runtime_probe", "describe", folder).out)
     bundle = Bundle.open(kernelled)
     trt = bundle.artifact("trt")
     assert trt is not None
     assert bundle.manifest.tokenizer is not None
-    assert told["identity"] == bundle.identity()
-    assert told["name"] == bundle.manifest.model["name"]
-    assert told["state_bytes"] == trt.contract.state_bytes()
-    assert told["eos_ids"] == list(bundle.manifest.tokenizer.eos_ids)
+    assert description["identity"] == bundle.identity()
+    assert description["name"] == bundle.manifest.model["name"]
+    assert description["state_bytes"] == trt.contract.state_bytes()
+    assert description["eos_ids"] == list(bundle.manifest.tokenizer.eos_ids)
 
 
 def plugin(**facts: Any) -> dict[str, Any]:
@@ -133,16 +133,16 @@ def test_plugin_facts(tools: Path, tmp_path: Path) -> None:
     library.write_bytes(b"library")
     digest = sha256(library)
 
-    def told(path: str, details: Any) -> Any:
+    def plugin_path(path: str, details: Any) -> Any:
         done = call(tools / "less_runtime_probe", "describe", bundle(tmp_path / path, CONTRACTS["full"], PLAN, details))
         return json.loads(done.out)["plugin"] if done.code == 0 else done.err
 
-    assert told("a.plan", plugin(inside=True)) == "inside"
-    assert told("b.plan", plugin(library=library.name, sha256=digest)) == str(library)
-    assert told("c/c.plan", plugin(library=str(library), sha256=digest)) == str(library)
-    assert "which is missing" in told("d/d.plan", plugin(library=library.name, sha256=digest))
-    assert "is not the one that the plan was built with" in told("e.plan", plugin(library=str(library)))
-    assert "not a usable manifest" in told("f.plan", {"plugin": {"inside": False}})
+    assert plugin_path("a.plan", plugin(inside=True)) == "inside"
+    assert plugin_path("b.plan", plugin(library=library.name, sha256=digest)) == str(library)
+    assert plugin_path("c/c.plan", plugin(library=str(library), sha256=digest)) == str(library)
+    assert "which is missing" in plugin_path("d/d.plan", plugin(library=library.name, sha256=digest))
+    assert "is not the one that the plan was built with" in plugin_path("e.plan", plugin(library=str(library)))
+    assert "not a usable manifest" in plugin_path("f.plan", {"plugin": {"inside": False}})
 
 
 Change = Callable[[Path], None]

@@ -52,14 +52,14 @@ class Fault:
 
 def waits() -> dict[str, Fault]:
     """Every barrier and every wait for a copy, removed."""
-    found = {}
+    faults = {}
     for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "settle.cuh"):
         text = (PLUGIN / "src" / file).read_text()
         for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
                 line = text.count("\n", 0, match.start()) + 1
-                found[f"{file}:{line} without {old[:-3]}"] = Fault(file, old, ";", nth)
-    return found
+                faults[f"{file}:{line} without {old[:-3]}"] = Fault(file, old, ";", nth)
+    return faults
 
 
 FAULTS = {

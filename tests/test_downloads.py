@@ -115,9 +115,9 @@ def test_a_package_that_ships_the_model(hub: Hub, tmp_path: Path, monkeypatch: p
         sources.resolve("gemma3-270m")
     hub.cache.mkdir()
     sources.described(recipe).save_pretrained(hub.cache)
-    found = sources.resolve("gemma3-270m")
+    source = sources.resolve("gemma3-270m")
     with pytest.raises(ModelError, match=f"is not in the cache.*{hint}"):
-        found.fetch()
+        source.fetch()
     with pytest.raises(ModelError, match="is not in the cache") as other:
         sources.ModelSource("qwen3-0.6b", hub.cache, None, recipes.load("qwen3-0.6b"), "Qwen/Qwen3-0.6B").fetch()
     assert "pip install" not in str(other.value)

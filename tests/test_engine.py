@@ -53,13 +53,15 @@ def weights(tmp_path: Path) -> Path:
 def test_a_plan_is_built(
     dtype: str, chunk: int, arch: str | None, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contract, out, told, configs = contract_of(dtype, chunk), weights.parent / "engine.plan", [], []
+    contract, out, phases, configs = contract_of(dtype, chunk), weights.parent / "engine.plan", [], []
     configure = engine._configure
     monkeypatch.setattr(engine, "_configure", lambda *a: configs.append(configure(*a)) or configs[-1])
     model = serialised(decoder(contract, weights))
-    info = engine.build_plan(model, contract, out=out, weights_dir=weights, gpu_arch=arch, progress=Spoken(told.append))
+    info = engine.build_plan(
+        model, contract, out=out, weights_dir=weights, gpu_arch=arch, progress=Spoken(phases.append)
+    )
     config = configs.pop()
-    assert config.num_optimization_profiles == len(told)
+    assert config.num_optimization_profiles == len(phases)
     assert not config.get_flag(tensorrt_rtx.BuilderFlag.TF32)
     header = inspect_plan(out)
     assert (
@@ -72,7 +74,7 @@ def test_a_plan_is_built(
     assert info.layers > 20
     assert info.seconds > 0
     both = ["compiling decode (1 of 2)", "compiling prefill (2 of 2)"]
-    assert told == (["compiling decode (1 of 1)"] if chunk == 1 else both)
+    assert phases == (["compiling decode (1 of 1)"] if chunk == 1 else both)
     assert sorted(p.name for p in weights.parent.iterdir()) == ["engine.plan", "weights"]
 
 
@@ -118,8 +120,8 @@ def test_what_tensorrt_refuses_is_one_line(weights: Path) -> None:
     onnx_op.strip_bodies(model)
     apart = multiprocessing.get_context("spawn").Pool(1)  # if no earlier test has loaded the plugin
     with apart:
-        said = apart.apply(refuse, (weights, serialised(model), contract))
-    assert "(LessAttention, which has no body inside)" in said
+        message = apart.apply(refuse, (weights, serialised(model), contract))
+    assert "(LessAttention, which has no body inside)" in message
 
 
 @pytest.mark.slow

@@ -89,8 +89,8 @@ def test_full_is_hugging_face(family: str) -> None:
     want = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
     got = perplexity.simulated(model, ids, variant, 1, torch.arange(LENGTH - 1))
     np.testing.assert_allclose(got[0], want.numpy(), rtol=1e-3, atol=1e-3)
-    found = collect.output_projections(model, plan)
-    assert [found[i].shape[0] for i in sorted(found)] == [s.query_heads * s.head_dim for s in plan]
+    projections = collect.output_projections(model, plan)
+    assert [projections[i].shape[0] for i in sorted(projections)] == [s.query_heads * s.head_dim for s in plan]
 
 
 def test_chunks_that_an_artifact_does_not_take(kernelled: Path) -> None:
@@ -143,20 +143,20 @@ def test_intervals() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(3.0, 0.2, 64)
     nll = np.repeat(rows[:, None], 5, 1)
-    found = statistics.perplexity(nll)
-    assert found.value == pytest.approx(np.exp(rows.mean()))
-    width = 1.96 * rows.std() / 8 * found.value
-    assert found.high - found.value == pytest.approx(width, rel=0.2)
-    assert found.value - found.low == pytest.approx(width, rel=0.2)
+    interval = statistics.perplexity(nll)
+    assert interval.value == pytest.approx(np.exp(rows.mean()))
+    width = 1.96 * rows.std() / 8 * interval.value
+    assert interval.high - interval.value == pytest.approx(width, rel=0.2)
+    assert interval.value - interval.low == pytest.approx(width, rel=0.2)
 
 
 def test_share_of_the_gap() -> None:
     rng = np.random.default_rng(0)
     full = np.log(rng.uniform(30, 40, (32, 1)))
     baseline, less = full + np.log(1.5), full + np.log(1.2)
-    found = statistics.share_of_gap(full, baseline, less)
-    assert found is not None
-    assert (found.value, found.low, found.high) == pytest.approx((0.6, 0.6, 0.6))
+    share = statistics.share_of_gap(full, baseline, less)
+    assert share is not None
+    assert (share.value, share.low, share.high) == pytest.approx((0.6, 0.6, 0.6))
     same, worse = (statistics.share_of_gap(full, baseline, x) for x in (baseline, full + np.log(1.8)))
     assert same is not None
     assert worse is not None
@@ -207,8 +207,8 @@ def test_a_bundle_on_onnx_runtime(run: Run, streaming: Path, text: Path, tmp_pat
 def test_where_there_is_no_gap_there_is_no_share(
     run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = iter([np.full((3, 8), x) for x in (2.0, 1.9, 1.8)])
-    monkeypatch.setattr(perplexity, "simulated", lambda *_: next(found))
+    results = iter([np.full((3, 8), x) for x in (2.0, 1.9, 1.8)])
+    monkeypatch.setattr(perplexity, "simulated", lambda *_: next(results))
     options = ("--kernels", kernel_file, "--budget", 12, "--compare", "less,full,sparse", "--json", tmp_path / "e.json")
     result = run("eval", source, "--data", text, *options, *OPTIONS)
     assert result.code == 0, result.err
@@ -311,9 +311,9 @@ def summaries(run: Run, target: Path, articles: Path, *arguments: object) -> dic
     arguments = ("--task", "summarize", "--data", articles, "--max-new-tokens", 8, "--json", out, *arguments)
     result = run("eval", target, *arguments)
     assert result.code == 0, result.err
-    found = json.loads(out.read_text())
-    assert found["items"] == 2
-    return {r["cache"]: r for r in found["rows"]}
+    results = json.loads(out.read_text())
+    assert results["items"] == 2
+    return {r["cache"]: r for r in results["rows"]}
 
 
 def test_summaries_of_a_bundle(run: Run, plain: Path, articles: Path) -> None:

@@ -70,8 +70,8 @@ def test_full_is_the_hugging_face_model(family: str, name: str, exported: Export
     ids = text(2, 48)
     expected, own_error = families.truth(families.load(exported(family, "full").checkpoint), ids)
     backend = opened(family, "full", name, rows=2)
-    found = np.concatenate(feed(backend, ids, [16, 9, 1, 1, 16, 1, 1, 3]), 1)
-    assert relative(found, expected) <= max(2 * own_error, FLOOR)
+    logits = np.concatenate(feed(backend, ids, [16, 9, 1, 1, 16, 1, 1, 3]), 1)
+    assert relative(logits, expected) <= max(2 * own_error, FLOOR)
 
 
 @all_families
@@ -83,8 +83,8 @@ def test_budget_longer_than_the_text_is_the_hugging_face_model(
     expected, own_error = families.truth(families.load(exported(family, "h2o").checkpoint), ids)
     backend = opened(family, "h2o", name, rows=2)
     sizes = [11, 8, *[1] * 5]
-    found = np.concatenate(feed(backend, ids, sizes), 1)
-    assert relative(found, expected[:, np.cumsum(sizes) - 1]) <= max(2 * own_error, FLOOR)
+    logits = np.concatenate(feed(backend, ids, sizes), 1)
+    assert relative(logits, expected[:, np.cumsum(sizes) - 1]) <= max(2 * own_error, FLOOR)
 
 
 @all_families
@@ -92,11 +92,11 @@ def test_eviction_is_not_the_hugging_face_model(family: str, exported: Exported,
     # The tests above would show nothing if attention were nearly uniform, or nothing were evicted.
     ids = text(2, 48)
     expected, _ = families.truth(families.load(exported(family, "h2o").checkpoint), ids)
-    found = feed(opened(family, "h2o", "ort", rows=2), ids, [16, 16, 15, 1])[-1]
+    logits = feed(opened(family, "h2o", "ort", rows=2), ids, [16, 16, 15, 1])[-1]
     sliding = all(
         s.policy is Policy.WINDOW for s in exported(family, "h2o").opened.manifest.artifacts[0].contract.layers
     )
-    assert (relative(found[:, 0], expected[:, -1]) < ROUNDING) == sliding
+    assert (relative(logits[:, 0], expected[:, -1]) < ROUNDING) == sliding
 
 
 # ------------------------------------------------------------------ chunks (DESIGN section 1)
@@ -267,5 +267,5 @@ def test_more_layers_than_any_recipe(tmp_path: Path) -> None:
     tiny = families.export(checkpoint, tmp_path / "bundle", policy="sink", budget="6")
     assert len(tiny.opened.manifest.artifacts[0].contract.layers) == count
     ids = text(1, 9)
-    found, expected = (feed(tiny.backend(name, 1), ids, [8, 1]) for name in ("ort", "torch"))
-    assert max(relative(a, b) for a, b in zip(found, expected, strict=True)) <= 1e-4
+    actual, expected = (feed(tiny.backend(name, 1), ids, [8, 1]) for name in ("ort", "torch"))
+    assert max(relative(a, b) for a, b in zip(actual, expected, strict=True)) <= 1e-4

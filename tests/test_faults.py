@@ -30,7 +30,7 @@ WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture
-def mine(source: Path, tmp_path: Path) -> Path:
+def checkpoint_copy(source: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint, for tests that damage it."""
     return bundles.copy(source, tmp_path / "mine")
 
@@ -90,12 +90,12 @@ CONFIGS: dict[str, tuple[Callable[[str], str], str]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config(name: str, fails: Fails, mine: Path) -> None:
+def test_config(name: str, fails: Fails, checkpoint_copy: Path) -> None:
     damage, says = CONFIGS[name]
-    text = (mine / "config.json").read_text()
+    text = (checkpoint_copy / "config.json").read_text()
     assert damage(text) != text
-    (mine / "config.json").write_bytes(damage(text).encode(errors="surrogateescape"))
-    fails(mine, says)
+    (checkpoint_copy / "config.json").write_bytes(damage(text).encode(errors="surrogateescape"))
+    fails(checkpoint_copy, says)
 
 
 @pytest.mark.slow
@@ -107,17 +107,17 @@ def test_an_encoder_with_a_head(tmp_path: Path) -> None:
     refused(bundles.Result(done.returncode, done.stdout, done.stderr), "attention is not causal")
 
 
-def test_quantised_by_nothing(fails: Fails, mine: Path, run: Run, tmp_path: Path, quick: None) -> None:
-    bundles.edit_json(mine / "config.json", quantization_config={"bits": 4})
-    fails(mine, "is quantised (by a method that config.json does not name)")
-    bundles.edit_json(mine / "config.json", quantization_config={})
-    assert run(mine, "--out", tmp_path / "b", *QUICK_OPTIONS).code == 0
+def test_quantised_by_nothing(fails: Fails, checkpoint_copy: Path, run: Run, tmp_path: Path, quick: None) -> None:
+    bundles.edit_json(checkpoint_copy / "config.json", quantization_config={"bits": 4})
+    fails(checkpoint_copy, "is quantised (by a method that config.json does not name)")
+    bundles.edit_json(checkpoint_copy / "config.json", quantization_config={})
+    assert run(checkpoint_copy, "--out", tmp_path / "b", *QUICK_OPTIONS).code == 0
 
 
-def test_weights_are_never_random(fails: Fails, mine: Path) -> None:
+def test_weights_are_never_random(fails: Fails, checkpoint_copy: Path) -> None:
     """transformers fills in random values for missing weights, and only warns."""
-    bundles.edit_json(mine / "config.json", num_hidden_layers=3)
-    fails(mine, "lacks model.layers.2.self_attn.q_proj.weight (and 8 more)")
+    bundles.edit_json(checkpoint_copy / "config.json", num_hidden_layers=3)
+    fails(checkpoint_copy, "lacks model.layers.2.self_attn.q_proj.weight (and 8 more)")
 
 
 def _header(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
@@ -142,12 +142,12 @@ FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_safetensors(name: str, fails: Fails, mine: Path) -> None:
+def test_safetensors(name: str, fails: Fails, checkpoint_copy: Path) -> None:
     damage, says = FILES[name]
-    whole = (mine / WEIGHTS).read_bytes()
-    (mine / WEIGHTS).unlink()
-    (mine / WEIGHTS).write_bytes(damage(whole))
-    fails(mine, says)
+    whole = (checkpoint_copy / WEIGHTS).read_bytes()
+    (checkpoint_copy / WEIGHTS).unlink()
+    (checkpoint_copy / WEIGHTS).write_bytes(damage(whole))
+    fails(checkpoint_copy, says)
 
 
 def test_missing_weight_files(fails: Fails, tmp_path: Path) -> None:
@@ -166,9 +166,9 @@ def test_missing_weight_files(fails: Fails, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_tokenizer(name: str, fails: Fails, mine: Path) -> None:
-    (mine / name).write_text("{")
-    fails(mine, "cannot read the tokenizer of")
+def test_tokenizer(name: str, fails: Fails, checkpoint_copy: Path) -> None:
+    (checkpoint_copy / name).write_text("{")
+    fails(checkpoint_copy, "cannot read the tokenizer of")
 
 
 def test_gguf(fails: Fails, source: Path, tmp_path: Path) -> None:

@@ -236,10 +236,10 @@ def test_stream_is_generate() -> None:
     generator = Generator(HashBackend(contract(max_batch=2)), letter_tokenizer())
     tokens = list(generator.stream(PROMPTS, max_new_tokens=7, ignore_eos=True))
     for row, want in enumerate(generator.generate(PROMPTS, max_new_tokens=7, ignore_eos=True)):
-        mine = [t for t in tokens if t.row == row]
-        got = collect(mine)
+        of_row = [t for t in tokens if t.row == row]
+        got = collect(of_row)
         assert (got.token_ids, got.text, got.finish_reason) == (want.token_ids, want.text, want.finish_reason)
-        assert [t.finish_reason for t in mine[:-1]] == [None] * 6
+        assert [t.finish_reason for t in of_row[:-1]] == [None] * 6
         assert got.text == letter_tokenizer().decode(got.token_ids)
 
 

@@ -80,17 +80,17 @@ def test_scores_of_ragged_batches(model: LessLM) -> None:
         (torch.randint(2, 300, (n,), generator=g).tolist(), torch.randint(2, 300, (m,), generator=g).tolist())
         for n, m in ((3, 4), (9, 1), (14, 20))
     ]
-    found = [score for score, _ in model._scorer.score(pairs)]
-    np.testing.assert_allclose(found, [log_probability(model, c, t) for c, t in pairs], rtol=1e-4)
+    scores = [score for score, _ in model._scorer.score(pairs)]
+    np.testing.assert_allclose(scores, [log_probability(model, c, t) for c, t in pairs], rtol=1e-4)
 
 
 def test_rolling_scores_the_whole_text_after_bos(model: LessLM) -> None:
     texts = [bundles.PROMPT, "a cat", ""]
-    found = model.loglikelihood_rolling([SimpleNamespace(args=(t,)) for t in texts])
+    scores = model.loglikelihood_rolling([SimpleNamespace(args=(t,)) for t in texts])
     assert model.prefix_token_id == 0
     ids = [model.tok_encode(t, add_special_tokens=False) for t in texts]
     assert len(ids[0]) > 12  # more than the slots
-    np.testing.assert_allclose(found, [log_probability(model, [0], i) for i in ids], rtol=1e-4)
+    np.testing.assert_allclose(scores, [log_probability(model, [0], i) for i in ids], rtol=1e-4)
 
 
 def test_generation_until(model: LessLM, plain: Path) -> None:

@@ -97,12 +97,12 @@ def test_generate_from_python(runtime: Path, plain: Path, tmp_path: Path) -> Non
     command = [runtime / "python", "-c", GENERATE, json.dumps([str(plain), PROMPT, HEAVY])]
     done = subprocess.run(command, capture_output=True, text=True, env=clean(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert (said["there"], said["imported"]) == ([], [])
-    assert str(runtime.parent) in said["from"]
+    report = json.loads(done.stdout)
+    assert (report["there"], report["imported"]) == ([], [])
+    assert str(runtime.parent) in report["from"]
     (want,) = open_bundle(plain).generate([PROMPT], max_new_tokens=12)
-    assert (tuple(said["tokens"]), said["text"], said["streamed"]) == (want.token_ids, want.text, want.text)
-    assert said["length"] == want.prompt_tokens
+    assert (tuple(report["tokens"]), report["text"], report["streamed"]) == (want.token_ids, want.text, want.text)
+    assert report["length"] == want.prompt_tokens
 
 
 def test_command_line(runtime: Path, kernelled: Path, tmp_path: Path) -> None:

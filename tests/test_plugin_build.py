@@ -84,16 +84,16 @@ def test_built_once(toolkit: Toolkit, tmp_path: Path) -> None:
 
 def test_what_makes_another_library(toolkit: Toolkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toolkit()
-    found = {plugin.library(("sm_89",)), plugin.library(("sm_80",)), plugin.library(("sm_80", "sm_89"))}
+    libraries = {plugin.library(("sm_89",)), plugin.library(("sm_80",)), plugin.library(("sm_80", "sm_89"))}
     toolkit("13.1.20")
-    found.add(plugin.library(("sm_89",)))
+    libraries.add(plugin.library(("sm_89",)))
     headers = tmp_path / "headers"
     headers.mkdir()
     (headers / "NvInfer.h").touch()
     (headers / "NvInferVersion.h").write_text("#define NV_TENSORRT_MAJOR 11\n")
     monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(headers))
-    found.add(plugin.library(("sm_89",)))
-    assert len(found) == 5
+    libraries.add(plugin.library(("sm_89",)))
+    assert len(libraries) == 5
     monkeypatch.delenv("LESS_EXPORT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert plugin.library(("sm_89",)).is_relative_to(tmp_path / "xdg" / "less-export")

@@ -323,6 +323,8 @@ def test_polygraphy_convert(
 def test_info_for_polygraphy_needs_the_graph(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["settings"]["plugin"] is True
-    found = engine.polygraphy_options(Bundle.open(bundle).manifest.artifacts[0].contract)
-    assert found.count("--trt-max-shapes") == 2
-    assert np.all(["past.0.key:[8,2,12,16]" in found, "input_ids:[8,16]" in found, "input_ids:[1,1]" in found])
+    arguments = engine.polygraphy_options(Bundle.open(bundle).manifest.artifacts[0].contract)
+    assert arguments.count("--trt-max-shapes") == 2
+    assert np.all(
+        ["past.0.key:[8,2,12,16]" in arguments, "input_ids:[8,16]" in arguments, "input_ids:[1,1]" in arguments]
+    )

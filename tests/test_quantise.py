@@ -69,8 +69,8 @@ def optimised(bundle: Path, out: Path) -> collections.Counter[str]:
 
 
 def linear(bundle: Path) -> dict[str, QuantisedTensor]:
-    found = stored_tensors(bundle / QUANTISED_WEIGHTS)
-    return {n: t for n, t in found.items() if isinstance(t, QuantisedTensor)}
+    tensors = stored_tensors(bundle / QUANTISED_WEIGHTS)
+    return {n: t for n, t in tensors.items() if isinstance(t, QuantisedTensor)}
 
 
 @every_kind
@@ -80,10 +80,10 @@ def test_weights_are_the_librarys(quantised: Callable[[str, str], Tiny], family:
     model = families.load(tiny.checkpoint)
     head = model.get_output_embeddings()
     matrices = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, tr.pytorch_utils.Conv1D))}
-    found = linear(tiny.bundle)
-    assert found.keys() == {f"{n}.weight" for n in matrices}
+    linears = linear(tiny.bundle)
+    assert linears.keys() == {f"{n}.weight" for n in matrices}
     for name, module in matrices.items():
-        stored, weight = found[f"{name}.weight"], module.weight.detach()
+        stored, weight = linears[f"{name}.weight"], module.weight.detach()
         rows = weight if stored.transposed else weight.T
         assert stored.transposed == isinstance(module, torch.nn.Linear)
         bits = 8 if module is head else BITS[kind]

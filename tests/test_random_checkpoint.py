@@ -205,12 +205,12 @@ def test_folder_without_weights(run: Run, source: Path, tmp_path: Path, quick: N
 def test_hub_id_without_its_weights(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     downloads = []
     monkeypatch.setattr(sources, "_download", lambda *arguments: downloads.append(arguments) or source)
-    found = random_checkpoint.random_source("org/mine", ExportConfig(random_weights=True), tmp_path / "out")
+    random_source = random_checkpoint.random_source("org/mine", ExportConfig(random_weights=True), tmp_path / "out")
     assert downloads == [("org/mine", sources._SMALL_FILES)]
-    assert (found.folder, found.name) == (tmp_path / "mine-random", "mine")
-    found.fetch()  # nothing from the hub
+    assert (random_source.folder, random_source.name) == (tmp_path / "mine-random", "mine")
+    random_source.fetch()  # nothing from the hub
     assert len(downloads) == 1
-    assert tensors(found.folder).keys() == tensors(source).keys()
+    assert tensors(random_source.folder).keys() == tensors(source).keys()
 
 
 def test_taken_with_a_folder_of_the_tokenizer_and_another_version(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ PARAMETERS = {
 
 def recipe(name: str, **architecture: Any) -> Recipe:
     """A recipe with some facts changed."""
-    found = recipes.load(name)
-    assert found is not None
-    own = None if "num_hidden_layers" in architecture else found.layer_budgets
-    return dataclasses.replace(found, architecture=found.architecture | architecture, layer_budgets=own)
+    original = recipes.load(name)
+    assert original is not None
+    own = None if "num_hidden_layers" in architecture else original.layer_budgets
+    return dataclasses.replace(original, architecture=original.architecture | architecture, layer_budgets=own)
 
 
 def parameters(r: Recipe) -> int:
@@ -96,13 +96,13 @@ def test_memory_at_the_papers_budgets() -> None:
     for name, context in (("llama2-7b", 4096), ("llama2-13b", 4096), ("falcon-7b", 2048)):
         r = recipe(name)
         assert r.context == context
-        found = recipe_figures(r)["memory"]
+        memory = recipe_figures(r)["memory"]
         heads = sum(x.kv_heads for x in r.layers())
         width, low_rank = r.layers()[0].head_dim, r.rank * (r.layers()[0].head_dim + 1) * 4
         slots = {"2%": context // 50 // 2 * 2, "5%": context // 20 // 2 * 2, "10%": context // 10 // 2 * 2}
         expected = {b: heads * (n * (2 * (2 * width + r.rank) + 8) + low_rank) for b, n in slots.items()}
-        assert found["state_bytes_at_budget"] == expected
-        assert found["state_bytes"] == expected["5%"]
+        assert memory["state_bytes_at_budget"] == expected
+        assert memory["state_bytes"] == expected["5%"]
 
 
 @pytest.mark.parametrize(

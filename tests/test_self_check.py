@@ -73,8 +73,8 @@ def test_the_twin_has_two_layers_of_each_kind() -> None:
     ):
         layers = discover(weights.bare_model(config, torch.float32))
         contract = Contract(plan_layers(layers, ExportConfig(budget="8"), 64, {}), 97, "float32", 16, 2)
-        twin, found = twin_config(config, contract)
-        assert found == kept
+        twin, indices = twin_config(config, contract)
+        assert indices == kept
         assert [x.window > 0 for x in discover(weights.bare_model(twin, torch.float32))] == [
             layers[i].window > 0 for i in kept
         ]
@@ -167,10 +167,10 @@ def swapped_weights(patch: Patch) -> None:
     original = weights.locate
 
     def locate(*args: Any) -> tuple[dict[str, Any], list[str]]:
-        found, missing = original(*args)
-        gates = {n: n.replace("gate_proj", "up_proj") for n in found if "gate_proj" in n}
+        names, missing = original(*args)
+        gates = {n: n.replace("gate_proj", "up_proj") for n in names if "gate_proj" in n}
         assert gates
-        return {**found, **{gate: found[up] for gate, up in gates.items()}}, missing
+        return {**names, **{gate: names[up] for gate, up in gates.items()}}, missing
 
     patch.setattr(weights, "locate", locate)
 

@@ -26,18 +26,18 @@ def test_memory_stays_flat_over_twenty_thousand_tokens(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.soak_worker", tiny.bundle, *map(str, (PROMPT, TOKENS, WARM_UP, EVERY))]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout)
+    report = json.loads(run.stdout)
 
-    assert not found["torch"]
-    assert found["tokens"] == TOKENS
-    assert found["length"] == PROMPT + TOKENS - 1
-    assert found["different"] > 20  # still text, not a single token repeated
-    assert found["finite"]
-    assert len(set(found["state"])) == 1
-    first, most = found["resident"][0], max(found["resident"])
+    assert not report["torch"]
+    assert report["tokens"] == TOKENS
+    assert report["length"] == PROMPT + TOKENS - 1
+    assert report["different"] > 20  # still text, not a single token repeated
+    assert report["finite"]
+    assert len(set(report["state"])) == 1
+    first, most = report["resident"][0], max(report["resident"])
     assert most - first <= ROOM, f"{first} bytes after {WARM_UP} tokens, up to {most} later"
     # Every token is still in one place, and the newest eight are in their slots.
-    newest = set(range(found["length"] - 8, found["length"]))
-    for position, absorbed in zip(found["positions"], found["absorbed"], strict=True):
+    newest = set(range(report["length"] - 8, report["length"]))
+    for position, absorbed in zip(report["positions"], report["absorbed"], strict=True):
         assert newest <= set(position)
-        assert len(position) + absorbed == pytest.approx(found["length"], rel=1e-3)
+        assert len(position) + absorbed == pytest.approx(report["length"], rel=1e-3)

@@ -276,8 +276,8 @@ def test_output_projection_of_convolutions(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50, n_positions=64)).eval()
     plan = plan_layers(discover(model), ExportConfig(budget="8"), 64, {})
-    found = collect.output_projections(model, plan)
-    assert torch.equal(found[1], model.transformer.h[1].attn.c_proj.weight)
+    projections = collect.output_projections(model, plan)
+    assert torch.equal(projections[1], model.transformer.h[1].attn.c_proj.weight)
 
 
 def test_a_loss_that_explodes_is_an_error(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,9 @@ def test_space_is_taken_where_it_cannot_be_reserved(
     else:
         monkeypatch.setattr(os, "posix_fallocate", unsupported)
     resources.reserve(tmp_path / "file", (2 << 20) + 5)
-    found = (tmp_path / "file").stat()
-    assert found.st_size == (2 << 20) + 5
-    assert 512 * found.st_blocks >= found.st_size
+    stat = (tmp_path / "file").stat()
+    assert stat.st_size == (2 << 20) + 5
+    assert 512 * stat.st_blocks >= stat.st_size
 
 
 def test_an_interrupt_while_collecting_leaves_nothing(

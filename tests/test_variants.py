@@ -83,9 +83,9 @@ def test_a_narrow_twin_of_every_recipe_is_the_hugging_face_model(name: str, tmp_
     recipe = recipes.load(name)
     assert recipe is not None
     model = narrow(recipe)
-    found = discover(model)
-    assert {x.window > 0 for x in found} == {x.window > 0 for x in recipe.layers()}
-    layers = plan_layers(found, ExportConfig(policy="full"), 64, {})
+    attention_layers = discover(model)
+    assert {x.window > 0 for x in attention_layers} == {x.window > 0 for x in recipe.layers()}
+    layers = plan_layers(attention_layers, ExportConfig(policy="full"), 64, {})
     contract = Contract(layers, model.config.get_text_config().vocab_size, "float32", 16, 2, "all")
     ids, sizes = text(2, 40), [16, 13, 1, 1, 9]
     expected, _ = families.truth(model, ids)
