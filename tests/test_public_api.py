@@ -51,7 +51,7 @@ def test_names() -> None:
     ("function", "expected"),
     [
         (less_export.export, "(model, out, config=None, *, engine_plan=False, progress=None, **options)"),
-        (less_export.open_bundle, "(path, backend=None, **options)"),
+        (less_export.open_bundle, "(path, backend=None, *, trust_code=False, **options)"),
         (less_export.train, "(model, out, texts=(), config=None, *, progress=None, **options)"),
         (Generator, "(backend, tokenizer=None, *, eos_ids=None)"),
         (Generator.generate, "(prompts, params=None, *, prefix=None, **overrides)"),
