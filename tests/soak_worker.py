@@ -12,6 +12,7 @@ import psutil
 
 from less_export.runtime.backend import Backend
 from less_export.runtime.open import open_bundle
+from less_export.runtime.sampling import SamplingParams
 
 
 def state_bytes(backend: Backend) -> int:
@@ -33,7 +34,8 @@ def main(bundle: str, prompt: int, tokens: int, warm_up: int, every: int) -> dic
 
     backend.step = step  # type: ignore[method-assign]
     resident: list[int] = []
-    stream = generator.stream([list(range(3, 3 + prompt))], temperature=1.0, seed=0, max_new_tokens=tokens)
+    prompts, params = [list(range(3, 3 + prompt))], SamplingParams(1.0, seed=0, max_new_tokens=tokens, ignore_eos=True)
+    stream = generator.stream(prompts, params)
     for count, token in enumerate(stream, 1):
         if count > tokens - 2000:
             seen.add(token.token_id)

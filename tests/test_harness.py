@@ -167,10 +167,10 @@ def test_less_lm_eval_knows_less_and_the_others(
 
 @pytest.mark.slow
 def test_a_task_file_brings_the_model_into_lm_eval(plain: Path, tmp_path: Path) -> None:
-    """The installed ``lm_eval`` in its own process; the line under ``metadata`` is README's."""
+    """The installed ``lm_eval`` in its own process; the line under ``metadata`` is that of the docs."""
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     line = "model: !function less_export.evaluation.harness.LessLM"
-    assert f"`{line}`" in (ROOT / "README.md").read_text()
+    assert f"`{line}`" in (ROOT / "docs/howto/evaluate.md").read_text()
     folder = tmp_path / "tasks"
     folder.mkdir()
     definition = TASK.format(name="less_local", data=tmp_path / "items.jsonl") + f"metadata:\n  {line}\n"
