@@ -15,7 +15,6 @@ from .dtypes import COMPUTE_DTYPES, item_bytes
 from .errors import BundleError, UsageError
 from .less.policies import EvictionPolicy, by_name
 from .less.policies import Policy as Policy
-from .typed import checked
 
 OP_DOMAIN = "less"
 OP_NAME = "LessAttention"
@@ -254,8 +253,8 @@ class Contract:
     def from_dict(cls, data: dict[str, Any]) -> Contract:
         """Contract of a manifest; raises :class:`BundleError` if it is damaged."""
         try:
-            layers = tuple(checked(LayerSpec(**{**s, "policy": _policy(s["policy"])})) for s in data["layers"])
-            contract = checked(cls(**{**data, "layers": layers}))
+            layers = tuple(LayerSpec(**{**s, "policy": _policy(s["policy"])}) for s in data["layers"])
+            contract = cls(**{**data, "layers": layers})
             tokens = 8 * contract.chunk * contract.vocab_size
             state = sum(16 * s.kv_heads * (s.capacity + s.rank) * (s.head_dim + s.rank + 1) for s in layers)
             if contract.max_batch * (tokens + state) >= MAX_TENSOR_BYTES:

@@ -187,6 +187,7 @@ def test_messages_that_are_none(messages: Any) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.slow
 def test_a_budget_is_for_one_rendering() -> None:
     """What one rendering spends, or the failure of one, is not missing in the next; threads take turns."""
     template = ChatTemplate("{% for i in range(n) %}{% for j in range(n) %}x{% endfor %}{% endfor %}")

@@ -118,6 +118,7 @@ def test_the_bundle_format_names_every_field(facts: type) -> None:
     assert [f.name for f in dataclasses.fields(facts) if f"`{f.name}`" not in text] == []
 
 
+@pytest.mark.slow
 def test_the_bundle_format_specifies_the_state(kernelled: Path) -> None:
     """Tensor names, dtypes, shapes and empty values as the page states them are those of a graph."""
     text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")

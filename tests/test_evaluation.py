@@ -270,6 +270,7 @@ def test_options_that_a_task_does_not_use(task: str, options: list[str], run: Ru
         refused(run("eval", plain, "--task", *task.split(), *option.split()), f"{task.split()[0]} does not use {name}")
 
 
+@pytest.mark.slow
 def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text: Path) -> None:
     refused(run("eval", source, "--data", text, "--compare", "less", "--budget", 8, *OPTIONS), "no layer has", after=1)
     refused(run("eval", source, "--data", text, "--compare", "best", *OPTIONS), "unknown 'best'")

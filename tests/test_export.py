@@ -28,7 +28,7 @@ ROUNDING = 2e-5
 #: Below this, the error of a float32 run is meaningless (one rounding of the largest logit is 6e-8).
 FLOOR = 1e-6
 
-all_families = pytest.mark.parametrize("family", slow_but(families.MAIN, "llama", "gemma3"))
+all_families = pytest.mark.parametrize("family", slow_but(families.MAIN, "gemma3"))
 both_backends = pytest.mark.parametrize("name", ["torch", "ort"])
 #: Tokens a step of three rows: ragged, one row parked now and then, past 24 slots, then one at a time.
 RAGGED = np.array([[7, 16, 3], [9, 0, 11], [16, 5, 4], [1, 16, 12], [0, 1, 1], *[[1, 1, 1]] * 6, [1, 0, 1]])
@@ -102,7 +102,7 @@ def test_eviction_is_not_the_hugging_face_model(family: str, exported: Exported,
 # ------------------------------------------------------------------ chunks (DESIGN section 1)
 
 
-@pytest.mark.parametrize("family", slow_but(["llama", "gemma3", "falcon_mqa"], "llama", "gemma3"))
+@pytest.mark.parametrize("family", slow_but(["llama", "gemma3", "falcon_mqa"], "gemma3"))
 @both_backends
 def test_chunking_does_not_change_full_and_window(family: str, name: str, opened: Opened) -> None:
     ids = text(2, 40, seed=2)

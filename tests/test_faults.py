@@ -107,6 +107,7 @@ def test_an_encoder_with_a_head(tmp_path: Path) -> None:
     refused(bundles.Result(done.returncode, done.stdout, done.stderr), "attention is not causal")
 
 
+@pytest.mark.slow
 def test_quantised_by_nothing(fails: Fails, checkpoint_copy: Path, run: Run, tmp_path: Path, quick: None) -> None:
     bundles.edit_json(checkpoint_copy / "config.json", quantization_config={"bits": 4})
     fails(checkpoint_copy, "is quantised (by a method that config.json does not name)")

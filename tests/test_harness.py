@@ -129,6 +129,7 @@ def test_a_local_task(run: Run, plain: Path, model: LessLM, task: Path, tmp_path
         assert "acc,none" in result.out
 
 
+@pytest.mark.slow
 def test_what_a_user_can_get_wrong(run: Run, source: Path, plain: Path, task: Path) -> None:
     refused(run("eval", plain, "--task", "lm-eval", "no_such_task"), "has no task")
     lost = run("eval", plain, "--task", "lm-eval", "less_lost", task)
@@ -142,6 +143,7 @@ def test_what_a_user_can_get_wrong(run: Run, source: Path, plain: Path, task: Pa
 # ------------------------------------------------------------------ the harness's own command line
 
 
+@pytest.mark.slow
 def test_our_errors_are_one_line(
     tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

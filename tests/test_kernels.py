@@ -20,6 +20,7 @@ from less_export.errors import KernelError
 from less_export.less.feature_maps import PARAMETRISATIONS, Kernels, random_kernels
 
 from . import bundles
+from .marks import slow_but
 from .sharing import once
 
 pytest_plugins = ["tests.bundles"]
@@ -295,7 +296,7 @@ def logits(bundle: Path, backend: str, ids: list[int]) -> np.ndarray:
         return np.stack(out + [opened.step([[i]])[0, -1] for i in ids[48:]])
 
 
-@BOTH
+@pytest.mark.parametrize("family", slow_but(["exp", "paper"], "exp"))
 def test_kernels_through_an_export(
     family: str, source: Path, plain: Path, kernelled: Path, shared: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -312,6 +313,7 @@ def test_kernels_through_an_export(
     assert difference[1:].min() > 1e-3
 
 
+@pytest.mark.slow
 def test_no_kernels_is_said_and_kernels_are_not(source: Path, kernel_file: Path, quick: None, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

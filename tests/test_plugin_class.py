@@ -16,6 +16,8 @@ from .oracle import follow, scenario
 from .plugin_host import FIELDS, INPUTS, OUTPUTS, Plugin, describe, described, enqueue, harness, log, plugin_run
 from .test_ops import empty, torch_run
 
+pytestmark = pytest.mark.slow
+
 #: As in test_cuda.py.
 FLOOR = 5e-7
 LAYER = kernel_layer("h2o", 24, 64, 2, 8)

@@ -110,6 +110,7 @@ def layer_of(policy: EvictionPolicy, window: int = 0) -> LayerSpec:
     return LayerSpec(4, 2, 8, 0.4, policy, *policy.split(9), window, True, 9, 3)
 
 
+@pytest.mark.slow
 def test_plan_and_graph(tiny: Tiny, policy: EvictionPolicy) -> None:
     assert ExportConfig(policy=policy.name).policy in policies.choosable(evicting=True)
     sliding, evicting = contract_of(tiny).layers

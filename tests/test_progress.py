@@ -52,6 +52,7 @@ def test_what_is_accepted() -> None:
     assert lines == ["one", "two", "three: four"]
 
 
+@pytest.mark.slow
 def test_an_export_takes_a_progress_or_a_function(source: Path, tmp_path: Path, quick: None) -> None:
     recorder, lines = Recorder(), list[str]()
     for name, progress in (("a", recorder), ("b", lines.append)):

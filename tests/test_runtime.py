@@ -90,6 +90,7 @@ def test_agrees_with_the_reference(folder: Path, logits: Literal["last", "all"])
     assert (ours.past_length > max(s.capacity for s in LAYERS)).all()  # evictions happened
 
 
+@pytest.mark.slow
 def test_many_layers(folder: Path) -> None:
     contract = dataclasses.replace(CONTRACT, layers=LAYERS * 22)
     ours = OrtBackend(contract, onnx_decoder(contract, folder / "deep.onnx"), threads=1)

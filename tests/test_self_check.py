@@ -55,6 +55,7 @@ def test_passes_what_is_right(family: families.Make, policy: str, rank: int, com
     assert config.to_json_string(use_diff=False) == before
 
 
+@pytest.mark.slow
 def test_the_twin_has_two_layers_of_each_kind() -> None:
     size = {**families.ONE, "vocab_size": 97, "num_hidden_layers": 12, "head_dim": 16}
     sliding, full = "sliding_attention", "full_attention"
@@ -89,6 +90,7 @@ def _parts(config: Any) -> list[list[str]]:
     return [[n for n, _ in x.named_parameters()] for x in weights.bare_model(config, torch.float32).model.layers]
 
 
+@pytest.mark.slow
 def test_the_twin_has_few_experts(tmp_path: Path) -> None:
     routed = {"num_experts": 64, "num_experts_per_tok": 9, "moe_intermediate_size": 32}
     config = tr.Qwen3MoeConfig(**families.ONE, head_dim=16, **routed)

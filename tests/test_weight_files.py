@@ -78,6 +78,7 @@ def test_converted_weights_beside_a_file_of_that_name(tmp_path: Path) -> None:
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_converted_weights_beside_a_single_graph(run: Run, source: Path, tmp_path: Path, quick: None) -> None:
     """They are renamed after the graph: x.converted.safetensors."""
     gguf = bundles.gguf_file(tmp_path / "m.gguf", source)
