@@ -8,7 +8,6 @@ this user, so the folder must belong to the user, and nobody else may write to i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import stat
@@ -65,6 +64,8 @@ def record(digest: str) -> None:
     Raises:
         EngineError: the cache is another user's. OSError: it cannot be written.
     """
+    import fcntl  # not on every system that runs ONNX Runtime
+
     make_private(cache_folder())
     with _known(os.O_RDWR | os.O_CREAT) as file:
         fcntl.flock(file, fcntl.LOCK_EX)

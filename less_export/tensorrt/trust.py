@@ -7,7 +7,6 @@ which code a plan needs, and is never a reason to load it: whoever wrote the cod
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import mmap
 import os
@@ -82,6 +81,8 @@ def refuse_unknown_plan(path: Path, data: bytes | mmap.mmap) -> None:
 
 def _seal(code: bytes, digest: str) -> Path:
     """A file in memory with this content, which nobody can change; the same one for the same hash."""
+    import fcntl  # not on every system that runs ONNX Runtime
+
     if digest not in _sealed:
         handle = os.memfd_create("less-plugin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         with open(handle, "wb", closefd=False) as file:
