@@ -156,8 +156,8 @@ class KernelFacts:
 class OnDisk:
     """The files of a bundle as the export left them: time and inode of the weights by name, and the manifest's inode.
 
-    Weights that are hard links change with the checkpoint. A copy of the bundle has another manifest inode and no links to
-    a checkpoint, so these values say nothing about it.
+    Weights that are hard links change with the checkpoint. A copy of the bundle has another manifest inode and no links
+    to a checkpoint, so these values say nothing about it.
     """
 
     manifest_inode: int
