@@ -391,11 +391,11 @@ def test_engines_that_are_built_here_are_known(
     monkeypatch.setattr(plugin, "library", lambda archs, progress: tmp_path / "lib.so")
     monkeypatch.setattr(plugin, "check_layers", lambda *_: None)
     for name, known in (("a.plan", True), ("b.plan", False)):
-        assert run(source, "--out", tmp_path / name, *bundles.QUICK_WORDS).code == 0
+        assert run(source, "--out", tmp_path / name, *bundles.QUICK_OPTIONS).code == 0
         assert cache.is_known(sha256(tmp_path / name)) is known
     own_cache.chmod(0o777)
     plans = iter((b"another with it inside",))
-    result = run(source, "--out", tmp_path / "c.plan", *bundles.QUICK_WORDS)
+    result = run(source, "--out", tmp_path / "c.plan", *bundles.QUICK_OPTIONS)
     assert result.code == 0
     assert "warning: this engine will need --trust-code to be opened: others may write to the cache" in result.err
 
