@@ -90,4 +90,5 @@ def _seal(code: bytes, digest: str) -> Path:
         seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
         fcntl.fcntl(handle, fcntl.F_ADD_SEALS, seals)
         _sealed[digest] = handle
-    return Path(f"/proc/self/fd/{_sealed[digest]}")
+    # Not /proc/self: TensorRT-RTX loads what plans carry under such names, and the loader would return that library.
+    return Path(f"/proc/{os.getpid()}/fd/{_sealed[digest]}")
