@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from .dtypes import COMPUTE_DTYPES, item_bytes
 from .errors import BundleError, UsageError
-from .less.policies import EvictionPolicy, by_name
+from .less.policies import EvictionPolicy, registered
 from .less.policies import Policy as Policy
 
 OP_DOMAIN = "less"
@@ -100,15 +100,15 @@ class LayerSpec(Heads):
         }
 
 
-def _policy(name: Any) -> EvictionPolicy:
-    """The policy that a manifest names."""
-    try:
-        return by_name(str(name))
-    except UsageError:
+def _policy(name: str) -> EvictionPolicy:
+    """The policy that a manifest names, exactly; options may use capitals."""
+    policy = next((p for p in registered() if p.name == name), None)
+    if policy is None:
         raise BundleError(
-            f"the manifest's contract is damaged, or policy {str(name)!r} is not registered: register it "
+            f"the manifest's contract is damaged, or policy {name!r} is not registered: register it "
             "(less_export.less.policies), or export the bundle again"
-        ) from None
+        )
+    return policy
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,13 @@ def bundle(
     return path
 
 
+def describe(tools: Path, path: Path, option: str = "verified") -> Any:
+    """What the runtime reads of a bundle, or the line that refuses it; ``option``: unverified, trust."""
+    done = call(tools / "less_runtime_probe", "describe", path, option)
+    assert done.code in (0, 1), done.err
+    return json.loads(done.out) if done.code == 0 else done.err
+
+
 def edit(manifest: Path, change: Any) -> None:
     """Change a manifest's data and update its hash."""
     data = json.loads(manifest.read_bytes())

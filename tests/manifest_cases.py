@@ -26,17 +26,13 @@ WEIGHT: Path = ("weights", 0)
 
 @dataclass(frozen=True)
 class Case:
-    """``edit`` puts ``value`` (MISSING removes) at ``path``; ``text`` then changes the signed file itself.
-
-    only_python: the C++ runtime never reads the field.
-    """
+    """``value`` is put at ``path`` (MISSING removes what is there); ``text`` then changes the signed file itself."""
 
     name: str
     reason: str
     path: Path = ()
     value: Any = MISSING
     text: Callable[[bytes], bytes] | None = None
-    only_python: bool = False
 
     def render(self, valid: dict[str, Any]) -> bytes:
         """The bytes of the bad manifest."""
@@ -80,13 +76,24 @@ def _raw(field: str, text: str) -> Callable[[bytes], bytes]:
     return edit
 
 
-def _wrong(path: Path, *values: Any, only_python: bool = False) -> list[Case]:
+def _wrong(path: Path, *values: Any) -> list[Case]:
     where = ".".join(map(str, path))
     return [
-        Case(f"{where} {i} {json.dumps(v)[:30] if v is not MISSING else 'missing'}", str(path[-1]), path, v,
-             only_python=only_python)
+        Case(f"{where} {i} {json.dumps(v)[:30] if v is not MISSING else 'missing'}", str(path[-1]), path, v)
         for i, v in enumerate(values)
     ]  # fmt: skip
+
+
+def _large(slots: int, head_dim: int, vocab_size: int, layers: int = 1) -> Any:
+    """A contract whose tensors have 16 * (slots + 1) * (head_dim + 2) * layers + 8 * vocab_size bytes."""
+    layer = {
+        "query_heads": 1, "kv_heads": 1, "head_dim": head_dim, "scale": 1.0, "policy": "full", "heavy": 0,
+        "recent": slots, "window": 0, "absorb": False, "capacity": slots, "rank": 1,
+    }  # fmt: skip
+    return {
+        "layers": [layer] * layers, "vocab_size": vocab_size, "dtype": "float32", "chunk": 1, "max_batch": 1,
+        "logits": "last", "position_limit": None, "trained_length": None,
+    }  # fmt: skip
 
 
 INT32 = 2**31
@@ -118,20 +125,27 @@ CASES = (
     Case("another hash", "hash", ("manifest_sha256",), "0" * 64),
     # ---- its parts
     *_wrong(("model",), MISSING, None, [], "x"),
-    *_wrong(("settings",), MISSING, None, [], only_python=True),
+    *_wrong(("settings",), MISSING, None, []),
     *_wrong(("artifacts",), MISSING, None, {}, "x", []),
     *_wrong(("weights",), MISSING, None, {}, [0], [None]),
     *_wrong(("tokenizer",), [], "x", 1),
     *_wrong(("kernels",), [], "x", 1),
-    *_wrong(("tools",), MISSING, None, [], {"torch": 2}, only_python=True),
+    *_wrong(("tools",), MISSING, None, [], {"torch": 2}),
     *_wrong(("model", "name"), MISSING, None, 1, ["x"]),
-    *_wrong(("model", "config"), MISSING, None, [], {"text_config": []}, only_python=True),
-    *_wrong(("model", "parameters"), MISSING, None, "1", 1.0, True, -1, 2**63, only_python=True),
+    *_wrong(("model", "class"), MISSING, None, 1, "\ud800"),
+    *_wrong(("model", "max_position_embeddings"), "1", 1.0, True, -1),
+    *_wrong(("model", "config"), MISSING, None, [], {"text_config": []}),
+    *_wrong(("model", "parameters"), MISSING, None, "1", 1.0, True, -1, 2**63),
     # ---- an artifact
     *_wrong((*ARTIFACT, "kind"), MISSING, None, 1, "onnx", ["ort"]),
     *_wrong((*ARTIFACT, "sha256"), MISSING, None, 1, "", "0" * 63, "Z" * 64),
     *_wrong((*ARTIFACT, "details"), MISSING, None, [], "x"),
     *_wrong((*ARTIFACT, "surprise"), 1),
+    *_wrong(
+        (*ARTIFACT, "details"),
+        {"bytes": -1}, {"seconds": "1"}, {"gpu_arch": 1}, {"flavour": 1}, {"flavour": "x\ny"}, {"version": None},
+        {"layers": 1.5}, {"plugin_layers": True},
+    ),
     *_wrong(
         (*ARTIFACT, "details"),
         {"plugin": {}}, {"plugin": "x"}, {"plugin": [1]},
@@ -147,7 +161,6 @@ CASES = (
             (*owner, "file"),
             MISSING, None, 1, ["a"], ".", "..", "/etc/passwd", "../x", "a/b", "a\\b", "x\x1b[2Jy", "x\u202ey",
             "x\ny", "x\0y", "\ud800", "x" * 256,
-            only_python=owner != ARTIFACT,
         )
     ),
     # ---- a contract
@@ -164,14 +177,9 @@ CASES = (
     *_wrong((*CONTRACT, "position_limit"), "1", 1.0, True, 0, -1, INT32),
     *_wrong((*CONTRACT, "trained_length"), "1", 1.0, True, 0, -1, INT32),
     *_wrong((*CONTRACT, "surprise"), 1),
-    Case("tensors of all rows beyond 2^60 bytes", "too large", (*CONTRACT,), {
-        "layers": [{
-            "query_heads": 1, "kv_heads": 1, "head_dim": 2**30, "scale": 1.0, "policy": "full", "heavy": 0,
-            "recent": 2**30, "window": 0, "absorb": False, "capacity": 2**30, "rank": 1,
-        }],
-        "vocab_size": 1, "dtype": "float32", "chunk": 1, "max_batch": 1, "logits": "last", "position_limit": None,
-        "trained_length": None,
-    }),
+    Case("tensors of all rows beyond 2^60 bytes", "too large", CONTRACT, _large(2**30, 2**30, 1)),
+    Case("tensors of 2^60 bytes", "too large", CONTRACT, _large(2**28 - 2, 2**28 - 1, 2)),
+    Case("tensors beyond 2^63 bytes", "too large", CONTRACT, _large(2**31 - 1, 2**31 - 1, 2**31 - 1, layers=4096)),
     # ---- a layer
     *(
         case
@@ -187,27 +195,36 @@ CASES = (
     *_wrong((*LAYER, "absorb"), MISSING, None, 0, 1, "true"),
     *_wrong((*LAYER, "policy"), MISSING, None, 0, ["h2o"]),
     Case("an unknown policy", "policy", (*LAYER, "policy"), "lru"),
+    Case("a policy in capitals", "policy", (*LAYER, "policy"), "H2O"),
+    Case("a scale beyond 1e300", "scale", (*LAYER, "scale"), 2e300),
+    Case("heads that do not divide", "multiple", (*LAYER, "query_heads"), 3),
+    Case("slots that do not add up", "capacity", (*LAYER, "heavy"), 1),
+    Case("a rank without absorption", "rank", (*LAYER, "absorb"), False),
     *_wrong((*LAYER, "surprise"), 1),
     # ---- weights
-    *_wrong((*WEIGHT, "bytes"), MISSING, None, "1", 1.0, True, -1, 2**63, only_python=True),
-    *_wrong((*WEIGHT, "header_sha256"), MISSING, None, 1, "x", only_python=True),
+    *_wrong((*WEIGHT, "bytes"), MISSING, None, "1", 1.0, True, -1, 2**63),
+    *_wrong((*WEIGHT, "header_sha256"), MISSING, None, 1, "x"),
     *_wrong((*WEIGHT, "sha256"), MISSING, None, 1, "x"),
-    *_wrong((*WEIGHT, "surprise"), 1, only_python=True),
-    Case("5,000 weight files", "weights", ("weights",), [{}] * 5000, only_python=True),
+    *_wrong((*WEIGHT, "surprise"), 1),
+    Case("5,000 weight files", "weights", ("weights",), [{}] * 5000),
     *_wrong(("on_disk",), None, [], {}, {"manifest_inode": -1, "weights": {}}, {"manifest_inode": 1, "weights": []},
-            {"manifest_inode": 1, "weights": {"x": {"mtime_ns": 1.5, "inode": 1}}}, only_python=True),
+            {"manifest_inode": 1, "weights": {"x": {"mtime_ns": 1.5, "inode": 1}}}),
     # ---- tokenizer and kernels
+    *_wrong(("tokenizer", "sha256"), MISSING, None, 1, "x", ""),
     *_wrong(("tokenizer", "bos_id"), MISSING, "1", 1.0, True, INT32),
     *_wrong(("tokenizer", "eos_ids"), MISSING, None, 1, {}, ["1"], [1.0], [True], [None], [INT32], [0] * 5000),
     *_wrong(("tokenizer", "add_bos"), MISSING, None, 0, "true"),
-    *_wrong(("tokenizer", "chat_template"), MISSING, 1, ["x"], "\ud800", {"default": ["x"]}, only_python=True),
-    *_wrong(("tokenizer", "special_tokens"), 1, [], {"bos_token": 1}, only_python=True),
-    *_wrong(("tokenizer", "split_special_tokens"), None, 0, "true", only_python=True),
-    *_wrong(("tokenizer", "surprise"), 1, only_python=True),
+    *_wrong(("tokenizer", "chat_template"), MISSING, 1, ["x"], "\ud800", {"default": ["x"]}),
+    *_wrong(("tokenizer", "special_tokens"), 1, [], {"bos_token": 1}),
+    *_wrong(("tokenizer", "split_special_tokens"), None, 0, "true"),
+    *_wrong(("tokenizer", "surprise"), 1),
     *_wrong(("kernels", "sha256"), MISSING, None, 1, "x"),
-    *_wrong(("kernels", "bytes"), MISSING, None, "1", 1.0, True, -1, only_python=True),
-    *_wrong(("kernels", "layers"), MISSING, None, 1, {}, ["0"], [-1], [True], only_python=True),
-    *_wrong(("kernels", "surprise"), 1, only_python=True),
+    *_wrong(("kernels", "bytes"), MISSING, None, "1", 1.0, True, -1),
+    *_wrong(("kernels", "parametrisation"), MISSING, None, 1, "exp\x1b"),
+    *_wrong(("kernels", "rank"), MISSING, None, "1", 1.0, -1, INT32),
+    *_wrong(("kernels", "hidden"), MISSING, None, "1", 1.0, -1, INT32),
+    *_wrong(("kernels", "layers"), MISSING, None, 1, {}, ["0"], [-1], [True]),
+    *_wrong(("kernels", "surprise"), 1),
 )  # fmt: skip
 
 #: Odd manifests that are accepted: a field that nobody knows at the top and in ``model``, and nesting at the limit.
@@ -219,6 +236,7 @@ FINE = (
     Case("16 MB of spaces", "", text=lambda d: d + b" " * (MAX_BYTES - len(d))),
     Case("named templates", "", ("tokenizer", "chat_template"), {"default": "x", "tool_use": "y"}),
     Case("special tokens", "", ("tokenizer", "special_tokens"), {"bos_token": "<s>"}),
+    Case("tensors of 2^60 - 8 bytes", "", CONTRACT, _large(2**28 - 2, 2**28 - 1, 1)),
     Case("big numbers in the config", "", ("model", "config"), {"a": 2**70, "b": 1e300}),
 )
 

@@ -18,9 +18,7 @@ import numpy as np
 import pytest
 
 from less_export.bundle.artifact import Bundle, Layout, Manifest
-from less_export.bundle.files import sha256
 from less_export.contract import Contract, LayerSpec, Policy
-from less_export.runtime.backend import RowState
 from less_export.runtime.generate import Generator
 from less_export.runtime.sampling import SamplingParams, sample
 from less_export.tensorrt.engine import build_plan
@@ -124,27 +122,6 @@ def test_manifest_of_a_real_export(kernelled: Path, tools: Path, tmp_path: Path)
     assert description["eos_ids"] == list(bundle.manifest.tokenizer.eos_ids)
 
 
-def plugin(**facts: Any) -> dict[str, Any]:
-    return {"plugin": {"library": None, "sha256": "0" * 64, "version": "1", "inside": False, **facts}}
-
-
-def test_plugin_facts(tools: Path, tmp_path: Path) -> None:
-    library = tmp_path / "libless_plugins.so"
-    library.write_bytes(b"library")
-    digest = sha256(library)
-
-    def plugin_path(path: str, details: Any) -> Any:
-        done = call(tools / "less_runtime_probe", "describe", bundle(tmp_path / path, CONTRACTS["full"], PLAN, details))
-        return json.loads(done.out)["plugin"] if done.code == 0 else done.err
-
-    assert plugin_path("a.plan", plugin(inside=True)) == "inside"
-    assert plugin_path("b.plan", plugin(library=library.name, sha256=digest)) == str(library)
-    assert plugin_path("c/c.plan", plugin(library=str(library), sha256=digest)) == str(library)
-    assert "which is missing" in plugin_path("d/d.plan", plugin(library=library.name, sha256=digest))
-    assert "is not the one that the plan was built with" in plugin_path("e.plan", plugin(library=str(library)))
-    assert "not a usable manifest" in plugin_path("f.plan", {"plugin": {"inside": False}})
-
-
 Change = Callable[[Path], None]
 
 
@@ -164,22 +141,22 @@ FAULTS: dict[str, Change] = {
     ),
     "written by a newer less-export": lambda f: edit(f / "manifest.json", lambda m: m.update(format_version=2)),
     "is not a usable manifest": lambda f: truncate(f / "manifest.json"),
-    "'artifacts' is missing": lambda f: edit(f / "manifest.json", lambda m: m.pop("artifacts")),
+    "artifacts is missing": lambda f: edit(f / "manifest.json", lambda m: m.pop("artifacts")),
     "has no plan: export with": lambda f: edit(f / "manifest.json", lambda m: m["artifacts"].pop()),
     "is damaged (its hash differs": lambda f: (f / "engine.plan").write_bytes(PLAN.replace(b" ", b"x")),
     "engine.plan is missing from the bundle": lambda f: (f / "engine.plan").unlink(),
     "has no manifest.json": lambda f: (f / "manifest.json").unlink(),
-    "'chunk' is missing": contract_fault(lambda c: c.pop("chunk")),
-    "vocab_size is -3": contract_fault(lambda c: c.update(vocab_size=-3)),
-    "99999999999 ": contract_fault(lambda c: c["layers"][0].update(capacity=99999999999)),
+    "contract.chunk is missing": contract_fault(lambda c: c.pop("chunk")),
+    "vocab_size must be a whole number from 1 to 2147483647, not -3": contract_fault(lambda c: c.update(vocab_size=-3)),
+    "not 99999999999)": contract_fault(lambda c: c["layers"][0].update(capacity=99999999999)),
     "its tensors are too large": contract_fault(
         lambda c: c["layers"][1].update(dict.fromkeys(("kv_heads", "query_heads", "head_dim"), 2**31 - 1))
     ),
-    "unknown dtype 'int32'": contract_fault(lambda c: c.update(dtype="int32")),
+    "dtype must be one of float32, float16, bfloat16": contract_fault(lambda c: c.update(dtype="int32")),
     "unknown policy 'lru'": contract_fault(lambda c: c["layers"][1].update(policy="lru")),
     "heavy + recent must equal": contract_fault(lambda c: c["layers"][0].update(heavy=1)),
     "query heads must be a multiple": contract_fault(lambda c: c["layers"][0].update(query_heads=3)),
-    "unknown logits 'some'": contract_fault(lambda c: c.update(logits="some")),
+    "logits must be one of last, all": contract_fault(lambda c: c.update(logits="some")),
 }
 
 
@@ -216,6 +193,7 @@ def test_what_is_no_bundle(tools: Path, tmp_path: Path) -> None:
 def test_canonical_json(tools: Path) -> None:
     random = np.random.default_rng(0)
     floats = np.frombuffer(random.bytes(8 * 200), np.float64)
+    floats = floats[np.isfinite(floats)]
     text = "".join(map(chr, random.integers(0, 0xD800, 300))) + "".join(
         map(chr, random.integers(0xE000, 0x110000, 300))
     )
@@ -223,7 +201,7 @@ def test_canonical_json(tools: Path) -> None:
         [float(x) for x in floats],
         {chr(c) * 2: c for c in range(0, 0x300, 7)} | {"\ud800": 1, "\udfff\ud800": 2, "😀": 3, "\uffff": 4},
         {"text": text, text: [text, {}]},
-        [[], {}, "", [[{"b": [], "a": None}]], -1, 10**30, True, False, float("nan"), float("inf"), float("-inf")],
+        [[], {}, "", [[{"b": [], "a": None}]], -1, 10**30, True, False],
     ):
         for ascii_only in (True, False):
             if not ascii_only and "\ud800" in data:
@@ -268,35 +246,6 @@ def test_sampling(tools: Path) -> None:
     done = call(tools / "less_runtime_probe", "sample", feed=cases)
     assert done.code == 0, done.err
     assert list(map(int, done.out.split())) == expected
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_saved_rows_go_both_ways(dtype: str, tools: Path, tmp_path: Path) -> None:
-    contract = contract_of(dtype)
-    path = bundle(tmp_path / "x.plan", contract)
-    random = np.random.default_rng(0)
-
-    def values(spec: Any) -> Any:
-        if spec.field.name == "position":
-            return random.integers(-1, 1234567, spec.row_shape, np.int32)
-        finite = random.random(spec.row_shape, np.float32) + 1
-        return (
-            (finite.view(np.uint32) >> 16).astype(np.uint16) if spec.dtype == "bfloat16" else finite.astype(spec.dtype)
-        )
-
-    state = RowState(1234567, {s.past.name: values(s) for s in contract.state()}, "a" * 64)
-    state.save(tmp_path / "python")
-    done = call(tools / "less_runtime_probe", "state", path, tmp_path / "python", tmp_path / "cpp")
-    assert done.code == 0, done.err
-    back = RowState.load(tmp_path / "cpp")
-    back.check(contract, "a" * 64)
-    assert (back.length, back.identity) == (state.length, state.identity)
-    for name, x in state.tensors.items():
-        assert back.tensors[name].tobytes() == x.tobytes(), name
-    other = bundle(tmp_path / "y.plan", contract_of(dtype, capacity=8))
-    done = call(tools / "less_runtime_probe", "state", other, tmp_path / "python", tmp_path / "cpp")
-    assert done.code == 1
-    assert "this state belongs to another export (past.0." in done.err
 
 
 @pytest.mark.parametrize("memory", ["in-place", "two-blocks"])

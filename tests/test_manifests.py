@@ -88,7 +88,8 @@ def test_bad_manifests(case: Case, bundle: Path) -> None:
 @pytest.mark.parametrize("case", FINE, ids=lambda c: c.name)
 def test_odd_manifests_that_are_fine(case: Case, bundle: Path) -> None:
     (bundle / MANIFEST).write_bytes(case.render(values(bundle)))
-    assert Bundle.open(bundle).manifest.artifacts[0].contract == CONTRACT
+    contract = Bundle.open(bundle).manifest.artifacts[0].contract
+    assert contract == CONTRACT or case.path[:3] == ("artifacts", 0, "contract")
 
 
 def test_case_names_are_unique() -> None:
@@ -104,6 +105,9 @@ def test_the_table_covers_every_field(bundle: Path) -> None:
         ("artifacts", "contract"): schema.CONTRACT,
         ("artifacts", "contract", "layers"): schema.LAYER,
         ("weights",): schema.WEIGHT,
+        ("model",): schema.MODEL,
+        ("tokenizer",): schema.TOKENIZER,
+        ("kernels",): schema.KERNELS,
     }
     for path, record in tables.items():
         for field in (*record.required, *record.optional):

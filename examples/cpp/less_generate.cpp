@@ -32,13 +32,14 @@ constexpr char const* kUsage =
     "  --device N            GPU (0)\n"
     "  --no-cuda-graphs      do not capture decode steps in CUDA graphs\n"
     "  --no-verify           do not check the plan's hash\n"
+    "  --trust-code          load native code of the bundle that this machine did not build, if you trust its source\n"
     "  --verbose             print TensorRT's log\n";
 
 struct Options {
     std::string bundle, tokens, out, prefix, saveState;
     less::SamplingParams params;
+    less::OpenOptions open;
     less::SessionOptions session;
-    bool verify = true;
 };
 
 // Parses all of `text` as a number of type T; `name` is what the error message calls it.
@@ -84,7 +85,9 @@ Options parse(std::vector<std::string> const& args) {
         } else if (arg == "--no-cuda-graphs") {
             o.session.cudaGraphs = false;
         } else if (arg == "--no-verify") {
-            o.verify = false;
+            o.open.verifyPlan = false;
+        } else if (arg == "--trust-code") {
+            o.open.trustCode = true;
         } else if (arg == "--verbose") {
             o.session.verbose = true;
         } else if (arg.rfind("--", 0) == 0) {
@@ -125,8 +128,8 @@ void run(Options const& o) {
     auto const prompts = readPrompts(o.tokens == "-" ? std::cin : file, o.tokens == "-" ? "standard input" : o.tokens);
     if (!o.saveState.empty() && prompts.size() != 1) throw less::UsageError("--save-state takes exactly one prompt");
 
-    progress(o.verify ? "verifying " + o.bundle : "");
-    less::Bundle const bundle = less::Bundle::open(o.bundle, o.verify);
+    progress(o.open.verifyPlan ? "verifying " + o.bundle : "");
+    less::Bundle const bundle = less::Bundle::open(o.bundle, o.open);
     std::optional<less::RowState> prefix;
     if (!o.prefix.empty()) prefix = less::RowState::load(o.prefix, bundle.contract);
     progress("loading " + bundle.plan.string());

@@ -20,10 +20,11 @@ namespace less {
 
 // ------------------------------------------------------------------ errors
 
-// Base of all exceptions that this library throws deliberately.
+// Base of all exceptions that this library throws deliberately. Names in messages may come from a bundle: the message
+// is one line in which everything that a terminal would obey is escaped.
 class Error : public std::runtime_error {
  public:
-    using std::runtime_error::runtime_error;
+    explicit Error(std::string const& message);
 };
 // A bundle or saved state is missing, damaged, modified, or written by a newer version.
 class BundleError : public Error {
@@ -33,7 +34,7 @@ class BundleError : public Error {
 class UsageError : public Error {
     using Error::Error;
 };
-// TensorRT refuses a plan, or a plan does not match the contract.
+// TensorRT refuses a plan, a plan does not match the contract, or it needs native code that may not be loaded.
 class EngineError : public Error {
     using Error::Error;
 };
@@ -105,11 +106,12 @@ struct Contract {
 
 // ------------------------------------------------------------------ bundle
 
-// The library with the LessAttention plugin that a plan needs.
+// The LessAttention plugin that a plan needs, as the manifest describes it: the hash says which code that is, and is no
+// reason to run it.
 struct PluginFacts {
-    std::filesystem::path library;  // empty if the plugin is inside the plan
-    std::string sha256;
-    bool inside;
+    std::filesystem::path library;
+    std::string sha256;  // of the library
+    bool inside;         // the plan carries the library
 };
 
 // The header of a plan: which TensorRT wrote it.
@@ -118,21 +120,33 @@ struct PlanHeader {
     std::string version;  // "1.7.1.116"
 };
 
+struct OpenOptions {
+    // Compare the plan's hash, for which the whole file is read. The manifest and the plugin are always verified.
+    bool verifyPlan = true;
+    // Also load native code that the bundle brings or names (a plugin library, a plan with one inside) and that this
+    // machine did not build. Only for bundles whose source you trust. Without it, code is loaded only if its hash is in
+    // the list that less-export keeps in its cache (LESS_EXPORT_CACHE, else ~/.cache/less-export), or if
+    // LESS_EXPORT_PLUGIN names the library.
+    bool trustCode = false;
+};
+
 // An opened bundle, its manifest, plan and plugin verified by hash.
 struct Bundle {
     std::filesystem::path plan;
+    std::string planSha256;
     PlanHeader header;
     Contract contract;
     std::optional<PluginFacts> plugin;
     std::string identity;  // what a sequence's state depends on: model, weights and kernels
     std::string modelName;
-    std::vector<int64_t> eosIds;
+    std::vector<int64_t> eosIds;  // the tokenizer's; without one those of the export's settings or the model's config
     std::optional<int64_t> bosId;
-    bool addBos = false;  // whether prompts should begin with bosId
+    bool addBos = false;     // whether prompts should begin with bosId
+    bool trustCode = false;  // OpenOptions::trustCode, for openSession
 
-    // `path` is a bundle folder with an engine.plan, or x.plan with x.json beside it. Hashing a large plan takes a
-    // while; `verifyPlan` = false skips it (the manifest and the plugin are still verified).
-    static Bundle open(std::filesystem::path const& path, bool verifyPlan = true);
+    // `path` is a bundle folder with an engine.plan, or x.plan with x.json beside it. Throws BundleError if files are
+    // missing, damaged or newer; EngineError if the plan needs native code that may not be loaded.
+    static Bundle open(std::filesystem::path const& path, OpenOptions const& options = {});
 };
 
 // ------------------------------------------------------------------ sampling
@@ -166,15 +180,20 @@ class Sampler {
 
 // ------------------------------------------------------------------ session
 
-// The state of one sequence: a few megabytes, however long it is. The file format is the Python package's.
+// The state of one sequence: a few megabytes, however long it is. The file format is the Python package's
+// (docs/bundle-format.md).
 struct RowState {
-    int64_t length = 0;           // tokens seen
+    int64_t length = 0;           // tokens seen, 0..2^31-1
     std::vector<std::byte> data;  // the state tensors of the contract, one after another
     std::string identity;
 
-    void save(std::filesystem::path const& path, Contract const& contract) const;  // atomic
+    // Writes the file atomically, with a checksum. Throws BackendError.
+    void save(std::filesystem::path const& path, Contract const& contract) const;
+    // Verifies checksum, names, shapes, dtypes and values. Throws BackendError.
     static RowState load(std::filesystem::path const& path, Contract const& contract);
 };
+
+constexpr int64_t kMaxLength = INT32_MAX;  // of a sequence
 
 // Logits of a step, in memory owned by the session that the next step overwrites.
 struct Logits {
@@ -213,7 +232,10 @@ class Session {
     void resetRow(int64_t row);
     void copyRow(int64_t from, int64_t to);
     RowState readRow(int64_t row);
+    // Replaces the state of a row, unless check() refuses the new one.
     void writeRow(int64_t row, RowState const& state);
+    // Throws BackendError if the identity, the size or the length of `state` is impossible here.
+    void check(RowState const& state) const;
 
  private:
     void checkRow(int64_t row) const;

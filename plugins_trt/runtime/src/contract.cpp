@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <limits>
 
 namespace less {
 namespace {
@@ -19,8 +17,7 @@ constexpr std::array<Element, 5> kElements = {{{ElementType::kInt64, "int64", 8}
                                                {ElementType::kFloat16, "float16", 2},
                                                {ElementType::kBFloat16, "bfloat16", 2}}};
 constexpr std::array<char const*, 5> kPolicies = {"h2o", "tova", "sink", "window", "full"};
-constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max();  // of any dimension
-constexpr double kMaxBytes = 0x1p60;  // of all rows together, so that sums fit into 64 bits
+constexpr int64_t kMaxBytes = int64_t{1} << 60;  // of all rows together, so that sums fit into 64 bits
 
 // One state tensor of a layer. A null `dtype` stands for the compute dtype.
 struct Field {
@@ -44,15 +41,13 @@ void require(bool ok, std::string const& why) {
     if (!ok) throw UsageError(why);
 }
 
-int64_t sizeAt(Json const& data, char const* key, int64_t minimum) {
-    int64_t const value = data[key].integer();
-    require(value >= minimum && value <= kMaxSize,
-            std::string(key) + " is " + std::to_string(value) + ", out of range");
-    return value;
-}
+// Sums and products of sizes up to kMaxBytes, which stands for everything above it too.
+int64_t plus(int64_t a, int64_t b) { return std::min(a + b, kMaxBytes); }
+int64_t times(int64_t a, int64_t b) { return a && b > kMaxBytes / a ? kMaxBytes : a * b; }
 
 std::optional<int64_t> optionalAt(Json const& data, char const* key) {
-    return data.find(key) ? std::optional(sizeAt(data, key, 1)) : std::nullopt;
+    Json const* value = data.find(key);
+    return value ? std::optional(value->integer()) : std::nullopt;
 }
 
 ElementType computeType(std::string const& name) {
@@ -68,20 +63,19 @@ LayerSpec parseLayer(Json const& data) {
     auto const policy = std::find(kPolicies.begin(), kPolicies.end(), label);
     require(policy != kPolicies.end(), "unknown policy '" + label + "'");
     LayerSpec s{};
-    s.queryHeads = sizeAt(data, "query_heads", 1);
-    s.kvHeads = sizeAt(data, "kv_heads", 1);
-    s.headDim = sizeAt(data, "head_dim", 1);
+    s.queryHeads = data["query_heads"].integer();
+    s.kvHeads = data["kv_heads"].integer();
+    s.headDim = data["head_dim"].integer();
     s.scale = data["scale"].number();
     s.policy = static_cast<EvictionPolicy>(policy - kPolicies.begin());
-    s.heavy = sizeAt(data, "heavy", 0);
-    s.recent = sizeAt(data, "recent", 1);
-    s.window = sizeAt(data, "window", 0);
+    s.heavy = data["heavy"].integer();
+    s.recent = data["recent"].integer();
+    s.window = data["window"].integer();
     s.absorb = data["absorb"].boolean();
-    s.capacity = sizeAt(data, "capacity", 1);
-    s.rank = sizeAt(data, "rank", 1);
+    s.capacity = data["capacity"].integer();
+    s.rank = data["rank"].integer();
     auto const check = [&label](bool ok, char const* why) { require(ok, "impossible layer (" + label + "): " + why); };
     check(s.queryHeads % s.kvHeads == 0, "query heads must be a multiple of KV heads");
-    check(std::isfinite(s.scale), "the attention scale must be finite");
     check(s.absorb || s.rank == 1, "a layer that absorbs nothing has rank 1");
     check(s.heavy + s.recent == s.capacity, "heavy + recent must equal the capacity");
     check(s.policy != EvictionPolicy::kTova || s.recent == 1, "tova protects only the newest token");
@@ -167,20 +161,18 @@ std::optional<int64_t> Contract::tokenLimit() const {
 Contract parseContract(Json const& data) {
     Contract c{};
     for (Json const& layer : data["layers"].array()) c.layers.push_back(parseLayer(layer));
-    c.vocabSize = sizeAt(data, "vocab_size", 1);
+    c.vocabSize = data["vocab_size"].integer();
     c.dtype = computeType(data["dtype"].string());
-    c.chunk = sizeAt(data, "chunk", 1);
-    c.maxBatch = sizeAt(data, "max_batch", 1);
+    c.chunk = data["chunk"].integer();
+    c.maxBatch = data["max_batch"].integer();
     std::string const& logits = data["logits"].string();
     require(logits == "last" || logits == "all", "unknown logits '" + logits + "'");
     c.allLogits = logits == "all";
-    // Floating point, because integers might overflow.
-    double const rows = static_cast<double>(c.maxBatch);
-    double total = rows * static_cast<double>(c.chunk) * static_cast<double>(c.vocabSize) * 8;
+    int64_t row = times(8, times(c.chunk, c.vocabSize));
     for (LayerSpec const& s : c.layers) {
-        total += rows * static_cast<double>(s.kvHeads) * static_cast<double>(s.capacity + s.rank) *
-                 static_cast<double>(s.headDim + s.rank + 1) * 16;
+        row = plus(row, times(times(16 * s.kvHeads, s.capacity + s.rank), s.headDim + s.rank + 1));
     }
+    int64_t const total = times(c.maxBatch, row);
     require(total < kMaxBytes, "its tensors are too large");
     c.positionLimit = optionalAt(data, "position_limit");
     c.trainedLength = optionalAt(data, "trained_length");

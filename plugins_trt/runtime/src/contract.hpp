@@ -6,7 +6,7 @@
 
 namespace less {
 
-// Throws JsonError or UsageError if the manifest's contract is damaged or impossible.
+// The contract of a manifest that has the right form (manifestRule). Throws UsageError if it is impossible.
 Contract parseContract(Json const& data);
 
 }  // namespace less

@@ -1,4 +1,4 @@
-// Hashes, memory-mapped files and atomic writes.
+// Files: read whole, mapped, and written atomically.
 #pragma once
 
 #include <cstddef>
@@ -6,11 +6,24 @@
 #include <filesystem>
 #include <string>
 #include <string_view>
+#include <utility>
 
 namespace less {
 
-// SHA-256 in hex (FIPS 180-4).
-std::string sha256(std::string_view data);
+// Owns a file descriptor.
+struct Handle {
+    explicit Handle(int descriptor) : fd(descriptor) {}
+    Handle(Handle&& other) noexcept : fd(std::exchange(other.fd, -1)) {}
+    Handle(Handle const&) = delete;
+    ~Handle();
+    int fd;
+};
+
+// At most `most` bytes from the start of an open file, fewer if it ends before or a read fails.
+std::string readAll(int file, size_t most);
+
+// The first `most` bytes of a file. Throws BundleError.
+std::string readFile(std::filesystem::path const& path, size_t most = SIZE_MAX);
 
 // A file mapped for reading; pages are read on first access. Throws BundleError.
 class MappedFile {

@@ -74,10 +74,12 @@ std::vector<Generation> generate(Session& session, std::vector<Prompt> const& pr
                                  std::function<void(Token const&)> const& onToken) {
     Contract const& contract = session.contract();
     params.validate();
+    if (prefix) session.check(*prefix);
     std::vector<Row> rows;
     for (Prompt const& prompt : prompts) {
         int64_t const length = checkPrompt(contract, prompt, prefix, 1);
-        int64_t const room = contract.tokenLimit().value_or(length + params.maxNewTokens) - length;
+        auto const limit = contract.tokenLimit();
+        int64_t const room = limit ? *limit - length : params.maxNewTokens;
         rows.push_back({rows.size(), &prompt, Sampler(params, rows.size()), std::min(params.maxNewTokens, room)});
     }
     auto const accept = [&](Row& row, float const* logits) {
@@ -115,6 +117,7 @@ std::vector<Generation> generate(Session& session, std::vector<Prompt> const& pr
 }
 
 RowState prefill(Session& session, Prompt const& prompt, RowState const* prefix) {
+    if (prefix) session.check(*prefix);
     checkPrompt(session.contract(), prompt, prefix, 0);
     start(session, 1, prefix);
     feed(session, {&prompt}, [](size_t, float const*) {});

@@ -1,44 +1,36 @@
 #include "json.hpp"
 
+#include <algorithm>
 #include <charconv>
 #include <cstdio>
-#include <cstdlib>
 #include <utility>
+
+#include "text.hpp"
 
 namespace less {
 namespace {
 
-constexpr int kMaxDepth = 64;
+constexpr int kMaxDepth = 64;  // objects and lists in one another
+constexpr size_t kMaxDigits = 100;
 
 bool isDigit(char c) { return c >= '0' && c <= '9'; }
 
-void appendUtf8(std::string& out, uint32_t code) {
-    if (code < 0x80) {
-        out += static_cast<char>(code);
-        return;
-    }
-    int const trailing = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
-    static constexpr unsigned char kLead[] = {0, 0xC0, 0xE0, 0xF0};
-    out += static_cast<char>(kLead[trailing] | (code >> (6 * trailing)));
-    for (int i = trailing - 1; i >= 0; --i) out += static_cast<char>(0x80 | ((code >> (6 * i)) & 0x3F));
-}
+bool isInteger(std::string_view number) { return number.find_first_of(".eE") == std::string_view::npos; }
 
-// The code point at the front of `text` and its length in bytes; length 0 if it is not UTF-8.
-std::pair<uint32_t, size_t> decodeUtf8(std::string_view text, bool surrogates) {
-    auto const lead = static_cast<unsigned char>(text[0]);
-    if (lead < 0x80) return {lead, 1};
-    size_t const length = lead >= 0xF0 ? 4 : lead >= 0xE0 ? 3 : 2;
-    if (lead < 0xC2 || lead > 0xF4 || text.size() < length) return {0, 0};
-    uint32_t code = lead & (0xFFu >> (length + 1));
-    for (size_t i = 1; i < length; ++i) {
-        auto const next = static_cast<unsigned char>(text[i]);
-        if ((next & 0xC0) != 0x80) return {0, 0};
-        code = code << 6 | (next & 0x3Fu);
-    }
-    static constexpr uint32_t kMinimum[] = {0, 0, 0x80, 0x800, 0x10000};
-    bool const surrogate = code >= 0xD800 && code < 0xE000;
-    if (code < kMinimum[length] || code > 0x10FFFF || (surrogate && !surrogates)) return {0, 0};
-    return {code, length};
+// Whether a number that from_chars finds out of range is too large, and not too small.
+bool isLarge(std::string_view number) {
+    size_t const exponent = number.find_first_of("eE");
+    bool const negative = exponent != std::string_view::npos && number[exponent + 1] == '-';
+    std::string_view const digits = number.substr(0, exponent);
+    size_t const first = digits.find_first_of("123456789"), point = std::min(digits.find('.'), digits.size());
+    if (exponent == std::string_view::npos) return first < point;
+    int64_t power = 0;
+    std::string_view text = number.substr(exponent + 1);
+    text.remove_prefix(text[0] == '-' || text[0] == '+');
+    auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), power);
+    static_cast<void>(end);
+    if (error != std::errc()) return !negative;  // larger than any number of digits before or after the point
+    return static_cast<int64_t>(point) - static_cast<int64_t>(first) + (negative ? -power : power) > 0;
 }
 
 }  // namespace
@@ -59,6 +51,10 @@ class JsonReader {
         throw JsonError(std::string(why) + " at byte " + std::to_string(at_));
     }
 
+    [[noreturn]] static void refuseInfinite(std::string_view number) {
+        throw JsonError(std::string(number.substr(0, 40)) + " is not a finite number");
+    }
+
     char peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
 
     bool take(std::string_view word) {
@@ -72,9 +68,9 @@ class JsonReader {
     }
 
     Json value(int depth) {
-        if (depth > kMaxDepth) fail("nested too deeply");
         space();
         Json result;
+        if (depth == kMaxDepth && (peek() == '{' || peek() == '[')) fail("nested too deeply");
         if (peek() == '{') {
             result.value_ = object(depth);
         } else if (peek() == '[') {
@@ -125,7 +121,7 @@ class JsonReader {
     std::string number() {
         size_t const begin = at_;
         for (char const* word : {"NaN", "Infinity", "-Infinity"}) {
-            if (take(word)) return word;
+            if (take(word)) refuseInfinite(word);
         }
         take("-");
         if (!take("0")) digits();
@@ -134,7 +130,13 @@ class JsonReader {
             if (!take("+")) take("-");
             digits();
         }
-        return std::string(text_.substr(begin, at_ - begin));
+        std::string_view const text = text_.substr(begin, at_ - begin);
+        if (isInteger(text) && text.size() > kMaxDigits) fail("too many digits");
+        double value = 0;
+        auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+        static_cast<void>(end);
+        if (error != std::errc() && isLarge(text)) refuseInfinite(text);
+        return std::string(text);
     }
 
     void digits() {
@@ -207,8 +209,8 @@ double Json::number() const {
     std::string const& text = get<Number>("a number").text;
     double result = 0;
     auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), result);
-    if (error != std::errc() || end != text.data() + text.size()) throw JsonError(text + " is not a usable number");
-    return result;
+    static_cast<void>(end);
+    return error == std::errc() ? result : 0;  // smaller than any double: the reader refuses larger ones
 }
 
 Json const& Json::operator[](std::string_view key) const {

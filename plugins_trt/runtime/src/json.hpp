@@ -17,15 +17,25 @@ class JsonError : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// One value. Numbers keep their text, because Python wrote it and would write the same text again. As in Python, NaN
-// and Infinity are numbers; unlike in Python, an object may not have a key twice. Strings are UTF-8, with unpaired
-// surrogates as three bytes each.
+// One value. Numbers keep their text, because Python wrote it and would write the same text again. As in Python's
+// manifests, an object may not have a key twice, numbers are finite, integers have at most 100 digits, and at most 64
+// objects and lists are nested in one another. Strings are UTF-8, with unpaired surrogates as three bytes each.
 class Json {
  public:
     using Array = std::vector<Json>;
     using Object = std::map<std::string, Json, std::less<>>;
 
+    struct Number {
+        std::string text;
+    };
+
     static Json parse(std::string_view text);
+
+    // The value if it is a bool, Number, std::string, Array or Object; otherwise nullptr.
+    template <class T>
+    T const* as() const {
+        return std::get_if<T>(&value_);
+    }
 
     bool isNull() const { return std::holds_alternative<std::nullptr_t>(value_); }
     bool boolean() const { return get<bool>("true or false"); }
@@ -47,13 +57,10 @@ class Json {
 
  private:
     friend class JsonReader;
-    struct Number {
-        std::string text;
-    };
 
     template <class T>
     T const& get(char const* expected) const {
-        if (T const* value = std::get_if<T>(&value_)) return *value;
+        if (T const* value = as<T>()) return *value;
         throw JsonError(std::string("a value is not ") + expected);
     }
     void write(std::string& out) const;

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <limits>
 
 #include "less_runtime.hpp"
 #include "plan_runner.hpp"
@@ -66,7 +65,7 @@ void Session::checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::ve
                                            " tokens (--chunk), not " + std::to_string(tokens));
     require(static_cast<int64_t>(newLength.size()) == batch(),
             "new_length must be [" + rows + "], not [" + std::to_string(newLength.size()) + "]");
-    int64_t const limit = contract_.tokenLimit().value_or(std::numeric_limits<int32_t>::max());
+    int64_t const limit = std::min(contract_.tokenLimit().value_or(kMaxLength), kMaxLength);
     for (int64_t row = 0; row < batch(); ++row) {
         int64_t const count = newLength[static_cast<size_t>(row)];
         require(count >= 0 && count <= tokens, "new_length must lie in 0.." + std::to_string(tokens));
@@ -85,6 +84,14 @@ void Session::checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::ve
 void Session::checkRow(int64_t row) const {
     require(batch() > 0, "the session is not open: call open(batch) first");
     require(row >= 0 && row < batch(), "row " + std::to_string(row) + " is outside 0.." + std::to_string(batch() - 1));
+}
+
+void Session::check(RowState const& state) const {
+    bool const compatible = identity_.empty() || state.identity.empty() || identity_ == state.identity;
+    require(compatible && static_cast<int64_t>(state.data.size()) == contract_.stateBytes(),
+            "this state belongs to another export (model, kernels or contract differ): prefill again");
+    require(state.length >= 0 && state.length <= kMaxLength,
+            "this state is damaged (length " + std::to_string(state.length) + "): prefill again");
 }
 
 void Session::resetRow(int64_t row) {
@@ -110,11 +117,7 @@ RowState Session::readRow(int64_t row) {
 
 void Session::writeRow(int64_t row, RowState const& state) {
     checkRow(row);
-    bool const compatible = identity_.empty() || state.identity.empty() || identity_ == state.identity;
-    require(compatible && static_cast<int64_t>(state.data.size()) == contract_.stateBytes(),
-            "this state belongs to another export (model, kernels or contract differ): prefill again");
-    require(state.length >= 0 && state.length <= std::numeric_limits<int32_t>::max(),
-            "this state is damaged (length " + std::to_string(state.length) + "): prefill again");
+    check(state);
     runner_->writeRow(row, state.data.data());
     lengths_[static_cast<size_t>(row)] = static_cast<int32_t>(state.length);
 }

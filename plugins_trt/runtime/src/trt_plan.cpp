@@ -12,6 +12,9 @@
 #include "files.hpp"
 #include "plan_header.hpp"
 #include "plan_runner.hpp"
+#include "sha256.hpp"
+#include "text.hpp"
+#include "trust.hpp"
 
 extern "C" int32_t getInferLibVersion() noexcept;
 
@@ -26,7 +29,7 @@ class Log : public trt::ILogger {
     void log(Severity severity, char const* message) noexcept override {
         try {
             std::lock_guard const lock(mutex_);
-            if (verbose_) std::fprintf(stderr, "%s\n", message);
+            if (verbose_) std::fprintf(stderr, "%s\n", printable(message).c_str());
             if (severity <= Severity::kERROR) errors_.emplace_back(message);
         } catch (...) {  // out of memory: drop the message, because nothing may be thrown through TensorRT
         }
@@ -43,7 +46,6 @@ class Log : public trt::ILogger {
         std::lock_guard const lock(mutex_);
         for (std::string text : errors_) {
             if (text.find("catchCudaError") != std::string::npos) continue;
-            std::replace(text.begin(), text.end(), '\n', ' ');
             return text.size() > 300 ? text.substr(0, 297) + "..." : text;
         }
         return "no reason given (its log may have details)";
@@ -87,9 +89,11 @@ class TrtPlan : public Plan {
         }
         runtime_.reset(trt::createInferRuntime(sharedLog()));
         if (!runtime_) throw EngineError("TensorRT cannot start: " + sharedLog().reason());
-        // A plugin inside the plan is host code.
-        if (bundle.plugin && bundle.plugin->inside) runtime_->setEngineHostCodeAllowed(true);
         MappedFile const file(bundle.plan);
+        if (bundle.plugin && bundle.plugin->inside) {  // a plugin inside the plan is host code
+            if (!bundle.trustCode) refuseUnknownPlan(bundle.plan, sha256(file.view()));
+            runtime_->setEngineHostCodeAllowed(true);
+        }
         engine_.reset(runtime_->deserializeCudaEngine(file.view().data(), file.view().size()));
         if (!engine_) {
             throw EngineError("TensorRT cannot load " + bundle.plan.string() + " (built by version " +
@@ -165,9 +169,10 @@ class TrtPlan : public Plan {
 // The library registers the plugin when it is loaded. It is never closed, because engines may use it until the end.
 void loadPlugin(Bundle const& bundle) {
     if (!bundle.plugin || bundle.plugin->inside) return;
-    if (!::dlopen(std::filesystem::absolute(bundle.plugin->library).c_str(), RTLD_NOW | RTLD_LOCAL)) {
+    if (!::dlopen(findPlugin(*bundle.plugin, bundle.trustCode).c_str(), RTLD_NOW | RTLD_LOCAL)) {
         char const* why = ::dlerror();
-        throw EngineError(std::string("cannot load the plugin: ") + (why ? why : "no reason given"));
+        throw EngineError("cannot load the plugin " + bundle.plugin->library.string() + ": " +
+                          (why ? why : "no reason given"));
     }
 }
 

@@ -28,10 +28,10 @@ inline void fail(char const* file, int line, std::string const& message) {
 
 // Runs `action`, which must throw an E with a message of one line that contains `text`.
 template <class E, class F>
-void refuses(char const* file, int line, char const* text, F const& action) {
+void refuses(char const* file, int line, std::string const& text, F const& action) {
     try {
         action();
-        fail(file, line, std::string("nothing was thrown, expected: ") + text);
+        fail(file, line, "nothing was thrown, expected: " + text);
     } catch (E const& error) {
         std::string const message = error.what();
         bool const oneLine = message.find('\n') == std::string::npos;

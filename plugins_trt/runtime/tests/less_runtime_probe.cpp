@@ -9,6 +9,8 @@
 #include "host_machine.hpp"
 #include "json.hpp"
 #include "plan_runner.hpp"
+#include "sha256.hpp"
+#include "text.hpp"
 
 namespace {
 
@@ -50,6 +52,30 @@ void describe(Bundle const& b) {
               << ", \"plan\": " << jsonString(b.plan.string()) << ", \"version\": " << jsonString(b.header.version)
               << ", \"rtx\": " << (b.header.rtx ? "true" : "false") << ", \"plugin\": "
               << (b.plugin ? jsonString(b.plugin->inside ? "inside" : b.plugin->library.string()) : "null") << "}\n";
+}
+
+// Opens one file or folder per line and prints "accepted", or why it is refused.
+void verdicts(std::function<void(std::string const&)> const& open) {
+    for (std::string path; std::getline(std::cin, path);) {
+        try {
+            open(path);
+            std::cout << "accepted\n";
+        } catch (Error const& error) {
+            std::cout << error.what() << '\n';
+        }
+    }
+}
+
+// Prints the ranges of code points that are printable.
+void printableCodes() {
+    bool before = false;
+    for (uint32_t code = 0; code <= 0x110000; ++code) {
+        std::string text;
+        appendUtf8(text, code);
+        bool const now = code < 0x110000 && isPrintable(text);
+        if (now != before) std::cout << code << (now ? ' ' : '\n');
+        before = now;
+    }
 }
 
 // Reads one case per line: temperature, top_k, top_p, uniform, then the logits.
@@ -95,13 +121,24 @@ void generateOn(Bundle const& bundle, bool inPlace, int64_t maxNewTokens, Prompt
 int main(int argc, char** argv) try {
     std::vector<std::string> const args(argv + 1, argv + argc);
     std::string const& command = args.at(0);
-    if (command == "describe") describe(Bundle::open(args.at(1), args.size() == 2));
+    if (command == "describe") {  // with "unverified" or "trust"
+        OpenOptions options;
+        options.verifyPlan = args.back() != "unverified";
+        options.trustCode = args.back() == "trust";
+        describe(Bundle::open(args.at(1), options));
+    }
+    if (command == "verdicts") verdicts([](std::string const& path) { Bundle::open(path); });
+    if (command == "printable-codes") printableCodes();
     if (command == "canonical") std::cout << Json::parse(read(std::cin)).canonical();
     if (command == "sha256") std::cout << sha256(MappedFile(args.at(1)).view());
     if (command == "sample") sample();
     if (command == "state") {
         Contract const contract = Bundle::open(args.at(1)).contract;
         RowState::load(args.at(2), contract).save(args.at(3), contract);
+    }
+    if (command == "state-verdicts") {
+        Contract const contract = Bundle::open(args.at(1)).contract;
+        verdicts([&](std::string const& path) { RowState::load(path, contract); });
     }
     if (command == "generate") {
         std::istringstream prefix(args.at(4));

@@ -1,12 +1,14 @@
 // openSession, the CUDA device and the TensorRT plan, on mocks of both libraries.
-#include <dlfcn.h>
 #include <unistd.h>
 
 #include <fstream>
+#include <utility>
 
 #include "check.hpp"
 #include "contracts.hpp"
+#include "folder.hpp"
 #include "mock_sdk.hpp"
+#include "sha256.hpp"
 
 namespace {
 
@@ -122,17 +124,53 @@ TEST(failing_steps_and_allocations) {
     REFUSES(BackendError, "TensorRT cannot run this step: a kernel is missing", session.step({1, 2, 3}, {1, 1, 1}));
 }
 
-TEST(plugins) {
+// A cache of its own, without hashes.
+struct EmptyCache {
+    EmptyCache() { ::setenv("LESS_EXPORT_CACHE", folder.path.c_str(), 1); }
+    ~EmptyCache() { ::unsetenv("LESS_EXPORT_CACHE"); }
+    Folder folder;
+};
+
+TEST(plans_that_carry_the_plugin) {
     Rig rig;
+    EmptyCache const cache;
     rig.bundle.plugin = PluginFacts{{}, "", true};
+    REFUSES(EngineError, "carries native code, and this machine did not build it", openSession(rig.bundle));
+    CHECK(!mockSdk().hostCode);
+    rig.bundle.trustCode = true;
     openSession(rig.bundle);
-    CHECK(mockSdk().hostCode);
-    Dl_info info{};
-    ::dladdr(reinterpret_cast<void*>(&std::fopen), &info);
-    rig.bundle.plugin = PluginFacts{info.dli_fname, "", false};  // any library
+    CHECK(std::exchange(mockSdk().hostCode, false));
+    rig.bundle.trustCode = false;
+    cache.folder.write("built-here.sha256", sha256("plan") + "\n");
     openSession(rig.bundle);
-    rig.bundle.plugin->library = rig.bundle.plan;
+    CHECK(std::exchange(mockSdk().hostCode, false));
+    std::ofstream(rig.bundle.plan) << "changed";  // after Bundle::open
+    REFUSES(EngineError, "this machine did not build it", openSession(rig.bundle));
+    CHECK(!mockSdk().hostCode && mockSdk().streams == 0);
+}
+
+TEST(plugin_libraries) {
+    Rig rig;
+    EmptyCache const cache;
+    auto const loaded = [] {
+        bool const is = std::getenv("LESS_TEST_STUB") != nullptr;
+        ::unsetenv("LESS_TEST_STUB");
+        return is;
+    };
+    auto const library = cache.folder.write("stub.so", contentOf(LESS_STUB_PLUGIN));
+    rig.bundle.plugin = PluginFacts{library, sha256(contentOf(library)), false};
+    REFUSES(EngineError, "which this machine did not build", openSession(rig.bundle));
+    CHECK(!loaded());
+    rig.bundle.trustCode = true;
+    openSession(rig.bundle);
+    CHECK(loaded());
+    cache.folder.write("stub.so", "other");
+    REFUSES(EngineError, "is not the plugin that this engine was built with", openSession(rig.bundle));
+    rig.bundle.plugin = PluginFacts{rig.bundle.plan, sha256("plan"), false};
     REFUSES(EngineError, "cannot load the plugin", openSession(rig.bundle));
+    rig.bundle.plugin->library = "libm.so.6";  // not searched on the loader's path: the file in this folder
+    REFUSES(EngineError, "is missing (" + std::filesystem::current_path().string(), openSession(rig.bundle));
+    CHECK(!loaded());
 }
 
 }  // namespace

@@ -1,22 +1,17 @@
-// Hashes, JSON, sampling, plan headers and files of row states.
-#include <unistd.h>
-
+// Hashes, JSON, text, sampling and plan headers.
 #include <cmath>
-#include <cstring>
-#include <fstream>
 #include <limits>
 
 #include "aliases.hpp"
 #include "check.hpp"
-#include "contracts.hpp"
-#include "files.hpp"
 #include "json.hpp"
 #include "plan_header.hpp"
+#include "sha256.hpp"
+#include "text.hpp"
 
 namespace {
 
 using namespace less;
-namespace fs = std::filesystem;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -37,10 +32,17 @@ TEST(json_values) {
     CHECK(json.find("c") == nullptr && json.find("b") != nullptr);
     CHECK(json.without("a").canonical() == R"({"b": {"c": "\u00e9\ud83d\ude00\n"}})");
     CHECK(Json::parse("\"\\ud83d\\ud83d\\ude00\"").string() == "\xED\xA0\xBD\xF0\x9F\x98\x80");
-    CHECK(std::isnan(Json::parse("NaN").number()) && Json::parse("-Infinity").number() < 0);
+    CHECK(Json::parse("1e-999").number() == 0 && Json::parse("-0.0e99999999999999999999").number() == 0);
+    CHECK(Json::parse("0." + std::string(400, '0') + "1e402").number() == 10);
+    CHECK(Json::parse("1" + std::string(400, '0') + ".0e-400").number() == 1);
+    for (char const* text : {"NaN", "Infinity", "-Infinity", "1e999", "-1e309", "1e99999999999999999999", "0.01e400"}) {
+        REFUSES(JsonError, "is not a finite number", Json::parse(text));
+    }
+    REFUSES(JsonError, "is not a finite number", Json::parse("1" + std::string(400, '0') + ".0"));
+    CHECK(Json::parse(std::string(100, '9')).canonical() == std::string(100, '9'));
+    REFUSES(JsonError, "too many digits", Json::parse(std::string(101, '9')));
     REFUSES(JsonError, "not a whole number", Json::parse("1.5").integer());
     REFUSES(JsonError, "not a whole number", Json::parse("99999999999999999999").integer());
-    REFUSES(JsonError, "not a usable number", Json::parse("1e999").number());
     REFUSES(JsonError, "is not a string", Json::parse("1").string());
     REFUSES(JsonError, "'x' is missing", json["x"]);
 }
@@ -91,6 +93,7 @@ TEST(json_malformed) {
     }
     REFUSES(JsonError, "at byte", Json::parse(std::string_view("\"a\0b\"", 5)));
     CHECK(Json::parse(std::string(64, '[') + std::string(64, ']')).array().size() == 1);
+    REFUSES(JsonError, "nested too deeply", Json::parse(std::string(65, '[') + std::string(65, ']')));
     REFUSES(JsonError, "nested too deeply", Json::parse(std::string(100000, '[')));
 }
 
@@ -184,56 +187,15 @@ TEST(aliases_with_old_and_new_headers) {
     CHECK(aliasOf(OldEngine{}, "present", "stated", 0) == "stated");
 }
 
-// A temporary folder.
-struct Folder {
-    fs::path path = [] {
-        std::string name = (fs::temp_directory_path() / "less.XXXXXX").string();
-        return fs::path(::mkdtemp(name.data()));
-    }();
-    ~Folder() { fs::remove_all(path); }
-};
-
-TEST(row_state_files) {
-    Folder const folder;
-    fs::path const file = folder.path / "state.safetensors";
-    Contract const contract = testing::twoLayers(ElementType::kBFloat16);
-    RowState state{123456, std::vector<std::byte>(static_cast<size_t>(contract.stateBytes())), "a \"quoted\" identity"};
-    for (size_t i = 0; i < state.data.size(); ++i) state.data[i] = static_cast<std::byte>(i * 7);
-    state.save(file, contract);
-    RowState const loaded = RowState::load(file, contract);
-    CHECK(loaded.length == state.length && loaded.data == state.data && loaded.identity == state.identity);
-    CHECK(std::distance(fs::directory_iterator(folder.path), {}) == 1);
-
-    REFUSES(BackendError, "belongs to another export", RowState::load(file, testing::twoLayers(ElementType::kFloat16)));
-    Contract one = contract;
-    one.layers.pop_back();
-    REFUSES(BackendError, "past.1.", RowState::load(file, one));
-    REFUSES(BackendError, "belongs to another export", state.save(file, one));
-    REFUSES(BackendError, "cannot write", state.save(folder.path / "missing" / "x", contract));
-    REFUSES(BackendError, "cannot read", RowState::load(folder.path / "missing", contract));
-    REFUSES(BackendError, "cannot read", RowState::load(folder.path, contract));
-
-    std::ifstream in(file, std::ios::binary);
-    std::string const whole{std::istreambuf_iterator<char>(in), {}};
-    auto const damaged = [&](std::string const& text) {
-        std::ofstream(folder.path / "damaged", std::ios::binary) << text;
-        REFUSES(BackendError, "", RowState::load(folder.path / "damaged", contract));
-    };
-    for (size_t size : {size_t{0}, size_t{5}, size_t{8}, size_t{60}, whole.size() - 1}) damaged(whole.substr(0, size));
-    damaged(whole + "x");
-    damaged(std::string(8, '\xFF') + whole.substr(8));
-    for (auto const& [before, after] : {std::pair("less-state", "else-state"),
-                                        {"\"123456\"", "\"-23456\""},
-                                        {"data_offsets\":[0,", "data_offsets\":[9,"},
-                                        {"data_offsets\":[0,", "data_offsets\":[9223372036854775807,-2],\"x\":[0,"},
-                                        {"past.0.z", "past.0.y"},
-                                        {"\"shape\":[2", "\"shape\":[3"},
-                                        {"\"dtype\":\"F32\"", "\"dtype\":\"F64\""}}) {
-        std::string text = whole;
-        size_t const at = text.find(before);
-        CHECK(at != std::string::npos);
-        if (at != std::string::npos) damaged(text.replace(at, std::strlen(before), after));
+TEST(text_for_terminals) {
+    CHECK(isPrintable("plain \xC3\xA9 \xE4\xB8\xAD \xF0\x9F\x98\x80") && isPrintable(""));
+    for (char const* text : {"\x1b[2J", "\n", "\x7f", "\xC2\x9B", "\xE2\x80\xAE", "\xC2\xA0", "\xEF\xBB\xBF", "\xFF",
+                             "\xC3", "\xED\xA0\x80", "\xF3\xB0\x80\x80", "\xEF\xBF\xBF"}) {
+        CHECK(!isPrintable(text));
     }
+    CHECK(printable("a\nb\t\xC3\xA9\x1b\xC2\x9B\xE2\x80\xAE\xFF\xF3\xB0\x80\x80") ==
+          "a b\\x09\xC3\xA9\\x1b\\x9b\\u202e\\xff\\U000f0000");
+    CHECK(std::string(BackendError("x\x1b[2J\ny").what()) == "x\\x1b[2J y");
 }
 
 }  // namespace
