@@ -54,9 +54,10 @@ def cmake(source: Path, folder: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="session")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with the unit tests and ``less_runtime_probe``, under AddressSanitizer and UBSan."""
+    """The folder with the unit tests, ``less_runtime_probe`` and the fuzz targets, under AddressSanitizer and UBSan."""
     flags = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"
-    options = ["-DLESS_RUNTIME_TENSORRT=OFF", "-DLESS_RUNTIME_TESTS=ON", "-DCMAKE_BUILD_TYPE=None"]
+    options = ["-DLESS_RUNTIME_TENSORRT=OFF", "-DLESS_RUNTIME_TESTS=ON", "-DLESS_RUNTIME_FUZZ=ON"]
+    options.append("-DCMAKE_BUILD_TYPE=None")
     return cmake(RUNTIME, tmp_path_factory.mktemp("cpp") / "tools", *options, f"-DCMAKE_CXX_FLAGS={flags}")
 
 
@@ -98,6 +99,7 @@ def bundle(
     details: Mapping[str, Any] | None = None,
     tokenizer: TokenizerFacts | None = TOKENIZER,
     kernels: KernelFacts | None = KERNELS,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a plan and its manifest: a folder, or ``x.plan`` with its companion."""
     layout = Layout.of(path)
@@ -106,7 +108,7 @@ def bundle(
     (layout.folder / file).write_bytes(plan)
     artifact = Artifact("plan", file, hashlib.sha256(plan).hexdigest(), contract, dict(details or {}))
     graph = Artifact("trt", "model.trt.onnx", "6" * 64, contract)
-    manifest = Manifest(MODEL, {}, (graph, artifact), WEIGHTS, {}, tokenizer, kernels)
+    manifest = Manifest(MODEL, dict(settings or {}), (graph, artifact), WEIGHTS, {}, tokenizer, kernels)
     (layout.folder / layout.manifest).write_bytes(manifest.dump())
     return path
 

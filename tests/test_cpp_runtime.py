@@ -255,7 +255,8 @@ def test_generation(name: str, memory: str, tools: Path, tmp_path: Path) -> None
     random = np.random.default_rng(1)
     prompts = [random.integers(0, contract.vocab_size, n).tolist() for n in (9, 1, 4, 5, 8)]
     eos = tuple(random.integers(0, contract.vocab_size, contract.vocab_size // 20).tolist())
-    path = bundle(tmp_path / "x.plan", contract, tokenizer=dataclasses.replace(TOKENIZER, eos_ids=eos))
+    tokenizer = None if name == "full" else dataclasses.replace(TOKENIZER, eos_ids=eos)
+    path = bundle(tmp_path / "x.plan", contract, tokenizer=tokenizer, settings={"eos_ids": eos})
     generator = Generator(MixingBackend(contract), eos_ids=eos)
     reasons = set()
     for start in ([], [3, 1, 4, 1, 5, 9, 2]):

@@ -15,6 +15,8 @@ constexpr size_t kMaxDigits = 100;
 
 bool isDigit(char c) { return c >= '0' && c <= '9'; }
 
+bool isPlain(char c) { return c >= 0x20 && c < 0x7F && c != '"' && c != '\\'; }
+
 bool isInteger(std::string_view number) { return number.find_first_of(".eE") == std::string_view::npos; }
 
 // Whether a number that from_chars finds out of range is too large, and not too small.
@@ -64,7 +66,10 @@ class JsonReader {
     }
 
     void space() {
-        while (at_ < text_.size() && std::string_view(" \t\n\r").find(text_[at_]) != std::string_view::npos) ++at_;
+        for (; at_ < text_.size(); ++at_) {
+            char const c = text_[at_];
+            if (c != ' ' && c != '\t' && c != '\n' && c != '\r') return;
+        }
     }
 
     Json value(int depth) {
@@ -147,7 +152,11 @@ class JsonReader {
     std::string string() {
         std::string out;
         ++at_;
-        while (!take("\"")) {
+        while (true) {
+            size_t const plain = at_;  // a run of ASCII without quotes, escapes and control characters
+            while (at_ < text_.size() && isPlain(text_[at_])) ++at_;
+            out.append(text_, plain, at_ - plain);
+            if (take("\"")) return out;
             if (at_ == text_.size()) fail("unterminated string");
             if (take("\\")) {
                 escape(out);
@@ -159,7 +168,6 @@ class JsonReader {
             out += text_.substr(at_, length);
             at_ += length;
         }
-        return out;
     }
 
     void escape(std::string& out) {
@@ -240,6 +248,10 @@ std::string jsonString(std::string_view text) {
         out += buffer;
     };
     while (!text.empty()) {
+        auto const plain = static_cast<size_t>(std::find_if_not(text.begin(), text.end(), isPlain) - text.begin());
+        out += text.substr(0, plain);
+        text.remove_prefix(plain);
+        if (text.empty()) break;
         auto const [code, length] = decodeUtf8(text, true);
         if (length == 0) throw JsonError("a string is not valid UTF-8");
         static constexpr std::string_view kNamed = "\"\\\n\r\t\f\b", kNames = "\"\\nrtfb";
@@ -247,8 +259,6 @@ std::string jsonString(std::string_view text) {
         if (named != std::string_view::npos) {
             out += '\\';
             out += kNames[named];
-        } else if (code >= 0x20 && code < 0x7F) {
-            out += static_cast<char>(code);
         } else if (code < 0x10000) {
             unit(code);
         } else {

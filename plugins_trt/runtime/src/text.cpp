@@ -19,6 +19,7 @@ constexpr std::array<std::pair<uint32_t, uint32_t>, 29> kHidden = {
      {0xE0020, 0xE007F}, {0xF0000, 0xFFFFF}, {0x100000, 0x10FFFF}, {0xFFFE, 0xFFFF}}};
 
 bool isHidden(uint32_t code) {
+    if (code >= 0x20 && code < 0x7F) return false;
     bool const noncharacter = (code & 0xFFFE) == 0xFFFE;
     return noncharacter || std::any_of(kHidden.begin(), kHidden.end(),
                                        [code](auto const& r) { return code >= r.first && code <= r.second; });
