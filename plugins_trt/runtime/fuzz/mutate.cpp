@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kMaxSize = 1 << 16;
 
-constexpr std::array<std::string_view, 44> kWords = {"0",
+constexpr std::array<std::string_view, 47> kWords = {"0",
                                                      "-0",
                                                      "1",
                                                      "-1",
@@ -48,6 +48,9 @@ constexpr std::array<std::string_view, 44> kWords = {"0",
                                                      "1e309",
                                                      "5e-324",
                                                      "1e-999",
+                                                     "1e9223372036854775807",
+                                                     "1e-9223372036854775808",
+                                                     "1e99999999999999999999",
                                                      "NaN",
                                                      "-Infinity",
                                                      "null",

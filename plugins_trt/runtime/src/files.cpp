@@ -52,7 +52,12 @@ std::string readAll(int file, size_t most) {
 std::string readFile(std::filesystem::path const& path, size_t most) {
     auto const [file, size] = openRegular(path);
     size_t const wanted = std::min(size, most);
-    std::string data = readAll(file.fd, wanted);
+    std::string data;
+    try {
+        data = readAll(file.fd, wanted);
+    } catch (std::exception const&) {  // of std::string
+        throw cannotRead(path, "not enough memory for " + std::to_string(wanted) + " bytes");
+    }
     if (data.size() < wanted) throw cannotRead(path, "it was cut meanwhile, or a read failed");
     return data;
 }

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kMaxDepth = 64;  // objects and lists in one another
 constexpr size_t kMaxDigits = 100;
+constexpr int64_t kMaxPower = int64_t{1} << 48;  // more than any number of digits before or after a point
 
 bool isDigit(char c) { return c >= '0' && c <= '9'; }
 
@@ -26,12 +27,11 @@ bool isLarge(std::string_view number) {
     std::string_view const digits = number.substr(0, exponent);
     size_t const first = digits.find_first_of("123456789"), point = std::min(digits.find('.'), digits.size());
     if (exponent == std::string_view::npos) return first < point;
-    int64_t power = 0;
+    int64_t power = kMaxPower;  // stays if it has too many digits
     std::string_view text = number.substr(exponent + 1);
     text.remove_prefix(text[0] == '-' || text[0] == '+');
-    auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), power);
-    static_cast<void>(end);
-    if (error != std::errc()) return !negative;  // larger than any number of digits before or after the point
+    std::from_chars(text.data(), text.data() + text.size(), power);
+    power = std::min(power, kMaxPower);
     return static_cast<int64_t>(point) - static_cast<int64_t>(first) + (negative ? -power : power) > 0;
 }
 
@@ -232,14 +232,6 @@ Json const* Json::find(std::string_view key) const {
     return member == object().end() || member->second.isNull() ? nullptr : &member->second;
 }
 
-Json Json::without(std::string_view key) const {
-    Object rest = object();
-    if (auto const member = rest.find(key); member != rest.end()) rest.erase(member);
-    Json result;
-    result.value_ = std::move(rest);
-    return result;
-}
-
 std::string jsonString(std::string_view text) {
     std::string out = "\"";
     auto const unit = [&out](uint32_t code) {
@@ -270,26 +262,27 @@ std::string jsonString(std::string_view text) {
     return out + '"';
 }
 
-std::string Json::canonical() const {
+std::string Json::canonical(std::string_view except) const {
     std::string out;
-    write(out);
+    write(out, except);
     return out;
 }
 
-void Json::write(std::string& out) const {
+void Json::write(std::string& out, std::string_view except) const {
     char const* separator = "";
     if (auto const* list = std::get_if<Array>(&value_)) {
         out += '[';
         for (Json const& item : *list) {
             out += std::exchange(separator, ", ");
-            item.write(out);
+            item.write(out, {});
         }
         out += ']';
     } else if (auto const* members = std::get_if<Object>(&value_)) {
         out += '{';
         for (auto const& [key, item] : *members) {
+            if (!except.empty() && key == except) continue;
             out += std::exchange(separator, ", ") + jsonString(key) + ": ";
-            item.write(out);
+            item.write(out, {});
         }
         out += '}';
     } else if (auto const* text = std::get_if<std::string>(&value_)) {

@@ -49,11 +49,9 @@ class Json {
     Json const& operator[](std::string_view key) const;
     // Member of an object, or nullptr if it is missing or null.
     Json const* find(std::string_view key) const;
-    // This object without one key.
-    Json without(std::string_view key) const;
-
-    // The text of Python's json.dumps(value, sort_keys=True).
-    std::string canonical() const;
+    // The text of Python's json.dumps(value, sort_keys=True); of an object without the member `except`, if that is
+    // given.
+    std::string canonical(std::string_view except = {}) const;
 
  private:
     friend class JsonReader;
@@ -63,7 +61,7 @@ class Json {
         if (T const* value = as<T>()) return *value;
         throw JsonError(std::string("a value is not ") + expected);
     }
-    void write(std::string& out) const;
+    void write(std::string& out, std::string_view except) const;
 
     std::variant<std::nullptr_t, bool, Number, std::string, Array, Object> value_ = nullptr;
 };

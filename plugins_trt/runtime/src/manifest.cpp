@@ -63,7 +63,7 @@ Json readManifest(std::string_view text, std::string const& where) {
         Json manifest = Json::parse(text);
         headRule()(manifest, "");
         checkFormat(manifest["format_version"].integer(), where);
-        if (sha256(manifest.without("manifest_sha256").canonical()) != manifest["manifest_sha256"].string()) {
+        if (sha256(manifest.canonical("manifest_sha256")) != manifest["manifest_sha256"].string()) {
             throw BundleError(where + " was changed after the export (its hash differs): export again");
         }
         manifestRule()(manifest, "");
