@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from less_export.bundle.artifact import _digest
+from less_export.bundle.artifact import FORMAT_VERSION, _digest
 from less_export.bundle.schema import MAX_BYTES, MAX_DEPTH
 
 Path = tuple[str | int, ...]
@@ -120,7 +120,7 @@ CASES = (
     Case("5,000 digits", "digits", text=_raw("vocab_size", "9" * 5000)),
     # ---- its head
     *_wrong(("format_version",), MISSING, True, False, 1.0, 1.5, 0, -1, "1", None, [1], 2**63),
-    Case("a newer format", "newer less-export", ("format_version",), 2),
+    Case("a newer format", "newer less-export", ("format_version",), FORMAT_VERSION + 1),
     *_wrong(("manifest_sha256",), MISSING, None, 1, "", "0" * 63, "A" * 64),
     Case("another hash", "hash", ("manifest_sha256",), "0" * 64),
     # ---- its parts

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from less_export.bundle.artifact import Bundle, Layout, Manifest
+from less_export.bundle.artifact import FORMAT_VERSION, Bundle, Layout, Manifest
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.runtime.generate import Generator
 from less_export.runtime.sampling import SamplingParams, sample
@@ -139,7 +139,9 @@ FAULTS: dict[str, Change] = {
     "was changed after the export": lambda f: (f / "manifest.json").write_text(
         (f / "manifest.json").read_text().replace('"max_batch": 3', '"max_batch": 4')
     ),
-    "written by a newer less-export": lambda f: edit(f / "manifest.json", lambda m: m.update(format_version=2)),
+    "written by a newer less-export": lambda f: edit(
+        f / "manifest.json", lambda m: m.update(format_version=FORMAT_VERSION + 1)
+    ),
     "is not a usable manifest": lambda f: truncate(f / "manifest.json"),
     "artifacts is missing": lambda f: edit(f / "manifest.json", lambda m: m.pop("artifacts")),
     "has no plan: export with": lambda f: edit(f / "manifest.json", lambda m: m["artifacts"].pop()),

@@ -101,6 +101,7 @@ struct Contract {
     std::vector<TensorSpec> inputs() const;
     std::vector<TensorSpec> outputs() const;
     int64_t stateBytes() const;                 // of one sequence of any length
+    std::string layout() const;                 // hash of the names, dtypes and shapes of the state
     std::optional<int64_t> tokenLimit() const;  // longest sequence, if there is a limit
 };
 
@@ -185,7 +186,8 @@ class Sampler {
 struct RowState {
     int64_t length = 0;           // tokens seen, 0..2^31-1
     std::vector<std::byte> data;  // the state tensors of the contract, one after another
-    std::string identity;
+    std::string identity = {};    // Bundle::identity of the model, "" if unknown
+    std::string layout = {};      // Contract::layout of `data`, "" if unknown
 
     // Writes the file atomically, with a checksum. Throws BackendError.
     void save(std::filesystem::path const& path, Contract const& contract) const;
@@ -234,7 +236,7 @@ class Session {
     RowState readRow(int64_t row);
     // Replaces the state of a row, unless check() refuses the new one.
     void writeRow(int64_t row, RowState const& state);
-    // Throws BackendError if the identity, the size or the length of `state` is impossible here.
+    // Throws BackendError if the identity, the tensors or the length of `state` are impossible here.
     void check(RowState const& state) const;
 
  private:
@@ -242,7 +244,7 @@ class Session {
     void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength) const;
 
     Contract contract_;
-    std::string identity_;
+    std::string identity_, layout_;
     std::unique_ptr<PlanRunner> runner_;
     std::vector<int32_t> lengths_;
     std::vector<int64_t> padded_;  // the ids of a step, padding replaced by 0

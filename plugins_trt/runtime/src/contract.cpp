@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 
+#include "sha256.hpp"
+
 namespace less {
 namespace {
 
@@ -148,6 +150,16 @@ int64_t Contract::stateBytes() const {
     int64_t total = 0;
     for (StateTensor const& tensor : state()) total += tensor.rowBytes;
     return total;
+}
+
+std::string Contract::layout() const {
+    Sha256 hash;
+    for (StateTensor const& tensor : state()) {
+        std::string text = tensor.past.name + " " + nameOf(tensor.past.type);
+        for (int64_t size : tensor.past.shape) text += " " + std::to_string(size);
+        hash.update(text + "\n");
+    }
+    return hash.hex();
 }
 
 std::optional<int64_t> Contract::tokenLimit() const {

@@ -121,8 +121,9 @@ void readTensors(Json const& header, std::string_view body, std::vector<StateTen
 
 std::string writeState(RowState const& state, Contract const& contract) {
     std::vector<StateTensor> const tensors = contract.state();
-    if (static_cast<int64_t>(state.data.size()) != contract.stateBytes()) {
-        throw BackendError("this state belongs to another export (its size differs): prefill again");
+    bool const foreign = !state.layout.empty() && state.layout != contract.layout();
+    if (foreign || static_cast<int64_t>(state.data.size()) != contract.stateBytes()) {
+        throw BackendError("this state belongs to another export (its tensors differ): prefill again");
     }
     if (state.length < 0 || state.length > kMaxLength || !isUtf8(state.identity)) {
         throw BackendError("this state is damaged (length " + std::to_string(state.length) + ", identity '" +
@@ -163,6 +164,7 @@ RowState readState(std::string_view file, Contract const& contract) {
     if (!format || format->string() != kFormat) throw JsonError("it is not a saved state");
     for (auto const& [key, value] : metadata->object()) value.string();  // safetensors has no other values
     RowState state;
+    state.layout = contract.layout();
     state.length = lengthOf((*metadata)["length"].string());
     if (Json const* identity = metadata->find("identity")) state.identity = identity->string();
     std::vector<StateTensor> const tensors = contract.state();

@@ -13,7 +13,10 @@ void require(bool ok, std::string const& why) {
 }  // namespace
 
 Session::Session(Contract contract, std::string identity, std::unique_ptr<PlanRunner> runner)
-    : contract_(std::move(contract)), identity_(std::move(identity)), runner_(std::move(runner)) {}
+    : contract_(std::move(contract)),
+      identity_(std::move(identity)),
+      layout_(contract_.layout()),
+      runner_(std::move(runner)) {}
 
 Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;
@@ -87,8 +90,9 @@ void Session::checkRow(int64_t row) const {
 }
 
 void Session::check(RowState const& state) const {
-    bool const compatible = identity_.empty() || state.identity.empty() || identity_ == state.identity;
-    require(compatible && static_cast<int64_t>(state.data.size()) == contract_.stateBytes(),
+    auto const differ = [](std::string const& a, std::string const& b) { return !a.empty() && !b.empty() && a != b; };
+    bool const foreign = differ(state.identity, identity_) || differ(state.layout, layout_);
+    require(!foreign && static_cast<int64_t>(state.data.size()) == contract_.stateBytes(),
             "this state belongs to another export (model, kernels or contract differ): prefill again");
     require(state.length >= 0 && state.length <= kMaxLength,
             "this state is damaged (length " + std::to_string(state.length) + "): prefill again");
@@ -110,7 +114,8 @@ void Session::copyRow(int64_t from, int64_t to) {
 
 RowState Session::readRow(int64_t row) {
     checkRow(row);
-    RowState state{length(row), std::vector<std::byte>(static_cast<size_t>(contract_.stateBytes())), identity_};
+    RowState state{length(row), std::vector<std::byte>(static_cast<size_t>(contract_.stateBytes())), identity_,
+                   layout_};
     runner_->readRow(row, state.data.data());
     return state;
 }

@@ -79,6 +79,7 @@ TEST(row_state_files) {
         RowState const state = stateOf(contract);
         state.save(file, contract);
         RowState const loaded = RowState::load(file, contract);
+        CHECK(loaded.layout == contract.layout());
         CHECK(loaded.length == state.length && loaded.data == state.data && loaded.identity == state.identity);
         CHECK(std::distance(std::filesystem::directory_iterator(folder.path), {}) == 1);
         folder.write("state.safetensors", withoutChecksum(contentOf(file)));  // from an earlier version
@@ -193,6 +194,12 @@ TEST(states_that_a_session_refuses) {
     };
     refused("belongs to another export", [](RowState& s) { s.identity = "another"; });
     refused("belongs to another export", [](RowState& s) { s.data.pop_back(); });
+    refused("belongs to another export", [](RowState& s) {
+        Contract other = twoLayers();  // as many bytes of other shapes
+        std::swap(other.layers[0], other.layers[1]);
+        CHECK(other.stateBytes() == twoLayers().stateBytes());
+        s.layout = other.layout();
+    });
     refused("this state is damaged (length -1)", [](RowState& s) { s.length = -1; });
     refused("this state is damaged (length 2147483648)", [](RowState& s) { s.length = kMaxLength + 1; });
     refused("length 9223372036854775807", [](RowState& s) { s.length = std::numeric_limits<int64_t>::max(); });
