@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from less_export.bundle.artifact import Bundle
 from less_export.errors import LessExportError, ModelError
-from less_export.hf import checkpoint, sources, weights
+from less_export.hf import checkpoint, sources, weight_files, weights
 from less_export.runtime.open import load_backend
 
 from . import bundles, families
@@ -45,7 +45,7 @@ def remarks(folder: Path, out: Path, **options: object) -> list[str]:
 def left_out(folder: Path) -> list[str]:
     source = sources.resolve(str(folder))
     bare = weights.bare_model(source.config(), torch.float32)
-    surveyed = weights.survey(bare, sources.checkpoint_files(folder))
+    surveyed = weights.survey(bare, weight_files.checkpoint_files(folder))
     return checkpoint.unused_weights(bare, surveyed.unused, source.is_part())
 
 

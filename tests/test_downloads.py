@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import errors as hub_errors
 
 from less_export.errors import ModelError
-from less_export.hf import recipes, sources
+from less_export.hf import recipes, sources, weight_files
 
 from .bundles import QUICK_OPTIONS, Run, refused
 
@@ -81,7 +81,7 @@ def test_only_what_the_checkpoint_is_made_of(
     assert hub.fetched() == set(wanted)
     hub.reachable = False
     assert hub.fetched() == set(wanted)
-    assert {p.name for p in sources.checkpoint_files(hub.cache)} == set(wanted)
+    assert {p.name for p in weight_files.checkpoint_files(hub.cache)} == set(wanted)
 
 
 def test_the_hub_has_no_safetensors(hub: Hub, run: Run, tmp_path: Path) -> None:

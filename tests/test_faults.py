@@ -132,13 +132,16 @@ def _header(data: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
 FILES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda d: b"", "corrupt or truncated"),
     "cut length": (lambda d: d[:5], "corrupt or truncated"),
-    "cut header": (lambda d: d[:200], "header longer than the file"),
-    "cut data": (lambda d: d[:-1], "reaches past the end of the file"),
+    "cut header": (lambda d: d[:200], "invalid header length"),
+    "cut data": (lambda d: d[:-1], "file not fully covered"),
     "random": (lambda d: np.random.default_rng(0).bytes(4000), "corrupt or truncated"),
     "header is no JSON": (lambda d: d[:8] + b"x" + d[9:], "corrupt or truncated"),
     "header is a list": (lambda d: struct.pack("<Q", 2) + b"[]", "corrupt or truncated"),
     "no offsets": (lambda d: _header(d, lambda h: h["lm_head.weight"].pop("data_offsets")), "data_offsets"),
-    "other shape": (lambda d: _header(d, lambda h: h["lm_head.weight"].update(shape=[9, 9])), "has 38400 bytes, not"),
+    "other shape": (
+        lambda d: _header(d, lambda h: h["lm_head.weight"].update(shape=[9, 9])),
+        "invalid shape, data type, or offset",
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from less_export import open_bundle
 from less_export.bundle.artifact import Bundle
 from less_export.config import ExportConfig
 from less_export.errors import UsageError
-from less_export.hf import random_checkpoint, recipes, sources, weights
+from less_export.hf import random_checkpoint, recipes, sources, weight_files, weights
 from less_export.hf.sources import described
 
 from . import bundles, families
@@ -139,7 +139,7 @@ def test_every_name_is_found(family: str, tmp_path: Path) -> None:
     config.dtype = torch.float32
     folder = write(tmp_path / family, config)
     bare = weights.bare_model(config, torch.float32)
-    assert weights.locate(bare, sources.checkpoint_files(folder))[1] == []
+    assert weights.locate(bare, weight_files.checkpoint_files(folder))[1] == []
     stored, fresh = tensors(folder), type(bare)(config)
     buffers = {n for n, _ in fresh.named_buffers() if n in fresh.state_dict()}
     assert bool(buffers) == (family in ("glm4_moe", "gemma4"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from ..bundle import artifact
 from ..bundle.files import apply_umask
-from ..dtypes import torch_dtype
+from ..dtypes import COMPUTE_DTYPES, from_torch, torch_dtype
 from ..errors import LessExportError, ModelError
 from ..progress import Progress
 from . import weights
 from .compat import ignored_keys
 from .model import OpenModel
-from .sources import ModelSource, checkpoint_files
+from .sources import ModelSource
+from .weight_files import checkpoint_files
 from .weights import Stored, StoredTensor
 
 #: Floats in older checkpoints that are not weights: rotary tables, masks. Model classes of transformers name more.
@@ -44,18 +45,18 @@ def take(model: OpenModel, scratch: Path, progress: Progress) -> tuple[PreTraine
     if source.gguf is not None:
         progress.say("dequantising the GGUF weights")
         # In TensorRT's compute dtype: 16 bits unless the options say otherwise.
-        files = [_convert(source, hf_config, bare, None, config.dtype or "bfloat16", scratch)]
+        files = [_write(_loaded(source, bare.state_dict(), config.dtype or "bfloat16"), scratch)]
     else:
         if source.hub is not None:
             progress.say(f"fetching the weights of {source.hub}")
         source.fetch()
         files = checkpoint_files(source.folder)
     survey = weights.survey(bare, files)
-    _refuse_lost([n for n in survey.missing if n not in survey.convertible])
+    _refuse_lost([n for n in survey.missing if n not in survey.convertible and n not in survey.castable])
     tensors = survey.tensors
     if survey.missing:
-        progress.say(f"converting {len(survey.missing)} tensors that are stored in another layout")
-        copied = _convert(source, hf_config, bare, survey.missing, "auto", scratch)
+        progress.say(f"converting {len(survey.missing)} tensors that are stored in another layout or dtype")
+        copied = _write(_converted(source, hf_config, survey), scratch)
         tensors |= weights.locate(bare, [copied])[0]
         _refuse_lost([n for n in survey.missing if n not in tensors])
     if survey.unused and config.num_hidden_layers is not None:  # later layers are left out on purpose
@@ -90,21 +91,44 @@ def _refuse_lost(names: list[str]) -> None:
         raise LessExportError(f"the checkpoint lacks {names[0]} (and {len(names) - 1} more): weights and config differ")
 
 
-def _convert(
-    source: ModelSource, hf_config: Any, bare: PreTrainedModel, names: list[str] | None, dtype: str, scratch: Path
-) -> Path:
-    """Write weights that cannot be pointed at (GGUF, fused experts) to a safetensors file of the bundle."""
-    loaded = source.load(dtype if dtype == "auto" else torch_dtype(dtype), None if source.gguf else hf_config)
-    state = loaded.state_dict()
-    wanted = set(bare.state_dict()) if names is None else set(names)
+def _converted(source: ModelSource, hf_config: Any, survey: weights.Survey) -> dict[str, torch.Tensor]:
+    """The missing weights by name: cast, or loaded by transformers where their layout differs (fused experts)."""
+    once = {stored: name for name, stored in reversed(survey.castable.items())}  # tied names share a tensor
+    tensors = {name: _cast(name, stored) for stored, name in once.items()}
+    fused = set(survey.missing) - set(survey.castable)
+    if fused:
+        loaded = _loaded(source, fused, "auto", hf_config)
+        tensors |= {n: t if from_torch(t.dtype) in COMPUTE_DTYPES else t.float() for n, t in loaded.items()}
+    return tensors
+
+
+def _cast(name: str, stored: StoredTensor) -> torch.Tensor:
+    """A weight of another dtype as bfloat16, which holds every value of 8 bits, or else float32."""
+    if not stored.dtype.startswith("F"):
+        warnings.warn(
+            f"{name} is stored as {stored.dtype} and read as numbers, as in transformers: if these are codes of a "
+            "quantised weight, the model is wrong",
+            stacklevel=2,
+        )
+    return stored.read().to(torch.bfloat16 if stored.dtype.startswith("F8") else torch.float32)
+
+
+def _loaded(source: ModelSource, names: Collection[str], dtype: str, hf_config: Any = None) -> dict[str, torch.Tensor]:
+    """The weights ``names`` as transformers loads them, tied ones once. ``dtype`` may be "auto", the checkpoint's."""
+    model = source.load(dtype if dtype == "auto" else torch_dtype(dtype), hf_config)
     tensors: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in state.items():
-        if name in wanted and tensor.data_ptr() not in seen:
+    for name, tensor in model.state_dict().items():
+        if name in names and tensor.data_ptr() not in seen:
             seen.add(tensor.data_ptr())
             tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def _write(tensors: Mapping[str, torch.Tensor], scratch: Path) -> Path:
+    """Write weights that cannot be pointed at (GGUF, fused experts, other dtypes) to a file of the bundle."""
     path = scratch / artifact.CONVERTED_WEIGHTS
-    save_file(tensors, path, {"format": "pt"})
+    save_file(dict(tensors), path, {"format": "pt"})
     apply_umask(path)  # safetensors makes files that only their owner may read
     return path
 

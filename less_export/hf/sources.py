@@ -5,24 +5,22 @@ from __future__ import annotations
 import contextlib
 import glob
 import importlib
-import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import GatedModelError, ModelError
-from . import recipes
+from . import recipes, weight_files
 from .compat import one_gguf_reader, quiet_transformers
 
 #: Files of a snapshot besides its weights (configuration, tokenizer), and weights under unusual names.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 _WEIGHT_FILES = ["*.safetensors"]
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 #: Prefixes of the decoder's weights in checkpoints with vision or audio parts, and in the decoder alone.
 TEXT_PART = {r"^language_model\.": "", r"^model\.language_model\.": "model."}
 
@@ -53,18 +51,24 @@ class ModelSource:
         """
         if self.hub is None:
             return
-        names = index_names(self.folder)
-        absent = [n for n in names or [_SINGLE] if not (self.folder / n).exists()]
-        if not absent:
+        if not self._absent():
             return
         with _or_package(self.recipe):
-            _download(self.hub, [*_SMALL_FILES, *map(glob.escape, absent)])
-            if names is None and not (self.folder / _SINGLE).exists():
-                _download(self.hub, [*_SMALL_FILES, *_WEIGHT_FILES])
-                absent = [] if any(self.folder.glob(_WEIGHT_FILES[0])) else [_SINGLE]
+            if weight_files.stated_names(self.folder) is None:  # a single file comes before an index
+                _download(self.hub, [*_SMALL_FILES, weight_files.SINGLE])
+            absent = self._absent()
+            if absent:
+                indexed = weight_files.names(self.folder) is not None
+                _download(self.hub, [*_SMALL_FILES, *(map(glob.escape, absent) if indexed else _WEIGHT_FILES)])
+                absent = [] if not indexed and any(self.folder.glob(_WEIGHT_FILES[0])) else self._absent()
             for name in absent:
                 if not (self.folder / name).exists():  # missing on the hub, or the hub unreachable?
                     _ask(self.hub, name)
+
+    def _absent(self) -> list[str]:
+        """Weight files that are not in the folder."""
+        names = weight_files.names(self.folder) or [weight_files.SINGLE]
+        return [n for n in names if not (self.folder / n).exists()]
 
     def _arguments(self) -> dict[str, Any]:
         # Code in a checkpoint is never run, and transformers does not ask about it.
@@ -131,7 +135,7 @@ def _text_part(config: Any) -> Any:
             del part.quantization_config
     if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return config
-    for name in ("dtype", "quantization_config"):
+    for name in ("dtype", "quantization_config", "transformers_weights"):
         if getattr(text, name, None) is None and getattr(config, name, None) is not None:
             setattr(text, name, getattr(config, name))
     if getattr(config, "tie_word_embeddings", None) is not None:  # transformers uses that of the whole model
@@ -164,6 +168,7 @@ def resolve(model: str) -> ModelSource:
             return ModelSource(model, package.parent, package, recipe)
         with _or_package(recipe):
             source = ModelSource(model, _download(recipe.hub, _SMALL_FILES), None, recipe, recipe.hub)
+        weight_files.refuse_adapter(source.folder, recipe.hub)
         recipe.compare(described(recipe), source.config())
         return source
     path = Path(model).expanduser()
@@ -179,6 +184,7 @@ def resolve(model: str) -> ModelSource:
             raise ModelError(f"{path} is not a GGUF file (its first bytes are not GGUF)")
         return ModelSource(path.stem, path.parent, path)
     if path.is_dir():
+        weight_files.refuse_adapter(path, path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} has no config.json: give a Hugging Face checkpoint folder")
         return ModelSource(path.resolve().name, path)
@@ -186,43 +192,9 @@ def resolve(model: str) -> ModelSource:
         raise ModelError(
             f"{path} is a file, not a checkpoint folder; the only single files that can be read are .gguf files"
         )
-    return ModelSource(model, _download(model, _SMALL_FILES), hub=model)
-
-
-def index_names(folder: Path) -> list[str] | None:
-    """The weight files that a checkpoint's index names; None where there is no index.
-
-    Raises:
-        ModelError: the index is damaged, or names files outside the folder.
-    """
-    index = folder / _INDEX
-    if not index.is_file():
-        return None
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [n for n in names if PurePath(n).is_absolute() or ".." in PurePath(n).parts]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{index.name} is not a usable index ({error}): download it again") from error
-    if outside:
-        raise ModelError(f"{index.name} names {outside[0]}, which is not in its folder: download the checkpoint again")
-    return names
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, single or sharded; raises :class:`ModelError` without them."""
-    names = index_names(folder)
-    if names is not None:
-        files = [folder / n for n in names]
-    else:
-        files = [folder / _SINGLE]
-        if not files[0].exists():
-            files = sorted(folder.glob("*.safetensors"))
-    missing = [f.name for f in files if not f.exists()]
-    if missing or not files:
-        kinds = sorted(p.suffix for p in folder.glob("*.bin")) and " (convert pytorch .bin files to safetensors first)"
-        what = f"{missing[0]} is missing" if missing else "no .safetensors file"
-        raise ModelError(f"{folder}: {what}{kinds or ''}")
-    return files
+    source = ModelSource(model, _download(model, _SMALL_FILES), hub=model)
+    weight_files.refuse_adapter(source.folder, model)
+    return source
 
 
 def described(recipe: recipes.Recipe) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,18 +16,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .. import dtypes
-from ..errors import ModelError
+from ..errors import ModelError, one_line
 from .compat import Naming, quiet_transformers
 from .sources import TEXT_PART
 
 #: Dtypes of weights that can be used as stored, by their names in safetensors.
 FLOATS = tuple(dtypes.DTYPES[n].safetensors for n in dtypes.COMPUTE_DTYPES)
-#: Dtypes that can be read, as torch dtypes; the integers are codes of quantised weights.
+#: Dtypes of a bundle's weights, as torch dtypes; the integers are codes of quantised weights.
 DTYPES = {dtypes.DTYPES[n].safetensors: dtypes.torch_dtype(n) for n in (*dtypes.COMPUTE_DTYPES, "int8", "uint8")}
+#: Every other dtype that transformers casts to the model's, as torch dtypes.
+CAST_DTYPES = {
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "BOOL": torch.bool,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class StoredTensor:
 
     def read(self) -> torch.Tensor:
         """The tensor, mapped from the file: do not write to it."""
-        dtype = DTYPES[self.dtype]
+        dtype = DTYPES.get(self.dtype) or CAST_DTYPES[self.dtype]
         if self.length == 0:
             return torch.empty(self.shape, dtype=dtype)
         count = self.length // dtype.itemsize
@@ -104,6 +120,8 @@ class QuantisedTensor:
 Stored = StoredTensor | QuantisedTensor
 #: Suffixes of a quantised weight's codes, by whether they are transposed, and of its scales.
 CODES, SCALES = {False: ".codes", True: ".codes.T"}, ".scales"
+#: What safetensors' own messages about a header begin with.
+_DESERIALISING = "Error while deserializing header: "
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
@@ -128,41 +146,36 @@ def _belong(codes: StoredTensor, scales: StoredTensor | None) -> bool:
     return scales.shape[1] == columns and scales.shape[0] > 0 and codes.shape[0] % scales.shape[0] == 0
 
 
-def _sizes(values: Any) -> bool:
-    """Whether these are whole numbers from 0 that fit into 64 bits."""
-    return isinstance(values, list) and all(type(x) is int and 0 <= x < 1 << 63 for x in values)
-
-
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Tensors of a safetensors file by name; raises :class:`ModelError` for a damaged file."""
+    """Tensors of a safetensors file by name.
+
+    Raises:
+        ModelError: the safetensors library refuses the file, or two of its tensors have the same name.
+    """
     try:
-        size = path.stat().st_size
+        with safe_open(path, "np"):  # checks the header: dtypes, shapes, offsets without holes, the file's size
+            pass
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("header longer than the file")
-            header = json.loads(file.read(length))
-        tensors = {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-            if not (isinstance(dtype, str) and _sizes(shape) and _sizes(offsets)):
-                raise ValueError(f"dtype, shape or offsets of {name!r} are not valid")
-            begin, end = offsets
-            if begin > end:
-                raise ValueError(f"{name!r} ends before it begins")
-            if 8 + length + end > size:
-                raise ValueError(f"{name!r} reaches past the end of the file")
-            tensors[name] = StoredTensor(path, dtype, tuple(shape), 8 + length + begin, end - begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise ModelError(f"{path.name} is corrupt or truncated ({error}): download it again") from error
-    for name, tensor in tensors.items():
-        if tensor.dtype in DTYPES:
-            expected = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
-            if expected != tensor.length:
-                raise ModelError(f"{path.name} is corrupt: {name!r} has {tensor.length} bytes, not {expected}")
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (OSError, SafetensorError, ValueError, RecursionError, struct.error) as error:
+        reason = str(getattr(error, "strerror", None) or error).removeprefix(_DESERIALISING)
+        raise ModelError(f"{path.name} is corrupt or truncated ({one_line(reason)}): download it again") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            tensors[name] = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + begin, end - begin)
     return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of ``pairs``; safetensors reads the last of two equal names, and its format forbids them."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"two entries have the name {next(n for n in names if names.count(n) > 1)!r}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -170,13 +183,15 @@ class Survey:
     """The tensors of a model in a checkpoint's files.
 
     ``tensors`` by parameter name, tied names included. ``missing`` names are not stored in the form that
-    is needed; those that are also ``convertible`` are stored in another layout (fused experts) or dtype. ``unused``:
-    floats without a place in the model, by their names in the files, and the names they would have in the model.
+    is needed; those that are also ``convertible`` are stored in another layout (fused experts), those in ``castable``
+    in a dtype that has to be cast. ``unused``: floats without a place in the model, by their names in the files, and
+    the names they would have in the model.
     """
 
     tensors: dict[str, Stored]
     missing: list[str]
     convertible: set[str]
+    castable: dict[str, StoredTensor]
     unused: dict[str, str]
 
 
@@ -196,6 +211,7 @@ def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
     wanted: dict[str, torch.Tensor] = dict(model.state_dict())
     tensors: dict[str, Stored] = {}
     convertible: set[str] = set()
+    castable: dict[str, StoredTensor] = {}
     unused: dict[str, str] = {}
     for path in files:
         for key, stored in stored_tensors(path).items():
@@ -209,14 +225,16 @@ def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
             if converted:
                 convertible.update(converted)
                 continue
-            if not isinstance(stored, QuantisedTensor) and stored.dtype not in FLOATS:
-                convertible.add(name)
-                continue
             if stored.shape != tuple(wanted[name].shape):
                 raise ModelError(
                     f"{path.name}: '{key}' is {list(stored.shape)}, config.json makes it "
                     f"{list(wanted[name].shape)}: weights and config belong to different models"
                 )
+            if not isinstance(stored, QuantisedTensor) and stored.dtype not in FLOATS:
+                if stored.dtype not in DTYPES and stored.dtype not in CAST_DTYPES:
+                    raise ModelError(f"{path.name}: '{key}' has dtype {stored.dtype}, which no weight can have")
+                castable[name] = stored
+                continue
             tensors[name] = stored
     for names in tied_names(model):
         source = next((tensors[n] for n in names if n in tensors), None)
@@ -224,7 +242,10 @@ def survey(model: PreTrainedModel, files: list[Path]) -> Survey:
             tensors.update(dict.fromkeys((n for n in names if n not in tensors), source))
         if not convertible.isdisjoint(names):
             convertible.update(names)
-    return Survey(tensors, [n for n in wanted if n not in tensors], convertible, unused)
+        cast = next((castable[n] for n in names if n in castable), None)
+        if cast is not None:
+            castable.update(dict.fromkeys((n for n in names if n not in castable), cast))
+    return Survey(tensors, [n for n in wanted if n not in tensors], convertible, castable, unused)
 
 
 def tied_names(model: PreTrainedModel) -> list[list[str]]:

@@ -27,7 +27,8 @@ from ..bundle.files import sha256, write_atomically
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
 from ..hf.model import open_model
-from ..hf.sources import ModelSource, checkpoint_files, resolve
+from ..hf.sources import ModelSource, resolve
+from ..hf.weight_files import checkpoint_files
 from ..less.feature_maps import FeatureMap, Kernels
 from ..plan import sparse_layer
 from ..progress import AnyProgress, Progress, Silent, as_progress
