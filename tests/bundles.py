@@ -74,8 +74,10 @@ def checkpoint(folder: Path, shard_size: str = "1GB", chat: bool = False, **chan
     return folder
 
 
-def gguf_file(path: Path, source: Path) -> Path:
-    """The checkpoint of :func:`checkpoint` as an unquantised GGUF file, tokenizer included."""
+def gguf_file(
+    path: Path, source: Path, change: Callable[[gguf.GGUFWriter], None] = lambda _: None, with_tokenizer: bool = True
+) -> Path:
+    """The checkpoint of :func:`checkpoint` as an unquantised GGUF file; ``change`` adds keys and tensors."""
     config, text = (json.loads((source / n).read_text()) for n in ("config.json", "tokenizer.json"))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     writer = gguf.GGUFWriter(path, "llama")
@@ -87,13 +89,15 @@ def gguf_file(path: Path, source: Path) -> Path:
     writer.add_head_count_kv(heads["k_proj"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    tokens = sorted(text["model"]["vocab"], key=text["model"]["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if t in ("<s>", "</s>") else 1 for t in tokens])
-    writer.add_token_merges([" ".join(m) for m in text["model"]["merges"]])
-    writer.add_bos_token_id(0)
+    if with_tokenizer:
+        tokens = sorted(text["model"]["vocab"], key=text["model"]["vocab"].get)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3 if t in ("<s>", "</s>") else 1 for t in tokens])
+        writer.add_token_merges([" ".join(m) for m in text["model"]["merges"]])
+        writer.add_bos_token_id(0)
+    change(writer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, x in load_file(source / "model.safetensors").items():
         count = heads.get(name.split(".")[-2])

@@ -46,6 +46,8 @@ def take(model: OpenModel, scratch: Path, progress: Progress) -> tuple[PreTraine
         progress.say("dequantising the GGUF weights")
         # In TensorRT's compute dtype: 16 bits unless the options say otherwise.
         files = [_write(_loaded(source, bare.state_dict(), config.dtype or "bfloat16"), scratch)]
+        whole = bare if config.num_hidden_layers is None else weights.bare_model(source.config(), torch.float32)
+        _warn_of_unread(source.gguf.name, source.unread(whole))
     else:
         if source.hub is not None:
             progress.say(f"fetching the weights of {source.hub}")
@@ -84,6 +86,16 @@ def take(model: OpenModel, scratch: Path, progress: Progress) -> tuple[PreTraine
             stacklevel=2,
         )
     return bare, tensors
+
+
+def _warn_of_unread(file: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        warnings.warn(
+            f"{file} states {shown}, which transformers does not read: the export does without, and if the model "
+            "needs them it is wrong",
+            stacklevel=3,
+        )
 
 
 def _refuse_lost(names: list[str]) -> None:

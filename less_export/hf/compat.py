@@ -7,6 +7,7 @@ release or an earlier one). The other modules import public names from transform
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ __all__ = [
     "attention_implementation",
     "experts_implementation",
     "fake_tensors",
+    "gguf_keys",
+    "gguf_names",
+    "gguf_reader",
+    "gguf_splits",
     "has_fast_bfloat16",
     "ignored_keys",
     "initialise",
@@ -184,7 +189,7 @@ def one_gguf_reader() -> Iterator[None]:
     original, bar = gguf.GGUFReader, loader.tqdm
 
     def cached(path: str | Path) -> Any:
-        key = (str(path), Path(path).stat().st_mtime_ns)
+        key = (os.path.realpath(path), Path(path).stat().st_mtime_ns)
         if key not in _readers:
             _readers.clear()
             _readers[key] = original(path)
@@ -195,6 +200,44 @@ def one_gguf_reader() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, loader.tqdm = original, bar
+
+
+def gguf_reader(path: Path) -> Any:
+    """The reader of a GGUF file, within :func:`one_gguf_reader` the one that transformers uses."""
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
+#: Architectures by other names in transformers' tables.
+_GGUF_TYPES = {"gpt-oss": "gpt_oss", "minimax-m2": "minimax_m2", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+
+
+def gguf_keys(architecture: str) -> set[str] | None:
+    """Keys of a GGUF architecture that transformers reads, without its name; None where it has no table. (4.48)"""
+    from transformers.integrations import GGUF_CONFIG_MAPPING
+
+    table = GGUF_CONFIG_MAPPING.get(_GGUF_TYPES.get(architecture, architecture))
+    return None if table is None else {key for key, name in table.items() if name is not None}
+
+
+def gguf_names(model: PreTrainedModel, architecture: str) -> set[str] | None:
+    """Tensors of a GGUF file that transformers loads into ``model``; None where it does not say. (4.48)"""
+    from transformers import modeling_gguf_pytorch_utils as loader
+
+    if gguf_keys(architecture) is None:
+        return None
+    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config={})
+    return set(loader.get_gguf_hf_weights_map(model, processor))
+
+
+def gguf_splits() -> set[str]:
+    """Pre-tokenizers of GGUF files that transformers knows. (5.20; none known in earlier releases)"""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return set()
+    return set(GGUF_PRE_TOKENIZER_SPLITS)
 
 
 # ------------------------------------------------------------------ messages

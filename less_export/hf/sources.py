@@ -6,6 +6,7 @@ import contextlib
 import glob
 import importlib
 import textwrap
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from ..errors import GatedModelError, ModelError
+from ..errors import GatedModelError, LessExportError, ModelError, one_line
 from . import recipes, weight_files
-from .compat import one_gguf_reader, quiet_transformers
+from .compat import gguf_names, one_gguf_reader, quiet_transformers
+from .gguf_file import GgufFile
 
 #: Files of a snapshot besides its weights (configuration, tokenizer), and weights under unusual names.
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -81,7 +83,11 @@ class ModelSource:
             ModelError: unreadable.
         """
         with _explained(self, "configuration"):
-            return _text_part(AutoConfig.from_pretrained(self.folder, **self._arguments()))
+            file = GgufFile(self.gguf) if self.gguf is not None else None
+            config = _text_part(AutoConfig.from_pretrained(self.folder, **self._arguments()))
+            if file is not None:
+                file.honour(config)
+            return config
 
     def is_part(self) -> bool:
         """Whether the checkpoint holds more than the decoder (a vision tower)."""
@@ -98,9 +104,9 @@ class ModelSource:
             ModelError: unreadable, or weights are missing (transformers would initialise them).
         """
         self.fetch()
-        if config is None and self.gguf is None:
-            config = self.config()
-        extra = {} if config is None else {"config": config, "key_mapping": TEXT_PART}
+        extra: dict[str, Any] = {"config": self.config() if config is None else config}
+        if self.gguf is None:
+            extra["key_mapping"] = TEXT_PART
         with _explained(self, "weights"):
             model, report = AutoModelForCausalLM.from_pretrained(
                 self.folder,
@@ -119,12 +125,54 @@ class ModelSource:
         return model.eval()
 
     def tokenizer(self) -> Any | None:
-        """The tokenizer, or None where the model ships none."""
+        """The tokenizer, or None where the model ships none.
+
+        Raises:
+            ModelError: unreadable.
+        """
+        if self.gguf is not None:
+            return self._gguf_tokenizer(self.gguf)
         files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-        if self.gguf is None and not any((self.folder / f).exists() for f in files):
+        if not any((self.folder / f).exists() for f in files):
             return None
         with _explained(self, "tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+
+    def _gguf_tokenizer(self, path: Path) -> Any | None:
+        with _explained(self, "tokenizer"):
+            file = GgufFile(path)
+            if not file.has_tokenizer:
+                return None
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+        unknown = file.unknown_splits()
+        if unknown is not None:
+            warnings.warn(
+                f"transformers does not know the pre-tokenizer '{one_line(unknown, 40)}' that {path.name} states: "
+                "texts may become other tokens than the model was trained on",
+                stacklevel=2,
+            )
+        return tokenizer
+
+    def gguf_eos_ids(self) -> list[int]:
+        """Tokens that end a text, as a GGUF file states them; none for other models."""
+        if self.gguf is None:
+            return []
+        with _explained(self, "tokenizer"):
+            return GgufFile(self.gguf).eos_ids()
+
+    def unread(self, bare: PreTrainedModel) -> list[str]:
+        """Keys and tensors of a GGUF file that are not used, by the names in the file.
+
+        Args:
+            bare: the whole decoder, without its weights.
+        """
+        if self.gguf is None:
+            return []
+        with _explained(self, "configuration"):
+            file = GgufFile(self.gguf)
+            names = gguf_names(bare, file.architecture)
+            tensors = [] if names is None else file.unread_tensors(names)
+            return [*tensors, *file.unread_keys(bare.config)]
 
 
 def _text_part(config: Any) -> Any:
@@ -149,6 +197,8 @@ def _explained(source: ModelSource, what: str) -> Iterator[None]:
     try:
         with quiet_transformers(), one_gguf_reader() if source.gguf else contextlib.nullcontext():
             yield
+    except LessExportError:
+        raise
     except Exception as error:  # errors of transformers for damaged files share no base class
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         raise ModelError(f"cannot read the {what} of {source.gguf or source.folder}: {reason}") from error

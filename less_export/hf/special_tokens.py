@@ -15,12 +15,12 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def eos_ids(source: ModelSource, hf_config: Any, tokenizer: Any | None) -> tuple[int, ...]:
-    """End-of-sequence ids: the tokenizer's own first, then the config's and generation_config.json's.
+    """End-of-sequence ids: the tokenizer's own first, then the config's, generation_config.json's or the GGUF file's.
 
     A generation_config.json that is damaged, or that holds no object, is ignored.
     """
     stated: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
-    stated.append(getattr(hf_config.get_text_config(), "eos_token_id", None))
+    stated += [getattr(hf_config.get_text_config(), "eos_token_id", None), source.gguf_eos_ids()]
     generation = source.folder / "generation_config.json"
     if source.gguf is None and generation.is_file():
         with contextlib.suppress(ValueError, OSError, RecursionError):
