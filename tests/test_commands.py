@@ -52,7 +52,7 @@ def test_prompts_from_files(run: Run, plain: Path, tmp_path: Path, monkeypatch: 
     file.write_text(PROMPT)
     want = generated(run, plain, "--prompt", PROMPT)
     assert generated(run, plain, "--prompt-file", file) == want
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert generated(run, plain, "--prompt_file", "-") == want
     file.write_bytes(b"\xff\xfe")
     refused(run("generate", plain, "--prompt-file", file), "cannot read", "not UTF-8")

@@ -12,13 +12,16 @@ from ..errors import UsageError
 
 
 def read_text(path: str) -> str:
-    """The UTF-8 text of a file, or of stdin for ``-``.
+    """The UTF-8 text of a file, or of stdin for ``-``: line ends as they are, without a byte order mark.
 
     Raises:
         UsageError: missing, unreadable or not UTF-8.
     """
+    if path == "-" and sys.stdin is None:
+        raise UsageError("cannot read -: stdin is closed")
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise UsageError(f"cannot read {path}: {reason}") from error

@@ -85,9 +85,9 @@ def open_subject(
         return _bundle(Path(target), trust_code)
     source = resolve(target)
     opened = open_model(source, replace(cache, kernels=kernel_file))
-    tokenizer = source.tokenizer()
+    tokenizer, reason = source.tokenizer_or_reason()
     if tokenizer is None:
-        raise UsageError(f"{target} ships no tokenizer, which evaluation on text needs")
+        raise UsageError(f"{reason}; evaluation on text of {target} needs one")
     encode, bos = data.encoder(tokenizer)
     fast_tokenizer = getattr(tokenizer, "backend_tokenizer", None)
     runtime_tokenizer = fast_tokenizer and Tokenizer(

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import DEFAULT_POLICY, ExportConfig
 from ..contract import Contract
-from ..hf import checkpoint
+from ..hf import checkpoint, tokenizer_files
 from ..hf.model import OpenModel, open_model
 from ..hf.sources import ModelSource
 from ..hf.weights import Stored
@@ -52,7 +52,7 @@ def prepare(
     library = _plugin(model, contracts["plan"], targets, progress) if "plan" in contracts else None
     if config.weights is not None:
         quantise.load_quantiser()  # refuses where it is not installed
-    tokenizer = source.tokenizer()
+    tokenizer = _tokenizer(source)
     bare, tensors = checkpoint.take(model, scratch, progress)
     facts = {
         "name": source.name,
@@ -63,6 +63,16 @@ def prepare(
     }
     _warn(model)
     return ExportJob(model, targets, contracts, library, tokenizer, tensors, facts)
+
+
+def _tokenizer(source: ModelSource) -> Any | None:
+    """The tokenizer, where a file can hold it; a warning says why not."""
+    tokenizer, reason = source.tokenizer_or_reason()
+    if tokenizer is not None:
+        reason = tokenizer_files.python_only(tokenizer) or ""
+    if reason:
+        warnings.warn(f"{reason}: generate will take token ids only", stacklevel=3)
+    return None if reason else tokenizer
 
 
 def _plugin(model: OpenModel, planned: Contract, targets: Targets, progress: Progress) -> Path | None:

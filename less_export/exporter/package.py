@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,8 +90,7 @@ def place_tokenizer(
     source: ModelSource, hf_config: Any, tokenizer: Any | None, layout: Layout, scratch: Path
 ) -> TokenizerFacts | None:
     """Write ``tokenizer.json`` (converted where the model ships another format); None without a tokenizer."""
-    if tokenizer is None or getattr(tokenizer, "backend_tokenizer", None) is None:
-        warnings.warn("the model ships no tokenizer: generate will take token ids only", stacklevel=2)
+    if tokenizer is None:
         return None
     path = scratch / layout.companion(artifact.TOKENIZER)
     path.write_text(tokenizer.backend_tokenizer.to_str(pretty=True), encoding="utf-8")

@@ -16,7 +16,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..errors import GatedModelError, LessExportError, ModelError, one_line
-from . import recipes, weight_files
+from . import recipes, tokenizer_files, weight_files
 from .compat import gguf_names, one_gguf_reader, quiet_transformers
 from .gguf_file import GgufFile
 
@@ -125,18 +125,31 @@ class ModelSource:
         return model.eval()
 
     def tokenizer(self) -> Any | None:
-        """The tokenizer, or None where the model ships none.
+        """The tokenizer, or None where the model ships none that can be used.
 
         Raises:
             ModelError: unreadable.
         """
+        return self.tokenizer_or_reason()[0]
+
+    def tokenizer_or_reason(self) -> tuple[Any | None, str]:
+        """:meth:`tokenizer`, and for None what a message says of it."""
         if self.gguf is not None:
-            return self._gguf_tokenizer(self.gguf)
-        files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
-        if not any((self.folder / f).exists() for f in files):
-            return None
-        with _explained(self, "tokenizer"):
-            return AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+            return self._gguf_tokenizer(self.gguf), tokenizer_files.NONE
+        reason = tokenizer_files.absent(self.folder)
+        if reason is not None:
+            return None, reason
+        try:
+            with _explained(self, "tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+        except ModelError as error:
+            own = tokenizer_files.own_code(self.folder)
+            if own is not None and "custom code" in str(error):
+                return None, own
+            if not tokenizer_files.has_vocabulary(self.folder) and tokenizer_files.is_object(self.folder):
+                return None, tokenizer_files.NO_VOCABULARY
+            raise
+        return (None, tokenizer_files.NO_VOCABULARY) if tokenizer_files.is_empty(tokenizer) else (tokenizer, "")
 
     def _gguf_tokenizer(self, path: Path) -> Any | None:
         with _explained(self, "tokenizer"):

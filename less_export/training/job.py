@@ -163,9 +163,9 @@ def _prepare(
             f"--seq-len {length} is shorter than the budget of {slots} tokens, so nothing is evicted: "
             "raise it, or lower --budget"
         )
-    tokenizer = source.tokenizer()
+    tokenizer, reason = source.tokenizer_or_reason()
     if tokenizer is None:
-        raise UsageError(f"{source.name} ships no tokenizer, which training needs: add one to its folder")
+        raise UsageError(f"{reason}; training of {source.name} needs one: add one to its folder")
     encode, bos = data.encoder(tokenizer)
     count = config.sequence_count + max(1, config.sequence_count // _VALIDATION)
     corpus = data.sequences(sources, encode, bos, count, length, config.seed)
