@@ -6,7 +6,8 @@ with the model registered; alternatively, a task file can import this module wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ try:
     import lm_eval.models  # noqa: F401  (registers the harness's own models)
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import model_registry, register_model
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError:
     raise UsageError(f"lm-evaluation-harness is not installed: {install_hint('eval')}") from None
 
-#: New tokens of a generation whose task sets no limit.
+#: New tokens of a generation whose task sets no limit, and the names of that limit, the first that is set.
 _NEW_TOKENS = 256
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class Scorer(Generator):
@@ -96,25 +99,85 @@ class LessLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         return self._tokenizer.encode(string, special=add_special_tokens is not False)
 
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens that the bundle takes; None without a limit."""
+        return self._scorer.backend.contract.token_limit()
+
+    @property
+    def max_gen_toks(self) -> int:
+        return _NEW_TOKENS
+
     def _loglikelihood_tokens(
-        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: list[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        return self._scorer.score([(context, continuation) for _, context, continuation in requests])
+        """The last token is not run: an item may have one token more than the bundle takes."""
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        limit = self.max_length
+        if limit is not None:
+            longest = max((len(continuation) for _, continuation in pairs), default=0)
+            if longest > limit:
+                raise UsageError(
+                    f"an item has {longest} tokens to score, and this bundle takes {limit}: export with a larger "
+                    "--context or an evicting --policy"
+                )
+            _warn_of_cuts([len(context) + len(rest) - 1 for context, rest in pairs], limit)
+            pairs = [(context[-(limit + 1 - len(rest)) :], rest) for context, rest in pairs]
+        return self._scorer.score(pairs)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        texts = [self.tok_encode(r.args[0], add_special_tokens=False) for r in requests]
-        return [score for score, _ in self._scorer.score([([self.prefix_token_id], ids) for ids in texts])]
+        """A text longer than the bundle takes is scored in windows, as the harness divides it."""
+        windows: list[tuple[list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            size = len(ids) if self.max_length is None else self.max_length
+            if ids:
+                windows += map(make_disjoint_window, get_rolling_token_windows(ids, self.prefix_token_id, size, 1))
+            owners += [index] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        for index, (score, _) in zip(owners, self._scorer.score(windows), strict=True):
+            totals[index] += score
+        return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Of a context that leaves too little space for the new tokens, the last tokens that fit are used."""
+        limit = self.max_length
+        contexts = [self.tok_encode(r.args[0]) or [self.prefix_token_id] for r in requests]
+        counts = [_new_tokens(r.args[1]) for r in requests]
+        if limit is not None:
+            most = max(counts, default=0)
+            if most >= limit:
+                raise UsageError(
+                    f"a task generates up to {most} tokens, and this bundle takes {limit} with the prompt: set a "
+                    "smaller max_gen_toks (--gen_kwargs), or export with a larger --context or an evicting --policy"
+                )
+            _warn_of_cuts([len(c) + n for c, n in zip(contexts, counts, strict=True)], limit)
+            contexts = [c[-(limit - n) :] for c, n in zip(contexts, counts, strict=True)]
         texts = []
-        for context, options in (r.args for r in requests):
+        for context, count, options in zip(contexts, counts, (r.args[1] for r in requests), strict=True):
             until = options.get("until") or ()
             stop = (until,) if isinstance(until, str) else tuple(u for u in until if u)
             temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-            limit = int(options.get("max_gen_toks", _NEW_TOKENS))
-            (completion,) = self._scorer.generate([context], max_new_tokens=limit, stop=stop, temperature=temperature)
+            (completion,) = self._scorer.generate([context], max_new_tokens=count, stop=stop, temperature=temperature)
             texts.append(completion.text)
         return texts
+
+
+def _new_tokens(options: Mapping[str, Any]) -> int:
+    """The limit that a task sets to a generation."""
+    return int(next((options[n] for n in _LIMITS if options.get(n) is not None), _NEW_TOKENS))
+
+
+def _warn_of_cuts(lengths: Sequence[int], limit: int) -> None:
+    """Warn of items that are longer than the bundle takes, in tokens that it would run."""
+    long = sum(length > limit for length in lengths)
+    if long:
+        warnings.warn(
+            f"{long} of {len(lengths)} items are longer than the {limit} tokens that this bundle takes: their "
+            "beginnings are left out, as with the harness's own models",
+            stacklevel=3,
+        )
 
 
 if "less" not in model_registry:  # if it is, the harness resolves the entry point itself
