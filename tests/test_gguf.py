@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, StableLmConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, Qwen3MoeConfig, StableLmConfig
 
 from less_export import open_bundle
 from less_export.bundle.artifact import Bundle
@@ -189,6 +189,23 @@ def test_heads_that_rotate_a_part(file: Callable[..., Path]) -> None:
     assert config.rope_parameters["rope_theta"] == 3e4
 
 
+def test_sizes_that_transformers_leaves_to_the_class(file: Callable[..., Path]) -> None:
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.add_key_length(32)
+        writer.add_value_length(32)
+        writer.add_expert_feed_forward_length(48)
+        writer.add_final_logit_softcapping(20.0)
+
+    found, config = GgufFile(file(change)), Qwen3MoeConfig(head_dim=16)
+    found.honour(config)
+    assert (config.head_dim, config.moe_intermediate_size) == (32, 48)
+    assert isinstance(config.head_dim, int)
+    assert found.unread_keys(config) == ["llama.final_logit_softcapping"]  # which this class does not have
+    gemma = Gemma2Config()
+    found.honour(gemma)
+    assert gemma.final_logit_softcapping == 20.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scaling", [{"rope_type": "linear", "factor": 8.0}, {"rope_type": "llama3"}])
 def test_an_export_rotates_as_the_file_says(scaling: dict[str, Any], file: Callable[..., Path], tmp_path: Path) -> None:
@@ -253,6 +270,23 @@ def test_without_a_tokenizer(
 def test_an_unknown_tokenizer_is_refused(file: Callable[..., Path], run: Run, tmp_path: Path) -> None:
     path = file(lambda w: w.add_tokenizer_model("rwkv"), with_tokenizer=False)
     refused(run(path, "--out", tmp_path / "b", *QUICK_OPTIONS), "cannot read the tokenizer", "rwkv")
+
+
+@pytest.mark.parametrize(
+    ("templates", "want"),
+    [
+        ("D", "D"),
+        (
+            [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}],
+            {"default": "D", "tool_use": "T"},
+        ),
+        ([{"name": "tool_use", "template": "T"}], {"tool_use": "T"}),
+    ],
+)
+def test_chat_templates(templates: Any, want: Any, file: Callable[..., Path]) -> None:
+    tokenizer = sources.resolve(str(file(lambda w: w.add_chat_template(templates)))).tokenizer()
+    assert tokenizer is not None
+    assert tokenizer.chat_template == want
 
 
 def test_an_unknown_pre_tokenizer_is_named(

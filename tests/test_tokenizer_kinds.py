@@ -13,9 +13,11 @@ import pytest
 
 from less_export.bundle.artifact import Bundle
 from less_export.cli.files import read_text
+from less_export.config import ExportConfig
 from less_export.errors import ModelError, UsageError
 from less_export.exporter.job import _tokenizer
 from less_export.hf import sources
+from less_export.hf.random_checkpoint import random_source
 
 from . import bundles
 from .bundles import QUICK_OPTIONS, Run, refused
@@ -97,6 +99,15 @@ def test_an_export_without_its_tokenizer(folder: Folder, run: Run, tmp_path: Pat
     assert not (tmp_path / "b" / "tokenizer.json").exists()
     assert Bundle.open(tmp_path / "b").manifest.eos_ids() == (7,)
     refused(run("generate", tmp_path / "b", "--prompt", "a"), "text prompts need a tokenizer")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", None])
+def test_random_weights_keep_the_tokenizer(name: str | None, folder: Folder, tmp_path: Path) -> None:
+    path = folder(*([name] if name else []), **tokenizer_class("PreTrainedTokenizerFast"))
+    made = random_source(str(path), ExportConfig(), tmp_path / "b")
+    found, reason = made.tokenizer_or_reason()
+    assert (found is not None, reason) == (True, "") if name else (False, NO_VOCABULARY)
+    assert made.tokenizer() is found
 
 
 @pytest.mark.parametrize(

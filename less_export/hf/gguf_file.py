@@ -35,6 +35,14 @@ _ATTRIBUTES = {
     "use_parallel_residual": ("use_parallel_residual",),
     "vocab_size": ("vocab_size",),
 }
+#: Attributes that are set to the value of a key; transformers leaves those of the class, which are one model's.
+_SET = {
+    "attention.key_length": "head_dim",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
 #: Keys that change nothing, or that :func:`honour` reads.
 _KNOWN = {
     "attention.causal", "rope.dimension_count", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear",
@@ -107,6 +115,12 @@ class GgufFile:
         """Whether the file states a vocabulary."""
         return self.value("tokenizer.ggml.model") not in (None, "none", "no_vocab")
 
+    def chat_templates(self) -> dict[str, str]:
+        """Chat templates with names, beside the one without."""
+        prefix = "tokenizer.chat_template."
+        found = {key.removeprefix(prefix): self.value(key) for key in self._fields if key.startswith(prefix)}
+        return {name: text for name, text in found.items() if isinstance(text, str)}
+
     def unknown_splits(self) -> str | None:
         """The name of a pre-tokenizer that transformers does not know; None if it knows it, or needs none."""
         kind = self.value("tokenizer.ggml.pre")
@@ -143,11 +157,16 @@ class GgufFile:
     # ------------------------------------------------------------ rotary positions
 
     def honour(self, config: Any) -> None:
-        """Set what the file states about rotary positions in ``config``, where transformers' loader drops it.
+        """Set what the file states in ``config``, where transformers' loader drops it: sizes, and rotary positions.
 
         Raises:
             UnsupportedModelError: a scaling that no configuration expresses.
         """
+        for key, attribute in _SET.items():
+            value = self.number(key)
+            held = getattr(config, attribute, None)
+            if value is not None and held is not None and config.model_type != "gemma4_text":
+                setattr(config, attribute, type(held)(value))
         parameters = getattr(config, "rope_parameters", None)
         if not isinstance(parameters, dict):
             return

@@ -29,7 +29,7 @@ from ..bundle.files import apply_umask, publish, scratch_folder
 from ..config import ExportConfig
 from ..errors import LessExportError, ModelError, UsageError
 from ..progress import Progress, Silent
-from . import recipes, weights
+from . import recipes, tokenizer_files, weights
 from .compat import initialise
 from .config_layers import keep_first
 from .sources import ModelSource, described, resolve
@@ -45,6 +45,7 @@ class RandomSource(ModelSource):
 
     hf_config: Any = None
     own_tokenizer: Any = None
+    lacks_tokenizer: str = tokenizer_files.NONE
     seed: int = 0
     progress: Progress | None = None
 
@@ -57,8 +58,8 @@ class RandomSource(ModelSource):
     def config(self) -> Any:
         return copy.deepcopy(self.hf_config)
 
-    def tokenizer(self) -> Any | None:
-        return self.own_tokenizer
+    def tokenizer_or_reason(self) -> tuple[Any | None, str]:
+        return self.own_tokenizer, self.lacks_tokenizer
 
 
 def random_source(model: str, config: ExportConfig, beside: Path, progress: Progress | None = None) -> RandomSource:
@@ -72,14 +73,15 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
     """
     recipe = recipes.load(model)
     if recipe is not None:
-        hf_config, name, tokenizer = described(recipe), model, None
+        hf_config, name, tokenizer, reason = described(recipe), model, None, tokenizer_files.NONE
     else:
         origin = resolve(model)
         if origin.gguf is not None:
             raise UsageError(
                 f"--random-weights writes safetensors: give a recipe or a folder with config.json, not {model}"
             )
-        hf_config, name, tokenizer = origin.config(), origin.name.split("/")[-1], origin.tokenizer()
+        hf_config, name = origin.config(), origin.name.split("/")[-1]
+        tokenizer, reason = origin.tokenizer_or_reason()
     vars(hf_config).pop("quantization_config", None)
     dtype = getattr(hf_config, "dtype", None) or torch.bfloat16
     hf_config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -98,6 +100,7 @@ def random_source(model: str, config: ExportConfig, beside: Path, progress: Prog
         recipe=recipe,
         hf_config=hf_config,
         own_tokenizer=tokenizer,
+        lacks_tokenizer=reason,
         seed=config.seed or 0,
         progress=progress,
     )

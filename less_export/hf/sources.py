@@ -157,6 +157,10 @@ class ModelSource:
             if not file.has_tokenizer:
                 return None
             tokenizer = AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+            named = file.chat_templates()
+        if named:  # transformers reads the one without a name
+            default = {"default": tokenizer.chat_template} if isinstance(tokenizer.chat_template, str) else {}
+            tokenizer.chat_template = {**default, **named}
         unknown = file.unknown_splits()
         if unknown is not None:
             warnings.warn(
