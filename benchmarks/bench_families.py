@@ -6,6 +6,7 @@ Two errors each, relative to the largest logit: without eviction, against Huggin
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -48,9 +49,20 @@ def measure(name: str, folder: Path) -> dict[str, float | str | list[str]]:
     }
 
 
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--all", action="store_true", help="measure every family and write results/families.json")
+    chosen.add_argument(
+        "--only", nargs="+", choices=sorted(families.FAMILIES), metavar="FAMILY", help="print these rows, write nothing"
+    )
+    return parser
+
+
 def main() -> None:
+    args = parser().parse_args()
     rows = []
-    for name in families.FAMILIES:
+    for name in args.only or families.FAMILIES:
         with tempfile.TemporaryDirectory() as scratch:
             rows.append(measure(name, Path(scratch)))
         row = rows[-1]
@@ -59,7 +71,8 @@ def main() -> None:
             f"| {row['onnx_against_torch_evicting']:.1e} |",
             flush=True,
         )
-    write_results("families", {"tokens": LENGTH, "steps": list(STEPS), "rows": rows})
+    if args.all:
+        write_results("families", {"tokens": LENGTH, "steps": list(STEPS), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -232,11 +232,9 @@ def gguf_names(model: PreTrainedModel, architecture: str) -> set[str] | None:
 
 
 def gguf_splits() -> set[str]:
-    """Pre-tokenizers of GGUF files that transformers knows. (5.20; none known in earlier releases)"""
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:
-        return set()
+    """Pre-tokenizers of GGUF files that transformers knows. (5.20)"""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
     return set(GGUF_PRE_TOKENIZER_SPLITS)
 
 
