@@ -1,4 +1,4 @@
-"""Rules of the sources, checked in their syntax trees: private names, printing."""
+"""Rules of the sources, checked in their syntax trees: private names, printing, renaming."""
 
 from __future__ import annotations
 
@@ -91,11 +91,29 @@ def test_private_names_are_recognised(line: str) -> None:
 
 def printing(tree: ast.Module) -> list[int]:
     """Lines that print, or write to the standard streams."""
-    names = {"print", "sys.stdout.write", "sys.stderr.write"}
-    return [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in names]
+    return calls(tree, "print", "sys.stdout.write", "sys.stderr.write")
 
 
 def test_only_the_command_line_prints() -> None:
     lines = {path: printing(tree) for path, tree in sources().items()}
     assert not {path: x for path, x in lines.items() if x and not path.startswith("cli/")}
     assert any(x for path, x in lines.items() if path.startswith("cli/"))
+
+
+def calls(tree: ast.Module, *names: str) -> list[int]:
+    """Lines that call one of the functions."""
+    return [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) in names]
+
+
+def test_one_place_renames_files() -> None:
+    """It makes sure that what it renames is on the disk before."""
+    renaming = {path for path, tree in sources().items() if calls(tree, "os.replace", "os.rename", "shutil.move")}
+    assert renaming == {"bundle/files.py"}
+
+
+def test_pickles_hold_only_tensors() -> None:
+    for path, tree in sources().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in ast.unparse(node), path
+        assert not calls(tree, "pickle.load", "pickle.loads"), path

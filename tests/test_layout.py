@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "less_export"
 #: Modules and packages, the lowest floor first; those of one floor are siblings and do not import one another.
 FLOORS = (
-    ("errors", "_version"),
-    ("dtypes", "progress", "versions"),
+    ("errors", "interrupts", "_version"),
+    ("dtypes", "progress", "versions", "bundle.temporary"),
     ("less.policies",),
     ("contract",),
     ("config", "less.kernel_shapes", "bundle.files"),

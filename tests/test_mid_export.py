@@ -125,7 +125,7 @@ def test_renaming_back_may_fail_too(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(files.os, "replace", lambda a, b: full_disk() if b == final else original(a, b))
     with pytest.raises(OSError, match="No space"):
         files.publish([(tmp_path / "new", final)])
-    assert [p.read_text() for p in tmp_path.glob(".replaced.*/old/what")] == ["old"]
+    assert [p.read_text() for p in tmp_path.glob(".old.replaced-*/old/what")] == ["old"]
 
 
 def test_converted_weights_on_a_full_disk(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ from typing import Any
 import onnx_ir as ir
 from safetensors import SafetensorError
 
+from .. import interrupts
 from ..bundle import artifact
 from ..bundle.artifact import Artifact, Manifest, OnDisk, WeightFile
-from ..bundle.files import scratch_folder, sha256
+from ..bundle.files import flush, scratch_folder, sha256
 from ..config import ExportConfig
 from ..errors import EngineError, GatedModelError, LessExportError
 from ..hf import recipes
@@ -54,9 +58,10 @@ def export(
         LessExportError: anything the user can fix; no partial output is left behind.
     """
     config, progress = replace(config or ExportConfig(), **options), as_progress(progress)
+    package.restore(out)
     targets = plan_targets(out, config, engine_plan)
     destination, layout = targets.destination, targets.layout
-    source = _source(model, config, destination, progress)
+    source, published = _source(model, config, destination, progress), False
     try:
         with scratch_folder(destination) as scratch:
             job = prepare(source, config, targets, scratch, progress)
@@ -69,12 +74,15 @@ def export(
             on_disk = OnDisk.of(file, [scratch / w.file for w in manifest.weights])
             file.write_bytes(replace(manifest, on_disk=on_disk).dump())
             progress.say("renaming")
-            package.publish_bundle(scratch, layout, {layout.manifest, *manifest.files()})
+            flush(scratch)
+            with interrupts.deferred():
+                package.publish_bundle(scratch, layout, {layout.manifest, *manifest.files()})
+                published = True
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise LessExportError(f"cannot write {destination}: {reason}; {_remains(source)}") from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {_remains(source)}") from None
+        raise KeyboardInterrupt(f"interrupted; {'all was written' if published else _remains(source)}") from None
     return destination
 
 
@@ -109,8 +117,8 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
         warnings.warn(f"hard links are not possible here: copied {', '.join(copied)}", stacklevel=2)
     kernels = package.place_kernels(model.kernels, layout, scratch)
     artifacts = []
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        hashes = {n: pool.submit(sha256, scratch / n) for n in names.values() if targets.with_weights}
+    with _hashing() as hashed:
+        hashes = {n: hashed(scratch / n) for n in names.values() if targets.with_weights}
         models = {}
         for kind in targets.traced:
             progress.say(f"tracing for {'ONNX Runtime' if kind == 'ort' else 'TensorRT'}")
@@ -120,7 +128,7 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
             path = scratch / layout.companion(artifact.QUANTISED_WEIGHTS)
             graphs.quantise_weights(job, models[targets.traced[0]], path)
             names = {path: path.name}
-            hashes = {n: pool.submit(sha256, scratch / n) for n in names.values() if targets.with_weights}
+            hashes = {n: hashed(scratch / n) for n in names.values() if targets.with_weights}
         for kind, graph in models.items():
             graphs.bind_weights(job, graph, names, scratch / layout.companion(artifact.KERNELS))
             if kind in targets.kinds:
@@ -143,6 +151,18 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
         settings["eos_ids"] = list(eos_ids(model.source, model.hf_config, None))
     tools = package.tools(targets.flavour)
     return Manifest(job.facts, settings, tuple(artifacts), weight_files, tools, tokenizer, kernels)
+
+
+@contextlib.contextmanager
+def _hashing() -> Iterator[Callable[[Path], concurrent.futures.Future[str]]]:
+    """Hash files in a thread; if the block fails, it stops where it is."""
+    stop = threading.Event()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            yield lambda path: pool.submit(sha256, path, stop)
+        except BaseException:
+            stop.set()
+            raise
 
 
 def _save_graph(job: ExportJob, kind: str, graph: ir.Model, scratch: Path) -> Artifact:

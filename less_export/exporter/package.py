@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from .._version import __version__
 from ..bundle import artifact
 from ..bundle.artifact import KernelFacts, Layout, TokenizerFacts
-from ..bundle.files import apply_umask, copy, link, publish, sha256
+from ..bundle.files import apply_umask, copy, link, publish, put_back, replace, sha256
 from ..errors import LessExportError
 from ..hf.sources import ModelSource
 from ..hf.special_tokens import adds_bos, eos_ids
@@ -52,7 +51,7 @@ def place_weights(names: Mapping[Path, str], scratch: Path, progress: Progress) 
     left = []
     for file, name in names.items():
         if file.parent == scratch:
-            os.replace(file, scratch / name)
+            replace(file, scratch / name)
         elif not link(file, scratch / name):
             left.append(file)
     if left:
@@ -120,6 +119,23 @@ def tools(flavour: engine.Flavour | None) -> dict[str, str]:
     if flavour is not None:
         versions[flavour.name] = flavour.version
     return versions
+
+
+def restore(out: str | Path) -> None:
+    """Put the bundle at ``out`` back if an export was killed while it renamed files.
+
+    Raises:
+        LessExportError: a file cannot be renamed.
+    """
+    layout = Layout.of(out)
+    try:
+        for last in (layout.folder, layout.folder / layout.manifest):
+            put_back(last)
+    except OSError as error:
+        raise LessExportError(
+            f"an export over {out} was killed, and the files that it had set aside cannot be put back: "
+            f"{error.strerror or error}"
+        ) from error
 
 
 def publish_bundle(scratch: Path, layout: Layout, files: set[str]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..bundle.files import sha256, write_atomically
+from ..bundle.files import replace, sha256, write_atomically
 from ..errors import EngineError
 
 #: The file of known hashes: one SHA-256 in hexadecimal a line.
@@ -124,4 +124,4 @@ def store(part: Path, library: Path) -> None:
     record(digest)
     make_private(library.parent)
     write_atomically(library.with_name(library.name + HASH_SUFFIX), f"{digest}\n".encode())
-    os.replace(part, library)
+    replace(part, library)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..bundle.files import scratch_folder
+from ..bundle.files import replace, scratch_folder
 from ..contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, TensorSpec
 from ..dtypes import from_tensorrt
 from ..errors import EngineError, UsageError, install_hint
@@ -230,7 +230,7 @@ def build_plan(
             part = folder / out.name
             with log.listening(watch), log.interruptible():
                 layers, plugins = _build(chosen, model, contract, weights_dir, archs, library, part)
-            os.replace(part, out)
+            replace(part, out)
     except OSError as error:
         raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
