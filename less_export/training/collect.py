@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..bundle.files import write_atomically
+from ..bundle.files import flush
 from ..contract import LayerSpec
 from ..errors import LessExportError, ModelError, UnsupportedModelError
 from ..hf.compat import Conv1D
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..progress import Progress
-from . import resources
+from . import resources, work
 
 _MARK = "collected.json"
+#: Bytes that are read at a time.
+_PIECE = 1 << 24
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -71,13 +74,33 @@ class Activations:
                 f"({error.strerror or error}): free disk space, or use fewer --seqs or a shorter --seq-len"
             ) from error
 
+    def marked(self) -> set[int]:
+        """Layers that :meth:`mark_done` has marked."""
+        return {*self._checksums()}
+
     def done(self) -> set[int]:
-        """Layers whose files are complete."""
-        mark = self.folder / _MARK
-        return set(json.loads(mark.read_text())) if mark.exists() else set()
+        """Layers whose files are complete: marked, and as they were then."""
+        return {i for i, stated in self._checksums().items() if self._checksum(i) == stated}
 
     def mark_done(self, layers: Sequence[int]) -> None:
-        write_atomically(self.folder / _MARK, json.dumps(sorted(layers)).encode())
+        for layer in layers:
+            flush(self._file(layer))
+        checksums = {str(i): self._checksum(i) for i in layers}
+        work.save(self.folder / _MARK, json.dumps(checksums).encode())
+
+    def _checksums(self) -> dict[int, int]:
+        content = work.load(self.folder / _MARK)
+        return {} if content is None else {int(i): checksum for i, checksum in json.loads(content).items()}
+
+    def _checksum(self, layer: int) -> int | None:
+        """CRC-32 of a layer's file: billions of bytes, of which only accidents are to be noticed; None if it is cut."""
+        file, checksum = self._file(layer), 0
+        if not file.is_file() or file.stat().st_size != self.nbytes(layer):
+            return None
+        with open(file, "rb") as content:
+            while piece := content.read(_PIECE):
+                checksum = zlib.crc32(piece, checksum)
+        return checksum
 
     def drop(self) -> None:
         """Delete the files, to free their disk space."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from ..bundle.files import write_atomically
 from ..contract import LayerSpec
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..less.feature_maps import FeatureMap
 from ..progress import Progress
+from . import work
 
 STEPS = 96
 _POSITIONS = 96
@@ -66,8 +66,9 @@ def tune(
     optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
     generator = torch.Generator().manual_seed(seed)
     begin = done = 0
-    if state_file is not None and state_file.exists():
-        state = torch.load(state_file, weights_only=True, map_location=model.device)
+    saved = work.load(state_file, progress) if state_file is not None else None
+    if saved is not None:
+        state = torch.load(io.BytesIO(saved), weights_only=True, map_location=model.device)
         begin, before = state["step"], state["before"]
         done = begin
         for parameter, value in zip(parameters, state["parameters"], strict=True):
@@ -98,7 +99,7 @@ def tune(
                 state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
                 buffer = io.BytesIO()
                 torch.save(state, buffer)
-                write_atomically(state_file, buffer.getvalue())
+                work.save(state_file, buffer.getvalue())
     for feature_map in tuned.values():
         feature_map.requires_grad_(False)
     after = measure("divergence after")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 import shutil
 import time
 import warnings
@@ -23,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .._version import __version__
-from ..bundle.files import sha256, write_atomically
+from ..bundle.files import is_special, sha256
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
 from ..hf.model import open_model
@@ -32,7 +31,7 @@ from ..hf.weight_files import checkpoint_files
 from ..less.feature_maps import FeatureMap, Kernels
 from ..plan import sparse_layer
 from ..progress import AnyProgress, Progress, Silent, as_progress
-from . import allocate, collect, data, end_to_end, fit, resources
+from . import allocate, collect, data, end_to_end, fit, resources, work
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
 from .options import device as choose_device
 
@@ -115,23 +114,31 @@ def train(
     out = Path(out)
     if out.is_dir() or not out.name:
         raise UsageError(f"--out {out} is a folder: give the name of a .safetensors file")
+    if is_special(out):
+        raise UsageError(f"--out {out} is a device or a pipe: give the name of a .safetensors file")
     processes.join()
     try:
         job = _prepare(model, out, texts, config, processes, first_progress)
         job.other_progress = as_progress(None if processes.first else progress)
-        try:
-            if config.divided:
-                _divide(job)
-            _fit_all(job)
-            return _finish(job, out)
-        except BaseException:
-            with contextlib.suppress(OSError):  # fails, and keeps the folder, if it holds finished layers
-                job.work.rmdir()
-            raise
+        with work.alone(job.work) if processes.first else contextlib.nullcontext():
+            processes.wait()
+            return _train(job, out)
     except OSError as error:
         raise LessExportError(f"cannot write {out} or beside it: {error.strerror or error}") from error
     finally:
         processes.leave()
+
+
+def _train(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
+    try:
+        if job.config.divided:
+            _divide(job)
+        _fit_all(job)
+        return _finish(job, out)
+    except BaseException:
+        with contextlib.suppress(OSError):  # fails, and keeps the folder, if it holds finished layers
+            job.work.rmdir()
+        raise
 
 
 def _prepare(
@@ -196,14 +203,12 @@ def _prepare(
         "seed": config.seed,
         "less_export": __version__,
     }
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    work = out.parent / f".{out.name}.{fingerprint}"
+    folder = work.folder(out, facts, opened.hf_config)
     if processes.first:
-        _warn_of_unfinished(out, work)
-    work.mkdir(parents=True, exist_ok=True)
+        work.warn_of_others(out, folder)
     dtype, width = compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
     return TrainJob(
-        source, config, plan, chosen, corpus, facts, device, dtype, width, work, processes, progress, Silent()
+        source, config, plan, chosen, corpus, facts, device, dtype, width, folder, processes, progress, Silent()
     )  # fmt: skip
 
 
@@ -215,19 +220,6 @@ def _model_hash(source: ModelSource, progress: Progress) -> str:
     return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
-def _warn_of_unfinished(out: Path, work: Path) -> None:
-    """Warn of unfinished trainings beside ``out`` with other options: they are kept, as they may be running."""
-    name = re.compile(re.escape(f".{out.name}.") + "[0-9a-f]{12}")
-    unfinished = [p for p in sorted(out.parent.glob(".*")) if name.fullmatch(p.name) and p.is_dir() and p != work]
-    if unfinished:
-        size = sum(f.stat().st_size for p in unfinished for f in p.rglob("*") if f.is_file())
-        warnings.warn(
-            f"unfinished trainings of {out.name} with other options or texts hold {size / 1e9:.2f} GB; delete those "
-            f"that are not running: {', '.join(map(str, unfinished))}",
-            stacklevel=4,
-        )
-
-
 def _load(job: TrainJob) -> PreTrainedModel:
     job.progress.say(f"loading {job.source.name}")
     # Not with transformers' device_map, which needs accelerate even for a single device.
@@ -237,12 +229,12 @@ def _load(job: TrainJob) -> PreTrainedModel:
 def _divide(job: TrainJob) -> None:
     """Divide the budget among the layers; the first process measures the costs and saves them beside the layers."""
     file = job.work / "layer_budgets.json"
-    if job.processes.first and not file.exists():
+    if job.processes.first and work.load(file, job.progress) is None:
         measured = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress)
-        write_atomically(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
+        work.save(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
     job.processes.wait()
     costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
-    for i, slots, cost in json.loads(file.read_text()):
+    for i, slots, cost in json.loads(work.written(work.load(file), file)):
         costs[i][slots] = cost
     divided = allocate.divide(costs, job.plan)
     plan = list(job.plan)
@@ -258,8 +250,8 @@ def _divide(job: TrainJob) -> None:
 
 
 def _fit_all(job: TrainJob) -> None:
-    """Fit every layer that has no file yet, in groups whose activations fit on disk."""
-    pending = [i for i in job.layers if not job.layer_file(i).exists()]
+    """Fit every layer that has no whole file yet, in groups whose activations fit on disk."""
+    pending = [i for i in job.layers if work.load_layer(job.layer_file(i), i, job.progress) is None]
     finished = len(job.layers) - len(pending)
     if finished:
         job.progress.say(f"{finished} of {len(job.layers)} layers were trained before")
@@ -279,7 +271,7 @@ def _fit_all(job: TrainJob) -> None:
                 _fit_layer(job, layer, activations.tensor(layer), projections[layer])
         except BaseException as error:
             # Incomplete activations are useless, and so are complete ones if the same command would fail again.
-            if isinstance(error, LessExportError) or not set(group) <= activations.done():
+            if isinstance(error, LessExportError) or not set(group) <= activations.marked():
                 activations.remove()
             raise
         job.processes.wait()
@@ -317,7 +309,9 @@ def _collect(job: TrainJob, group: list[int], activations: collect.Activations) 
     """Collect the activations of ``group`` and return its output projections; the model is freed afterwards."""
     model = _load(job)
     projections = collect.output_projections(model, job.plan)
-    if not set(group) <= activations.done():
+    complete = set(group) <= activations.done()
+    job.processes.wait()  # all have looked before the first writes
+    if not complete:
         if job.processes.first:
             activations.reserve(group)
         job.processes.wait()
@@ -351,12 +345,13 @@ def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection:
     seconds = round(time.perf_counter() - begin, 1)
     facts = {**vars(errors), "used": errors.less < errors.sparse, "seconds": seconds}
     job.other_progress.say(f"layer {layer}: {seconds:.0f} s, error {errors.less:.4f}, without LESS {errors.sparse:.4f}")
-    Kernels({layer: feature_map.cpu()}, facts).save(job.layer_file(layer))
+    work.save_layer(job.layer_file(layer), layer, feature_map.cpu(), facts)
 
 
 def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     """Join the layers, tune them together if configured, and write the file (first process only)."""
-    loaded = {i: Kernels.load(job.layer_file(i)) for i in job.layers}
+    files = {i: job.layer_file(i) for i in job.layers}
+    loaded = {i: work.written(work.load_layer(file, i), file) for i, file in files.items()}
     job.processes.wait()  # all must have read them before the first deletes them
     reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
     maps = {r.layer: loaded[r.layer].layers[r.layer] for r in reports if r.used}
