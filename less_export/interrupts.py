@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import threading
-from collections.abc import Iterator
-from types import FrameType
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[None]:
-    """Deliver interrupts (SIGINT, SIGTERM) at the end of the block. For short steps, such as a few renames.
+def taken(take: Callable[[Callable[[], object]], object]) -> Iterator[None]:
+    """Call ``take`` with what an interrupt (SIGINT, SIGTERM) does, instead of doing it: it usually raises.
 
     Signals without a handler in Python act at once. Only the main thread receives signals, so others need no care.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[tuple[int, FrameType | None]] = []
-    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    handlers = {n: handler for n in (signal.SIGINT, signal.SIGTERM) if callable(handler := signal.getsignal(n))}
     try:
-        for number in handlers:
-            signal.signal(number, lambda *arguments: received.append(arguments))
+        for number, handler in handlers.items():
+            signal.signal(number, lambda *arguments, handler=handler: take(functools.partial(handler, *arguments)))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for first, frame in received[:1]:
-            handlers[signal.Signals(first)](first, frame)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Deliver interrupts at the end of the block. For short steps, such as a few renames."""
+    received: list[Callable[[], object]] = []
+    try:
+        with taken(received.append):
+            yield
+    finally:
+        for act in received[:1]:
+            act()

@@ -19,6 +19,7 @@ from huggingface_hub import errors as hub_errors
 from less_export import __version__
 from less_export.bundle.artifact import Bundle
 from less_export.cli.commands import COMMANDS, overview, split
+from less_export.cli.ending import INTERRUPTED
 from less_export.cli.main import main
 from less_export.config import ExportConfig
 from less_export.exporter import build
@@ -270,7 +271,8 @@ def test_interrupted_training_resumes(run: Run, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("less_export.training.job.train", train)
     result = run("train", "gemma3-270m", "--out", tmp_path / "k.safetensors")
-    refused(result, "interrupted; rerun the same command to resume")
+    assert result.code == INTERRUPTED
+    assert result.err == "less-export: error: interrupted; rerun the same command to resume\n"
 
 
 def test_the_package_runs_as_a_module() -> None:

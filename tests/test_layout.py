@@ -18,7 +18,7 @@ PACKAGE = "less_export"
 #: Modules and packages, the lowest floor first; those of one floor are siblings and do not import one another.
 FLOORS = (
     ("errors", "interrupts", "_version"),
-    ("dtypes", "progress", "versions", "bundle.temporary"),
+    ("dtypes", "progress", "panics", "versions", "bundle.temporary"),
     ("less.policies",),
     ("contract",),
     ("config", "less.kernel_shapes", "bundle.files"),

@@ -19,6 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from less_export.bundle import files
 from less_export.bundle.artifact import MANIFEST, Bundle
+from less_export.cli.ending import INTERRUPTED
 from less_export.errors import LessExportError
 from less_export.exporter import build
 from less_export.hf import checkpoint
@@ -47,10 +48,10 @@ def fails_at(function: Callable[..., Any], call: int = 1, name: str = "") -> Cal
     return instead
 
 
-def stopped(result: Result, says: str) -> None:
+def stopped(result: Result, says: str, code: int = 1) -> None:
     """Assert that the export failed with exactly one error line, the last."""
     *before, last = result.err.splitlines()
-    assert result.code == 1
+    assert result.code == code
     assert last.startswith(f"less-export: error: {says}"), result.err
     assert last.endswith("nothing was left behind")
     assert all(line.startswith("less-export: ") and "error" not in line for line in before), result.err
@@ -170,7 +171,7 @@ def test_interrupted(
     monkeypatch.setattr(f"less_export.exporter.{where}", how)
     before = bundles.snapshot(place)
     for out in ("out", "new", "x.onnx"):
-        stopped(run(source, "--out", place / out, *QUICK_OPTIONS), "interrupted")
+        stopped(run(source, "--out", place / out, *QUICK_OPTIONS), "interrupted", INTERRUPTED)
         assert bundles.snapshot(place) == before
 
 
@@ -198,7 +199,7 @@ def test_control_c_while_tracing(source: Path, place: Path) -> None:
         process.send_signal(signal.SIGINT)
         seen.append(process.stderr.read())
         out = process.stdout.read()
-    stopped(Result(process.returncode, out, "".join(seen)), "interrupted")
+    stopped(Result(process.returncode, out, "".join(seen)), "interrupted", INTERRUPTED)
     assert bundles.snapshot(place) == before
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import BACKENDS
 from ..errors import UsageError, printable
+from .ending import tell
 from .files import read_text
 from .options import Parser, general_options, token_ids, trust_option
 
@@ -84,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(_shown(generator.generate([prompt], params)[0].text))
     timing = generator.timing
-    print(
+    tell(
         f"prompt {timing.prefill_tokens} tokens in {timing.prefill_seconds:.2f} s, "
         f"{timing.decode_tokens} tokens at {timing.decode_rate:.1f} tokens/s",
-        file=sys.stderr,
+        prefix="",
     )
     return 0
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from ..errors import LessExportError
-from .main import report_error
+from .ending import ended
 
 
 def main() -> int:
-    """Entry point; the harness reads the arguments. Returns 0, or 1 with one line on stderr for errors of ours."""
-    try:
+    """Entry point; the harness reads the arguments. Returns 0, 1 with one line on stderr, or 130 if interrupted."""
+
+    def run() -> int:
         from ..evaluation import harness
 
         harness.main()
-    except LessExportError as error:
-        return report_error(str(error))
-    return 0
+        return 0
+
+    return ended(run, lambda: "interrupted")

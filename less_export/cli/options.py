@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import textwrap
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .._version import __version__
 from ..config import DEFAULT_BUDGET, DEFAULT_POLICY
 from ..errors import UsageError
 from ..less.policies import choosable
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 MODEL_HELP = "recipe name, hub id (org/name), checkpoint folder or GGUF file"
 
@@ -36,6 +40,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Unlike argparse, which ignores a full disk."""
+        (file or sys.stderr).write(message)
 
 
 def wrapped(text: str) -> str:

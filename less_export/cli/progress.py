@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Iterator
 
 from ..errors import printable
 from ..progress import Progress, Spoken, Step
-
-
-def say(text: str) -> None:
-    """Print one line."""
-    print(f"less-export: {printable(text)}", file=sys.stderr, flush=True)
+from .ending import tell
 
 
 class Bars:
@@ -26,7 +21,7 @@ class Bars:
         self._console = Console(stderr=True)
 
     def say(self, text: str) -> None:
-        say(text)
+        tell(text)
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int) -> Iterator[Step]:
@@ -69,7 +64,7 @@ def spinner() -> Iterator[Progress]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Spoken(say)
+        yield Spoken(tell)
         return
     with console.status("starting") as status:
         yield Spoken(lambda text: status.update(escape(printable(text))))

@@ -134,7 +134,7 @@ def _read(path: str) -> list[tuple[str, str]]:
         pairs = [(str(x["text"]), str(x["summary"])) for x in items]
     except OSError as error:
         raise UsageError(f"cannot read --data {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"--data {path} is not a .jsonl file with text and summary on each line ({error})") from None
     if not pairs:
         raise UsageError(f"--data {path} is empty")

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..bundle import schema
 from ..config import DEFAULT_POLICY, ExportConfig
 from ..contract import Contract
+from ..errors import ModelError
 from ..hf import checkpoint, tokenizer_files
 from ..hf.model import OpenModel, open_model
 from ..hf.sources import ModelSource
@@ -58,7 +60,7 @@ def prepare(
         "name": source.name,
         "class": type(bare).__name__,
         "parameters": sum(p.numel() for p in bare.parameters()),
-        "config": json.loads(json.dumps(model.hf_config.to_dict(), default=str)),
+        "config": _as_json(model.hf_config, source),
         "max_position_embeddings": model.trained_length,
     }
     _warn(model)
@@ -73,6 +75,21 @@ def _tokenizer(source: ModelSource) -> Any | None:
     if reason:
         warnings.warn(f"{reason}: generate will take token ids only", stacklevel=3)
     return None if reason else tokenizer
+
+
+def _as_json(hf_config: Any, source: ModelSource) -> Any:
+    """The configuration as the manifest states it.
+
+    Raises:
+        ModelError: no manifest may hold it.
+    """
+    try:
+        config = json.loads(json.dumps(hf_config.to_dict(), default=str))
+        schema.read_json(json.dumps({"model": {"config": schema.tag_floats(config)}}).encode())
+    except (RecursionError, schema.SchemaError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ModelError(f"the configuration of {source.name} does not fit into a manifest: {reason}") from None
+    return config
 
 
 def _plugin(model: OpenModel, planned: Contract, targets: Targets, progress: Progress) -> Path | None:

@@ -177,7 +177,7 @@ def _same(wanted: Path, folder: Path, shards: list[str]) -> bool:
     """Whether ``folder`` holds this config and index, and the shards (which were renamed into place whole)."""
     try:
         alike = all(_content(wanted / n) == _content(folder / n) for n in ("config.json", _INDEX))
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return False
     return alike and all((folder / n).is_file() for n in shards)
 

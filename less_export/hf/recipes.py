@@ -187,6 +187,14 @@ def all_recipes() -> list[Recipe]:
     return [r for r in map(load, names()) if r is not None]
 
 
+def user_path(text: str) -> Path:
+    """A path in which ~ stands for the home folder, if there is one."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def is_hub_id(model: str) -> bool:
     """Whether a MODEL that is not a file can be an id like org/name."""
     return bool(_HUB_ID.match(model))
@@ -194,7 +202,7 @@ def is_hub_id(model: str) -> bool:
 
 def refuse_unknown(model: str) -> None:
     """Raise :class:`UsageError` for a MODEL that is not a recipe, file, folder or hub id; does not import torch."""
-    path = Path(model).expanduser()
+    path = user_path(model)
     if model in _files() or path.exists() or path.suffix == ".gguf" or is_hub_id(model):
         return
     close = difflib.get_close_matches(model, names(), n=1, cutoff=0.5)

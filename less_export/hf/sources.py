@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .. import panics
 from ..errors import GatedModelError, LessExportError, ModelError, one_line
 from . import recipes, tokenizer_files, weight_files
 from .compat import gguf_names, one_gguf_reader, quiet_transformers
@@ -140,8 +141,9 @@ class ModelSource:
         if reason is not None:
             return None, reason
         try:
-            with _explained(self, "tokenizer"):
+            with _explained(self, "tokenizer"), panics.as_exceptions():
                 tokenizer = AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+                tokenizer("Hello")  # some are damaged in a way that shows only at a text
         except ModelError as error:
             own = tokenizer_files.own_code(self.folder)
             if own is not None and "custom code" in str(error):
@@ -152,11 +154,12 @@ class ModelSource:
         return (None, tokenizer_files.NO_VOCABULARY) if tokenizer_files.is_empty(tokenizer) else (tokenizer, "")
 
     def _gguf_tokenizer(self, path: Path) -> Any | None:
-        with _explained(self, "tokenizer"):
+        with _explained(self, "tokenizer"), panics.as_exceptions():
             file = GgufFile(path)
             if not file.has_tokenizer:
                 return None
             tokenizer = AutoTokenizer.from_pretrained(self.folder, **self._arguments())
+            tokenizer("Hello")
             named = file.chat_templates()
         if named:  # transformers reads the one without a name
             default = {"default": tokenizer.chat_template} if isinstance(tokenizer.chat_template, str) else {}
@@ -238,7 +241,7 @@ def resolve(model: str) -> ModelSource:
         weight_files.refuse_adapter(source.folder, recipe.hub)
         recipe.compare(described(recipe), source.config())
         return source
-    path = Path(model).expanduser()
+    path = recipes.user_path(model)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"{path} does not exist: give the path of a GGUF file")
@@ -285,8 +288,8 @@ def _gguf_of(recipe: recipes.Recipe) -> Path | None:
         return None
     try:
         return Path(package.assemble())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"package {recipe.gguf_package} is damaged ({error}): reinstall it") from error
+    except Exception as error:  # files of the package, its cache in the user's home folder, the disk
+        raise ModelError(f"package {recipe.gguf_package} cannot be used ({one_line(error)}): reinstall it") from error
 
 
 @contextlib.contextmanager

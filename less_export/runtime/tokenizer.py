@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from .. import panics
 from ..errors import BundleError, UsageError, one_line
 from .chat_template import ChatTemplate
 
@@ -59,7 +57,7 @@ class Tokenizer:
     ) -> None:
         name = "the tokenizer" if isinstance(source, tokenizers.Tokenizer) else f"the tokenizer {source}"
         try:
-            with _panics_as_exceptions():
+            with panics.as_exceptions():
                 self._tokenizer = source if isinstance(source, tokenizers.Tokenizer) else _read(Path(source))
                 self._tokenizer.no_truncation()
                 self._tokenizer.no_padding()
@@ -207,31 +205,6 @@ def _run(call: Callable[[], Any]) -> Any:
         raise
     except BaseException as error:  # a panic is no Exception
         raise UsageError(f"the tokenizer fails on this text: {one_line(error)}") from error
-
-
-@contextlib.contextmanager
-def _panics_as_exceptions() -> Iterator[None]:
-    """Turn panics of the tokenizers library into exceptions, without the report that Rust writes to stderr."""
-    with tempfile.TemporaryFile() as report, contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # stderr may be closed
-            stderr = os.dup(2)
-            stack.callback(os.close, stderr)
-            stack.callback(os.dup2, stderr, 2)
-            os.dup2(report.fileno(), 2)
-        panicked = False
-        try:
-            yield
-        except (Exception, KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            panicked = True
-            raise RuntimeError(f"it is damaged ({one_line(error)})") from error
-        finally:
-            stack.close()
-            if not panicked and report.seek(0, os.SEEK_END):  # of other threads
-                report.seek(0)
-                with contextlib.suppress(OSError):
-                    os.write(2, report.read())
 
 
 class TextStream:

@@ -25,10 +25,17 @@ HASH_SUFFIX = ".sha256"
 
 
 def cache_folder() -> Path:
-    """LESS_EXPORT_CACHE, or less-export in XDG_CACHE_HOME or ~/.cache; absolute."""
+    """LESS_EXPORT_CACHE, or less-export in XDG_CACHE_HOME or ~/.cache; absolute.
+
+    Raises:
+        EngineError: there is no home folder.
+    """
     if os.environ.get("LESS_EXPORT_CACHE"):
         return Path(os.environ["LESS_EXPORT_CACHE"]).absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "less-export"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "less-export"
+    except RuntimeError:
+        raise EngineError("there is no home folder for the cache: set LESS_EXPORT_CACHE to a folder") from None
 
 
 def refuse_shared(path: Path) -> None:

@@ -9,12 +9,12 @@ import contextlib
 import functools
 import logging
 import re
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from .. import interrupts
 from ..errors import EngineError
 
 _LOGGER = logging.getLogger("less_export.tensorrt")
@@ -90,15 +90,14 @@ class Log:
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """Ctrl-C stops the work at its next call-back (an exception raised there would be lost in TensorRT)."""
-        default, main = signal.default_int_handler, threading.main_thread()
-        if threading.current_thread() is not main or signal.getsignal(signal.SIGINT) is not default:
+        with interrupts.taken(self._stop):
             yield
-            return
-        signal.signal(signal.SIGINT, lambda *_: setattr(self, "stopped", KeyboardInterrupt()))
+
+    def _stop(self, act: Callable[[], object]) -> None:
         try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, default)
+            act()
+        except BaseException as error:
+            self.stopped = error
 
     def reason(self) -> str:
         """The most useful of the errors: the first that neither frames nor repeats another."""

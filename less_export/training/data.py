@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UsageError, install_hint
+from .. import panics
+from ..errors import UsageError, install_hint, one_line
+from ..hf.recipes import user_path
 from ..hf.special_tokens import adds_bos
 
 #: Most characters read of one source. Bounds memory; training uses far fewer.
@@ -53,7 +55,7 @@ def read(names: Sequence[str]) -> list[Source]:
         if name in SHIPPED and not Path(name).exists():
             sources.append(shipped(name))
             continue
-        text = _dataset(name[3:]) if name.startswith("hf:") else _files(Path(name).expanduser())
+        text = _dataset(name[3:]) if name.startswith("hf:") else _files(user_path(name))
         if not text.strip():
             raise UsageError(f"--data {name} is empty: give a text")
         sources.append(Source(name if name.startswith("hf:") else Path(name).name, plain(text)))
@@ -192,7 +194,11 @@ def encoder(tokenizer: Any) -> tuple[Encode, int | None]:
     """``(encode, bos)`` of a Hugging Face tokenizer; bos is None for models that start without one."""
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        try:
+            with panics.as_exceptions():
+                return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        except Exception as error:  # the library raises plain Exception
+            raise UsageError(f"the model's tokenizer fails on the text: {one_line(error)}") from error
 
     bos = tokenizer.bos_token_id
     return encode, int(bos) if bos is not None and adds_bos(tokenizer) else None
