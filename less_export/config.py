@@ -21,6 +21,11 @@ DEFAULT_POLICY = Policy.H2O.name
 DEFAULT_CONTEXT = 4096
 DEFAULT_BUDGET = "5%"
 DEFAULT_CHUNK = 256
+#: A half-life in tokens, or that scores never fade.
+HalfLife = int | Literal["none"]
+DEFAULT_HALF_LIFE: HalfLife = "none"
+#: Longest half-life; beyond it a float32 score does not fade from one token to the next.
+MAX_HALF_LIFE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class ExportConfig:
         policy: which tokens keep a slot: ``"h2o"``, ``"tova"``, ``"sink"`` or ``"full"``.
         budget: slots per layer and KV head, in tokens (``"256"``) or as a share of ``context`` (``"5%"``).
         layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
+        score_half_life: tokens after which the score of policy h2o counts half, or ``"none"``: it never fades.
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.
@@ -58,6 +64,7 @@ class ExportConfig:
     policy: str | None = None
     budget: str | None = None
     layer_budgets: str | None = None
+    score_half_life: HalfLife | None = None
     context: int | None = None
     heavy: int | None = None
     recent: int | None = None
@@ -89,6 +96,9 @@ class ExportConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        half_life = self.score_half_life
+        if half_life not in (None, "none") and not (type(half_life) is int and 1 <= half_life <= MAX_HALF_LIFE):
+            raise UsageError(f"--score-half-life must be from 1 to {MAX_HALF_LIFE} tokens or none, not {half_life}")
         if self.heavy is not None and self.heavy < 0:
             raise UsageError(f"--heavy must be at least 0, not {self.heavy}")
         if self.seed is not None and not self.random_weights:
@@ -105,6 +115,8 @@ class ExportConfig:
         if policy.keeps_all or whole:
             settled.add("budget")
         others = "budget" in settled or (self.heavy, self.recent) != (None, None) or name != recipe.get("policy")
+        if policy.scoring != "accumulate":
+            settled.add("score_half_life")
         if others or self.num_hidden_layers is not None:
             settled.add("layer_budgets")  # the recipe's are valid only for its own budget and policy
         return replace(self, **{n: v for n, v in recipe.items() if n not in settled})

@@ -18,7 +18,9 @@ from .less.policies import Policy as Policy
 
 OP_DOMAIN = "less"
 OP_NAME = "LessAttention"
-OP_VERSION = 1
+OP_VERSION = 2
+#: Version of the TensorRT plugin, which runs every version of the operator.
+PLUGIN_VERSION = "1"
 
 #: TensorRT's limit on K of TopK, with which the bodies of h2o and tova choose the slots.
 TENSORRT_TOPK_LIMIT = 3840
@@ -61,7 +63,8 @@ class LayerSpec(Heads):
 
     ``capacity`` slots hold at most ``heavy + recent`` tokens; ``window`` > 0 limits what a query sees to
     the newest ``window`` positions, itself included. ``absorb`` layers own a low-rank state of ``rank``
-    features; the others have rank 1, psi = 0 and skip it.
+    features; the others have rank 1, psi = 0 and skip it. ``score_half_life`` is the number of tokens after
+    which an accumulated score counts half, ``None`` if scores never fade.
     """
 
     scale: float
@@ -72,6 +75,7 @@ class LayerSpec(Heads):
     absorb: bool
     capacity: int
     rank: int
+    score_half_life: int | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
@@ -85,8 +89,17 @@ class LayerSpec(Heads):
         require(self.capacity >= 1 and self.rank >= 1, "capacity and rank must be at least 1")
         require(self.absorb or self.rank == 1, "a layer that absorbs nothing has rank 1")
         require(self.heavy + self.recent == self.capacity, "heavy + recent must equal the capacity")
+        require(
+            self.score_half_life is None or (self.score_half_life >= 1 and self.policy.scoring == "accumulate"),
+            "a half-life is at least 1 token, and only accumulated scores have one",
+        )
         reason = self.policy.why_impossible(self)
         require(reason is None, reason or "")
+
+    @property
+    def decay(self) -> float:
+        """What one token leaves of the scores before it: 2 ** (-1 / half-life), 1 if they never fade."""
+        return 1.0 if self.score_half_life is None else 2.0 ** (-1 / self.score_half_life)
 
     def attributes(self) -> dict[str, int | float]:
         """Attributes of the layer's ``LessAttention`` node, in the op's order."""
@@ -97,6 +110,7 @@ class LayerSpec(Heads):
             "recent": self.recent,
             "window": self.window,
             "absorb": int(self.absorb),
+            "decay": self.decay,
         }
 
 

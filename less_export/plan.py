@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from .config import DEFAULT_BUDGET, DEFAULT_CONTEXT, DEFAULT_POLICY, ExportConfig
+from .config import DEFAULT_BUDGET, DEFAULT_CONTEXT, DEFAULT_HALF_LIFE, DEFAULT_POLICY, ExportConfig
 from .contract import Heads, LayerSpec
 from .errors import UsageError
 from .less.policies import EvictionPolicy, Policy, by_name
@@ -58,6 +58,21 @@ def split_budget(policy: EvictionPolicy, config: ExportConfig, context: int) -> 
     return _fitting(*policy.split(total), context)
 
 
+def half_life_of(policy: EvictionPolicy, config: ExportConfig) -> int | None:
+    """The half-life of a policy's scores in tokens, ``None`` if they never fade.
+
+    Raises:
+        UsageError: a half-life for a policy that accumulates no scores.
+    """
+    half_life = config.score_half_life
+    if policy.scoring != "accumulate":
+        if half_life not in (None, "none"):
+            raise UsageError(f"policy {policy.name} accumulates no scores: drop --score-half-life")
+        return None
+    half_life = DEFAULT_HALF_LIFE if half_life is None else half_life
+    return None if half_life == "none" else half_life
+
+
 def layer_tokens(text: str, context: int) -> dict[int, int]:
     """Slots of the layers that ``--layer-budgets LAYER:N|P%,...`` names.
 
@@ -94,6 +109,7 @@ def plan_layers(
     exactly, unless ``compress_sliding`` applies the policy with a budget below the window to them.
     """
     policy = by_name(config.policy or DEFAULT_POLICY)
+    half_life = half_life_of(policy, config)
     own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
     if policy.keeps_all:
         split = config.budget is not None or config.heavy is not None or config.recent is not None
@@ -121,7 +137,8 @@ def plan_layers(
             planned.append(LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1))
             continue
         rank = ranks.get(index, 0) if policy.evicts else 0
-        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1)))
+        spec = LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1), half_life)
+        planned.append(spec)
     return tuple(planned)
 
 
@@ -137,7 +154,9 @@ def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
 def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
     """The layer with every token that it would see without LESS."""
     policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
-    return replace(layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1)
+    return replace(
+        layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1, score_half_life=None
+    )
 
 
 def default_context(max_position_embeddings: int | None) -> int:

@@ -49,6 +49,7 @@ class _Rules(ctypes.Structure):
     _fields_ = [
         ("scale", ctypes.c_float),
         *((n, ctypes.c_int32) for n in ["policy", "heavy", "recent", "window", "absorb"]),
+        ("decay", ctypes.c_float),
     ]
 
 

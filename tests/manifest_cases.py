@@ -15,6 +15,7 @@ from typing import Any
 
 from less_export.bundle.artifact import FORMAT_VERSION, _digest
 from less_export.bundle.schema import MAX_BYTES, MAX_DEPTH
+from less_export.config import MAX_HALF_LIFE
 
 Path = tuple[str | int, ...]
 MISSING = object()
@@ -192,6 +193,7 @@ CASES = (
         for case in _wrong((*LAYER, field), MISSING, None, "1", 1.0, True, -1, INT32)
     ),
     *_wrong((*LAYER, "scale"), MISSING, None, "1", True),
+    *_wrong((*LAYER, "score_half_life"), "512", 512.0, True, 0, -1, MAX_HALF_LIFE + 1),
     *_wrong((*LAYER, "absorb"), MISSING, None, 0, 1, "true"),
     *_wrong((*LAYER, "policy"), MISSING, None, 0, ["h2o"]),
     Case("an unknown policy", "policy", (*LAYER, "policy"), "lru"),

@@ -40,11 +40,13 @@ def layer_of(
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 8,
     rank: int = 3,
+    half_life: int | None = None,
 ) -> LayerSpec:
     """A small layer; ``heads`` are query and KV heads."""
     absorb = absorb and policy not in ("window", "full")
     capacity, rank = heavy + recent, rank if absorb else 1
-    return LayerSpec(*heads, head_dim, 0.5, by_name(policy), heavy, recent, window, absorb, capacity, rank)
+    rules = by_name(policy)
+    return LayerSpec(*heads, head_dim, 0.5, rules, heavy, recent, window, absorb, capacity, rank, half_life)
 
 
 class Overflow(Exception):
@@ -98,7 +100,9 @@ class Head:
         self.psis += list(psi)
         h, z = self.low_rank()
         candidates = [p for p in self.slots if p is not None] + list(range(first, first + count))
-        gained = dict.fromkeys(candidates, 0.0)
+        h2o = layer.policy.name == "h2o"
+        fade = 0.5 ** (1 / layer.score_half_life) if layer.score_half_life else 1.0
+        gained = {p: self.score.get(p, 0.0) if h2o else 0.0 for p in candidates}
         for i, t in enumerate(range(first, first + count)):
             visible = [p for p in candidates if p <= t and (layer.window == 0 or p > t - layer.window)]
             logits = q[:, i] @ np.stack([self.keys[p] for p in visible]).T * layer.scale
@@ -108,12 +112,11 @@ class Head:
             share = (weight / weight.sum(1, keepdims=True)).sum(0)
             if layer.policy.name == "tova":
                 gained = dict.fromkeys(candidates, 0.0)
+            gained = {p: s * fade for p, s in gained.items()}
             for p, s in zip(visible, share, strict=True):
                 gained[p] += s
         for p in candidates:
-            old = self.score.get(p, 0.0) if layer.policy.name == "h2o" else 0.0
-            new = old + gained[p] if layer.policy.name in ("h2o", "tova") else 0.0
-            self.score[p] = float(np.float32(new))
+            self.score[p] = float(np.float32(gained[p])) if layer.policy.name in ("h2o", "tova") else 0.0
         self.settle(candidates, self.kept(candidates, first + count), first)
         return out
 

@@ -25,7 +25,7 @@ from .emulation import DTYPES, PLUGIN, STATE, TOKENS
 from .oracle import Run
 from .sharing import once
 
-FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb")
+FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb", "decay")
 INPUTS, OUTPUTS = 14, 8
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int32: 3, torch.int64: 8}
@@ -114,7 +114,7 @@ class Plugin:
     @classmethod
     def of(cls, layer: LayerSpec, integers: str = "i32", floats: str = "f32") -> Plugin:
         values = layer.attributes().items()
-        plugin = cls.create([(n, v, floats if n == "scale" else integers) for n, v in values])
+        plugin = cls.create([(n, v, floats if isinstance(v, float) else integers) for n, v in values])
         assert plugin.handle, log()
         return plugin
 

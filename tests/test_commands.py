@@ -14,7 +14,7 @@ import onnx
 import pytest
 
 from less_export import open_bundle
-from less_export.bundle.artifact import MANIFEST, Bundle
+from less_export.bundle.artifact import FORMAT_VERSION, MANIFEST, Bundle
 
 from . import bundles
 from .bundles import PROMPT, Run, generated, refused, resign
@@ -189,7 +189,7 @@ def test_info_as_json(run: Run, plain: Path, single: Path) -> None:
     assert (result.code, result.err) == (0, "")
     data = json.loads(result.out)
     assert data == json.loads((plain / MANIFEST).read_text())
-    assert (data["format_version"], data["settings"]["chunk"]) == (1, 16)
+    assert (data["format_version"], data["settings"]["chunk"]) == (FORMAT_VERSION, 16)
     assert json.loads(run("info", single, "--json").out)["settings"]["policy"] == "full"
 
 

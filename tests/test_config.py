@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from less_export.config import ExportConfig
+from less_export.config import DEFAULT_HALF_LIFE, MAX_HALF_LIFE, ExportConfig
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.dtypes import COMPUTE_DTYPES
 from less_export.errors import BundleError, UsageError
@@ -221,6 +221,26 @@ def test_options_win_over_the_recipe() -> None:
     assert ExportConfig().with_defaults(recipe | {"policy": "full"}).budget is None
 
 
+def test_half_life_of_scores() -> None:
+    def planned(recipe: int | str | None = None, **options: Any) -> int | None:
+        defaults = {} if recipe is None else {"score_half_life": recipe}
+        config = ExportConfig(budget="12", **options).with_defaults(defaults)
+        return plan_layers([layer()], config, 1000, {})[0].score_half_life
+
+    assert planned() == (None if DEFAULT_HALF_LIFE == "none" else DEFAULT_HALF_LIFE)
+    assert planned(score_half_life=7) == 7
+    assert planned(256) == 256
+    assert planned(256, score_half_life="none") is None
+    assert planned("none", score_half_life=7) == 7
+    assert planned(256, policy="sink") is None  # the recipe's is for h2o
+    assert planned(policy="tova", score_half_life="none") is None
+    with pytest.raises(UsageError, match="policy tova accumulates no scores: drop --score-half-life"):
+        planned(policy="tova", score_half_life=7)
+    for wrong in (0, -1, MAX_HALF_LIFE + 1, 1.5, True, "512"):
+        with pytest.raises(UsageError, match=r"--score-half-life must be from 1 to 1048576 tokens or none, not"):
+            ExportConfig(score_half_life=wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
@@ -242,6 +262,8 @@ def test_options_win_over_the_recipe() -> None:
         (('budget = "5%"', 'budget = "5000"'), "more than the context"),
         (("context = 1024", 'context = "1024"'), "context must be a whole number, not '1024'"),
         (("chunk = 256", "chunk = 0"), "--chunk must be at least 1"),
+        (("chunk = 256", 'chunk = 1\nscore_half_life = "long"'), "--score-half-life must be from 1 to"),
+        (("chunk = 256", "chunk = 1\nscore_half_life = 1.5"), "score_half_life must be a whole number or text"),
         (('policy = "h2o"', 'policy = "window"'), "cannot be chosen"),
         (('"google/gemma', '"gemma'), "hub an id like org/name"),
         (("hidden = 128", ""), "missing 1 required"),
@@ -368,6 +390,8 @@ def test_damaged_contract(damage: Any) -> None:
         (0, {"absorb": False}, "has rank 1"),
         (0, {"capacity": 8}, "equal the capacity"),
         (0, {"policy": TOVA}, "only the newest"),
+        (0, {"score_half_life": 0}, "at least 1 token"),
+        (1, {"score_half_life": 512}, "only accumulated scores"),
         (1, {"window": 31}, "keeps its window"),
         (1, {"absorb": True}, "absorbs nothing"),
         (2, {"window": 5}, "evicts and absorbs nothing"),
@@ -381,7 +405,10 @@ def test_impossible_layers(base: int, changes: dict[str, Any], says: str) -> Non
 
 
 def test_layer_attributes_are_the_ops() -> None:
-    assert SPECS[0].attributes() == {"scale": 0.25, "policy": 0, "heavy": 3, "recent": 4, "window": 0, "absorb": 1}
+    numbers = {"scale": 0.25, "policy": 0, "heavy": 3, "recent": 4, "window": 0, "absorb": 1}
+    assert SPECS[0].attributes() == {**numbers, "decay": 1.0}
+    assert dataclasses.replace(SPECS[0], score_half_life=2).decay == pytest.approx(0.5**0.5)
+    assert dataclasses.replace(SPECS[0], score_half_life=1).decay == 0.5
     assert [p.code for p in registered()] == [0, 1, 2, 3, 4]
     assert [p.name for p in registered()] == ["h2o", "tova", "sink", "window", "full"]
     assert all(by_name(p.name) is p for p in registered())

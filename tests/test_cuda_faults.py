@@ -130,7 +130,12 @@ FAULTS = {
     "prefill: swapped slots": Fault("settle.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
     "prefill: nothing absorbed": Fault("settle.cuh", "p.t.presentH[(head * R + first + r) * D + d] += sum;", ";"),
     "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += sum;", ";"),
-    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n];", ";"),
+    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n] * left;", ";"),
+    "prefill: old scores do not fade": Fault("settle.cuh", "slotScores[n] * left;", "slotScores[n];"),
+    "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
+    "prefill: scores of the chunk do not fade": Fault("attend.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
+    "prefill: scores of the chunk fade a token too long": Fault("attend.cuh", "count - 1 - query", "count - query"),
+    "decode: scores do not fade": Fault("decode.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
     "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
 }
 
@@ -180,6 +185,7 @@ def cases() -> list[Case]:
     """Cases that reach every rule."""
     chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
     layers = [kernel_layer(p, 70, 40, 2, 8, kv_heads=1) for p in ("tova", "sink", "window")]
+    layers.append(replace(kernel_layer("h2o", 70, 40, 2, 8, kv_heads=1), score_half_life=20))
     narrow = kernel_layer("window", 20, 40, 2, 1, kv_heads=1)
     ties = [tied(kernel_layer(p, 7, 64, 2, 8)) for p in ("h2o", "tova")]
     loud, heavy = normal("float16", logit=80, log_phi=(-60, 60)), normal("float16", log_phi=(-60, 120))

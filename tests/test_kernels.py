@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,15 @@ def test_not_a_kernel_file(content: str, tmp_path: Path) -> None:
 # ------------------------------------------------------------------ another model, policy or budget
 
 
-def trained_for(facts: dict[str, Any], policy: Policy, slots: int, *names: str) -> list[str]:
+def trained_for(
+    facts: dict[str, Any], policy: Policy, slots: int, *names: str, half_life: int | None = None
+) -> list[str]:
     """Warnings about kernels with ``facts`` in a model with that policy, whose layer 1 keeps everything."""
     heavy, recent = (slots - 1, 1) if policy is Policy.TOVA else (slots // 2, slots // 2)
     plan = [
         LayerSpec(h.query_heads, h.kv_heads, h.head_dim, 0.3, policy, heavy, recent, 0, True, slots, 5) for h in HEADS
     ]
+    plan = [replace(s, score_half_life=half_life) for s in plan]
     plan[1] = LayerSpec(6, 2, 8, 0.3, Policy.WINDOW, 0, 999, 999, False, 999, 1)
     return Kernels(some("exp", (0, 1, 2)).layers, facts).doubts(names or ("org/Name", "name-270m"), plan)
 
@@ -177,6 +181,7 @@ def test_kernels_for_what_they_were_trained_for() -> None:
         assert trained_for(FACTS, Policy.H2O, slots) == []
     for name in ("name", "NAME", "other/name", "name-270m"):
         assert trained_for(FACTS | {"model": name}, Policy.H2O, 16) == []
+    assert trained_for(FACTS | {"score_half_life": 512}, Policy.H2O, 16, half_life=512) == []
     for facts in ({}, {"model": "random"}, {"model": 1, "policy": 2, "slots": {"0": "ab", "2": ["a"]}}, {"slots": 3}):
         assert trained_for(facts, Policy.TOVA, 500) == []
 
@@ -188,6 +193,10 @@ def test_kernels_for_something_else() -> None:
     assert trained_for(FACTS, Policy.SINK, 16) == [
         "the kernels were trained for policy h2o, not sink: quality may suffer"
     ]
+    for then, now in ((None, 512), (512, None), (256, 512)):
+        assert trained_for(FACTS | {"score_half_life": then}, Policy.H2O, 16, half_life=now) == [
+            f"the kernels were trained with --score-half-life {then or 'none'}, not {now or 'none'}: quality may suffer"
+        ]
     for slots in (2, 66):
         assert trained_for(FACTS, Policy.H2O, slots) == [
             f"the kernels were trained with 16 slots, not {slots} (layer 0): quality may suffer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -28,6 +29,8 @@ VARIANTS = {
     "h2o sparse": layer_of("h2o", 4, 3, absorb=False),
     "h2o sliding": layer_of("h2o", 3, 3, window=11),
     "h2o sparse sliding": layer_of("h2o", 3, 3, window=11, absorb=False),
+    "h2o fading": layer_of("h2o", 4, 3, half_life=5),
+    "h2o fading sparse sliding": layer_of("h2o", 3, 3, window=11, absorb=False, half_life=2),
     "tova": layer_of("tova", 6, 1),
     "tova sparse": layer_of("tova", 6, 1, absorb=False),
     "tova sliding": layer_of("tova", 6, 1, window=9),
@@ -67,8 +70,7 @@ def one_thread() -> Iterator[None]:
 
 def shaped(layer: LayerSpec, heads: tuple[int, int]) -> LayerSpec:
     """The layer with other query and KV heads."""
-    a = layer
-    return layer_of(a.policy.name, a.heavy, a.recent, a.window, a.absorb, heads, a.head_dim, a.rank)
+    return replace(layer, query_heads=heads[0], kv_heads=heads[1])
 
 
 @functools.cache

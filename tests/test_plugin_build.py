@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from less_export.cli import main as cli
-from less_export.contract import OP_VERSION
+from less_export.contract import PLUGIN_VERSION
 from less_export.errors import EngineError, UsageError
 from less_export.progress import Spoken
 from less_export.tensorrt import plugin
@@ -52,7 +52,7 @@ def test_one_list_of_sources() -> None:
     assert sorted(listed) == sorted(f"src/{p.name}" for p in (root / "src").iterdir() if p.suffix in (".cu", ".cpp"))
     assert plugin.default_archs() == ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
     header = (root / "src/less_attention_plugin.h").read_text()
-    assert re.findall(r'kPluginVersion = "(\d+)"', header) == [str(OP_VERSION)]
+    assert re.findall(r'kPluginVersion = "(\d+)"', header) == [PLUGIN_VERSION]
 
 
 def test_built_once(toolkit: Toolkit, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from less_export.contract import OP_NAME, OP_VERSION, LayerSpec
+from less_export.contract import OP_NAME, PLUGIN_VERSION, LayerSpec
 
 from . import plugin_host
 from .emulation import DTYPES, kernel_layer, normal
@@ -44,7 +44,7 @@ def refused(result: object, *says: str) -> None:
 def test_identity() -> None:
     plugin = Plugin.of(LAYER)
     name, version, space, metadata, *fields = plugin.texts()
-    assert (name, version, space) == (OP_NAME, str(OP_VERSION), "")
+    assert (name, version, space) == (OP_NAME, PLUGIN_VERSION, "")
     assert tuple(fields) == FIELDS == tuple(LAYER.attributes())
     assert "heavy=12 recent=12" in metadata
     assert harness().creator_matches(ctypes.c_void_p(plugin.handle))
@@ -64,7 +64,7 @@ def test_fields_survive_serialisation(integers: str, floats: str) -> None:
 
 
 def test_fields_that_are_refused() -> None:
-    good = [(n, v, "f32" if n == "scale" else "i32") for n, v in LAYER.attributes().items()]
+    good = [(n, v, "f32" if isinstance(v, float) else "i32") for n, v in LAYER.attributes().items()]
 
     def with_field(name: str, value: float | None, kind: str) -> list[tuple[str, float | None, str]]:
         return [(n, value, kind) if n == name else (n, v, k) for n, v, k in good]
@@ -73,7 +73,8 @@ def test_fields_that_are_refused() -> None:
         refused(Plugin.create(fields).handle, *says)  # type: ignore[arg-type]
 
     for index, name in enumerate(FIELDS):
-        bad(good[:index] + good[index + 1 :], f"attribute {name} is missing")
+        if name != "decay":
+            bad(good[:index] + good[index + 1 :], f"attribute {name} is missing")
         bad([*good, good[index]], f"attribute {name} is given twice")
         bad(with_field(name, None, good[index][2]), f"attribute {name} must have one value, not 0")
     bad([*good, ("plugin_version", 1, "i32")], "unknown attribute plugin_version")
@@ -85,7 +86,16 @@ def test_fields_that_are_refused() -> None:
     bad(with_field("recent", 0, "i32"), "attribute recent must be at least 1")
     bad(with_field("heavy", -1, "i32"), "attribute heavy is -1, out of range")
     bad(with_field("heavy", 1 << 40, "i64"), "attribute heavy is 1099511627776, out of range")
+    for decay in (0, -0.5, 1.5):
+        bad(with_field("decay", decay, "f32"), "attribute decay must be above 0 and at most 1")
     refused(harness().plugin_create(None, 0, 0), "no attributes")
+
+
+def test_scores_of_version_1_never_fade() -> None:
+    """Graphs and plans of the operator's first version have no decay."""
+    fields = [(n, v, "f32" if n == "scale" else "i32") for n, v in LAYER.attributes().items() if n != "decay"]
+    assert Plugin.create(fields).round_trip().texts() == Plugin.of(LAYER).texts()
+    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000")
 
 
 def test_outputs_follow_the_inputs() -> None:

@@ -23,8 +23,8 @@ from less_export.bundle.artifact import Artifact, Bundle, Layout, Manifest
 from less_export.cli import main as cli
 from less_export.contract import (
     OP_NAME,
-    OP_VERSION,
     PLUGIN_RANK_LIMIT,
+    PLUGIN_VERSION,
     STATE_FIELDS,
     TENSORRT_TOPK_LIMIT,
     Contract,
@@ -112,7 +112,7 @@ print(seen, there()[:1])
 )
 def test_registration(steps: str, seen: list[int], plugin_library: Path) -> None:
     """Opened (d) by Polygraphy, loaded (l) and unloaded (x) by TensorRT, in any order: registered once."""
-    last = [(OP_NAME, str(OP_VERSION), "")] if seen[-1] else []
+    last = [(OP_NAME, PLUGIN_VERSION, "")] if seen[-1] else []
     assert python(REGISTER, plugin_library, steps).splitlines()[-1] == f"{seen} {last}"
 
 

@@ -14,6 +14,8 @@ TOKENS = 70
 LAYERS = {
     "h2o": LayerSpec(4, 2, 8, 0.4, Policy.H2O, 5, 6, 0, True, 11, 3),
     "h2o, sparse": LayerSpec(4, 2, 8, 0.4, Policy.H2O, 5, 6, 0, False, 11, 1),
+    "h2o, fading": LayerSpec(4, 2, 8, 0.4, Policy.H2O, 5, 6, 0, True, 11, 3, 7),
+    "h2o, sliding, fading": LayerSpec(4, 1, 8, 0.4, Policy.H2O, 4, 4, 20, True, 8, 3, 3),
     "h2o, no heavy": LayerSpec(2, 2, 8, 0.4, Policy.H2O, 0, 9, 0, True, 9, 1),
     "h2o, sliding": LayerSpec(4, 1, 8, 0.4, Policy.H2O, 4, 4, 20, True, 8, 3),
     "tova": LayerSpec(6, 2, 8, 0.4, Policy.TOVA, 9, 1, 0, True, 10, 4),

@@ -22,7 +22,7 @@ from ..errors import BundleError
 from . import schema
 from .files import sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 #: Artifact kinds and their file names in a folder bundle.
 ARTIFACT_FILES = {"ort": "model.onnx", "trt": "model.trt.onnx", "plan": "engine.plan"}

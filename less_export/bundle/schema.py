@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
+from ..config import MAX_HALF_LIFE
 from ..dtypes import COMPUTE_DTYPES
 
 #: Largest manifest in bytes, and the most objects and lists that may be nested in one another.
@@ -302,7 +303,8 @@ LAYER = Record(
         "absorb": Flag(),
         "capacity": _POSITIVE,
         "rank": _POSITIVE,
-    }
+    },
+    {"score_half_life": Nullable(Integer(1, MAX_HALF_LIFE))},
 )
 CONTRACT = Record(
     {

@@ -81,7 +81,8 @@ def _print_contract(artifact: Artifact) -> None:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, s in enumerate(contract.layers):
         rank = str(s.rank) if s.absorb else "off"
-        groups.setdefault((s.policy.name, s.capacity, s.heavy, s.recent, s.window or "-", rank), []).append(index)
+        policy = s.policy.name if s.score_half_life is None else f"{s.policy.name}, half-life {s.score_half_life}"
+        groups.setdefault((policy, s.capacity, s.heavy, s.recent, s.window or "-", rank), []).append(index)
     for facts, indices in groups.items():
         layers.add_row(_ranges(indices), *(str(x) for x in facts))
     show(layers)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .._version import __version__
-from ..config import DEFAULT_BUDGET, DEFAULT_POLICY
+from ..config import DEFAULT_BUDGET, DEFAULT_HALF_LIFE, DEFAULT_POLICY, HalfLife
 from ..errors import UsageError
 from ..less.policies import choosable
 
@@ -56,6 +56,16 @@ def token_ids(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def half_life(text: str) -> HalfLife:
+    """The type of ``--score-half-life``: a whole number, or ``none``."""
+    if text == "none":
+        return "none"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of tokens nor none") from None
+
+
 def trust_option(group: argparse._ArgumentGroup) -> None:
     """``--trust-code``, for commands that open bundles."""
     group.add_argument(
@@ -93,6 +103,12 @@ def cache_options(
         "--layer-budgets",
         metavar="LAYER:N|P%,...",
         help=f"layers with a budget of their own, e.g. 5:42,11:88,17:20{layer_budgets_note}",
+    )
+    group.add_argument(
+        "--score-half-life",
+        type=half_life,
+        metavar="N|none",
+        help=f"tokens after which the score of policy h2o counts half (default: recipe's, or {DEFAULT_HALF_LIFE})",
     )
     group.add_argument(
         "--context",

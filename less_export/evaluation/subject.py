@@ -100,7 +100,12 @@ def open_subject(
 
     def plan_for(budget: str) -> tuple[LayerSpec, ...]:
         return opened.plan_for(
-            ExportConfig(policy=cache.policy, budget=budget, compress_sliding=cache.compress_sliding)
+            ExportConfig(
+                policy=cache.policy,
+                budget=budget,
+                score_half_life=cache.score_half_life,
+                compress_sliding=cache.compress_sliding,
+            )
         )
 
     model = source.load(torch.float32 if whole_precision else compute_dtype(opened.hf_config, "cpu"))
@@ -114,7 +119,7 @@ def open_subject(
 
 def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:
     """Raise :class:`UsageError` for cache options, as the cache of a bundle is fixed."""
-    names = ("policy", "budget", "layer_budgets", "context", "compress_sliding", "chunk")
+    names = ("policy", "budget", "layer_budgets", "score_half_life", "context", "compress_sliding", "chunk")
     options = [n for n in names if getattr(cache, n) is not None] + ["kernels"] * (kernel_file is not None)
     if options:
         option = "--" + options[0].replace("_", "-")

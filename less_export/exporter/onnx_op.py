@@ -1,7 +1,7 @@
 """``less::LessAttention`` in ONNX: the translation of the torch op, and its body in standard operators.
 
-The body is one function per policy, with and without the low-rank term; a node selects its own through
-``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces it.
+The body is one function per policy, with and without the low-rank term, with and without scores that fade; a node
+selects its own through ``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces it.
 """
 
 from __future__ import annotations
@@ -29,12 +29,13 @@ _OUTPUTS = {"out": "T", **_PRESENT}
 _ATTRIBUTES = {
     "scale": ir.AttributeType.FLOAT,
     **dict.fromkeys(("policy", "heavy", "recent", "window", "absorb"), ir.AttributeType.INT),
+    "decay": ir.AttributeType.FLOAT,
 }
 
 
-def overload(policy: EvictionPolicy, absorb: bool) -> str:
-    """Overload that names the body of a policy, with or without the low-rank term."""
-    return f"{policy.name}_lowrank" if absorb else policy.name
+def overload(policy: EvictionPolicy, absorb: bool, fades: bool = False) -> str:
+    """Overload that names the body of a policy, with or without the low-rank term and scores that fade."""
+    return policy.name + "_fading" * fades + "_lowrank" * absorb
 
 
 # ------------------------------------------------------------------ torch.ops.less.attention -> one node
@@ -142,7 +143,7 @@ def _attend(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, absorb: bool) ->
     return op.CastLike(out, x.q)
 
 
-def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str) -> ir.Value:
+def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str, fades: bool) -> ir.Value:
     """Scores [B,Hk,N] after the chunk."""
     fresh = op.Expand(op.f32(0.0), op.shape(s.heads, s.chunk))
     if scoring == "none":
@@ -152,6 +153,11 @@ def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str) -> 
     if scoring == "last":
         counts = op.Equal(s.step, op.Sub(s.new_length, op.i32(1)))
     seen = op.Where(op.Unsqueeze(counts, op.ints(1, 2, 4)), s.probability, op.f32(0.0))
+    if fades:  # see ``reference.fading``
+        decay, age = op.attribute("decay"), op.Sub(op.Sub(s.new_length, op.i32(1)), s.step)
+        weight = op.Pow(decay, op.to_f32(op.Max(age, op.i32(0))))
+        seen = op.Mul(seen, op.Unsqueeze(weight, op.ints(1, 2, 4)))
+        past = op.Mul(past, op.Unsqueeze(op.Pow(decay, op.to_f32(s.new_length)), op.ints(2)))
     seen = op.ReduceSum(seen, op.ints(2, 3), keepdims=0)
     if scoring == "accumulate":
         return op.Add(past, seen)
@@ -183,7 +189,7 @@ def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
     return op.Where(kept_slot, own, op.Where(fills, arrival, op.ints(-1)))
 
 
-def function_body(policy: EvictionPolicy, absorb: bool) -> ir.Function:
+def function_body(policy: EvictionPolicy, absorb: bool, fades: bool = False) -> ir.Function:
     """The operator as an ONNX function, opset 23, same inputs, outputs and attributes as the node."""
     op = _Nodes()
     inputs = [ir.Value(name=n) for n in _INPUTS]
@@ -224,7 +230,7 @@ def function_body(policy: EvictionPolicy, absorb: bool) -> ir.Function:
     s.logits = op.Reshape(logits, op.shape(grouped, tokens))
 
     out = _attend(op, x, s, absorb)
-    score = _score(op, x, s, policy.scoring)
+    score = _score(op, x, s, policy.scoring, fades)
 
     end = op.Add(s.past_length, s.new_length)
     end = op.Unsqueeze(end, op.ints(2))  # [B,1,1]
@@ -263,13 +269,13 @@ def function_body(policy: EvictionPolicy, absorb: bool) -> ir.Function:
     # Unique names: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a Constant of the
     # same name in a function called earlier.
     for index, value in enumerate(v for node in op.nodes for v in node.outputs):
-        value.name = f"{overload(policy, absorb)}.{index}"
+        value.name = f"{overload(policy, absorb, fades)}.{index}"
     for name, value in zip(_OUTPUTS, outputs, strict=True):
         value.name = name
     return ir.Function(
         OP_DOMAIN,
         OP_NAME,
-        overload(policy, absorb),
+        overload(policy, absorb, fades),
         graph=ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME),
         attributes=[ir.Attr(n, t, None) for n, t in _ATTRIBUTES.items()],
     )
@@ -287,11 +293,11 @@ def add_bodies(model: ir.Model) -> None:
     """Give every LessAttention node the body of its policy (after optimisation, which would inline it)."""
     for node in less_nodes(model):
         policy = by_code(node.attributes["policy"].as_int())
-        absorb = bool(node.attributes["absorb"].as_int())
-        node.overload = overload(policy, absorb)
+        absorb, fades = bool(node.attributes["absorb"].as_int()), node.attributes["decay"].as_float() != 1
+        node.overload = overload(policy, absorb, fades)
         key = (OP_DOMAIN, OP_NAME, node.overload)
         if key not in model.functions:
-            model.functions[key] = function_body(policy, absorb)
+            model.functions[key] = function_body(policy, absorb, fades)
     model.graph.opset_imports[OP_DOMAIN] = OP_VERSION
 
 

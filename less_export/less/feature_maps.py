@@ -182,6 +182,12 @@ class Kernels:
         others = sorted({s.policy.name for s in used.values()} - {policy})
         if isinstance(policy, str) and others:
             found.append(f"the kernels were trained for policy {policy}, not {others[0]}: quality may suffer")
+        then, now = facts.get("score_half_life"), next((s.score_half_life for s in used.values()), None)
+        if isinstance(policy, str) and not others and (then is None or isinstance(then, int)) and then != now:
+            found.append(
+                f"the kernels were trained with --score-half-life {then or 'none'}, not {now or 'none'}: "
+                "quality may suffer"
+            )
         for index, layer in used.items():
             then = _slots(slots, index)
             if then is not None and not then <= _REACH * layer.capacity <= _REACH**2 * then:

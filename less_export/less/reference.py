@@ -46,6 +46,16 @@ def _attend(
     return torch.where(query_valid, out, 0.0)
 
 
+def fading(decay: float, step: Tensor, new_length: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a score is left after a chunk: of one from before it, [B,1], and of the query ``step`` [B,T], f32.
+
+    ``step`` [T] counts the tokens of the chunk, ``new_length`` [B,1] says how many are valid. Token by token, scores
+    are multiplied by ``decay`` before those of the next query are added; so the result does not depend on the chunks.
+    """
+    base = torch.tensor(decay, dtype=torch.float32, device=step.device)
+    return base**new_length, base ** (new_length - 1 - step).clamp(min=0)
+
+
 def place(kept: Tensor, slots: int) -> Tensor:
     """Source index of every slot, [B,Hk,C] into [slots, chunk]; -1 leaves the slot empty.
 
@@ -83,6 +93,7 @@ def less_attention(
     recent: int,
     window: int,
     absorb: int,
+    decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """LESS attention of one chunk, from one state to the next.
 
@@ -93,7 +104,7 @@ def less_attention(
         past_key, past_value: [B,Hk,C,D]. past_psi: [B,Hk,C,R]. past_score: [B,Hk,C] f32.
         past_position: [B,Hk,C] i32, -1 where empty. past_h: [B,Hk,R,D] f32. past_z: [B,Hk,R] f32.
         past_length: [B] i32, tokens seen before the chunk. new_length: [B] i32, valid tokens of it.
-        scale, policy, heavy, recent, window, absorb: see :class:`less_export.contract.LayerSpec`.
+        scale, policy, heavy, recent, window, absorb, decay: see :class:`less_export.contract.LayerSpec`.
 
     Returns:
         out [B,Hq,T,D] (zero where t >= new_length), then the seven state tensors after the chunk. Slots
@@ -129,7 +140,9 @@ def less_attention(
         past = torch.where(held, torch.cat([past_score, score[..., slots:]], 2), 0.0)
         seen = torch.where(valid, torch.softmax(logits, -1), 0.0)
         if rules.scoring == "accumulate":
-            score = past + seen.sum((2, 3))
+            # Every token of the chunk fades what was there before it, scores of its own chunk included.
+            kept_share, weight = fading(decay, step, new_length[:, None])
+            score = past * kept_share[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
         else:  # only the last valid query counts; a parked row keeps its scores
             last = (step == new_length[:, None] - 1)[:, None, None, :, None]
             latest = torch.where(last, seen, 0.0).sum((2, 3))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..contract import LayerSpec
 from .policies import Candidates
-from .reference import place
+from .reference import fading, place
 
 #: Largest exponent of a single feature: beyond it z is negligible, and f32 would overflow.
 _MOST = 80.0
@@ -58,7 +58,12 @@ def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
             if layer.window:
                 visible &= at[:, :, None, None] > now[:, None] - layer.window
             seen = torch.softmax(rows.gather(-1, index).masked_fill(~visible, -torch.inf), -1)
-            past = past + seen.sum((2, 3)) if rules.scoring == "accumulate" else seen[:, :, :, -1].sum(2)
+            if rules.scoring == "accumulate":
+                count = torch.tensor([[end - begin]], device=device)
+                kept_share, weight = fading(layer.decay, now - begin, count)
+                past = past * kept_share[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
+            else:
+                past = seen[:, :, :, -1].sum(2)
         live, stop = held, torch.full((1, 1, 1), end, dtype=torch.int32, device=device)
         if layer.window:
             live = held & (at >= rules.oldest(stop, layer.window))

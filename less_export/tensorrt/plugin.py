@@ -262,9 +262,8 @@ def why_unsupported(path: Path, layer: LayerSpec, dtype: str) -> str | None:
     ask = ctypes.CDLL(os.fspath(path)).lessWhyUnsupported
     ask.restype = ctypes.c_char_p
     sizes = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank)
-    scale, *rules = layer.attributes().values()
-    ints = [ctypes.c_int32(int(n)) for n in (COMPUTE_DTYPES.index(dtype), *sizes)]
-    reason = ask(*ints, ctypes.c_float(scale), *(ctypes.c_int32(int(n)) for n in rules))
+    attributes = [ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int32(x) for x in layer.attributes().values()]
+    reason = ask(*(ctypes.c_int32(int(n)) for n in (COMPUTE_DTYPES.index(dtype), *sizes)), *attributes)
     return reason.decode() if reason else None
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle.files import sha256
-from ..contract import OP_VERSION
+from ..contract import PLUGIN_VERSION
 from ..errors import EngineError
 from . import cache
 
@@ -34,7 +34,7 @@ class PluginFacts:
 
     @classmethod
     def of(cls, path: Path, inside: bool) -> PluginFacts:
-        return cls(os.fspath(path.absolute()), sha256(path), str(OP_VERSION), inside)
+        return cls(os.fspath(path.absolute()), sha256(path), PLUGIN_VERSION, inside)
 
 
 def find(facts: PluginFacts, trust_code: bool = False) -> Path:

@@ -191,6 +191,7 @@ def _prepare(
         "model_sha256": _model_hash(source, progress),
         "policy": cache.policy or plan[chosen[0]].policy.name,
         "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
+        "score_half_life": plan[chosen[0]].score_half_life,
         "compress_sliding": bool(cache.compress_sliding),
         "data": [s.facts() for s in sources],
         "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash(), "shares": shares},

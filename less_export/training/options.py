@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import ExportConfig
+from ..config import ExportConfig, HalfLife
 from ..dtypes import from_torch
 from ..errors import UsageError
 from ..hf.compat import has_fast_bfloat16
@@ -37,6 +37,7 @@ class TrainConfig:
         policy: as in :class:`~less_export.config.ExportConfig`, without ``"full"``.
         budget: as in an export.
         layer_budgets: as in an export, or ``"auto"``: divide the budget by what eviction costs in each layer.
+        score_half_life: as in an export.
         context: as in an export.
         compress_sliding: as in an export.
         rank: features R of the kernels.
@@ -58,6 +59,7 @@ class TrainConfig:
     policy: str | None = None
     budget: str | None = None
     layer_budgets: str | None = None
+    score_half_life: HalfLife | None = None
     context: int | None = None
     compress_sliding: bool | None = None
     rank: int | None = None
@@ -97,7 +99,7 @@ class TrainConfig:
         """The options of the cache."""
         return ExportConfig(
             policy=self.policy, budget=self.budget, layer_budgets=None if self.divided else self.layer_budgets,
-            context=self.context, compress_sliding=self.compress_sliding,
+            score_half_life=self.score_half_life, context=self.context, compress_sliding=self.compress_sliding,
         )  # fmt: skip
 
     @property

@@ -1,7 +1,7 @@
 // LESS attention (arXiv 2402.09398) on CUDA: one step of one layer, with the state updated in place.
 //
 // Depends on CUDA only; src/less_attention_plugin.h builds the TensorRT plugin on it. The semantics are those of
-// less_export/less/reference.py, the reference of the operator less::LessAttention, version 1.
+// less_export/less/reference.py, the reference of the operator less::LessAttention, version 2.
 // Shapes: B rows, Hq query heads, Hk KV heads (Hq is a multiple of Hk), T tokens of the chunk, C slots, R features,
 // D head_dim. All tensors are dense and row-major.
 #pragma once
@@ -26,6 +26,7 @@ struct AttentionRules {
     int32_t recent;  // newest tokens, never evicted
     int32_t window;  // > 0: a query sees its newest `window` positions, itself included
     int32_t absorb;  // 1: tokens that lose their slot are added to H and z; 0: there is no low-rank term
+    float decay;     // what a token leaves of the scores before it (policy h2o), 0 < decay <= 1; 1: they never fade
 };
 
 struct AttentionShape {

@@ -252,7 +252,8 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
                       q + (wanted ? static_cast<long>(query) * D + column : 0), wanted);
             if (column == 0) {  // a query that does not contribute has scale 0
                 shared.peaks[stage][row] = wanted ? p.peaks[queryHead * chunk + query] : 0.f;
-                shared.scales[stage][row] = wanted ? p.scales[queryHead * chunk + query] : 0.f;
+                shared.scales[stage][row] =
+                    wanted ? p.scales[queryHead * chunk + query] * fadedBy(rules, count - 1 - query) : 0.f;
             }
         }
         commitCopies();

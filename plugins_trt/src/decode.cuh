@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 float const logit = p.logits != nullptr ? __ldcg(logits + g * C + c) : logits[g * C + c];
                 score += expDifference(logit, exactPeak[g]) * exactScale[g];
             }
-            if (rules.policy == Policy::kH2O) score += slotScores[c];
+            if (rules.policy == Policy::kH2O) score += slotScores[c] * rules.decay;
             slotScores[c] = score;
             if (stays) {
                 unsigned long long const rank = rankOf(rules, position, score, next);

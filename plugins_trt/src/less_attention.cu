@@ -57,6 +57,8 @@ char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noe
     if (r.policy != Policy::kWindow && r.window == 1) return "a compressed sliding layer needs a window of at least 2";
     if (r.absorb != 0 && r.absorb != 1) return "absorb must be 0 or 1";
     if (!std::isfinite(r.scale)) return "the scale must be finite";
+    if (!(r.decay > 0.f && r.decay <= 1.f)) return "decay must be above 0 and at most 1";
+    if (r.policy != Policy::kH2O && r.decay != 1.f) return "only the scores of h2o fade";
     return nullptr;
 }
 

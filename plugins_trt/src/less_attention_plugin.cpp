@@ -38,7 +38,15 @@ constexpr TensorRule kRules[kInputs] = {
     {"past_length", "B", 'i'},   {"new_length", "B", 'i'},
 };
 
-constexpr char const* kFields[] = {"scale", "policy", "heavy", "recent", "window", "absorb"};
+constexpr struct {
+    char const* name;
+    PluginFieldType type;
+} kFields[] = {
+    {"scale", PluginFieldType::kFLOAT32}, {"policy", PluginFieldType::kINT32}, {"heavy", PluginFieldType::kINT32},
+    {"recent", PluginFieldType::kINT32},  {"window", PluginFieldType::kINT32}, {"absorb", PluginFieldType::kINT32},
+    {"decay", PluginFieldType::kFLOAT32},
+};
+constexpr size_t kRequired = 6;  // graphs of version 1 of the operator have no decay: their scores never fade
 
 [[noreturn]] void refuse(std::string const& message) { throw std::invalid_argument(message); }
 
@@ -192,7 +200,7 @@ AttentionRules rulesOf(nvinfer1::PluginFieldCollection const& fields) {
     for (int32_t i = 0; i < fields.nbFields; ++i) {
         PluginField const& field = fields.fields[i];
         size_t index = 0;
-        while (index < std::size(kFields) && std::strcmp(field.name, kFields[index]) != 0) ++index;
+        while (index < std::size(kFields) && std::strcmp(field.name, kFields[index].name) != 0) ++index;
         if (index == std::size(kFields)) refuse(std::string("unknown attribute ") + field.name);
         if (attributes[index] != nullptr) refuse(std::string("attribute ") + field.name + " is given twice");
         if (field.data == nullptr || field.length != 1)
@@ -200,13 +208,19 @@ AttentionRules rulesOf(nvinfer1::PluginFieldCollection const& fields) {
                    std::to_string(field.data == nullptr ? 0 : field.length));
         attributes[index] = &field;
     }
-    for (size_t i = 0; i < std::size(kFields); ++i)
-        if (attributes[i] == nullptr) refuse(std::string("attribute ") + kFields[i] + " is missing");
-    AttentionRules rules{number(*attributes[0]),  Policy{integer(*attributes[1])}, integer(*attributes[2]),
-                         integer(*attributes[3]), integer(*attributes[4]),         integer(*attributes[5])};
+    for (size_t i = 0; i < kRequired; ++i)
+        if (attributes[i] == nullptr) refuse(std::string("attribute ") + kFields[i].name + " is missing");
+    AttentionRules rules{number(*attributes[0]),
+                         Policy{integer(*attributes[1])},
+                         integer(*attributes[2]),
+                         integer(*attributes[3]),
+                         integer(*attributes[4]),
+                         integer(*attributes[5]),
+                         attributes[6] == nullptr ? 1.f : number(*attributes[6])};
     if (rules.policy > Policy::kFull) refuse("attribute policy must be 0 to 4");
     if (rules.absorb > 1) refuse("attribute absorb must be 0 or 1");
     if (rules.recent < 1) refuse("attribute recent must be at least 1");
+    if (!(rules.decay > 0.f && rules.decay <= 1.f)) refuse("attribute decay must be above 0 and at most 1");
     return rules;
 }
 
@@ -216,11 +230,11 @@ LessAttentionPlugin::LessAttentionPlugin(AttentionRules const& rules) : rules_(r
     description_ = "scale=" + std::to_string(rules_.scale) +
                    " policy=" + std::to_string(static_cast<int>(rules_.policy)) +
                    " heavy=" + std::to_string(rules_.heavy) + " recent=" + std::to_string(rules_.recent) +
-                   " window=" + std::to_string(rules_.window) + " absorb=" + std::to_string(rules_.absorb);
-    void const* const values[] = {&rules_.scale,  &rules_.policy, &rules_.heavy,
-                                  &rules_.recent, &rules_.window, &rules_.absorb};
-    for (size_t i = 0; i < std::size(kFields); ++i)
-        fields_[i] = {kFields[i], values[i], i == 0 ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, 1};
+                   " window=" + std::to_string(rules_.window) + " absorb=" + std::to_string(rules_.absorb) +
+                   " decay=" + std::to_string(rules_.decay);
+    void const* const values[] = {&rules_.scale,  &rules_.policy, &rules_.heavy, &rules_.recent,
+                                  &rules_.window, &rules_.absorb, &rules_.decay};
+    for (size_t i = 0; i < std::size(kFields); ++i) fields_[i] = {kFields[i].name, values[i], kFields[i].type, 1};
     collection_ = {static_cast<int32_t>(std::size(kFields)), fields_};
 }
 
@@ -389,8 +403,7 @@ nvinfer1::PluginFieldCollection const* LessAttentionPlugin::getFieldsToSerialize
 // ---------------------------------------------------------------- the creator
 
 LessAttentionCreator::LessAttentionCreator() {
-    for (size_t i = 0; i < std::size(kFields); ++i)
-        fields_[i] = {kFields[i], nullptr, i == 0 ? PluginFieldType::kFLOAT32 : PluginFieldType::kINT32, 1};
+    for (size_t i = 0; i < std::size(kFields); ++i) fields_[i] = {kFields[i].name, nullptr, kFields[i].type, 1};
     collection_ = {static_cast<int32_t>(std::size(kFields)), fields_};
 }
 

@@ -13,8 +13,10 @@
 namespace less {
 
 inline constexpr char const* kPluginName = "LessAttention";
-// The version of the operator (contract.OP_VERSION). Any change to the fields, inputs, outputs or semantics increments
-// it: a plan names the plugin version that it was built with, and must not be run with another.
+// A plan names the plugin version that it was built with, and runs with that one only. It stays 1 as long as every
+// layer that an older library ran means the same: a library refuses fields that it does not know, so a new field that
+// may be missing (`decay`) needs no new version. Two creators of one name are no way out: TensorRT-RTX 1.7 forgets
+// only one of them when it unloads the library, and then refuses to load it again.
 inline constexpr char const* kPluginVersion = "1";
 inline constexpr char const* kPluginNamespace = "";
 
@@ -102,7 +104,7 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
  private:
     AttentionRules rules_;
     std::string description_;
-    nvinfer1::PluginField fields_[6];
+    nvinfer1::PluginField fields_[7];
     nvinfer1::PluginFieldCollection collection_;
     // kCounterBytes of device memory; only in a copy that is attached to a context.
     uint32_t* counters_ = nullptr;
@@ -119,7 +121,7 @@ class LessAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
     char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
  private:
-    nvinfer1::PluginField fields_[6];
+    nvinfer1::PluginField fields_[7];
     nvinfer1::PluginFieldCollection collection_;
 };
 

@@ -33,4 +33,9 @@ __device__ __forceinline__ uint32_t rankOf(AttentionRules const& rules, int posi
     return position >= end - rules.recent ? kNewest : __float_as_uint(score);
 }
 
+// How much of a score is left after this many more tokens.
+__device__ __forceinline__ float fadedBy(AttentionRules const& rules, int tokens) {
+    return rules.decay == 1.f ? 1.f : powf(rules.decay, static_cast<float>(tokens));
+}
+
 }  // namespace less

@@ -109,6 +109,7 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
     int* const freed = p.freed + head * C;
     Candidates const candidates{p.rules, positions, scores, C, past, past + count};
     bool const scored = keepsScores(p.rules);
+    float const left = fadedBy(p.rules, count);
 
     // Final scores, and the number of tokens whose position allows them to stay.
     int staying = 0;
@@ -116,7 +117,7 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
         bool const held = candidates.position(n) >= 0;
         if (scored && held) {
             for (int g = 1; g < G; ++g) scores[n] += scores[g * (C + chunk) + n];
-            if (n < C && p.rules.policy == Policy::kH2O) scores[n] += slotScores[n];
+            if (n < C && p.rules.policy == Policy::kH2O) scores[n] += slotScores[n] * left;
             if (n < C) slotScores[n] = scores[n];
         }
         staying += candidates.stays(n);
