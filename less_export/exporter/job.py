@@ -54,7 +54,7 @@ def prepare(
     library = _plugin(model, contracts["plan"], targets, progress) if "plan" in contracts else None
     if config.weights is not None:
         quantise.load_quantiser()  # refuses where it is not installed
-    tokenizer = _tokenizer(source)
+    tokenizer, without = usable_tokenizer(source)
     bare, tensors = checkpoint.take(model, scratch, progress)
     facts = {
         "name": source.name,
@@ -63,18 +63,18 @@ def prepare(
         "config": _as_json(model.hf_config, source),
         "max_position_embeddings": model.trained_length,
     }
+    if without:
+        warnings.warn(f"{without}: generate will take token ids only", stacklevel=2)
     _warn(model)
     return ExportJob(model, targets, contracts, library, tokenizer, tensors, facts)
 
 
-def _tokenizer(source: ModelSource) -> Any | None:
-    """The tokenizer, where a file can hold it; a warning says why not."""
+def usable_tokenizer(source: ModelSource) -> tuple[Any | None, str]:
+    """The tokenizer, where a file can hold it; otherwise None, and what a message says of it."""
     tokenizer, reason = source.tokenizer_or_reason()
     if tokenizer is not None:
         reason = tokenizer_files.python_only(tokenizer) or ""
-    if reason:
-        warnings.warn(f"{reason}: generate will take token ids only", stacklevel=3)
-    return None if reason else tokenizer
+    return (None, reason) if reason else (tokenizer, "")
 
 
 def _as_json(hf_config: Any, source: ModelSource) -> Any:
