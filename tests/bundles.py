@@ -190,10 +190,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
-def refused(result: Result, *says: str, after: int = 0) -> None:
+def refused(result: Result, *says: str, after: int = 0, code: int = 1) -> None:
     """Assert that the command failed with one line that holds ``says``, after ``after`` lines of progress."""
     *progress, last = result.err.splitlines()
-    assert result.code == 1
+    assert result.code == code
     assert last.startswith("less-export: error: "), result.err
     assert len(progress) == after, result.err
     assert all(line.startswith("less-export: ") and "error" not in line for line in progress), result.err

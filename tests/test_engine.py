@@ -124,8 +124,13 @@ def test_what_tensorrt_refuses_is_one_line(weights: Path) -> None:
     assert "(LessAttention, which has no body inside)" in message
 
 
+def own_handler(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
-def test_ctrl_c_and_a_full_disk_leave_nothing(weights: Path) -> None:
+@pytest.mark.parametrize("handler", [signal.default_int_handler, own_handler], ids=["default", "own"])
+def test_ctrl_c_and_a_full_disk_leave_nothing(handler: Any, weights: Path) -> None:
     contract = contract_of("float16", chunk=1)
     model = serialised(decoder(contract, weights))
 
@@ -135,12 +140,12 @@ def test_ctrl_c_and_a_full_disk_leave_nothing(weights: Path) -> None:
     def interrupt(text: str) -> None:  # while TensorRT compiles
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, handler)
     for progress, error in ((Spoken(cancel), ValueError), (Spoken(interrupt), KeyboardInterrupt)):
         with pytest.raises(error):
             engine.build_plan(model, contract, out=weights.parent / "x.plan", weights_dir=weights, progress=progress)
         assert [p.name for p in weights.parent.iterdir()] == ["weights"]
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is handler
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:

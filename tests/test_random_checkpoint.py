@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from less_export import open_bundle
 from less_export.bundle.artifact import Bundle
+from less_export.cli.ending import FAILED, INTERRUPTED
 from less_export.config import ExportConfig
 from less_export.errors import UsageError
 from less_export.hf import random_checkpoint, recipes, sources, weight_files, weights
@@ -266,7 +267,8 @@ def test_nothing_is_left_half_written(
 
     monkeypatch.setattr(random_checkpoint, "save_file", fails)
     result = run("tiny", "--random-weights", "--out", nothing_left / "b")
-    refused(result, says or "interrupted; nothing was left behind", after=2)
+    code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED
+    refused(result, says or "interrupted; nothing was left behind", after=2, code=code)
 
 
 def test_what_stays_is_said(
@@ -281,7 +283,7 @@ def test_what_stays_is_said(
 
         monkeypatch.setattr("less_export.exporter.graphs.trace", fails)
         result = run("tiny", "--random-weights", "--out", tmp_path / "b", *QUICK_OPTIONS)
-        assert result.code == 1
+        assert result.code == (INTERRUPTED if isinstance(error, KeyboardInterrupt) else FAILED)
         assert result.err.endswith(f"{says}; nothing but the random checkpoint {folder} was left behind\n")
         assert list(tmp_path.iterdir()) == [folder]
 
