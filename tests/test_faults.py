@@ -17,7 +17,7 @@ import pytest
 from transformers import BertConfig, Gemma3ForCausalLM, Gemma3TextConfig
 
 from less_export.bundle import files
-from less_export.bundle.artifact import MANIFEST, Manifest
+from less_export.bundle.artifact import FORMAT_VERSION, MANIFEST, Manifest
 from less_export.contract import Heads
 from less_export.less.feature_maps import random_kernels
 
@@ -314,8 +314,8 @@ def test_manifests(broken: Path, run: Run) -> None:
     data["settings"]["budget"] = "99"
     file.write_text(json.dumps(data))
     refused(run("info", broken), "was changed after the export")
-    file.write_text(json.dumps(good | {"format_version": 2}))
-    refused(run("info", broken), "has format 2, written by a newer less-export: upgrade")
+    file.write_text(json.dumps(good | {"format_version": FORMAT_VERSION + 1}))
+    refused(run("info", broken), f"has format {FORMAT_VERSION + 1}, written by a newer less-export: upgrade")
     for text in ("", "[]", "null", '"x"', "{}", json.dumps({"format_version": 1})):
         file.write_text(text)
         refused(run("info", broken), "is not a usable manifest")

@@ -64,6 +64,7 @@ struct LayerSpec {
     int64_t heavy, recent, window;
     bool absorb;
     int64_t capacity, rank;
+    std::optional<int64_t> scoreHalfLife{};  // tokens after which a score of h2o counts half; none: scores never fade
 };
 
 // One input or output of the graph.

@@ -76,10 +76,12 @@ LayerSpec parseLayer(Json const& data) {
     s.absorb = data["absorb"].boolean();
     s.capacity = data["capacity"].integer();
     s.rank = data["rank"].integer();
+    s.scoreHalfLife = optionalAt(data, "score_half_life");
     auto const check = [&label](bool ok, char const* why) { require(ok, "impossible layer (" + label + "): " + why); };
     check(s.queryHeads % s.kvHeads == 0, "query heads must be a multiple of KV heads");
     check(s.absorb || s.rank == 1, "a layer that absorbs nothing has rank 1");
     check(s.heavy + s.recent == s.capacity, "heavy + recent must equal the capacity");
+    check(!s.scoreHalfLife || s.policy == EvictionPolicy::kH2O, "only the scores of h2o have a half-life");
     check(s.policy != EvictionPolicy::kTova || s.recent == 1, "tova protects only the newest token");
     check(s.policy != EvictionPolicy::kWindow || (s.window == s.recent && !s.absorb),
           "window keeps its window and absorbs nothing");

@@ -11,7 +11,7 @@ namespace less {
 
 // The oldest and the newest `format_version` that this runtime opens.
 constexpr int64_t kOldestFormat = 1;
-constexpr int64_t kNewestFormat = 1;
+constexpr int64_t kNewestFormat = 2;
 
 // The manifest in a file's contents, verified by its hash and its form; `where` names the file in messages. Throws
 // BundleError.

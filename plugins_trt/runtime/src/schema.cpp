@@ -18,6 +18,7 @@ constexpr size_t kMaxEntries = 4096;  // layers, files and other entries of a li
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
 constexpr double kMaxNumber = 1e300;
+constexpr int64_t kMaxHalfLife = 1 << 20;  // tokens
 
 // A value for a message: ASCII on one line, cut where it is long.
 std::string shown(std::string text) {
@@ -163,7 +164,8 @@ Rule contract() {
                                {"window", count()},
                                {"absorb", flag},
                                {"capacity", positive()},
-                               {"rank", positive()}});
+                               {"rank", positive()},
+                               {"score_half_life", nullable(integer(1, kMaxHalfLife)), kOptional}});
     return record({{"layers", listOf(layer, 1)},
                    {"vocab_size", positive()},
                    {"dtype", text({"float32", "float16", "bfloat16"})},
