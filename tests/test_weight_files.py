@@ -91,7 +91,7 @@ def test_converted_weights_beside_a_single_graph(run: Run, source: Path, tmp_pat
 @pytest.mark.parametrize("outside", ["../other/model.safetensors", "{}/other/model.safetensors", "a/../../x.st"])
 def test_an_index_stays_in_its_folder(outside: str, run: Run, source: Path, tmp_path: Path) -> None:
     bundles.copy(source, tmp_path / "other")
-    folder = split(source, tmp_path / "mine", WEIGHTS)
+    folder = split(source, tmp_path / "mine", "part.safetensors")
     outside = outside.format(tmp_path)
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     bundles.edit_json(folder / "model.safetensors.index.json", weight_map=dict.fromkeys(index, outside))
