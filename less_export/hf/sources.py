@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import importlib
+import importlib.util
 import textwrap
 import warnings
 from collections.abc import Iterator
@@ -279,15 +279,18 @@ def described(recipe: recipes.Recipe) -> Any:
 
 
 def _gguf_of(recipe: recipes.Recipe) -> Path | None:
-    """The GGUF file of the recipe's package, assembled in the user's cache; None if the package is not installed."""
-    if recipe.gguf_package is None:
+    """The GGUF file of the recipe's package; None if the package is not installed.
+
+    It lies in the package, which is then not imported, or the package's ``assemble()`` makes it in the user's cache.
+    """
+    spec = importlib.util.find_spec(recipe.gguf_package) if recipe.gguf_package is not None else None
+    if spec is None:
         return None
+    files = [f for folder in spec.submodule_search_locations or () for f in sorted(Path(folder).glob("*.gguf"))]
+    if len(files) == 1:
+        return files[0]
     try:
-        package = importlib.import_module(recipe.gguf_package)
-    except ImportError:
-        return None
-    try:
-        return Path(package.assemble())
+        return Path(importlib.import_module(str(recipe.gguf_package)).assemble())
     except Exception as error:  # files of the package, its cache in the user's home folder, the disk
         raise ModelError(f"package {recipe.gguf_package} cannot be used ({one_line(error)}): reinstall it") from error
 
