@@ -98,7 +98,7 @@ class LayerSpec(Heads):
 
     @property
     def decay(self) -> float:
-        """What one token leaves of the scores before it: 2 ** (-1 / half-life), 1 if they never fade."""
+        """How much one token leaves of the scores before it, 2 ** (-1 / half-life), or 1 if they never fade."""
         return 1.0 if self.score_half_life is None else 2.0 ** (-1 / self.score_half_life)
 
     def attributes(self) -> dict[str, int | float]:
