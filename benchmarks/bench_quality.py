@@ -67,7 +67,11 @@ class Setting:
 
     def config(self) -> ExportConfig:
         return ExportConfig(
-            policy=self.policy, budget=self.budget, layer_budgets=self.layer_budgets, compress_sliding=self.all_layers
+            policy=self.policy,
+            budget=self.budget,
+            layer_budgets=self.layer_budgets,
+            score_half_life="none",
+            compress_sliding=self.all_layers,
         )
 
 

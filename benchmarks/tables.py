@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import long_tables
 import model_tables
 import quality_tables
 
@@ -243,6 +244,13 @@ def gpu(part: str) -> str:
     return table(*gpu_tables.PARTS[part](data)) + f"\n\n({gpu_tables.note(data)})"
 
 
+def long() -> str:
+    """Loss by position in long streams."""
+    data = results("long")
+    description = f"{data['model']}, {data['slots']} slots, {data['chunk']} tokens a step, without kernels"
+    return table(*long_tables.long(data)) + f"\n\n({description}; {where(data)})"
+
+
 def models(part: str) -> str:
     """A table about architectures."""
     name, maker = model_tables.PARTS[part]
@@ -260,7 +268,7 @@ def rendered(text: str) -> str:
         "decode_cost": decode_cost,
     }
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
-    makers |= {"peers": peers, "large": large}
+    makers |= {"peers": peers, "large": large, "long": long}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,12 @@ settings.load_profile("fixed")
 #: ``exported(family, variant) -> Tiny`` and ``opened(family, variant, backend) -> Backend``, both cached.
 Exported = Callable[..., "Tiny"]
 Opened = Callable[..., "Backend"]
+
+
+def pytest_configure() -> None:
+    """Interrupts work as at a terminal: in a job that a shell started in the background, SIGINT is ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

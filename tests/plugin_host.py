@@ -67,6 +67,7 @@ def compile_harness(out: Path, kernels: Path, headers: Path) -> None:
     ]
     command += ["-I", str(PLUGIN / "include"), "-I", str(PLUGIN / "src"), "-isystem", str(emulation.cuda_include())]
     command += ["-isystem", str(headers), *(str(PLUGIN / n) for n in names), str(kernels)]
+    command += ["-Wl,-Bsymbolic"]  # the harness's CUDA runtime, not one that a CUDA build of torch has loaded
     command += [f"-Wl,-rpath,{kernels.parent}", "-ldl", "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -140,8 +140,8 @@ def wider_window(patch: Patch) -> None:
 def wrong_causal_bound(patch: Patch) -> None:
     original = onnx_op.function_body
 
-    def body(policy: EvictionPolicy, absorb: bool) -> ir.Function:
-        function = original(policy, absorb)
+    def body(policy: EvictionPolicy, absorb: bool, fades: bool) -> ir.Function:
+        function = original(policy, absorb, fades)
         causal = next(n for n in function if n.op_type == "LessOrEqual")
         causal.op_type = "Less"  # a token no longer sees itself
         return function

@@ -94,6 +94,8 @@ def nested(depth: int) -> str:
 def test_deep_files_of_a_checkpoint(name: str, depth: int, source: Path, tmp_path: Path, run: Run) -> None:
     folder = bundles.copy(source, tmp_path / "model")
     file = folder / name
+    if name == "model.safetensors.index.json":  # which nobody reads beside a single file
+        (folder / "model.safetensors").unlink()
     content = file.read_text().rstrip() if file.exists() else '{"weight_map": {}}'
     file.write_text(f'{content[:-1]}, "deep": {nested(depth)}}}')
     result = run(folder, "--out", tmp_path / "b", *QUICK_OPTIONS, "--no-validate")
