@@ -81,6 +81,29 @@ def quality() -> None:
     print(f"wrote {RESULTS / 'quality.png'}")
 
 
+def long() -> None:
+    """What eviction costs along a stream: loss of every cache above that of the full cache."""
+    data = json.loads((RESULTS / "long.json").read_text())
+    length, chunk = max(r["length"] for r in data["rows"]), data["chunk"]
+    means = {r["cache"]: np.mean(list(r["nll"].values()), 0) for r in data["rows"]}
+    full, width = means.pop("full"), 1024 // chunk
+    figure, axes = plt.subplots(figsize=(9, 4))
+    for name, losses in means.items():
+        smooth = np.convolve(losses - full, np.ones(width) / width, "valid")
+        axes.plot((np.arange(len(smooth)) + width / 2) * chunk, smooth, label=name)
+    axes.set_xlim(0, length)
+    axes.set_xlabel("position, tokens")
+    axes.set_ylabel("loss above the full cache, nats")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.suptitle(
+        f"{data['model']}, {data['slots']} slots, mean of {len(data['rows'][0]['nll'])} streams over 1,024 tokens"
+    )
+    figure.tight_layout()
+    figure.savefig(RESULTS / "long.png", dpi=120)
+    print(f"wrote {RESULTS / 'long.png'}")
+
+
 def gpu() -> None:
     """Decode on a GPU: bandwidth compared with a copy, and time compared with attention over a full cache."""
     data = json.loads((RESULTS / "gpu.json").read_text())
@@ -114,5 +137,6 @@ def gpu() -> None:
 if __name__ == "__main__":
     decode_cost()
     quality()
+    long()
     if (RESULTS / "gpu.json").is_file():
         gpu()

@@ -23,7 +23,8 @@ DEFAULT_BUDGET = "5%"
 DEFAULT_CHUNK = 256
 #: A half-life in tokens, or that scores never fade.
 HalfLife = int | Literal["none"]
-DEFAULT_HALF_LIFE: HalfLife = "none"
+#: Measured: docs/results/long.md.
+DEFAULT_HALF_LIFE: HalfLife = 512
 #: Longest half-life; beyond it a float32 score does not fade from one token to the next.
 MAX_HALF_LIFE = 1 << 20
 
@@ -37,7 +38,8 @@ class ExportConfig:
         policy: which tokens keep a slot: ``"h2o"``, ``"tova"``, ``"sink"`` or ``"full"``.
         budget: slots per layer and KV head, in tokens (``"256"``) or as a share of ``context`` (``"5%"``).
         layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
-        score_half_life: tokens after which the score of policy h2o counts half, or ``"none"``: it never fades.
+        score_half_life: tokens after which a score of policy h2o counts half (default 512), or ``"none"``: scores
+            never fade, as in the H2O paper.
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.
