@@ -1,4 +1,4 @@
-"""Marks for test cases that ``scripts/test --quick`` skips."""
+"""Marks for test cases that not every run takes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ import pytest
 
 
 def slow_but(values: Iterable[Any], *quick: Any) -> list[Any]:
-    """Values for ``parametrize``, marked slow except for those in ``quick``."""
+    """Values for ``parametrize``; ``scripts/test --quick`` takes only those in ``quick``."""
+    return _marked(pytest.mark.slow, values, quick)
 
+
+def exhaustive_but(values: Iterable[Any], *usual: Any) -> list[Any]:
+    """Values for ``parametrize``; those that are not in ``usual`` run with ``-m exhaustive`` only."""
+    return _marked(pytest.mark.exhaustive, values, usual)
+
+
+def _marked(mark: pytest.MarkDecorator, values: Iterable[Any], but: tuple[Any, ...]) -> list[Any]:
     def case(value: Any) -> Any:
         several = value if isinstance(value, tuple) else (value,)
-        return value if value in quick else pytest.param(*several, marks=pytest.mark.slow)
+        return value if value in but else pytest.param(*several, marks=mark)
 
     return [case(v) for v in values]

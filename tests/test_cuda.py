@@ -16,7 +16,7 @@ from less_export.contract import LayerSpec
 
 from . import emulation, test_ops
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
-from .marks import slow_but
+from .marks import exhaustive_but
 from .oracle import OUTPUTS, Normal, Step, compare, follow, layer_of, play, scenario
 from .test_ops import EDGES, VARIANTS, empty, moved, ordinary, shaped, tie_steps, tied, torch_run
 
@@ -102,7 +102,7 @@ def test_all_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: in
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["mixed", "decode"])
-@pytest.mark.parametrize("heads", slow_but(test_ops.HEADS, "GQA"))
+@pytest.mark.parametrize("heads", exhaustive_but(test_ops.HEADS, "GQA"))
 @pytest.mark.parametrize("name", [*VARIANTS, *EDGES])
 def test_every_rule(name: str, heads: str, decode: bool) -> None:
     """Policies, windows, absorb; ragged, parked and reset rows; empty, partial and full caches; NaN poison."""
@@ -164,7 +164,7 @@ def test_500_steps_do_not_drift(policy: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", exhaustive_but(ORDERS, 1, 4))
 @pytest.mark.parametrize(("policy", "blocks"), [("h2o", 1), ("h2o", 512), ("tova", 512), ("sink", 1), ("window", 512)])
 def test_thread_orders(policy: str, blocks: int, order: int) -> None:
     """Results are bitwise equal in any thread order."""
