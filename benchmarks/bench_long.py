@@ -2,7 +2,7 @@
 
 Streams of shipped text run through the torch backend, 64 tokens a step, without kernels. The result is
 ``benchmarks/results/long.json``: for every cache and stream the mean loss of each step, written as soon as a cache is
-measured; ``--resume`` keeps the caches that are there.
+measured; ``--resume`` keeps the caches that are there, if they are of the same model and length.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def main() -> None:
     ids = streams(encode, bos, args.length)
     rows: dict[str, dict[str, Any]] = {}
     if args.resume and FILE.exists():
-        rows = {r["cache"]: r for r in json.loads(FILE.read_text())["rows"] if r["length"] == args.length}
+        written = json.loads(FILE.read_text())
+        same = written["model"] == source.name
+        rows = {r["cache"]: r for r in written["rows"] if same and r["length"] == args.length}
     model, progress, order = source.load(torch.float32), Bars(), [name_of(*c) for c in CACHES]
     for (policy, half_life), name in zip(CACHES, order, strict=True):
         if name in rows:

@@ -141,8 +141,8 @@ def less_attention(
         seen = torch.where(valid, torch.softmax(logits, -1), 0.0)
         if rules.scoring == "accumulate":
             # Every token of the chunk fades what was there before it, scores of its own chunk included.
-            kept_share, weight = fading(decay, step, new_length[:, None])
-            score = past * kept_share[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
+            remaining, weight = fading(decay, step, new_length[:, None])
+            score = past * remaining[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
         else:  # only the last valid query counts; a parked row keeps its scores
             last = (step == new_length[:, None] - 1)[:, None, None, :, None]
             latest = torch.where(last, seen, 0.0).sum((2, 3))

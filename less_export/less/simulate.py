@@ -60,8 +60,8 @@ def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
             seen = torch.softmax(rows.gather(-1, index).masked_fill(~visible, -torch.inf), -1)
             if rules.scoring == "accumulate":
                 count = torch.tensor([[end - begin]], device=device)
-                kept_share, weight = fading(layer.decay, now - begin, count)
-                past = past * kept_share[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
+                remaining, weight = fading(layer.decay, now - begin, count)
+                past = past * remaining[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
             else:
                 past = seen[:, :, :, -1].sum(2)
         live, stop = held, torch.full((1, 1, 1), end, dtype=torch.int32, device=device)
