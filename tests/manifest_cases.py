@@ -11,18 +11,60 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from less_export.bundle.artifact import FORMAT_VERSION, _digest
+import numpy as np
+from safetensors.numpy import save_file
+
+from less_export.bundle.artifact import (
+    ARTIFACT_FILES,
+    FORMAT_VERSION,
+    MANIFEST,
+    Artifact,
+    KernelFacts,
+    Manifest,
+    TokenizerFacts,
+    WeightFile,
+    _digest,
+    header_sha256,
+)
+from less_export.bundle.files import sha256
 from less_export.bundle.schema import MAX_BYTES, MAX_DEPTH
 from less_export.config import MAX_HALF_LIFE
+from less_export.contract import Contract, LayerSpec, Policy
 
-Path = tuple[str | int, ...]
+Place = tuple[str | int, ...]
 MISSING = object()
-LAYER: Path = ("artifacts", 0, "contract", "layers", 0)
-CONTRACT: Path = ("artifacts", 0, "contract")
-ARTIFACT: Path = ("artifacts", 0)
-WEIGHT: Path = ("weights", 0)
+LAYER: Place = ("artifacts", 0, "contract", "layers", 0)
+CONTRACT: Place = ("artifacts", 0, "contract")
+ARTIFACT: Place = ("artifacts", 0)
+WEIGHT: Place = ("weights", 0)
+
+MODEL = {"name": "tiny", "class": "Tiny", "parameters": 6, "config": {"a": 1}, "max_position_embeddings": None}
+TINY = Contract((LayerSpec(4, 2, 8, 0.35, Policy.H2O, 2, 2, 0, True, 4, 3),), 20, "float32", 4, 2)
+
+
+def write_bundle(folder: Path, kind: str, content: bytes) -> Manifest:
+    """Write a bundle with one artifact, whose files are what its manifest says; returns the manifest."""
+    folder.mkdir()
+    artifact, tokenizer = folder / ARTIFACT_FILES[kind], folder / "tokenizer.json"
+    weights, kernels = folder / "model.safetensors", folder / "kernels.safetensors"
+    artifact.write_bytes(content)
+    tokenizer.write_text("{}")
+    save_file({"a": np.arange(6, dtype=np.float32)}, weights)
+    save_file({"b": np.arange(6, dtype=np.float32)}, kernels)
+    manifest = Manifest(
+        MODEL,
+        {"policy": "h2o"},
+        (Artifact(kind, artifact.name, sha256(artifact), TINY),),
+        (WeightFile(weights.name, weights.stat().st_size, header_sha256(weights), sha256(weights)),),
+        {"torch": "2"},
+        TokenizerFacts(tokenizer.name, sha256(tokenizer), 1, (2,), True, None),
+        KernelFacts(kernels.name, sha256(kernels), 24, "exp", 3, 5, (0, 1)),
+    )
+    (folder / MANIFEST).write_bytes(manifest.dump())
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -31,7 +73,7 @@ class Case:
 
     name: str
     reason: str
-    path: Path = ()
+    path: Place = ()
     value: Any = MISSING
     text: Callable[[bytes], bytes] | None = None
 
@@ -48,7 +90,7 @@ class Case:
         return self.text(data_bytes) if self.text else data_bytes
 
 
-def place(data: Any, path: Path, value: Any) -> None:
+def place(data: Any, path: Place, value: Any) -> None:
     """Set or remove a value in a JSON value."""
     for key in path[:-1]:
         data = data[key]
@@ -77,7 +119,7 @@ def _raw(field: str, text: str) -> Callable[[bytes], bytes]:
     return edit
 
 
-def _wrong(path: Path, *values: Any) -> list[Case]:
+def _wrong(path: Place, *values: Any) -> list[Case]:
     where = ".".join(map(str, path))
     return [
         Case(f"{where} {i} {json.dumps(v)[:30] if v is not MISSING else 'missing'}", str(path[-1]), path, v)

@@ -3,61 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import unicodedata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from less_export.bundle.artifact import (
     MANIFEST,
-    Artifact,
     Bundle,
-    KernelFacts,
-    Manifest,
-    TokenizerFacts,
-    WeightFile,
-    header_sha256,
 )
-from less_export.bundle.files import sha256
-from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import LessExportError
 
 from .cpp_support import PLAN, call, describe
-from .manifest_cases import CASES, FINE, Case
+from .manifest_cases import CASES, FINE, MODEL, Case, write_bundle
 
 pytest_plugins = ["tests.cpp_support"]
 pytestmark = pytest.mark.slow
-
-MODEL = {"name": "tiny", "class": "Tiny", "parameters": 6, "config": {"a": 1}, "max_position_embeddings": None}
-CONTRACT = Contract((LayerSpec(4, 2, 8, 0.35, Policy.H2O, 2, 2, 0, True, 4, 3),), 20, "float32", 4, 2)
 
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
     """A bundle with a plan whose files are what its manifest says."""
     path = tmp_path / "whole"
-    path.mkdir()
-    (path / "engine.plan").write_bytes(PLAN)
-    (path / "tokenizer.json").write_text("{}")
-    weights, kernels = path / "model.safetensors", path / "kernels.safetensors"
-    save_file({"a": np.arange(6, dtype=np.float32)}, weights)
-    save_file({"b": np.arange(6, dtype=np.float32)}, kernels)
-    manifest = Manifest(
-        MODEL,
-        {"policy": "h2o"},
-        (Artifact("plan", "engine.plan", hashlib.sha256(PLAN).hexdigest(), CONTRACT),),
-        (WeightFile(weights.name, weights.stat().st_size, header_sha256(weights), sha256(weights)),),
-        {"torch": "2"},
-        TokenizerFacts("tokenizer.json", sha256(path / "tokenizer.json"), 1, (2,), True, None),
-        KernelFacts(kernels.name, sha256(kernels), 24, "exp", 3, 5, (0, 1)),
-    )
-    (path / MANIFEST).write_bytes(manifest.dump())
+    write_bundle(path, "plan", PLAN)
     return path
 
 

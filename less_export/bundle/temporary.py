@@ -22,35 +22,38 @@ _MARK = "less-export-"
 @contextlib.contextmanager
 def folder(beside: Path) -> Iterator[Path]:
     """An empty folder next to ``beside`` (same file system, so that renames work); it is removed at the end."""
-    remove_abandoned(beside)
-    path, lock = None, None
-    try:
-        with interrupts.deferred():
-            path, lock = make_folder(beside)
+    with _until_the_end(beside, lambda: make_folder(beside)) as path:
         yield path
-    finally:
-        with interrupts.deferred():
-            if path is not None:
-                shutil.rmtree(path, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
 
 
 @contextlib.contextmanager
 def file(beside: Path) -> Iterator[Path]:
     """An empty file next to ``beside``, which is removed at the end unless it has been renamed."""
+    with _until_the_end(beside, lambda: _locked(lambda: _empty_file(beside))) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def _until_the_end(beside: Path, make: Callable[[], tuple[Path, int]]) -> Iterator[Path]:
+    """What ``make`` makes and locks; it is removed before its lock is given up."""
     remove_abandoned(beside)
     path, lock = None, None
     try:
         with interrupts.deferred():
-            path, lock = _locked(lambda: _empty_file(beside))
+            path, lock = make()
         yield path
     finally:
-        with interrupts.deferred(), contextlib.suppress(OSError):
+        with interrupts.deferred():
+            if path is not None:
+                _remove(path)
             if lock is not None:
                 os.close(lock)
-            if path is not None:
-                path.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder as far as that is possible."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def make_folder(beside: Path, mark: str = _MARK) -> tuple[Path, int]:
@@ -115,5 +118,4 @@ def abandoned(beside: Path, mark: str = _MARK) -> Iterator[Path]:
 def remove_abandoned(beside: Path) -> None:
     """Remove what killed processes left next to ``beside``, as far as that is possible."""
     for path in abandoned(beside):
-        with contextlib.suppress(OSError):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        _remove(path)
