@@ -13,6 +13,7 @@
 #include <set>
 
 #include "engine.hpp"
+#include "plan_runner.hpp"
 
 namespace less::testing {
 
@@ -239,5 +240,11 @@ class HostPlan : public Plan {
     std::map<std::pair<int, std::string>, Shape> shapes_;
     std::map<std::pair<int, std::string>, unsigned char*> bound_;
 };
+
+// The engine of a contract on a host machine, run through graphs.
+inline std::unique_ptr<PlanRunner> runnerOn(Machine& machine, Contract const& contract) {
+    return std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine),
+                                        std::make_unique<HostPlan>(contract, machine), true);
+}
 
 }  // namespace less::testing

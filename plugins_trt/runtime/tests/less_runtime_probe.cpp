@@ -99,9 +99,7 @@ void sample() {
 void generateOn(Bundle const& bundle, bool inPlace, int64_t maxNewTokens, Prompt const& prefix) {
     testing::Machine machine;
     machine.inPlace = inPlace;
-    Session session(bundle.contract, bundle.identity,
-                    std::make_unique<PlanRunner>(bundle.contract, std::make_unique<testing::HostDevice>(machine),
-                                                 std::make_unique<testing::HostPlan>(bundle.contract, machine), true));
+    Session session(bundle.contract, bundle.identity, testing::runnerOn(machine, bundle.contract));
     std::vector<Prompt> prompts;
     for (std::string line; std::getline(std::cin, line);) {
         std::istringstream ids(line);

@@ -177,9 +177,7 @@ TEST(values_that_no_state_has) {
 TEST(states_that_a_session_refuses) {
     Machine machine;
     Contract const contract = twoLayers();
-    Session session(contract, "this one",
-                    std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine),
-                                                 std::make_unique<HostPlan>(contract, machine), true));
+    Session session(contract, "this one", runnerOn(machine, contract));
     RowState const good = stateOf(contract);
     session.open(2);
     auto const before = session.readRow(0).data;
@@ -208,9 +206,7 @@ TEST(states_that_a_session_refuses) {
 TEST(lengths_stay_below_two_to_the_31) {
     Machine machine;
     Contract const contract = twoLayers();
-    Session session(contract, "",
-                    std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine),
-                                                 std::make_unique<HostPlan>(contract, machine), true));
+    Session session(contract, "", runnerOn(machine, contract));
     RowState state = stateOf(contract);
     state.length = kMaxLength - 2;
     session.open(2);
