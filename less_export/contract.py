@@ -37,6 +37,10 @@ LOGITS = "logits"
 BATCH = "batch"
 CHUNK = "chunk"
 
+#: What slots hold their keys and values in: the compute dtype, or integers with a scale per token (``less.int8``).
+SlotDtype = Literal["model", "int8"]
+SLOT_DTYPES: tuple[SlotDtype, ...] = ("model", "int8")
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -64,7 +68,7 @@ class LayerSpec(Heads):
     ``capacity`` slots hold at most ``heavy + recent`` tokens; ``window`` > 0 limits what a query sees to
     the newest ``window`` positions, itself included. ``absorb`` layers own a low-rank state of ``rank``
     features; the others have rank 1, psi = 0 and skip it. ``score_half_life`` is the number of tokens after
-    which an accumulated score counts half, ``None`` if scores never fade.
+    which an accumulated score counts half, ``None`` if scores never fade. ``slot_dtype`` is what the slots hold.
     """
 
     scale: float
@@ -76,6 +80,7 @@ class LayerSpec(Heads):
     capacity: int
     rank: int
     score_half_life: int | None = None
+    slot_dtype: SlotDtype = "model"
 
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
@@ -93,6 +98,7 @@ class LayerSpec(Heads):
             self.score_half_life is None or (self.score_half_life >= 1 and self.policy.scoring == "accumulate"),
             "a half-life is at least 1 token, and only accumulated scores have one",
         )
+        require(self.slot_dtype in SLOT_DTYPES, f"slots are {' or '.join(SLOT_DTYPES)}, not {self.slot_dtype}")
         reason = self.policy.why_impossible(self)
         require(reason is None, reason or "")
 
@@ -101,8 +107,18 @@ class LayerSpec(Heads):
         """How much one token leaves of the scores before it, 2 ** (-1 / half-life), or 1 if they never fade."""
         return 1.0 if self.score_half_life is None else 2.0 ** (-1 / self.score_half_life)
 
+    @property
+    def int8(self) -> bool:
+        """Whether keys and values of the slots are int8."""
+        return self.slot_dtype == "int8"
+
+    @property
+    def state_fields(self) -> tuple[StateField, ...]:
+        """The state of the layer, in the op's order."""
+        return STATE_FIELDS + SCALE_FIELDS if self.int8 else STATE_FIELDS
+
     def attributes(self) -> dict[str, int | float]:
-        """Attributes of the layer's ``LessAttention`` node, in the op's order."""
+        """Attributes of the torch operator, and of every ``LessAttention`` node, in the op's order."""
         return {
             "scale": float(self.scale),
             "policy": self.policy.code,
@@ -127,27 +143,37 @@ def _policy(name: str) -> EvictionPolicy:
 
 @dataclass(frozen=True)
 class StateField:
-    """One state tensor of a layer: dims name :class:`LayerSpec` fields, dtype "T" is the compute dtype."""
+    """One state tensor of a layer: dims name :class:`LayerSpec` fields.
+
+    dtype "T" is the compute dtype, "S" that of the slots: int8, or the compute dtype.
+    """
 
     name: str
     dims: tuple[str, ...]
     dtype: str
     empty: int = 0
 
-    def dtype_in(self, compute_dtype: str) -> str:
-        """dtype in a graph that computes in ``compute_dtype``."""
+    def dtype_in(self, layer: LayerSpec, compute_dtype: str) -> str:
+        """dtype for ``layer`` in a graph that computes in ``compute_dtype``."""
+        if self.dtype == "S":
+            return "int8" if layer.int8 else compute_dtype
         return compute_dtype if self.dtype == "T" else self.dtype
 
 
-#: The state of one layer, in the op's order; ``empty`` fills a fresh row.
+#: The state of every layer, in the op's order; ``empty`` fills a fresh row.
 STATE_FIELDS = (
-    StateField("key", ("kv_heads", "capacity", "head_dim"), "T"),
-    StateField("value", ("kv_heads", "capacity", "head_dim"), "T"),
+    StateField("key", ("kv_heads", "capacity", "head_dim"), "S"),
+    StateField("value", ("kv_heads", "capacity", "head_dim"), "S"),
     StateField("psi", ("kv_heads", "capacity", "rank"), "T"),
     StateField("score", ("kv_heads", "capacity"), "float32"),
     StateField("position", ("kv_heads", "capacity"), "int32", empty=-1),
     StateField("h", ("kv_heads", "rank", "head_dim"), "float32"),
     StateField("z", ("kv_heads", "rank"), "float32"),
+)
+#: What layers with int8 slots have besides: a scale per token and head.
+SCALE_FIELDS = (
+    StateField("key_scale", ("kv_heads", "capacity"), "float32"),
+    StateField("value_scale", ("kv_heads", "capacity"), "float32"),
 )
 
 
@@ -217,10 +243,9 @@ class Contract:
     def state(self) -> Iterator[StateTensor]:
         """The state tensors, layer by layer, in the graph's order."""
         for index, layer in enumerate(self.layers):
-            for field in STATE_FIELDS:
-                yield StateTensor(
-                    index, field, field.dtype_in(self.dtype), tuple(getattr(layer, d) for d in field.dims)
-                )
+            for field in layer.state_fields:
+                dtype, shape = field.dtype_in(layer, self.dtype), tuple(getattr(layer, d) for d in field.dims)
+                yield StateTensor(index, field, dtype, shape)
 
     def tokens(self) -> tuple[TensorSpec, ...]:
         """The inputs that are not state."""

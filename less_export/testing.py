@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from .contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, LayerSpec
-from .dtypes import onnx_dtype, torch_dtype
+from .contract import OP_DOMAIN, OP_NAME, OP_VERSION, LayerSpec
+from .dtypes import from_torch, onnx_dtype, torch_dtype
 from .exporter import onnx_op
 
 
 def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32, poison: bool = False) -> list[Tensor]:
-    """State of ``batch`` fresh rows, in the op's order; ``poison`` fills empty slots with NaN."""
+    """State of ``batch`` fresh rows, in the op's order; ``poison`` fills empty slots with NaN, or a large integer."""
     state = []
-    for field in STATE_FIELDS:
+    for field in layer.state_fields:
         shape = (batch, *(getattr(layer, d) for d in field.dims))
-        kind = dtype if field.dtype == "T" else torch_dtype(field.dtype)
-        fill = float("nan") if poison and field.name in ("key", "value", "psi", "score") else field.empty
+        kind = torch_dtype(field.dtype_in(layer, from_torch(dtype)))
+        fill: float = field.empty
+        if poison and "capacity" in field.dims and field.name != "position":
+            fill = math.nan if kind.is_floating_point else 77
         state.append(torch.full(shape, fill, dtype=kind))
     return state
 
@@ -35,18 +39,23 @@ def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> 
         )
 
     def state(prefix: str) -> list[ir.Value]:
-        return [value(f"{prefix}_{f.name}", ["B", *(getattr(layer, d) for d in f.dims)], f.dtype) for f in STATE_FIELDS]
+        return [
+            value(f"{prefix}_{f.name}", ["B", *(getattr(layer, d) for d in f.dims)], f.dtype_in(layer, "T"))
+            for f in layer.state_fields
+        ]
 
     inputs = [
         value(n, [sizes[d] for d in dims.split()], "float32" if n == "log_phi_q" else "T") for n, dims in tokens.items()
     ]
     inputs += [*state("past"), value("past_length", ["B"], "int32"), value("new_length", ["B"], "int32")]
+    if layer.int8:
+        inputs += [value(n, [layer.kv_heads, layer.head_dim], "float32") for n in ("key_mean", "key_std")]
     outputs = [value("out", ["B", layer.query_heads, "T", layer.head_dim], "T"), *state("present")]
     node = ir.Node(
         OP_DOMAIN,
         OP_NAME,
         inputs,
-        attributes=ir.convenience.convert_attributes(layer.attributes()),
+        attributes=ir.convenience.convert_attributes(onnx_op.node_attributes(layer)),
         outputs=outputs,
     )
     graph = ir.Graph(inputs, outputs, nodes=[node], name="op", opset_imports={"": onnx_op.OPSET, OP_DOMAIN: OP_VERSION})

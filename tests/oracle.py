@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from less_export.contract import LayerSpec
+from less_export.contract import LayerSpec, SlotDtype
 from less_export.less.policies import by_name
 
 Arrays = dict[str, np.ndarray]
@@ -26,6 +26,12 @@ Draw = Callable[[np.random.Generator, LayerSpec, np.ndarray], Arrays]
 TOKENS = ("q", "k", "v", "log_phi_q", "psi_k")
 STATE = ("key", "value", "psi", "score", "position", "h", "z")
 OUTPUTS = ("out", *STATE)
+#: What layers with int8 slots have besides: state, and the constants that centre keys.
+SCALES = ("key_scale", "value_scale")
+CENTRING = ("key_mean", "key_std")
+#: State whose contents are unspecified in empty slots; there, integers are poisoned with a large code.
+IN_SLOTS = ("key", "value", "psi", "score", *SCALES)
+POISON = 77
 
 #: Scores that differ by less than this (relative) but are not equal could rank differently in float32: not used.
 FRAGILE = 1e-5
@@ -41,12 +47,35 @@ def layer_of(
     head_dim: int = 8,
     rank: int = 3,
     half_life: int | None = None,
+    slot_dtype: SlotDtype = "model",
 ) -> LayerSpec:
     """A small layer; ``heads`` are query and KV heads."""
     absorb = absorb and policy not in ("window", "full")
     capacity, rank = heavy + recent, rank if absorb else 1
     rules = by_name(policy)
-    return LayerSpec(*heads, head_dim, 0.5, rules, heavy, recent, window, absorb, capacity, rank, half_life)
+    return LayerSpec(*heads, head_dim, 0.5, rules, heavy, recent, window, absorb, capacity, rank, half_life, slot_dtype)
+
+
+def centring_of(layer: LayerSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of a layer's keys, f32 [Hk,D]; one channel of the first head lies off zero."""
+    rng = np.random.default_rng(layer.head_dim)
+    shape = layer.kv_heads, layer.head_dim
+    mean, std = rng.normal(size=shape), rng.uniform(0.25, 4.0, shape)
+    mean[0, 0] = 4.0
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def rounded_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
+    """One token's codes and scale, in float32 arithmetic: halves go to the even neighbour."""
+    x = x.astype(np.float32)
+    scale = np.float32(np.abs(x).max()) / np.float32(127)
+    if scale < np.float32(2.0**-126):
+        return np.zeros(x.shape, np.int8), np.float32(0)
+    quotient = x / scale
+    below = np.floor(quotient)
+    rest = quotient - below  # exact
+    up = (rest > 0.5) | ((rest == 0.5) & (below % 2 == 1))
+    return np.clip(below + up, -127, 127).astype(np.int8), scale
 
 
 class Overflow(Exception):
@@ -58,25 +87,51 @@ class Overflow(Exception):
 
 @dataclass
 class Head:
-    """The tokens of one row in one KV head."""
+    """The tokens of one row in one KV head, the ``index``-th."""
 
     layer: LayerSpec
+    index: int
     slots: list[int | None] = field(init=False)
     absorbed: list[int] = field(default_factory=list)
     score: dict[int, float] = field(default_factory=dict)
     keys: list[np.ndarray] = field(default_factory=list)
     values: list[np.ndarray] = field(default_factory=list)
     psis: list[np.ndarray] = field(default_factory=list)
+    rounded: dict[int, Arrays] = field(default_factory=dict)
     fragile: bool = False
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.layer.capacity
 
+    def stored(self, p: int) -> Arrays:
+        """A token's codes and scales in an int8 slot, and the key and value that they stand for."""
+        if p not in self.rounded:
+            mean, std = (x[self.index] for x in centring_of(self.layer))
+            code, scale = rounded_to_int8((self.keys[p].astype(np.float32) - mean) / std)
+            value, value_scale = rounded_to_int8(self.values[p])
+            self.rounded[p] = {
+                "key": code,
+                "value": value,
+                "key_scale": np.asarray(scale),
+                "value_scale": np.asarray(value_scale),
+                "key read": code * float(scale) * std.astype(np.float64) + mean,
+                "value read": value * float(value_scale),
+            }
+        return self.rounded[p]
+
+    def key(self, p: int, first: int) -> np.ndarray:
+        """A token's key as queries of the chunk from ``first`` see it: rounded if it was there before the chunk."""
+        return self.stored(p)["key read"] if self.layer.int8 and p < first else self.keys[p]
+
+    def value(self, p: int, first: int) -> np.ndarray:
+        """A token's value as queries of the chunk from ``first`` see it."""
+        return self.stored(p)["value read"] if self.layer.int8 and p < first else self.values[p]
+
     def low_rank(self) -> tuple[np.ndarray, np.ndarray]:
-        """``H [R,D]`` and ``z [R]``, summed over the absorbed list."""
+        """``H [R,D]`` and ``z [R]``, summed over the absorbed list; values are rounded as in a slot."""
         h, z = np.zeros((self.layer.rank, self.layer.head_dim)), np.zeros(self.layer.rank)
         for p in self.absorbed:
-            h += np.outer(self.psis[p], self.values[p])
+            h += np.outer(self.psis[p], self.value(p, len(self.keys)))
             z += self.psis[p]
         return h, z
 
@@ -105,8 +160,8 @@ class Head:
         gained = {p: self.score.get(p, 0.0) if h2o else 0.0 for p in candidates}
         for i, t in enumerate(range(first, first + count)):
             visible = [p for p in candidates if p <= t and (layer.window == 0 or p > t - layer.window)]
-            logits = q[:, i] @ np.stack([self.keys[p] for p in visible]).T * layer.scale
-            seen = np.stack([self.values[p] for p in visible])
+            logits = q[:, i] @ np.stack([self.key(p, first) for p in visible]).T * layer.scale
+            seen = np.stack([self.value(p, first) for p in visible])
             out[:, i] = [self.attend(row, seen, lp, h, z) for row, lp in zip(logits, log_phi[:, i], strict=True)]
             weight = np.exp(logits - logits.max(1, keepdims=True))
             share = (weight / weight.sum(1, keepdims=True)).sum(0)
@@ -160,10 +215,15 @@ class Head:
             "score": np.zeros(layer.capacity),
             "position": np.array([-1 if p is None else p for p in self.slots]),
         }
+        if layer.int8:
+            got |= {n: np.zeros(layer.capacity, np.float32) for n in SCALES}
         for i, p in enumerate(self.slots):
-            if p is not None:
-                got["key"][i], got["value"][i], got["psi"][i] = self.keys[p], self.values[p], self.psis[p]
-                got["score"][i] = self.score[p]
+            if p is None:
+                continue
+            token = self.stored(p) if layer.int8 else {"key": self.keys[p], "value": self.values[p]}
+            for name in got.keys() & token.keys():
+                got[name][i] = token[name]
+            got["psi"][i], got["score"][i] = self.psis[p], self.score[p]
         got["h"], got["z"] = self.low_rank()
         return got
 
@@ -176,10 +236,13 @@ class Oracle:
 
     def __init__(self, layer: LayerSpec, batch: int) -> None:
         self.layer = layer
-        self.heads = [[Head(layer) for _ in range(layer.kv_heads)] for _ in range(batch)]
+        self.heads = [self.fresh_row() for _ in range(batch)]
+
+    def fresh_row(self) -> list[Head]:
+        return [Head(self.layer, i) for i in range(self.layer.kv_heads)]
 
     def reset(self, row: int) -> None:
-        self.heads[row] = [Head(self.layer) for _ in range(self.layer.kv_heads)]
+        self.heads[row] = self.fresh_row()
 
     @property
     def fragile(self) -> bool:
@@ -197,7 +260,7 @@ class Oracle:
                 args = q[b, mine, :n], k[b, j, :n], v[b, j, :n], log_phi[b, mine, :n], psi[b, j, :n]
                 out[b, mine, :n] = head.chunk(*args)
         shots = [[head.snapshot() for head in row] for row in self.heads]
-        return {"out": out, **{n: np.array([[s[n] for s in row] for row in shots]) for n in STATE}}
+        return {"out": out, **{n: np.array([[s[n] for s in row] for row in shots]) for n in shots[0][0]}}
 
 
 @dataclass(frozen=True)
@@ -268,7 +331,8 @@ def chunk_of(
     for b, n in enumerate(new):
         for name in TOKENS:
             chunk[name][b, :, n:] = np.nan
-    return {**chunk, "past_length": past.astype(np.int32), "new_length": new.astype(np.int32)}
+    centring = dict(zip(CENTRING, centring_of(layer), strict=True)) if layer.int8 else {}
+    return {**chunk, "past_length": past.astype(np.int32), "new_length": new.astype(np.int32), **centring}
 
 
 def scenario(
@@ -303,20 +367,21 @@ def scenario(
 
 
 def play(run: Run, steps: list[Step], empty: list[np.ndarray]) -> Iterator[tuple[Step, Arrays, Arrays]]:
-    """Run the steps from the state ``empty``: (step, state before, outputs). Empty slots stay NaN."""
-    state = [x.copy() for x in empty]
+    """Run the steps from the state ``empty``: (step, state before, outputs). Empty slots stay poisoned."""
+    state, names = [x.copy() for x in empty], (*STATE, *SCALES)[: len(empty)]
     for step in steps:
         for x, fresh in zip(state, empty, strict=True):
             x[list(step.reset)] = fresh[list(step.reset)]
-        before = dict(zip(STATE, [x.copy() for x in state], strict=True))
-        inputs = [step.inputs[n] for n in TOKENS]
-        outputs = run([*inputs, *state, step.inputs["past_length"], step.inputs["new_length"]])
-        yield step, before, dict(zip(OUTPUTS, outputs, strict=True))
+        before = dict(zip(names, [x.copy() for x in state], strict=True))
+        constants = [step.inputs[n] for n in CENTRING if n in step.inputs]
+        lengths = [step.inputs["past_length"], step.inputs["new_length"]]
+        outputs = run([*(step.inputs[n] for n in TOKENS), *state, *lengths, *constants])
+        yield step, before, dict(zip(("out", *names), outputs, strict=True))
         state = [x.copy() for x in outputs[1:]]
         vacant = state[STATE.index("position")] < 0
-        for name, x in zip(STATE, state, strict=True):
-            if name in ("key", "value", "psi", "score"):
-                x[vacant] = np.nan
+        for name, x in zip(names, state, strict=True):
+            if name in IN_SLOTS:
+                x[vacant] = np.nan if x.dtype.kind == "f" else POISON
 
 
 def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
@@ -324,14 +389,14 @@ def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
     want, new = step.expected, step.inputs["new_length"]
     np.testing.assert_array_equal(got["position"], want["position"])
     live = want["position"] >= 0
-    for name in ("key", "value", "psi"):
+    for name in {"key", "value", "psi", *SCALES} & got.keys():
         np.testing.assert_array_equal(got[name][live], want[name][live], err_msg=name)
     assert np.isfinite(got["out"]).all()
     for b, n in enumerate(new):
         assert not got["out"][b, :, n:].any(), "an output beyond new_length is not 0"
         if n == 0:
-            for name in STATE:
-                mask = live[b] if name in ("key", "value", "psi", "score") else ...
+            for name in before:
+                mask = live[b] if name in IN_SLOTS else ...
                 assert got[name][b][mask].tobytes() == before[name][b][mask].tobytes(), f"parked row: {name}"
     errors = {}
     for name in ("out", "score", "h", "z"):

@@ -16,7 +16,7 @@ import torch
 from less_export import testing
 from less_export.contract import LayerSpec
 from less_export.errors import BackendError
-from less_export.less import reference
+from less_export.less import int8, reference
 
 from .oracle import OUTPUTS, TOKENS, Arrays, Normal, OneHot, Run, Step, compare, follow, layer_of, play, scenario
 
@@ -41,6 +41,11 @@ VARIANTS = {
     "sink sparse sliding": layer_of("sink", 2, 5, window=10, absorb=False),
     "window": layer_of("window", 0, 7, window=7),
     "full": layer_of("full", 0, 90),
+}
+#: Layers whose slots are int8.
+INT8_VARIANTS = {
+    f"{name} int8": replace(VARIANTS[name], slot_dtype="int8")
+    for name in ("h2o", "h2o sparse sliding", "h2o fading", "tova", "sink", "sink sparse sliding", "window", "full")
 }
 EDGES = {
     "h2o recent only": layer_of("h2o", 0, 4),
@@ -85,17 +90,19 @@ def empty(layer: LayerSpec, dtype: torch.dtype = torch.float32, batch: int = 3) 
     return [x.float().numpy() if x.dtype == dtype else x.numpy() for x in state]
 
 
-def torch_run(layer: LayerSpec, operator: object = reference.less_attention, dtype: torch.dtype = torch.float32) -> Run:
-    """Run the torch operator on arrays; q, k, v, psi and their slots have ``dtype``."""
-    wide = {3, 8, 10, 11}  # log_phi_q, past_score, past_h, past_z stay float32
+def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch.float32) -> Run:
+    """Run the torch operator on arrays; q, k, v, psi and slots that are not int8 have ``dtype``."""
+    rounded = [0, 1, 2, 4, 7, *([] if layer.int8 else [5, 6])]  # q, k, v, psi_k, past_psi, past_key, past_value
+    end = 5 + len(layer.state_fields)
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
         tensors = [torch.from_numpy(a) for a in arrays]
-        floating = [i for i, t in enumerate(tensors) if t.is_floating_point() and i not in wide]
-        for i in floating:
+        for i in rounded:
             tensors[i] = tensors[i].to(dtype)
-        outputs = operator(*tensors, **layer.attributes())
-        assert [t.dtype for t in outputs] == [dtype, *(t.dtype for t in tensors[5:12])]
+        tokens, state, lengths = tensors[:5], tensors[5:end], tensors[end : end + 2]
+        centring = int8.Centring(*tensors[end + 2 :]) if layer.int8 else None
+        outputs = reference.run(layer, tokens, state, lengths, centring, opaque)
+        assert [t.dtype for t in outputs] == [dtype, *(t.dtype for t in tensors[5:end])]
         return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in outputs]
 
     return run
@@ -113,7 +120,7 @@ def onnx_run(layer: LayerSpec, half: bool = False) -> Run:
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
         cast = [a.astype(np.float16) if "float16" in i.type else a for a, i in zip(arrays, inputs, strict=True)]
         outputs = session.run(
-            list(OUTPUTS[:1]) + [f"present_{n}" for n in OUTPUTS[1:]],
+            [x.name for x in session.get_outputs()],
             dict(zip([i.name for i in inputs], cast, strict=True)),
         )
         return [x.astype(np.float32) if x.dtype == np.float16 else x for x in outputs]
@@ -203,7 +210,7 @@ def test_every_token_is_in_exactly_one_place(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_operator_is_the_function(name: str) -> None:
     layer = VARIANTS[name]
-    other = torch_run(layer, torch.ops.less.attention)
+    other = torch_run(layer, opaque=True)
     for step, before, got in play(torch_run(layer), ordinary(layer, False), empty(layer)):
         inputs = [*(step.inputs[n] for n in TOKENS), *before.values()]
         again = other([*inputs, step.inputs["past_length"], step.inputs["new_length"]])

@@ -22,7 +22,6 @@ from less_export.exporter.check import self_check, twin_config
 from less_export.hf import decoder, weights
 from less_export.hf.surgery import discover
 from less_export.less import reference
-from less_export.less.policies import EvictionPolicy
 from less_export.plan import plan_layers
 
 from . import families
@@ -140,8 +139,8 @@ def wider_window(patch: Patch) -> None:
 def wrong_causal_bound(patch: Patch) -> None:
     original = onnx_op.function_body
 
-    def body(policy: EvictionPolicy, absorb: bool, fades: bool) -> ir.Function:
-        function = original(policy, absorb, fades)
+    def body(body: onnx_op.Body) -> ir.Function:
+        function = original(body)
         causal = next(n for n in function if n.op_type == "LessOrEqual")
         causal.op_type = "Less"  # a token no longer sees itself
         return function

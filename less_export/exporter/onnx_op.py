@@ -1,11 +1,13 @@
 """``less::LessAttention`` in ONNX: the translation of the torch op, and its body in standard operators.
 
-The body is one function per policy, with and without the low-rank term, with and without scores that fade; a node
+The body is one function per policy, with and without the low-rank term, scores that fade and int8 slots; a node
 selects its own through ``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,65 +16,105 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS
+from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, SCALE_FIELDS, STATE_FIELDS, LayerSpec
 from ..dtypes import COMPUTE_DTYPES, onnx_type
+from ..less import int8 as int8_slots
 from ..less import reference
 from ..less.policies import EvictionPolicy, by_code
 
 OPSET = 23
 
-_TOKEN_INPUTS = {"q": "T", "k": "T", "v": "T", "log_phi_q": "float32", "psi_k": "T"}
-_PAST = {f"past_{f.name}": f.dtype for f in STATE_FIELDS}
-_PRESENT = {f"present_{f.name}": f.dtype for f in STATE_FIELDS}
-_INPUTS = {**_TOKEN_INPUTS, **_PAST, "past_length": "int32", "new_length": "int32"}
-_OUTPUTS = {"out": "T", **_PRESENT}
+_TOKENS = {"q": "T", "k": "T", "v": "T", "log_phi_q": "float32", "psi_k": "T"}
+_LENGTHS = dict.fromkeys(("past_length", "new_length"), "int32")
+_CENTRING = dict.fromkeys(("key_mean", "key_std"), "float32")
 _ATTRIBUTES = {
     "scale": ir.AttributeType.FLOAT,
     **dict.fromkeys(("policy", "heavy", "recent", "window", "absorb"), ir.AttributeType.INT),
     "decay": ir.AttributeType.FLOAT,
 }
+#: Attribute of nodes with int8 slots: the bits of a code. Others lack it.
+SLOT_BITS = "slot_bits"
 
 
-def overload(policy: EvictionPolicy, absorb: bool, fades: bool = False) -> str:
-    """Overload that names the body of a policy, with or without the low-rank term and scores that fade."""
-    return policy.name + "_fading" * fades + "_lowrank" * absorb
+def _state(prefix: str, int8: bool) -> dict[str, str]:
+    """Names and dtypes of the state tensors; "S" is the dtype of the slots."""
+    return {f"{prefix}_{f.name}": f.dtype for f in STATE_FIELDS + (SCALE_FIELDS if int8 else ())}
+
+
+def _inputs(int8: bool) -> dict[str, str]:
+    return {**_TOKENS, **_state("past", int8), **_LENGTHS, **(_CENTRING if int8 else {})}
+
+
+def _outputs(int8: bool) -> dict[str, str]:
+    return {"out": "T", **_state("present", int8)}
+
+
+@dataclass(frozen=True)
+class Body:
+    """What selects a node's body."""
+
+    policy: EvictionPolicy
+    absorb: bool
+    fades: bool = False
+    int8: bool = False
+
+    @classmethod
+    def of(cls, node: ir.Node) -> Body:
+        facts = node.attributes
+        absorb, fades = bool(facts["absorb"].as_int()), facts["decay"].as_float() != 1
+        return cls(by_code(facts["policy"].as_int()), absorb, fades, SLOT_BITS in facts)
+
+    @property
+    def overload(self) -> str:
+        """The overload that names the body."""
+        return self.policy.name + "_fading" * self.fades + "_int8" * self.int8 + "_lowrank" * self.absorb
+
+
+def node_attributes(layer: LayerSpec) -> dict[str, int | float]:
+    """Attributes of a layer's LessAttention node."""
+    return {**layer.attributes(), **({SLOT_BITS: 8} if layer.int8 else {})}
 
 
 # ------------------------------------------------------------------ torch.ops.less.attention -> one node
 
 
-def _schema() -> onnx.defs.OpSchema:
-    tensor = {"T": "T", "float32": onnx_type("float32"), "int32": onnx_type("int32")}
+def _schema(int8: bool) -> onnx.defs.OpSchema:
+    tensor = {"T": "T", "S": onnx_type("int8") if int8 else "T", **{n: onnx_type(n) for n in ("float32", "int32")}}
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kinds = {ir.AttributeType.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT}
+    attributes = {**_ATTRIBUTES, **({SLOT_BITS: ir.AttributeType.INT} if int8 else {})}
     return onnx.defs.OpSchema(
         OP_NAME,
         OP_DOMAIN,
         OP_VERSION,
         "LESS attention (arXiv 2402.09398): sparse slots, chunk and low-rank state in one softmax.",
-        inputs=[parameter(n, tensor[t]) for n, t in _INPUTS.items()],
-        outputs=[parameter(n, tensor[t]) for n, t in _OUTPUTS.items()],
+        inputs=[parameter(n, tensor[t]) for n, t in _inputs(int8).items()],
+        outputs=[parameter(n, tensor[t]) for n, t in _outputs(int8).items()],
         type_constraints=[("T", [onnx_type(d) for d in COMPUTE_DTYPES], "compute dtype")],
         attributes=[
             attribute(n, kinds.get(t, onnx.defs.OpSchema.AttrType.INT), "", required=True)
-            for n, t in _ATTRIBUTES.items()
+            for n, t in attributes.items()
         ],
     )
 
 
-_OPERATOR = onnxscript.values.Op(onnxscript.values.Opset(OP_DOMAIN, OP_VERSION), OP_NAME, _schema())
+def _translation(int8: bool) -> Callable[..., Any]:
+    """What makes one LessAttention node of the eager arguments of a torch operator."""
+    operator = onnxscript.values.Op(onnxscript.values.Opset(OP_DOMAIN, OP_VERSION), OP_NAME, _schema(int8))
+    count = len(_inputs(int8))
 
+    def translate(*args: Any) -> Any:
+        attributes = dict(zip(_ATTRIBUTES, args[count:], strict=True)) | ({SLOT_BITS: 8} if int8 else {})
+        return operator(*args[:count], **attributes)
 
-def _translate(*args: Any) -> Any:
-    """Eager arguments of ``torch.ops.less.attention`` as one LessAttention node."""
-    tensors, attributes = args[: len(_INPUTS)], args[len(_INPUTS) :]
-    return _OPERATOR(*tensors, **dict(zip(_ATTRIBUTES, attributes, strict=True)))
+    return translate
 
 
 def translation_table() -> dict[Any, Any]:
     """``custom_translation_table`` for ``torch.onnx.export``."""
-    assert reference.attention is not None  # importing it registers the operator
-    return {torch.ops.less.attention.default: _translate}
+    assert reference.attention is not None  # importing it registers the operators
+    operators = torch.ops.less
+    return {operators.attention.default: _translation(False), operators.attention_int8.default: _translation(True)}
 
 
 # ------------------------------------------------------------------ the body
@@ -189,11 +231,55 @@ def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
     return op.Where(kept_slot, own, op.Where(fills, arrival, op.ints(-1)))
 
 
-def function_body(policy: EvictionPolicy, absorb: bool, fades: bool = False) -> ir.Function:
+def _slots(op: _Nodes, x: SimpleNamespace, int8: bool) -> SimpleNamespace:
+    """Keys and values [B,Hk,N,D] of [slots, chunk] in f32: as queries see them, and as the state absorbs them; and
+    the pairs (past, new) of tensors that fill the slots."""
+    new_key, new_value = op.to_f32(x.k), op.to_f32(x.v)
+    if not int8:
+        keys = op.Concat(op.to_f32(x.past_key), new_key, axis=2)
+        values = op.Concat(op.to_f32(x.past_value), new_value, axis=2)
+        fills = {"key": (x.past_key, x.k), "value": (x.past_value, x.v)}
+        return SimpleNamespace(keys=keys, values=values, absorbed=values, fills=fills)
+
+    last = op.ints(-1)
+
+    def quantised(tensor: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Codes in f32 and in int8, and their scales [B,Hk,T]; the rule is that of ``less.int8``."""
+        scale = op.Div(op.ReduceMax(op.Abs(tensor), last, keepdims=0), op.f32(float(int8_slots.LARGEST)))
+        usable = op.GreaterOrEqual(scale, op.f32(int8_slots.SMALLEST_SCALE))
+        scale = op.Where(usable, scale, op.f32(0.0))
+        divisor = op.Where(usable, scale, op.f32(1.0))
+        code = op.Round(op.Div(tensor, op.Unsqueeze(divisor, last)))  # rounds half to even
+        code = op.Min(op.Max(code, op.f32(-float(int8_slots.LARGEST))), op.f32(float(int8_slots.LARGEST)))
+        code = op.rows(usable, code)
+        return code, op.Cast(code, to=ir.DataType.INT8), scale
+
+    def read(code: ir.Value, scale: ir.Value) -> ir.Value:
+        return op.Mul(op.to_f32(code), op.Unsqueeze(scale, last))
+
+    mean, std = (op.Unsqueeze(t, op.ints(1)) for t in (x.key_mean, x.key_std))
+    _, key_code, key_scale = quantised(op.Div(op.Sub(new_key, mean), std))
+    value, value_code, value_scale = quantised(new_value)
+    past_keys = op.Add(op.Mul(read(x.past_key, x.past_key_scale), std), mean)
+    past_values = read(x.past_value, x.past_value_scale)
+    return SimpleNamespace(
+        keys=op.Concat(past_keys, new_key, axis=2),
+        values=op.Concat(past_values, new_value, axis=2),
+        absorbed=op.Concat(past_values, read(value, value_scale), axis=2),
+        fills={
+            "key": (x.past_key, key_code),
+            "value": (x.past_value, value_code),
+            "key_scale": (x.past_key_scale, key_scale),
+            "value_scale": (x.past_value_scale, value_scale),
+        },
+    )
+
+
+def function_body(body: Body) -> ir.Function:
     """The operator as an ONNX function, opset 23, same inputs, outputs and attributes as the node."""
-    op = _Nodes()
-    inputs = [ir.Value(name=n) for n in _INPUTS]
-    x = SimpleNamespace(**dict(zip(_INPUTS, inputs, strict=True)))
+    op, policy, absorb = _Nodes(), body.policy, body.absorb
+    inputs = [ir.Value(name=n) for n in _inputs(body.int8)]
+    x = SimpleNamespace(**{str(value.name): value for value in inputs})
 
     s = SimpleNamespace()
     s.heads = op.dim(x.past_key, 0, 2)  # [B,Hk]
@@ -208,12 +294,8 @@ def function_body(policy: EvictionPolicy, absorb: bool, fades: bool = False) -> 
     s.position = op.Concat(x.past_position, op.Expand(new_position, op.shape(s.heads, s.chunk)), axis=2)
     s.held = op.GreaterOrEqual(s.position, op.i32(0))
 
-    def joined(past: ir.Value, new: ir.Value) -> ir.Value:
-        return op.Concat(past, new, axis=2)
-
-    both = {n: joined(getattr(x, f"past_{n}"), getattr(x, new)) for n, new in (("key", "k"), ("value", "v"))}
-    keys = op.rows(s.held, op.to_f32(both["key"]))
-    s.values = op.rows(s.held, op.to_f32(both["value"]))
+    slots = _slots(op, x, body.int8)
+    keys, s.values = op.rows(s.held, slots.keys), op.rows(s.held, slots.values)
     tokens = op.dim(s.position, 2)
     grouped = op.shape(s.heads, op.ints(-1))
     q = op.Reshape(op.to_f32(x.q), op.shape(grouped, op.dim(x.q, 3)))
@@ -230,7 +312,7 @@ def function_body(policy: EvictionPolicy, absorb: bool, fades: bool = False) -> 
     s.logits = op.Reshape(logits, op.shape(grouped, tokens))
 
     out = _attend(op, x, s, absorb)
-    score = _score(op, x, s, policy.scoring, fades)
+    score = _score(op, x, s, policy.scoring, body.fades)
 
     end = op.Add(s.past_length, s.new_length)
     end = op.Unsqueeze(end, op.ints(2))  # [B,1,1]
@@ -243,41 +325,45 @@ def function_body(policy: EvictionPolicy, absorb: bool, fades: bool = False) -> 
     index = op.Max(source, op.ints(0))
     rows = op.Unsqueeze(index, op.ints(-1))
 
-    def slotted(tokens: ir.Value) -> ir.Value:
-        return op.GatherND(tokens, rows, batch_dims=2)
+    def filled(past: ir.Value, new: ir.Value) -> ir.Value:
+        return op.GatherND(op.Concat(past, new, axis=2), rows, batch_dims=2)
 
-    both_psi = joined(x.past_psi, x.psi_k)
+    both_psi = op.Concat(x.past_psi, x.psi_k, axis=2)
     position = op.GatherElements(s.position, index, axis=2)
     position = op.Where(op.GreaterOrEqual(source, op.ints(0)), position, op.i32(-1))
     if absorb:
         leaving = op.rows(op.And(s.held, op.Not(kept)), op.to_f32(both_psi))
-        h = op.Add(x.past_h, op.MatMul(op.Transpose(leaving, perm=[0, 1, 3, 2]), s.values))
+        absorbed = op.rows(s.held, slots.absorbed) if body.int8 else s.values
+        h = op.Add(x.past_h, op.MatMul(op.Transpose(leaving, perm=[0, 1, 3, 2]), absorbed))
         z = op.Add(x.past_z, op.ReduceSum(leaving, op.ints(2), keepdims=0))
     else:
         h, z = op.Identity(x.past_h), op.Identity(x.past_z)
 
-    outputs = [
-        out,
-        slotted(both["key"]),
-        slotted(both["value"]),
-        slotted(both_psi),
-        op.GatherElements(score, index, axis=2),
-        position,
-        h,
-        z,
-    ]
+    after = {
+        "out": out,
+        "present_psi": op.GatherND(both_psi, rows, batch_dims=2),
+        "present_score": op.GatherElements(score, index, axis=2),
+        "present_position": position,
+        "present_h": h,
+        "present_z": z,
+        **{f"present_{name}": filled(*pair) for name, pair in slots.fills.items()},
+    }
     # Unique names: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a Constant of the
     # same name in a function called earlier.
-    for index, value in enumerate(v for node in op.nodes for v in node.outputs):
-        value.name = f"{overload(policy, absorb, fades)}.{index}"
-    for name, value in zip(_OUTPUTS, outputs, strict=True):
+    for number, value in enumerate(v for node in op.nodes for v in node.outputs):
+        value.name = f"{body.overload}.{number}"
+    outputs = [after[name] for name in _outputs(body.int8)]
+    for name, value in zip(_outputs(body.int8), outputs, strict=True):
         value.name = name
+    attributes = [ir.Attr(n, t, None) for n, t in _ATTRIBUTES.items()]
+    if body.int8:
+        attributes.append(ir.Attr(SLOT_BITS, ir.AttributeType.INT, None))
     return ir.Function(
         OP_DOMAIN,
         OP_NAME,
-        overload(policy, absorb, fades),
+        body.overload,
         graph=ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME),
-        attributes=[ir.Attr(n, t, None) for n, t in _ATTRIBUTES.items()],
+        attributes=attributes,
     )
 
 
@@ -292,12 +378,11 @@ def less_nodes(model: ir.Model) -> list[ir.Node]:
 def add_bodies(model: ir.Model) -> None:
     """Give every LessAttention node the body of its policy (after optimisation, which would inline it)."""
     for node in less_nodes(model):
-        policy = by_code(node.attributes["policy"].as_int())
-        absorb, fades = bool(node.attributes["absorb"].as_int()), node.attributes["decay"].as_float() != 1
-        node.overload = overload(policy, absorb, fades)
+        body = Body.of(node)
+        node.overload = body.overload
         key = (OP_DOMAIN, OP_NAME, node.overload)
         if key not in model.functions:
-            model.functions[key] = function_body(policy, absorb, fades)
+            model.functions[key] = function_body(body)
     model.graph.opset_imports[OP_DOMAIN] = OP_VERSION
 
 

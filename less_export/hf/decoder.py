@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..contract import STATE_FIELDS, Contract
+from ..contract import Contract
 from ..dtypes import torch_dtype
 from ..less import reference
 from ..less.feature_maps import FeatureMap, Kernels
+from ..less.int8 import Centring
 from .surgery import AttentionCall, less_attention
 
 
@@ -27,22 +29,31 @@ class LessDecoder(nn.Module):
         self.maps = nn.ModuleDict(
             {str(i): m for i, m in kernels.layers.items() if i < len(contract.layers) and contract.layers[i].absorb}
         )
+        self.centring = nn.ModuleDict(
+            {
+                str(i): _Centring(kernels.centring.get(i) or Centring.none(layer.kv_heads, layer.head_dim))
+                for i, layer in enumerate(contract.layers)
+                if layer.int8
+            }
+        )
 
     def forward(
         self, input_ids: Tensor, past_length: Tensor, new_length: Tensor, state: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """[B,T] i64, [B] i32, [B] i32, the contract's state -> logits f32 and the state after the chunk."""
-        present: list[Tensor | None] = [None] * len(state)
-        fields = len(STATE_FIELDS)
+        fields = [len(layer.state_fields) for layer in self.contract.layers]
+        begin = [0, *itertools.accumulate(fields)]
+        present: list[list[Tensor]] = [[] for _ in fields]
 
         def attend(call: AttentionCall) -> Tensor:
-            layer, at = self.contract.layers[call.layer], call.layer * fields
-            log_phi, psi = self._features(call)
-            out, *after = reference.attention(
-                call.q, call.k, call.v, log_phi, psi, *state[at : at + fields], past_length, new_length,
-                **layer.attributes(),
-            )  # fmt: skip
-            present[at : at + fields] = after
+            i = call.layer
+            out, *present[i] = reference.run(
+                self.contract.layers[i],
+                (call.q, call.k, call.v, *self._features(call)),
+                state[begin[i] : begin[i + 1]],
+                (past_length, new_length),
+                self.centring[str(i)].constants() if str(i) in self.centring else None,
+            )
             return out
 
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -56,9 +67,9 @@ class LessDecoder(nn.Module):
                 logits = self.model(input_ids=input_ids, position_ids=position, use_cache=False).logits
         finally:
             hook.remove()
-        missing = [i // fields for i, x in enumerate(present) if x is None]
+        missing = [i for i, after in enumerate(present) if not after]
         assert not missing, f"layer {missing[0]} never attended"
-        return (logits.float(), *(x for x in present if x is not None))
+        return (logits.float(), *itertools.chain(*present))
 
     def _features(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         key = str(call.layer)
@@ -75,6 +86,17 @@ class LessDecoder(nn.Module):
         hidden = args[0]
         last = (new_length.long() - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return (hidden.gather(1, last), *args[1:])
+
+
+class _Centring(nn.Module):
+    """The constants of a layer's keys, as tensors of the graph."""
+
+    def __init__(self, centring: Centring) -> None:
+        super().__init__()
+        self.mean, self.std = (nn.Parameter(x.float(), requires_grad=False) for x in centring)
+
+    def constants(self) -> Centring:
+        return Centring(self.mean, self.std)
 
 
 def fresh_state(contract: Contract, batch: int, device: str = "cpu") -> list[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +24,11 @@ from ..bundle.files import write_atomically
 from ..contract import Heads, LayerSpec
 from ..dtypes import COMPUTE_DTYPES, torch_dtype
 from ..errors import KernelError
+from .int8 import Centring
 from .kernel_shapes import exp_shapes
 
-FORMAT_VERSION = 1
+#: Newest version of the file. Version 2 added centring; files without it are written as version 1.
+FORMAT_VERSION = 2
 _HEADER = "less_kernels"
 #: Dtypes of stored parameters that graphs can point at.
 _DTYPES = tuple(map(torch_dtype, COMPUTE_DTYPES))
@@ -129,14 +131,16 @@ PARAMETRISATIONS: dict[str, type[FeatureMap]] = {m.parametrisation: m for m in (
 
 @dataclass(frozen=True)
 class Kernels:
-    """Trained feature maps by layer index (layers without one stay sparse) and their provenance.
+    """What is measured or trained for a model: feature maps, centring of keys, and their provenance.
 
-    ``provenance`` is free JSON (model, policy, budget, data hashes, errors); ``model`` in it names the
-    model the kernels were trained for.
+    ``layers`` are trained feature maps by layer index (layers without one stay sparse), ``centring`` the constants
+    with which int8 slots centre keys, by layer index (0 and 1 where there are none). ``provenance`` is free JSON
+    (model, policy, budget, data hashes, errors); ``model`` in it names the model the kernels were trained for.
     """
 
     layers: Mapping[int, FeatureMap]
     provenance: Mapping[str, Any]
+    centring: Mapping[int, Centring] = field(default_factory=dict)
 
     @property
     def parametrisation(self) -> str | None:
@@ -148,7 +152,8 @@ class Kernels:
 
     def tensors(self) -> dict[str, Tensor]:
         """Tensors under their names in the file."""
-        return {f"layers.{i}.{n}": p.data for i, m in self.layers.items() for n, p in m.named_parameters()}
+        maps = {f"layers.{i}.{n}": p.data for i, m in self.layers.items() for n, p in m.named_parameters()}
+        return maps | {f"centring.{i}.{n}": x for i, c in self.centring.items() for n, x in c._asdict().items()}
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -166,6 +171,10 @@ class Kernels:
                     f"{model[index].kv_heads} KV heads and head_dim {model[index].head_dim}, the kernels are for "
                     f"{layer.heads.query_heads}, {layer.heads.kv_heads} and {layer.heads.head_dim}"
                 )
+        for index, centring in self.centring.items():
+            expected = (model[index].kv_heads, model[index].head_dim) if index < len(model) else None
+            if centring.mean.shape != expected:
+                raise KernelError(f"centring of keys for layer {index} of another model: wrong kernel file")
 
     def doubts(self, names: Collection[str], plan: Sequence[LayerSpec]) -> list[str]:
         """Reasons to doubt these kernels for the model called ``names`` with the layers ``plan``, one line each.
@@ -202,9 +211,10 @@ class Kernels:
         """Write a safetensors file with the layers' shapes and the provenance in its header."""
         layers = {str(i): {"heads": vars(m.heads), "rank": m.rank, "hidden": m.hidden} for i, m in self.layers.items()}
         header = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if self.centring else 1,
             "parametrisation": self.parametrisation,
             "layers": layers,
+            **({"centring": sorted(self.centring)} if self.centring else {}),
             "provenance": dict(self.provenance),
         }
         tensors = {n: t.contiguous() for n, t in self.tensors().items()}
@@ -233,7 +243,8 @@ class Kernels:
                             raise KernelError(f"{path}: layers.{index}.{name} holds NaN or inf; train it again")
                         parameter.data = tensor
                     layers[int(index)] = layer
-                return cls(layers, dict(header["provenance"]))
+                centring = {int(i): _load_centring(file, int(i), path) for i in header.get("centring", [])}
+                return cls(layers, dict(header["provenance"]), centring)
         except FileNotFoundError:
             raise KernelError(f"no kernel file at {path}") from None
         except KernelError:
@@ -241,6 +252,17 @@ class Kernels:
         except Exception as error:  # whatever safetensors and torch raise for a damaged header
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise KernelError(f"{path} is not a usable kernel file ({reason})") from error
+
+
+def _load_centring(file: Any, layer: int, path: str | Path) -> Centring:
+    """A layer's constants from an open kernel file."""
+    centring = Centring(*(file.get_tensor(f"centring.{layer}.{n}") for n in Centring._fields))
+    for name, x in centring._asdict().items():
+        if x.ndim != 2 or x.shape != centring.mean.shape or x.dtype != torch.float32:
+            raise KernelError(f"{path}: centring.{layer}.{name} has the wrong shape or dtype")
+    if not bool(centring.mean.isfinite().all()) or not bool((centring.std.isfinite() & (centring.std > 0)).all()):
+        raise KernelError(f"{path}: the centring of layer {layer} is not finite, or has a std of 0; calibrate again")
+    return centring
 
 
 def _slots(stated: Any, layer: int) -> int | None:

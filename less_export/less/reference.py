@@ -10,11 +10,15 @@ Shapes: B rows, Hq query heads, Hk KV heads (G = Hq / Hk), T chunk, C slots, R f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..contract import OP_DOMAIN
+from ..contract import OP_DOMAIN, SCALE_FIELDS, STATE_FIELDS, LayerSpec
 from ..errors import BackendError
+from . import int8
 from .policies import Candidates, by_code
 
 
@@ -72,6 +76,113 @@ def place(kept: Tensor, slots: int) -> Tensor:
     return torch.where(kept_slot, own, torch.where(fills, arrival, -1))
 
 
+class _Chunk(NamedTuple):
+    """What both operators share: lengths [B], features, the state that is stored alike, and the attributes."""
+
+    log_phi_q: Tensor
+    psi_k: Tensor
+    past_psi: Tensor
+    past_score: Tensor
+    past_position: Tensor
+    past_h: Tensor
+    past_z: Tensor
+    past_length: Tensor
+    new_length: Tensor
+    scale: float
+    policy: int
+    heavy: int
+    recent: int
+    window: int
+    absorb: int
+    decay: float
+
+
+class _After(NamedTuple):
+    """The output, the index into [slots, chunk] that fills each slot, and the state that is stored alike."""
+
+    out: Tensor
+    index: Tensor
+    psi: Tensor
+    score: Tensor
+    position: Tensor
+    h: Tensor
+    z: Tensor
+
+
+def _fill(index: Tensor, past: Tensor, new: Tensor) -> Tensor:
+    """Slots [B,Hk,C,...] after the chunk, from those before it and the tokens of the chunk [B,Hk,T,...]."""
+    both = torch.cat([past, new], 2)
+    if both.ndim == 3:
+        return both.gather(2, index)
+    return both.gather(2, index[..., None].expand(-1, -1, -1, both.shape[-1]))
+
+
+def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _Chunk) -> _After:
+    """One chunk. ``keys``, ``values`` [B,Hk,N,D] are those of [slots, chunk] that queries see, N = C + T, and
+    ``leaving_values`` what the state absorbs of them."""
+    rules = by_code(x.policy)
+    kv_heads, slots = x.past_position.shape[1:]
+    chunk, groups = q.shape[2], q.shape[1] // kv_heads
+    split = (kv_heads, groups)
+
+    step = torch.arange(chunk, dtype=torch.int32, device=q.device)
+    query_position = x.past_length[:, None] + step  # [B,T]
+    query_valid = step < x.new_length[:, None]
+    new_position = torch.where(query_valid, query_position, -1)[:, None].expand(-1, kv_heads, -1)
+    position = torch.cat([x.past_position, new_position], 2)  # [B,Hk,N]
+    held = position >= 0
+    keys, values = _select(held, keys), _select(held, values)
+
+    logits = (q.float().unflatten(1, split).flatten(2, 3) @ keys.mT).unflatten(2, (groups, chunk)) * x.scale
+    at, now = position[:, :, None, None], query_position[:, None, None, :, None]
+    visible = (at >= 0) & (at <= now)
+    if x.window:
+        visible &= at > now - x.window
+    logits = torch.where(visible, logits, -torch.inf)  # [B,Hk,G,T,N]
+    valid = query_valid[:, None, None, :, None]
+    log_phi = x.log_phi_q.float().unflatten(1, split)
+    out = _attend(logits, values, log_phi, x.past_h, x.past_z, valid, bool(x.absorb))
+
+    score = torch.zeros_like(position, dtype=torch.float32)  # and remains zero for a policy without scores
+    if rules.scoring != "none":
+        past = torch.where(held, torch.cat([x.past_score, score[..., slots:]], 2), 0.0)
+        seen = torch.where(valid, torch.softmax(logits, -1), 0.0)
+        if rules.scoring == "accumulate":
+            # Every token of the chunk fades what was there before it, scores of its own chunk included.
+            remaining, weight = fading(x.decay, step, x.new_length[:, None])
+            score = past * remaining[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
+        else:  # only the last valid query counts; a parked row keeps its scores
+            last = (step == x.new_length[:, None] - 1)[:, None, None, :, None]
+            latest = torch.where(last, seen, 0.0).sum((2, 3))
+            score = torch.where((x.new_length > 0)[:, None, None], latest, past)
+
+    end = (x.past_length + x.new_length)[:, None, None]
+    live = held
+    if x.window:
+        live = held & (position >= rules.oldest(end, x.window))
+    kept = rules.keep(Candidates(live, position, score, end), x.heavy, x.recent)
+    if rules.keeps_all and bool((kept.sum(-1) > slots).any()):
+        raise BackendError(f"policy {rules.name} holds {slots} tokens and was fed more: export with a larger --context")
+
+    source = place(kept, slots)
+    index = source.clamp(min=0)
+    h, z = x.past_h.clone(), x.past_z.clone()
+    if x.absorb:
+        leaves = held & ~kept
+        psi = _select(leaves, torch.cat([x.past_psi, x.psi_k], 2))  # [B,Hk,N,R]
+        h = x.past_h + psi.mT @ _select(leaves, leaving_values)
+        z = x.past_z + psi.sum(2)
+    return _After(
+        out.flatten(1, 2).to(q.dtype),
+        index,
+        _fill(index, x.past_psi, x.psi_k),
+        score.gather(2, index),
+        torch.where(source >= 0, position.gather(2, index), -1),
+        h,
+        z,
+    )
+
+
 def less_attention(
     q: Tensor,
     k: Tensor,
@@ -113,79 +224,120 @@ def less_attention(
     Raises:
         BackendError: policy ``full`` and more tokens than slots.
     """
-    rules = by_code(policy)
-    slots, chunk, groups = past_key.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    split = (k.shape[1], groups)
+    chunk = _Chunk(
+        log_phi_q, psi_k, past_psi, past_score, past_position, past_h, past_z, past_length, new_length,
+        scale, policy, heavy, recent, window, absorb, decay,
+    )  # fmt: skip
+    values = torch.cat([past_value, v], 2)
+    after = _step(q, torch.cat([past_key, k], 2), values, values, chunk)
+    key, value = _fill(after.index, past_key, k), _fill(after.index, past_value, v)
+    return (after.out, key, value, *after[2:])
 
-    step = torch.arange(chunk, dtype=torch.int32, device=q.device)
-    query_position = past_length[:, None] + step  # [B,T]
-    query_valid = step < new_length[:, None]
-    new_position = torch.where(query_valid, query_position, -1)[:, None].expand(-1, k.shape[1], -1)
-    position = torch.cat([past_position, new_position], 2)  # [B,Hk,N]
-    held = position >= 0
-    keys = _select(held, torch.cat([past_key, k], 2))
-    values = _select(held, torch.cat([past_value, v], 2))
 
-    logits = (q.float().unflatten(1, split).flatten(2, 3) @ keys.mT).unflatten(2, (groups, chunk)) * scale
-    at, now = position[:, :, None, None], query_position[:, None, None, :, None]
-    visible = (at >= 0) & (at <= now)
-    if window:
-        visible &= at > now - window
-    logits = torch.where(visible, logits, -torch.inf)  # [B,Hk,G,T,N]
-    valid = query_valid[:, None, None, :, None]
-    out = _attend(logits, values, log_phi_q.float().unflatten(1, split), past_h, past_z, valid, bool(absorb))
+def less_attention_int8(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_phi_q: Tensor,
+    psi_k: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_psi: Tensor,
+    past_score: Tensor,
+    past_position: Tensor,
+    past_h: Tensor,
+    past_z: Tensor,
+    past_key_scale: Tensor,
+    past_value_scale: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    key_mean: Tensor,
+    key_std: Tensor,
+    scale: float,
+    policy: int,
+    heavy: int,
+    recent: int,
+    window: int,
+    absorb: int,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`less_attention` with keys and values of the slots in int8 (:mod:`less_export.less.int8`).
 
-    score = torch.zeros_like(position, dtype=torch.float32)  # and remains zero for a policy without scores
-    if rules.scoring != "none":
-        past = torch.where(held, torch.cat([past_score, score[..., slots:]], 2), 0.0)
-        seen = torch.where(valid, torch.softmax(logits, -1), 0.0)
-        if rules.scoring == "accumulate":
-            # Every token of the chunk fades what was there before it, scores of its own chunk included.
-            remaining, weight = fading(decay, step, new_length[:, None])
-            score = past * remaining[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
-        else:  # only the last valid query counts; a parked row keeps its scores
-            last = (step == new_length[:, None] - 1)[:, None, None, :, None]
-            latest = torch.where(last, seen, 0.0).sum((2, 3))
-            score = torch.where((new_length > 0)[:, None, None], latest, past)
+    Tokens of the chunk are attended as they are. A token is rounded once, when it takes a slot, and stays as it is
+    while it keeps it. What the state absorbs is the rounded value, also of a token that gets no slot, so that the
+    state does not depend on the chunks.
 
-    end = (past_length + new_length)[:, None, None]
-    live = held
-    if window:
-        live = held & (position >= rules.oldest(end, window))
-    kept = rules.keep(Candidates(live, position, score, end), heavy, recent)
-    if rules.keeps_all and bool((kept.sum(-1) > slots).any()):
-        raise BackendError(f"policy {rules.name} holds {slots} tokens and was fed more: export with a larger --context")
+    Args:
+        past_key, past_value: int8 [B,Hk,C,D]. past_key_scale, past_value_scale: [B,Hk,C] f32, their scales.
+        key_mean, key_std: [Hk,D] f32, with which keys are centred; ``key_std`` is positive.
 
-    source = place(kept, slots)
-    index = source.clamp(min=0)
+        The others are those of :func:`less_attention`.
 
-    def slotted(past: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([past, new], 2).gather(2, index[..., None].expand(-1, -1, -1, past.shape[-1]))
-
-    present_position = torch.where(source >= 0, position.gather(2, index), -1)
-    present_h, present_z = past_h.clone(), past_z.clone()
-    if absorb:
-        leaving = _select(held & ~kept, torch.cat([past_psi, psi_k], 2))  # [B,Hk,N,R]
-        present_h = past_h + leaving.mT @ values
-        present_z = past_z + leaving.sum(2)
+    Returns:
+        The results of :func:`less_attention`, then both scales after the chunk.
+    """
+    chunk = _Chunk(
+        log_phi_q, psi_k, past_psi, past_score, past_position, past_h, past_z, past_length, new_length,
+        scale, policy, heavy, recent, window, absorb, decay,
+    )  # fmt: skip
+    centring = int8.Centring(key_mean, key_std)
+    new_key, new_key_scale = int8.quantise_keys(k, centring)
+    new_value, new_value_scale = int8.quantise(v.float())
+    slot_keys = int8.dequantise_keys(past_key, past_key_scale, centring)
+    slot_values = int8.dequantise(past_value, past_value_scale)
+    after = _step(
+        q,
+        torch.cat([slot_keys, k.float()], 2),
+        torch.cat([slot_values, v.float()], 2),
+        torch.cat([slot_values, int8.dequantise(new_value, new_value_scale)], 2),
+        chunk,
+    )
     return (
-        out.flatten(1, 2).to(q.dtype),
-        slotted(past_key, k),
-        slotted(past_value, v),
-        slotted(past_psi, psi_k),
-        score.gather(2, index),
-        present_position,
-        present_h,
-        present_z,
+        after.out,
+        _fill(after.index, past_key, new_key),
+        _fill(after.index, past_value, new_value),
+        *after[2:],
+        _fill(after.index, past_key_scale, new_key_scale),
+        _fill(after.index, past_value_scale, new_value_scale),
     )
 
 
-#: The same function as an opaque operator, which ``torch.export`` keeps as one node.
+#: The same functions as opaque operators, which ``torch.export`` keeps as one node each.
 attention = torch.library.custom_op(f"{OP_DOMAIN}::attention", less_attention, mutates_args=())
+attention_int8 = torch.library.custom_op(f"{OP_DOMAIN}::attention_int8", less_attention_int8, mutates_args=())
 
 
-@attention.register_fake
-def _(*args: Tensor | float | int) -> tuple[Tensor, ...]:
-    q, state = args[0], args[5:12]
-    assert isinstance(q, Tensor)
-    return (q.new_empty(q.shape), *(x.new_empty(x.shape) for x in state if isinstance(x, Tensor)))
+def _fake(fields: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Shapes and dtypes of the results: those of q, and of the ``fields`` past tensors behind the first five."""
+
+    def shapes(*args: Tensor | float | int) -> tuple[Tensor, ...]:
+        like = (args[0], *args[5 : 5 + fields])
+        return tuple(x.new_empty(x.shape) for x in like if isinstance(x, Tensor))
+
+    return shapes
+
+
+attention.register_fake(_fake(len(STATE_FIELDS)))
+attention_int8.register_fake(_fake(len(STATE_FIELDS + SCALE_FIELDS)))
+
+
+def run(
+    layer: LayerSpec, tokens: Sequence[Tensor], state: Sequence[Tensor], lengths: Sequence[Tensor],
+    centring: int8.Centring | None = None, opaque: bool = True,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The operator of ``layer``, as one node for ``torch.export`` or (``opaque`` false) as plain torch.
+
+    Args:
+        tokens: q, k, v, log_phi_q, psi_k. state: the layer's fields. lengths: past_length, new_length.
+        centring: of keys in int8 slots; none by default.
+
+    Returns:
+        The output and the state after the chunk.
+    """
+    rules = layer.attributes()
+    if not layer.int8:
+        operator = attention if opaque else less_attention
+        return tuple(operator(*tokens, *state, *lengths, **rules))
+    centring = centring or int8.Centring.none(layer.kv_heads, layer.head_dim)
+    operator = attention_int8 if opaque else less_attention_int8
+    return tuple(operator(*tokens, *state, *lengths, *centring, **rules))
