@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from .contract import SLOT_DTYPES, SlotDtype
 from .dtypes import COMPUTE_DTYPES
 from .errors import UsageError
 from .less.policies import Policy, by_name, choosable
@@ -27,6 +28,7 @@ HalfLife = int | Literal["none"]
 DEFAULT_HALF_LIFE: HalfLife = 512
 #: Longest half-life; beyond it a float32 score does not fade from one token to the next.
 MAX_HALF_LIFE = 1 << 20
+DEFAULT_SLOTS: SlotDtype = "model"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class ExportConfig:
         layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
         score_half_life: tokens after which a score of policy h2o counts half (default 512), or ``"none"``: scores
             never fade, as in the H2O paper.
+        slots: what slots hold keys and values in: the compute dtype (``"model"``, the default), or ``"int8"``.
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.
@@ -67,6 +70,7 @@ class ExportConfig:
     budget: str | None = None
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
+    slots: SlotDtype | None = None
     context: int | None = None
     heavy: int | None = None
     recent: int | None = None
@@ -94,6 +98,8 @@ class ExportConfig:
             raise UsageError(f"unknown weights '{self.weights}': choose one of {', '.join(WEIGHTS)}")
         if self.policy is not None and not by_name(self.policy).choosable:
             raise UsageError(f"policy '{self.policy}' cannot be chosen: choose one of {', '.join(choosable())}")
+        if self.slots is not None and self.slots not in SLOT_DTYPES:
+            raise UsageError(f"unknown slots '{self.slots}': choose one of {', '.join(SLOT_DTYPES)}")
         for name in ("context", "recent", "rank", "max_batch", "chunk", "num_hidden_layers"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from .config import DEFAULT_BUDGET, DEFAULT_CONTEXT, DEFAULT_HALF_LIFE, DEFAULT_POLICY, ExportConfig
+from .config import DEFAULT_BUDGET, DEFAULT_CONTEXT, DEFAULT_HALF_LIFE, DEFAULT_POLICY, DEFAULT_SLOTS, ExportConfig
 from .contract import Heads, LayerSpec
 from .errors import UsageError
 from .less.policies import EvictionPolicy, Policy, by_name
@@ -109,7 +109,7 @@ def plan_layers(
     exactly, unless ``compress_sliding`` applies the policy with a budget below the window to them.
     """
     policy = by_name(config.policy or DEFAULT_POLICY)
-    half_life = half_life_of(policy, config)
+    half_life, slots = half_life_of(policy, config), config.slots or DEFAULT_SLOTS
     own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
     if policy.keeps_all:
         split = config.budget is not None or config.heavy is not None or config.recent is not None
@@ -134,11 +134,13 @@ def plan_layers(
                     f"--layer-budgets: layer {index} keeps its window of {layer.window} tokens: leave it out, or give "
                     "--compress-sliding and less than the window"
                 )
-            planned.append(LayerSpec(*facts, Policy.WINDOW, 0, layer.window, layer.window, False, layer.window, 1))
+            window = layer.window
+            spec = LayerSpec(*facts, Policy.WINDOW, 0, window, window, False, window, 1, slot_dtype=slots)
+            planned.append(spec)
             continue
         rank = ranks.get(index, 0) if policy.evicts else 0
-        spec = LayerSpec(*facts, policy, heavy, recent, layer.window, rank > 0, heavy + recent, max(rank, 1), half_life)
-        planned.append(spec)
+        low_rank = (rank > 0, heavy + recent, max(rank, 1))
+        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, *low_rank, half_life, slots))
     return tuple(planned)
 
 
@@ -152,11 +154,12 @@ def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
 
 
 def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
-    """The layer with every token that it would see without LESS."""
+    """The layer with every token that it would see without LESS, in the compute dtype."""
     policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
     return replace(
-        layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1, score_half_life=None
-    )
+        layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1, score_half_life=None,
+        slot_dtype="model",
+    )  # fmt: skip
 
 
 def default_context(max_position_embeddings: int | None) -> int:

@@ -146,7 +146,7 @@ class KernelFacts:
     file: str
     sha256: str
     bytes: int
-    parametrisation: str
+    parametrisation: str | None
     rank: int
     hidden: int
     layers: tuple[int, ...]

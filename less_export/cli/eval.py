@@ -15,7 +15,7 @@ from .options import Parser, cache_options, general_options, trust_option
 from .progress import Bars
 from .tables import interval, show, size, table
 
-_CACHE_OPTIONS = ("policy", "budget", "layer_budgets", "score_half_life", "context", "compress_sliding")
+_CACHE_OPTIONS = ("policy", "budget", "layer_budgets", "score_half_life", "slots", "context", "compress_sliding")
 #: The options that each task uses, besides those of every task.
 _TASK_OPTIONS: dict[str, set[str]] = {
     "perplexity": {"kernels", *_CACHE_OPTIONS, "data", "out_of_domain", "compare", "seqs", "seq_len", "chunk"}

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from .._version import __version__
-from ..config import DEFAULT_BUDGET, DEFAULT_HALF_LIFE, DEFAULT_POLICY, HalfLife
+from ..config import DEFAULT_BUDGET, DEFAULT_HALF_LIFE, DEFAULT_POLICY, DEFAULT_SLOTS, HalfLife
+from ..contract import SLOT_DTYPES
 from ..errors import UsageError
 from ..less.policies import choosable
 
@@ -109,6 +110,11 @@ def cache_options(
         type=half_life,
         metavar="N|none",
         help=f"tokens after which the score of policy h2o counts half (default: recipe's, or {DEFAULT_HALF_LIFE})",
+    )
+    group.add_argument(
+        "--slots",
+        choices=SLOT_DTYPES,
+        help=f"keep keys and values in the compute dtype, or in int8 (default: recipe's, or {DEFAULT_SLOTS})",
     )
     group.add_argument(
         "--context",

@@ -104,6 +104,7 @@ def open_subject(
                 policy=cache.policy,
                 budget=budget,
                 score_half_life=cache.score_half_life,
+                slots=cache.slots,
                 compress_sliding=cache.compress_sliding,
             )
         )
@@ -119,7 +120,7 @@ def open_subject(
 
 def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:
     """Raise :class:`UsageError` for cache options, as the cache of a bundle is fixed."""
-    names = ("policy", "budget", "layer_budgets", "score_half_life", "context", "compress_sliding", "chunk")
+    names = ("policy", "budget", "layer_budgets", "score_half_life", "slots", "context", "compress_sliding", "chunk")
     options = [n for n in names if getattr(cache, n) is not None] + ["kernels"] * (kernel_file is not None)
     if options:
         option = "--" + options[0].replace("_", "-")

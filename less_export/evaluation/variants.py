@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ..contract import STATE_FIELDS, LayerSpec
+from ..contract import LayerSpec
 from ..dtypes import item_bytes
 from ..errors import UsageError
 from ..less.feature_maps import FeatureMap
@@ -46,13 +46,13 @@ def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
     psi, H and z count only in layers that absorb; in others they are placeholders of rank 1.
     """
     total = 0
-    for field in STATE_FIELDS:
+    for field in spec.state_fields:
         if field.name in ("psi", "h", "z") and not spec.absorb:
             continue
         sizes = {d: getattr(spec, d) for d in field.dims}
         if tokens is not None and "capacity" in sizes:
             sizes["capacity"] = tokens
-        total += math.prod(sizes.values()) * item_bytes(field.dtype_in(dtype))
+        total += math.prod(sizes.values()) * item_bytes(field.dtype_in(spec, dtype))
     return total
 
 

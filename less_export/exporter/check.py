@@ -24,7 +24,7 @@ from ..errors import UsageError, ValidationError, install_hint
 from ..hf import weights
 from ..hf.compat import use_attention
 from ..hf.config_layers import keep_layers, layer_kinds
-from ..hf.decoder import LessDecoder, fresh_state
+from ..hf.decoder import LessDecoder, fresh_state, parameter_of
 from ..hf.surgery import discover
 from ..less.feature_maps import Kernels, random_kernels
 from . import onnx_op
@@ -178,10 +178,10 @@ def twin_graph(model: PreTrainedModel, config: Any, twin: Contract, kernels: Ker
     tensors, missing = weights.locate(bare, [path])
     assert not missing, missing
     tensors = {f"model.{n}": t for n, t in tensors.items()}
-    if kernels.layers:
+    if kernels.tensors():
         kernels.save(kernel_path)
         header = weights.read_header(kernel_path)
-        tensors |= {f"maps.{n.removeprefix('layers.')}": t for n, t in header.items()}
+        tensors |= {parameter_of(n): t for n, t in header.items()}
     graph = trace(LessDecoder(bare, twin, kernels).eval(), twin, tensors)
     bind(graph, tensors, {path: path.name, kernel_path: kernel_path.name}, folder)
     onnx_op.add_bodies(graph)

@@ -13,7 +13,7 @@ from ..contract import Contract
 from ..dtypes import torch_dtype
 from ..errors import UnsupportedModelError
 from ..hf import weights
-from ..hf.decoder import LessDecoder
+from ..hf.decoder import LessDecoder, parameter_of
 from . import quantise
 from .bind import bind
 from .job import ExportJob
@@ -28,7 +28,7 @@ def traced(job: ExportJob, contract: Contract) -> ir.Model:
     """
     kernels = job.model.kernels
     decoder = LessDecoder(_bare(job, contract.dtype), contract, kernels).eval()
-    maps = [_kernel_initializer(n) for n in kernels.tensors()]
+    maps = [parameter_of(n) for n in kernels.tensors()]
     return trace(decoder, contract, [*(f"model.{n}" for n in job.tensors), *maps])
 
 
@@ -56,8 +56,8 @@ def quantise_weights(job: ExportJob, graph: ir.Model, path: Path) -> None:
 def bind_weights(job: ExportJob, graph: ir.Model, names: Mapping[Path, str], kernel_file: Path) -> None:
     """Point a graph's initializers at the bundle's files: ``names`` by path, and ``kernel_file`` beside them."""
     tensors, files = {f"model.{n}": t for n, t in job.tensors.items()}, dict(names)
-    if job.model.kernels.layers:
-        tensors |= {_kernel_initializer(n): t for n, t in weights.read_header(kernel_file).items()}
+    if job.model.kernels.tensors():
+        tensors |= {parameter_of(n): t for n, t in weights.read_header(kernel_file).items()}
         files[kernel_file] = kernel_file.name
     bind(graph, tensors, files, kernel_file.parent)
 
@@ -68,8 +68,3 @@ def _bare(job: ExportJob, dtype: str) -> PreTrainedModel:
     if job.model.config.weights is not None:  # a quantised output embedding is not the input's table
         weights.untie(bare)
     return bare
-
-
-def _kernel_initializer(name: str) -> str:
-    """The initializer's name for a tensor of the kernel file."""
-    return f"maps.{name.removeprefix('layers.')}"

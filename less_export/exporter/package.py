@@ -68,17 +68,17 @@ def place_weights(names: Mapping[Path, str], scratch: Path, progress: Progress) 
 
 
 def place_kernels(kernels: Kernels, layout: Layout, scratch: Path) -> KernelFacts | None:
-    """Write the kernel file of the bundle; None without kernels."""
-    if not kernels.layers:
+    """Write the kernel file of the bundle; None if there is nothing to write."""
+    if not kernels.tensors():
         return None
     path = scratch / layout.companion(artifact.KERNELS)
     kernels.save(path)
-    rank = max(m.rank for m in kernels.layers.values())
+    rank = max((m.rank for m in kernels.layers.values()), default=0)
     return KernelFacts(
         path.name,
         sha256(path),
         kernels.nbytes(),
-        str(kernels.parametrisation),
+        kernels.parametrisation,
         rank,
         int(kernels.hidden or 0),
         tuple(sorted(kernels.layers)),

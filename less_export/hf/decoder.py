@@ -31,7 +31,7 @@ class LessDecoder(nn.Module):
         )
         self.centring = nn.ModuleDict(
             {
-                str(i): _Centring(kernels.centring.get(i) or Centring.none(layer.kv_heads, layer.head_dim))
+                str(i): _Constants(kernels.centring.get(i) or Centring.none(layer.kv_heads, layer.head_dim))
                 for i, layer in enumerate(contract.layers)
                 if layer.int8
             }
@@ -52,7 +52,7 @@ class LessDecoder(nn.Module):
                 (call.q, call.k, call.v, *self._features(call)),
                 state[begin[i] : begin[i + 1]],
                 (past_length, new_length),
-                self.centring[str(i)].constants() if str(i) in self.centring else None,
+                self._constants(i),
             )
             return out
 
@@ -79,6 +79,14 @@ class LessDecoder(nn.Module):
         assert isinstance(features, FeatureMap)
         return features.log_phi(call.q), features.psi(call.k)
 
+    def _constants(self, layer: int) -> Centring | None:
+        """With which the layer's int8 slots centre keys."""
+        if str(layer) not in self.centring:
+            return None
+        constants = self.centring[str(layer)]
+        assert isinstance(constants, _Constants)
+        return Centring(constants.mean, constants.std)
+
     def _last(self, new_length: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Pass only each row's last valid hidden state to the output embedding."""
         if self.contract.logits == "all":
@@ -88,15 +96,17 @@ class LessDecoder(nn.Module):
         return (hidden.gather(1, last), *args[1:])
 
 
-class _Centring(nn.Module):
+class _Constants(nn.Module):
     """The constants of a layer's keys, as tensors of the graph."""
 
     def __init__(self, centring: Centring) -> None:
         super().__init__()
         self.mean, self.std = (nn.Parameter(x.float(), requires_grad=False) for x in centring)
 
-    def constants(self) -> Centring:
-        return Centring(self.mean, self.std)
+
+def parameter_of(tensor: str) -> str:
+    """The parameter of :class:`LessDecoder` that a tensor of the kernel file is."""
+    return f"maps.{tensor.removeprefix('layers.')}" if tensor.startswith("layers.") else tensor
 
 
 def fresh_state(contract: Contract, batch: int, device: str = "cpu") -> list[Tensor]:

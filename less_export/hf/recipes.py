@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import ExportConfig, HalfLife
-from ..contract import PLUGIN_RANK_LIMIT, Contract
+from ..contract import PLUGIN_RANK_LIMIT, Contract, SlotDtype
 from ..errors import ModelError, UsageError
 from ..less.kernel_shapes import kernel_bytes
 from ..plan import AttentionLayer, plan_layers
 
-_OPTIONS = ("policy", "budget", "layer_budgets", "score_half_life", "context", "chunk", "compress_sliding")
+_OPTIONS = ("policy", "budget", "layer_budgets", "score_half_life", "slots", "context", "chunk", "compress_sliding")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 #: Keys that every decoder's architecture has, all positive integers.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -33,7 +33,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "a whole number or text in quotes": (int, str),
 }
 _KEYS = {
-    **dict.fromkeys(("hub", "policy", "budget", "layer_budgets", "dtype", "gguf_package"), "text in quotes"),
+    **dict.fromkeys(("hub", "policy", "budget", "layer_budgets", "slots", "dtype", "gguf_package"), "text in quotes"),
     **dict.fromkeys(("context", "rank", "hidden", "chunk"), "a whole number"),
     **{"compress_sliding": "true or false", "architecture": "a table"},
     "score_half_life": "a whole number or text in quotes",
@@ -57,7 +57,7 @@ class Recipe:
     """One file under ``models/``.
 
     hub: Hugging Face id. gguf_package: Python package that ships the model as GGUF, tried first.
-    policy, budget, layer_budgets, score_half_life, context, chunk, compress_sliding: defaults of
+    policy, budget, layer_budgets, score_half_life, slots, context, chunk, compress_sliding: defaults of
     :class:`~less_export.config.ExportConfig`.
     rank, hidden: sizes of the kernels trained for this model. dtype: compute dtype on TensorRT.
     architecture: keys of the (text) config.json that fix shapes and arithmetic.
@@ -75,6 +75,7 @@ class Recipe:
     architecture: dict[str, Any] = field(hash=False)
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
+    slots: SlotDtype | None = None
     compress_sliding: bool | None = None
     gguf_package: str | None = None
 

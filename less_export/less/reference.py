@@ -98,10 +98,10 @@ class _Chunk(NamedTuple):
 
 
 class _After(NamedTuple):
-    """The output, the index into [slots, chunk] that fills each slot, and the state that is stored alike."""
+    """The output, what fills each slot (an index into [slots, chunk]), and the state that is stored alike."""
 
     out: Tensor
-    index: Tensor
+    source: Tensor
     psi: Tensor
     score: Tensor
     position: Tensor
@@ -109,12 +109,12 @@ class _After(NamedTuple):
     z: Tensor
 
 
-def _fill(index: Tensor, past: Tensor, new: Tensor) -> Tensor:
+def _fill(source: Tensor, past: Tensor, new: Tensor) -> Tensor:
     """Slots [B,Hk,C,...] after the chunk, from those before it and the tokens of the chunk [B,Hk,T,...]."""
     both = torch.cat([past, new], 2)
     if both.ndim == 3:
-        return both.gather(2, index)
-    return both.gather(2, index[..., None].expand(-1, -1, -1, both.shape[-1]))
+        return both.gather(2, source)
+    return both.gather(2, source[..., None].expand(-1, -1, -1, both.shape[-1]))
 
 
 def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _Chunk) -> _After:
@@ -230,7 +230,7 @@ def less_attention(
     )  # fmt: skip
     values = torch.cat([past_value, v], 2)
     after = _step(q, torch.cat([past_key, k], 2), values, values, chunk)
-    key, value = _fill(after.index, past_key, k), _fill(after.index, past_value, v)
+    key, value = _fill(after.source, past_key, k), _fill(after.source, past_value, v)
     return (after.out, key, value, *after[2:])
 
 
@@ -294,11 +294,11 @@ def less_attention_int8(
     )
     return (
         after.out,
-        _fill(after.index, past_key, new_key),
-        _fill(after.index, past_value, new_value),
+        _fill(after.source, past_key, new_key),
+        _fill(after.source, past_value, new_value),
         *after[2:],
-        _fill(after.index, past_key_scale, new_key_scale),
-        _fill(after.index, past_value_scale, new_value_scale),
+        _fill(after.source, past_key_scale, new_key_scale),
+        _fill(after.source, past_value_scale, new_value_scale),
     )
 
 
@@ -334,10 +334,9 @@ def run(
     Returns:
         The output and the state after the chunk.
     """
-    rules = layer.attributes()
-    if not layer.int8:
-        operator = attention if opaque else less_attention
-        return tuple(operator(*tokens, *state, *lengths, **rules))
-    centring = centring or int8.Centring.none(layer.kv_heads, layer.head_dim)
-    operator = attention_int8 if opaque else less_attention_int8
-    return tuple(operator(*tokens, *state, *lengths, *centring, **rules))
+    inputs = [*tokens, *state, *lengths]
+    operator: Callable[..., tuple[Tensor, ...]] = attention if opaque else less_attention
+    if layer.int8:
+        inputs += centring or int8.Centring.none(layer.kv_heads, layer.head_dim)
+        operator = attention_int8 if opaque else less_attention_int8
+    return tuple(operator(*inputs, **layer.attributes()))

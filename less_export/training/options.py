@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..config import ExportConfig, HalfLife
+from ..contract import SlotDtype
 from ..dtypes import from_torch
 from ..errors import UsageError
 from ..hf.compat import has_fast_bfloat16
@@ -38,6 +39,7 @@ class TrainConfig:
         budget: as in an export.
         layer_budgets: as in an export, or ``"auto"``: divide the budget by what eviction costs in each layer.
         score_half_life: as in an export.
+        slots: as in an export.
         context: as in an export.
         compress_sliding: as in an export.
         rank: features R of the kernels.
@@ -60,6 +62,7 @@ class TrainConfig:
     budget: str | None = None
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
+    slots: SlotDtype | None = None
     context: int | None = None
     compress_sliding: bool | None = None
     rank: int | None = None
@@ -99,7 +102,8 @@ class TrainConfig:
         """The options of the cache."""
         return ExportConfig(
             policy=self.policy, budget=self.budget, layer_budgets=None if self.divided else self.layer_budgets,
-            score_half_life=self.score_half_life, context=self.context, compress_sliding=self.compress_sliding,
+            score_half_life=self.score_half_life, slots=self.slots, context=self.context,
+            compress_sliding=self.compress_sliding,
         )  # fmt: skip
 
     @property
