@@ -19,6 +19,7 @@ from less_export import open_bundle
 from less_export.contract import Heads, LayerSpec, Policy
 from less_export.errors import KernelError
 from less_export.less.feature_maps import PARAMETRISATIONS, Kernels, random_kernels
+from less_export.less.int8 import Centring
 
 from . import bundles
 from .marks import slow_but
@@ -32,6 +33,17 @@ BOTH = pytest.mark.parametrize("family", ["exp", "paper"])
 
 def some(family: str, layers: tuple[int, ...] = (0, 2), rank: int = 5, hidden: int = 7) -> Kernels:
     return random_kernels(HEADS, layers, rank, hidden, family, seed=3)
+
+
+def centred(family: str, layers: tuple[int, ...] = (0, 2), at: tuple[int, ...] = (2,)) -> Kernels:
+    """Kernels with the centring of keys in the layers ``at``."""
+    constants = {
+        i: Centring(
+            torch.randn(HEADS[i].kv_heads, HEADS[i].head_dim), torch.full((HEADS[i].kv_heads, HEADS[i].head_dim), 2.0)
+        )
+        for i in at
+    }
+    return replace(some(family, layers), centring=constants)
 
 
 # ------------------------------------------------------------------ files
@@ -64,6 +76,27 @@ def test_layers_may_differ_in_rank_and_dtype(tmp_path: Path) -> None:
     assert loaded[1].log_phi(torch.randn(1, 6, 3, 8)).dtype == torch.float32
 
 
+@pytest.mark.parametrize("layers", [(0, 2), ()])
+def test_centring_is_kept(layers: tuple[int, ...], tmp_path: Path) -> None:
+    """Beside feature maps, or alone; a file without it is one of format 1, which older versions read."""
+    before = centred("exp", layers, at=(0, 2))
+    before.save(tmp_path / "k.safetensors")
+    after = Kernels.load(tmp_path / "k.safetensors")
+    assert sorted(after.layers) == list(layers)
+    assert sorted(after.centring) == [0, 2]
+    for index, constants in before.centring.items():
+        assert all(torch.equal(a, b) for a, b in zip(constants, after.centring[index], strict=True))
+    after.check(HEADS)
+    with pytest.raises(KernelError, match="centring of keys for layer 2 of another model"):
+        replace(after, layers={}).check([*HEADS[:2], Heads(4, 2, 16)])
+    stated = {}
+    for name, kernels in (("with", before), ("without", some("exp"))):
+        kernels.save(tmp_path / name)
+        with safe_open(tmp_path / name, "pt") as file:
+            stated[name] = json.loads(file.metadata()["less_kernels"])["format_version"]
+    assert stated == {"with": 2, "without": 1}
+
+
 def test_no_layers_at_all(tmp_path: Path) -> None:
     Kernels({}, {"model": "x"}).save(tmp_path / "k.safetensors")
     loaded = Kernels.load(tmp_path / "k.safetensors")
@@ -89,10 +122,10 @@ def test_another_model(model: list[Heads], says: str) -> None:
 
 
 Damage = Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
-ONE = "layers.0.k_in"
+ONE, STD = "layers.0.k_in", "centring.2.std"
 #: Changes to the header and the tensors, and the error message.
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "newer": (lambda h, t: h.update(format_version=2), "newer less-export"),
+    "newer": (lambda h, t: h.update(format_version=3), "newer less-export"),
     "no version": (lambda h, t: h.pop("format_version"), "format_version"),
     "unknown family": (lambda h, t: h.update(parametrisation="rbf"), "rbf"),
     "no provenance": (lambda h, t: h.pop("provenance"), "provenance"),
@@ -110,6 +143,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "NaN": (lambda h, t: t[ONE][0, 0, :1].fill_(math.nan), f"{ONE} holds NaN"),
     "inf": (lambda h, t: t[ONE][0, 0, :1].fill_(math.inf), f"{ONE} holds NaN or inf"),
     "a tensor missing": (lambda h, t: t.pop(ONE), ONE),
+    "centring missing": (lambda h, t: h.update(centring=[1]), "centring.1.mean"),
+    "centring of no layer": (lambda h, t: h.update(centring=["x"]), "not a usable kernel file"),
+    "centring of two shapes": (lambda h, t: t.update({STD: t[STD][:1].contiguous()}), f"{STD} has the wrong shape"),
+    "centring in float16": (lambda h, t: t.update({STD: t[STD].half()}), f"{STD} has the wrong shape or dtype"),
+    "a std of 0": (lambda h, t: t[STD][0, 0].fill_(0), "the centring of layer 2 is not finite, or has a std of 0"),
+    "a std of inf": (lambda h, t: t[STD][0, 0].fill_(math.inf), "calibrate again"),
+    "a mean of NaN": (lambda h, t: t["centring.2.mean"][0, 0].fill_(math.nan), "calibrate again"),
 }
 
 
@@ -126,7 +166,7 @@ def rewrite(path: Path, damage: Damage) -> None:
 def test_damaged_header_or_tensor(name: str, tmp_path: Path) -> None:
     damage, says = DAMAGES[name]
     path = tmp_path / "k.safetensors"
-    some("exp").save(path)
+    centred("exp").save(path)
     rewrite(path, lambda h, t: None)
     Kernels.load(path)  # rewriting alone is harmless
     rewrite(path, damage)

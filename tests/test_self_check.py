@@ -158,10 +158,11 @@ def another_eviction(patch: Patch) -> None:
 
 
 def swapped_kv_heads(patch: Patch) -> None:
-    def swapped(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **attributes: Any) -> tuple[Tensor, ...]:
-        return reference.attention(q, k.flip(1), v.flip(1), *rest, **attributes)
+    def swapped(layer: LayerSpec, tokens: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, ...]:
+        q, k, v, *features = tokens
+        return reference.run(layer, (q, k.flip(1), v.flip(1), *features), *rest)
 
-    patch.setattr(decoder, "reference", SimpleNamespace(attention=swapped))
+    patch.setattr(decoder, "reference", SimpleNamespace(run=swapped))
 
 
 def swapped_weights(patch: Patch) -> None:
