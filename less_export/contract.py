@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from .dtypes import COMPUTE_DTYPES, item_bytes
@@ -269,6 +269,10 @@ class Contract:
     def state_bytes(self) -> int:
         """State bytes of one sequence, regardless of its length."""
         return sum(s.row_bytes for s in self.state())
+
+    def with_slots(self, slot_dtype: SlotDtype) -> Contract:
+        """This contract with slots of another dtype in every layer."""
+        return replace(self, layers=tuple(replace(s, slot_dtype=slot_dtype) for s in self.layers))
 
     def full_cache_bytes(self, length: int) -> int:
         """Bytes of an ordinary KV cache of ``length`` tokens for one sequence (sliding layers capped)."""

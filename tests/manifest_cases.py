@@ -42,6 +42,8 @@ ARTIFACT: Place = ("artifacts", 0)
 WEIGHT: Place = ("weights", 0)
 
 MODEL = {"name": "tiny", "class": "Tiny", "parameters": 6, "config": {"a": 1}, "max_position_embeddings": None}
+#: Kernels of a plan whose file held no feature maps, only the centring of keys.
+NO_MAPS = {"file": "", "sha256": "", "bytes": 64, "parametrisation": None, "rank": 0, "hidden": 0, "layers": []}
 TINY = Contract((LayerSpec(4, 2, 8, 0.35, Policy.H2O, 2, 2, 0, True, 4, 3),), 20, "float32", 4, 2)
 
 
@@ -236,6 +238,7 @@ CASES = (
     ),
     *_wrong((*LAYER, "scale"), MISSING, None, "1", True),
     *_wrong((*LAYER, "score_half_life"), "512", 512.0, True, 0, -1, MAX_HALF_LIFE + 1),
+    *_wrong((*LAYER, "slot_dtype"), None, 8, "int4", "INT8", "float32", ["int8"]),
     *_wrong((*LAYER, "absorb"), MISSING, None, 0, 1, "true"),
     *_wrong((*LAYER, "policy"), MISSING, None, 0, ["h2o"]),
     Case("an unknown policy", "policy", (*LAYER, "policy"), "lru"),
@@ -264,7 +267,10 @@ CASES = (
     *_wrong(("tokenizer", "surprise"), 1),
     *_wrong(("kernels", "sha256"), MISSING, None, 1, "x"),
     *_wrong(("kernels", "bytes"), MISSING, None, "1", 1.0, True, -1),
-    *_wrong(("kernels", "parametrisation"), MISSING, None, 1, "exp\x1b"),
+    *_wrong(("kernels", "parametrisation"), MISSING, 1, "exp\x1b"),
+    Case("no maps of rank 3", "kernels.rank", ("kernels",), {**NO_MAPS, "rank": 3}),
+    Case("no maps with a hidden width", "kernels.hidden", ("kernels",), {**NO_MAPS, "hidden": 5}),
+    Case("no maps for layers", "kernels.layers", ("kernels",), {**NO_MAPS, "layers": [0]}),
     *_wrong(("kernels", "rank"), MISSING, None, "1", 1.0, -1, INT32),
     *_wrong(("kernels", "hidden"), MISSING, None, "1", 1.0, -1, INT32),
     *_wrong(("kernels", "layers"), MISSING, None, 1, {}, ["0"], [-1], [True]),
@@ -281,6 +287,10 @@ FINE = (
     Case("named templates", "", ("tokenizer", "chat_template"), {"default": "x", "tool_use": "y"}),
     Case("special tokens", "", ("tokenizer", "special_tokens"), {"bos_token": "<s>"}),
     Case("tensors of 2^60 - 8 bytes", "", CONTRACT, _large(2**28 - 2, 2**28 - 1, 1)),
+    Case("slots of the compute dtype", "", (*LAYER, "slot_dtype"), "model"),
+    Case("a layer of an earlier version", "", (*LAYER, "slot_dtype")),
+    Case("int8 slots", "", (*LAYER, "slot_dtype"), "int8"),
+    Case("kernels without maps", "", ("kernels",), NO_MAPS),
     Case("big numbers in the config", "", ("model", "config"), {"a": 2**70, "b": 1e300}),
 )
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from less_export.contract import Contract
+from less_export.contract import Contract, SlotDtype
 from less_export.errors import BackendError
 from less_export.runtime.backend import RowState
 
@@ -29,6 +29,8 @@ def state_of(contract: Contract) -> RowState:
     def values(spec: Any) -> Any:
         if spec.field.name == "position":
             return random.integers(-1, 1234567, spec.row_shape, np.int32)
+        if spec.dtype == "int8":
+            return random.integers(-127, 128, spec.row_shape, np.int8)
         finite = random.random(spec.row_shape, np.float32) + 1
         return (
             (finite.view(np.uint32) >> 16).astype(np.uint16) if spec.dtype == "bfloat16" else finite.astype(spec.dtype)
@@ -37,9 +39,10 @@ def state_of(contract: Contract) -> RowState:
     return RowState(1234567, {s.past.name: values(s) for s in contract.state()}, "a" * 64)
 
 
+@pytest.mark.parametrize("slots", ["model", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_saved_rows_go_both_ways(dtype: str, tools: Path, tmp_path: Path) -> None:
-    contract = contract_of(dtype)
+def test_saved_rows_go_both_ways(dtype: str, slots: SlotDtype, tools: Path, tmp_path: Path) -> None:
+    contract = contract_of(dtype).with_slots(slots)
     path = bundle(tmp_path / "x.plan", contract)
     state = state_of(contract)
     state.save(tmp_path / "python")
@@ -52,10 +55,34 @@ def test_saved_rows_go_both_ways(dtype: str, tools: Path, tmp_path: Path) -> Non
         assert back.tensors[name].tobytes() == x.tobytes(), name
     sums = [metadata(tmp_path / name)["sha256"] for name in ("python", "cpp")]
     assert sums[0] == sums[1]
-    other = bundle(tmp_path / "y.plan", contract_of(dtype, capacity=8))
-    done = call(tools / "less_runtime_probe", "state", other, tmp_path / "python", tmp_path / "cpp")
-    assert done.code == 1
-    assert "this state belongs to another export (past.0." in done.err
+    for index, foreign in enumerate(
+        (contract_of(dtype, capacity=8).with_slots(slots), contract.with_slots("int8" if slots == "model" else "model"))
+    ):
+        other = bundle(tmp_path / f"{index}.plan", foreign)
+        done = call(tools / "less_runtime_probe", "state", other, tmp_path / "python", tmp_path / "cpp")
+        assert done.code == 1
+        assert "this state belongs to another export (past.0." in done.err
+
+
+def test_scales_of_empty_slots_go_both_ways_as_they_are(tools: Path, tmp_path: Path) -> None:
+    """NaN among them."""
+    contract = contract_of("float16").with_slots("int8")
+    state = state_of(contract)
+    for layer in range(2):
+        empty = state.tensors[f"past.{layer}.position"] < 0
+        empty[:, 0] = True
+        state.tensors[f"past.{layer}.position"][empty] = -1
+        for name, bits in (("key_scale", 0x7FC01234), ("value_scale", 0xFF800000)):
+            state.tensors[f"past.{layer}.{name}"].view(np.uint32)[empty] = bits
+        state.tensors[f"past.{layer}.key"][empty] = -128
+    state.save(tmp_path / "python")
+    path = bundle(tmp_path / "x.plan", contract)
+    done = call(tools / "less_runtime_probe", "state", path, tmp_path / "python", tmp_path / "cpp")
+    assert done.code == 0, done.err
+    back = RowState.load(tmp_path / "cpp")
+    back.check(contract)
+    for name, x in state.tensors.items():
+        assert back.tensors[name].tobytes() == x.tobytes(), name
 
 
 def split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -112,13 +139,16 @@ def damaged(data: bytes) -> Iterator[bytes]:
         ("more", []),
     ):
         yield join({**header, "__metadata__": {**facts, key: value}}, body)
-    for name in ("past.0.key", "past.1.position", "past.0.z"):
+    for name in ("past.0.key", "past.1.position", "past.0.z", "past.1.value_scale"):
+        if name not in bare:
+            continue
         entry = bare[name]
         first, last = entry["data_offsets"]
         yield join({k: v for k, v in bare.items() if k != name}, body)
         yield join({**{k: v for k, v in bare.items() if k != name}, "past.9.key": entry}, body)
         for change in (
             {"shape": [1, *entry["shape"]]}, {"shape": entry["shape"][::-1]}, {"dtype": "I64"}, {"dtype": "BF16"},
+            {"dtype": "I8"} if entry["dtype"] != "I8" else {"dtype": "U8"},
             {"shape": None}, {"shape": "x"}, {"data_offsets": [first + 4, last + 4]}, {"data_offsets": [first]},
             {"data_offsets": [first, last - 4]}, {"data_offsets": [last, first]}, {"data_offsets": [-1, last]},
         ):  # fmt: skip
@@ -138,9 +168,9 @@ def python_verdict(file: Path, contract: Contract) -> str:
     return "accepted"
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_both_refuse_the_same_damage(dtype: str, tools: Path, tmp_path: Path) -> None:
-    contract = contract_of(dtype)
+@pytest.mark.parametrize(("dtype", "slots"), [("float16", "model"), ("bfloat16", "model"), ("float16", "int8")])
+def test_both_refuse_the_same_damage(dtype: str, slots: SlotDtype, tools: Path, tmp_path: Path) -> None:
+    contract = contract_of(dtype).with_slots(slots)
     path = bundle(tmp_path / "x.plan", contract)
     state_of(contract).save(tmp_path / "good")
     files = []

@@ -32,9 +32,12 @@ pytestmark = pytest.mark.slow
 FULL = LayerSpec(8, 1, 16, 0.25, Policy.FULL, 0, 40, 0, False, 40, 1)
 SINK = LayerSpec(6, 3, 5, 1e-05, Policy.SINK, 4, 9, 0, True, 13, 32)
 SLIDING = LayerSpec(4, 4, 8, 1.0, Policy.TOVA, 6, 1, 12, True, 7, 8)
+INT8 = dataclasses.replace(SINK, slot_dtype="int8")
 CONTRACTS = {
     "float16": contract_of("float16"),
     "bfloat16, all logits": dataclasses.replace(contract_of("bfloat16"), logits="all", trained_length=4096),
+    "int8": contract_of("bfloat16").with_slots("int8"),
+    "int8 in one layer": Contract((SINK, INT8, SLIDING), 300, "float16", 16, 8),
     "positions": Contract((SINK, SLIDING), 1000, "float32", 1, 1, position_limit=77),
     "full": Contract((SINK, FULL, SLIDING), 300, "bfloat16", 16, 8, position_limit=77),
     "large": Contract(
@@ -251,7 +254,7 @@ def test_sampling(tools: Path) -> None:
 
 
 @pytest.mark.parametrize("memory", ["in-place", "two-blocks"])
-@pytest.mark.parametrize("name", ["float16", "bfloat16, all logits", "full"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16, all logits", "int8 in one layer", "full"])
 def test_generation(name: str, memory: str, tools: Path, tmp_path: Path) -> None:
     contract = CONTRACTS[name]
     random = np.random.default_rng(1)

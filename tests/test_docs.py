@@ -18,7 +18,8 @@ import pytest
 from less_export import open_bundle
 from less_export.bundle.artifact import Artifact, Bundle, KernelFacts, TokenizerFacts, WeightFile
 from less_export.cli.commands import COMMANDS
-from less_export.contract import STATE_FIELDS, Contract, LayerSpec
+from less_export.contract import BATCH, CHUNK, SCALE_FIELDS, STATE_FIELDS, Contract, LayerSpec, Policy
+from less_export.dtypes import COMPUTE_DTYPES
 from less_export.hf import recipes
 from less_export.plan import AttentionLayer
 from less_export.tensorrt.trust import PluginFacts
@@ -118,33 +119,51 @@ def test_the_bundle_format_names_every_field(facts: type) -> None:
     assert [f.name for f in dataclasses.fields(facts) if f"`{f.name}`" not in text] == []
 
 
+Described = list[tuple[str, str, tuple[int | str, ...]]]
+
+
+def described_inputs(contract: Contract) -> Described:
+    """The inputs of a contract as the page on the format states them."""
+    text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `past\.\{i\}\.(\w+)` \| (\S+) \| `([^`]+)` \| (-?\d) \|$", text, re.M)
+    assert {name: int(empty) for name, _, _, empty in rows} == {f.name: f.empty for f in STATE_FIELDS + SCALE_FIELDS}
+    inputs: Described = [("input_ids", "int64", (BATCH, CHUNK))]
+    inputs += [(name, "int32", (BATCH,)) for name in ("past_length", "new_length")]
+    for index, layer in enumerate(contract.layers):
+        sizes = {"B": BATCH, "Hk": layer.kv_heads, "C": layer.capacity, "D": layer.head_dim, "R": layer.rank}
+        dtypes = {"T-dtype": contract.dtype, "slot-dtype": "int8" if layer.slot_dtype == "int8" else contract.dtype}
+        for name, dtype, shape, _ in rows:
+            if layer.slot_dtype == "int8" or name not in ("key_scale", "value_scale"):
+                shape = tuple(sizes[x] for x in shape.split(", "))
+                inputs.append((f"past.{index}.{name}", dtypes.get(dtype, dtype), shape))
+    return inputs
+
+
 @pytest.mark.slow
 def test_the_bundle_format_specifies_the_state(kernelled: Path) -> None:
     """Tensor names, dtypes, shapes and empty values as the page states them are those of a graph."""
-    text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `past\.\{i\}\.(\w+)` \| (\S+) \| `([^`]+)` \| (-?\d) \|$", text, re.M)
-    manifest = json.loads((kernelled / "manifest.json").read_text())
-    artifact = manifest["artifacts"][0]
-    graph = onnx.load(kernelled / artifact["file"], load_external_data=False).graph
-    dynamic = "dynamic"
-    expected: list[tuple[str, str, list[str | int]]] = [("input_ids", "int64", [dynamic, dynamic])]
-    expected += [(name, "int32", [dynamic]) for name in ("past_length", "new_length")]
-    for index, layer in enumerate(artifact["contract"]["layers"]):
-        sizes = {"B": dynamic, "Hk": layer["kv_heads"], "C": layer["capacity"]}
-        sizes |= {"D": layer["head_dim"], "R": layer["rank"]}
-        for name, dtype, shape, _ in rows:
-            stored = artifact["contract"]["dtype"] if dtype == "T-dtype" else dtype
-            expected.append((f"past.{index}.{name}", stored, [sizes[x] for x in shape.split(", ")]))
+    artifact = Bundle.open(kernelled).manifest.artifacts[0]
+    graph = onnx.load(kernelled / artifact.file, load_external_data=False).graph
 
-    def described(value: onnx.ValueInfoProto) -> tuple[str, str, list[str | int]]:
+    def described(value: onnx.ValueInfoProto) -> tuple[str, str, list[int]]:
         tensor = value.type.tensor_type
-        shape = [d.dim_value or dynamic for d in tensor.shape.dim]
+        shape = [d.dim_value for d in tensor.shape.dim]  # 0: dynamic
         return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape
 
-    assert [described(value) for value in graph.input] == expected
+    expected = described_inputs(artifact.contract)
+    static = [(n, dtype, [0 if isinstance(d, str) else d for d in shape]) for n, dtype, shape in expected]
+    assert [described(value) for value in graph.input] == static
     names = [name.replace("past.", "present.") for name, _, _ in expected[3:]]
     assert [value.name for value in graph.output] == ["logits", *names]
-    assert {name: int(empty) for name, _, _, empty in rows} == {f.name: f.empty for f in STATE_FIELDS}
+
+
+def test_the_bundle_format_specifies_the_state_of_int8_slots() -> None:
+    """Of a contract, whose graphs are compared with it wherever they are loaded."""
+    plain = LayerSpec(4, 2, 8, 0.35, Policy.H2O, 3, 4, 0, True, 7, 3)
+    layers = (plain, dataclasses.replace(plain, slot_dtype="int8"), plain)
+    for dtype in COMPUTE_DTYPES:
+        contract = Contract(layers, 50, dtype, 5, 3)
+        assert described_inputs(contract) == [(s.name, s.dtype, s.shape) for s in contract.inputs()]
 
 
 def test_the_bundle_format_specifies_hashes_and_identity(kernelled: Path) -> None:

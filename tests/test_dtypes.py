@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from less_export import dtypes
-from less_export.contract import STATE_FIELDS
+from less_export.contract import LayerSpec, Policy
 
 
 @pytest.mark.parametrize("name", dtypes.DTYPES)
@@ -40,7 +41,12 @@ def test_what_is_not_in_the_table() -> None:
 
 
 def test_state_fields_have_known_dtypes() -> None:
+    model = LayerSpec(4, 2, 8, 0.35, Policy.H2O, 2, 2, 0, True, 4, 3)
+    int8 = dataclasses.replace(model, slot_dtype="int8")
     for compute in dtypes.COMPUTE_DTYPES:
-        stated = {f.dtype_in(compute) for f in STATE_FIELDS}
-        assert stated == {compute, "float32", "int32"}
-        assert all(isinstance(dtypes.numpy_dtype(n), np.dtype) for n in stated)
+        stated = {layer.slot_dtype: {f.dtype_in(layer, compute) for f in layer.state_fields} for layer in (model, int8)}
+        assert stated == {
+            "model": {compute, "float32", "int32"},
+            "int8": {compute, "float32", "int32", "int8"},
+        }
+        assert all(isinstance(dtypes.numpy_dtype(n), np.dtype) for n in stated["int8"])

@@ -23,7 +23,7 @@ from less_export.errors import BackendError, LessExportError, UsageError
 from less_export.runtime.backend import Backend, RowState
 from less_export.runtime.row_state import MAX_LENGTH
 
-from .tiny_decoder import CONTRACT, ReferenceBackend
+from .tiny_decoder import CONTRACT, INT8, ReferenceBackend
 
 PROMPT = [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12]]
 
@@ -252,6 +252,83 @@ def test_bfloat16_travels_as_its_bits(state: RowState, tmp_path: Path) -> None:
         with pytest.raises(BackendError, match=r"past\.0\.key holds NaN or infinity"):
             RowState.load(rewrite(tmp_path / "bad", bad))
     RowState.load(rewrite(tmp_path / "most", put(good, "past.0.key", slot(good, 0, True), 0x7F7F)))  # finite
+
+
+@pytest.fixture
+def int8_state() -> RowState:
+    backend = ReferenceBackend(INT8)
+    backend.open(1)
+    for ids in PROMPT:
+        backend.step([ids])
+    return backend.read_row(0)
+
+
+def test_int8_slots_come_back_as_they_are(int8_state: RowState, tmp_path: Path) -> None:
+    int8_state.save(tmp_path / "state")
+    with safe_open(tmp_path / "state", "np") as file:
+        dtypes = {n: file.get_slice(n).get_dtype() for n in file.keys()}  # noqa: SIM118
+    assert {n for n, dtype in dtypes.items() if dtype == "I8"} == {"past.0.key", "past.0.value"}
+    loaded = RowState.load(tmp_path / "state")
+    loaded.check(INT8)
+    assert np.abs(loaded.tensors["past.0.key"].astype(int)).max() == 127
+    for name, x in int8_state.tensors.items():
+        assert loaded.tensors[name].tobytes() == x.tobytes(), name
+    with pytest.raises(BackendError, match=r"another export \(past\.0\.key_scale differs"):
+        loaded.check(CONTRACT)
+
+
+def test_a_restored_int8_row_goes_on_as_the_row_itself(int8_state: RowState, tmp_path: Path) -> None:
+    """Codes and scales are bits of the state: nothing is rounded again."""
+    int8_state.save(tmp_path / "state")
+    backend = ReferenceBackend(INT8)
+    backend.open(2)
+    backend.write_row(0, int8_state)
+    backend.write_row(1, RowState.load(tmp_path / "state"))
+    for ids in ([13, 14, 15], [16], [17]):
+        backend.step([ids, ids])
+    rows = contents(backend)
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("field", ["key_scale", "value_scale"])
+@pytest.mark.parametrize(
+    ("value", "says"), [(np.nan, "NaN or infinity"), (np.inf, "NaN or infinity"), (-1e-30, "is negative"), (0, None)]
+)
+def test_scales_are_finite_and_not_negative(
+    field: str, value: float, says: str | None, int8_state: RowState, tmp_path: Path
+) -> None:
+    changed = put(int8_state, f"past.0.{field}", slot(int8_state, 0, True), value)
+    if says is None:
+        RowState.load(rewrite(tmp_path / "state", changed)).check(INT8)
+        return
+    with pytest.raises(BackendError, match=rf"past\.0\.{field} .*{says}"):
+        RowState.load(rewrite(tmp_path / "bad", changed))
+
+
+@pytest.mark.parametrize("field", ["key", "value"])
+def test_no_code_is_below_minus_127(field: str, int8_state: RowState, tmp_path: Path) -> None:
+    at = slot(int8_state, 0, True)
+    RowState.load(rewrite(tmp_path / "least", put(int8_state, f"past.0.{field}", at, -127))).check(INT8)
+    with pytest.raises(BackendError, match=rf"past\.0\.{field} holds a code of -128"):
+        RowState.load(rewrite(tmp_path / "bad", put(int8_state, f"past.0.{field}", at, -128)))
+
+
+def test_empty_int8_slots_may_hold_anything(tmp_path: Path) -> None:
+    """Poison in them changes nothing that follows."""
+    backend = ReferenceBackend(INT8)
+    backend.open(2)
+    backend.step([[1, 2], [1, 2]])
+    state = backend.read_row(0)
+    empty = state.tensors["past.0.position"] < 0
+    for field, value in (("key_scale", np.nan), ("value_scale", -np.inf), ("key", -128), ("psi", np.nan)):
+        state = put(state, f"past.0.{field}", empty, value)
+    backend.write_row(0, RowState.load(rewrite(tmp_path / "state", state)))
+    for ids in PROMPT:
+        logits = backend.step([ids, ids])
+        assert np.isfinite(logits).all()
+        np.testing.assert_array_equal(logits[0], logits[1])
+    rows = contents(backend)
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.float64, torch.int64])

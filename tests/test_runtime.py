@@ -19,7 +19,7 @@ from less_export.runtime.backend import Backend, RowState
 from less_export.runtime.generate import Generator
 from less_export.runtime.ort import OrtBackend
 
-from .tiny_decoder import CONTRACT, LAYERS, ReferenceBackend, onnx_decoder
+from .tiny_decoder import CONTRACT, INT8, LAYERS, ReferenceBackend, onnx_decoder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def assert_same_rows(a: Backend, b: Backend, tolerance: float) -> None:
         assert x.length == y.length
         for i in range(len(a.contract.layers)):
             held = x.tensors[f"past.{i}.position"] >= 0
-            for field in ("position", "key", "value", "psi", "score", "h", "z"):
+            for field in (f.name for f in a.contract.layers[i].state_fields):
                 left, right = (s.tensors[f"past.{i}.{field}"] for s in (x, y))
                 if field not in ("position", "h", "z"):
                     left, right = left[held], right[held]
@@ -70,11 +70,11 @@ def assert_same_rows(a: Backend, b: Backend, tolerance: float) -> None:
 # ------------------------------------------------------------------ parity
 
 
-@pytest.mark.parametrize("logits", ["last", "all"])
-def test_agrees_with_the_reference(folder: Path, logits: Literal["last", "all"]) -> None:
+@pytest.mark.parametrize(("logits", "slots"), [("last", "model"), ("all", "model"), ("last", "int8")])
+def test_agrees_with_the_reference(folder: Path, logits: Literal["last", "all"], slots: str) -> None:
     tolerance = 2e-5
-    contract = dataclasses.replace(CONTRACT, logits=logits)
-    ours = OrtBackend(contract, onnx_decoder(contract, folder / f"{logits}.onnx", seed=1), threads=1)
+    contract = dataclasses.replace(INT8 if slots == "int8" else CONTRACT, logits=logits)
+    ours = OrtBackend(contract, onnx_decoder(contract, folder / f"{logits} {slots}.onnx", seed=1), threads=1)
     truth = ReferenceBackend(contract, seed=1)
     ours.open(3)
     truth.open(3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import onnx_ir as ir
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, STATE_FIELDS, Contract, LayerSpec, Policy, TensorSpec
+from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, TensorSpec
 from less_export.exporter import onnx_op
 from less_export.less import reference
+from less_export.less.int8 import Centring
 from less_export.runtime.backend import Array, Backend, State, empty
 
 LAYERS = (
@@ -22,16 +24,19 @@ LAYERS = (
     LayerSpec(4, 1, 8, 0.35, Policy.SINK, 2, 5, 0, True, 7, 2),
 )
 CONTRACT = Contract(LAYERS, vocab_size=50, dtype="float32", chunk=5, max_batch=3)
+#: The same with int8 slots in the first layer, whose keys and values are exact in any library.
+INT8 = replace(CONTRACT, layers=(replace(LAYERS[0], slot_dtype="int8"), *LAYERS[1:]))
 _KINDS = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "int64": TensorProto.INT64,
     "int32": TensorProto.INT32,
+    "int8": TensorProto.INT8,
 }
 
 
 def weights(contract: Contract, seed: int = 0) -> dict[str, Array]:
-    """Random weights by name, in the contract's dtype (the log phi map stays float32)."""
+    """Random weights by name, in the contract's dtype; the log phi map and the centring of keys stay float32."""
     rng = np.random.default_rng(seed)
     width = contract.layers[0].query_heads * contract.layers[0].head_dim
     shapes = {"embed": (contract.vocab_size, width), "head": (width, contract.vocab_size)}
@@ -45,7 +50,14 @@ def weights(contract: Contract, seed: int = 0) -> dict[str, Array]:
             f"psi.{i}": (s.head_dim, s.rank),
         }
     values = {n: rng.standard_normal(s) / np.sqrt(s[0]) * (3 if n == "embed" else 1) for n, s in shapes.items()}
-    return {n: v.astype("float32" if n.startswith("phi") else contract.dtype) for n, v in values.items()}
+    for i, s in enumerate(contract.layers):
+        if s.int8:
+            for name in ("embed", f"k.{i}", f"v.{i}"):  # few bits: products and their sums are exact, and so are codes
+                values[name] = np.round(values[name] * 16) / 16
+            values[f"mean.{i}"] = rng.standard_normal((s.kv_heads, s.head_dim))
+            values[f"std.{i}"] = rng.random((s.kv_heads, s.head_dim)) + 0.5
+    single = ("phi.", "mean.", "std.")
+    return {n: v.astype("float32" if n.startswith(single) else contract.dtype) for n, v in values.items()}
 
 
 def onnx_decoder(contract: Contract, path: Path, seed: int = 0) -> Path:
@@ -75,15 +87,16 @@ def onnx_decoder(contract: Contract, path: Path, seed: int = 0) -> Path:
         psi = op("Softmax", op("MatMul", k, f"psi.{i}"), axis=-1)
         if not s.absorb:
             psi = op("Sub", psi, psi)
-        past = [f"past.{i}.{f.name}" for f in STATE_FIELDS]
-        present = [f"present.{i}.{f.name}" for f in STATE_FIELDS]
+        past = [f"past.{i}.{f.name}" for f in s.state_fields]
+        present = [f"present.{i}.{f.name}" for f in s.state_fields]
+        centring = [f"mean.{i}", f"std.{i}"] if s.int8 else []
         nodes.append(
             helper.make_node(
                 OP_NAME,
-                [q, k, v, log_phi, psi, *past, "past_length", "new_length"],
+                [q, k, v, log_phi, psi, *past, "past_length", "new_length", *centring],
                 [f"attn.{i}", *present],
                 domain=OP_DOMAIN,
-                **s.attributes(),
+                **onnx_op.node_attributes(s),
             )
         )
         merged = op("Reshape", op("Transpose", f"attn.{i}", perm=[0, 2, 1, 3]), const(0, 0, -1))
@@ -106,7 +119,7 @@ def onnx_decoder(contract: Contract, path: Path, seed: int = 0) -> Path:
 
 
 class ReferenceBackend(Backend):
-    """The same decoder in torch around ``reference.less_attention``."""
+    """The same decoder in torch around ``reference.run``."""
 
     name = "reference"
 
@@ -130,12 +143,11 @@ class ReferenceBackend(Backend):
                 for n, heads in (("q", s.query_heads), ("k", s.kv_heads), ("v", s.kv_heads))
             )
             psi = torch.softmax(k @ w[f"psi.{i}"], -1) * float(s.absorb)
-            names = [f"past.{i}.{f.name}" for f in STATE_FIELDS]
+            names = [f"past.{i}.{f.name}" for f in s.state_fields]
             past = [self.state[n] for n in names]
-            lengths = torch.from_numpy(past_length), new
-            out, *present = reference.less_attention(
-                q, k, v, q.float() @ w[f"phi.{i}"], psi, *past, *lengths, **s.attributes()
-            )
+            tokens, lengths = (q, k, v, q.float() @ w[f"phi.{i}"], psi), (torch.from_numpy(past_length), new)
+            centring = Centring(w[f"mean.{i}"], w[f"std.{i}"]) if s.int8 else None
+            out, *present = reference.run(s, tokens, past, lengths, centring)
             self.state.update(zip(names, present, strict=True))
             x = x + out.transpose(1, 2).flatten(2) @ w[f"o.{i}"]
         if self.contract.logits == "last":

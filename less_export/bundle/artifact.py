@@ -141,7 +141,7 @@ class TokenizerFacts:
 
 @dataclass(frozen=True)
 class KernelFacts:
-    """A summary of the kernel file."""
+    """A summary of the kernel file. Without feature maps: no parametrisation, rank and hidden 0, no layers."""
 
     file: str
     sha256: str

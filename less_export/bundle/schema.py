@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 from ..config import MAX_HALF_LIFE
+from ..contract import SLOT_DTYPES
 from ..dtypes import COMPUTE_DTYPES
 
 #: Largest manifest in bytes, and the most objects and lists that may be nested in one another.
@@ -282,6 +283,20 @@ class Record:
             rule.check(item, prefix + name)
 
 
+@dataclass(frozen=True)
+class WhereNull:
+    """An object as ``rule`` says, and as ``then`` says too where its field ``key`` is null."""
+
+    rule: Record
+    key: str
+    then: Record
+
+    def check(self, value: Any, place: str) -> None:
+        self.rule.check(value, place)
+        if value[self.key] is None:
+            self.then.check(value, place)
+
+
 # ------------------------------------------------------------------ the table
 
 _POSITIVE = Integer(1, INT32_MAX)
@@ -304,7 +319,7 @@ LAYER = Record(
         "capacity": _POSITIVE,
         "rank": _POSITIVE,
     },
-    {"score_half_life": Nullable(Integer(1, MAX_HALF_LIFE))},
+    {"score_half_life": Nullable(Integer(1, MAX_HALF_LIFE)), "slot_dtype": Text(SLOT_DTYPES)},
 )
 CONTRACT = Record(
     {
@@ -357,12 +372,15 @@ KERNELS = Record(
         "file": FileName(empty=True),
         "sha256": Hash(empty=True),
         "bytes": Integer(),
-        "parametrisation": Text(printable=True),
+        "parametrisation": Nullable(Text(printable=True)),
         "rank": _COUNT,
         "hidden": _COUNT,
         "layers": ListOf(Integer(0, MAX_ENTRIES)),
     }
 )
+_ZERO = Integer(0, 0)
+#: Of kernels without parametrisation, whose file holds no feature maps.
+_NO_MAPS = Record({"rank": _ZERO, "hidden": _ZERO, "layers": ListOf(Anything(), most=0)}, others=Anything())
 _CONFIG = Record(optional={"text_config": Nullable(_OBJECT)}, others=Anything())
 MODEL = Record(
     {"name": Text(), "class": Text(), "parameters": Integer(), "config": _CONFIG},
@@ -386,7 +404,7 @@ MANIFEST = Record(
         "artifacts": ListOf(ARTIFACT, least=1),
         "weights": ListOf(WEIGHT),
         "tokenizer": Nullable(TOKENIZER),
-        "kernels": Nullable(KERNELS),
+        "kernels": Nullable(WhereNull(KERNELS, "parametrisation", _NO_MAPS)),
         "tools": _TEXTS,
     },
     {"on_disk": ON_DISK},

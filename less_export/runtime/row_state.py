@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import STATE_FIELDS, Contract
+from ..contract import SCALE_FIELDS, STATE_FIELDS, Contract
 from ..dtypes import numpy_dtype
 from ..errors import BackendError, UsageError, one_line
 
@@ -21,8 +21,12 @@ Array = npt.NDArray[np.generic]
 MAX_LENGTH = 2**31 - 1
 _FORMAT = "less-state"
 #: safetensors' names of the dtypes that states are stored in.
-_STORED_DTYPES = ("F32", "F16", "I32", "U16")
-_TENSOR_NAME = re.compile(rf"past\.(\d+)\.({'|'.join(f.name for f in STATE_FIELDS)})")
+_STORED_DTYPES = ("F32", "F16", "I32", "U16", "I8")
+_TENSOR_NAME = re.compile(rf"past\.(\d+)\.({'|'.join(f.name for f in STATE_FIELDS + SCALE_FIELDS)})")
+#: Largest magnitude of int8 keys and values.
+_LARGEST_CODE = 127
+#: Fields that are never negative.
+_NOT_NEGATIVE = ("z", *(f.name for f in SCALE_FIELDS))
 
 
 class RowState:
@@ -32,8 +36,8 @@ class RowState:
     file, to prefill a shared prefix once or to resume a session elsewhere.
 
     The file is a safetensors file. Its tensors are those of the contract, called by their past names
-    (``past.0.key``, ...), each with its row shape: float32 as F32, float16 as F16, int32 as I32, and the bits of
-    bfloat16 as U16. Its metadata:
+    (``past.0.key``, ...), each with its row shape: float32 as F32, float16 as F16, int32 as I32, int8 as I8, and the
+    bits of bfloat16 as U16. Its metadata:
 
     - ``format``: ``less-state``.
     - ``length``: number of tokens of the sequence, 0..2^31-1, in decimal ASCII digits.
@@ -44,8 +48,9 @@ class RowState:
       are read without this check.
 
     Values, which :meth:`load` checks: every position is in -1..length-1 (-1 marks an empty slot); key, value, psi
-    and score of a slot with a position >= 0, and all of h and z, are finite; z is not negative. What key, value,
-    psi and score of an empty slot hold does not matter.
+    and score of a slot with a position >= 0, its key_scale and value_scale where slots are int8, and all of h and z,
+    are finite; int8 keys and values are in -127..127; scales and z are not negative. What an empty slot holds
+    besides its position does not matter.
     """
 
     def __init__(self, length: int, tensors: Mapping[str, Array], identity: str = "") -> None:
@@ -143,15 +148,15 @@ class RowState:
                 if not ((values >= -1) & (values < self.length)).all():
                     return f"{name} has positions outside of -1..{self.length - 1}"
                 continue
-            if field in ("h", "z"):
-                valid = _is_finite(values)
-            elif positions is not None and values.shape[:2] == positions.shape:
-                valid = _is_finite(values[positions >= 0])
-            else:
-                continue
-            if not valid.all():
+            if field not in ("h", "z"):
+                if positions is None or values.shape[:2] != positions.shape:
+                    continue
+                values = values[positions >= 0]
+            if not _is_finite(values).all():
                 return f"{name} holds NaN or infinity"
-            if field == "z" and (values < 0).any():
+            if values.dtype == np.int8 and (values < -_LARGEST_CODE).any():
+                return f"{name} holds a code of -128"
+            if field in _NOT_NEGATIVE and (values < 0).any():
                 return f"{name} is negative"
         return None
 

@@ -45,8 +45,10 @@ class BackendError : public Error {
 
 // ------------------------------------------------------------------ contract
 
-enum class ElementType { kInt64, kInt32, kFloat32, kFloat16, kBFloat16 };
+enum class ElementType { kInt64, kInt32, kFloat32, kFloat16, kBFloat16, kInt8 };
 enum class EvictionPolicy { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull = 4 };
+// What slots hold their keys and values in: the compute dtype, or int8 with a float32 scale per token and head.
+enum class SlotDtype { kModel, kInt8 };
 
 int64_t bytesOf(ElementType type) noexcept;
 char const* nameOf(ElementType type) noexcept;  // as in manifests, e.g. "float16"
@@ -65,6 +67,7 @@ struct LayerSpec {
     bool absorb;
     int64_t capacity, rank;
     std::optional<int64_t> scoreHalfLife{};  // tokens after which a score of h2o counts half; none: scores never fade
+    SlotDtype slotDtype = SlotDtype::kModel;
 };
 
 // One input or output of the graph.
@@ -88,7 +91,7 @@ struct StateTensor {
 struct Contract {
     std::vector<LayerSpec> layers;
     int64_t vocabSize;
-    ElementType dtype;  // compute dtype of the slots
+    ElementType dtype;  // compute dtype
     int64_t chunk;      // maximum tokens per step
     int64_t maxBatch;   // maximum rows
     bool allLogits;     // logits [B,T,V] instead of [B,1,V]

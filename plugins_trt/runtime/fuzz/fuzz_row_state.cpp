@@ -1,4 +1,4 @@
-// Files of row states, for two small contracts.
+// Files of row states, for three small contracts.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -12,10 +12,11 @@ namespace {
 
 using namespace less;
 
-Contract contractOf(ElementType dtype) {
+Contract contractOf(ElementType dtype, bool int8) {
     Contract c{};
     c.layers = {{2, 1, 2, 0.5, EvictionPolicy::kH2O, 1, 1, 0, true, 2, 2},
                 {2, 1, 2, 0.5, EvictionPolicy::kWindow, 0, 2, 2, false, 2, 1}};
+    if (int8) c.layers[0].slotDtype = SlotDtype::kInt8;
     c.vocabSize = 9;
     c.dtype = dtype;
     c.chunk = c.maxBatch = 1;
@@ -45,7 +46,8 @@ extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size) {
     std::vector<char> file(data, data + size);  // of exactly this size
     std::string_view const text(file.data(), file.size());
     bool const bfloat16 = text.find("U16") != std::string_view::npos;
-    Contract const contract = contractOf(bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16);
+    bool const int8 = text.find("I8") != std::string_view::npos;
+    Contract const contract = contractOf(bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, int8);
     use(text, contract);
     // Again with the size of the header set right, so that the header may grow and shrink.
     auto const body = static_cast<size_t>(contract.stateBytes());

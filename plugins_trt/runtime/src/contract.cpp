@@ -13,31 +13,45 @@ struct Element {
     char const* name;
     int64_t bytes;
 };
-constexpr std::array<Element, 5> kElements = {{{ElementType::kInt64, "int64", 8},
+constexpr std::array<Element, 6> kElements = {{{ElementType::kInt64, "int64", 8},
                                                {ElementType::kInt32, "int32", 4},
                                                {ElementType::kFloat32, "float32", 4},
                                                {ElementType::kFloat16, "float16", 2},
-                                               {ElementType::kBFloat16, "bfloat16", 2}}};
+                                               {ElementType::kBFloat16, "bfloat16", 2},
+                                               {ElementType::kInt8, "int8", 1}}};
+constexpr std::array<ElementType, 3> kComputeTypes = {ElementType::kFloat32, ElementType::kFloat16,
+                                                      ElementType::kBFloat16};
 constexpr std::array<char const*, 5> kPolicies = {"h2o", "tova", "sink", "window", "full"};
 constexpr int64_t kMaxBytes = int64_t{1} << 60;  // of all rows together, so that sums fit into 64 bits
 
-// One state tensor of a layer. A null `dtype` stands for the compute dtype.
+// The dtype of a state tensor: a fixed one, the compute dtype, or that of the slots.
+enum class Kind { kF32, kI32, kCompute, kSlots };
+
+// One state tensor of a layer.
 struct Field {
     char const* name;
     std::array<int64_t LayerSpec::*, 3> dims;  // the last may be nullptr
-    ElementType const* dtype;
+    Kind kind;
     int empty;
+    bool int8Only = false;  // whether only layers with int8 slots have it
 };
-constexpr ElementType kF32 = ElementType::kFloat32, kI32 = ElementType::kInt32;
-constexpr std::array<Field, 7> kFields = {{
-    {"key", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::headDim}, nullptr, 0},
-    {"value", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::headDim}, nullptr, 0},
-    {"psi", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::rank}, nullptr, 0},
-    {"score", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, &kF32, 0},
-    {"position", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, &kI32, -1},
-    {"h", {&LayerSpec::kvHeads, &LayerSpec::rank, &LayerSpec::headDim}, &kF32, 0},
-    {"z", {&LayerSpec::kvHeads, &LayerSpec::rank, nullptr}, &kF32, 0},
+constexpr std::array<Field, 9> kFields = {{
+    {"key", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::headDim}, Kind::kSlots, 0},
+    {"value", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::headDim}, Kind::kSlots, 0},
+    {"psi", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::rank}, Kind::kCompute, 0},
+    {"score", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0},
+    {"position", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kI32, -1},
+    {"h", {&LayerSpec::kvHeads, &LayerSpec::rank, &LayerSpec::headDim}, Kind::kF32, 0},
+    {"z", {&LayerSpec::kvHeads, &LayerSpec::rank, nullptr}, Kind::kF32, 0},
+    {"key_scale", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0, true},
+    {"value_scale", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0, true},
 }};
+
+ElementType typeOf(Kind kind, bool int8, ElementType compute) {
+    if (kind == Kind::kF32) return ElementType::kFloat32;
+    if (kind == Kind::kI32) return ElementType::kInt32;
+    return kind == Kind::kSlots && int8 ? ElementType::kInt8 : compute;
+}
 
 void require(bool ok, std::string const& why) {
     if (!ok) throw UsageError(why);
@@ -53,9 +67,8 @@ std::optional<int64_t> optionalAt(Json const& data, char const* key) {
 }
 
 ElementType computeType(std::string const& name) {
-    for (Element const& element : kElements) {
-        bool const floating = element.type != ElementType::kInt64 && element.type != ElementType::kInt32;
-        if (floating && name == element.name) return element.type;
+    for (ElementType type : kComputeTypes) {
+        if (name == nameOf(type)) return type;
     }
     throw UsageError("unknown dtype '" + name + "'");
 }
@@ -77,6 +90,8 @@ LayerSpec parseLayer(Json const& data) {
     s.capacity = data["capacity"].integer();
     s.rank = data["rank"].integer();
     s.scoreHalfLife = optionalAt(data, "score_half_life");
+    Json const* slots = data.find("slot_dtype");
+    if (slots && slots->string() == "int8") s.slotDtype = SlotDtype::kInt8;
     auto const check = [&label](bool ok, char const* why) { require(ok, "impossible layer (" + label + "): " + why); };
     check(s.queryHeads % s.kvHeads == 0, "query heads must be a multiple of KV heads");
     check(s.absorb || s.rank == 1, "a layer that absorbs nothing has rank 1");
@@ -112,9 +127,11 @@ int64_t TensorSpec::bytes(int64_t batch, int64_t chunk) const {
 std::vector<StateTensor> Contract::state() const {
     std::vector<StateTensor> result;
     for (size_t layer = 0; layer < layers.size(); ++layer) {
+        bool const int8 = layers[layer].slotDtype == SlotDtype::kInt8;
         for (Field const& field : kFields) {
+            if (field.int8Only && !int8) continue;
             std::string const name = "." + std::to_string(layer) + "." + field.name;
-            TensorSpec past{"past" + name, field.dtype ? *field.dtype : dtype, {kBatch}};
+            TensorSpec past{"past" + name, typeOf(field.kind, int8, dtype), {kBatch}};
             for (auto const dim : field.dims) {
                 if (dim) past.shape.push_back(layers[layer].*dim);
             }

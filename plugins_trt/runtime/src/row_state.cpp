@@ -28,6 +28,8 @@ char const* storedType(ElementType type) {
             return "F16";
         case ElementType::kBFloat16:
             return "U16";
+        case ElementType::kInt8:
+            return "I8";
     }
     return "";
 }
@@ -134,7 +136,7 @@ std::string writeState(RowState const& state, Contract const& contract) {
                          std::to_string(state.length) + "\",\"sha256\":" + jsonString(checksum(state, tensors)) + "}";
     std::string body;
     // Tensors with larger elements come first, so that all are aligned.
-    for (int64_t size : {4, 2}) {
+    for (int64_t size : {4, 2, 1}) {
         size_t place = 0;
         for (StateTensor const& tensor : tensors) {
             auto const bytes = static_cast<size_t>(tensor.rowBytes);

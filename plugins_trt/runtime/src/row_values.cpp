@@ -1,11 +1,14 @@
 // Values that the state of a row cannot have.
 #include <cmath>
 #include <cstring>
+#include <map>
 
 #include "row_state.hpp"
 
 namespace less {
 namespace {
+
+constexpr int8_t kLargestCode = 127;  // in magnitude, of keys and values in int8
 
 template <class T>
 T valueAt(std::byte const* data, size_t index) {
@@ -14,14 +17,17 @@ T valueAt(std::byte const* data, size_t index) {
     return value;
 }
 
-// Whether the bits of an element of a floating-point type are those of a finite number.
+// Whether an element is a number: no NaN, no infinity.
 bool isFinite(std::byte const* data, ElementType type, size_t index) {
+    if (type == ElementType::kInt8) return true;
     if (type == ElementType::kFloat32) return std::isfinite(valueAt<float>(data, index));
     uint16_t const exponent = type == ElementType::kBFloat16 ? 0x7F80 : 0x7C00;
     return (valueAt<uint16_t>(data, index) & exponent) != exponent;
 }
 
 std::string fieldOf(StateTensor const& tensor) { return tensor.past.name.substr(tensor.past.name.rfind('.') + 1); }
+
+std::string layerOf(StateTensor const& tensor) { return tensor.past.name.substr(0, tensor.past.name.rfind('.')); }
 
 }  // namespace
 
@@ -34,7 +40,12 @@ std::string invalidValues(RowState const& state, Contract const& contract) {
         places.push_back(place);
         place += tensor.rowBytes;
     }
-    size_t const fields = tensors.size() / contract.layers.size();
+    // The positions of each layer's slots, by the name of its tensors without the field.
+    std::map<std::string, std::pair<std::byte const*, size_t>> slotsOf;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        if (fieldOf(tensors[i]) != "position") continue;
+        slotsOf[layerOf(tensors[i])] = {places[i], static_cast<size_t>(tensors[i].rowBytes) / sizeof(int32_t)};
+    }
     for (size_t i = 0; i < tensors.size(); ++i) {
         StateTensor const& tensor = tensors[i];
         std::string const field = fieldOf(tensor);
@@ -49,19 +60,17 @@ std::string invalidValues(RowState const& state, Contract const& contract) {
             continue;
         }
         // The values of a slot count only if it holds a token; h and z have no slots.
-        std::byte const* positions = nullptr;
-        size_t slots = 1;
-        for (size_t other = i / fields * fields; field != "h" && field != "z" && other < tensors.size(); ++other) {
-            if (fieldOf(tensors[other]) != "position") continue;
-            positions = places[other];
-            slots = static_cast<size_t>(tensors[other].rowBytes) / sizeof(int32_t);
-            break;
-        }
+        bool const inSlots = field != "h" && field != "z";
+        auto const [positions, slots] = slotsOf.at(layerOf(tensor));
+        bool const atLeastZero = field == "z" || field == "key_scale" || field == "value_scale";
+        bool const code = tensor.past.type == ElementType::kInt8;
         size_t const perSlot = elements / slots;
         for (size_t n = 0; n < elements; ++n) {
-            if (positions && valueAt<int32_t>(positions, n / perSlot) < 0) continue;
+            if (inSlots && valueAt<int32_t>(positions, n / perSlot) < 0) continue;
+            if (code && valueAt<int8_t>(places[i], n) < -kLargestCode)
+                return tensor.past.name + " holds a code of -128";
             if (!isFinite(places[i], tensor.past.type, n)) return tensor.past.name + " holds NaN or infinity";
-            if (field == "z" && valueAt<float>(places[i], n) < 0) return tensor.past.name + " is negative";
+            if (atLeastZero && valueAt<float>(places[i], n) < 0) return tensor.past.name + " is negative";
         }
     }
     return "";

@@ -101,13 +101,13 @@ Rule textOr(Rule rule) {
     };
 }
 
-Rule listOf(Rule rule, size_t least = 0) {
-    return [rule = std::move(rule), least](Json const& value, std::string const& place) {
+Rule listOf(Rule rule, size_t least = 0, size_t most = kMaxEntries) {
+    return [rule = std::move(rule), least, most](Json const& value, std::string const& place) {
         auto const* items = value.as<Json::Array>();
         require(items, place, "a list", value);
-        if (items->size() < least || items->size() > kMaxEntries) {
+        if (items->size() < least || items->size() > most) {
             throw JsonError(place + " has " + std::to_string(items->size()) + " entries, " + std::to_string(least) +
-                            " to " + std::to_string(kMaxEntries) + " are allowed");
+                            " to " + std::to_string(most) + " are allowed");
         }
         for (size_t i = 0; i < items->size(); ++i) rule((*items)[i], place + "[" + std::to_string(i) + "]");
     };
@@ -165,7 +165,8 @@ Rule contract() {
                                {"absorb", flag},
                                {"capacity", positive()},
                                {"rank", positive()},
-                               {"score_half_life", nullable(integer(1, kMaxHalfLife)), kOptional}});
+                               {"score_half_life", nullable(integer(1, kMaxHalfLife)), kOptional},
+                               {"slot_dtype", text({"model", "int8"}), kOptional}});
     return record({{"layers", listOf(layer, 1)},
                    {"vocab_size", positive()},
                    {"dtype", text({"float32", "float16", "bfloat16"})},
@@ -211,13 +212,19 @@ Rule tokenizer() {
 }
 
 Rule kernels() {
-    return record({{"file", fileName(true)},
-                   {"sha256", hash(true)},
-                   {"bytes", integer()},
-                   {"parametrisation", printableText()},
-                   {"rank", count()},
-                   {"hidden", count()},
-                   {"layers", listOf(integer(0, static_cast<int64_t>(kMaxEntries)))}});
+    Rule const facts = record({{"file", fileName(true)},
+                               {"sha256", hash(true)},
+                               {"bytes", integer()},
+                               {"parametrisation", nullable(printableText())},
+                               {"rank", count()},
+                               {"hidden", count()},
+                               {"layers", listOf(integer(0, static_cast<int64_t>(kMaxEntries)))}});
+    Rule const noMaps =
+        record({{"rank", integer(0, 0)}, {"hidden", integer(0, 0)}, {"layers", listOf(anything, 0, 0)}}, anything);
+    return [facts, noMaps](Json const& value, std::string const& place) {
+        facts(value, place);
+        if (value["parametrisation"].isNull()) noMaps(value, place);
+    };
 }
 
 Rule model() {

@@ -72,6 +72,8 @@ std::string typeName(trt::DataType type) {
             return nameOf(ElementType::kFloat16);
         case trt::DataType::kBF16:
             return nameOf(ElementType::kBFloat16);
+        case trt::DataType::kINT8:
+            return nameOf(ElementType::kInt8);
         case trt::DataType::kINT32:
             return nameOf(ElementType::kInt32);
         case trt::DataType::kINT64:

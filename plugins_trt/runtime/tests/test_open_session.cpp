@@ -17,7 +17,8 @@ using namespace less::testing;
 
 // A bundle with a dummy plan.
 struct Rig {
-    Rig() {
+    explicit Rig(Contract contract = twoLayers()) {
+        bundle.contract = std::move(contract);
         resetMockSdk(bundle.contract);
         std::ofstream(bundle.plan) << "plan";
     }
@@ -26,7 +27,6 @@ struct Rig {
         Bundle b;
         b.plan = std::filesystem::temp_directory_path() / ("less." + std::to_string(::getpid()) + ".plan");
         b.header = {false, "10.16.0.1"};
-        b.contract = twoLayers();
         b.identity = "this one";
         return b;
     }();
@@ -107,6 +107,17 @@ TEST(plans_of_another_contract) {
     mockSdk().plan->alias = "past.1.z";
     REFUSES(EngineError, "writes present.0.key into past.1.z", openSession(rig.bundle));
     CHECK(mockSdk().streams == 0);
+}
+
+TEST(plans_with_int8_slots) {
+    Rig rig(twoLayers(ElementType::kFloat16, SlotDtype::kInt8));
+    Session session = openSession(rig.bundle);
+    session.open(2);
+    session.step({1, 2}, {1, 1});
+    RowState const row = session.readRow(1);
+    CHECK(static_cast<int64_t>(row.data.size()) == rig.bundle.contract.stateBytes());
+    mockSdk().plan->io[3].dtype = "float16";
+    REFUSES(EngineError, "past.0.key as float16 [-1, 2, 6, 8] where the contract says int8", openSession(rig.bundle));
 }
 
 TEST(failing_steps_and_allocations) {

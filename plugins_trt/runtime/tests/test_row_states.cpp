@@ -15,6 +15,8 @@ namespace {
 using namespace less;
 using namespace less::testing;
 
+constexpr SlotDtype kInt8 = SlotDtype::kInt8;
+
 // Where a tensor of the contract is in RowState::data.
 std::byte* tensorIn(RowState& state, Contract const& contract, std::string const& name) {
     std::byte* place = state.data.data();
@@ -74,8 +76,9 @@ std::string withoutChecksum(std::string const& file) {
 TEST(row_state_files) {
     Folder const folder;
     auto const file = folder.path / "state.safetensors";
-    for (ElementType type : {ElementType::kFloat32, ElementType::kFloat16, ElementType::kBFloat16}) {
-        Contract const contract = twoLayers(type);
+    for (Contract const& contract :
+         {twoLayers(ElementType::kFloat32), twoLayers(ElementType::kFloat16), twoLayers(ElementType::kFloat16, kInt8),
+          twoLayers(ElementType::kFloat32, kInt8), twoLayers(ElementType::kBFloat16)}) {
         RowState const state = stateOf(contract);
         state.save(file, contract);
         RowState const loaded = RowState::load(file, contract);
@@ -87,7 +90,9 @@ TEST(row_state_files) {
         state.save(file, contract);
     }
     Contract const contract = twoLayers(ElementType::kBFloat16);
-    REFUSES(BackendError, "belongs to another export", RowState::load(file, twoLayers(ElementType::kFloat16)));
+    for (SlotDtype slots : {SlotDtype::kModel, kInt8}) {
+        REFUSES(BackendError, "to another export", RowState::load(file, twoLayers(ElementType::kFloat16, slots)));
+    }
     Contract one = contract;
     one.layers.pop_back();
     RowState state = stateOf(contract);
@@ -172,6 +177,37 @@ TEST(values_that_no_state_has) {
     RowState state = good;
     put(tensorIn(state, contract, "past.0.z"), 0, -1.f);
     REFUSES(JsonError, "it is damaged (past.0.z is negative)", readState(writeState(state, contract), contract));
+}
+
+TEST(values_that_no_state_with_int8_slots_has) {
+    Contract const contract = twoLayers(ElementType::kFloat16, kInt8);
+    RowState const good = stateOf(contract);
+    CHECK(invalidValues(good, contract).empty());
+    float const nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+    auto const fault = [&](char const* tensor, size_t index, auto value) {
+        RowState state = good;
+        put(tensorIn(state, contract, tensor), index, value);
+        return invalidValues(state, contract);
+    };
+    // The even slots hold tokens.
+    for (std::string const name : {"past.0.key_scale", "past.0.value_scale"}) {
+        CHECK(fault(name.c_str(), 2, nan) == name + " holds NaN or infinity");
+        CHECK(fault(name.c_str(), 4, infinity) == name + " holds NaN or infinity");
+        CHECK(fault(name.c_str(), 2, -1e-30f) == name + " is negative" && fault(name.c_str(), 2, 0.f).empty());
+        CHECK(fault(name.c_str(), 3, nan).empty() && fault(name.c_str(), 5, -1.f).empty());
+    }
+    for (std::string const name : {"past.0.key", "past.0.value"}) {
+        CHECK(fault(name.c_str(), 2 * 8, int8_t{-128}) == name + " holds a code of -128");
+        for (int code : {-127, -1, 0, 127}) CHECK(fault(name.c_str(), 2 * 8, static_cast<int8_t>(code)).empty());
+        CHECK(fault(name.c_str(), 2 * 8 - 1, int8_t{-128}).empty());
+    }
+    CHECK(fault("past.0.psi", 4 * 4 + 3, uint16_t{0xFC00}) == "past.0.psi holds NaN or infinity");
+    CHECK(fault("past.0.position", 3, 123456) == "past.0.position has positions outside of -1..123455");
+    CHECK(fault("past.0.z", 1, -1.f) == "past.0.z is negative");
+    // The layer after the one with scales.
+    CHECK(fault("past.1.value", 2 * 8, uint16_t{0xFC00}) == "past.1.value holds NaN or infinity");
+    CHECK(fault("past.1.value", 3 * 8 - 1 + 8, uint16_t{0xFC00}).empty());
+    CHECK(fault("past.1.score", 4, nan) == "past.1.score holds NaN or infinity");
 }
 
 TEST(states_that_a_session_refuses) {

@@ -134,6 +134,26 @@ TEST(state_in_two_blocks) {
     CHECK(rig.machine.captured == 2 && rig.machine.launches > 10);
 }
 
+TEST(state_with_int8_slots) {
+    for (bool inPlace : {true, false}) {
+        Rig rig(twoLayers(ElementType::kFloat16, SlotDtype::kInt8));
+        rig.machine.inPlace = inPlace;
+        drive(rig, 1);
+        CHECK(rig.machine.memory.empty());
+        REFUSES(EngineError, "past.0.value as float16 [-1, 2, 6, 8] where the contract says int8 [-1, 2, 6, 8]",
+                rig.session([](HostPlan& p) { p.io[4].dtype = "float16"; }));
+    }
+}
+
+TEST(bytes_of_int8_slots) {
+    int64_t const slots = 2 * 6, headDim = 8;
+    Contract const half = twoLayers(), int8 = twoLayers(ElementType::kFloat16, SlotDtype::kInt8);
+    CHECK(int8.stateBytes() == half.stateBytes() - 2 * slots * headDim + 2 * slots * 4);
+    CHECK(int8.state().size() == half.state().size() + 2 && int8.layout() != half.layout());
+    CHECK(int8.state()[7].past.name == "past.0.key_scale" && int8.state()[9].past.name == "past.1.key");
+    for (StateTensor const& tensor : int8.state()) CHECK(tensor.rowBytes % bytesOf(tensor.past.type) == 0);
+}
+
 TEST(state_partly_in_place) {
     Rig rig(twoLayers(ElementType::kFloat32));
     rig.machine.separate = {"score", "position", "z"};

@@ -190,7 +190,8 @@ TensorIOMode ICudaEngine::getTensorIOMode(char const* name) const noexcept {
 DataType ICudaEngine::getTensorDataType(char const* name) const noexcept {
     static std::map<std::string, DataType> const kTypes = {{"float32", DataType::kFLOAT}, {"float16", DataType::kHALF},
                                                            {"bfloat16", DataType::kBF16}, {"int32", DataType::kINT32},
-                                                           {"int64", DataType::kINT64},   {"fp8", DataType::kFP8}};
+                                                           {"int64", DataType::kINT64},   {"int8", DataType::kINT8},
+                                                           {"fp8", DataType::kFP8}};
     return kTypes.at(tensor(name).dtype);
 }
 Dims ICudaEngine::getTensorShape(char const* name) const noexcept { return dimsOf(tensor(name).shape); }
