@@ -15,7 +15,7 @@ from torch import Tensor
 
 import less_export
 from less_export.config import ExportConfig
-from less_export.contract import Contract, Policy
+from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import ValidationError
 from less_export.exporter import onnx_op
 from less_export.exporter.check import self_check, twin_config

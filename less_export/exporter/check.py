@@ -38,6 +38,8 @@ _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_n
 _STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1)
 #: Largest difference of logits, as a share of the largest logit; float32 rounding is a hundred times less.
 TOLERANCE = 1e-4
+#: The same against a model whose keys and values are not rounded to int8.
+ROUNDED_TOLERANCE = 0.05
 
 
 def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
@@ -70,6 +72,7 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
     fed = [x.numpy() for x in state]
     past, worst = torch.zeros(2, dtype=torch.int32), 0.0
     unit = float(expected.abs().max())
+    rounds = any(layer.int8 for layer in twin.layers)
     for count in _STEPS:
         done = int(past[0])
         new = torch.full((2,), count, dtype=torch.int32)
@@ -78,18 +81,42 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
         logits, *fed = session.run(None, dict(zip((s.name for s in twin.inputs()), values, strict=True)))
         with torch.no_grad():
             own, *state = reference(chunk, past, new, state)
-        exact = done + count <= twin_budget(twin)
-        truth = expected[:, done : done + count] if exact else own
-        error = float(np.abs(logits - truth.numpy()).max()) / unit
-        worst = max(worst, error)
-        if not error <= TOLERANCE:
-            against = "eager Hugging Face" if exact else "the torch reference"
-            raise ValidationError(
-                f"the exported graph differs from {against} by {error:.1e} of the largest logit at tokens "
-                f"{done}..{done + count - 1} (at most {TOLERANCE:.0e}): this model is not exported correctly"
-            )
+        truths = [("the torch reference", own, TOLERANCE)]
+        if done + count <= twin_budget(twin):
+            bound = ROUNDED_TOLERANCE if rounds and done else TOLERANCE
+            truths.insert(0, ("eager Hugging Face", expected[:, done : done + count], bound))
+        for name, truth, bound in truths:
+            error = float(np.abs(logits - truth.numpy()).max()) / unit
+            worst = max(worst, error) if bound == TOLERANCE else worst
+            if not error <= bound:
+                raise ValidationError(
+                    f"the exported graph differs from {name} by {error:.1e} of the largest logit at tokens "
+                    f"{done}..{done + count - 1} (at most {bound:.0e}): this model is not exported correctly"
+                )
+        if rounds:  # one code that another last bit rounds to its neighbour changes all later logits
+            _compare_states(twin, fed, state)
+            fed = [x.numpy() for x in state]
         past = past + new
     return worst
+
+
+def _compare_states(twin: Contract, fed: list[Any], state: list[torch.Tensor]) -> None:
+    """Raise :class:`ValidationError` unless the graph's state is the reference's; a few codes may differ by one."""
+    specs = list(twin.state())
+    held = {s.layer: x.numpy() >= 0 for s, x in zip(specs, state, strict=True) if s.field.name == "position"}
+    for spec, ours, theirs in zip(specs, fed, state, strict=True):
+        filled = held[spec.layer] if "capacity" in spec.field.dims else ...
+        got, want = ours[filled].astype(np.float64), theirs.numpy()[filled].astype(np.float64)
+        error = np.abs(got - want)
+        if spec.dtype == "int8":
+            same = error.max(initial=0) <= 1 and np.count_nonzero(error) <= 1 + error.size // 100
+        else:
+            same = bool((error <= TOLERANCE * max(np.abs(want).max(initial=0), 1)).all())
+        if not same:
+            raise ValidationError(
+                f"the exported graph's {spec.present.name} differs from the torch reference's: this model is not "
+                "exported correctly"
+            )
 
 
 def twin_budget(twin: Contract) -> int:
