@@ -145,11 +145,12 @@ def recipes() -> str:
     rows = []
     for r in all_recipes():
         memory = recipe_figures(r)["memory"]
-        state, full = memory["state_bytes"], full_caches(r)
-        figures = [size(state), *(f"{size(n)} ({n / state:.1f}x){mark}" for n, mark in full)]
+        slots, full = memory["state_bytes_by_slots"], full_caches(r)
+        state = slots["model"]
+        figures = [*map(size, slots.values()), *(f"{size(n)} ({n / state:.1f}x){mark}" for n, mark in full)]
         rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, size(memory["kernel_bytes"])])
     lengths = [f"full cache at {n:,}" for n in RECIPE_LENGTHS]
-    return table(["recipe", "hub", "cache", "LESS, any length", *lengths, "kernels"], rows)
+    return table(["recipe", "hub", "cache", "LESS, 16-bit slots", "LESS, int8 slots", *lengths, "kernels"], rows)
 
 
 def recipe_budgets() -> str:

@@ -24,7 +24,7 @@ import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as cudart
 
-from less_export.contract import Contract
+from less_export.contract import Contract, SlotDtype
 from less_export.errors import BackendError, EngineError, UsageError
 from less_export.exporter import onnx_op
 from less_export.progress import Spoken
@@ -320,9 +320,11 @@ def test_backend_keeps_the_state(in_place: bool, weights: Path, monkeypatch: pyt
     assert not fake.cuda.memory  # all freed
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_backend_allocates_once(in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contract = contract_of("bfloat16")
+@pytest.mark.parametrize(("in_place", "slots"), [(False, "model"), (True, "model"), (False, "int8"), (True, "int8")])
+def test_backend_allocates_once(
+    in_place: bool, slots: SlotDtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract = contract_of("bfloat16").with_slots(slots)
     outputs = contract.outputs()
 
     def graph(feed: dict[str, Any]) -> list[Any]:  # adds one to the bits of everything

@@ -12,6 +12,7 @@ from .tables import BEYOND, beyond_mark, show, size, table
 
 if TYPE_CHECKING:
     from ..bundle.artifact import Artifact, Bundle
+    from ..contract import Contract
 
 #: What an artifact is, by its kind.
 _KINDS = {"ort": "graph for ONNX Runtime", "trt": "graph for TensorRT", "plan": "TensorRT engine"}
@@ -72,7 +73,7 @@ def _print_bundle(bundle: Bundle) -> None:
     show(files)
     for artifact in m.artifacts:
         _print_contract(artifact)
-        _print_memory(artifact, m.kernels.bytes if m.kernels else 0)
+        _print_memory(artifact, m.kernels.bytes if m.kernels and m.kernels.layers else 0)
 
 
 def _print_contract(artifact: Artifact) -> None:
@@ -82,7 +83,8 @@ def _print_contract(artifact: Artifact) -> None:
     for index, s in enumerate(contract.layers):
         rank = str(s.rank) if s.absorb else "off"
         policy = s.policy.name if s.score_half_life is None else f"{s.policy.name}, half-life {s.score_half_life}"
-        groups.setdefault((policy, s.capacity, s.heavy, s.recent, s.window or "-", rank), []).append(index)
+        slots = f"{s.capacity} int8" if s.int8 else str(s.capacity)
+        groups.setdefault((policy, slots, s.heavy, s.recent, s.window or "-", rank), []).append(index)
     for facts, indices in groups.items():
         layers.add_row(_ranges(indices), *(str(x) for x in facts))
     show(layers)
@@ -100,6 +102,8 @@ def _print_memory(artifact: Artifact, kernel_bytes: int) -> None:
     memory = table(f"memory of one sequence ({contract.dtype})", "what", "bytes", "relative to LESS")
     state = contract.state_bytes()
     memory.add_row("LESS state, any length", size(state), "1.0x")
+    slots, other = _slots(contract)
+    memory.add_row(f"the same with slots in {slots}", size(other), f"{other / state:.1f}x")
     marks = {n: beyond_mark(n, contract.trained_length) for n in _LENGTHS}
     for length, mark in marks.items():
         full = contract.full_cache_bytes(length)
@@ -109,6 +113,13 @@ def _print_memory(artifact: Artifact, kernel_bytes: int) -> None:
     show(memory)
     if any(marks.values()):
         print(BEYOND)
+
+
+def _slots(contract: Contract) -> tuple[str, int]:
+    """The other dtype that slots can have, and the bytes of one sequence's state with it."""
+    if any(s.int8 for s in contract.layers):
+        return contract.dtype, contract.with_slots("model").state_bytes()
+    return "int8", contract.with_slots("int8").state_bytes()
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from ..contract import SLOT_DTYPES
 from ..hf.recipes import Recipe, all_recipes
 from .options import Parser, general_options
 from .tables import BEYOND, beyond_mark, show, size, table
@@ -22,7 +23,7 @@ def parser() -> Parser:
     parser = Parser(
         "recipes",
         "[options]",
-        "List the named models, with the bytes that one sequence takes in a 16-bit cache.",
+        "List the named models, with the bytes that one sequence takes.",
         ("less-export recipes", "less-export recipes --json"),
     )
     output = parser.add_argument_group("output")
@@ -44,8 +45,10 @@ def recipe_figures(recipe: Recipe) -> dict[str, Any]:
     contract = recipe.contract()
     full = {str(n): contract.full_cache_bytes(n) for n in RECIPE_LENGTHS}
     budgets = {b: replace(recipe, budget=b, layer_budgets=None).contract().state_bytes() for b in PAPER_BUDGETS}
+    slots = {s: contract.with_slots(s).state_bytes() for s in SLOT_DTYPES}
     figures = {
         "state_bytes": contract.state_bytes(),
+        "state_bytes_by_slots": slots,
         "state_bytes_at_budget": budgets,
         "full_cache_bytes": full,
         "kernel_bytes": recipe.kernel_bytes(),
@@ -62,12 +65,14 @@ def full_caches(recipe: Recipe) -> list[tuple[int, str]]:
 
 def _print_recipes(recipes: Sequence[Recipe]) -> None:
     lengths = [f"full at {n // 1024}k" for n in RECIPE_LENGTHS]
-    rows = table("recipes", "name", "source", "cache", "LESS, any length", *lengths, "kernels")
+    rows = table("recipes", "name", "source", "cache", "16-bit slots", "int8 slots", *lengths, "kernels")
     for r in recipes:
         memory = recipe_figures(r)["memory"]
         full = [size(count) + mark for count, mark in full_caches(r)]
-        figures = (size(memory["state_bytes"]), *full, size(memory["kernel_bytes"]))
+        slots = map(size, memory["state_bytes_by_slots"].values())
+        figures = (*slots, *full, size(memory["kernel_bytes"]))
         rows.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *figures)
     show(rows)
-    print("LESS and full cache: bytes of one sequence. Kernels: the low-rank term's weights, once for all sequences.")
+    print("Slots: bytes of one sequence of any length, by what its slots hold. Full: those of a full cache in 16 bits.")
+    print("Kernels: the low-rank term's weights, once for all sequences.")
     print(BEYOND)
