@@ -25,11 +25,12 @@ from less_export.config import ExportConfig, HalfLife
 from less_export.contract import Contract
 from less_export.errors import UsageError
 from less_export.evaluation import perplexity, variants
+from less_export.hf import data
 from less_export.hf.model import OpenModel, open_model
 from less_export.hf.sources import resolve
+from less_export.less.feature_maps import Kernels
 from less_export.progress import Step
 from less_export.runtime.torch import ModelBackend
-from less_export.training import data
 
 FILE = RESULTS / "long.json"
 SLOTS, CHUNK = 256, 64
@@ -74,7 +75,7 @@ def measure(model: PreTrainedModel, opened: OpenModel, ids: np.ndarray, step: St
     in a single one."""
     length = ids.shape[1]
     if not any(s.policy.evicts for s in opened.plan):
-        exact = variants.Variant("full", opened.plan, {})
+        exact = variants.Variant("full", opened.plan, Kernels({}, {}))
         return perplexity.simulated(model, torch.from_numpy(ids), exact, CHUNK, torch.arange(length - 1))
     vocabulary = opened.text_config.vocab_size
     contract = Contract(opened.plan, vocabulary, "float32", CHUNK, len(ids), logits="all")

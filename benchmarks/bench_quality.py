@@ -26,12 +26,13 @@ from less_export.cli.progress import Bars
 from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec
 from less_export.evaluation import perplexity, statistics, variants
+from less_export.hf import data
 from less_export.hf.sources import resolve
 from less_export.hf.surgery import discover
 from less_export.less.feature_maps import FeatureMap, Kernels
 from less_export.plan import plan_layers
 from less_export.runtime.torch import ModelBackend
-from less_export.training import allocate, collect, data, end_to_end, fit
+from less_export.training import allocate, collect, end_to_end, fit
 
 MODEL, LENGTH = "gemma3-270m", 1024
 TRAIN, EVALUATION = 48, 16
@@ -168,7 +169,7 @@ class Bench:
         """A cache of the setting; without kernels, every compressed layer counts as one of ``rank``."""
         ranks = {i: m.rank for i, m in maps.items()} or dict.fromkeys(range(len(self.layers)), rank)
         plan = plan_layers(self.layers, s.config(), LENGTH, ranks)
-        return variants.build([kind], plan, maps, LENGTH, "bfloat16")[0]
+        return variants.build([kind], plan, Kernels(maps, {}), LENGTH, "bfloat16")[0]
 
     def baseline(self, s: Setting, kind: variants.Kind, domain: str = "in", chunk: int = 1, rank: int = 8) -> None:
         """A sparse cache; ``sparse+bytes`` adds the bytes of a low-rank state of ``rank`` in every compressed layer."""
@@ -220,7 +221,7 @@ class Bench:
         def make() -> dict[str, Any]:
             variant = self._variant("less", s, Kernels.load(self._file(s, r)).layers, r.rank)
             contract = Contract(variant.plan, int(self.model.config.vocab_size), "bfloat16", 1, STREAMED)
-            backend = ModelBackend(self.model, contract, Kernels(variant.kernels, {}))
+            backend = ModelBackend(self.model, contract, variant.kernels)
             ids = self.eval["in"].ids[:STREAMED].numpy()
             with self.bars.phase(f"streaming {s.name}", LENGTH) as step:
                 nll = perplexity.streamed(backend, ids, 1, POSITIONS.tolist(), step)

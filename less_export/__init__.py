@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .config import ExportConfig
     from .errors import LessExportError
     from .exporter.build import export
+    from .hf.calibration import calibrate
     from .runtime.backend import RowState
     from .runtime.open import open_bundle
     from .runtime.sampling import SamplingParams
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _WHERE = {
+    "calibrate": ".hf.calibration",
     "export": ".exporter.build",
     "open_bundle": ".runtime.open",
     "ExportConfig": ".config",
@@ -38,6 +40,7 @@ __all__ = [
     "RowState",
     "SamplingParams",
     "__version__",
+    "calibrate",
     "export",
     "open_bundle",
     "train",

@@ -31,6 +31,7 @@ from .sharing import once
 pytest_plugins = ["tests.bundles"]
 
 LENGTH = 40
+NONE = Kernels({}, {})
 SPEC = LayerSpec(8, 2, 128, 0.1, Policy.H2O, 25, 25, 0, True, 50, 8)
 
 
@@ -56,7 +57,7 @@ def streaming(source: Path, kernel_file: Path, shared: Path) -> Path:
 @pytest.mark.parametrize("kind", variants.KINDS)
 def test_the_simulation_is_the_stream(kind: variants.Kind, chunk: int, source: Path, kernel_file: Path) -> None:
     subject = open_subject(str(source), ExportConfig(budget="12"), kernel_file, True)
-    (variant,) = variants.build([kind], subject.plan, subject.kernels.layers, LENGTH, "float32")
+    (variant,) = variants.build([kind], subject.plan, subject.kernels, LENGTH, "float32")
     ids = torch.randint(2, 300, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(10, LENGTH - 1, 3)
     simulated = perplexity.simulated(subject.model, ids, variant, chunk, positions)
@@ -68,7 +69,7 @@ def test_the_simulation_is_the_stream(kind: variants.Kind, chunk: int, source: P
 
 def test_a_bundle_streams_what_is_simulated(streaming: Path) -> None:
     subject = open_subject(str(streaming), ExportConfig(), None, True)
-    (variant,) = variants.build(["less"], subject.plan, subject.kernels.layers, LENGTH, "float32")
+    (variant,) = variants.build(["less"], subject.plan, subject.kernels, LENGTH, "float32")
     assert subject.exported(variant)
     ids = torch.randint(2, 300, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(13, LENGTH - 1)
@@ -82,7 +83,7 @@ def test_full_is_hugging_face(family: str) -> None:
     """Sliding, SDPA and mixture-of-experts decoders included; and every layer's output projection is found."""
     model = families.build(family).eval()
     plan = plan_layers(discover(model), ExportConfig(budget="12"), 256, {})
-    (variant,) = variants.build(["full"], plan, {}, LENGTH, "float32")
+    (variant,) = variants.build(["full"], plan, NONE, LENGTH, "float32")
     ids = torch.randint(3, families.VOCAB, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].float()
@@ -109,13 +110,13 @@ def test_the_baseline_gets_every_byte_back() -> None:
     added = 2 * (8 * 128 * 4 + 8 * 4 + 50 * 8 * 2)
     token = 2 * (2 * 128 * 2 + 4 + 4)
     assert variants.extra_tokens(SPEC, "bfloat16") == -(-added // token) == 10
-    maps = random_kernels([Heads(8, 2, 128)], [0], 8, 4).layers
-    built = {v.kind: v for v in variants.build(variants.KINDS, [SPEC], maps, 1024, "bfloat16")}
+    kernels = random_kernels([Heads(8, 2, 128)], [0], 8, 4)
+    built = {v.kind: v for v in variants.build(variants.KINDS, [SPEC], kernels, 1024, "bfloat16")}
     less, baseline = built["less"], built["sparse+bytes"]
     assert less.state_bytes("bfloat16") == added + 50 * token
     assert baseline.state_bytes("bfloat16") == 60 * token >= less.state_bytes("bfloat16")
     assert [(v.plan[0].heavy, v.plan[0].recent) for v in built.values()] == [
-        (0, 1024), (25, 25), (27, 27), (30, 30), (25, 25)
+        (0, 1024), (25, 25), (27, 27), (30, 30), (30, 30), (25, 25)
     ]  # fmt: skip
     assert built["full"].plan[0].policy is Policy.FULL
 
@@ -124,16 +125,16 @@ def test_sinks_stay_sinks_and_windows_windows() -> None:
     sink = replace(SPEC, policy=Policy.SINK, heavy=4, recent=46)
     window = LayerSpec(8, 2, 128, 0.1, Policy.WINDOW, 0, 64, 64, False, 64, 1)
     own = replace(SPEC, heavy=10, recent=40)
-    (grown,) = variants.build(["sparse+4"], [sink, window, own], {}, 1024, "float32")
+    (grown,) = variants.build(["sparse+4"], [sink, window, own], NONE, 1024, "float32")
     assert [(s.heavy, s.recent) for s in grown.plan] == [(4, 50), (0, 64), (10, 44)]
     compressed = replace(SPEC, window=64)
-    (full,) = variants.build(["full"], [compressed, window], {}, 1024, "float32")
+    (full,) = variants.build(["full"], [compressed, window], NONE, 1024, "float32")
     assert full.plan == (replace(window, policy=Policy.WINDOW), window)
 
 
 def test_less_without_kernels_is_refused() -> None:
     with pytest.raises(UsageError, match="no layer has kernels"):
-        variants.build(["less"], [replace(SPEC, absorb=False, rank=1)], {}, 64, "float32")
+        variants.build(["less"], [replace(SPEC, absorb=False, rank=1)], NONE, 64, "float32")
 
 
 # ------------------------------------------------------------------ figures
@@ -288,7 +289,7 @@ def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text
 def test_kernels_evaluated_on_their_training_text(
     source: Path, text: Path, kernel_file: Path, tmp_path: Path, run: Run
 ) -> None:
-    from less_export.training import data
+    from less_export.hf import data
 
     kernels = Kernels.load(kernel_file)
     (facts,) = (s.facts() for s in data.read([str(text)]))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from less_export.contract import LayerSpec, Policy
-from less_export.less import simulate
-from less_export.less.reference import less_attention
+from less_export.less import int8, reference, simulate
 from less_export.testing import empty_state
+
+from .oracle import centring_of
+
+#: A layer's attention: q, k, v, log phi and psi -> output.
+Attend = Callable[[list[torch.Tensor]], torch.Tensor]
 
 TOKENS = 70
 LAYERS = {
@@ -24,6 +32,15 @@ LAYERS = {
     "window": LayerSpec(4, 2, 8, 0.4, Policy.WINDOW, 0, 16, 16, False, 16, 1),
     "full": LayerSpec(4, 2, 8, 0.4, Policy.FULL, 0, 80, 0, False, 80, 1),
 }
+INT8_LAYERS = {f"{name}, int8": replace(layer, slot_dtype="int8") for name, layer in LAYERS.items()}
+
+
+def centring(layer: LayerSpec) -> int8.Centring:
+    return int8.Centring(*map(torch.from_numpy, centring_of(layer)))
+
+
+def scores(layer: LayerSpec, q: torch.Tensor, k: torch.Tensor, chunk: int) -> torch.Tensor:
+    return simulate.scores(q, k, simulate.slot_keys(k, layer, centring(layer)), layer, chunk)
 
 
 def inputs(layer: LayerSpec, log_mass: float = 0.0) -> list[torch.Tensor]:
@@ -41,25 +58,29 @@ def streamed(layer: LayerSpec, tensors: list[torch.Tensor], chunk: int) -> tuple
     """The operator over the sequences, chunk by chunk: outputs, and the positions in the slots before each."""
     state = empty_state(layer, 2, poison=True)
     outs, positions = [], []
-    for begin in range(0, TOKENS, chunk):
+    for begin in range(0, tensors[0].shape[2], chunk):
         piece = [x[:, :, begin : begin + chunk] for x in tensors]
         new = torch.full((2,), piece[0].shape[2], dtype=torch.int32)
         positions.append(state[4])
-        out, *state = less_attention(*piece, *state, torch.full_like(new, begin), new, **layer.attributes())
+        lengths = (torch.full_like(new, begin), new)
+        out, *state = reference.run(layer, piece, state, lengths, centring(layer), opaque=False)
         outs.append(out)
     return torch.cat(outs, 2), positions
 
 
 @pytest.mark.parametrize("chunk", [1, 13])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", {**LAYERS, **INT8_LAYERS})
 def test_the_simulation_is_the_operator(name: str, chunk: int) -> None:
-    layer = LAYERS[name]
+    layer = {**LAYERS, **INT8_LAYERS}[name]
     q, k, v, log_phi, psi = tensors = inputs(layer)
     want, positions = streamed(layer, tensors, chunk)
     features = (log_phi, psi) if layer.absorb else None
-    got = simulate.attend(q, k, v, layer, features, chunk)
+    got = simulate.attend(q, k, v, layer, features, chunk, centring(layer))
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
-    left = simulate.evictions(simulate.logits(q, k, layer), layer, chunk)
+    left = simulate.evictions(scores(layer, q, k, chunk), layer, chunk)
+    if chunk == 1:
+        again = simulate.attend_as(q, k, v, layer, features, left, centring(layer))
+        torch.testing.assert_close(again, want, rtol=2e-5, atol=2e-5)
     at = torch.arange(TOKENS)
     for begin, held in zip(range(0, TOKENS, chunk), positions, strict=True):
         mine = (left > begin) & (at < begin)
@@ -75,6 +96,19 @@ def test_masses_of_any_size(log_mass: float) -> None:
     want, _ = streamed(layer, tensors, 1)
     got = simulate.attend(q, k, v, layer, (log_phi, psi), 1)
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_int8_slots_change_outputs_and_evictions() -> None:
+    """Otherwise the comparisons above would not notice an exact simulation."""
+    layer = LAYERS["h2o"]
+    q, k, v, *_ = inputs(layer)
+    rounded = replace(layer, slot_dtype="int8")
+    # One channel that is not centred out takes the range of the others.
+    k[..., 3] += 400
+    outs = [simulate.attend(q, k, v, x, None, 1) for x in (layer, rounded)]
+    assert float((outs[0] - outs[1]).abs().max()) > 1e-2
+    left = [simulate.evictions(scores(x, q, k, 1), x) for x in (layer, rounded)]
+    assert not torch.equal(*left)
 
 
 def test_nothing_of_what_a_slot_no_longer_holds_is_attended() -> None:
@@ -98,3 +132,74 @@ def test_gradients_are_finite_where_features_vanish() -> None:
     assert bool(log_phi.grad.isfinite().all())
     assert bool(psi.grad.isfinite().all())
     assert float(log_phi.grad.abs().max()) > 0
+
+
+def two_layers(layer: LayerSpec, tensors: list[torch.Tensor], attend: Attend) -> torch.Tensor:
+    """A second layer that reads q, k, v and features from the output of the first."""
+    q, _, _, log_phi, psi = tensors
+    first = attend(tensors)
+    kv = first.unflatten(1, (layer.kv_heads, layer.group))
+    mixed = torch.softmax(first[..., : layer.rank], -1).unflatten(1, (layer.kv_heads, layer.group))[:, :, 0]
+    return attend([q + first, kv[:, :, 0], kv[:, :, -1] + 1, log_phi + first[..., : layer.rank], psi * mixed])
+
+
+@pytest.mark.parametrize("name", [n for n, x in LAYERS.items() if x.policy.evicts])
+def test_gradients_are_those_of_the_operator(name: str) -> None:
+    """Through two evicting layers, from every input, as autograd finds them through the reference token by token."""
+    layer = LAYERS[name]
+
+    def operator(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return streamed(layer, tensors, 1)[0]
+
+    def simulation(tensors: list[torch.Tensor]) -> torch.Tensor:
+        q, k, v, log_phi, psi = tensors
+        features = (log_phi, psi) if layer.absorb else None
+        left = simulate.evictions(simulate.logits(q.detach(), k.detach(), layer), layer)
+        return checkpoint(simulate.attend_as, q, k, v, layer, features, left, use_reentrant=False)
+
+    goal = torch.randn(2, layer.query_heads, 30, layer.head_dim, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for attend in (operator, simulation):
+        tensors = [x[:, :, :30].requires_grad_(layer.absorb or i < 3) for i, x in enumerate(inputs(layer))]
+        loss = (two_layers(layer, tensors, attend) * goal).sum()
+        gradients.append(torch.autograd.grad(loss, [x for x in tensors if x.requires_grad]))
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        assert float(want.abs().max()) > 0
+        assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n, x in INT8_LAYERS.items() if x.policy.evicts])
+def test_gradients_pass_the_rounding_unchanged(name: str) -> None:
+    """Gradients for queries, values and features are those of a fixed rounding error added to keys and values."""
+    layer = INT8_LAYERS[name]
+    q, k, v, log_phi, psi = inputs(layer)
+    left = simulate.evictions(scores(layer, q, k, 1), layer)
+    errors = simulate.slot_keys(k, layer, centring(layer)) - k, simulate.slot_values(v, layer) - v
+
+    def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention over slots that hold k and v plus their errors, written out with masks."""
+        queries, group = torch.arange(TOKENS), layer.group
+        own = torch.eye(TOKENS, dtype=torch.bool)
+        k, old_k, v, old_v = (x.repeat_interleave(group, 1) for x in (k, k + errors[0], v, v + errors[1]))
+        seen = simulate.visible(left, queries, layer.window)[:, :, 0].repeat_interleave(group, 1)
+        logits = torch.where(own, q @ k.mT, q @ old_k.mT) * layer.scale
+        logits = logits.masked_fill(~seen, -torch.inf)
+        if not layer.absorb:
+            weight = torch.softmax(logits, -1)
+            return torch.where(own, 0, weight) @ old_v + torch.where(own, weight, 0) @ v
+        state = simulate.absorbed(left, queries)[:, :, 0].repeat_interleave(group, 1)
+        low = log_phi.exp() @ psi.repeat_interleave(group, 1).mT * state
+        weight = logits.exp()
+        out = torch.where(own, 0, weight) @ old_v + torch.where(own, weight, 0) @ v + low @ old_v
+        return out / (weight.sum(-1, keepdim=True) + low.sum(-1, keepdim=True))
+
+    def simulation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        features = (log_phi, psi) if layer.absorb else None
+        return simulate.attend_as(q, k, v, layer, features, left, centring(layer))
+
+    gradients = []
+    for attend in (by_hand, simulation):
+        tensors = [x.clone().requires_grad_() for x in (q, k, v)]
+        gradients.append(torch.autograd.grad(attend(*tensors).square().sum(), tensors))
+    for got, want in zip(gradients[1], gradients[0], strict=True):
+        assert float((got - want).norm() / want.norm()) < 1e-5

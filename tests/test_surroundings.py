@@ -13,11 +13,11 @@ from less_export.cli import recipes as recipes_command
 from less_export.cli.ending import FAILED
 from less_export.cli.main import main
 from less_export.errors import EngineError, KernelError, LessExportError, UsageError
+from less_export.hf import data
 from less_export.hf.recipes import user_path
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
 from less_export.tensorrt import cache
-from less_export.training import data
 
 from . import bundles
 from .bundles import QUICK_OPTIONS, Run, refused

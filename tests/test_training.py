@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from less_export.config import ExportConfig
 from less_export.errors import LessExportError, ModelError, UsageError
+from less_export.hf import data
 from less_export.hf.surgery import discover
 from less_export.less.feature_maps import Kernels
 from less_export.plan import plan_layers
 from less_export.progress import Silent
-from less_export.training import collect, data, end_to_end, fit, job
+from less_export.training import collect, end_to_end, fit, job
 
 from .bundles import Run, refused
 from .training_support import LENGTH, OPTIONS, model_folder, sliding_folder, trained

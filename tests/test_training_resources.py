@@ -18,10 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from less_export.contract import LayerSpec, Policy
 from less_export.errors import LessExportError, UsageError
+from less_export.hf import data, running
 from less_export.hf.sources import ModelSource
 from less_export.less.feature_maps import Kernels
 from less_export.progress import Silent
-from less_export.training import collect, data, fit, job, resources
+from less_export.training import collect, fit, job, resources
 from less_export.training.options import Processes
 
 from . import bundles
@@ -160,7 +161,7 @@ def test_memory_estimate(spec: LayerSpec, count: int, length: int, width: int, d
 
 def test_too_little_memory_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
-    monkeypatch.setattr(resources, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(running, "free_memory", lambda device: 1000)
     monkeypatch.setattr(ModelSource, "load", None)  # before the model is loaded
     with pytest.raises(LessExportError, match=r"takes 0\.00 GB of memory, and 0\.00 GB are free: use fewer --seqs"):
         trained(folder, text)
@@ -173,18 +174,18 @@ def test_processes_share_the_machines_memory(text: Path, tmp_path: Path, monkeyp
     (line,) = (x for x in progress.lines if "of memory" in x)
     assert line.startswith("2 layers, 9 sequences: 0.00 GB of activations on disk, up to 0.00 GB of memory")
     most = 4 * 32 * 2 * 32 + fit.memory(replace(SPEC, head_dim=8), 32, torch.Size((9, 8, LENGTH, 8)), 4)
-    monkeypatch.setattr(resources, "free_memory", lambda device: 2 * most - 1)
+    monkeypatch.setattr(running, "free_memory", lambda device: 2 * most - 1)
     trained(folder, text, steps=1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # only two of which have a layer
     with pytest.raises(LessExportError, match="in each of 2 processes"):
         trained(folder, text, steps=1)
-    monkeypatch.setattr(resources, "free_memory", lambda device: 2 * most)
+    monkeypatch.setattr(running, "free_memory", lambda device: 2 * most)
     trained(folder, text, steps=1)
 
 
 def test_free_memory_is_a_number() -> None:
-    assert 100 << 20 < (resources.free_memory("cpu") or 0) < 1 << 44
-    assert resources.free_memory("mps") is None
+    assert 100 << 20 < (running.free_memory("cpu") or 0) < 1 << 44
+    assert running.free_memory("mps") is None
 
 
 def test_the_model_is_gone_while_layers_are_fitted(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,13 @@ from less_export import open_bundle
 from less_export.config import ExportConfig
 from less_export.contract import LayerSpec
 from less_export.evaluation import perplexity
+from less_export.hf import data
 from less_export.hf.surgery import AttentionCall, discover, less_attention
 from less_export.less import reference
 from less_export.less.feature_maps import FeatureMap, Kernels
 from less_export.plan import plan_layers
 from less_export.testing import empty_state
-from less_export.training import data, job
+from less_export.training import job
 
 from . import bundles
 from .marks import slow_but

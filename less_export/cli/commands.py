@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import build_plugin, check, export, generate, import_kernels, info, recipes, train
+from . import build_plugin, calibrate, check, export, generate, import_kernels, info, recipes, train
 from . import eval as evaluate
 from .options import Parser, general_options, wrapped
 
@@ -47,6 +47,7 @@ _TABLE = (
         train.run,
         interrupted="interrupted; rerun the same command to resume",
     ),
+    Command("calibrate", "measure on text what int8 slots need", calibrate.parser, calibrate.run),
     Command("import-kernels", "convert the paper's authors' kernels", import_kernels.parser, import_kernels.run),
     Command("eval", "measure what the cache does to quality", evaluate.parser, evaluate.run),
     Command("recipes", "list the named models", recipes.parser, recipes.run),

@@ -64,7 +64,7 @@ def parser() -> Parser:
     measurement.add_argument(
         "--compare",
         metavar="A,B",
-        help="which of full, sparse, sparse+4, sparse+bytes, less (default: all that apply)",
+        help="which of full, sparse, sparse+4, sparse16+bytes, sparse+bytes, less (default: all that apply)",
     )
     measurement.add_argument(
         "--seqs",
@@ -123,7 +123,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     recipes.refuse_unknown(args.target)
     from ..evaluation import run
     from ..evaluation.subject import open_subject
-    from ..training import data
+    from ..hf import data
 
     numbers = {n: getattr(args, n) for n in ("seqs", "seq_len", "chunk", "positions") if getattr(args, n) is not None}
     config = run.EvalConfig(
@@ -139,7 +139,7 @@ def _perplexity(args: argparse.Namespace) -> int:
     inside, outside = data.read(args.data or ["held_out"]), data.read(args.out_of_domain)
     bars = Bars()
     bars.say(f"loading {args.target}")
-    subject = open_subject(args.target, cache, args.kernels, args.backend is not None, args.trust_code)
+    subject = open_subject(args.target, cache, args.kernels, args.backend is not None, args.trust_code, bars)
     rows = run.evaluate(subject, inside, outside, config, bars)
     figures = table(
         f"perplexity, sequences of {config.seq_len} tokens, {config.chunk} per step",

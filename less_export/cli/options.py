@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 MODEL_HELP = "recipe name, hub id (org/name), checkpoint folder or GGUF file"
+DATA_HELP = (
+    "UTF-8 files, folders of .txt, hf:NAME[/CONFIG][:SPLIT], or 'calibration', the text in the package (default); "
+    "several are mixed in equal shares"
+)
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..hf import recipes
-from .options import MODEL_HELP, Parser, cache_options, general_options
+from .options import DATA_HELP, MODEL_HELP, Parser, cache_options, general_options
 from .progress import Bars
 from .tables import show, table
 
@@ -30,14 +30,7 @@ def parser() -> Parser:
     paths = parser.add_argument_group("model, texts and output")
     paths.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     paths.add_argument("--out", required=True, type=Path, metavar="FILE", help="kernel file to write (.safetensors)")
-    paths.add_argument(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="TEXT",
-        help="UTF-8 files, folders of .txt, hf:NAME[/CONFIG][:SPLIT], or 'calibration', the text in the package "
-        "(default); several are mixed in equal shares",
-    )
+    paths.add_argument("--data", nargs="+", default=[], metavar="TEXT", help=DATA_HELP)
     cache_options(parser, layer_budgets_note="; auto divides the budget by what eviction costs in each layer")
     kernels = parser.add_argument_group("kernels")
     kernels.add_argument("--rank", type=int, metavar="R", help="number of features (default: recipe's, or 8)")

@@ -30,10 +30,11 @@ def attention(variant: Variant, chunk: int) -> Callable[[AttentionCall], Tensor]
 
     def attend(call: AttentionCall) -> Tensor:
         features = None
-        if call.layer in variant.kernels:
-            feature_map = variant.kernels[call.layer]
+        if call.layer in variant.kernels.layers:
+            feature_map = variant.kernels.layers[call.layer]
             features = feature_map.log_phi(call.q), feature_map.psi(call.k)
-        return simulate.attend(call.q, call.k, call.v, variant.plan[call.layer], features, chunk)
+        centring = variant.kernels.centring.get(call.layer)
+        return simulate.attend(call.q, call.k, call.v, variant.plan[call.layer], features, chunk, centring)
 
     return attend
 

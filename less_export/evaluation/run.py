@@ -13,12 +13,12 @@ import torch
 
 from ..contract import LayerSpec
 from ..errors import UsageError, install_hint
+from ..hf import data
 from ..progress import Progress
-from ..training import data
 from . import perplexity, statistics
 from .statistics import Interval, Nll
 from .subject import Subject
-from .variants import BASELINES, KINDS, Kind, Variant, build, chosen
+from .variants import BASELINES, Kind, Variant, build, chosen, kinds_for
 
 #: Sequences streamed at a time.
 BATCH = 8
@@ -84,7 +84,7 @@ def evaluate(
     Raises:
         UsageError: a text is too short, or a variant or chunk is impossible; raised before anything runs.
     """
-    kinds = chosen(config.compare or [k for k in KINDS if k != "less" or subject.kernels.layers])
+    kinds = chosen(config.compare or kinds_for(subject.plan, subject.kernels))
     plans: list[tuple[str, Sequence[LayerSpec]]] = [(_slots(subject.plan), subject.plan)]
     if config.budgets:
         if subject.plan_for is None:
@@ -94,8 +94,7 @@ def evaluate(
             if plan not in [p for _, p in plans]:
                 plans.append((budget, plan))
     _warn_of_training_text(subject, [*inside, *outside])
-    maps = subject.kernels.layers
-    compared = [(budget, build(kinds, p, maps, config.seq_len, subject.cache_dtype)) for budget, p in plans]
+    compared = [(budget, build(kinds, p, subject.kernels, config.seq_len, subject.cache_dtype)) for budget, p in plans]
     first = max(v.first() for _, variants in compared for v in variants)  # all are scored at the same positions
     if first > config.seq_len - 2:
         raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: increase it")

@@ -15,17 +15,18 @@ from ..bundle.artifact import Bundle, is_bundle
 from ..config import DEFAULT_CHUNK, ExportConfig
 from ..contract import Contract, LayerSpec
 from ..errors import UsageError
+from ..hf import calibration, data
 from ..hf.model import open_model
+from ..hf.running import compute_dtype
 from ..hf.sources import resolve
 from ..hf.special_tokens import adds_bos, eos_ids
 from ..hf.surgery import learned_positions
 from ..less.feature_maps import Kernels
+from ..progress import Progress, Silent
 from ..runtime.backend import Backend
 from ..runtime.open import load_backend, load_tokenizer
 from ..runtime.tokenizer import Tokenizer
 from ..runtime.torch import ModelBackend, bundle_kernels, bundle_model
-from ..training import data
-from ..training.options import compute_dtype
 from .variants import Variant
 
 
@@ -56,7 +57,7 @@ class Subject:
             vocabulary = int(self.model.config.get_text_config().vocab_size)
             limit = learned_positions(self.model)
             contract = Contract(variant.plan, vocabulary, dtype, chunk, batch, "all", limit)
-            return ModelBackend(self.model, contract, Kernels(variant.kernels, {}))
+            return ModelBackend(self.model, contract, variant.kernels)
         assert self.own is not None, "a model runs on torch only"
         return self.own(name)
 
@@ -71,11 +72,17 @@ class Subject:
 
 
 def open_subject(
-    target: str, cache: ExportConfig, kernel_file: Path | None, whole_precision: bool, trust_code: bool = False
+    target: str,
+    cache: ExportConfig,
+    kernel_file: Path | None,
+    whole_precision: bool,
+    trust_code: bool = False,
+    progress: Progress | None = None,
 ) -> Subject:
     """A bundle (folder with a manifest, x.onnx, x.plan) or a MODEL.
 
-    ``whole_precision`` loads a model in f32 even where 16 bits are faster (for streaming in f32).
+    ``whole_precision`` loads a model in f32 even where 16 bits are faster (for streaming in f32). int8 slots that the
+    kernels do not calibrate are calibrated on the text in the package.
 
     Raises:
         LessExportError: ``target`` is neither, or the options do not fit it.
@@ -112,10 +119,13 @@ def open_subject(
     model = source.load(torch.float32 if whole_precision else compute_dtype(opened.hf_config, "cpu"))
     for doubt in opened.kernels.doubts(source.names, opened.plan):
         warnings.warn(doubt, stacklevel=2)
+    kernels = opened.kernels
+    if calibration.lacking(kernels, opened.plan):
+        corpus, facts = calibration.shipped_corpus(encode, bos, opened.trained_length)
+        measured = calibration.measure(model, corpus.ids, opened.plan, progress or Silent())
+        kernels = calibration.completed(kernels, measured, facts)
     chunk = cache.chunk or DEFAULT_CHUNK
-    return Subject(
-        target, model, opened.plan, opened.kernels, encode, bos, "bfloat16", runtime_tokenizer, chunk, plan_for
-    )
+    return Subject(target, model, opened.plan, kernels, encode, bos, "bfloat16", runtime_tokenizer, chunk, plan_for)
 
 
 def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:

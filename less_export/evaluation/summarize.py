@@ -105,13 +105,13 @@ def _variants(
 ) -> Iterator[tuple[str, Generator]]:
     """The caches one by one: the exported one on its own backend, all others on torch."""
     progress.say(f"loading {target}")
-    subject = open_subject(target, cache, kernel_file, True, trust_code)
+    subject = open_subject(target, cache, kernel_file, True, trust_code, progress)
     subject.refuse_backend(backend)
     if subject.tokenizer is None:
         raise UsageError(f"{target} has no tokenizer.json, which summaries need")
     longest = max(len(subject.tokenizer.encode(p)) for p in prompts) + max_new_tokens
     kinds = chosen(compare or ["less" if subject.kernels.layers else "sparse"])
-    variants = build(kinds, subject.plan, subject.kernels.layers, longest, subject.cache_dtype)
+    variants = build(kinds, subject.plan, subject.kernels, longest, subject.cache_dtype)
     own = {v.kind for v in variants if backend != "torch" and subject.exported(v)}
     if own and subject.own:
         subject.own(backend)  # fails before anything runs if a requirement is missing

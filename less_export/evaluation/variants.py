@@ -1,34 +1,39 @@
-"""The caches that are compared: full, sparse, sparse with as many bytes as LESS, and LESS."""
+"""The caches that are compared: full, sparse, sparse with as many bytes as LESS, and LESS.
+
+Baselines keep their slots in what the plan's slots are, so that a comparison at equal bytes shows what the state adds;
+``sparse16+bytes`` keeps them in the compute dtype, which for int8 slots shows what a user gains in all.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ..contract import LayerSpec
 from ..dtypes import item_bytes
 from ..errors import UsageError
-from ..less.feature_maps import FeatureMap
+from ..less.feature_maps import Kernels
 from ..plan import exact_layer, sparse_layer
 
 #: ``sparse+4`` is the sparse cache plus the 4 tokens of the paper (section 4.1), ``sparse+bytes`` the sparse cache
-#: plus all bytes that LESS adds to a sequence.
-Kind = Literal["full", "sparse", "sparse+4", "sparse+bytes", "less"]
+#: plus all bytes that LESS adds to a sequence, ``sparse16+bytes`` one of these bytes with slots in the compute dtype.
+Kind = Literal["full", "sparse", "sparse+4", "sparse16+bytes", "sparse+bytes", "less"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 #: Baselines, strongest first.
-BASELINES: tuple[Kind, ...] = ("sparse+bytes", "sparse+4", "sparse")
+BASELINES: tuple[Kind, ...] = ("sparse+bytes", "sparse16+bytes", "sparse+4", "sparse")
 PAPER_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A cache: its kind, the plan of every layer, and the kernels of layers with a low-rank term."""
+    """A cache: its kind, the plan of every layer, the kernels of layers with a low-rank term, and the centring of keys
+    in int8 slots."""
 
     kind: Kind
     plan: tuple[LayerSpec, ...]
-    kernels: Mapping[int, FeatureMap]
+    kernels: Kernels
 
     def state_bytes(self, dtype: str) -> int:
         """Bytes of one sequence's state; for the full cache only keys and values, as in an ordinary decoder."""
@@ -64,6 +69,21 @@ def extra_tokens(spec: LayerSpec, dtype: str) -> int:
     return -(-added // token)
 
 
+def same_bytes(spec: LayerSpec, dtype: str) -> LayerSpec:
+    """The layer without its low-rank state, with slots in the compute dtype that take its bytes, rounded up."""
+    plain = replace(spec, absorb=False, rank=1, slot_dtype="model")
+    token = layer_bytes(plain, dtype, spec.capacity + 1) - layer_bytes(plain, dtype)
+    return sparse_layer(plain, max(-(-layer_bytes(spec, dtype) // token), spec.policy.fixed_recent or 1))
+
+
+def kinds_for(plan: Sequence[LayerSpec], kernels: Kernels) -> list[Kind]:
+    """The kinds that differ from one another for a plan."""
+    absent = set() if kernels.layers else {"less"}
+    if not any(s.int8 and s.policy.evicts for s in plan):
+        absent.add("sparse16+bytes")
+    return [k for k in KINDS if k not in absent]
+
+
 def chosen(names: Sequence[str]) -> tuple[Kind, ...]:
     """The kinds in ``names``, each once, LESS last (its share of a gap needs the others).
 
@@ -77,31 +97,34 @@ def chosen(names: Sequence[str]) -> tuple[Kind, ...]:
 
 
 def build(
-    kinds: Sequence[Kind], plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap], context: int, dtype: str
+    kinds: Sequence[Kind], plan: Sequence[LayerSpec], kernels: Kernels, context: int, dtype: str
 ) -> list[Variant]:
     """The variants of a comparison.
 
     Args:
-        plan: layers of the LESS cache. maps: its kernels, needed for "less" only. context: tokens of the full cache.
-        dtype: of the cache, to count bytes.
+        plan: layers of the LESS cache. kernels: feature maps, needed for "less" only, and centring of keys.
+        context: tokens of the full cache. dtype: of the cache, to count bytes.
 
     Raises:
         UsageError: "less" is compared without kernels.
     """
-    variants = []
+    maps, variants, centring = kernels.layers, [], Kernels({}, {}, kernels.centring)
     for kind in kinds:
         if kind == "full":
-            variants.append(Variant(kind, tuple(exact_layer(s, context) for s in plan), {}))
+            variants.append(Variant(kind, tuple(exact_layer(s, context) for s in plan), centring))
         elif kind == "less":
             used = {i: maps[i] for i, s in enumerate(plan) if s.absorb and i in maps}
             if not used:
                 raise UsageError(
                     "no layer has kernels, so LESS equals the sparse cache: give --kernels, or drop less from --compare"
                 )
-            variants.append(Variant(kind, tuple(plan), used))
+            variants.append(Variant(kind, tuple(plan), Kernels(used, {}, kernels.centring)))
+        elif kind == "sparse16+bytes":
+            layers = tuple(same_bytes(s, dtype) if s.policy.evicts else s for s in plan)
+            variants.append(Variant(kind, layers, centring))
         else:
-            layers = (sparse_layer(s, s.capacity + _extra_slots(kind, s, dtype)) if s.absorb else s for s in plan)
-            variants.append(Variant(kind, tuple(layers), {}))
+            layers = tuple(sparse_layer(s, s.capacity + _extra_slots(kind, s, dtype)) if s.absorb else s for s in plan)
+            variants.append(Variant(kind, layers, centring))
     return variants
 
 

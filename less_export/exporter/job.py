@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..plan import unused_kernels
 from ..progress import Progress
 from ..tensorrt import engine, plugin
 from . import quantise
+from .calibrate import calibrated
 from .targets import Targets, compute_dtype, contract
 
 
@@ -56,6 +57,7 @@ def prepare(
         quantise.load_quantiser()  # refuses where it is not installed
     tokenizer, without = usable_tokenizer(source)
     bare, tensors = checkpoint.take(model, scratch, progress)
+    model = replace(model, kernels=calibrated(model, source.tokenizer(), progress))
     facts = {
         "name": source.name,
         "class": type(bare).__name__,
@@ -116,8 +118,7 @@ def _warn(model: OpenModel) -> None:
         warnings.warn(f"kernels of layers {unused} are not used: these layers evict nothing", stacklevel=2)
     evicts = any(layer.policy.evicts for layer in model.plan)
     if evicts and not model.kernels.layers:
-        warnings.warn(
-            "no --kernels given: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2
-        )
+        given = "no --kernels given" if model.config.kernels is None else f"{model.config.kernels} is calibrated only"
+        warnings.warn(f"{given}: evicted tokens are forgotten (plain sparse eviction, low-rank term off)", stacklevel=2)
     if not evicts and not by_name(model.config.policy or DEFAULT_POLICY).keeps_all:
         warnings.warn("every layer slides and keeps its window: see --compress-sliding", stacklevel=2)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..bundle.files import write_atomically
-from ..contract import Heads, LayerSpec
+from ..contract import SLOT_DTYPES, Heads, LayerSpec
 from ..dtypes import COMPUTE_DTYPES, torch_dtype
 from ..errors import KernelError
 from .int8 import Centring
@@ -180,14 +180,14 @@ class Kernels:
     def doubts(self, names: Collection[str], plan: Sequence[LayerSpec]) -> list[str]:
         """Reasons to doubt these kernels for the model called ``names`` with the layers ``plan``, one line each.
 
-        Their provenance may name another model, another policy, or a budget far from the plan's.
+        Their provenance may name another model, another policy, other slots, or a budget far from the plan's.
         """
         found, facts = [], self.provenance
         model, policy, slots = (facts.get(n) for n in ("model", "policy", "slots"))
         if isinstance(model, str) and model != _RANDOM and _last(model) not in map(_last, names):
-            found.append(
-                f"the kernels were trained for {model}: if {next(iter(names))} is another model, train its own"
-            )
+            how = "trained" if self.layers else "calibrated"
+            verb = "train" if self.layers else "calibrate"
+            found.append(f"the kernels were {how} for {model}: if {next(iter(names))} is another model, {verb} its own")
         used = {i: plan[i] for i in sorted(self.layers) if plan[i].absorb}
         others = sorted({s.policy.name for s in used.values()} - {policy})
         if isinstance(policy, str) and others:
@@ -198,6 +198,9 @@ class Kernels:
                 f"the kernels were trained with --score-half-life {then or 'none'}, not {now or 'none'}: "
                 "quality may suffer"
             )
+        stated, slot_dtype = facts.get("slot_dtype", "model"), next((s.slot_dtype for s in used.values()), None)
+        if isinstance(policy, str) and stated in SLOT_DTYPES and slot_dtype not in (None, stated):
+            found.append(f"the kernels were trained with --slots {stated}, not {slot_dtype}: quality may suffer")
         for index, layer in used.items():
             then = _slots(slots, index)
             if then is not None and not then <= _REACH * layer.capacity <= _REACH**2 * then:

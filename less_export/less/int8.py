@@ -35,6 +35,10 @@ class Centring(NamedTuple):
         """Keys as they are: mean 0, std 1."""
         return cls(torch.zeros(kv_heads, head_dim), torch.ones(kv_heads, head_dim))
 
+    def to(self, device: torch.device | str) -> Centring:
+        """The same constants on ``device``."""
+        return Centring(self.mean.to(device), self.std.to(device))
+
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """f32 ``x`` [B,Hk,N,D] -> int8 codes [B,Hk,N,D] and their f32 scales [B,Hk,N]."""

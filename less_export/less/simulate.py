@@ -5,15 +5,22 @@ and by the same policy code, and recorded as one number per token: the first que
 (:func:`evictions`). Attention and the low-rank term are then masks and matrix products over all positions
 (:func:`sparse`, :func:`combine`). Training and evaluation use this; tests compare it with ``less.reference``.
 
+With int8 slots a query sees the tokens of its own chunk as they are and older ones as slots give them back
+(:func:`slot_keys`, :func:`slot_values`); gradients pass the rounding as if it were not there.
+
 Shapes: B rows, Hq query heads, Hk KV heads, G = Hq / Hk, T positions, P query positions, R features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..contract import LayerSpec
+from ..plan import AttentionLayer
+from . import int8
 from .policies import Candidates
 from .reference import fading, place
 
@@ -28,12 +35,60 @@ def logits(q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
     return (flat @ k.float().mT).unflatten(2, (groups, queries)) * layer.scale
 
 
+def slot_keys(k: Tensor, layer: LayerSpec, centring: int8.Centring | None = None) -> Tensor:
+    """Keys [B,Hk,T,D] as the layer's slots give them back: themselves, or rounded to int8, in f32.
+
+    Args:
+        centring: the constants of the layer's keys in int8 slots; default mean 0 and std 1.
+    """
+    if not layer.int8:
+        return k
+    constants = centring or int8.Centring.none(layer.kv_heads, layer.head_dim)
+    return _straight_through(k.float(), int8.rounded_keys(k.detach(), constants.to(k.device)))
+
+
+def slot_values(v: Tensor, layer: LayerSpec) -> Tensor:
+    """:func:`slot_keys` of values."""
+    return _straight_through(v.float(), int8.rounded_values(v.detach())) if layer.int8 else v
+
+
+def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """``rounded``, through which gradients pass to ``x`` as if it were not rounded."""
+    return rounded + (x - x.detach()) if x.requires_grad else rounded
+
+
+def _own_chunks(x: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Where queries of ``x`` [...,T,T] meet tokens of their own chunk: positions of n chunks of c tokens, and a view
+    [...,n,c,c]. The last chunk may be shorter and then comes alone."""
+    total = x.shape[-1]
+    whole = total - total % chunk
+    for begin, end, size in ((0, whole, chunk), (whole, total, total - whole)):
+        if begin < end:
+            part = x[..., begin:end, begin:end].unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+            yield slice(begin, end), part.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+
+def scores(q: Tensor, k: Tensor, slot_k: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
+    """:func:`logits` of all T queries as they see the tokens: those of their own chunk exactly, older ones in slots.
+
+    q [B,Hq,T,D], k [B,Hk,T,D], and ``slot_k`` from :func:`slot_keys` -> unmasked f32 [B,Hk,G,T,T].
+    """
+    seen = logits(q, slot_k, layer)
+    if layer.int8:
+        queries = q.float().unflatten(1, (layer.kv_heads, layer.group))
+        for where, part in _own_chunks(seen, chunk):
+            own = (-1, part.shape[-1])
+            exact = k[:, :, None, where].float().unflatten(-2, own).mT
+            part.copy_(queries[:, :, :, where].unflatten(-2, own) @ exact * layer.scale)
+    return seen
+
+
 @torch.no_grad()
 def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
     """When each token leaves its slot in a run with chunks of ``chunk`` tokens.
 
     Args:
-        scores: :func:`logits` of all T queries, [B,Hk,G,T,T]; policies without scores read only its shape.
+        scores: :func:`scores` of all T queries, [B,Hk,G,T,T]; policies without scores read only its shape.
         chunk: tokens per step; 1 as in decoding.
 
     Returns:
@@ -76,6 +131,13 @@ def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
     return left[..., :total]
 
 
+def departures(q: Tensor, k: Tensor, layer: LayerSpec, centring: int8.Centring | None = None, chunk: int = 1) -> Tensor:
+    """:func:`evictions` of a layer, from its queries and keys; a policy that evicts nothing lets every token stay."""
+    if layer.policy.evicts:
+        return evictions(scores(q, k, slot_keys(k, layer, centring), layer, chunk), layer, chunk)
+    return torch.full(k.shape[:3], k.shape[2], dtype=torch.int32, device=k.device)
+
+
 def visible(left: Tensor, queries: Tensor, window: int) -> Tensor:
     """Which tokens the queries at positions ``queries`` [P] find in a slot or in their chunk: [B,Hk,1,P,T]."""
     at = torch.arange(left.shape[-1], device=left.device)
@@ -90,12 +152,30 @@ def absorbed(left: Tensor, queries: Tensor) -> Tensor:
     return (left[:, :, None] <= queries[:, None])[:, :, None]
 
 
-def sparse(scores: Tensor, seen: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over what is seen: output [B,Hk,G,P,D] and log-sum-exp [B,Hk,G,P,1]; overwrites ``scores``."""
+def sparse(
+    scores: Tensor, seen: Tensor, v: Tensor, slot_v: Tensor | None = None, chunk: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Attention over what is seen: output [B,Hk,G,P,D] and log-sum-exp [B,Hk,G,P,1]; overwrites ``scores``.
+
+    Args:
+        scores: :func:`scores`, or :func:`logits` of some of the queries. seen: from :func:`visible`. v: values.
+        slot_v: values of tokens from before a query's chunk, from :func:`slot_values`; ``v`` by default.
+    """
     scores = scores.masked_fill_(~seen, -torch.inf)
     total = torch.logsumexp(scores, -1, keepdim=True)
-    weight = torch.exp_(scores.sub_(total))
-    return (weight.flatten(2, 3) @ v.float()).unflatten(2, weight.shape[2:4]), total
+    if scores.requires_grad:  # logsumexp has saved its input for the backward pass
+        weight = torch.exp(scores - total)
+    else:
+        weight = torch.exp_(scores.sub_(total))
+    old = (v if slot_v is None else slot_v).float()
+    out = (weight.flatten(2, 3) @ old).unflatten(2, weight.shape[2:4])
+    if slot_v is None or slot_v is v:
+        return out, total
+    change = (v.float() - old)[:, :, None]
+    own = []
+    for where, part in _own_chunks(weight, chunk):
+        own.append((part @ change[..., where, :].unflatten(-2, (-1, part.shape[-1]))).flatten(-3, -2))
+    return out + torch.cat(own, -2), total
 
 
 def combine(
@@ -104,7 +184,8 @@ def combine(
     """Add the low-rank term to sparse attention (LESS, section 3.1).
 
     Args:
-        out, total: from :func:`sparse`. log_phi: [B,Hk,G,P,R] f32. psi: [B,Hk,T,R]. v: [B,Hk,T,D].
+        out, total: from :func:`sparse`. log_phi: [B,Hk,G,P,R] f32. psi: [B,Hk,T,R].
+        v: [B,Hk,T,D], the values that are absorbed, from :func:`slot_values`.
         state: :func:`absorbed`.
 
     Returns:
@@ -122,7 +203,7 @@ def combine(
     return (exact * out + low) / (exact + share), torch.logsumexp(mass, -1, keepdim=True)
 
 
-def full(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec) -> Tensor:
+def full(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec | AttentionLayer) -> Tensor:
     """Attention over everything a layer would see without LESS (its window, or all): [B,Hq,T,D]."""
     mask = None
     if layer.window and layer.window < q.shape[2]:
@@ -135,31 +216,59 @@ def full(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec, features: tuple[Tensor, Tensor] | None, chunk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: LayerSpec,
+    features: tuple[Tensor, Tensor] | None,
+    chunk: int,
+    centring: int8.Centring | None = None,
 ) -> Tensor:
     """A layer's attention over whole sequences from their first token: [B,Hq,T,D] in the dtype of ``q``.
 
-    ``features`` are log phi [B,Hq,T,R] and psi [B,Hk,T,R], or None for plain sparse eviction.
+    Args:
+        features: log phi [B,Hq,T,R] and psi [B,Hk,T,R], or None for plain sparse eviction.
+        chunk: tokens per step. centring: see :func:`slot_keys`.
     """
-    if not layer.policy.evicts:
+    if exact(layer):
         return full(q, k, v, layer)
-    scores = logits(q, k, layer)
-    return _attend(q, scores, v, layer, features, evictions(scores.detach(), layer, chunk))
+    if not layer.policy.evicts:
+        return attend_as(q, k, v, layer, features, departures(q, k, layer), centring, chunk)
+    seen = scores(q, k, slot_keys(k, layer, centring), layer, chunk)
+    return _attend(q, seen, v, layer, features, evictions(seen.detach(), layer, chunk), chunk)
 
 
 def attend_as(
-    q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec, features: tuple[Tensor, Tensor] | None, left: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layer: LayerSpec,
+    features: tuple[Tensor, Tensor] | None,
+    left: Tensor,
+    centring: int8.Centring | None = None,
+    chunk: int = 1,
 ) -> Tensor:
-    """:func:`attend` with known evictions: ``left``, from :func:`evictions`."""
-    return _attend(q, logits(q, k, layer), v, layer, features, left)
+    """:func:`attend` with known evictions: ``left``, from :func:`evictions` or :func:`departures`."""
+    return _attend(q, scores(q, k, slot_keys(k, layer, centring), layer, chunk), v, layer, features, left, chunk)
+
+
+def exact(layer: LayerSpec) -> bool:
+    """Whether the layer computes what it would without LESS: it evicts nothing that it would see, nor rounds it."""
+    return not (layer.policy.evicts or layer.int8)
 
 
 def _attend(
-    q: Tensor, scores: Tensor, v: Tensor, layer: LayerSpec, features: tuple[Tensor, Tensor] | None, left: Tensor
+    q: Tensor,
+    scores: Tensor,
+    v: Tensor,
+    layer: LayerSpec,
+    features: tuple[Tensor, Tensor] | None,
+    left: Tensor,
+    chunk: int,
 ) -> Tensor:
-    queries = torch.arange(q.shape[2], device=q.device)
-    out, total = sparse(scores, visible(left, queries, layer.window), v)
+    queries, slot_v = torch.arange(q.shape[2], device=q.device), slot_values(v, layer)
+    out, total = sparse(scores, visible(left, queries, layer.window), v, slot_v, chunk)
     if features is not None:
         log_phi = features[0].float().unflatten(1, (layer.kv_heads, layer.group))
-        out, _ = combine(out, total, log_phi, features[1], v, absorbed(left, queries))
+        out, _ = combine(out, total, log_phi, features[1], slot_v, absorbed(left, queries))
     return out.flatten(1, 2).to(q.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..contract import LayerSpec
+from ..less.int8 import Centring
 from ..plan import exact_layer, sparse_layer
 from ..progress import Progress
 from .end_to_end import divergence, full_cache
@@ -32,12 +33,14 @@ Costs = Mapping[int, Mapping[int, float]]
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], layers: Sequence[int], progress: Progress
-) -> dict[int, dict[int, float]]:
+    model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], layers: Sequence[int], progress: Progress,
+    centring: Mapping[int, Centring] | None = None,
+) -> dict[int, dict[int, float]]:  # fmt: skip
     """Measure the cost of eviction in each of ``layers`` alone, at each of :data:`SHARES` of its budget.
 
     Args:
-        ids: [N,T], of which the first :data:`SEQUENCES` are used. plan: every layer's cache.
+        ids: [N,T], of which the first :data:`SEQUENCES` are used. plan: every layer's cache. centring: of keys in int8
+            slots, by layer.
 
     Returns:
         By layer and slots: mean KL divergence from the full cache's next-token distribution, in nats per token, at
@@ -56,7 +59,7 @@ def measure(
             for i, by_slots in costs.items():
                 for slots in by_slots:
                     caches = [*full_caches[:i], sparse_layer(plan[i], slots), *full_caches[i + 1 :]]
-                    cost = float(divergence(reference, model, row, caches, {}, positions))
+                    cost = float(divergence(reference, model, row, caches, {}, positions, centring))
                     by_slots[slots] += cost / len(rows)
                     step(f"layer {i}, {slots} slots: {cost:.4f}")
     return costs

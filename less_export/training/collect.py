@@ -17,6 +17,7 @@ from ..bundle.files import flush
 from ..contract import LayerSpec
 from ..errors import LessExportError, ModelError, UnsupportedModelError
 from ..hf.compat import Conv1D
+from ..hf.running import run_decoder
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..progress import Progress
@@ -25,11 +26,6 @@ from . import resources, work
 _MARK = "collected.json"
 #: Bytes that are read at a time.
 _PIECE = 1 << 24
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its output embedding: the logits are not needed here."""
-    return getattr(model, model.base_model_prefix, model)
 
 
 class Activations:
@@ -148,13 +144,8 @@ def collect(
 
     with progress.phase("collecting activations", len(rows)) as step, less_attention(model, record):
         for row in rows:
-            _forward(model, ids[row : row + 1].to(model.device))
+            run_decoder(model, ids[row : row + 1].to(model.device))
             step()
-
-
-def _forward(model: PreTrainedModel, ids: Tensor) -> None:
-    steps = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
-    decoder_of(model)(input_ids=ids, position_ids=steps, use_cache=False)
 
 
 def output_projections(model: PreTrainedModel, plan: Sequence[LayerSpec]) -> dict[int, Tensor]:
@@ -180,7 +171,7 @@ def output_projections(model: PreTrainedModel, plan: Sequence[LayerSpec]) -> dic
                 projections[layer] = weight.float()
 
     with _hooks(model, linear), less_attention(model, attention), torch.no_grad():
-        _forward(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        run_decoder(model, torch.zeros(1, 2, dtype=torch.long, device=model.device))
     missing = [i for i in range(len(plan)) if i not in projections]
     if missing:
         raise UnsupportedModelError(f"layer {missing[0]}: its attention is not followed by a linear output projection")

@@ -18,6 +18,7 @@ from ..contract import LayerSpec
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..less.feature_maps import FeatureMap
+from ..less.int8 import Centring
 from ..progress import Progress
 from . import work
 
@@ -39,10 +40,13 @@ def tune(
     progress: Progress,
     steps: int = STEPS,
     state_file: Path | None = None,
+    centring: Mapping[int, Centring] | None = None,
 ) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
     """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
 
-    ``state_file`` saves the progress, so that an interrupted run can resume.
+    Args:
+        state_file: saves the progress, so that an interrupted run can resume.
+        centring: of keys in int8 slots, by layer.
 
     Returns:
         The tuned maps, or ``maps`` unless tuning lowers the divergence on validation text, and provenance: the
@@ -58,7 +62,8 @@ def tune(
         total = 0.0
         with progress.phase(name, len(validation)) as step, torch.no_grad():
             for row in validation:
-                total += float(divergence(full_cache(model, row, plan, spread), model, row, plan, tuned, spread))
+                reference = full_cache(model, row, plan, spread)
+                total += float(divergence(reference, model, row, plan, tuned, spread, centring))
                 step("")
         return total / len(validation)
 
@@ -85,7 +90,8 @@ def tune(
                 group["lr"] = _RATE * min(1.0, (number + 1) / _WARM_UP) * cosine
             positions = all_positions[torch.randperm(len(all_positions), generator=generator)[:_POSITIONS]]
             row = train[number % len(train)]
-            loss = divergence(full_cache(model, row, plan, positions), model, row, plan, tuned, positions)
+            reference = full_cache(model, row, plan, positions)
+            loss = divergence(reference, model, row, plan, tuned, positions, centring)
             if not bool(loss.isfinite()):
                 break
             optimizer.zero_grad()
@@ -124,20 +130,24 @@ def divergence(
     plan: Sequence[LayerSpec],
     maps: Mapping[int, FeatureMap],
     positions: Tensor,
+    centring: Mapping[int, Centring] | None = None,
 ) -> Tensor:
     """KL(``reference`` || the model with the caches of ``plan``), mean over ``positions``, in nats.
 
-    ``reference`` comes from :func:`full_cache`. Layers without a map in ``maps`` evict without a low-rank term.
+    ``reference`` comes from :func:`full_cache`. Layers without a map in ``maps`` evict without a low-rank term, and
+    keys of layers without ``centring`` are rounded as they are.
     """
+    constants = centring or {}
 
     def student(call: AttentionCall) -> Tensor:
         layer, feature_map = plan[call.layer], maps.get(call.layer)
-        if not layer.policy.evicts:
+        if simulate.exact(layer):
             return simulate.full(call.q, call.k, call.v, layer)
-        evicted_at = simulate.evictions(simulate.logits(call.q.detach(), call.k.detach(), layer), layer)
+        own = constants.get(call.layer)
+        left = simulate.departures(call.q.detach(), call.k.detach(), layer, own)
         features = (feature_map.log_phi(call.q), feature_map.psi(call.k)) if feature_map is not None else None
         # Recomputed in the backward pass: T x T masks and weights per head do not fit in memory for larger models.
-        return checkpoint(simulate.attend_as, call.q, call.k, call.v, layer, features, evicted_at, use_reentrant=False)
+        return checkpoint(simulate.attend_as, call.q, call.k, call.v, layer, features, left, own, use_reentrant=False)
 
     predicted = _log_probabilities(model, ids, positions, student)
     return (reference.exp() * (reference - predicted)).sum(-1).mean()

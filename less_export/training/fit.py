@@ -18,6 +18,7 @@ from ..contract import LayerSpec
 from ..errors import LessExportError
 from ..less import simulate
 from ..less.feature_maps import FeatureMap
+from ..less.int8 import Centring
 from . import initialisation
 
 #: Queries attended at a time while preparing and validating: bounds memory.
@@ -70,8 +71,9 @@ class Errors:
 class Prepared:
     """A layer's sequences [N, ...] with everything that training does not change.
 
-    q [N,Hq,T,D], k and v [N,Hk,T,D] as collected; out [N,Hk,G,T,D] and total [N,Hk,G,T,1] of the sparse part;
-    evicted_at [N,Hk,T]; target [N,T,W], the layer's output with the full cache, of the model's hidden size W.
+    q [N,Hq,T,D] and k [N,Hk,T,D] as collected; v [N,Hk,T,D] as slots give it back, in f32 if they are int8;
+    out [N,Hk,G,T,D] and total [N,Hk,G,T,1] of the sparse part; evicted_at [N,Hk,T]; target [N,T,W], the layer's output
+    with the full cache, of the model's hidden size W.
     """
 
     layer: LayerSpec
@@ -111,20 +113,26 @@ class Prepared:
 
 
 @torch.no_grad()
-def prepare(activations: Tensor, layer: LayerSpec, projection: Tensor, device: str) -> Prepared:
-    """Compute what training needs from a layer's activations [N,Hq+2Hk,T,D]; evictions are those of a streaming run."""
+def prepare(
+    activations: Tensor, layer: LayerSpec, projection: Tensor, device: str, centring: Centring | None = None
+) -> Prepared:
+    """Compute what training needs from a layer's activations [N,Hq+2Hk,T,D]; evictions are those of a streaming run.
+
+    ``centring`` is that of the layer's keys in int8 slots.
+    """
     sizes = (layer.query_heads, layer.kv_heads, layer.kv_heads)
     parts: list[list[Tensor]] = []
     projection = projection.to(device)
     rows = _rows_at_a_time(layer, activations.shape[2])
     for begin in range(0, len(activations), rows):
         q, k, v = (x.to(device) for x in activations[begin : begin + rows].split(sizes, 1))
-        scores = simulate.logits(q, k, layer)
+        slot_k, slot_v = simulate.slot_keys(k, layer, centring), simulate.slot_values(v, layer)
+        scores = simulate.scores(q, k, slot_k, layer)
         evicted_at = simulate.evictions(scores, layer)
         steps = torch.arange(q.shape[2], device=device)
-        out, total = simulate.sparse(scores, simulate.visible(evicted_at, steps, layer.window), v)
+        out, total = simulate.sparse(scores, simulate.visible(evicted_at, steps, layer.window), v, slot_v)
         full = simulate.full(q.float(), k.float(), v.float(), layer)
-        parts.append([q, k, v, out, total, evicted_at, full.transpose(1, 2).flatten(2) @ projection])
+        parts.append([q, k, slot_v, out, total, evicted_at, full.transpose(1, 2).flatten(2) @ projection])
     return Prepared(layer, projection, *(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
@@ -137,9 +145,12 @@ def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> in
     width: hidden size of the model. shape, itemsize: of the layer's activations [N,Hq+2Hk,T,D].
     """
     count, heads, length, dim = shape
-    token = heads * dim * itemsize + 4 * layer.query_heads * (dim + 1) + 4 * layer.kv_heads + 4 * width
+    token = heads * dim * itemsize + (4 - itemsize) * layer.kv_heads * dim * layer.int8
+    token += 4 * layer.query_heads * (dim + 1) + 4 * layer.kv_heads + 4 * width
     rows = min(count, _rows_at_a_time(layer, length))
-    temporary = rows * length * (9 * layer.query_heads * length + 2 * token)
+    # Beside them, with int8 slots: keys and values exact, rounded and on the way there, in f32.
+    rounding = 32 * layer.kv_heads * dim * layer.int8
+    temporary = rows * length * (9 * layer.query_heads * length + 2 * token + rounding)
     return count * length * token + max(count * length * token, temporary)
 
 

@@ -13,8 +13,8 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,16 @@ from .._version import __version__
 from ..bundle.files import is_special, sha256
 from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
+from ..hf import calibration, data, running
 from ..hf.model import open_model
 from ..hf.sources import ModelSource, resolve
 from ..hf.weight_files import checkpoint_files
 from ..less.feature_maps import FeatureMap, Kernels
+from ..less.int8 import Centring
 from ..plan import sparse_layer
 from ..progress import AnyProgress, Progress, Silent, as_progress
-from . import allocate, collect, data, end_to_end, fit, resources, work
-from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, compute_dtype, parse_layers
-from .options import device as choose_device
+from . import allocate, collect, end_to_end, fit, work
+from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, parse_layers
 
 #: Most bytes of activations on disk at a time; layers that exceed it are collected in several groups.
 DISK = 16 << 30
@@ -63,6 +64,7 @@ class TrainJob:
 
     layers: layers to train. corpus: training sequences, then validation. facts: provenance, for the kernel file.
     width: hidden size of the model. work: folder of finished work, until the kernel file is written.
+    centring: of the keys of every layer with int8 slots, once it is measured.
     """
 
     source: ModelSource
@@ -79,6 +81,7 @@ class TrainJob:
     progress: Progress
     #: Where processes other than the first report finished layers; the first uses ``progress``.
     other_progress: Progress
+    centring: Mapping[int, Centring] = field(default_factory=dict)
 
     @property
     def validation(self) -> int:
@@ -97,7 +100,7 @@ def train(
     Args:
         model: recipe name, hub id, checkpoint folder or GGUF file.
         out: the kernel file (.safetensors) to write.
-        texts: training texts, see :func:`less_export.training.data.read`; default: the text in the package.
+        texts: training texts, see :func:`less_export.hf.data.read`; default: the text in the package.
         config: options; keyword arguments replace its fields.
         progress: where to report: a :class:`~less_export.progress.Progress`, or a function that is called with a
             short text as each phase begins; default: nowhere.
@@ -131,6 +134,7 @@ def train(
 
 def _train(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     try:
+        _centre(job)
         if job.config.divided:
             _divide(job)
         _fit_all(job)
@@ -150,7 +154,7 @@ def _prepare(
     sources, duplicates = data.distinct(data.read(texts or ["calibration"]))
     if duplicates and processes.first:
         warnings.warn(f"--data {', '.join(duplicates)}: ignored, same text as another source", stacklevel=3)
-    device = choose_device(config.device)
+    device = running.device(config.device)
     source = resolve(model)
     recipe = source.recipe
     rank = config.rank or (recipe.rank if recipe else DEFAULT_RANK)
@@ -192,6 +196,7 @@ def _prepare(
         "policy": cache.policy or plan[chosen[0]].policy.name,
         "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
         "score_half_life": plan[chosen[0]].score_half_life,
+        "slot_dtype": plan[chosen[0]].slot_dtype,
         "compress_sliding": bool(cache.compress_sliding),
         "data": [s.facts() for s in sources],
         "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash(), "shares": shares},
@@ -207,7 +212,7 @@ def _prepare(
     folder = work.folder(out, facts, opened.hf_config)
     if processes.first:
         work.warn_of_others(out, folder)
-    dtype, width = compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
+    dtype, width = running.compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
     return TrainJob(
         source, config, plan, chosen, corpus, facts, device, dtype, width, folder, processes, progress, Silent()
     )  # fmt: skip
@@ -227,11 +232,23 @@ def _load(job: TrainJob) -> PreTrainedModel:
     return job.source.load(job.dtype).to(torch.device(job.device))
 
 
+def _centre(job: TrainJob) -> None:
+    """Measure the keys of int8 slots; the first process does, and saves the constants beside the layers."""
+    if not any(layer.int8 for layer in job.plan):
+        return
+    file = job.work / "centring.safetensors"
+    if job.processes.first and work.load_kernels(file, job.progress) is None:
+        ids = job.corpus.ids[: len(job.corpus.ids) - job.validation][: calibration.SEQUENCES]
+        work.save_kernels(file, Kernels({}, {}, calibration.measure(_load(job), ids, job.plan, job.progress)))
+    job.processes.wait()
+    job.centring = work.written(work.load_kernels(file), file).centring
+
+
 def _divide(job: TrainJob) -> None:
     """Divide the budget among the layers; the first process measures the costs and saves them beside the layers."""
     file = job.work / "layer_budgets.json"
     if job.processes.first and work.load(file, job.progress) is None:
-        measured = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress)
+        measured = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress, job.centring)
         work.save(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
     job.processes.wait()
     costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
@@ -297,7 +314,7 @@ def _check_memory(job: TrainJob, groups: list[list[int]], activations: collect.A
         f"{len(layers)} layers, {len(job.corpus.ids)} sequences: {disk / 1e9:.2f} GB of activations on disk, "
         f"up to {needed / 1e9:.2f} GB of memory while a layer is fitted"
     )
-    free = resources.free_memory(job.device)
+    free = running.free_memory(job.device)
     if free is not None and sharing * needed > free:
         per_process = f", in each of {sharing} processes" if sharing > 1 else ""
         raise LessExportError(
@@ -329,7 +346,7 @@ def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection:
     config = job.config
     recipe = fit.Fit(steps=config.step_count)
     with job.progress.phase(f"layer {layer}", recipe.steps + 1) as step:
-        prepared = fit.prepare(activations, job.plan[layer], projection, job.device)
+        prepared = fit.prepare(activations, job.plan[layer], projection, job.device, job.centring.get(layer))
         step()
         training = len(activations) - job.validation
         feature_map, errors = fit.fit(
@@ -363,7 +380,7 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
             maps, facts["end_to_end"], errors = _tune(job, maps)
             reports = tuple(replace(r, less=errors.get(r.layer, r.less)) for r in reports)
         facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
-        Kernels(dict(maps), facts).save(out)
+        Kernels(dict(maps), facts, job.centring).save(out)
         shutil.rmtree(job.work, ignore_errors=True)
         unused = [r.layer for r in reports if not r.used]
         if unused:
@@ -381,8 +398,9 @@ def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, Feature
     training, validation = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
     state_file = job.work / "end_to_end.pt"
     tuned, facts = end_to_end.tune(
-        model, training, validation, job.plan, maps, job.config.seed, job.progress, state_file=state_file
-    )
+        model, training, validation, job.plan, maps, job.config.seed, job.progress, state_file=state_file,
+        centring=job.centring,
+    )  # fmt: skip
     errors: dict[int, float] = {}
     if facts["used"]:
         activations = collect.Activations(job.work / "tuned", job.plan, len(validation), validation.shape[1], job.dtype)
@@ -390,7 +408,8 @@ def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, Feature
         projections = collect.output_projections(model, job.plan)
         collect.collect(model, validation, job.plan, list(tuned), activations, (0, 1), job.progress)
         for i, feature_map in tuned.items():
-            prepared = fit.prepare(activations.tensor(i), job.plan[i], projections[i], job.device)
+            own = job.centring.get(i)
+            prepared = fit.prepare(activations.tensor(i), job.plan[i], projections[i], job.device, own)
             errors[i] = fit.relative_error(prepared, feature_map.to(job.device))
             feature_map.cpu()
     return tuned, facts, errors

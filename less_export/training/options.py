@@ -6,15 +6,13 @@ import datetime
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from ..config import ExportConfig, HalfLife
 from ..contract import SlotDtype
-from ..dtypes import from_torch
 from ..errors import UsageError
-from ..hf.compat import has_fast_bfloat16
 from ..less.feature_maps import PARAMETRISATIONS
 from ..less.policies import by_name, choosable
 
@@ -150,29 +148,6 @@ def parse_layers(text: str | None, available: list[int]) -> list[int]:
             )
         chosen.update(layers)
     return sorted(chosen)
-
-
-def device(name: str | None) -> str:
-    """The device to train on: ``name``, else this process's GPU, else the CPU."""
-    if name is None:
-        if not torch.cuda.is_available():
-            return "cpu"
-        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    try:
-        torch.zeros(1, device=name).item()  # fails on meta, which holds no data
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
-
-
-def compute_dtype(config: Any, device: str) -> torch.dtype:
-    """Compute dtype of the model while activations are collected: 16 bits if weights and device allow it."""
-    stored = from_torch(getattr(config, "dtype", None) or "bfloat16")
-    if stored == "float32":
-        return torch.float32
-    if device == "cpu" and not has_fast_bfloat16():
-        return torch.float32
-    return torch.bfloat16
 
 
 @dataclass(frozen=True)

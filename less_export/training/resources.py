@@ -1,4 +1,4 @@
-"""Free memory, and disk space reserved before training begins."""
+"""Disk space, reserved before training begins."""
 
 from __future__ import annotations
 
@@ -6,28 +6,8 @@ import errno
 import os
 from pathlib import Path
 
-import torch
-
 #: Bytes written at a time where a file system cannot reserve space.
 _PIECE = 1 << 20
-
-
-def free_memory(device: str) -> int | None:
-    """Free bytes of memory on ``device``; None if unknown."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if kind != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo") as file:
-            return next(1024 * int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux: use the total instead
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def reserve(path: Path, size: int) -> None:

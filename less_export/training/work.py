@@ -12,6 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -100,14 +101,13 @@ def load(file: Path, progress: Progress | None = None) -> bytes | None:
     return None
 
 
-def save_layer(file: Path, layer: int, feature_map: FeatureMap, facts: Mapping[str, Any]) -> None:
-    """Write the kernels of one layer, and what is known of them."""
-    kernels = Kernels({layer: feature_map}, dict(facts))
-    Kernels(kernels.layers, {**facts, "sha256": _hash(kernels)}).save(file)
+def save_kernels(file: Path, kernels: Kernels) -> None:
+    """Write kernels with their hash."""
+    Kernels(kernels.layers, {**kernels.provenance, "sha256": _hash(kernels)}, kernels.centring).save(file)
 
 
-def load_layer(file: Path, layer: int, progress: Progress | None = None) -> Kernels | None:
-    """What :func:`save_layer` wrote; None if the file is missing or damaged (which ``progress`` is told).
+def load_kernels(file: Path, progress: Progress | None = None) -> Kernels | None:
+    """What :func:`save_kernels` wrote; None if the file is missing or damaged (which ``progress`` is told).
 
     Raises:
         LessExportError: the file cannot be read.
@@ -116,9 +116,27 @@ def load_layer(file: Path, layer: int, progress: Progress | None = None) -> Kern
         with contextlib.suppress(KernelError):
             kernels = Kernels.load(file)
             facts = dict(kernels.provenance)
-            stated, kernels = facts.pop("sha256", None), Kernels(kernels.layers, facts)
-            if [*kernels.layers] == [layer] and stated == _hash(kernels):
+            stated, kernels = facts.pop("sha256", None), replace(kernels, provenance=facts)
+            if stated == _hash(kernels):
                 return kernels
+    _report(file, progress)
+    return None
+
+
+def save_layer(file: Path, layer: int, feature_map: FeatureMap, facts: Mapping[str, Any]) -> None:
+    """Write the kernels of one layer, and what is known of them."""
+    save_kernels(file, Kernels({layer: feature_map}, dict(facts)))
+
+
+def load_layer(file: Path, layer: int, progress: Progress | None = None) -> Kernels | None:
+    """What :func:`save_layer` wrote; None if the file is missing or damaged (which ``progress`` is told).
+
+    Raises:
+        LessExportError: the file cannot be read.
+    """
+    kernels = load_kernels(file, progress)
+    if kernels is None or [*kernels.layers] == [layer]:
+        return kernels
     _report(file, progress)
     return None
 

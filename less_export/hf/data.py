@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .. import panics
 from ..errors import UsageError, install_hint, one_line
-from ..hf.recipes import user_path
-from ..hf.special_tokens import adds_bos
+from .recipes import user_path
+from .special_tokens import adds_bos
 
 #: Most characters read of one source. Bounds memory; training uses far fewer.
 MAX_CHARACTERS = 64_000_000
