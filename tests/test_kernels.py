@@ -145,7 +145,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "a tensor missing": (lambda h, t: t.pop(ONE), ONE),
     "centring missing": (lambda h, t: h.update(centring=[1]), "centring.1.mean"),
     "centring of no layer": (lambda h, t: h.update(centring=["x"]), "not a usable kernel file"),
-    "centring of two shapes": (lambda h, t: t.update({STD: t[STD][:, 1:].contiguous()}), f"{STD} has the wrong shape"),
+    "centring of two shapes": (lambda h, t: t.update({STD: t[STD][:, :1].contiguous()}), f"{STD} has the wrong shape"),
     "centring in float16": (lambda h, t: t.update({STD: t[STD].half()}), f"{STD} has the wrong shape or dtype"),
     "a std of 0": (lambda h, t: t[STD][0, 0].fill_(0), "the centring of layer 2 is not finite, or has a std of 0"),
     "a std of inf": (lambda h, t: t[STD][0, 0].fill_(math.inf), "calibrate again"),

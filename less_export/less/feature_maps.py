@@ -153,8 +153,7 @@ class Kernels:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors under their names in the file."""
         maps = {f"layers.{i}.{n}": p.data for i, m in self.layers.items() for n, p in m.named_parameters()}
-        constants = {i: zip(Centring._fields, c, strict=True) for i, c in self.centring.items()}
-        return maps | {f"centring.{i}.{n}": x for i, named in constants.items() for n, x in named}
+        return maps | {f"centring.{i}.{n}": x for i, c in self.centring.items() for n, x in c.named().items()}
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -260,8 +259,8 @@ class Kernels:
 
 def _load_centring(file: Any, layer: int, path: str | Path) -> Centring:
     """A layer's constants from an open kernel file."""
-    centring = Centring(*(file.get_tensor(f"centring.{layer}.{n}") for n in Centring._fields))
-    for name, x in zip(Centring._fields, centring, strict=True):
+    centring = Centring(*(file.get_tensor(f"centring.{layer}.{n}") for n in ("mean", "std")))
+    for name, x in centring.named().items():
         if x.ndim != 2 or x.shape != centring.mean.shape or x.dtype != torch.float32:
             raise KernelError(f"{path}: centring.{layer}.{name} has the wrong shape or dtype")
     if not bool(centring.mean.isfinite().all()) or not bool((centring.std.isfinite() & (centring.std > 0)).all()):

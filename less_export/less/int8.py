@@ -35,6 +35,10 @@ class Centring(NamedTuple):
         """Keys as they are: mean 0, std 1."""
         return cls(torch.zeros(kv_heads, head_dim), torch.ones(kv_heads, head_dim))
 
+    def named(self) -> dict[str, Tensor]:
+        """Both tensors by name."""
+        return {"mean": self.mean, "std": self.std}
+
     def to(self, device: torch.device | str) -> Centring:
         """The same constants on ``device``."""
         return Centring(self.mean.to(device), self.std.to(device))
