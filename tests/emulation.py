@@ -25,15 +25,14 @@ import torch
 
 from less_export.contract import LayerSpec
 
-from .oracle import Normal, Run, layer_of
+from .oracle import CENTRING, SCALES, STATE, TOKENS, Normal, Run, layer_of
 from .sharing import once
 
 PLUGIN = Path(__file__).parents[1] / "plugins_trt"
 SOURCES = ("less_attention.cu", "less_attention_decode.cu", "less_attention_prefill.cu")
-#: The operator's tensors in the order of the op and of the C struct.
-TOKENS = ("q", "k", "v", "log_phi_q", "psi_k")
-STATE = ("key", "value", "psi", "score", "position", "h", "z")
 LENGTHS = ("past_length", "new_length")
+#: Floating-point tensors that are float32 in every compute dtype.
+WIDE = ("log_phi_q", "score", "h", "z", *SCALES, *CENTRING)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: Thread orders of the emulation: see cuda_emu.h.
 ORDERS = range(6)
@@ -41,7 +40,8 @@ ORDERS = range(6)
 
 class _Shape(ctypes.Structure):
     _fields_ = [
-        (n, ctypes.c_int32) for n in ["dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank"]
+        (n, ctypes.c_int32)
+        for n in ["dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank", "slot_bits"]
     ]
 
 
@@ -54,7 +54,16 @@ class _Rules(ctypes.Structure):
 
 
 class _Tensors(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in (*TOKENS, *STATE, *LENGTHS, "out", *(f"present_{n}" for n in STATE))]
+    _fields_ = [
+        (n, ctypes.c_void_p)
+        for n in (*TOKENS, *STATE, *SCALES, *LENGTHS, *CENTRING, "out", *(f"present_{n}" for n in (*STATE, *SCALES)))
+    ]
+
+
+def input_names(layer: LayerSpec) -> tuple[str, ...]:
+    """Inputs of a layer's node, in the operator's order; state without its prefix."""
+    state = tuple(f.name for f in layer.state_fields)
+    return (*TOKENS, *state, *LENGTHS, *(CENTRING if layer.int8 else ()))
 
 
 def cuda_include() -> Path:
@@ -170,27 +179,29 @@ def why_unsupported(layer: LayerSpec, dtype: str = "float16") -> str:
 
 
 def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int) -> _Shape:
-    heads = (layer.query_heads, layer.kv_heads)
-    return _Shape(list(DTYPES).index(dtype), batch, *heads, chunk, layer.head_dim, layer.capacity, layer.rank)
+    sizes = (layer.query_heads, layer.kv_heads, chunk, layer.head_dim, layer.capacity, layer.rank)
+    return _Shape(list(DTYPES).index(dtype), batch, *sizes, 8 if layer.int8 else 0)
 
 
 def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None) -> Run:
     """Run the kernels on arrays; float32 holds 16-bit values as in ``test_ops.torch_run``."""
     lib, rules = load(path or library()), _Rules(*layer.attributes().values())
-    wide = {3, 8, 10, 11}  # log_phi_q, past_score, past_h, past_z stay float32
+    names = input_names(layer)
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
         tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
-        for i, t in enumerate(tensors):
-            tensors[i] = t.to(DTYPES[dtype]) if t.is_floating_point() and i not in wide else t.clone()
+        for i, (name, t) in enumerate(zip(names, tensors, strict=True)):
+            tensors[i] = t.to(DTYPES[dtype]) if t.is_floating_point() and name not in WIDE else t.clone()
         batch, chunk = tensors[1].shape[0], tensors[1].shape[2]
-        past = tensors[len(TOKENS) : len(TOKENS) + len(STATE)]
+        past = tensors[len(TOKENS) : len(TOKENS) + len(layer.state_fields)]
         present = past if in_place else [torch.full_like(x, -7) for x in past]
         out = torch.full_like(tensors[0], math.nan)
         if recording is not None:
             numbers = (*bytes(_shape(layer, dtype, batch, chunk)), *bytes(rules))
             recording.write(bytes(numbers) + b"".join(_raw(t) for t in tensors))
-        pointers = _Tensors(*(t.data_ptr() for t in (*tensors, out, *present)))
+        presents = dict(zip((f"present_{f.name}" for f in layer.state_fields), present, strict=True))
+        named = {**dict(zip(names, tensors, strict=True)), "out": out, **presents}
+        pointers = _Tensors(**{n: t.data_ptr() for n, t in named.items()})
         status = lib.less_host_step(
             ctypes.byref(_shape(layer, dtype, batch, chunk)), ctypes.byref(rules), ctypes.byref(pointers)
         )

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy
+from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype
 from less_export.dtypes import DTYPES, numpy_dtype
 from less_export.exporter import onnx_op
 from less_export.runtime import trt
@@ -31,13 +31,17 @@ NUMPY = {
     "bfloat16": ml_dtypes.bfloat16,
     "int32": np.int32,
     "int64": np.int64,
+    "int8": np.int8,
 }
 
 
-def contract_of(dtype: str, chunk: int = 4, max_batch: int = 3, capacity: int = 6) -> Contract:
+def contract_of(
+    dtype: str, chunk: int = 4, max_batch: int = 3, capacity: int = 6, slots: SlotDtype = "model"
+) -> Contract:
+    """A layer of h2o and one of window; ``slots`` is what they hold."""
     heavy = capacity // 2
-    h2o = LayerSpec(4, 2, 8, 0.35, Policy.H2O, heavy, capacity - heavy, 0, True, capacity, 4)
-    window = LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 5, 5, False, 5, 1)
+    h2o = LayerSpec(4, 2, 8, 0.35, Policy.H2O, heavy, capacity - heavy, 0, True, capacity, 4, slot_dtype=slots)
+    window = LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 5, 5, False, 5, 1, slot_dtype=slots)
     return Contract((h2o, window), vocab_size=32, dtype=dtype, chunk=chunk, max_batch=max_batch)
 
 
@@ -47,14 +51,17 @@ def decoder(contract: Contract, folder: Path) -> ir.Model:
     op, random, blob = onnx_op._Nodes(), np.random.default_rng(0), bytearray()
     initializers: list[ir.Value] = []
 
-    def weight(*shape: int, scale: float = 1.0) -> ir.Value:
-        data = (random.standard_normal(shape) * scale / math.sqrt(shape[0])).astype(NUMPY[contract.dtype])
-        name, kind = f"w{len(initializers)}", kinds[contract.dtype]
+    def constant(data: np.ndarray) -> ir.Value:
+        name, kind, shape = f"w{len(initializers)}", ir.DataType.from_numpy(data.dtype), data.shape
         where = {"location": "weights.bin", "offset": len(blob), "length": data.nbytes}
         tensor = ir.ExternalTensor(**where, dtype=kind, shape=ir.Shape(shape), name=name, base_dir=folder)
         blob.extend(data.tobytes())
         initializers.append(ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(kind)))
         return initializers[-1]
+
+    def weight(*shape: int, scale: float = 1.0) -> ir.Value:
+        data = random.standard_normal(shape) * scale / math.sqrt(shape[0])
+        return constant(data.astype(NUMPY[contract.dtype]))
 
     def values(specs: Any) -> list[ir.Value]:
         return [ir.Value(name=s.name, shape=ir.Shape(s.shape), type=ir.TensorType(kinds[s.dtype])) for s in specs]
@@ -74,11 +81,14 @@ def decoder(contract: Contract, folder: Path) -> ir.Model:
         log_phi = op.to_f32(op.MatMul(q, weight(layer.head_dim, layer.rank)))
         psi = op.MatMul(k, weight(layer.head_dim, layer.rank, scale=float(layer.absorb)))
         psi = op.Softmax(psi, axis=-1) if layer.absorb else psi
+        fields, size, centring = len(layer.state_fields), (layer.kv_heads, layer.head_dim), []
+        if layer.int8:
+            centring = [constant(np.full(size, x, np.float32)) for x in (0.1, 0.7)]
         out, *present = op.op_multi_out(
             OP_NAME,
-            [q, k, v, log_phi, psi, *itertools.islice(past, 7), *lengths],
-            layer.attributes(),
-            num_outputs=8,
+            [q, k, v, log_phi, psi, *itertools.islice(past, fields), *lengths, *centring],
+            onnx_op.node_attributes(layer),
+            num_outputs=1 + fields,
             domain=OP_DOMAIN,
         )
         presents += present

@@ -1,6 +1,6 @@
 // Replays recorded launches of the emulated kernels, for builds that cannot be loaded into Python (sanitizers).
 //
-// Usage: replay FILE ORDER...; for each launch, FILE contains AttentionShape, AttentionRules and the 14 input tensors.
+// Usage: replay FILE ORDER...; for each launch, FILE contains AttentionShape, AttentionRules and the input tensors.
 // Every tensor gets a heap block of its exact size, so that the address sanitizer detects accesses beyond it.
 #include <cstdio>
 #include <cstring>
@@ -19,8 +19,10 @@ struct Launch {
     std::vector<std::vector<unsigned char>> inputs;
 };
 
+// In the order of AttentionTensors; 0 for tensors that the layer does not have.
 std::vector<size_t> inputBytes(less::AttentionShape const& s) {
-    size_t const item = s.dtype == less::DType::kFloat32 ? 4 : 2, batch = s.batch;
+    bool const codes = s.slotType == less::SlotType::kInt8;
+    size_t const item = s.dtype == less::DType::kFloat32 ? 4 : 2, batch = s.batch, slot = codes ? 1 : item;
     size_t const q = batch * s.queryHeads * s.chunk, k = batch * s.kvHeads * s.chunk, c = batch * s.kvHeads * s.slots;
     size_t const r = batch * s.kvHeads * s.rank;
     return {q * s.headDim * item,
@@ -28,20 +30,25 @@ std::vector<size_t> inputBytes(less::AttentionShape const& s) {
             k * s.headDim * item,
             q * s.rank * 4,
             k * s.rank * item,
-            c * s.headDim * item,
-            c * s.headDim * item,
+            c * s.headDim * slot,
+            c * s.headDim * slot,
             c * s.rank * item,
             c * 4,
             c * 4,
             r * s.headDim * 4,
             r * 4,
+            codes ? c * 4 : 0,
+            codes ? c * 4 : 0,
             batch * 4,
-            batch * 4};
+            batch * 4,
+            codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0,
+            codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0};
 }
 
 bool read(std::FILE* file, void* target, size_t bytes) { return std::fread(target, 1, bytes, file) == bytes; }
 
 Block copyOf(std::vector<unsigned char> const& bytes) {
+    if (bytes.empty()) return nullptr;
     Block block(new unsigned char[bytes.size()]);
     std::memcpy(block.get(), bytes.data(), bytes.size());
     return block;
@@ -56,9 +63,9 @@ cudaError_t run(Launch const& launch) {
     less::AttentionTensors tensors{};
     auto* const pointers = reinterpret_cast<void**>(&tensors);
     for (size_t i = 0; i < blocks.size(); ++i) pointers[i] = blocks[i].get();
-    pointers[14] = out.get();
-    for (size_t i = 0; i < 7; ++i) pointers[15 + i] = blocks[5 + i].get();
-    static_assert(sizeof(tensors) == 22 * sizeof(void*), "tensors are pointers, inputs first");
+    pointers[18] = out.get();
+    for (size_t i = 0; i < 9; ++i) pointers[19 + i] = blocks[5 + i].get();
+    static_assert(sizeof(tensors) == 28 * sizeof(void*), "tensors are pointers, inputs first");
     return less::enqueue(launch.shape, launch.rules, tensors, workspace.get(), counters.get(), nullptr);
 }
 

@@ -15,6 +15,10 @@ namespace less {
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
+// What slots hold keys and values in: the compute dtype, or int8 codes with a float32 scale per token and head. The
+// values are those of the node's attribute slot_bits. The rule of rounding is that of less_export/less/int8.py.
+enum class SlotType : int32_t { kModel = 0, kInt8 = 8 };
+
 // Decides which tokens keep a slot; the values are those of the operator's attribute.
 enum class Policy : int32_t { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull = 4 };
 
@@ -30,26 +34,32 @@ struct AttentionRules {
 };
 
 struct AttentionShape {
-    DType dtype;  // of q, k, v, psi and the slots
+    DType dtype;  // of q, k, v, psi, out, and of slots that are not int8
     int32_t batch, queryHeads, kvHeads, chunk, headDim, slots, rank;
+    SlotType slotType;
 };
 
-// T below is the dtype of the shape. present* must either be the same memory as past* (in place) or not overlap it.
+// Inputs in the operator's order, then outputs. T below is the dtype of the shape, S that of the slots. present* must
+// either be the same memory as past* (in place) or not overlap it. Scales and constants exist with int8 slots only.
 struct AttentionTensors {
     void const* q;                // T   [B,Hq,T,D], rotary applied
     void const* k;                // T   [B,Hk,T,D]
     void const* v;                // T   [B,Hk,T,D]
     float const* logPhiQ;         // f32 [B,Hq,T,R], -inf allowed
     void const* psiK;             // T   [B,Hk,T,R], >= 0
-    void const* pastKey;          // T   [B,Hk,C,D]
-    void const* pastValue;        // T   [B,Hk,C,D]
+    void const* pastKey;          // S   [B,Hk,C,D]
+    void const* pastValue;        // S   [B,Hk,C,D]
     void const* pastPsi;          // T   [B,Hk,C,R]
     float const* pastScore;       // f32 [B,Hk,C]
     int32_t const* pastPosition;  // i32 [B,Hk,C], -1 where the slot is empty
     float const* pastH;           // f32 [B,Hk,R,D]
     float const* pastZ;           // f32 [B,Hk,R]
+    float const* pastKeyScale;    // f32 [B,Hk,C]
+    float const* pastValueScale;  // f32 [B,Hk,C]
     int32_t const* pastLength;    // i32 [B], tokens seen before the chunk
     int32_t const* newLength;     // i32 [B], valid tokens of the chunk, 0..T
+    float const* keyMean;         // f32 [Hk,D], keys are centred with these before they are rounded
+    float const* keyStd;          // f32 [Hk,D], > 0
     void* out;                    // T   [B,Hq,T,D], zero where t >= newLength
     void* presentKey;             // shaped like its past
     void* presentValue;
@@ -58,6 +68,8 @@ struct AttentionTensors {
     int32_t* presentPosition;
     float* presentH;
     float* presentZ;
+    float* presentKeyScale;
+    float* presentValueScale;
 };
 
 // Size of the counters in device memory, with which a decode step that splits its slots over several blocks counts

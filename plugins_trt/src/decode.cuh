@@ -3,19 +3,20 @@
 // Each block reads its share of a KV head's slots once, for all query heads of the group, with a running maximum per
 // head. The block that finishes last (with one split, the only one) merges the shares in order, adds the new token and
 // the low-rank term, updates the scores, chooses which token leaves, absorbs it into H and z while reading H for the
-// output, and stores the new token.
+// output, and stores the new token. S is the type of the slots.
 #pragma once
 
 #include "decode_block.cuh"
 
 namespace less {
 
-template <class T, int LPR, int GT>
+template <class S, int LPR, int GT>
 __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeParams const p) {
+    using T = std::conditional_t<kCoded<S>, AnyType, S>;  // of the other tensors
     using Layout = DecodeLayout<LPR, GT>;
     constexpr int kWidth = Layout::kWidth;
     constexpr int kRowsPerWarp = kWarpSize / LPR;
-    constexpr int kUnroll = GT > 4 || sizeof(T) == 4 ? 2 : 4;  // slots in flight per thread
+    constexpr int kUnroll = GT > 4 || sizeof(S) == 4 ? 2 : 4;  // slots in flight per thread
     constexpr int kRows = kWarps * kRowsPerWarp;               // slots that a block processes at a time
     LESS_SHARED_MEMORY(raw);
     float* const shared = reinterpret_cast<float*>(raw);
@@ -30,17 +31,17 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
               R = p.shape.rank;
     int const batch = blockIdx.z, split = blockIdx.x;
     long const head = static_cast<long>(batch) * Hk + blockIdx.y;  // of the keys and values
-    T const* const q = static_cast<T const*>(p.t.q) + head * G * D;
-    T* const out = static_cast<T*>(p.t.out) + head * G * D;
+    Elements<T> const q(p.t.q, p.shape.dtype, head * G * D), out(p.t.out, p.shape.dtype, head * G * D);
     if (p.t.newLength[batch] <= 0) {  // parked: the state does not change
         if (split == 0) {
-            for (int x = tid; x < G * D; x += kThreads) out[x] = fromFloat<T>(0.f);
+            for (int x = tid; x < G * D; x += kThreads) out.set(x, 0.f);
         }
         return;
     }
     int const now = p.t.pastLength[batch];
-    T* const keys = static_cast<T*>(p.t.presentKey) + head * C * D;
-    T* const values = static_cast<T*>(p.t.presentValue) + head * C * D;
+    SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, head, C, D);
+    SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, head, C, D);
+    Centring<S> const centring(p.t, static_cast<int>(blockIdx.y), D);
     int* const positions = p.t.presentPosition + head * C;
     bool const scores = keepsScores(rules);
 
@@ -62,24 +63,22 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     bool const direct = p.partials == nullptr;  // the accumulator stays in shared memory
     float* const partial = direct ? nullptr : p.partials + (head * p.splits + split) * G * (D + 2);
     bool const inRange = column < D;
+    CentringColumns<S> columns{};
+    if (kCoded<S> && inRange) columns.load(centring, column);
     for (int tile = 0; tile < G; tile += GT) {
         float query[GT][8], acc[GT][8], peak[GT], mass[GT];
 #pragma unroll
         for (int g = 0; g < GT; ++g) {
-            Vec8<T> vector;
-            zero(vector);
-            if (inRange && tile + g < G) vector = *reinterpret_cast<Vec8<T> const*>(q + (tile + g) * D + column);
-            unpack(vector, query[g]);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) query[g][i] = acc[g][i] = 0.f;
+            if (inRange && tile + g < G) q.load8((tile + g) * D + column, query[g]);
             peak[g] = -kInfinity;
             mass[g] = 0.f;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                query[g][i] *= rules.scale;
-                acc[g][i] = 0.f;
-            }
+            for (int i = 0; i < 8; ++i) query[g][i] *= rules.scale;
         }
         for (int first = begin + warp * kRowsPerWarp; first < end; first += kRows * kUnroll) {
-            Vec8<T> key[kUnroll], value[kUnroll];
+            Piece<S> key[kUnroll], value[kUnroll];
             int position[kUnroll];
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u) {  // load unconditionally; invisible slots are dropped below
@@ -88,8 +87,8 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 zero(key[u]);
                 zero(value[u]);
                 if (inRange) {
-                    key[u] = loadOnce(keys + static_cast<long>(slot) * D + column);
-                    value[u] = loadOnce(values + static_cast<long>(slot) * D + column);
+                    key[u] = keys.loadOnce(slot, column);
+                    value[u] = values.loadOnce(slot, column);
                 }
             }
             float logit[kUnroll][GT];
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 bool const seen = slot < end && visible(rules, position[u], now);
                 if (!seen) zero(value[u]);
                 float k[8];
-                unpack(key[u], k);
+                columns.read(key[u], k);
 #pragma unroll
                 for (int g = 0; g < GT; ++g) {
                     float dot = 0.f;
@@ -126,10 +125,10 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 for (int u = 0; u < kUnroll; ++u) {
                     float const weight = expDifference(logit[u][g], top);
                     float v[8];
-                    unpack(value[u], v);
+                    unpack(value[u].x, v);
                     mass[g] += weight;
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) acc[g][i] += weight * v[i];
+                    for (int i = 0; i < 8; ++i) acc[g][i] += value[u].share(weight) * v[i];
                 }
             }
         }
@@ -200,8 +199,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     int const stride = G * (D + 2);
 
     // ---- one warp per head: new token, low-rank term, all weights
-    T const* const newKey = static_cast<T const*>(p.t.k) + head * D;
-    T const* const newValue = static_cast<T const*>(p.t.v) + head * D;
+    Elements<T> const newKey(p.t.k, p.shape.dtype, head * D), newValue(p.t.v, p.shape.dtype, head * D);
     float* const h = p.t.presentH + head * R * D;
     float* const z = p.t.presentZ + head * R;
     float const* const logPhi = p.t.logPhiQ + head * G * R;
@@ -219,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         for (int s = lane; s < shares; s += kWarpSize) total += expDifference(peakOf(s), top) * massOf(s);
         total = warpSum(total);
         float dot = 0.f;
-        for (int d = lane; d < D; d += kWarpSize) dot += toFloat(q[g * D + d]) * toFloat(newKey[d]);
+        for (int d = lane; d < D; d += kWarpSize) dot += q[g * D + d] * newKey[d];
         float const newLogit = warpSum(dot) * rules.scale;
         float const exact = fmaxf(top, newLogit);
         float const exactTotal = total * expDifference(top, exact) + __expf(newLogit - exact);
@@ -291,9 +289,8 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     bool const absorbs = rules.absorb && leaver < C;
 
     // ---- output; the same pass absorbs the first leaver into H and z
-    T* const psis = static_cast<T*>(p.t.presentPsi) + head * C * R;
-    for (int r = tid; r < R; r += kThreads)
-        leaverPsi[r] = absorbs ? toFloat(psis[static_cast<long>(leaver) * R + r]) : 0.f;
+    Elements<T> const psis(p.t.presentPsi, p.shape.dtype, head * C * R);
+    for (int r = tid; r < R; r += kThreads) leaverPsi[r] = absorbs ? psis[static_cast<long>(leaver) * R + r] : 0.f;
     __syncthreads();
     if (absorbs) {
         for (int r = tid; r < R; r += kThreads) z[r] += leaverPsi[r];
@@ -302,8 +299,8 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         bool const update = absorbs && tile + GT >= G;
         for (int d = tid; d < D; d += kThreads) {
             float result[GT];
-            float const newElement = toFloat(newValue[d]);
-            float const leaverValue = update ? toFloat(values[static_cast<long>(leaver) * D + d]) : 0.f;
+            float const newElement = newValue[d];
+            float const leaverValue = update ? values.at(leaver, d) : 0.f;
 #pragma unroll
             for (int g = 0; g < GT; ++g) {
                 result[g] = 0.f;
@@ -332,7 +329,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
             }
 #pragma unroll
             for (int g = 0; g < GT; ++g) {
-                if (tile + g < G) out[(tile + g) * D + d] = fromFloat<T>(result[g]);
+                if (tile + g < G) out.set((tile + g) * D + d, result[g]);
             }
         }
     }
@@ -342,10 +339,9 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         for (int c = leaver + 1; c < C; ++c) {
             if (positions[c] < 0 || mayStay(rules, positions[c], next)) continue;
             for (int x = tid; x < R * D; x += kThreads) {
-                h[x] +=
-                    toFloat(psis[static_cast<long>(c) * R + x / D]) * toFloat(values[static_cast<long>(c) * D + x % D]);
+                h[x] += psis[static_cast<long>(c) * R + x / D] * values.at(c, x % D);
             }
-            for (int r = tid; r < R; r += kThreads) z[r] += toFloat(psis[static_cast<long>(c) * R + r]);
+            for (int r = tid; r < R; r += kThreads) z[r] += psis[static_cast<long>(c) * R + r];
         }
     }
     __syncthreads();
@@ -358,12 +354,10 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     }
     if (tid == 0 && victim < C && victim != target) positions[victim] = -1;
     if (target == C) return;  // policy full with more tokens than slots: the callers refuse this
-    for (int d = tid; d < D; d += kThreads) {
-        keys[static_cast<long>(target) * D + d] = newKey[d];
-        values[static_cast<long>(target) * D + d] = newValue[d];
-    }
-    T const* const newPsi = static_cast<T const*>(p.t.psiK) + head * R;
-    for (int r = tid; r < R; r += kThreads) psis[static_cast<long>(target) * R + r] = newPsi[r];
+    if (warp == 0) keys.store(target, [&](int d) { return centring.apply(newKey[d], d); });
+    if (warp == 1) values.store(target, [&](int d) { return newValue[d]; });
+    Elements<T> const newPsi(p.t.psiK, p.shape.dtype, head * R);
+    for (int r = tid; r < R; r += kThreads) psis.set(static_cast<long>(target) * R + r, newPsi[r]);
     if (tid == 0) {
         float score = 0.f;
         if (scores) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "rules.cuh"
+#include "slots.cuh"
 
 namespace less {
 

@@ -10,6 +10,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "less_attention.h"
 
@@ -30,6 +31,7 @@ constexpr float kInfinity = INFINITY;
 // ---- numbers
 
 __device__ __forceinline__ float toFloat(float x) { return x; }
+__device__ __forceinline__ float toFloat(int8_t x) { return static_cast<float>(x); }
 __device__ __forceinline__ float toFloat(__half x) { return __half2float(x); }
 __device__ __forceinline__ float toFloat(__nv_bfloat16 x) { return __bfloat162float(x); }
 
@@ -51,10 +53,12 @@ __device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float x) {
 // exp(a - b), but 0 for a = -inf whatever b is (also -inf).
 __device__ __forceinline__ float expDifference(float a, float b) { return a == -kInfinity ? 0.f : __expf(a - b); }
 
-// ---- eight elements, loaded and stored 16 bytes at a time
+// ---- eight elements, loaded and stored up to 16 bytes at a time
 
 template <class T>
-struct alignas(16) Vec8 {
+struct alignas(sizeof(T) == 1 ? 8 : 16) Vec8 {
+    using Word = std::conditional_t<sizeof(T) == 1, uint2, uint4>;
+    static constexpr int kWords = 8 * sizeof(T) / sizeof(Word);
     T x[8];
 };
 
@@ -69,8 +73,9 @@ template <class T>
 __device__ __forceinline__ Vec8<T> loadOnce(T const* source) {
     Vec8<T> result;
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(result) / 16); ++i) {
-        reinterpret_cast<uint4*>(&result)[i] = __ldcs(reinterpret_cast<uint4 const*>(source) + i);
+    for (int i = 0; i < Vec8<T>::kWords; ++i) {
+        using Word = typename Vec8<T>::Word;
+        reinterpret_cast<Word*>(&result)[i] = __ldcs(reinterpret_cast<Word const*>(source) + i);
     }
     return result;
 }
@@ -78,8 +83,9 @@ __device__ __forceinline__ Vec8<T> loadOnce(T const* source) {
 template <class T>
 __device__ __forceinline__ void zero(Vec8<T>& vector) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(vector) / 16); ++i) {
-        reinterpret_cast<uint4*>(&vector)[i] = uint4{0, 0, 0, 0};
+    for (int i = 0; i < Vec8<T>::kWords; ++i) {
+        using Word = typename Vec8<T>::Word;
+        reinterpret_cast<Word*>(&vector)[i] = Word{};
     }
 }
 
@@ -91,6 +97,61 @@ __device__ __forceinline__ void storePair(T* target, float first, float second) 
     };
     *reinterpret_cast<Pair*>(target) = {fromFloat<T>(first), fromFloat<T>(second)};
 }
+
+// ---- tensors of the compute dtype
+
+template <class T>
+class Elements {
+ public:
+    __device__ __forceinline__ Elements(void const* tensor, DType, long offset)
+        : x_(static_cast<T*>(const_cast<void*>(tensor)) + offset) {}
+    __device__ __forceinline__ float operator[](long i) const { return toFloat(x_[i]); }
+    __device__ __forceinline__ void set(long i, float value) const { x_[i] = fromFloat<T>(value); }
+    // Eight elements; the index of the first is a multiple of eight.
+    __device__ __forceinline__ void load8(long i, float (&out)[8]) const {
+        unpack(*reinterpret_cast<Vec8<T> const*>(x_ + i), out);
+    }
+
+ private:
+    T* x_;
+};
+
+// A compute dtype that is known at run time only: one kernel for all, where they do not matter to the inner loop.
+struct AnyType {};
+
+template <>
+class Elements<AnyType> {
+ public:
+    __device__ __forceinline__ Elements(void const* tensor, DType dtype, long offset)
+        : tensor_(tensor), dtype_(dtype), offset_(offset) {}
+    __device__ __forceinline__ float operator[](long i) const {
+        float element = 0.f;
+        visit([&](auto const& typed) { element = typed[i]; });
+        return element;
+    }
+    __device__ __forceinline__ void set(long i, float value) const {
+        visit([&](auto const& typed) { typed.set(i, value); });
+    }
+    __device__ __forceinline__ void load8(long i, float (&out)[8]) const {
+        visit([&](auto const& typed) { typed.load8(i, out); });
+    }
+
+ private:
+    template <class F>
+    __device__ __forceinline__ void visit(F const& f) const {
+        if (dtype_ == DType::kFloat16) {
+            f(Elements<__half>(tensor_, dtype_, offset_));
+        } else if (dtype_ == DType::kBFloat16) {
+            f(Elements<__nv_bfloat16>(tensor_, dtype_, offset_));
+        } else {
+            f(Elements<float>(tensor_, dtype_, offset_));
+        }
+    }
+
+    void const* tensor_;
+    DType dtype_;
+    long offset_;
+};
 
 // ---- reductions over lanes
 
@@ -165,6 +226,12 @@ cudaError_t withType(DType dtype, F&& f) {
     }
     return cudaErrorInvalidValue;
 #endif
+}
+
+// Calls f with a value of the type of the slots.
+template <class F>
+cudaError_t withSlots(AttentionShape const& shape, F&& f) {
+    return shape.slotType == SlotType::kInt8 ? f(int8_t{}) : withType(shape.dtype, f);
 }
 
 }  // namespace less

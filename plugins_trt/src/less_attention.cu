@@ -15,18 +15,21 @@ constexpr int kMaxGroup = 128;
 // The kernels update the state in place. If present* is not past*, the state is copied there first.
 cudaError_t copyState(AttentionShape const& s, AttentionTensors const& t, cudaStream_t stream) {
     size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, item = s.dtype == DType::kFloat32 ? 4 : 2;
+    size_t const code = s.slotType == SlotType::kInt8 ? 1 : item, scales = heads * s.slots * sizeof(float);
     struct {
         void const* past;
         void* present;
         size_t bytes;
     } const state[] = {
-        {t.pastKey, t.presentKey, heads * s.slots * s.headDim * item},
-        {t.pastValue, t.presentValue, heads * s.slots * s.headDim * item},
+        {t.pastKey, t.presentKey, heads * s.slots * s.headDim * code},
+        {t.pastValue, t.presentValue, heads * s.slots * s.headDim * code},
         {t.pastPsi, t.presentPsi, heads * s.slots * s.rank * item},
         {t.pastScore, t.presentScore, heads * s.slots * sizeof(float)},
         {t.pastPosition, t.presentPosition, heads * s.slots * sizeof(int32_t)},
         {t.pastH, t.presentH, heads * s.rank * s.headDim * sizeof(float)},
         {t.pastZ, t.presentZ, heads * s.rank * sizeof(float)},
+        {t.pastKeyScale, t.presentKeyScale, scales},  // without int8 slots, these are nullptr
+        {t.pastValueScale, t.presentValueScale, scales},
     };
     for (auto const& tensor : state) {
         if (tensor.past == tensor.present) continue;
@@ -49,6 +52,8 @@ char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noe
         return "head_dim must be a multiple of 8 up to 256";
     }
     if (s.rank < 1 || s.rank > kMaxRank) return "the rank must be 1 to 64";
+    if (s.slotType != SlotType::kModel && s.slotType != SlotType::kInt8)
+        return "slots have 8 bits, or those of the model";
     if (s.slots < 1) return "a layer needs at least one slot";
     if (policy < 0 || policy > static_cast<int>(Policy::kFull)) return "unknown policy";
     if (r.heavy < 0 || r.recent < 1 || r.window < 0) return "heavy and window must be at least 0, recent at least 1";

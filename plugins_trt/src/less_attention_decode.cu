@@ -44,28 +44,28 @@ Plan planOf(AttentionShape const& s, AttentionRules const& rules) {
     return plan;
 }
 
-template <class T, int LPR, int GT>
+template <class S, int LPR, int GT>
 cudaError_t runDecode(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     int const group = s.queryHeads / s.kvHeads;
     int const sharedLogits = logitsShared && keepsScores(params.rules) ? s.slots : 0;
     size_t const bytes = sizeof(float) * DecodeLayout<LPR, GT>::floats(group, s.rank, sharedLogits);
     dim3 const grid(params.splits, s.kvHeads, s.batch);
-    return run(mode, decodeKernel<T, LPR, GT>, grid, bytes, params, stream);
+    return run(mode, decodeKernel<S, LPR, GT>, grid, bytes, params, stream);
 }
 
-template <class T, int LPR>
+template <class S, int LPR>
 cudaError_t withTile(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
     switch (tileOf(params.shape.queryHeads / params.shape.kvHeads)) {
         case 2:
-            return runDecode<T, LPR, 2>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 2>(mode, params, logitsShared, stream);
 #ifndef LESS_TRIAL
         case 1:
-            return runDecode<T, LPR, 1>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 1>(mode, params, logitsShared, stream);
         case 4:
-            return runDecode<T, LPR, 4>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 4>(mode, params, logitsShared, stream);
         case 8:
-            return runDecode<T, LPR, 8>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 8>(mode, params, logitsShared, stream);
 #endif
         default:
             return cudaErrorNotSupported;
@@ -86,14 +86,14 @@ cudaError_t decode(Mode mode, AttentionShape const& shape, AttentionRules const&
     DecodeParams params{rules, shape, tensors, plan.splits, nullptr, nullptr, counters};
     if (plan.logitBytes > 0) params.logits = reinterpret_cast<float*>(memory);
     if (!plan.direct) params.partials = reinterpret_cast<float*>(memory + aligned(plan.logitBytes));
-    return withType(shape.dtype, [&](auto type) {
-        using T = decltype(type);
-        if (shape.headDim <= 64) return withTile<T, 8>(mode, params, plan.logitsShared, stream);
+    return withSlots(shape, [&](auto type) {
+        using S = decltype(type);
+        if (shape.headDim <= 64) return withTile<S, 8>(mode, params, plan.logitsShared, stream);
 #ifdef LESS_TRIAL
         return cudaErrorNotSupported;
 #else
-        if (shape.headDim <= 128) return withTile<T, 16>(mode, params, plan.logitsShared, stream);
-        return withTile<T, 32>(mode, params, plan.logitsShared, stream);
+        if (shape.headDim <= 128) return withTile<S, 16>(mode, params, plan.logitsShared, stream);
+        return withTile<S, 32>(mode, params, plan.logitsShared, stream);
 #endif
     });
 }

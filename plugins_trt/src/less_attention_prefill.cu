@@ -1,4 +1,4 @@
-// Prefills one chunk with up to five kernels, one after another.
+// Prefills one chunk with up to six kernels, one after another.
 #include <algorithm>
 
 #include "settle.cuh"
@@ -9,14 +9,20 @@ namespace {
 
 size_t headsOf(AttentionShape const& s) { return static_cast<size_t>(s.batch) * s.kvHeads; }
 
+// Whether tokens of the chunk are absorbed as int8 slots would hold them.
+bool measures(AttentionShape const& s, AttentionRules const& rules) {
+    return s.slotType == SlotType::kInt8 && rules.absorb != 0;
+}
+
 struct Workspace {
-    size_t statistics, gained, fates, freed;  // aligned bytes of each part; there are two statistics
-    explicit Workspace(AttentionShape const& s)
+    size_t statistics, gained, fates, freed, rounding;  // aligned bytes of each part; there are two statistics
+    Workspace(AttentionShape const& s, AttentionRules const& rules)
         : statistics(aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
           gained(aligned(static_cast<size_t>(s.batch) * s.queryHeads * (s.slots + s.chunk) * sizeof(float))),
           fates(aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(int))),
-          freed(aligned(headsOf(s) * s.slots * sizeof(int))) {}
-    size_t total() const { return 2 * statistics + gained + fates + freed; }
+          freed(aligned(headsOf(s) * s.slots * sizeof(int))),
+          rounding(measures(s, rules) ? aligned(headsOf(s) * s.chunk * sizeof(float)) : 0) {}
+    size_t total() const { return 2 * statistics + gained + fates + freed + rounding; }
 };
 
 unsigned tilesOf(int n) { return static_cast<unsigned>((n + kTileRows - 1) / kTileRows); }
@@ -29,7 +35,7 @@ cudaError_t runAttention(Mode mode, PrefillParams const& params, cudaStream_t st
         keys(tilesOf(s.slots) + tilesOf(s.chunk), s.queryHeads, batch);
     cudaError_t const status = run(mode, attendKernel<T, W>, queries, sizeof(AttendShared<T, W>), params, stream);
     if (status != cudaSuccess || !keepsScores(params.rules)) return status;
-    return run(mode, scoreKernel<T, W>, keys, sizeof(ScoreShared<T, W>), params, stream);
+    return run(mode, scoreKernel<T, W>, keys, ScoreShared<T, W>::bytes(coded(params)), params, stream);
 }
 
 template <class T>
@@ -45,44 +51,55 @@ cudaError_t attention(Mode mode, PrefillParams const& params, cudaStream_t strea
 #endif
 }
 
-template <class T>
+template <class T, class S>
 cudaError_t runPrefill(Mode mode, PrefillParams const& params, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     auto const heads = static_cast<unsigned>(s.kvHeads), batch = static_cast<unsigned>(s.batch);
+    dim3 const tokens(tilesOf(s.chunk), heads, batch);
     cudaError_t status = attention<T>(mode, params, stream);
     if (status != cudaSuccess) return status;
     size_t const scratch = (kBins + 2) * sizeof(int);
     status = run(mode, selectKernel, dim3(heads, batch), scratch, params, stream);
     if (status != cudaSuccess) return status;
+    if (measures(s, params.rules)) {
+        status = run(mode, measureKernel<T>, tokens, 0, params, stream);
+        if (status != cudaSuccess) return status;
+    }
     if (params.rules.absorb) {
         int const lanes = kThreads / (s.headDim / 8);
         dim3 const grid((s.rank + kFeatures - 1) / kFeatures, heads, batch);
-        status = run(mode, absorbKernel<T>, grid, lanes * (s.headDim + 1) * sizeof(float), params, stream);
+        status = run(mode, absorbKernel<T, S>, grid, lanes * (s.headDim + 1) * sizeof(float), params, stream);
         if (status != cudaSuccess) return status;
     }
-    return run(mode, placeKernel<T>, dim3(tilesOf(s.chunk), heads, batch), 0, params, stream);
+    return run(mode, placeKernel<T, S>, tokens, 0, params, stream);
 }
 
 }  // namespace
 
-size_t prefillWorkspaceBytes(AttentionShape const& shape, AttentionRules const&) { return Workspace(shape).total(); }
+size_t prefillWorkspaceBytes(AttentionShape const& shape, AttentionRules const& rules) {
+    return Workspace(shape, rules).total();
+}
 
 cudaError_t prefill(Mode mode, AttentionShape const& shape, AttentionRules const& rules,
                     AttentionTensors const& tensors, void* workspace, cudaStream_t stream) {
-    Workspace const bytes(shape);
+    Workspace const bytes(shape, rules);
     char* memory = static_cast<char*>(workspace);
     auto const take = [&](size_t size) {
         char* const part = memory;
         if (memory != nullptr) memory += size;
         return part;
     };
-    PrefillParams params{rules, shape, tensors, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PrefillParams params{rules, shape, tensors, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     params.peaks = reinterpret_cast<float*>(take(bytes.statistics));
     params.scales = reinterpret_cast<float*>(take(bytes.statistics));
     params.gained = reinterpret_cast<float*>(take(bytes.gained));
     params.fates = reinterpret_cast<int*>(take(bytes.fates));
     params.freed = reinterpret_cast<int*>(take(bytes.freed));
-    return withType(shape.dtype, [&](auto type) { return runPrefill<decltype(type)>(mode, params, stream); });
+    params.rounding = reinterpret_cast<float*>(take(bytes.rounding));
+    return withType(shape.dtype, [&](auto type) {
+        using T = decltype(type);
+        return coded(params) ? runPrefill<T, int8_t>(mode, params, stream) : runPrefill<T, T>(mode, params, stream);
+    });
 }
 
 }  // namespace less

@@ -2,7 +2,9 @@
 //
 // selectKernel: grid (Hk, B), decides what happens to every token and updates scores and positions.
 // absorbKernel: grid (ceil(R / 8), Hk, B), adds all tokens that leave to H and z.
-// placeKernel: grid (ceil(T / 64), Hk, B), copies new tokens that stay into their slots.
+// measureKernel: grid (ceil(T / 64), Hk, B), finds the scales of values that are absorbed, with int8 slots.
+// placeKernel: grid (ceil(T / 64), Hk, B), stores new tokens that stay in their slots.
+// S is the type of the slots.
 #pragma once
 
 #include "attend.cuh"
@@ -176,6 +178,52 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
 constexpr int kFeatures = 8;  // features of H that a block updates
 
 template <class T>
+__global__ void __launch_bounds__(kThreads) measureKernel(PrefillParams const p) {
+    int const warp = threadIdx.x / kWarpSize, batch = blockIdx.z;
+    int const C = p.shape.slots, D = p.shape.headDim, chunk = p.shape.chunk;
+    int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kTileRows;
+    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
+    for (int i = first + warp; i < min(count, first + kTileRows); i += kWarps) {
+        if (p.fates[head * (C + chunk) + C + i] != kLeaves) continue;
+        T const* const value = static_cast<T const*>(p.t.v) + (head * chunk + i) * D;
+        float const scale = warpScale([&](int d) { return toFloat(value[d]); }, D);
+        if (threadIdx.x % kWarpSize == 0) p.rounding[head * chunk + i] = scale;
+    }
+}
+
+// Eight columns of the value of a token of [slots, chunk] as the state absorbs them, zeros unless it leaves.
+template <class T, class S>
+__device__ __forceinline__ void leavingValue(PrefillParams const& p, long head, int n, int column, bool leaves,
+                                             float (&out)[8]) {
+    int const C = p.shape.slots, D = p.shape.headDim;
+    SlotRows<S> const slots(p.t.presentValue, p.t.presentValueScale, head, C, D);
+    long const token = head * p.shape.chunk + (n - C);
+    T const* const fresh = static_cast<T const*>(p.t.v) + token * D;
+    if constexpr (!kCoded<S>) {
+        Vec8<T> value;
+        zero(value);
+        T const* const row = n < C ? slots.x + static_cast<long>(n) * D : fresh;
+        if (leaves) value = *reinterpret_cast<Vec8<T> const*>(row + column);
+        unpack(value, out);
+    } else if (n < C) {
+        Piece<S> value;
+        zero(value);
+        if (leaves) value = slots.load(n, column);
+        unpack(value.x, out);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] *= value.scale;
+    } else {
+        Vec8<T> value;
+        zero(value);
+        if (leaves) value = *reinterpret_cast<Vec8<T> const*>(fresh + column);
+        unpack(value, out);
+        float const scale = leaves ? p.rounding[token] : 0.f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) out[i] = codeOf(out[i], scale) * scale;
+    }
+}
+
+template <class T, class S>
 __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) {
     LESS_SHARED_MEMORY(raw);
     int const tid = threadIdx.x, batch = blockIdx.z, C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank,
@@ -195,29 +243,24 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
     }
     constexpr int kAhead = 4;  // tokens in flight per thread
     for (int base = lane; lane < lanes && base < C + count; base += kAhead * lanes) {
-        Vec8<T> values[kAhead];
-        float features[kAhead][kFeatures];
+        float values[kAhead][8], features[kAhead][kFeatures];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
             int const n = base + u * lanes;
             bool const leaves = n < C + count && fates[n] == kLeaves;
             long const row = n < C ? head * C + n : head * chunk + (n - C);
             T const* const psi = static_cast<T const*>(n < C ? p.t.presentPsi : p.t.psiK) + row * R + first;
-            T const* const value = static_cast<T const*>(n < C ? p.t.presentValue : p.t.v) + row * D + column;
-            zero(values[u]);
-            if (leaves) values[u] = *reinterpret_cast<Vec8<T> const*>(value);
+            leavingValue<T, S>(p, head, n, column, leaves, values[u]);
 #pragma unroll
             for (int r = 0; r < kFeatures; ++r) features[u][r] = leaves && first + r < R ? toFloat(psi[r]) : 0.f;
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-            float v[8];
-            unpack(values[u], v);
 #pragma unroll
             for (int r = 0; r < kFeatures; ++r) {
                 mass[r] += features[u][r];
 #pragma unroll
-                for (int i = 0; i < 8; ++i) acc[r][i] += features[u][r] * v[i];
+                for (int i = 0; i < 8; ++i) acc[r][i] += features[u][r] * values[u][i];
             }
         }
     }
@@ -247,20 +290,23 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
     }
 }
 
-template <class T>
+template <class T, class S>
 __global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
     int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, batch = blockIdx.z;
     int const C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank, chunk = p.shape.chunk;
     int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kTileRows;
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
+    SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, head, C, D);
+    SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, head, C, D);
+    Centring<S> const centring(p.t, static_cast<int>(blockIdx.y), D);
     for (int i = first + warp; i < min(count, first + kTileRows); i += kWarps) {
         int const slot = p.fates[head * (C + chunk) + C + i];
         if (slot < 0) continue;
         long const from = head * chunk + i, to = head * C + slot;
-        for (int d = lane; d < D; d += kWarpSize) {
-            static_cast<T*>(p.t.presentKey)[to * D + d] = static_cast<T const*>(p.t.k)[from * D + d];
-            static_cast<T*>(p.t.presentValue)[to * D + d] = static_cast<T const*>(p.t.v)[from * D + d];
-        }
+        T const *const key = static_cast<T const*>(p.t.k) + from * D, *const value =
+                                                                          static_cast<T const*>(p.t.v) + from * D;
+        keys.store(slot, [&](int d) { return centring.apply(toFloat(key[d]), d); });
+        values.store(slot, [&](int d) { return toFloat(value[d]); });
         for (int r = lane; r < R; r += kWarpSize) {
             static_cast<T*>(p.t.presentPsi)[to * R + r] = static_cast<T const*>(p.t.psiK)[from * R + r];
         }

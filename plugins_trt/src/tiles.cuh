@@ -44,15 +44,24 @@ struct WarpRows {
         (void)D;
 #pragma unroll
         for (int i = 0; i < N / 8; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
+        add<N>(s, tile, stride, lane);
+    }
+    // s += rows * tile^T
+    template <int N>
+    __device__ __forceinline__ void add(float (&s)[N / 8][4], T const* tile, int stride, int lane) const {
 #pragma unroll
-        for (int k = 0; k < W / 16; ++k) {
+        for (int k = 0; k < W / 16; ++k) addStep<N>(s, fragments[k], tile, stride, k, lane);
+    }
+    // The share of columns 16k to 16k + 15 in that.
+    template <int N>
+    __device__ __forceinline__ static void addStep(float (&s)[N / 8][4], uint32_t const (&a)[4], T const* tile,
+                                                   int stride, int k, int lane) {
 #pragma unroll
-            for (int i = 0; i < N / 16; ++i) {
-                uint32_t b[4];
-                loadMatrices<false>(b, tile + (i * 16 + lane / 16 * 8 + lane % 8) * stride + k * 16 + lane / 8 % 2 * 8);
-                multiplyAdd<T>(s[2 * i], fragments[k], b);
-                multiplyAdd<T>(s[2 * i + 1], fragments[k], b + 2);
-            }
+        for (int i = 0; i < N / 16; ++i) {
+            uint32_t b[4];
+            loadMatrices<false>(b, tile + (i * 16 + lane / 16 * 8 + lane % 8) * stride + k * 16 + lane / 8 % 2 * 8);
+            multiplyAdd<T>(s[2 * i], a, b);
+            multiplyAdd<T>(s[2 * i + 1], a, b + 2);
         }
     }
 };
