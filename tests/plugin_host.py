@@ -18,22 +18,29 @@ import numpy as np
 import torch
 
 from less_export.contract import LayerSpec
+from less_export.exporter import onnx_op
 from less_export.tensorrt import plugin
 
 from . import emulation
-from .emulation import DTYPES, PLUGIN, STATE, TOKENS
-from .oracle import Run
+from .emulation import DTYPES, PLUGIN, WIDE
+from .oracle import STATE, TOKENS, Run
 from .sharing import once
 
-FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb", "decay")
+FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb", "decay", "slot_bits")
+#: Inputs and outputs of a layer without int8 slots.
 INPUTS, OUTPUTS = 14, 8
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int32: 3, torch.int64: 8}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int8: 2, torch.int32: 3, torch.int64: 8}
 FIELD_TYPES = {"f32": (1, ctypes.c_float), "f64": (2, ctypes.c_double), "i32": (5, ctypes.c_int32)}
 FIELD_TYPES["i64"] = (10, ctypes.c_int64)
-#: Inputs whose dtype is not that of q.
-FIXED = {3: torch.float32, 8: torch.float32, 9: torch.int32, 10: torch.float32, 11: torch.float32}
-FIXED |= {12: torch.int32, 13: torch.int32}
+
+
+def input_dtypes(layer: LayerSpec, dtype: torch.dtype) -> list[torch.dtype]:
+    """The inputs' dtypes, where q has ``dtype``."""
+    fixed = dict.fromkeys(WIDE, torch.float32) | dict.fromkeys(("position", *emulation.LENGTHS), torch.int32)
+    if layer.int8:
+        fixed |= {"key": torch.int8, "value": torch.int8}
+    return [fixed.get(name, dtype) for name in emulation.input_names(layer)]
 
 
 class Field(ctypes.Structure):
@@ -57,7 +64,7 @@ def harness() -> ctypes.CDLL:
 
 
 def compile_harness(out: Path, kernels: Path, headers: Path) -> None:
-    names = ("src/less_attention_plugin.cpp", "src/plugin_library.cpp", "src/rtx_name.cpp", "tests/plugin_harness.cpp")
+    names = [*(n for n in plugin._listed("sources.txt") if n.endswith(".cpp")), "tests/plugin_harness.cpp"]
     command = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-Wall", "-Wextra"]
     command += [
         "-Wno-deprecated-declarations",
@@ -114,7 +121,7 @@ class Plugin:
 
     @classmethod
     def of(cls, layer: LayerSpec, integers: str = "i32", floats: str = "f32") -> Plugin:
-        values = layer.attributes().items()
+        values = onnx_op.node_attributes(layer).items()
         plugin = cls.create([(n, v, floats if isinstance(v, float) else integers) for n, v in values])
         assert plugin.handle, log()
         return plugin
@@ -135,9 +142,9 @@ class Plugin:
     def attach(self) -> Plugin:
         return Plugin(self.call("attach"))
 
-    def tensors(self, name: str, described: Sequence[Tensor], outputs: int = OUTPUTS) -> int:
+    def tensors(self, name: str, described: Sequence[Tensor], outputs: int | None = None) -> int:
         """Call a method that takes all inputs and outputs."""
-        array = (Tensor * len(described))(*described)
+        array, outputs = (Tensor * len(described))(*described), outputs or int(self.call("outputs"))
         return int(self.call(name, array, len(described) - outputs, outputs))
 
 
@@ -150,20 +157,21 @@ def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int) -> l
     hq, hk, d, c, r = layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank
     tokens = [(hq, chunk, d), (hk, chunk, d), (hk, chunk, d), (hq, chunk, r), (hk, chunk, r)]
     state = [(hk, c, d), (hk, c, d), (hk, c, r), (hk, c), (hk, c), (hk, r, d), (hk, r)]
-    shapes = [(batch, *s) for s in (*tokens, *state, (), ())]
-    inputs = [describe(FIXED.get(i, dtype), s) for i, s in enumerate(shapes)]
-    return [*inputs, inputs[0], *inputs[5:12]]
+    state += [(hk, c), (hk, c)] if layer.int8 else []
+    shapes = [(batch, *s) for s in (*tokens, *state, (), ())] + ([(hk, d), (hk, d)] if layer.int8 else [])
+    inputs = [describe(kind, s) for kind, s in zip(input_dtypes(layer, dtype), shapes, strict=True)]
+    return [*inputs, inputs[0], *inputs[len(tokens) : len(tokens) + len(state)]]
 
 
 def plugin_run(plugin_: Plugin, layer: LayerSpec, dtype: str, in_place: bool = True, device: str = "cpu") -> Run:
     """``onShapeChange`` and ``enqueue`` on arrays; the workspace has the size that the plugin asked for."""
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
-        kinds = [FIXED.get(i, DTYPES[dtype]) for i in range(INPUTS)]
+        kinds = input_dtypes(layer, DTYPES[dtype])
         given = [torch.from_numpy(np.ascontiguousarray(a)).to(k) for a, k in zip(arrays, kinds, strict=True)]
         given = [x.clone().to(device) for x in given]
         batch, chunk = given[1].shape[0], given[1].shape[2]
-        past = given[len(TOKENS) : len(TOKENS) + len(STATE)]
+        past = given[len(TOKENS) : len(TOKENS) + len(layer.state_fields)]
         present = past if in_place else [torch.full_like(x, -7) for x in past]
         results = [torch.full_like(given[0], math.nan), *present]
         tensors = described(layer, DTYPES[dtype], batch, chunk)
@@ -194,4 +202,4 @@ def enqueue(
 
     call: Callable[..., Any] = plugin_.call
     places = (pointers(given), pointers(results), ctypes.c_void_p(workspace), ctypes.c_void_p(stream))
-    return int(call("enqueue", array, INPUTS, OUTPUTS, *places))
+    return int(call("enqueue", array, len(given), len(results), *places))

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
         if (converts) {
             SlotRows<int8_t> const keys(p.t.presentKey, p.t.presentKeyScale, head, C, D),
                 values(p.t.presentValue, p.t.presentValueScale, head, C, D);
-            Centring<int8_t> const centring(p.t, static_cast<int>(head % Hk), D);
+            auto const centring = Centring<int8_t>::of(p.t, static_cast<int>(head % Hk), D);
             int const* const positions = p.t.presentPosition + head * C;
             T* parts[kParts<T>];
             for (int i = 0; i < kParts<T>; ++i) parts[i] = partTile(i);
@@ -243,7 +243,7 @@ struct KeyParts {
                 int const slot = slots[i & 1], column = k * 16 + (i >> 1) * 8 + t * 2;
                 float pair[2] = {0.f, 0.f};
                 if (slot >= 0 && column < keys.D) {
-                    for (int e = 0; e < 2; ++e) pair[e] = centring.undone(keys.at(slot, column + e), column + e);
+                    for (int e = 0; e < 2; ++e) pair[e] = centring.restored(keys.at(slot, column + e), column + e);
                 }
 #pragma unroll
                 for (int part = 0; part < kParts<T>; ++part) {
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
     bool const converted = coded(p) && !from.chunk;
     if (converted) {
         SlotRows<int8_t> const codes(p.t.presentKey, p.t.presentKeyScale, head, C, D);
-        Centring<int8_t> const centring(p.t, static_cast<int>(head % Hk), D);
+        auto const centring = Centring<int8_t>::of(p.t, static_cast<int>(head % Hk), D);
         if constexpr (kParts<T> > 1) {
             int const low = from.base + warp * 16 + g;
             int const slots[2] = {position[0] >= 0 ? low : -1, position[1] >= 0 ? low + 8 : -1};

@@ -13,7 +13,7 @@ namespace less {
 template <class S, int LPR, int GT>
 __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeParams const p) {
     using T = std::conditional_t<kCoded<S>, AnyType, S>;  // of the other tensors
-    using Layout = DecodeLayout<LPR, GT>;
+    using Layout = DecodeLayout<S, LPR, GT>;
     constexpr int kWidth = Layout::kWidth;
     constexpr int kRowsPerWarp = kWarpSize / LPR;
     constexpr int kUnroll = GT > 4 || sizeof(S) == 4 ? 2 : 4;  // slots in flight per thread
@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     int const now = p.t.pastLength[batch];
     SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, head, C, D);
     SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, head, C, D);
-    Centring<S> const centring(p.t, static_cast<int>(blockIdx.y), D);
+    auto const centring =
+        Centring<S>::of(p.t, static_cast<int>(blockIdx.y), D).copied(shared + Layout::kCentring, kWidth, D);
     int* const positions = p.t.presentPosition + head * C;
     bool const scores = keepsScores(rules);
 
@@ -63,8 +64,6 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     bool const direct = p.partials == nullptr;  // the accumulator stays in shared memory
     float* const partial = direct ? nullptr : p.partials + (head * p.splits + split) * G * (D + 2);
     bool const inRange = column < D;
-    CentringColumns<S> columns{};
-    if (kCoded<S> && inRange) columns.load(centring, column);
     for (int tile = 0; tile < G; tile += GT) {
         float query[GT][8], acc[GT][8], peak[GT], mass[GT];
 #pragma unroll
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 bool const seen = slot < end && visible(rules, position[u], now);
                 if (!seen) zero(value[u]);
                 float k[8];
-                columns.read(key[u], k);
+                centring.read(key[u], column, k);
 #pragma unroll
                 for (int g = 0; g < GT; ++g) {
                     float dot = 0.f;
@@ -354,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     }
     if (tid == 0 && victim < C && victim != target) positions[victim] = -1;
     if (target == C) return;  // policy full with more tokens than slots: the callers refuse this
-    if (warp == 0) keys.store(target, [&](int d) { return centring.apply(newKey[d], d); });
+    if (warp == 0) keys.store(target, [&](int d) { return centring.centred(newKey[d], d); });
     if (warp == 1) values.store(target, [&](int d) { return newValue[d]; });
     Elements<T> const newPsi(p.t.psiK, p.shape.dtype, head * R);
     for (int r = tid; r < R; r += kThreads) psis.set(static_cast<long>(target) * R + r, newPsi[r]);

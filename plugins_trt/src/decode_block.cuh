@@ -17,14 +17,16 @@ struct DecodeParams {
 };
 
 // Shared memory of a block, in floats.
-template <int LPR, int GT>
+template <class S, int LPR, int GT>
 struct DecodeLayout {
     static constexpr int kWidth = LPR * 8;                     // D, rounded up
     static constexpr int kAcc = 0;                             // [kWarps][GT][kWidth]
     static constexpr int kPeak = kAcc + kWarps * GT * kWidth;  // [kWarps][GT]
     static constexpr int kMass = kPeak + kWarps * GT;          // [kWarps][GT]
-    static constexpr int kReduce = kMass + kWarps * GT;        // Choice[kWarps], 24 bytes each, and a flag
-    static constexpr int kHeads = kReduce + kWarps * 6 + 2;    // per head: kHeadStats, then weights of H
+    static constexpr int kCentring = kMass + kWarps * GT;      // [2][kWidth], with int8 slots
+    static constexpr int kReduce =
+        kCentring + (kCoded<S> ? 2 * kWidth : 0);            // Choice[kWarps], 24 bytes each, and a flag
+    static constexpr int kHeads = kReduce + kWarps * 6 + 2;  // per head: kHeadStats, then weights of H
     static constexpr int kHeadStats = 6;
     static int floats(int group, int rank, int logits) {
         return kHeads + group * (kHeadStats + rank) + rank + group * logits;

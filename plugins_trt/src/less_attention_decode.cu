@@ -49,7 +49,7 @@ cudaError_t runDecode(Mode mode, DecodeParams const& params, bool logitsShared, 
     AttentionShape const& s = params.shape;
     int const group = s.queryHeads / s.kvHeads;
     int const sharedLogits = logitsShared && keepsScores(params.rules) ? s.slots : 0;
-    size_t const bytes = sizeof(float) * DecodeLayout<LPR, GT>::floats(group, s.rank, sharedLogits);
+    size_t const bytes = sizeof(float) * DecodeLayout<S, LPR, GT>::floats(group, s.rank, sharedLogits);
     dim3 const grid(params.splits, s.kvHeads, s.batch);
     return run(mode, decodeKernel<S, LPR, GT>, grid, bytes, params, stream);
 }

@@ -8,60 +8,24 @@
 
 #include <string>
 
-#include "less_attention.h"
+#include "less_attention_node.h"
 
 namespace less {
 
 inline constexpr char const* kPluginName = "LessAttention";
 // A plan names the plugin version that it was built with, and runs with that one only. It stays 1 as long as every
 // layer that an older library ran means the same: a library refuses fields that it does not know, so a new field that
-// may be missing (`decay`) needs no new version. Two creators of one name are no way out: TensorRT-RTX 1.7 forgets
-// only one of them when it unloads the library, and then refuses to load it again.
+// may be missing (`decay`, `slot_bits`) needs no new version. Two creators of one name are no way out: TensorRT-RTX 1.7
+// forgets only one of them when it unloads the library, and then refuses to load it again.
 inline constexpr char const* kPluginVersion = "1";
 inline constexpr char const* kPluginNamespace = "";
-
-// Inputs and outputs in the operator's order.
-enum Input : int32_t {
-    kQ,
-    kK,
-    kV,
-    kLogPhiQ,
-    kPsiK,
-    kPastKey,
-    kPastValue,
-    kPastPsi,
-    kPastScore,
-    kPastPosition,
-    kPastH,
-    kPastZ,
-    kPastLength,
-    kNewLength,
-    kInputs
-};
-enum Output : int32_t {
-    kOut,
-    kPresentKey,
-    kPresentValue,
-    kPresentPsi,
-    kPresentScore,
-    kPresentPosition,
-    kPresentH,
-    kPresentZ,
-    kOutputs
-};
-
-// The input whose memory an output is written into, -1 for `out`.
-constexpr int32_t aliasedInput(int32_t output) { return output == kOut ? -1 : kPastKey + output - kPresentKey; }
-
-// The node's attributes from plugin fields; throws std::invalid_argument that names the field.
-AttentionRules rulesOf(nvinfer1::PluginFieldCollection const& fields);
 
 class LessAttentionPlugin final : public nvinfer1::IPluginV3,
                                   public nvinfer1::IPluginV3OneCore,
                                   public nvinfer1::IPluginV3OneBuildV2,
                                   public nvinfer1::IPluginV3OneRuntime {
  public:
-    explicit LessAttentionPlugin(AttentionRules const& rules);
+    explicit LessAttentionPlugin(Attributes const& attributes);
     LessAttentionPlugin(LessAttentionPlugin const&) = delete;
     LessAttentionPlugin& operator=(LessAttentionPlugin const&) = delete;
     ~LessAttentionPlugin() noexcept override;
@@ -76,7 +40,7 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
     char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
     // IPluginV3OneBuild
-    int32_t getNbOutputs() const noexcept override { return kOutputs; }
+    int32_t getNbOutputs() const noexcept override { return attributes_.outputs(); }
     int32_t getOutputDataTypes(nvinfer1::DataType* outputs, int32_t nbOutputs, nvinfer1::DataType const* inputs,
                                int32_t nbInputs) const noexcept override;
     int32_t getOutputShapes(nvinfer1::DimsExprs const* inputs, int32_t nbInputs, nvinfer1::DimsExprs const* shapeInputs,
@@ -102,9 +66,9 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
  private:
-    AttentionRules rules_;
+    Attributes attributes_;
     std::string description_;
-    nvinfer1::PluginField fields_[7];
+    nvinfer1::PluginField fields_[kFieldCount];
     nvinfer1::PluginFieldCollection collection_;
     // kCounterBytes of device memory; only in a copy that is attached to a context.
     uint32_t* counters_ = nullptr;
@@ -121,7 +85,7 @@ class LessAttentionCreator final : public nvinfer1::IPluginCreatorV3One {
     char const* getPluginNamespace() const noexcept override { return kPluginNamespace; }
 
  private:
-    nvinfer1::PluginField fields_[7];
+    nvinfer1::PluginField fields_[kFieldCount];
     nvinfer1::PluginFieldCollection collection_;
 };
 

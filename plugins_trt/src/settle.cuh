@@ -298,14 +298,14 @@ __global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
     SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, head, C, D);
     SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, head, C, D);
-    Centring<S> const centring(p.t, static_cast<int>(blockIdx.y), D);
+    auto const centring = Centring<S>::of(p.t, static_cast<int>(blockIdx.y), D);
     for (int i = first + warp; i < min(count, first + kTileRows); i += kWarps) {
         int const slot = p.fates[head * (C + chunk) + C + i];
         if (slot < 0) continue;
         long const from = head * chunk + i, to = head * C + slot;
         T const *const key = static_cast<T const*>(p.t.k) + from * D, *const value =
                                                                           static_cast<T const*>(p.t.v) + from * D;
-        keys.store(slot, [&](int d) { return centring.apply(toFloat(key[d]), d); });
+        keys.store(slot, [&](int d) { return centring.centred(toFloat(key[d]), d); });
         values.store(slot, [&](int d) { return toFloat(value[d]); });
         for (int r = lane; r < R; r += kWarpSize) {
             static_cast<T*>(p.t.presentPsi)[to * R + r] = static_cast<T const*>(p.t.psiK)[from * R + r];

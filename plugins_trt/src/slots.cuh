@@ -15,11 +15,6 @@ constexpr bool kCoded = std::is_same_v<S, int8_t>;
 constexpr float kLargestCode = 127.f;
 constexpr float kSmallestScale = 0x1p-126f;  // the smallest normal number: smaller ones count as zero
 
-// What is rounded of a key.
-__device__ __forceinline__ float centred(float key, float mean, float std) {
-    return __fdiv_rn(__fsub_rn(key, mean), std);
-}
-
 // The scale of a token whose largest element has this magnitude.
 __device__ __forceinline__ float scaleOf(float largest) {
     float const scale = __fdiv_rn(largest, kLargestCode);
@@ -102,34 +97,41 @@ template <class S>
 struct Centring {
     float const *mean, *std;  // [D]
 
-    __device__ __forceinline__ Centring(AttentionTensors const& t, int kvHead, int D)
-        : mean(kCoded<S> ? t.keyMean + kvHead * D : nullptr), std(kCoded<S> ? t.keyStd + kvHead * D : nullptr) {}
-
-    __device__ __forceinline__ float apply(float key, int d) const {
-        return kCoded<S> ? centred(key, mean[d], std[d]) : key;
+    __device__ __forceinline__ static Centring of(AttentionTensors const& t, int kvHead, int D) {
+        if constexpr (!kCoded<S>) return {nullptr, nullptr};
+        return {t.keyMean + kvHead * D, t.keyStd + kvHead * D};
     }
-    __device__ __forceinline__ float undone(float key, int d) const {
-        return kCoded<S> ? fmaf(key, std[d], mean[d]) : key;
-    }
-};
-
-// The same constants for eight columns, in registers.
-template <class S>
-struct CentringColumns {
-    float mean[8], std[8];
-
-    __device__ __forceinline__ void load(Centring<S> const& all, int column) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            mean[i] = all.mean[column + i];
-            std[i] = all.std[column + i];
+    // The same in shared memory, with zeros from D to `width`; called by all threads.
+    __device__ __forceinline__ Centring copied(float* target, int width, int D) const {
+        if constexpr (!kCoded<S>) return *this;
+        for (int x = threadIdx.x; x < 2 * width; x += kThreads) {
+            int const d = x % width;
+            target[x] = d < D ? (x < width ? mean[d] : std[d]) : 0.f;
         }
+        __syncthreads();
+        return {target, target + width};
     }
-    __device__ __forceinline__ void read(Piece<S> const& piece, float (&key)[8]) const {
+
+    // What is stored of an element of a key.
+    __device__ __forceinline__ float centred(float key, int d) const {
+        return kCoded<S> ? __fdiv_rn(__fsub_rn(key, mean[d]), std[d]) : key;
+    }
+    // An element of a key from what is stored.
+    __device__ __forceinline__ float restored(float stored, int d) const {
+        return kCoded<S> ? fmaf(stored, std[d], mean[d]) : stored;
+    }
+    __device__ __forceinline__ void read(Piece<S> const& piece, int column, float (&key)[8]) const {
         unpack(piece.x, key);
         if constexpr (kCoded<S>) {
+            auto const eight = [&](float const* constants, float (&out)[8]) {
+                *reinterpret_cast<float4*>(out) = *reinterpret_cast<float4 const*>(constants + column);
+                *reinterpret_cast<float4*>(out + 4) = *reinterpret_cast<float4 const*>(constants + column + 4);
+            };
+            alignas(16) float means[8], stds[8];
+            eight(mean, means);
+            eight(std, stds);
 #pragma unroll
-            for (int i = 0; i < 8; ++i) key[i] = fmaf(key[i] * piece.scale, std[i], mean[i]);
+            for (int i = 0; i < 8; ++i) key[i] = fmaf(key[i] * piece.scale, stds[i], means[i]);
         }
     }
 };
@@ -161,9 +163,7 @@ __device__ __forceinline__ void readCodes(SlotRows<int8_t> const& from, Centring
         if (slot < slots && column < from.D && positions[slot] >= 0) {
             Piece<int8_t> const piece = from.load(slot, column);
             if (centring != nullptr) {
-                CentringColumns<int8_t> columns;
-                columns.load(*centring, column);
-                columns.read(piece, element);
+                centring->read(piece, column, element);
             } else {
                 unpack(piece.x, element);
 #pragma unroll
