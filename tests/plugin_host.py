@@ -23,7 +23,7 @@ from less_export.tensorrt import plugin
 
 from . import emulation
 from .emulation import DTYPES, PLUGIN, WIDE
-from .oracle import STATE, TOKENS, Run
+from .oracle import TOKENS, Run
 from .sharing import once
 
 FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb", "decay", "slot_bits")

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from less_export import testing
-from less_export.contract import LayerSpec
+from less_export.contract import LayerSpec, SlotDtype
 
 from . import emulation, test_ops
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
-from .oracle import OUTPUTS, Normal, Step, compare, follow, layer_of, play, scenario
+from .oracle import OUTPUTS, TOKENS, Normal, Step, centring_of, compare, follow, layer_of, play, scenario
 from .test_ops import EDGES, VARIANTS, empty, moved, ordinary, shaped, tie_steps, tied, torch_run
 
 #: Allowance for float32 rounding on top of twice the reference's error, as for the ONNX bodies.
@@ -235,12 +235,12 @@ def test_chosen_shapes_cover_every_value() -> None:
         assert set(column) == set(values)
 
 
-def compare_on_scattered_states(dtype: str, path: Path | None = None) -> None:
+def compare_on_scattered_states(dtype: str, path: Path | None = None, slots: SlotDtype = "model") -> None:
     """States that no sequence of steps creates (holes, distant positions, several evictions at once)."""
     rng = np.random.default_rng(5)
     for policy, absorb in itertools.product(("h2o", "sink", "tova"), (True, False)):
         heavy = 10 if policy == "tova" else 5
-        layer = layer_of(policy, heavy, 11 - heavy, absorb=absorb, head_dim=16, rank=4)
+        layer = layer_of(policy, heavy, 11 - heavy, absorb=absorb, head_dim=16, rank=4, slot_dtype=slots)
         for chunk in (1, 1, 9):
             tokens = normal(dtype)(rng, layer, 40 + np.arange(chunk)[None])
             state = [x.float().numpy() if x.is_floating_point() else x.numpy() for x in testing.empty_state(layer, 1)]
@@ -249,18 +249,23 @@ def compare_on_scattered_states(dtype: str, path: Path | None = None) -> None:
                 state[4][0, h, held] = rng.permutation(40)[: len(held)]
             live = state[4] >= 0
             for i, width in ((0, 16), (1, 16), (2, layer.rank)):
+                if state[i].dtype == np.int8:
+                    state[i][:] = rng.integers(-127, 128, state[i].shape)
+                    continue
                 state[i][:] = emulation.rounded(dtype)(rng.random((*live.shape, width)))
                 state[i][~live] = np.nan
+            for scale in state[7:]:  # of int8 slots
+                scale[:] = np.where(live, rng.random(live.shape) / 127, np.nan)
             state[3][:] = np.where(live, rng.random(live.shape) if policy != "sink" else 0, np.nan)
             if absorb:
                 state[5][:], state[6][:] = rng.random(state[5].shape) * 5, 5 + rng.random(state[6].shape)
             lengths = [np.array([40], np.int32), np.array([chunk], np.int32)]
-            inputs = [*(tokens[n] for n in emulation.TOKENS), *state, *lengths]
+            inputs = [*(tokens[n] for n in TOKENS), *state, *lengths, *(centring_of(layer) if layer.int8 else ())]
             want = torch_run(layer, dtype=DTYPES[dtype])(inputs)
             got = emulated(layer, dtype, path=path)(inputs)
             np.testing.assert_array_equal(got[5], want[5])
-            for i in (0, 1, 2, 3, 4, 6, 7):
-                mask = want[5] >= 0 if i in (1, 2, 3, 4) else ...
+            for i in {*range(len(want))} - {5}:
+                mask = want[5] >= 0 if i in (1, 2, 3, 4, 8, 9) else ...
                 near = 2 * torch.finfo(DTYPES[dtype]).eps if i == 0 else 1e-6
                 np.testing.assert_allclose(got[i][mask], want[i][mask], rtol=2e-5, atol=near)
 

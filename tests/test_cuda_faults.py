@@ -26,8 +26,10 @@ from less_export.contract import LayerSpec
 
 from . import emulation
 from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
+from .marks import exhaustive_but
 from .oracle import Arrays, OneHot, Step, follow, scenario
 from .test_cuda import FLOOR, compare_on_scattered_states
+from .test_int8 import far
 from .test_ops import DECODE, MIXED, empty, tied, torch_run
 
 pytestmark = pytest.mark.slow
@@ -54,7 +56,7 @@ class Fault:
 def waits() -> dict[str, Fault]:
     """Every barrier and every wait for a copy, removed."""
     faults = {}
-    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "settle.cuh"):
+    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "settle.cuh", "slots.cuh"):
         text = (PLUGIN / "src" / file).read_text()
         for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
@@ -140,6 +142,50 @@ FAULTS = {
     "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
 }
 
+#: Faults in the rules of int8 slots.
+INT8_FAULTS = {
+    "keys without their scale": Fault("slots.cuh", "fmaf(key[i] * piece.scale,", "fmaf(key[i],"),
+    "keys without std": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, 1.f, means[i])"),
+    "keys without mean": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, stds[i], 0.f)"),
+    "keys that are scored without mean": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored * std[d]"),
+    "keys that are scored without std": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored + mean[d]"),
+    "keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
+    "keys that are scored of one part": Fault("attend.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
+    "decode: values without their scale": Fault("slots.cuh", "kCoded<S> ? weight * scale : weight", "weight"),
+    "prefill: values without their scale": Fault("slots.cuh", "element[i] *= piece.scale;", ";"),
+    "decode: scales of empty slots are read": Fault("slots.cuh", "piece.scale = 0.f;", ";"),
+    "prefill: empty slots are read": Fault("slots.cuh", "&& positions[slot] >= 0", "&& positions[slot] >= -1"),
+    "a leaver's scale forgotten": Fault("slots.cuh", "kCoded<S> ? element * scales[slot] : element", "element"),
+    "prefill: a leaver's scale forgotten": Fault("settle.cuh", "out[i] *= value.scale;", ";"),
+    "tokens of the chunk absorbed as they are": Fault("settle.cuh", "out[i] = codeOf(out[i], scale) * scale;", ";"),
+    "scales of the chunk not measured": Fault("settle.cuh", "p.rounding[head * chunk + i] = scale;", ";"),
+    "scale of a new token not stored": Fault("slots.cuh", "if (kCoded<S> && lane == 0) scales[slot] = scale;", ";"),
+    "scale of one lane": Fault("slots.cuh", "scaleOf(warpMax(largest))", "scaleOf(largest)"),
+    "scale of 128 codes": Fault("slots.cuh", "__fdiv_rn(largest, kLargestCode)", "__fdiv_rn(largest, 128.f)"),
+    "keys stored without mean": Fault("slots.cuh", "__fsub_rn(key, mean[d])", "key"),
+    "keys stored without std": Fault(
+        "slots.cuh", "__fdiv_rn(__fsub_rn(key, mean[d]), std[d])", "__fsub_rn(key, mean[d])"
+    ),
+    "codes truncated": Fault("slots.cuh", "rintf(", "truncf("),
+    "halves away from zero": Fault("slots.cuh", "rintf(", "roundf("),
+    "zeros divided by zero": Fault("slots.cuh", "if (scale == 0.f) return 0.f;", ";"),
+    "rounded twice": Fault("slots.cuh", "codeOf(token(d), scale)", "codeOf(toFloat(__float2half_rn(token(d))), scale)"),
+    "decode: the new key attended rounded": Fault(
+        "decode.cuh", "q[g * D + d] * newKey[d];", "q[g * D + d] * rintf(newKey[d] * 50.f) / 50.f;"
+    ),
+    "decode: the new value attended rounded": Fault(
+        "decode.cuh", "newElement = newValue[d];", "newElement = rintf(newValue[d] * 50.f) / 50.f;"
+    ),
+    "prefill: values of the chunk attended rounded": Fault(
+        "attend.cuh",
+        "        accumulate<T, W, N>(o, s,",
+        """        for (int x = tid; !converted && x < N * Tiles::kStride; x += kThreads)
+            shared.values[stage].x[x] = fromFloat<T>(rintf(toFloat(shared.values[stage].x[x]) * 50.f) / 50.f);
+        __syncthreads();
+        accumulate<T, W, N>(o, s,""",
+    ),
+}
+
 #: Faults that cannot be detected here, and why.
 SURVIVORS: dict[str, str] = {}
 
@@ -200,17 +246,40 @@ def cases() -> list[Case]:
     ]
 
 
-def passes(path: Path, orders: Sequence[int]) -> bool:
-    """Whether a library agrees with the oracle, in every case once and in the racing cases in all thread orders."""
+def _between_codes(rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> Arrays:
+    """Tokens as in float16, with values of scale 1 between two codes and a zero token now and then."""
+    drawn = far(rng, layer, positions)
+    drawn["v"] = (rng.integers(-30, 30, drawn["v"].shape) + 0.5).astype(np.float32)
+    drawn["v"][..., 5] = 127
+    drawn["v"][:, :, ::5] = 0
+    return {n: x if n == "log_phi_q" else emulation.rounded("float16")(x) for n, x in drawn.items()}
+
+
+@functools.cache
+def int8_cases() -> list[Case]:
+    """Cases that reach every rule of int8 slots."""
+    chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
+    h2o, sink = (replace(kernel_layer(p, 70, 40, 2, 9, kv_heads=1), slot_dtype="int8") for p in ("h2o", "sink"))
+    return [
+        *(case(h2o, scenario(h2o, chunks, 6, normal("float16")), blocks) for blocks in (512, 1)),
+        case(sink, scenario(sink, chunks, 6, _between_codes)),
+    ]
+
+
+def passes(path: Path, orders: Sequence[int], int8: bool = False) -> bool:
+    """Whether a library agrees with the oracle, in every case once and in the racing cases in all thread orders.
+
+    With ``int8``, the cases are those of int8 slots alone.
+    """
     for order in orders:
         emulation.set_order(order, path)
         try:
-            for c in cases() if order == orders[0] else racing():
+            for c in int8_cases() if int8 else cases() if order == orders[0] else racing():
                 emulation.set_blocks(c.blocks, path)
                 errors = follow(emulated(c.layer, "float16", path=path), c.steps, c.fresh)
                 if any(e > 2 * c.reference[n] + FLOOR for n, e in errors.items()):
                     return False
-            compare_on_scattered_states("float16", path)
+            compare_on_scattered_states("float16", path, "int8" if int8 else "model")
         except AssertionError:
             return False
     return True
@@ -240,10 +309,10 @@ def broken(folder: Path, fault: Fault) -> Path:
     return folder / "libless_broken.so"
 
 
-def caught(library: Path, orders: Sequence[int]) -> bool:
+def caught(library: Path, orders: Sequence[int], int8: bool = False) -> bool:
     """Compare a library with the oracle in its own process, as broken ones hang or crash."""
-    cases()
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(library, orders))
+    _ = int8_cases() if int8 else cases()
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(library, orders, int8))
     process.start()
     process.join(120)
     if process.is_alive():
@@ -253,10 +322,10 @@ def caught(library: Path, orders: Sequence[int]) -> bool:
     return process.exitcode != 0
 
 
-def _work(library: Path, orders: Sequence[int]) -> None:
+def _work(library: Path, orders: Sequence[int], int8: bool) -> None:
     faulthandler.disable()  # a deadlock aborts, as expected; the exit code shows it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os._exit(0 if passes(library, orders) else 1)
+    os._exit(0 if passes(library, orders, int8) else 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -266,6 +335,7 @@ def one_thread() -> None:
 
 def test_kernels_without_a_fault_pass() -> None:
     assert not caught(sound(), ORDERS)
+    assert not caught(sound(), ORDERS[:2], int8=True)
 
 
 def chosen() -> list[object]:
@@ -278,7 +348,13 @@ def chosen() -> list[object]:
 def test_fault_is_caught(name: str, tmp_path: Path) -> None:
     library = broken(tmp_path, {**FAULTS, **waits()}[name])
     orders = ORDERS if name in waits() else ORDERS[:1]
-    assert caught(library, orders) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
+    int8 = name.startswith("slots.cuh")
+    assert caught(library, orders, int8) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
+
+
+@pytest.mark.parametrize("name", exhaustive_but(INT8_FAULTS, *[*INT8_FAULTS][5::9]))
+def test_fault_of_int8_slots_is_caught(name: str, tmp_path: Path) -> None:
+    assert caught(broken(tmp_path, INT8_FAULTS[name]), ORDERS[:1], int8=True)
 
 
 def test_survivors_are_faults() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+
+from less_export.contract import SlotDtype
 
 from . import emulation
 from .emulation import PLUGIN, emulated, kernel_layer, normal
@@ -18,8 +21,15 @@ pytestmark = pytest.mark.slow
 
 FLAGS = ("-O1", "-DLESS_TRIAL", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CHUNKS = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1)]
-#: Policy, head_dim, group, rank.
-KINDS = [("h2o", 64, 2, 8), ("tova", 24, 3, 5), ("sink", 40, 1, 16), ("window", 64, 4, 1), ("h2o", 8, 9, 32)]
+#: Policy, head_dim, group, rank, and what the slots hold.
+KINDS: list[tuple[str, int, int, int, SlotDtype]] = [
+    ("h2o", 64, 2, 8, "model"),
+    ("tova", 24, 3, 5, "model"),
+    ("sink", 40, 1, 16, "model"),
+    ("window", 64, 4, 1, "model"),
+    ("h2o", 8, 9, 32, "model"),
+    ("h2o", 56, 2, 8, "int8"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +45,8 @@ def record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of launches of every policy, decode and prefill."""
     with open(path, "wb") as file, monkeypatch.context() as patch:
         patch.setattr(emulation, "recording", file)
-        for policy, head_dim, group, rank in KINDS:
-            layer = kernel_layer(policy, 77, head_dim, group, rank, kv_heads=1)
+        for policy, head_dim, group, rank, slots in KINDS:
+            layer = replace(kernel_layer(policy, 77, head_dim, group, rank, kv_heads=1), slot_dtype=slots)
             steps = scenario(layer, CHUNKS, 6, normal("float16"))
             for _ in play(emulated(layer, "float16"), steps, empty(layer, torch.float16, 2)):
                 pass

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from less_export.contract import OP_NAME, PLUGIN_VERSION, LayerSpec
+from less_export.contract import OP_NAME, PLUGIN_VERSION, LayerSpec, SlotDtype
+from less_export.exporter import onnx_op
 
 from . import plugin_host
 from .emulation import DTYPES, kernel_layer, normal
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.slow
 #: As in test_cuda.py.
 FLOOR = 5e-7
 LAYER = kernel_layer("h2o", 24, 64, 2, 8)
+INT8 = replace(LAYER, slot_dtype="int8")
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,7 @@ def test_identity() -> None:
     plugin = Plugin.of(LAYER)
     name, version, space, metadata, *fields = plugin.texts()
     assert (name, version, space) == (OP_NAME, PLUGIN_VERSION, "")
-    assert tuple(fields) == FIELDS == tuple(LAYER.attributes())
+    assert tuple(fields) == FIELDS == tuple(onnx_op.node_attributes(INT8))
     assert "heavy=12 recent=12" in metadata
     assert harness().creator_matches(ctypes.c_void_p(plugin.handle))
 
@@ -53,18 +56,19 @@ def test_identity() -> None:
 @pytest.mark.parametrize("integers", ["i32", "i64"])
 @pytest.mark.parametrize("floats", ["f32", "f64"])
 def test_fields_survive_serialisation(integers: str, floats: str) -> None:
-    for layer in (LAYER, kernel_layer("window", 9, 64, 1, 1), kernel_layer("sink", 9, 64, 1, 4)):
+    for layer in (LAYER, INT8, kernel_layer("window", 9, 64, 1, 1), kernel_layer("sink", 9, 64, 1, 4)):
         plugin = Plugin.of(layer, integers, floats)
         again = plugin.round_trip()
         assert again.texts() == plugin.texts() == Plugin(plugin.call("clone")).texts()
         values = dict(x.split("=") for x in again.texts()[3].split())
         assert {n: float(v) for n, v in values.items()} == pytest.approx(
-            {n: float(v) for n, v in layer.attributes().items()}, abs=1e-6
+            {n: float(v) for n, v in ({"slot_bits": 0} | onnx_op.node_attributes(layer)).items()}, abs=1e-6
         )
 
 
 def test_fields_that_are_refused() -> None:
-    good = [(n, v, "f32" if isinstance(v, float) else "i32") for n, v in LAYER.attributes().items()]
+    attributes = onnx_op.node_attributes(INT8)
+    good = [(n, v, "f32" if isinstance(v, float) else "i32") for n, v in attributes.items()]
 
     def with_field(name: str, value: float | None, kind: str) -> list[tuple[str, float | None, str]]:
         return [(n, value, kind) if n == name else (n, v, k) for n, v, k in good]
@@ -73,7 +77,7 @@ def test_fields_that_are_refused() -> None:
         refused(Plugin.create(fields).handle, *says)  # type: ignore[arg-type]
 
     for index, name in enumerate(FIELDS):
-        if name != "decay":
+        if name not in ("decay", "slot_bits"):
             bad(good[:index] + good[index + 1 :], f"attribute {name} is missing")
         bad([*good, good[index]], f"attribute {name} is given twice")
         bad(with_field(name, None, good[index][2]), f"attribute {name} must have one value, not 0")
@@ -88,6 +92,8 @@ def test_fields_that_are_refused() -> None:
     bad(with_field("heavy", 1 << 40, "i64"), "attribute heavy is 1099511627776, out of range")
     for decay in (0, -0.5, 1.5):
         bad(with_field("decay", decay, "f32"), "attribute decay must be above 0 and at most 1")
+    for bits in (1, 4, 16):
+        bad(with_field("slot_bits", bits, "i64"), "attribute slot_bits must be 0 or 8")
     refused(harness().plugin_create(None, 0, 0), "no attributes")
 
 
@@ -95,34 +101,37 @@ def test_scores_of_version_1_never_fade() -> None:
     """Graphs and plans of the operator's first version have no decay."""
     fields = [(n, v, "f32" if n == "scale" else "i32") for n, v in LAYER.attributes().items() if n != "decay"]
     assert Plugin.create(fields).round_trip().texts() == Plugin.of(LAYER).texts()
-    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000")
+    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000 slot_bits=0")
 
 
-def test_outputs_follow_the_inputs() -> None:
-    plugin = Plugin.of(LAYER)
-    assert plugin.call("outputs") == OUTPUTS
-    assert [plugin.call("alias", i) for i in range(-1, 9)] == [-1, -1, 5, 6, 7, 8, 9, 10, 11, -1]
+@pytest.mark.parametrize("layer", [LAYER, INT8], ids=["model", "int8"])
+def test_outputs_follow_the_inputs(layer: LayerSpec) -> None:
+    plugin, inputs, outputs = Plugin.of(layer), 18 if layer.int8 else INPUTS, 10 if layer.int8 else OUTPUTS
+    assert plugin.call("outputs") == outputs
+    aliases = [*range(5, 4 + outputs), -1]
+    assert [plugin.call("alias", i) for i in range(-1, outputs + 1)] == [-1, -1, *aliases]
     for dtype in DTYPES.values():
-        all_ = described(LAYER, dtype, 3, 5)
-        given = (ctypes.c_int32 * INPUTS)(*(t.type for t in all_[:INPUTS]))
-        found = (ctypes.c_int32 * OUTPUTS)()
-        assert plugin.call("output_types", given, INPUTS, found, OUTPUTS) == 0
-        assert [*found] == [t.type for t in all_[INPUTS:]]
-        array = (plugin_host.Tensor * INPUTS)(*all_[:INPUTS])
-        made = (plugin_host.Tensor * OUTPUTS)()
-        assert plugin.call("output_shapes", array, INPUTS, made, OUTPUTS) == 0
-        assert [(t.rank, [*t.dims]) for t in made] == [(t.rank, [*t.dims]) for t in all_[INPUTS:]]
-        for position in range(INPUTS + OUTPUTS):
+        all_ = described(layer, dtype, 3, 5)
+        given = (ctypes.c_int32 * inputs)(*(t.type for t in all_[:inputs]))
+        found = (ctypes.c_int32 * outputs)()
+        assert plugin.call("output_types", given, inputs, found, outputs) == 0
+        assert [*found] == [t.type for t in all_[inputs:]]
+        array = (plugin_host.Tensor * inputs)(*all_[:inputs])
+        made = (plugin_host.Tensor * outputs)()
+        assert plugin.call("output_shapes", array, inputs, made, outputs) == 0
+        assert [(t.rank, [*t.dims]) for t in made] == [(t.rank, [*t.dims]) for t in all_[inputs:]]
+        for position in range(inputs + outputs):
             for kind in plugin_host.TYPES:
                 for form in (0, 1):  # linear, and one that is not linear
                     trial = [*all_]
                     trial[position] = describe(kind, [*all_[position].dims][: all_[position].rank], form)
                     both = (plugin_host.Tensor * len(trial))(*trial)
-                    takes = plugin.call("supports", position, both, INPUTS, OUTPUTS)
+                    takes = plugin.call("supports", position, both, inputs, outputs)
                     fits = kind in DTYPES.values() if position == 0 else trial[position].type == all_[position].type
                     assert takes == (fits and form == 0), (position, kind, form)
-    refused(plugin.call("output_types", given, 13, found, OUTPUTS), "takes 14 inputs and has 8 outputs, not 13 and 8")
-    refused(plugin.call("output_shapes", array, INPUTS, made, 7), "not 14 and 7")
+    takes = f"takes {inputs} inputs and has {outputs} outputs"
+    refused(plugin.call("output_types", given, 13, found, outputs), f"{takes}, not 13 and {outputs}")
+    refused(plugin.call("output_shapes", array, inputs, made, 7), f"{takes}, not {inputs} and 7")
 
 
 @pytest.mark.parametrize("method", ["configure", "shape_change"])
@@ -148,10 +157,30 @@ def test_tensors_that_are_refused(method: str) -> None:
     bad(13, i32, [2], "new_length has shape [2], but dimension 0 must be 3")
     bad(12, i32, [0], "past_length has shape [0], but dimension 0")
     refused(plugin.tensors(method, good, outputs=7), "not 15 and 7")
+    refused(Plugin.of(INT8).tensors(method, good), "takes 18 inputs and has 10 outputs, not 12 and 10")
     odd = kernel_layer("h2o", 24, 60, 2, 8)
     refused(Plugin.of(odd).tensors(method, described(odd, f16, 3, 5)), "head_dim must be a multiple of 8")
     other = Plugin.of(kernel_layer("h2o", 26, 64, 2, 8))
     refused(other.tensors(method, good), "heavy + recent must equal the number of slots")
+
+
+@pytest.mark.parametrize("method", ["configure", "shape_change"])
+def test_tensors_of_int8_slots_that_are_refused(method: str) -> None:
+    plugin, good = Plugin.of(INT8), described(INT8, torch.float16, 3, 5)
+    assert plugin.tensors(method, good) == 0
+    for index, dtype, shape, says in (
+        (5, torch.float16, [3, 2, 24, 64], "past_key is float16, but must be int8"),
+        (6, torch.int32, [3, 2, 24, 16], "past_value is int32, but must be int8"),
+        (7, torch.int8, [3, 2, 24, 8], "past_psi is int8, but must be float16"),
+        (12, torch.float16, [3, 2, 24], "past_key_scale is float16, but must be float32"),
+        (13, torch.float32, [3, 2, 25], "past_value_scale has shape [3,2,25], but dimension 2 must be 24"),
+        (14, torch.int32, [2], "past_length has shape [2], but dimension 0 must be 3"),
+        (16, torch.float32, [1, 2, 64], "key_mean has shape [1,2,64], but must have 2 dimensions"),
+        (17, torch.float32, [2, 32], "key_std has shape [2,32], but dimension 1 must be 64"),
+    ):
+        tensors = [*good]
+        tensors[index] = describe(dtype, shape)
+        refused(plugin.tensors(method, tensors), says)
 
 
 def test_workspace_covers_smaller_steps() -> None:
@@ -160,16 +189,17 @@ def test_workspace_covers_smaller_steps() -> None:
     assert 4096 <= sizes[1, 1] <= sizes[3, 1] <= sizes[3, 70]
 
 
-def test_enqueue_without_memory() -> None:
-    plugin = Plugin.of(LAYER)
-    tensors = described(LAYER, torch.float32, 1, 1)
-    given = [torch.zeros([*t.dims][: t.rank], dtype=plugin_host.FIXED.get(i)) for i, t in enumerate(tensors[:INPUTS])]
-    results = [torch.zeros_like(given[0]), *given[5:12]]
-    for index in range(INPUTS):
+@pytest.mark.parametrize("layer", [LAYER, INT8], ids=["model", "int8"])
+def test_enqueue_without_memory(layer: LayerSpec) -> None:
+    plugin = Plugin.of(layer)
+    tensors, kinds = described(layer, torch.float32, 1, 1), plugin_host.input_dtypes(layer, torch.float32)
+    given = [torch.zeros([*t.dims][: t.rank], dtype=k) for t, k in zip(tensors, kinds, strict=False)]
+    results = [torch.zeros_like(given[0]), *given[5 : 5 + len(layer.state_fields)]]
+    for index in range(len(given)):
         refused(
             enqueue(plugin, tensors, [None if i == index else x for i, x in enumerate(given)], results, 1), "memory"
         )
-    for index in range(OUTPUTS):
+    for index in range(len(results)):
         partly = [None if i == index else x for i, x in enumerate(results)]
         refused(enqueue(plugin, tensors, given, partly, 1), f"output {index} has no memory")
     refused(enqueue(plugin, tensors, given, results, None), "enqueue without workspace")
@@ -186,15 +216,22 @@ def check_accuracy(layer: LayerSpec, dtype: str, run: object) -> None:
 
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize(
-    ("policy", "dtype", "in_place"),
-    [("h2o", "float16", True), ("tova", "bfloat16", True), ("sink", "float32", False), ("window", "float16", False)],
+    ("policy", "dtype", "in_place", "slots"),
+    [
+        ("h2o", "float16", True, "model"),
+        ("tova", "bfloat16", True, "model"),
+        ("sink", "float32", False, "model"),
+        ("window", "float16", False, "model"),
+        ("h2o", "bfloat16", True, "int8"),
+        ("sink", "float16", False, "int8"),
+    ],
 )
-def test_enqueue_is_the_operator(policy: str, dtype: str, in_place: bool, attached: bool) -> None:
+def test_enqueue_is_the_operator(policy: str, dtype: str, in_place: bool, slots: SlotDtype, attached: bool) -> None:
     """Prefill past the budget, decode, parked rows, more prefill; with its own counters and without.
 
     A hundred slots a head are spread over several blocks, which synchronise through the counters.
     """
-    layer = kernel_layer(policy, 100, 64, 2, 1 if policy == "window" else 8)
+    layer = replace(kernel_layer(policy, 100, 64, 2, 1 if policy == "window" else 8), slot_dtype=slots)
     made = Plugin.of(layer, "i64").round_trip()
     assert harness().harness_allocations() == 0  # nothing before attaching
     plugin = made.attach() if attached else made
