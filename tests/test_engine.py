@@ -49,11 +49,15 @@ def weights(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------ building
 
 
-@pytest.mark.parametrize(("dtype", "chunk", "arch"), [("float16", 4, None), ("bfloat16", 1, "8.9,sm_120")])
+@pytest.mark.parametrize(
+    ("dtype", "chunk", "arch", "slots"), [("float16", 4, None, "int8"), ("bfloat16", 1, "8.9,sm_120", "model")]
+)
 def test_a_plan_is_built(
-    dtype: str, chunk: int, arch: str | None, weights: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, chunk: int, arch: str | None, slots: SlotDtype, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contract, out, phases, configs = contract_of(dtype, chunk), weights.parent / "engine.plan", [], []
+    """Also from int8 state: inputs, outputs, and what the bodies do with it in a strongly typed network."""
+    contract, out = contract_of(dtype, chunk, slots=slots), weights.parent / "engine.plan"
+    phases, configs = list[str](), list[Any]()
     configure = engine._configure
     monkeypatch.setattr(engine, "_configure", lambda *a: configs.append(configure(*a)) or configs[-1])
     model = serialised(decoder(contract, weights))
@@ -304,9 +308,11 @@ def play(backend: Backend) -> Iterator[tuple[str, np.ndarray]]:
                     yield from ((f"{n} {step}", x) for n, x in backend.read_row(row).tensors.items())
 
 
-@pytest.mark.parametrize("in_place", [False, True])
-def test_backend_keeps_the_state(in_place: bool, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    contract, path = contract_of("float32"), weights / "model.onnx"
+@pytest.mark.parametrize(("in_place", "slots"), [(False, "model"), (True, "model"), (True, "int8")])
+def test_backend_keeps_the_state(
+    in_place: bool, slots: SlotDtype, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contract, path = contract_of("float32", slots=slots), weights / "model.onnx"
     path.write_bytes(serialised(decoder(contract, weights)))
     session = onnxruntime.InferenceSession(str(path))
     fake = Fake(contract, weights, monkeypatch, lambda feed: session.run(None, feed))

@@ -25,10 +25,9 @@ from less_export.contract import (
     OP_NAME,
     PLUGIN_RANK_LIMIT,
     PLUGIN_VERSION,
-    STATE_FIELDS,
     TENSORRT_TOPK_LIMIT,
     Contract,
-    Policy,
+    SlotDtype,
 )
 from less_export.errors import EngineError
 from less_export.exporter import onnx_op
@@ -128,12 +127,16 @@ def layers_of(log: str) -> list[dict[str, Any]]:
     return layers
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "slots"),
+    [("float16", "model"), ("bfloat16", "int8"), ("float32", "model")],
+)
 def test_one_plugin_per_layer_updates_the_state_in_place(
-    dtype: str, plugin_library: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    dtype: str, slots: SlotDtype, plugin_library: Path, weights: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """Every plugin reads the network's past and writes its present directly, without copies, in both profiles."""
-    contract, out = contract_of(dtype), weights.parent / "engine.plan"
+    contract, out = contract_of(dtype, slots=slots), weights.parent / "engine.plan"
     configure = engine._configure
 
     def detailed(*args: Any) -> Any:
@@ -152,8 +155,8 @@ def test_one_plugin_per_layer_updates_the_state_in_place(
     assert len(built) == 4  # two layers, two profiles
     for index, layer in enumerate(built):
         number, suffix = index % 2, "" if index < 2 else " [profile 1]"
-        names = [f"{number}.{f.name}{suffix}" for f in STATE_FIELDS]
-        assert layer["inputs"][5:12] == [f"past.{n}" for n in names]
+        names = [f"{number}.{f.name}{suffix}" for f in contract.layers[number].state_fields]
+        assert layer["inputs"][5 : 5 + len(names)] == [f"past.{n}" for n in names]
         assert layer["outputs"][1:] == [f"present.{n}" for n in names]
     # The plan contains the library: it is larger by that than a plan that only refers to it.
     assert info.plugin == PluginFacts.of(plugin_library, inside=True)
@@ -198,8 +201,7 @@ def test_layers_the_plugin_cannot_run(plugin_library: Path, weights: Path) -> No
         engine.build_plan(
             b"", odd, out=weights / "x.plan", weights_dir=weights, gpu_arch=PLUGIN_ARCH, library=plugin_library
         )
-    for policy in (Policy.H2O, Policy.WINDOW):
-        layer = next(x for x in contract.layers if x.policy is policy)
+    for layer in (*contract.layers, *contract_of("float16", slots="int8").layers):
         assert plugin.why_unsupported(plugin_library, layer, "bfloat16") is None
     widest = dataclasses.replace(contract.layers[0], rank=PLUGIN_RANK_LIMIT)
     assert plugin.why_unsupported(plugin_library, widest, "float32") is None
