@@ -8,13 +8,21 @@ MISSING = "not measured yet"
 Table = tuple[list[str], list[list[str]]]
 
 
+def _slots(row: dict[str, Any]) -> str:
+    """Number of slots, and what they hold if that is not the model's dtype."""
+    return f"{row['slots']} int8" if row.get("slot_dtype") == "int8" else str(row["slots"])
+
+
 def decode(data: dict[str, Any]) -> Table:
     """Decode, compared with a device-to-device copy in the same run."""
     header = ["batch", "slots", "KV heads", "query heads", "us", "MB moved", "GB/s", "of a copy"]
     copy = data.get("bandwidth", {}).get("gb_per_s")
     rows = [
         [
-            *(str(r[n]) for n in ("batch", "slots", "kv_heads", "query_heads")),
+            str(r["batch"]),
+            _slots(r),
+            str(r["kv_heads"]),
+            str(r["query_heads"]),
             f"{r['us']:.1f}",
             f"{r['bytes'] / 1e6:.1f}",
             f"{r['gb_per_s']:,.0f}",
@@ -53,7 +61,7 @@ def prefill(data: dict[str, Any]) -> Table:
     """Chunks of prefill."""
     header = ["policy", "batch", "chunk", "slots", "us", "TFLOP/s"]
     rows = [
-        [r["policy"], *(str(r[n]) for n in ("batch", "chunk", "slots")), f"{r['us']:.1f}", f"{r['tflop_per_s']:.1f}"]
+        [r["policy"], str(r["batch"]), str(r["chunk"]), _slots(r), f"{r['us']:.1f}", f"{r['tflop_per_s']:.1f}"]
         for r in data.get("prefill", [])
     ]
     return header, rows or [["h2o, sink", "1, 8", "256, 1024", "256", *[MISSING] * 2]]

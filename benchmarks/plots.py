@@ -111,7 +111,8 @@ def gpu() -> None:
     rows = data["decode"]
     left.bar(range(len(rows)), [r["gb_per_s"] for r in rows])
     left.axhline(data["bandwidth"]["gb_per_s"], color="black", linestyle=":", label="device-to-device copy")
-    labels = [f"B{r['batch']}\nC{r['slots']}\nHk{r['kv_heads']}" for r in rows]
+    int8 = ["\nint8" if r.get("slot_dtype") == "int8" else "" for r in rows]
+    labels = [f"B{r['batch']}\nC{r['slots']}\nHk{r['kv_heads']}{x}" for r, x in zip(rows, int8, strict=True)]
     left.set_xticks(range(len(rows)), labels, fontsize=7)
     left.set_ylabel("decode step, GB/s")
     for batch in sorted({r["batch"] for r in data["full_cache"]}):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ def current_stream(device: str) -> int:
 def launches(layer: LayerSpec, batch: int, chunk: int, device: str) -> list[Callable[[], object]]:
     """Launches on enough sets of state to exceed the cache, one for each."""
     first = Step(layer, DTYPE, batch, chunk, device)
-    more = sets_for(total_bytes(first.inputs[5:12]), device) - 1
+    more = sets_for(total_bytes(first.results[1:]), device) - 1
     steps = [first, *(Step(layer, DTYPE, batch, chunk, device, seed + 1) for seed in range(more))]
     return [lambda s=s: s.launch(current_stream(device)) for s in steps]
 
@@ -105,9 +106,11 @@ def decode(device: str, dry: bool) -> list[dict[str, Any]]:
                     continue
                 group = GROUP if heads == 8 else 1
                 layer = kernel_layer("h2o", slots, 64 if dry else HEAD_DIM, group, RANK, heads)
-                micros, moved = replayed(launches(layer, batch, 1, device), device), decode_bytes(layer, DTYPE, batch)
-                row = {"batch": batch, "slots": slots, "kv_heads": heads, "query_heads": group * heads}
-                rows.append({**row, "us": round(micros, 2), "bytes": moved, "gb_per_s": round(moved / micros / 1e3, 1)})
+                for one in (layer, replace(layer, slot_dtype="int8")):
+                    micros, moved = replayed(launches(one, batch, 1, device), device), decode_bytes(one, DTYPE, batch)
+                    row = {"batch": batch, "slots": slots, "kv_heads": heads, "query_heads": group * heads}
+                    row |= {"slot_dtype": one.slot_dtype, "us": round(micros, 2), "bytes": moved}
+                    rows.append({**row, "gb_per_s": round(moved / micros / 1e3, 1)})
     return rows
 
 
@@ -120,11 +123,13 @@ def prefill(device: str, dry: bool) -> list[dict[str, Any]]:
                 continue
             slots, heads, tokens = 256, 1 if dry else 8, 8 if dry else chunk
             layer = kernel_layer(policy, slots, 64 if dry else HEAD_DIM, GROUP, RANK, heads)
-            micros = replayed(launches(layer, batch, tokens, device), device)
             pairs = sum(slots + t + 1 for t in range(tokens))
             work = 4 * batch * layer.query_heads * layer.head_dim * pairs
-            row = {"policy": policy, "batch": batch, "chunk": tokens, "slots": slots, "kv_heads": heads}
-            rows.append({**row, "us": round(micros, 1), "tflop_per_s": round(work / micros / 1e6, 1)})
+            for one in (layer, replace(layer, slot_dtype="int8")):
+                micros = replayed(launches(one, batch, tokens, device), device)
+                row = {"policy": policy, "batch": batch, "chunk": tokens, "slots": slots, "kv_heads": heads}
+                row |= {"slot_dtype": one.slot_dtype, "us": round(micros, 1)}
+                rows.append({**row, "tflop_per_s": round(work / micros / 1e6, 1)})
     return rows
 
 
@@ -205,11 +210,13 @@ def summary(data: dict[str, Any]) -> str:
     copy = data.get("bandwidth", {}).get("gb_per_s")
     for r in data.get("decode", []):
         share = f"{100 * r['gb_per_s'] / copy:5.1f}% of a copy" if copy else ""
-        lines.append(f"decode  B{r['batch']:<3} C{r['slots']:<5} Hk{r['kv_heads']:<3} {r['us']:9.2f} us  {share}")
+        kind = f"Hk{r['kv_heads']:<3} {r.get('slot_dtype', 'model'):5}"
+        lines.append(f"decode  B{r['batch']:<3} C{r['slots']:<5} {kind} {r['us']:9.2f} us  {share}")
     for r in data.get("full_cache", []):
         lines.append(f"SDPA    B{r['batch']:<3} context {r['context']:<6} {r['sdpa_us']:9.2f} us  {r['ratio']:.1f}x")
     for r in data.get("eager", []):
         lines.append(f"eager   B{r['batch']:<3} {r['eager_us']:9.2f} us  {r['ratio']:.1f}x")
     for r in data.get("prefill", []):
-        lines.append(f"prefill B{r['batch']:<3} T{r['chunk']:<5} {r['policy']:5} {r['tflop_per_s']:7.1f} TFLOP/s")
+        kind = f"{r['policy']:5} {r.get('slot_dtype', 'model'):5}"
+        lines.append(f"prefill B{r['batch']:<3} T{r['chunk']:<5} {kind} {r['tflop_per_s']:7.1f} TFLOP/s")
     return "\n".join(lines)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import gpu_kernels
 import torch
 from bench_common import RESULTS
 
-from tests import test_cuda, test_cuda_primitives, test_ops
+from tests import test_cuda, test_cuda_int8, test_cuda_primitives, test_ops
 from tests.emulation import DTYPES, kernel_layer, normal
 from tests.oracle import follow, scenario
 from tests.plugin_host import Plugin, plugin_run
@@ -52,12 +53,17 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         if ratio > 1:
             failed.append(f"{name}: {ratio:.2f} times the limit")
 
-    for dtype, policy, head_dim, group, rank in test_cuda.CHOSEN[: 3 if quick else None]:
+    shapes = [(x, "model") for x in test_cuda.CHOSEN[: 3 if quick else None]]
+    shapes += [(x, "int8") for x in test_cuda_int8.SHAPES[: 2 if quick else None]]
+    for (dtype, policy, head_dim, group, rank), slots in shapes:
         capacity = 150 if policy == "full" else 100
         layer = kernel_layer(policy, capacity, head_dim, group, rank, 1 if group > 8 else 2)
+        layer = replace(layer, slot_dtype=slots)
         steps = scenario(layer, test_cuda.CHUNKS, 3, normal(dtype))
-        check(f"{dtype} {policy} D{head_dim} G{group} R{rank}", layer, steps, dtype)
-    for name, layer in list({**test_ops.VARIANTS, **test_ops.EDGES}.items())[: 4 if quick else None]:
+        check(f"{dtype} {policy} D{head_dim} G{group} R{rank} {slots}", layer, steps, dtype)
+    rules = [*{**test_ops.VARIANTS, **test_ops.EDGES}.items()][: 4 if quick else None]
+    rules += [*test_cuda_int8.RULES.items()][: 1 if quick else None]
+    for name, layer in rules:
         for decode in (False, True):
             if not (layer.window == 1 and layer.policy.name != "window"):
                 check(name, layer, test_ops.ordinary(layer, decode), "float32")
@@ -118,7 +124,8 @@ def exercise(library: Path) -> None:
     for policy, dtype, batch, slots, head_dim, group in kinds:
         for chunk in (1, 70):
             layer = kernel_layer(policy, slots, head_dim, group, 8, kv_heads=8)
-            gpu_kernels.Step(layer, dtype, batch, chunk, "cuda").launch()
+            for one in (layer, replace(layer, slot_dtype="int8")):
+                gpu_kernels.Step(one, dtype, batch, chunk, "cuda").launch()
     torch.cuda.synchronize()
 
 

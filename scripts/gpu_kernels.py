@@ -61,10 +61,16 @@ class Step:
         tokens += [uniform(*keys, r)]
         slots = (layer.kv_heads, c)
         position = torch.arange(c, dtype=torch.int32, device=device).expand(batch, *slots).contiguous()
-        state = [normal(*slots, d), normal(*slots, d), uniform(*slots, r), uniform(*slots, to=torch.float32), position]
+        held = [normal(*slots, d), normal(*slots, d)]
+        if layer.int8:
+            held = [(40 * x.float()).clamp(-127, 127).to(torch.int8) for x in held]
+        state = [*held, uniform(*slots, r), uniform(*slots, to=torch.float32), position]
         state += [normal(layer.kv_heads, r, d, to=torch.float32), 1 + uniform(layer.kv_heads, r, to=torch.float32)]
-        past = torch.full((batch,), c, dtype=torch.int32, device=device)
-        self.inputs = [*tokens, *state, past, torch.full_like(past, chunk)]
+        past, constants = torch.full((batch,), c, dtype=torch.int32, device=device), list[torch.Tensor]()
+        if layer.int8:
+            state += [uniform(*slots, to=torch.float32) / 40 for _ in range(2)]
+            constants = [torch.full((layer.kv_heads, d), x, device=device) for x in (0.1, 0.7)]  # mean and std
+        self.inputs = [*tokens, *state, past, torch.full_like(past, chunk), *constants]
         self.results = [torch.empty_like(tokens[0]), *state]
         self.layer, self.attributes = layer, layer.attributes()
         self._described = plugin_host.described(layer, kind, batch, chunk)
@@ -88,15 +94,16 @@ def total_bytes(tensors: Sequence[torch.Tensor]) -> int:
 def decode_bytes(layer: LayerSpec, dtype: str, batch: int) -> int:
     """Bytes that a decode step must move, by formula: everything once.
 
-    Per row and KV head: K and V of all slots, positions, scores (read and written where there are any), psi of
-    the evicted token and of the new one, the new token's K and V (read and written), H and z (read and
-    written where the layer absorbs); per query head: q, out, log phi.
+    Per row and KV head: K and V of all slots (int8 slots: with their scales), positions, scores (read and written
+    where there are any), psi of the evicted token and of the new one, the new token's K and V (read and written),
+    H and z (read and written where the layer absorbs); per query head: q, out, log phi.
     """
     item = torch.finfo(DTYPES[dtype]).bits // 8
     d, c, r = layer.head_dim, layer.capacity, layer.rank
     scored = layer.policy.scoring != "none"
-    slots = c * (2 * d * item + 4 + (8 if scored else 0))
-    new = 4 * d * item + 3 * r * item
+    slot = 2 * d + 8 if layer.int8 else 2 * d * item
+    slots = c * (slot + 4 + (8 if scored else 0))
+    new = 2 * d * item + slot + 3 * r * item
     low = 2 * r * (d + 1) * 4 if layer.absorb else 0
     queries = layer.group * (2 * d * item + (r * 4 if layer.absorb else 0))
     return batch * layer.kv_heads * (slots + new + low + queries)

@@ -42,7 +42,9 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
         "decode": [{**place, "query_heads": 32, "us": 10.0, "bytes": 1_800_000, "gb_per_s": 180.0}],
         "eager": [{**place, "plugin_us": 10.0, "eager_us": 200.0, "eager_graph_us": 50.0, "ratio": 20.0}],
         "full_cache": [{**place, "context": 4096, "sdpa": "flash", "plugin_us": 10.0, "sdpa_us": 70.0, "ratio": 7.0}],
-        "prefill": [{**place, "policy": "h2o", "chunk": 256, "us": 100.0, "tflop_per_s": 50.0}],
+        "prefill": [
+            {**place, "slot_dtype": "int8", "policy": "h2o", "chunk": 256, "us": 100.0, "tflop_per_s": 50.0},
+        ],
         "primitives": {"cases": 16, "failed": []},
         "parity": {"cases": 90, "failed": ["one"], "largest_error_of_allowed": 1.2},
         "sanitizers": {"memcheck": "0 errors", "failed": []},
@@ -53,6 +55,7 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
             assert rows
             assert {len(row) for row in rows} == {len(header)}
     assert gpu_tables.decode(data)[1][0][-1] == "90%"
+    assert gpu_tables.prefill(data)[1][0][3] == "256 int8"
     assert gpu_tables.peers(data)[1][1][-1] == "5.0x"
     assert ["parity through the plugin's interface", "89 of 90"] in gpu_tables.checks(data)[1]
     assert "a GPU" in gpu_tables.note(data)

@@ -327,10 +327,9 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
             int const slots[2] = {position[0] >= 0 ? low : -1, position[1] >= 0 ? low + 8 : -1};
             shared.keys.load(warpKeys, codes, centring, slots, t);
         } else {
-            T* const tile[] = {shared.keys.rows};
+            T* const tile[] = {shared.keys.rows};  // which is read behind the barrier of the first tile of queries
             readCodes<W, kTileRows>(codes, &centring, p.t.presentPosition + head * C, from.base, C, Tiles::kStride,
                                     tile);
-            __syncthreads();
             for (int r = 0; r < 2; ++r) rows[r] = tile[0] + (warp * 16 + g + r * 8) * Tiles::kStride;
         }
     }
