@@ -136,9 +136,10 @@ def trace_once(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] 
     """:func:`less_export.exporter.trace.trace`, which takes seconds, cached for equal models."""
     maps = [(n, type(m).__name__, m.rank, m.hidden) for n, m in decoder.maps.items()]
     config = {n: v for n, v in decoder.model.config.to_dict().items() if n != "_name_or_path"}
-    key = json.dumps([contract.to_dict(), config, maps], default=str)
+    names = sorted(unbound)
+    key = json.dumps([contract.to_dict(), config, maps, names], default=str)
     if key not in _graphs:
-        _graphs[key] = trace(decoder, contract, unbound)
+        _graphs[key] = trace(decoder, contract, names)
     return _graphs[key].clone()
 
 

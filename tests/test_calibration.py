@@ -14,14 +14,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from less_export import calibrate, export, open_bundle
+from less_export import calibrate, open_bundle
 from less_export.bundle.artifact import Bundle
 from less_export.config import ExportConfig
 from less_export.contract import LayerSpec, Policy
 from less_export.errors import ModelError
 from less_export.evaluation import perplexity, variants
 from less_export.evaluation.subject import open_subject
-from less_export.hf import calibration, data, running
+from less_export.exporter import calibrate as exporter_calibrate
+from less_export.exporter.calibrate import calibrated
+from less_export.hf import calibration, data, running, sources
+from less_export.hf.model import open_model
 from less_export.hf.surgery import discover
 from less_export.less import int8, simulate
 from less_export.less.feature_maps import Kernels
@@ -30,6 +33,7 @@ from less_export.training import collect, end_to_end, fit, job
 
 from . import bundles
 from .bundles import Run, refused
+from .test_training_resources import RecordedProgress
 from .training_support import OPTIONS, model_folder, trained
 
 pytest_plugins = ["tests.bundles", "tests.training_support"]
@@ -168,57 +172,69 @@ def test_what_calibrate_refuses(source: Path, tmp_path: Path, run: Run) -> None:
 # ------------------------------------------------------------------ exports
 
 
-def remarks(model: Path, out: Path, **options: Any) -> tuple[list[str], list[str]]:
-    """Warnings of an export with int8 slots, and its progress."""
-    said: list[str] = []
+def prepared(model: Path, **options: Any) -> tuple[Kernels, list[str], list[str]]:
+    """The kernels of an export with int8 slots, its warnings and its progress."""
+    source, said = sources.resolve(str(model)), RecordedProgress()
+    opened = open_model(source, ExportConfig(slots="int8", **options))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        export(str(model), out, slots="int8", progress=said.append, **bundles.QUICK, **options)
-    return [str(w.message) for w in caught if w.category is UserWarning], said
+        kernels = calibrated(opened, source.tokenizer(), said)
+    return kernels, [str(w.message) for w in caught], said.lines
 
 
-def test_an_export_calibrates_what_is_not(source: Path, kernel_file: Path, tmp_path: Path) -> None:
-    """With trained kernels and without; the constants are those of the command, and reach the graph."""
-    for name, kernels in (("plain", None), ("kernels", kernel_file)):
-        caught, said = remarks(source, tmp_path / name, kernels=kernels)
-        assert not [w for w in caught if "calibrat" in w]
-        assert sum("calibrating int8 slots on the text that ships with less-export" in s for s in said) == 1
-    calibrate(str(source), tmp_path / "c.safetensors")
-    want = Kernels.load(tmp_path / "c.safetensors")
-    for name in ("plain", "kernels"):
-        facts = Bundle.open(tmp_path / name).manifest.kernels
-        assert facts is not None
-        got = Kernels.load(tmp_path / name / facts.file)
-        assert all(torch.equal(got.tensors()[n], x) for n, x in want.tensors().items())
-        assert got.provenance["centring"] == want.provenance["centring"]
-    caught, said = remarks(source, tmp_path / "given", kernels=tmp_path / "c.safetensors")
-    assert not [s for s in said if "calibrating" in s]
-    assert [w for w in caught if "c.safetensors is calibrated only: evicted tokens are forgotten" in w]
+def test_an_export_calibrates_what_is_not(source: Path, kernel_file: Path, tmp_path: Path, run: Run) -> None:
+    """The constants are those of the command, and reach the graph; trained kernels stay as they are."""
+    result = run(source, "--out", tmp_path / "b", "--slots", "int8", "--kernels", kernel_file, *bundles.QUICK_OPTIONS)
+    assert result.code == 0, result.err
+    assert result.err.count("calibrating int8 slots on the text that ships with less-export") == 1
+    want = Kernels.load(calibrate(str(source), tmp_path / "c.safetensors"))
+    facts = Bundle.open(tmp_path / "b").manifest.kernels
+    assert facts is not None
+    got = Kernels.load(tmp_path / "b" / facts.file)
+    assert got.layers.keys() == Kernels.load(kernel_file).layers.keys()
+    assert all(torch.equal(got.tensors()[n], x) for n, x in want.tensors().items())
+    assert got.provenance["centring"] == want.provenance["centring"]
     ids = np.random.default_rng(0).integers(2, 300, (1, 40))
     logits = {}
     for name in ("ort", "torch"):
-        backend = open_bundle(tmp_path / "kernels", name).backend
+        backend = open_bundle(tmp_path / "b", name).backend
         backend.open(1)
         logits[name] = np.concatenate([backend.step(ids[:, i : i + 8]) for i in range(0, 40, 8)], 1)
-    np.testing.assert_allclose(logits["ort"], logits["torch"], rtol=1e-3, atol=1e-4)
+    assert np.abs(logits["ort"] - logits["torch"]).max() < 1e-4 * np.abs(logits["torch"]).max()
+
+
+def test_an_export_measures_only_what_is_missing(source: Path, tmp_path: Path) -> None:
+    measured, caught, said = prepared(source)
+    assert sorted(measured.centring) == [0, 1]
+    assert len(said) == 1
+    assert caught == []
+    own = int8.Centring(torch.ones(2, 8), torch.ones(2, 8))
+    Kernels({}, {}, {1: own}).save(tmp_path / "k.safetensors")
+    joined, _, _ = prepared(source, kernels=tmp_path / "k.safetensors")
+    assert torch.equal(joined.centring[0].mean, measured.centring[0].mean)
+    assert torch.equal(joined.centring[1].mean, own.mean)
+    joined.save(tmp_path / "k.safetensors")
+    assert prepared(source, kernels=tmp_path / "k.safetensors")[2] == []
+    first, _, _ = prepared(source, num_hidden_layers=1)
+    assert torch.equal(first.centring[0].std, measured.centring[0].std)
+    assert sorted(first.centring) == [0]
 
 
 def test_exports_that_cannot_calibrate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hint = "calibrate with less-export calibrate, and give its file with --kernels"
     bare = bundles.copy(source, tmp_path / "bare")
     for file in bare.glob("*token*"):
         file.unlink()
-    caught, said = remarks(bare, tmp_path / "a")
-    (warning,) = (w for w in caught if "int8 slots are not calibrated" in w)
-    assert "the model has no tokenizer" in warning
-    assert hint in warning
-    assert not [s for s in said if "calibrating" in s]
+    reasons = {"the model has no tokenizer": prepared(bare)}
+    monkeypatch.setattr(exporter_calibrate, "_MOST_PARAMETERS", 10)
+    reasons["billion parameters, and running it takes long"] = prepared(source)
     monkeypatch.setattr(running, "free_memory", lambda device: 1000)
-    caught, _ = remarks(source, tmp_path / "b")
-    (warning,) = (w for w in caught if "int8 slots are not calibrated" in w)
-    assert "0.0 GB are free" in warning
-    assert hint in warning
-    assert Bundle.open(tmp_path / "b").manifest.kernels is None
+    reasons["running the model takes 0.0 GB of memory, and 0.0 GB are free"] = prepared(source)
+    for reason, (kernels, (warning,), said) in reasons.items():
+        assert warning.startswith("int8 slots are not calibrated, which costs quality")
+        assert reason in warning
+        assert "calibrate with less-export calibrate, and give its file with --kernels" in warning
+        assert dict(kernels.centring) == {}
+        assert said == []
 
 
 # ------------------------------------------------------------------ trainings

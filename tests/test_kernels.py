@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, safe_open, save_file
 
 from less_export import open_bundle
-from less_export.contract import Heads, LayerSpec, Policy
+from less_export.contract import Heads, LayerSpec, Policy, SlotDtype
 from less_export.errors import KernelError
 from less_export.less.feature_maps import PARAMETRISATIONS, Kernels, random_kernels
 from less_export.less.int8 import Centring
@@ -201,19 +201,40 @@ def test_not_a_kernel_file(content: str, tmp_path: Path) -> None:
 
 
 def trained_for(
-    facts: dict[str, Any], policy: Policy, slots: int, *names: str, half_life: int | None = None
+    facts: dict[str, Any],
+    policy: Policy,
+    slots: int,
+    *names: str,
+    half_life: int | None = None,
+    slot_dtype: SlotDtype = "model",
 ) -> list[str]:
     """Warnings about kernels with ``facts`` in a model with that policy, whose layer 1 keeps everything."""
     heavy, recent = (slots - 1, 1) if policy is Policy.TOVA else (slots // 2, slots // 2)
     plan = [
         LayerSpec(h.query_heads, h.kv_heads, h.head_dim, 0.3, policy, heavy, recent, 0, True, slots, 5) for h in HEADS
     ]
-    plan = [replace(s, score_half_life=half_life) for s in plan]
+    plan = [replace(s, score_half_life=half_life, slot_dtype=slot_dtype) for s in plan]
     plan[1] = LayerSpec(6, 2, 8, 0.3, Policy.WINDOW, 0, 999, 999, False, 999, 1)
     return Kernels(some("exp", (0, 1, 2)).layers, facts).doubts(names or ("org/Name", "name-270m"), plan)
 
 
 FACTS = {"model": "org/Name", "policy": "h2o", "slots": {"0": [8, 8], "1": [8, 8], "2": [8, 8]}}
+
+
+@pytest.mark.parametrize(("stated", "slots"), [("model", "int8"), (None, "int8"), ("int8", "model")])
+def test_kernels_trained_with_other_slots(stated: str | None, slots: SlotDtype) -> None:
+    facts = FACTS if stated is None else FACTS | {"slot_dtype": stated}
+    says = f"the kernels were trained with --slots {stated or 'model'}, not {slots}: quality may suffer"
+    assert trained_for(facts, Policy.H2O, 16, slot_dtype=slots) == [says]
+    same: SlotDtype = "int8" if stated == "int8" else "model"
+    assert trained_for(facts, Policy.H2O, 16, slot_dtype=same) == []
+
+
+def test_constants_of_another_model() -> None:
+    centring = {0: Centring(torch.zeros(2, 8), torch.ones(2, 8))}
+    plan = [LayerSpec(6, 2, 8, 0.3, Policy.H2O, 8, 8, 0, False, 16, 1, None, "int8")]
+    says = "the kernels were calibrated for org/other: if name is another model, calibrate its own"
+    assert Kernels({}, {"model": "org/other"}, centring).doubts(["name"], plan) == [says]
 
 
 def test_kernels_for_what_they_were_trained_for() -> None:

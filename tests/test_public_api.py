@@ -37,6 +37,7 @@ def test_names() -> None:
         "RowState",
         "SamplingParams",
         "__version__",
+        "calibrate",
         "export",
         "open_bundle",
         "train",
@@ -52,6 +53,10 @@ def test_names() -> None:
     [
         (less_export.export, "(model, out, config=None, *, engine_plan=False, progress=None, **options)"),
         (less_export.open_bundle, "(path, backend=None, *, trust_code=False, **options)"),
+        (
+            less_export.calibrate,
+            "(model, out, texts=(), *, kernels=None, seqs=8, seq_len=None, device=None, progress=None)",
+        ),
         (less_export.train, "(model, out, texts=(), config=None, *, progress=None, **options)"),
         (Generator, "(backend, tokenizer=None, *, eos_ids=None)"),
         (Generator.generate, "(prompts, params=None, *, prefix=None, **overrides)"),

@@ -142,6 +142,9 @@ SPEC = LayerSpec(4, 2, 16, 0.3, Policy.H2O, 8, 8, 0, True, 16, 4)
         (replace(SPEC, query_heads=8, kv_heads=1, policy=Policy.SINK), 12, 256, 128),
         (replace(SPEC, kv_heads=4, head_dim=8, policy=Policy.TOVA, heavy=15, recent=1), 3, 256, 32),
         (replace(SPEC, query_heads=2, kv_heads=1, head_dim=32), 64, 128, 64),  # the sequences outweigh the rest
+        (replace(SPEC, slot_dtype="int8"), 24, 128, 64),
+        (replace(SPEC, kv_heads=4, head_dim=8, slot_dtype="int8"), 64, 128, 64),
+        (replace(SPEC, query_heads=2, kv_heads=1, head_dim=32, slot_dtype="int8"), 64, 128, 64),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ def parser() -> Parser:
         "and eval with --kernels. train --slots int8 does the same for the kernels it trains.",
         (
             "less-export calibrate gemma3-270m --out centring.safetensors",
-            "less-export calibrate ./checkpoint --data a.txt b.txt --kernels k.safetensors --out k8.safetensors",
+            "less-export calibrate ./checkpoint --data a.txt --kernels k.st --out k8.st",
         ),
     )
     paths = parser.add_argument_group("model, texts and output")
