@@ -92,7 +92,7 @@ def test_an_interrupt_while_collecting_leaves_nothing(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect, "_forward", interrupted)
+    monkeypatch.setattr(collect, "run_decoder", interrupted)
     monkeypatch.setattr(collect, "output_projections", lambda model, plan: {})
     with pytest.raises(KeyboardInterrupt):
         trained(model_folder(tmp_path / "model"), text)
