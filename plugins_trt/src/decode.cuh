@@ -68,13 +68,14 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         float query[GT][8], acc[GT][8], peak[GT], mass[GT];
 #pragma unroll
         for (int g = 0; g < GT; ++g) {
-#pragma unroll
-            for (int i = 0; i < 8; ++i) query[g][i] = acc[g][i] = 0.f;
-            if (inRange && tile + g < G) q.load8((tile + g) * D + column, query[g]);
+            q.load8((tile + g) * D + column, inRange && tile + g < G, query[g]);
             peak[g] = -kInfinity;
             mass[g] = 0.f;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) query[g][i] *= rules.scale;
+            for (int i = 0; i < 8; ++i) {
+                query[g][i] *= rules.scale;
+                acc[g][i] = 0.f;
+            }
         }
         for (int first = begin + warp * kRowsPerWarp; first < end; first += kRows * kUnroll) {
             Piece<S> key[kUnroll], value[kUnroll];

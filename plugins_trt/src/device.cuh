@@ -107,9 +107,12 @@ class Elements {
         : x_(static_cast<T*>(const_cast<void*>(tensor)) + offset) {}
     __device__ __forceinline__ float operator[](long i) const { return toFloat(x_[i]); }
     __device__ __forceinline__ void set(long i, float value) const { x_[i] = fromFloat<T>(value); }
-    // Eight elements; the index of the first is a multiple of eight.
-    __device__ __forceinline__ void load8(long i, float (&out)[8]) const {
-        unpack(*reinterpret_cast<Vec8<T> const*>(x_ + i), out);
+    // Eight elements, or zeros if they are not `wanted`; the index of the first is a multiple of eight.
+    __device__ __forceinline__ void load8(long i, bool wanted, float (&out)[8]) const {
+        Vec8<T> vector;
+        zero(vector);
+        if (wanted) vector = *reinterpret_cast<Vec8<T> const*>(x_ + i);
+        unpack(vector, out);
     }
 
  private:
@@ -132,8 +135,8 @@ class Elements<AnyType> {
     __device__ __forceinline__ void set(long i, float value) const {
         visit([&](auto const& typed) { typed.set(i, value); });
     }
-    __device__ __forceinline__ void load8(long i, float (&out)[8]) const {
-        visit([&](auto const& typed) { typed.load8(i, out); });
+    __device__ __forceinline__ void load8(long i, bool wanted, float (&out)[8]) const {
+        visit([&](auto const& typed) { typed.load8(i, wanted, out); });
     }
 
  private:
