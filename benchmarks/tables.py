@@ -16,6 +16,7 @@ import gpu_tables
 import long_tables
 import model_tables
 import quality_tables
+import slots_tables
 
 from less_export.cli.recipes import PAPER_BUDGETS, RECIPE_LENGTHS, full_caches, recipe_figures
 from less_export.cli.tables import size
@@ -252,6 +253,15 @@ def long() -> str:
     return table(*long_tables.long(data)) + f"\n\n({description}; {where(data)})"
 
 
+def slots(part: str) -> str:
+    """A table about int8 slots."""
+    data = results("slots")
+    note = (
+        f"contexts of {data['length']:,} tokens, one token a step, policy {data['rows'][0]['policy']}, without kernels"
+    )
+    return table(*slots_tables.PARTS[part](data)) + f"\n\n({note}; {where(data)})"
+
+
 def models(part: str) -> str:
     """A table about architectures."""
     name, maker = model_tables.PARTS[part]
@@ -270,6 +280,7 @@ def rendered(text: str) -> str:
     }
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
+    makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}

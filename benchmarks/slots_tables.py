@@ -1,0 +1,46 @@
+"""The tables of ``benchmarks/results/slots.json``: what int8 slots gain at equal bytes, and what rounding costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from less_export.evaluation import statistics
+
+#: Caches of the benchmark: 16-bit slots, int8 slots of the same bytes, and as many int8 slots.
+WIDE, INT8, AS_MANY = "16-bit", "int8", "int8, as many slots"
+
+
+def _values(row: dict[str, Any], cache: str, kind: str) -> np.ndarray:
+    return np.array(row["caches"][cache][kind])
+
+
+def slots_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """KL from the full cache by model and text, and how much lower it is with int8 slots of equal bytes."""
+    header = ["model", "text", "sequences", "16-bit slots", "int8, same bytes", "lower by", "int8, as many slots"]
+    rows = []
+    for row in data["rows"]:
+        wide, coded, many = (_values(row, c, "kl") for c in (WIDE, INT8, AS_MANY))
+        change = statistics.mean(1 - coded / wide)
+        counts = [f"{x.mean():.4f} ({row['slots'][c]})" for c, x in ((WIDE, wide), (INT8, coded))]
+        lower = f"{change.value:.0%} [{change.low:.0%}, {change.high:.0%}]"
+        rows.append([row["model"], row["text"], str(row["sequences"]), *counts, lower, f"{many.mean():.4f}"])
+    return header, rows
+
+
+def slots_rounding(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Relative squared error of attention when only rounding is added: the worst layer and the mean, over all texts."""
+    rows = []
+    for model in dict.fromkeys(r["model"] for r in data["rows"]):
+        errors = {
+            kind: np.array([r["rounding"][kind] for r in data["rows"] if r["model"] == model])
+            for kind in ("plain", "calibrated")
+        }
+        cells = [f"{x.max():.5f}, {x.mean():.5f}" for x in errors.values()]
+        rows.append([model, str(errors["plain"].shape[1]), *cells])
+    return ["model", "layers", "keys as they are: worst, mean", "calibrated: worst, mean"], rows
+
+
+#: Tables by name.
+PARTS = {"slots_kl": slots_kl, "slots_rounding": slots_rounding}
