@@ -237,8 +237,9 @@ def _centre(job: TrainJob) -> None:
     if not any(layer.int8 for layer in job.plan):
         return
     file = job.work / "centring.safetensors"
+    ids = job.corpus.ids[: len(job.corpus.ids) - job.validation][: calibration.SEQUENCES]
+    job.facts["centring"] = {"sequences": {"count": len(ids), "length": ids.shape[1]}}
     if job.processes.first and work.load_kernels(file, job.progress) is None:
-        ids = job.corpus.ids[: len(job.corpus.ids) - job.validation][: calibration.SEQUENCES]
         work.save_kernels(file, Kernels({}, {}, calibration.measure(_load(job), ids, job.plan, job.progress)))
     job.processes.wait()
     job.centring = work.written(work.load_kernels(file), file).centring
