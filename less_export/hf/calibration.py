@@ -31,7 +31,8 @@ from .surgery import AttentionCall, less_attention
 #: Sequences, and tokens of each, unless told otherwise.
 SEQUENCES, LENGTH = 8, 1024
 #: Smallest std of a channel, as a share of the root mean square of its head's: a channel that varies less than this in
-#: the text may vary more in another, where it would take the range of all others.
+#: the text may vary more in another, where it would take the range of all others. In SmolLM2-135M shares from 0
+#: to 0.5 give the same errors: 1 channel in 5,000 varies less than 0.1 times the root mean square.
 SMALLEST_SHARE = 0.1
 #: Smallest std of a channel in any case, and as a share of the largest mean, whose float32 rounding it exceeds.
 _SMALLEST, _SMALLEST_TO_MEAN = 1e-6, 2.0**-20
