@@ -110,8 +110,10 @@ def _compare_states(twin: Contract, fed: list[Any], state: list[torch.Tensor]) -
         error = np.abs(got - want)
         if spec.dtype == "int8":
             same = error.max(initial=0) <= 1 and np.count_nonzero(error) <= 1 + error.size // 100
-        else:
-            same = bool((error <= TOLERANCE * max(np.abs(want).max(initial=0), 1)).all())
+        else:  # H moves by one code of a value that it absorbs
+            rounds = spec.field.name == "h" and twin.layers[spec.layer].int8
+            bound = 1 / 127 if rounds else TOLERANCE
+            same = bool((error <= bound * max(np.abs(want).max(initial=0), 1)).all())
         if not same:
             raise ValidationError(
                 f"the exported graph's {spec.present.name} differs from the torch reference's: this model is not "
