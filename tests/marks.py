@@ -18,6 +18,12 @@ def exhaustive_but(values: Iterable[Any], *usual: Any) -> list[Any]:
     return _marked(pytest.mark.exhaustive, values, usual)
 
 
+def some_of(values: Iterable[Any], every: int = 3) -> list[Any]:
+    """Values for ``parametrize``: the first of every ``every``; the others run with ``-m exhaustive`` only."""
+    listed = list(values)
+    return exhaustive_but(listed, *listed[::every])
+
+
 def _marked(mark: pytest.MarkDecorator, values: Iterable[Any], but: tuple[Any, ...]) -> list[Any]:
     def case(value: Any) -> Any:
         several = value if isinstance(value, tuple) else (value,)

@@ -19,6 +19,7 @@ from less_export.runtime.open import load_backend
 
 from . import bundles, families
 from .bundles import QUICK_OPTIONS, Run, refused
+from .marks import exhaustive_but
 
 pytest_plugins = ["tests.bundles"]
 
@@ -128,7 +129,9 @@ def test_towers_of_models_that_see(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"weights": "int8"}, {"num_hidden_layers": 1}])
+@pytest.mark.parametrize(
+    "options", exhaustive_but([{}, {"weights": "int8"}, {"num_hidden_layers": 1}], {"weights": "int8"})
+)
 def test_tied_embeddings_with_different_values(options: dict[str, object], tmp_path: Path) -> None:
     folder = families.save(families.small(tie_word_embeddings=True), tmp_path / "model", torch.float16)
     table = "model.embed_tokens.weight"

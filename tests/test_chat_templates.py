@@ -108,7 +108,7 @@ def test_hostile_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatc
     assert len(message) < 400
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_limit_is_reached_in_little_memory() -> None:
     """With all the steps that there are, in a process of its own."""
     code = (

@@ -27,6 +27,7 @@ from less_export.runtime.ort import OrtBackend
 
 from . import families
 from .families import BUDGET, Tiny, feed, relative, text
+from .marks import exhaustive_but
 
 pytestmark = pytest.mark.slow
 
@@ -290,7 +291,7 @@ def test_mixed_dtypes(tmp_path: Path) -> None:
     assert_is_the_model(tiny)
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", exhaustive_but([False, True], True))
 def test_weights_are_cast_after_they_are_moved(tied: bool, tmp_path: Path) -> None:
     # ONNX Runtime folds the casts, so it would hold embedding tables in f32 in addition to the transposed ones.
     checkpoint = families.save(families.small(tie_word_embeddings=tied), tmp_path / "model", torch.bfloat16)

@@ -257,7 +257,7 @@ def test_compressed_sliding_layers_absorb(tmp_path: Path) -> None:
     np.testing.assert_allclose((position >= 0).sum(-1) + z.sum(-1), state.length, rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_more_layers_than_any_recipe(tmp_path: Path) -> None:
     # OPT's layers are the quickest to trace; test_runtime has more.
     count = 1 + max(r.architecture["num_hidden_layers"] for r in recipes.all_recipes())

@@ -27,6 +27,7 @@ from less_export.testing import empty_state
 
 from . import families
 from .families import Tiny
+from .marks import exhaustive_but
 
 STRIDE, ROUNDING = 3, 1e-4
 
@@ -83,7 +84,7 @@ def _registered() -> Iterator[None]:
     assert tuple(policies.registered()) == before
 
 
-@pytest.fixture(scope="module", params=OUTSIDE)
+@pytest.fixture(scope="module", params=exhaustive_but(OUTSIDE, "latest-third"))
 def policy(request: pytest.FixtureRequest) -> EvictionPolicy:
     return OUTSIDE[request.param]
 

@@ -34,12 +34,18 @@ from less_export.runtime.torch import bundle_model
 from . import families
 from .conftest import PLUGIN_ARCH
 from .families import Tiny, feed, relative, text
-from .marks import slow_but
+from .marks import exhaustive_but, slow_but
 
 BITS = {"int8": 8, "int4": 4}
 every_kind = pytest.mark.parametrize("kind", slow_but(BITS, "int4"))
+usual_kind = pytest.mark.parametrize("kind", exhaustive_but(BITS, "int4"))
 #: A model for each layout: [out, in] untied and tied, fused QKV, [in, out] with biases (Gemm), experts.
 MODELS = ("llama", "gemma3", "phi3", "gpt2", "falcon_mqa", "mixtral")
+#: Each in both kinds; an ordinary run takes one of them.
+_PAIRS = [(family, kind) for family in MODELS for kind in BITS]
+every_model = pytest.mark.parametrize(
+    ("family", "kind"), exhaustive_but(_PAIRS, *((f, list(BITS)[i % 2]) for i, f in enumerate(MODELS)))
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +79,8 @@ def linear(bundle: Path) -> dict[str, QuantisedTensor]:
     return {n: t for n, t in tensors.items() if isinstance(t, QuantisedTensor)}
 
 
-@every_kind
-@pytest.mark.parametrize("family", slow_but(MODELS, "gemma3"))
+@pytest.mark.slow
+@every_model
 def test_weights_are_the_librarys(quantised: Callable[[str, str], Tiny], family: str, kind: str) -> None:
     tiny = quantised(family, kind)
     model = families.load(tiny.checkpoint)
@@ -100,8 +106,8 @@ def test_weights_are_the_librarys(quantised: Callable[[str, str], Tiny], family:
         assert bool((error <= 0.5001 * scale.T[..., None]).all())
 
 
-@every_kind
-@pytest.mark.parametrize("family", slow_but(MODELS, "gemma3"))
+@pytest.mark.slow
+@every_model
 def test_onnx_runtime_computes_with_the_dequantised_weights(
     quantised: Callable[[str, str], Tiny], family: str, kind: str
 ) -> None:
@@ -120,8 +126,8 @@ def test_onnx_runtime_computes_with_the_dequantised_weights(
     assert relative(expected, original) > 1e-3
 
 
-@every_kind
-@pytest.mark.parametrize("family", slow_but(MODELS, "gemma3"))
+@pytest.mark.slow
+@every_model
 def test_onnx_runtime_multiplies_by_the_codes(
     quantised: Callable[[str, str], Tiny], family: str, kind: str, tmp_path: Path
 ) -> None:
@@ -132,7 +138,7 @@ def test_onnx_runtime_multiplies_by_the_codes(
 
 
 @pytest.mark.slow
-@every_kind
+@usual_kind
 def test_file_is_all_that_the_bundle_needs(quantised: Callable[[str, str], Tiny], kind: str) -> None:
     tiny = quantised("gemma3", kind)
     assert {p.name for p in tiny.bundle.iterdir()} == {
@@ -207,7 +213,7 @@ def test_tensorrt_takes_the_graph_with_the_plugin(kind: str, plugin_library: Pat
 
 
 @pytest.mark.slow
-@every_kind
+@usual_kind
 def test_check_and_info_know(
     quantised: Callable[[str, str], Tiny], kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

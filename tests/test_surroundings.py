@@ -21,6 +21,7 @@ from less_export.tensorrt import cache
 
 from . import bundles
 from .bundles import QUICK_OPTIONS, Run, refused
+from .marks import exhaustive_but
 from .test_ending import ended
 from .test_tokenizer_facts import UNKNOWN, damaged, template
 
@@ -63,7 +64,7 @@ pwd.getpwuid = getpwuid
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("home", [{}, {"HOME": "/proc/nowhere"}])
+@pytest.mark.parametrize("home", exhaustive_but([{}, {"HOME": "/proc/nowhere"}], {}))
 def test_an_export_without_a_home_folder(home: dict[str, str], source: Path, tmp_path: Path) -> None:
     """Nor can one be created."""
     environment = {"PATH": os.environ["PATH"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **home}

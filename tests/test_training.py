@@ -23,6 +23,7 @@ from less_export.progress import Silent
 from less_export.training import collect, end_to_end, fit, job
 
 from .bundles import Run, refused
+from .marks import exhaustive_but
 from .training_support import LENGTH, OPTIONS, model_folder, sliding_folder, trained
 
 pytest_plugins = ["tests.bundles", "tests.training_support"]
@@ -111,7 +112,7 @@ def test_provenance(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rate", "finite"), [(0.1, True), (30.0, False)])
+@pytest.mark.parametrize(("rate", "finite"), exhaustive_but([(0.1, True), (30.0, False)], (30.0, False)))
 def test_end_to_end_never_leaves_the_kernels_worse(
     rate: float, finite: bool, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

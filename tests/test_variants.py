@@ -32,6 +32,7 @@ from less_export.runtime.ort import OrtBackend
 
 from . import families
 from .families import BUDGET, WINDOW, differences, evicted, feed, relative, text
+from .marks import some_of
 
 #: Relative tolerance of results that differ only in the order of float32 sums, in one model and between two.
 ROUNDING, FLOOR = 2e-5, 5e-6
@@ -41,7 +42,7 @@ assert sum(STEPS) == BUDGET
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", {**families.OTHERS, **families.VARIANTS})
+@pytest.mark.parametrize("family", some_of({**families.OTHERS, **families.VARIANTS}))
 def test_is_the_hugging_face_model_until_it_evicts(family: str, tmp_path: Path) -> None:
     checkpoint = families.save(family, tmp_path / "model")
     model = families.load(checkpoint)
@@ -77,7 +78,7 @@ def narrow(recipe: recipes.Recipe) -> PreTrainedModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", some_of(recipes.names()))
 def test_a_narrow_twin_of_every_recipe_is_the_hugging_face_model(name: str, tmp_path: Path) -> None:
     # At full width: benchmarks/bench_full_width.py.
     recipe = recipes.load(name)
