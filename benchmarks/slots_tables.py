@@ -42,5 +42,12 @@ def slots_rounding(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["model", "layers", "keys as they are: worst, mean", "calibrated: worst, mean"], rows
 
 
+def slots_decode(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Milliseconds of a decode step with either kind of slots, and their ratio."""
+    times = data["milliseconds"]
+    row = [str(data["layers"]), str(data["slots"]), f"{times['model']:.1f} ms", f"{times['int8']:.1f} ms"]
+    return ["layers", "slots", "float32 slots", "int8 slots", "ratio"], [[*row, f"{data['ratio']:.3f}"]]
+
+
 #: Tables by name.
 PARTS = {"slots_kl": slots_kl, "slots_rounding": slots_rounding}

@@ -262,6 +262,15 @@ def slots(part: str) -> str:
     return table(*slots_tables.PARTS[part](data)) + f"\n\n({note}; {where(data)})"
 
 
+def slots_decode() -> str:
+    """Decode steps with either kind of slots."""
+    data = results("slots_decode")
+    note = (
+        f"random Llama of TinyLlama-1.1B's shape, float32, {data['threads']} threads, median of {data['steps']} steps"
+    )
+    return table(*slots_tables.slots_decode(data)) + f"\n\n({note}; {where(data)})"
+
+
 def models(part: str) -> str:
     """A table about architectures."""
     name, maker = model_tables.PARTS[part]
@@ -280,6 +289,7 @@ def rendered(text: str) -> str:
     }
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
+    makers |= {"slots_decode": slots_decode}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
