@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +106,14 @@ def test_without_constants(tmp_path: Path) -> None:
     assert not (out / "kernels.safetensors").exists()
     mine, theirs = logits(out, "ort"), logits(out, "torch")
     assert np.abs(mine - theirs).max() < 2e-5 * np.abs(theirs).max()
+
+
+def test_a_file_of_constants_alone_is_named(source: Path, tmp_path: Path, run: bundles.Run) -> None:
+    file = tmp_path / "constants.safetensors"
+    Kernels({}, {}, Kernels.load(kernel_file(tmp_path / "k.safetensors")).centring).save(file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = bundles.bundle(source, tmp_path / "b", slots="int8", kernels=file)
+    shown = run("info", out)
+    assert shown.code == 0
+    assert "constants of int8 slots" in shown.out

@@ -67,7 +67,8 @@ def _print_bundle(bundle: Bundle) -> None:
     for weight in m.weights:
         content = f"weights, linear layers in {quantised}" if quantised else "weights"
         files.add_row(weight.file, content, size(weight.bytes))
-    for name, extra in (("tokenizer", m.tokenizer), ("kernels", m.kernels)):
+    trained = "kernels" if m.kernels is None or m.kernels.layers else "constants of int8 slots"
+    for name, extra in (("tokenizer", m.tokenizer), (trained, m.kernels)):
         if extra is not None and extra.file:
             files.add_row(extra.file, name, size(bundle.path(extra.file).stat().st_size))
     show(files)
