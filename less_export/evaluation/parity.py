@@ -22,15 +22,13 @@ from polygraphy.logger import G_LOGGER
 
 from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract
 from ..errors import UsageError
+from ..less.int8 import ONE_CODE
 from ..runtime.backend import Array, Backend, RowState, State
 
 #: Largest error by compute dtype, relative to the tensor's largest reference value.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 #: Largest share of slots whose token may differ, because scores are within rounding of each other.
 SLOT_TOLERANCE = {"float32": 0.01, "float16": 0.05, "bfloat16": 0.1}
-#: Smallest tolerance of H in layers with int8 slots: a value whose last bit differs may round to the neighbouring code,
-#: one 127th of the token's largest.
-CODE_TOLERANCE = 1 / 127
 #: Precision whose tolerances hold for ONNX Runtime with quantised weights: it rounds activations to 8 bits.
 QUANTISED_PRECISION = "bfloat16"
 #: Tokens fed one at a time after the chunks.
@@ -192,7 +190,7 @@ class _Compare:
             record(prefix + "position", float(differ.sum()) / 2 / expected.size, slots)
             if layer.absorb:
                 same = differ == 0
-                for name, tolerance in (("h", max(limit, CODE_TOLERANCE if layer.int8 else 0.0)), ("z", limit)):
+                for name, tolerance in (("h", max(limit, ONE_CODE if layer.int8 else 0.0)), ("z", limit)):
                     error = _relative(truth[prefix + name][same], other[prefix + name][same])
                     record(prefix + name, error, tolerance)
             if layer.policy.evicts:

@@ -27,6 +27,7 @@ from ..hf.config_layers import keep_layers, layer_kinds
 from ..hf.decoder import LessDecoder, fresh_state, parameter_of
 from ..hf.surgery import discover
 from ..less.feature_maps import Kernels, random_kernels
+from ..less.int8 import ONE_CODE
 from . import onnx_op
 from .bind import bind
 from .trace import trace
@@ -111,8 +112,8 @@ def _compare_states(twin: Contract, fed: list[Any], state: list[torch.Tensor]) -
         if spec.dtype == "int8":
             same = error.max(initial=0) <= 1 and np.count_nonzero(error) <= 1 + error.size // 100
         else:  # H moves by one code of a value that it absorbs
-            rounds = spec.field.name == "h" and twin.layers[spec.layer].int8
-            bound = 1 / 127 if rounds else TOLERANCE
+            coded = spec.field.name == "h" and twin.layers[spec.layer].int8
+            bound = ONE_CODE if coded else TOLERANCE
             same = bool((error <= bound * max(np.abs(want).max(initial=0), 1)).all())
         if not same:
             raise ValidationError(

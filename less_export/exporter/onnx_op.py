@@ -241,16 +241,16 @@ def _slots(op: _Nodes, x: SimpleNamespace, int8: bool) -> SimpleNamespace:
         fills = {"key": (x.past_key, x.k), "value": (x.past_value, x.v)}
         return SimpleNamespace(keys=keys, values=values, absorbed=values, fills=fills)
 
-    last = op.ints(-1)
+    last, largest = op.ints(-1), float(int8_slots.LARGEST)
 
     def quantised(tensor: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Codes in f32 and in int8, and their scales [B,Hk,T]; the rule is that of ``less.int8``."""
-        scale = op.Div(op.ReduceMax(op.Abs(tensor), last, keepdims=0), op.f32(float(int8_slots.LARGEST)))
+        scale = op.Div(op.ReduceMax(op.Abs(tensor), last, keepdims=0), op.f32(largest))
         usable = op.GreaterOrEqual(scale, op.f32(int8_slots.SMALLEST_SCALE))
         scale = op.Where(usable, scale, op.f32(0.0))
         divisor = op.Where(usable, scale, op.f32(1.0))
         code = op.Round(op.Div(tensor, op.Unsqueeze(divisor, last)))  # rounds half to even
-        code = op.Min(op.Max(code, op.f32(-float(int8_slots.LARGEST))), op.f32(float(int8_slots.LARGEST)))
+        code = op.Min(op.Max(code, op.f32(-largest)), op.f32(largest))
         code = op.rows(usable, code)
         return code, op.Cast(code, to=ir.DataType.INT8), scale
 

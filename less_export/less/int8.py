@@ -20,6 +20,8 @@ from torch import Tensor
 
 #: Largest magnitude of a code.
 LARGEST = 127
+#: The step from one code to the next, as a share of a token's largest element: what one differing last bit may change.
+ONE_CODE = 1 / LARGEST
 #: Smallest scale: below it, float32 loses digits, and some devices flush to zero.
 SMALLEST_SCALE = 2.0**-126
 
