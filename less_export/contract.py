@@ -69,6 +69,8 @@ class LayerSpec(Heads):
     the newest ``window`` positions, itself included. ``absorb`` layers own a low-rank state of ``rank``
     features; the others have rank 1, psi = 0 and skip it. ``score_half_life`` is the number of tokens after
     which an accumulated score counts half, ``None`` if scores never fade. ``slot_dtype`` is what the slots hold.
+    ``max_distance`` is the largest distance in tokens that a slot is seen at; its layer gets q and k before the
+    rotary embedding and rotates them itself. ``None``: the model rotates q and k by absolute positions, or not at all.
     """
 
     scale: float
@@ -81,6 +83,7 @@ class LayerSpec(Heads):
     rank: int
     score_half_life: int | None = None
     slot_dtype: SlotDtype = "model"
+    max_distance: int | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
@@ -99,6 +102,7 @@ class LayerSpec(Heads):
             "a half-life is at least 1 token, and only accumulated scores have one",
         )
         require(self.slot_dtype in SLOT_DTYPES, f"slots are {' or '.join(SLOT_DTYPES)}, not {self.slot_dtype}")
+        require(self.max_distance is None or self.max_distance >= 1, "the largest distance is at least 1 token")
         reason = self.policy.why_impossible(self)
         require(reason is None, reason or "")
 

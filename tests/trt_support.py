@@ -20,7 +20,7 @@ import pytest
 
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype
 from less_export.dtypes import DTYPES, numpy_dtype
-from less_export.exporter import onnx_op
+from less_export.exporter import onnx_nodes, onnx_op
 from less_export.runtime import trt
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
@@ -48,7 +48,7 @@ def contract_of(
 def decoder(contract: Contract, folder: Path) -> ir.Model:
     """Embedding, attention layers, head; the weights in ``folder``/weights.bin."""
     kinds = {n: ir.DataType.from_numpy(np.dtype(t)) for n, t in NUMPY.items()}
-    op, random, blob = onnx_op._Nodes(), np.random.default_rng(0), bytearray()
+    op, random, blob = onnx_nodes.Nodes(), np.random.default_rng(0), bytearray()
     initializers: list[ir.Value] = []
 
     def constant(data: np.ndarray) -> ir.Value:
