@@ -141,7 +141,7 @@ def divergence(
 
     def student(call: AttentionCall) -> Tensor:
         layer, feature_map = plan[call.layer], maps.get(call.layer)
-        if simulate.exact(layer):
+        if simulate.exact(layer, call.q.shape[2]):
             return simulate.full(call.q, call.k, call.v, layer)
         own = constants.get(call.layer)
         left = simulate.departures(call.q.detach(), call.k.detach(), layer, own)
