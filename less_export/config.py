@@ -28,7 +28,8 @@ HalfLife = int | Literal["none"]
 DEFAULT_HALF_LIFE: HalfLife = 512
 #: Longest half-life; beyond it a float32 score does not fade from one token to the next.
 MAX_HALF_LIFE = 1 << 20
-DEFAULT_SLOTS: SlotDtype = "model"
+#: Slots of policies that evict. Measured: docs/results/int8.md. A policy that keeps every token is exact.
+DEFAULT_SLOTS: SlotDtype = "int8"
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class ExportConfig:
         layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
         score_half_life: tokens after which a score of policy h2o counts half (default 512), or ``"none"``: scores
             never fade, as in the H2O paper.
-        slots: what slots hold keys and values in: the compute dtype (``"model"``, the default), or ``"int8"``.
+        slots: what slots hold keys and values in: ``"int8"`` (the default), or the compute dtype (``"model"``, the
+            default of policy ``full``).
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.

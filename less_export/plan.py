@@ -109,7 +109,8 @@ def plan_layers(
     exactly, unless ``compress_sliding`` applies the policy with a budget below the window to them.
     """
     policy = by_name(config.policy or DEFAULT_POLICY)
-    half_life, slots = half_life_of(policy, config), config.slots or DEFAULT_SLOTS
+    half_life = half_life_of(policy, config)
+    slots = config.slots or (DEFAULT_SLOTS if policy.evicts else "model")
     own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
     if policy.keeps_all:
         split = config.budget is not None or config.heavy is not None or config.recent is not None

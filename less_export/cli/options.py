@@ -118,7 +118,10 @@ def cache_options(
     group.add_argument(
         "--slots",
         choices=SLOT_DTYPES,
-        help=f"keep keys and values in the compute dtype, or in int8 (default: recipe's, or {DEFAULT_SLOTS})",
+        help=(
+            f"keep keys and values in the compute dtype, or in int8 (default: recipe's, or {DEFAULT_SLOTS}; model for "
+            "policy full)"
+        ),
     )
     group.add_argument(
         "--context",
