@@ -1,0 +1,294 @@
+"""What positions do to the queries and keys of each layer, measured by running a bare model.
+
+A layer may turn pairs of channels by angles that are proportional to the position (RoPE, arXiv 2104.09864), whatever
+its module is called, which channels it pairs, and how it scales frequencies. The probe runs the decoder without its
+weights on a few tokens at many positions, compares q and k with those at position 0, and finds pairs and frequencies.
+What does not fit is refused by name: positions that scale queries, tables that are added to embeddings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from . import compat
+from .surgery import AttentionCall, learned_positions, less_attention
+
+#: Tokens that are run at every position: each head gives as many samples of every channel.
+_TOKENS = 8
+#: Positions at which angles double: there a product with a frequency is exact in float32, and so is the angle.
+_DOUBLING = tuple(2**n for n in range(21))
+#: Further positions, at which pairs and frequencies have to hold as well.
+_OTHERS = (3, 7, 100, 1_000, 5_001, 12_345, 70_001, 131_071, 1_000_003)
+#: Channels of an input that a linear layer without weights takes into account.
+_INPUTS = 16
+#: Differences that are rounding: relative to the largest query, and radians relative to the angle.
+_ROUNDING, _ANGLE_ROUNDING = 2e-5, 2.0**-21
+#: Error of a pair's angle, in radians.
+_ANGLE_ERROR = 2e-7
+#: What two channels' squares may leave of each other's changes if they are a pair.
+_UNPAIRED = 1e-2
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a layer turns its queries and keys.
+
+    first, second: channels of each pair, ``z = x[first] + i x[second]``, which turns by ``exp(i * position *
+    frequency)``; frequencies in radians per token. head_dim: channels of a head.
+    """
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    frequencies: tuple[float, ...]
+    head_dim: int
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Channels in half-split order, the rotated ones first; None if they are in that order."""
+        turned = (*self.first, *self.second)
+        order = (*turned, *sorted(set(range(self.head_dim)) - set(turned)))
+        return None if order == tuple(range(self.head_dim)) else order
+
+
+def probe(model: PreTrainedModel) -> tuple[Rotation | None, ...]:
+    """How every layer of a bare model turns its queries and keys; None for a layer that does not.
+
+    Raises:
+        UnsupportedModelError: positions enter the model in another way; names layer and reason.
+    """
+    limit = learned_positions(model)
+    positions = torch.tensor([p for p in (0, *_DOUBLING, *_OTHERS) if limit is None or p < limit])
+    samples: dict[int, list[Tensor]] = {}
+
+    def record(call: AttentionCall) -> Tensor:
+        samples[call.layer] = [_by_position(x, len(positions)) for x in (call.q, call.k, call.v)]
+        return torch.zeros_like(call.q)
+
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.linspace(0, vocabulary - 1, _TOKENS).long()
+    decoder = getattr(model, model.base_model_prefix, model)
+    try:
+        with torch.no_grad(), compat.quiet_transformers(), less_attention(model, record), _without_weights(model):
+            hidden = decoder(
+                input_ids=ids.repeat(len(positions))[None],
+                position_ids=positions.repeat_interleave(_TOKENS)[None],
+                use_cache=False,
+            )[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedModelError(f"its positions cannot be probed ({reason})") from error
+    found = []
+    for layer, (q, k, v) in sorted(samples.items()):
+        try:
+            _refuse_other_positions(v, "values")
+            found.append(_rotation(q, k, positions.double()))
+        except _OtherPositions as reason:
+            learned = " (a table of positions)" if limit is not None else ""
+            raise UnsupportedModelError(f"layer {layer}: {reason}{learned}") from None
+    if not _same(_by_position(hidden[:, None], len(positions))):
+        raise UnsupportedModelError(f"layer {len(samples) - 1}: positions enter the model beside its attention")
+    return tuple(found)
+
+
+class _OtherPositions(Exception):
+    """What positions do to a layer besides turning its queries and keys."""
+
+
+def _by_position(x: Tensor, positions: int) -> Tensor:
+    """[1,H,T,D] -> samples f64 [positions, N, D]."""
+    heads, head_dim = x.shape[1], x.shape[-1]
+    return x[0].double().view(heads, positions, -1, head_dim).transpose(0, 1).reshape(positions, -1, head_dim)
+
+
+def _same(x: Tensor) -> bool:
+    """Whether samples are the same at all positions."""
+    return bool(((x - x[0]).abs() <= _ROUNDING * x[0].abs().max()).all())
+
+
+def _refuse_other_positions(x: Tensor, name: str) -> None:
+    """Refuse vectors [P,N,D] whose length depends on the position, or values that do at all."""
+    if not bool(x.isfinite().all()) or not bool(x[0].any()):
+        raise _OtherPositions(f"its {name} are zero or not finite in the probe")
+    if name == "values":
+        if not _same(x):
+            raise _OtherPositions("its values depend on the position")
+    elif not _same(x.square().sum(-1, keepdim=True)):
+        raise _OtherPositions(f"the size of its {name} depends on the position")
+
+
+def _rotation(q: Tensor, k: Tensor, positions: Tensor) -> Rotation | None:
+    """The rotation of samples f64 [P,N,D] at ``positions`` [P]."""
+    for x, name in ((q, "queries"), (k, "keys")):
+        _refuse_other_positions(x, name)
+    moved = [((x - x[0]).abs() > _ROUNDING * x[0].abs().max()).any(0).any(0) for x in (q, k)]
+    if not torch.equal(*moved):
+        raise _OtherPositions("the position changes other channels of its queries than of its keys")
+    channels = moved[0].nonzero()[:, 0]
+    if not len(channels):
+        return None
+    first, second = _pairs(q[..., channels])
+    if first is None or second is None:
+        raise _OtherPositions("the position does more to its queries than turning pairs of channels")
+    first, second = channels[first], channels[second]
+    frequencies = _frequencies(_turns(q, first, second), positions)
+    for x, name in ((q, "queries"), (k, "keys")):
+        _verify(x, name, first, second, frequencies, positions)
+    return Rotation(tuple(first.tolist()), tuple(second.tolist()), tuple(frequencies.tolist()), q.shape[-1])
+
+
+def _pairs(x: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The pairs of the channels of ``x`` [P,N,D], whose squares have a constant sum, the lower channel first."""
+    change = (x[1:].square() - x[0].square()).flatten(0, 1)  # [., D]
+    energy = change.square().sum(0)
+    left = (energy[:, None] + energy + 2 * change.T @ change) / (energy[:, None] + energy)
+    left.fill_diagonal_(float("inf"))
+    least, partner = left.min(1)
+    own = torch.arange(len(partner))
+    if not bool((least < _UNPAIRED).all()) or not torch.equal(partner[partner], own):
+        return None, None
+    first = (own < partner).nonzero()[:, 0]
+    return first, partner[first]
+
+
+def _turns(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """By which complex number every pair was multiplied at every position: [P, pairs]."""
+    z = torch.complex(x[..., first], x[..., second])
+    return (z * z[0].conj()).sum(1) / z[0].abs().square().sum(0)
+
+
+def _frequencies(turns: Tensor, positions: Tensor) -> Tensor:
+    """Radians per token f64, from angles at doubling positions: each settles the next one's number of turns."""
+    angles, frequencies = turns.angle(), torch.zeros(turns.shape[1], dtype=torch.float64)
+    last = 1.0
+    for n in _DOUBLING:
+        at = (positions == n).nonzero()
+        if len(at):
+            rest = angles[int(at[0])] - n * frequencies
+            frequencies += torch.atan2(rest.sin(), rest.cos()) / n
+            last = n
+    # Models compute frequencies in float32: the nearest of these is exact, if no other is as near.
+    rounded = frequencies.float().double()
+    return torch.where((rounded - frequencies).abs() <= _ANGLE_ERROR / last, rounded, frequencies)
+
+
+def _verify(x: Tensor, name: str, first: Tensor, second: Tensor, frequencies: Tensor, positions: Tensor) -> None:
+    """Refuse samples [P,N,D] that the rotation does not explain."""
+    z = torch.complex(x[..., first], x[..., second])
+    angles = positions[:, None] * frequencies
+    expected = z[0] * torch.polar(torch.ones_like(angles), angles)[:, None]
+    error = (z - expected).abs()
+    bound = _ROUNDING * x[0].abs().max() + z[0].abs() * _ANGLE_ROUNDING * angles.abs()[:, None]
+    if not bool((error <= bound).all()):
+        raise _OtherPositions(f"its {name} do not turn by angles that are proportional to the position")
+
+
+# ------------------------------------------------------------------ a model without weights
+
+
+@contextlib.contextmanager
+def _without_weights(model: nn.Module) -> Iterator[None]:
+    """Let a bare model compute: its vectors are ones, and its matrices random, but never in memory.
+
+    Modules with stacks of matrices (experts) outside attention give zeros.
+    """
+    cells = [p.detach().as_strided((1,), (1,)) for p in model.parameters()]
+    for p in model.parameters():
+        assert p.untyped_storage().nbytes() == p.element_size(), "the probe is for bare models"
+    stubs = [m for m in model.modules() if any(p.ndim > 2 for p in m.parameters(recurse=False))]
+    mode = _RandomMatrices()
+    try:
+        for cell in cells:
+            cell.fill_(1)
+        for module in stubs:
+            module.forward = _zeros_of(module.forward, mode)  # type: ignore[method-assign]
+        with mode:
+            yield
+    finally:
+        for module in stubs:
+            del module.forward
+        for cell in cells:
+            cell.zero_()
+
+
+def _zeros_of(forward: Any, mode: _RandomMatrices) -> Any:
+    """A function with zeros for the results of ``forward``, which runs on shapes alone."""
+
+    def zeros(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.zeros(value.shape, dtype=value.dtype)
+        return type(value)(map(zeros, value)) if isinstance(value, tuple | list) else value
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        with mode.paused(), compat.fake_tensors() as fake:
+            args, kwargs = _faked(fake, args), _faked(fake, kwargs)
+            result = forward(*args, **kwargs)
+        return zeros(result)
+
+    return stub
+
+
+def _faked(fake: Any, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return fake.from_tensor(value)
+    if isinstance(value, dict):
+        return {k: _faked(fake, v) for k, v in value.items()}
+    return type(value)(_faked(fake, v) for v in value) if isinstance(value, tuple | list) else value
+
+
+class _RandomMatrices(TorchFunctionMode):
+    """Products with a bare matrix, and rows of a bare table, are random instead: a few inputs times a small matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator, self._paused = torch.Generator().manual_seed(0), False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let torch compute as always while the context is open."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._paused:
+            if func is F.embedding:
+                ids, table = (*args, *kwargs.values())[:2]
+                if _is_bare(table):
+                    unique, inverse = ids.unique(return_inverse=True)
+                    return self._random(len(unique), table.shape[1])[inverse]
+            elif func is F.linear:
+                x, weight, bias = (*args, *kwargs.values(), None)[:3]
+                if _is_bare(weight):
+                    product = self._product(x, weight.shape[0])
+                    return product if bias is None else product + bias
+            elif func is torch.addmm and _is_bare(args[2]):
+                return args[0] + self._product(args[1], args[2].shape[1])
+            elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and _is_bare(args[1]):
+                return self._product(args[0], args[1].shape[1])
+        return func(*args, **kwargs)
+
+    def _product(self, x: Tensor, outputs: int) -> Tensor:
+        inputs = np.linspace(0, x.shape[-1] - 1, min(_INPUTS, x.shape[-1])).astype(int)
+        return x[..., inputs] @ self._random(len(inputs), outputs) * _INPUTS**-0.5
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+
+def _is_bare(x: Any) -> bool:
+    """Whether a matrix has a shape but no memory."""
+    return isinstance(x, Tensor) and x.ndim == 2 and x.numel() > 1 and not any(x.stride())
