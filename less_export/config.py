@@ -28,8 +28,18 @@ HalfLife = int | Literal["none"]
 DEFAULT_HALF_LIFE: HalfLife = 512
 #: Longest half-life; beyond it a float32 score does not fade from one token to the next.
 MAX_HALF_LIFE = 1 << 20
+#: The largest distance in tokens that a slot is seen at, or that positions are absolute.
+MaxDistance = int | Literal["none"]
+#: Where the options name none: "trained", the model's trained length less the chunk for policies that evict, or "none".
+DEFAULT_MAX_DISTANCE: Literal["trained", "none"] = "none"
+#: Bound of the largest distance, up to which a model's frequencies are known exactly.
+DISTANCE_LIMIT = 1 << 20
 #: Slots of policies that evict. Measured: docs/results/int8.md. A policy that keeps every token is exact.
 DEFAULT_SLOTS: SlotDtype = "int8"
+#: Options of a cache, for every command that plans one.
+CACHE_OPTIONS = (
+    "policy", "budget", "layer_budgets", "score_half_life", "slots", "max_distance", "context", "compress_sliding",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class ExportConfig:
             never fade, as in the H2O paper.
         slots: what slots hold keys and values in: ``"int8"`` (the default), or the compute dtype (``"model"``, the
             default of policy ``full``).
+        max_distance: largest distance in tokens that a slot is seen at, whatever the length of the text (the rotary
+            embedding is then part of the operator), or ``"none"``: absolute positions, the default.
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.
@@ -73,6 +85,7 @@ class ExportConfig:
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
     slots: SlotDtype | None = None
+    max_distance: MaxDistance | None = None
     context: int | None = None
     heavy: int | None = None
     recent: int | None = None
@@ -109,6 +122,9 @@ class ExportConfig:
         half_life = self.score_half_life
         if half_life not in (None, "none") and not (type(half_life) is int and 1 <= half_life <= MAX_HALF_LIFE):
             raise UsageError(f"--score-half-life must be from 1 to {MAX_HALF_LIFE} tokens or none, not {half_life}")
+        distance = self.max_distance
+        if distance not in (None, "none") and not (type(distance) is int and 1 <= distance <= DISTANCE_LIMIT):
+            raise UsageError(f"--max-distance must be from 1 to {DISTANCE_LIMIT} tokens or none, not {distance}")
         if self.heavy is not None and self.heavy < 0:
             raise UsageError(f"--heavy must be at least 0, not {self.heavy}")
         if self.seed is not None and not self.random_weights:

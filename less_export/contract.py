@@ -7,7 +7,7 @@ Exporter, engine profiles, backends, manifest and embedding services all derive 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -132,6 +132,11 @@ class LayerSpec(Heads):
             "absorb": int(self.absorb),
             "decay": self.decay,
         }
+
+
+def limits_distances(layers: Iterable[LayerSpec]) -> bool:
+    """Whether layers rotate queries and keys themselves: the model then runs with all positions 0."""
+    return any(layer.max_distance is not None for layer in layers)
 
 
 def _policy(name: str) -> EvictionPolicy:
@@ -290,6 +295,11 @@ class Contract:
         if self.position_limit is not None:
             limits.append(self.position_limit)
         return min(limits, default=None)
+
+    def known_length(self) -> int | None:
+        """Longest sequence in which no distance exceeds what the model was trained for, ``None`` if unlimited."""
+        reach = [s.max_distance + self.chunk for s in self.layers if s.max_distance is not None]
+        return None if reach and max(reach) <= (self.trained_length or 0) else self.trained_length
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, read back by :meth:`from_dict`."""

@@ -71,7 +71,9 @@ def _print_recipes(recipes: Sequence[Recipe]) -> None:
         full = [size(count) + mark for count, mark in full_caches(r)]
         slots = map(size, memory["state_bytes_by_slots"].values())
         figures = (*slots, *full, size(memory["kernel_bytes"]))
-        rows.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *figures)
+        distance = r.max_distance_tokens()
+        reach = "" if distance is None else f", distances to {distance}"
+        rows.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}{reach}", *figures)
     show(rows)
     print("Slots: bytes of one sequence of any length, by what its slots hold. Full: those of a full cache in 16 bits.")
     print("Kernels: the low-rank term's weights, once for all sequences.")

@@ -9,8 +9,8 @@ What does not fit is refused by name: positions that scale queries, tables that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..less.rotary import RotaryTable, table
 from . import compat
 from .surgery import AttentionCall, learned_positions, less_attention
 
-#: Tokens that are run at every position: each head gives as many samples of every channel.
-_TOKENS = 8
+#: Tokens that are run at every position, and most heads that are looked at: each gives a sample of every channel.
+_TOKENS, _HEADS = 2, 16
 #: Positions at which angles double: there a product with a frequency is exact in float32, and so is the angle.
 _DOUBLING = tuple(2**n for n in range(21))
 #: Further positions, at which pairs and frequencies have to hold as well.
@@ -60,6 +61,30 @@ class Rotation:
         order = (*turned, *sorted(set(range(self.head_dim)) - set(turned)))
         return None if order == tuple(range(self.head_dim)) else order
 
+    def is_kind(self, other: Rotation, positions: Tensor) -> bool:
+        """Whether both are the same but for the errors of a probe at ``positions``."""
+        if (self.first, self.second, self.head_dim) != (other.first, other.second, other.head_dim):
+            return False
+        difference = np.subtract(self.frequencies, other.frequencies)
+        return bool((np.abs(difference) <= 2 * _frequency_error(positions)).all())
+
+
+def tables(rotations: Sequence[Rotation | None], length: int) -> tuple[RotaryTable, ...]:
+    """A table of distances below ``length`` for every kind among the layers' ``rotations``."""
+    kinds: dict[Rotation, list[int]] = {}
+    for layer, rotation in enumerate(rotations):
+        if rotation is not None:
+            kinds.setdefault(rotation, []).append(layer)
+    return tuple(
+        RotaryTable(tuple(layers), r.order, table(torch.tensor(r.frequencies, dtype=torch.float64), length))
+        for r, layers in kinds.items()
+    )
+
+
+def arranged(call: AttentionCall, kind: RotaryTable | None) -> AttentionCall:
+    """The call of a model at position 0, its queries and keys in the table's order of channels."""
+    return call if kind is None else replace(call, q=kind.arranged(call.q), k=kind.arranged(call.k))
+
 
 def probe(model: PreTrainedModel) -> tuple[Rotation | None, ...]:
     """How every layer of a bare model turns its queries and keys; None for a layer that does not.
@@ -88,11 +113,12 @@ def probe(model: PreTrainedModel) -> tuple[Rotation | None, ...]:
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(f"its positions cannot be probed ({reason})") from error
-    found = []
+    found: list[Rotation | None] = []
     for layer, (q, k, v) in sorted(samples.items()):
         try:
             _refuse_other_positions(v, "values")
-            found.append(_rotation(q, k, positions.double()))
+            rotation = _rotation(q, k, positions.double())
+            found.append(next((r for r in found if rotation and r and r.is_kind(rotation, positions)), rotation))
         except _OtherPositions as reason:
             learned = " (a table of positions)" if limit is not None else ""
             raise UnsupportedModelError(f"layer {layer}: {reason}{learned}") from None
@@ -107,8 +133,8 @@ class _OtherPositions(Exception):
 
 def _by_position(x: Tensor, positions: int) -> Tensor:
     """[1,H,T,D] -> samples f64 [positions, N, D]."""
-    heads, head_dim = x.shape[1], x.shape[-1]
-    return x[0].double().view(heads, positions, -1, head_dim).transpose(0, 1).reshape(positions, -1, head_dim)
+    heads = x[0, :_HEADS].double().unflatten(1, (positions, _TOKENS))
+    return heads.transpose(0, 1).flatten(1, 2)
 
 
 def _same(x: Tensor) -> bool:
@@ -170,16 +196,18 @@ def _turns(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def _frequencies(turns: Tensor, positions: Tensor) -> Tensor:
     """Radians per token f64, from angles at doubling positions: each settles the next one's number of turns."""
     angles, frequencies = turns.angle(), torch.zeros(turns.shape[1], dtype=torch.float64)
-    last = 1.0
-    for n in _DOUBLING:
-        at = (positions == n).nonzero()
-        if len(at):
-            rest = angles[int(at[0])] - n * frequencies
+    for angle, n in zip(angles, positions.tolist(), strict=True):
+        if n in _DOUBLING:
+            rest = angle - n * frequencies
             frequencies += torch.atan2(rest.sin(), rest.cos()) / n
-            last = n
     # Models compute frequencies in float32: the nearest of these is exact, if no other is as near.
     rounded = frequencies.float().double()
-    return torch.where((rounded - frequencies).abs() <= _ANGLE_ERROR / last, rounded, frequencies)
+    return torch.where((rounded - frequencies).abs() <= _frequency_error(positions), rounded, frequencies)
+
+
+def _frequency_error(positions: Tensor) -> float:
+    """Error of a frequency from angles at these positions, in radians per token."""
+    return _ANGLE_ERROR / max(n for n in positions.tolist() if n in _DOUBLING)
 
 
 def _verify(x: Tensor, name: str, first: Tensor, second: Tensor, frequencies: Tensor, positions: Tensor) -> None:
@@ -211,7 +239,7 @@ def _without_weights(model: nn.Module) -> Iterator[None]:
         for cell in cells:
             cell.fill_(1)
         for module in stubs:
-            module.forward = _zeros_of(module.forward, mode)  # type: ignore[method-assign]
+            module.forward = _zeros_of(module.forward, mode)
         with mode:
             yield
     finally:

@@ -11,8 +11,33 @@ Channels are in half-split order, the rotated ones first: channel i is paired wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RotaryTable:
+    """A kind of rotary embedding and the ``layers`` that have it.
+
+    order: a head's channels in half-split order, the rotated ones first; None if the model has them in that order.
+    angles: a :func:`table`.
+    """
+
+    layers: tuple[int, ...]
+    order: tuple[int, ...] | None
+    angles: Tensor
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """``x`` [..., D] with its channels in half-split order."""
+        return x if self.order is None else x[..., list(self.order)]
+
+
+def table_of(tables: Sequence[RotaryTable], layer: int) -> RotaryTable | None:
+    """The table of a layer."""
+    return next((t for t in tables if layer in t.layers), None)
 
 
 def table(frequencies: Tensor, length: int) -> Tensor:
