@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from less_export import calibrate, open_bundle, plan
 from less_export.bundle.artifact import Bundle
@@ -23,7 +25,7 @@ from less_export.exporter import targets
 from less_export.hf import calibration
 from less_export.hf.model import OpenModel, open_model
 from less_export.hf.sources import resolve
-from less_export.less.feature_maps import Kernels, random_kernels
+from less_export.less.feature_maps import FORMAT_VERSION, Kernels, random_kernels
 from less_export.progress import Silent
 from less_export.runtime.row_state import RowState
 from less_export.runtime.torch import TorchBackend
@@ -299,8 +301,9 @@ def test_kernels_of_rotated_queries_and_keys(source: Path, tmp_path: Path) -> No
 def test_tables_in_a_kernel_file(source: Path, tmp_path: Path) -> None:
     model = opened(source, max_distance=9, chunk=4)
     assert model.kernels.rotary[0].layers == (0, 1)
-    (tmp_path / "k.safetensors").unlink(missing_ok=True)
     model.kernels.save(tmp_path / "k.safetensors")
+    with safe_open(tmp_path / "k.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["less_kernels"])["format_version"] == FORMAT_VERSION == 3
     (table,) = Kernels.load(tmp_path / "k.safetensors").rotary
     assert (table.layers, table.order) == ((0, 1), None)
     assert torch.equal(table.angles, model.kernels.rotary[0].angles)

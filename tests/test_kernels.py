@@ -125,7 +125,7 @@ Damage = Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
 ONE, STD = "layers.0.k_in", "centring.2.std"
 #: Changes to the header and the tensors, and the error message.
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "newer": (lambda h, t: h.update(format_version=3), "newer less-export"),
+    "newer": (lambda h, t: h.update(format_version=4), "newer less-export"),
     "no version": (lambda h, t: h.pop("format_version"), "format_version"),
     "unknown family": (lambda h, t: h.update(parametrisation="rbf"), "rbf"),
     "no provenance": (lambda h, t: h.pop("provenance"), "provenance"),
