@@ -17,7 +17,7 @@ from less_export import calibrate, open_bundle, plan
 from less_export.bundle.artifact import Bundle
 from less_export.config import ExportConfig
 from less_export.contract import Contract, limits_distances
-from less_export.errors import KernelError, UsageError
+from less_export.errors import BackendError, KernelError, UsageError
 from less_export.evaluation import perplexity
 from less_export.evaluation.subject import open_subject
 from less_export.evaluation.variants import Variant, build
@@ -146,8 +146,11 @@ def test_tables_are_in_the_kernel_file(shared: Path) -> None:
         ((0,), None, (FAR + 1, 16)),
         ((1,), None, (FAR + 1, 16)),
     ]
-    backend = TorchBackend(bundle, bundle.manifest.artifacts[0])
-    assert limits_distances(backend.contract.layers)
+    artifact = bundle.manifest.artifacts[0]
+    assert limits_distances(TorchBackend(bundle, artifact).contract.layers)
+    farther = tuple(replace(s, max_distance=FAR + 1) for s in artifact.contract.layers)
+    with pytest.raises(BackendError, match="kernel file lacks the rotary table of layer 0"):
+        TorchBackend(bundle, replace(artifact, contract=replace(artifact.contract, layers=farther)))
 
 
 # ------------------------------------------------------------------ with text: commands, evaluation, calibration

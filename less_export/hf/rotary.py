@@ -8,22 +8,19 @@ What does not fit is refused by name: positions that scale queries, tables that 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..less.rotary import RotaryTable, table
 from . import compat
 from .surgery import AttentionCall, learned_positions, less_attention
+from .weightless import without_weights
 
 #: Tokens that are run at every position, and most heads that are looked at: each gives a sample of every channel.
 _TOKENS, _HEADS = 2, 16
@@ -31,8 +28,6 @@ _TOKENS, _HEADS = 2, 16
 _DOUBLING = tuple(2**n for n in range(21))
 #: Further positions, at which pairs and frequencies have to hold as well.
 _OTHERS = (3, 7, 100, 1_000, 5_001, 12_345, 70_001, 131_071, 1_000_003)
-#: Channels of an input that a linear layer without weights takes into account.
-_INPUTS = 16
 #: Differences that are rounding: relative to the largest query, and radians relative to the angle.
 _ROUNDING, _ANGLE_ROUNDING = 2e-5, 2.0**-21
 #: Error of a pair's angle, in radians.
@@ -104,7 +99,7 @@ def probe(model: PreTrainedModel) -> tuple[Rotation | None, ...]:
     ids = torch.linspace(0, vocabulary - 1, _TOKENS).long()
     decoder = getattr(model, model.base_model_prefix, model)
     try:
-        with torch.no_grad(), compat.quiet_transformers(), less_attention(model, record), _without_weights(model):
+        with torch.no_grad(), compat.quiet_transformers(), less_attention(model, record), without_weights(model):
             hidden = decoder(
                 input_ids=ids.repeat(len(positions))[None],
                 position_ids=positions.repeat_interleave(_TOKENS)[None],
@@ -219,104 +214,3 @@ def _verify(x: Tensor, name: str, first: Tensor, second: Tensor, frequencies: Te
     bound = _ROUNDING * x[0].abs().max() + z[0].abs() * _ANGLE_ROUNDING * angles.abs()[:, None]
     if not bool((error <= bound).all()):
         raise _OtherPositions(f"its {name} do not turn by angles that are proportional to the position")
-
-
-# ------------------------------------------------------------------ a model without weights
-
-
-@contextlib.contextmanager
-def _without_weights(model: nn.Module) -> Iterator[None]:
-    """Let a bare model compute: its vectors are ones, and its matrices random, but never in memory.
-
-    Modules with stacks of matrices (experts) outside attention give zeros.
-    """
-    cells = [p.detach().as_strided((1,), (1,)) for p in model.parameters()]
-    for p in model.parameters():
-        assert p.untyped_storage().nbytes() == p.element_size(), "the probe is for bare models"
-    stubs = [m for m in model.modules() if any(p.ndim > 2 for p in m.parameters(recurse=False))]
-    mode = _RandomMatrices()
-    try:
-        for cell in cells:
-            cell.fill_(1)
-        for module in stubs:
-            module.forward = _zeros_of(module.forward, mode)
-        with mode:
-            yield
-    finally:
-        for module in stubs:
-            del module.forward
-        for cell in cells:
-            cell.zero_()
-
-
-def _zeros_of(forward: Any, mode: _RandomMatrices) -> Any:
-    """A function with zeros for the results of ``forward``, which runs on shapes alone."""
-
-    def zeros(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return torch.zeros(value.shape, dtype=value.dtype)
-        return type(value)(map(zeros, value)) if isinstance(value, tuple | list) else value
-
-    def stub(*args: Any, **kwargs: Any) -> Any:
-        with mode.paused(), compat.fake_tensors() as fake:
-            args, kwargs = _faked(fake, args), _faked(fake, kwargs)
-            result = forward(*args, **kwargs)
-        return zeros(result)
-
-    return stub
-
-
-def _faked(fake: Any, value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return fake.from_tensor(value)
-    if isinstance(value, dict):
-        return {k: _faked(fake, v) for k, v in value.items()}
-    return type(value)(_faked(fake, v) for v in value) if isinstance(value, tuple | list) else value
-
-
-class _RandomMatrices(TorchFunctionMode):
-    """Products with a bare matrix, and rows of a bare table, are random instead: a few inputs times a small matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._generator, self._paused = torch.Generator().manual_seed(0), False
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Let torch compute as always while the context is open."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not self._paused:
-            if func is F.embedding:
-                ids, table = (*args, *kwargs.values())[:2]
-                if _is_bare(table):
-                    unique, inverse = ids.unique(return_inverse=True)
-                    return self._random(len(unique), table.shape[1])[inverse]
-            elif func is F.linear:
-                x, weight, bias = (*args, *kwargs.values(), None)[:3]
-                if _is_bare(weight):
-                    product = self._product(x, weight.shape[0])
-                    return product if bias is None else product + bias
-            elif func is torch.addmm and _is_bare(args[2]):
-                return args[0] + self._product(args[1], args[2].shape[1])
-            elif func in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and _is_bare(args[1]):
-                return self._product(args[0], args[1].shape[1])
-        return func(*args, **kwargs)
-
-    def _product(self, x: Tensor, outputs: int) -> Tensor:
-        inputs = np.linspace(0, x.shape[-1] - 1, min(_INPUTS, x.shape[-1])).astype(int)
-        return x[..., inputs] @ self._random(len(inputs), outputs) * _INPUTS**-0.5
-
-    def _random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self._generator)
-
-
-def _is_bare(x: Any) -> bool:
-    """Whether a matrix has a shape but no memory."""
-    return isinstance(x, Tensor) and x.ndim == 2 and x.numel() > 1 and not any(x.stride())

@@ -18,7 +18,7 @@ constexpr size_t kMaxEntries = 4096;  // layers, files and other entries of a li
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
 constexpr double kMaxNumber = 1e300;
-constexpr int64_t kMaxHalfLife = 1 << 20;  // tokens
+constexpr int64_t kMaxHalfLife = 1 << 20;    // tokens
 constexpr int64_t kDistanceLimit = 1 << 20;  // tokens
 
 // A value for a message: ASCII on one line, cut where it is long.
