@@ -22,7 +22,7 @@ from less_export.evaluation import perplexity
 from less_export.evaluation.subject import open_subject
 from less_export.evaluation.variants import Variant, build
 from less_export.exporter import targets
-from less_export.hf import calibration
+from less_export.hf import calibration, recipes
 from less_export.hf.model import OpenModel, open_model
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import FORMAT_VERSION, Kernels, random_kernels
@@ -258,6 +258,20 @@ def test_trained_length_as_default(source: Path, tmp_path: Path) -> None:
     families.save("gpt2", tmp_path / "gpt2")
     with pytest.warns(UserWarning, match=r"none: layer 0: its values depend on the position \(a table of positions\)"):
         assert {s.max_distance for s in opened(tmp_path / "gpt2").plan} == {None}
+
+
+def test_recipes_show_it(run: bundles.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = next(r for r in recipes.all_recipes() if r.name == "gemma3-270m")
+    assert recipe.max_distance_tokens() is None
+    monkeypatch.setattr("less_export.cli.recipes.all_recipes", lambda: [replace(recipe, max_distance=4321)])
+    assert "distances to 4321" in " ".join(run("recipes").out.split())
+    assert json.loads(run("recipes", "--json").out)[0]["max_distance"] == 4321
+    monkeypatch.setattr(plan, "DEFAULT_MAX_DISTANCE", "trained")
+    length = recipe.architecture["max_position_embeddings"]
+    assert recipe.max_distance_tokens() == length - recipe.chunk
+    assert replace(recipe, max_distance="none").max_distance_tokens() is None
+    with pytest.raises(UsageError, match=r"--max-distance must be from 1 to 1048576 tokens or none, not 0"):
+        replace(recipe, max_distance=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "nope"])
