@@ -159,10 +159,14 @@ def two_layers(layer: LayerSpec, tensors: list[torch.Tensor], attend: Attend) ->
     return attend([q + first, kv[:, :, 0], kv[:, :, -1] + 1, log_phi + first[..., : layer.rank], psi * mixed])
 
 
-@pytest.mark.parametrize("name", [n for n, x in LAYERS.items() if x.policy.evicts])
+EXACT_SLOTS = {n: x for n, x in {**LAYERS, **DISTANCE_LAYERS}.items() if not x.int8}
+
+
+@pytest.mark.parametrize("name", [n for n, x in EXACT_SLOTS.items() if x.policy.evicts])
 def test_gradients_are_those_of_the_operator(name: str) -> None:
     """Through two evicting layers, from every input, as autograd finds them through the reference token by token."""
-    layer = LAYERS[name]
+    layer = EXACT_SLOTS[name]
+    angles = table(layer)
 
     def operator(tensors: list[torch.Tensor]) -> torch.Tensor:
         return streamed(layer, tensors, 1)[0]
@@ -170,8 +174,8 @@ def test_gradients_are_those_of_the_operator(name: str) -> None:
     def simulation(tensors: list[torch.Tensor]) -> torch.Tensor:
         q, k, v, log_phi, psi = tensors
         features = (log_phi, psi) if layer.absorb else None
-        left = simulate.evictions(simulate.logits(q.detach(), k.detach(), layer), layer)
-        return checkpoint(simulate.attend_as, q, k, v, layer, features, left, use_reentrant=False)
+        left = simulate.departures(q.detach(), k.detach(), layer, rotary=angles)
+        return checkpoint(simulate.attend_as, q, k, v, layer, features, left, None, 1, angles, use_reentrant=False)
 
     goal = torch.randn(2, layer.query_heads, 30, layer.head_dim, generator=torch.Generator().manual_seed(1))
     gradients = []

@@ -17,7 +17,7 @@ from ..hf.rotary import arranged
 from ..hf.running import position_ids
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
-from ..less.rotary import RotaryTable, table_of
+from ..less.rotary import RotaryTable
 from ..runtime.backend import Backend
 from .variants import Variant
 
@@ -35,9 +35,7 @@ def attention(variant: Variant, chunk: int, rotary: Sequence[RotaryTable] = ()) 
     """
 
     def attend(call: AttentionCall) -> Tensor:
-        features, kind = None, table_of(rotary, call.layer)
-        call = arranged(call, kind)
-        angles = None if kind is None else kind.angles.to(call.q.device)
+        features, (call, angles) = None, arranged(call, rotary)
         if call.layer in variant.kernels.layers:
             feature_map = variant.kernels.layers[call.layer]
             features = feature_map.log_phi(call.q), feature_map.psi(call.k)

@@ -23,7 +23,7 @@ from ..errors import KernelError, ModelError, UsageError
 from ..less import simulate
 from ..less.feature_maps import Kernels
 from ..less.int8 import Centring
-from ..less.rotary import RotaryTable, table_of
+from ..less.rotary import RotaryTable
 from ..plan import AttentionLayer
 from ..progress import AnyProgress, Progress, as_progress
 from . import data, running
@@ -87,14 +87,12 @@ def measure(
     moments = {i: Moments(x.kv_heads, x.head_dim) for i, x in enumerate(layers)}
 
     def record(call: AttentionCall) -> Tensor:
-        kind = table_of(rotary, call.layer)
-        call = arranged(call, kind)
+        call, angles = arranged(call, rotary)
         if not bool(call.k.isfinite().all()):
             raise ModelError(
                 f"the keys of layer {call.layer} hold NaN or inf: the weights are damaged, or overflow {call.k.dtype}"
             )
         moments[call.layer].add(call.k)
-        angles = None if kind is None else kind.angles.to(call.q.device)
         return simulate.full(call.q, call.k, call.v, layers[call.layer], angles)
 
     with progress.phase("calibrating int8 slots", len(ids)) as step, less_attention(model, record):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from ..less.rotary import RotaryTable, table
+from ..less.rotary import RotaryTable, table, table_of
 from . import compat
 from .surgery import AttentionCall, learned_positions, less_attention
 from .weightless import without_weights
@@ -76,9 +76,15 @@ def tables(rotations: Sequence[Rotation | None], length: int) -> tuple[RotaryTab
     )
 
 
-def arranged(call: AttentionCall, kind: RotaryTable | None) -> AttentionCall:
-    """The call of a model at position 0, its queries and keys in the table's order of channels."""
-    return call if kind is None else replace(call, q=kind.arranged(call.q), k=kind.arranged(call.k))
+def arranged(call: AttentionCall, rotary: Sequence[RotaryTable]) -> tuple[AttentionCall, Tensor | None]:
+    """The call of a model at position 0, its queries and keys in the order of its table, and the table's angles.
+
+    Without a table for its layer, the call as it is, and None.
+    """
+    kind = table_of(rotary, call.layer)
+    if kind is None:
+        return call, None
+    return replace(call, q=kind.arranged(call.q), k=kind.arranged(call.k)), kind.angles.to(call.q.device)
 
 
 def probe(model: PreTrainedModel) -> tuple[Rotation | None, ...]:
