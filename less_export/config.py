@@ -30,8 +30,8 @@ DEFAULT_HALF_LIFE: HalfLife = 512
 MAX_HALF_LIFE = 1 << 20
 #: The largest distance in tokens that a slot is seen at, or that positions are absolute.
 MaxDistance = int | Literal["none"]
-#: Where the options name none: "trained", the model's trained length less the chunk for policies that evict, or "none".
-DEFAULT_MAX_DISTANCE: Literal["trained", "none"] = "none"
+#: Most of a default largest distance: tables of angles grow with it, and few slots are older.
+DEFAULT_FARTHEST = 1 << 15
 #: Bound of the largest distance, up to which a model's frequencies are known exactly.
 DISTANCE_LIMIT = 1 << 20
 #: Slots of policies that evict. Measured: docs/results/int8.md. A policy that keeps every token is exact.
@@ -56,7 +56,8 @@ class ExportConfig:
         slots: what slots hold keys and values in: ``"int8"`` (the default), or the compute dtype (``"model"``, the
             default of policy ``full``).
         max_distance: largest distance in tokens that a slot is seen at, whatever the length of the text (the rotary
-            embedding is then part of the operator), or ``"none"``: absolute positions, the default.
+            embedding is then part of the operator), or ``"none"``: absolute positions. Default: the trained length
+            less the chunk, at most 32,768; none for policy ``full`` and for models without rotary embeddings.
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.

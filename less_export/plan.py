@@ -12,8 +12,8 @@ from .config import (
     DEFAULT_BUDGET,
     DEFAULT_CHUNK,
     DEFAULT_CONTEXT,
+    DEFAULT_FARTHEST,
     DEFAULT_HALF_LIFE,
-    DEFAULT_MAX_DISTANCE,
     DEFAULT_POLICY,
     DEFAULT_SLOTS,
     ExportConfig,
@@ -90,9 +90,10 @@ def max_distance_of(config: ExportConfig, trained_length: int | None) -> int | N
     """
     if config.max_distance is not None:
         return None if config.max_distance == "none" else config.max_distance
-    if DEFAULT_MAX_DISTANCE == "none" or trained_length is None or by_name(config.policy or DEFAULT_POLICY).keeps_all:
+    if trained_length is None or by_name(config.policy or DEFAULT_POLICY).keeps_all:
         return None
-    return max(trained_length - (config.chunk or DEFAULT_CHUNK), 1)
+    known = max(trained_length - (config.chunk or DEFAULT_CHUNK), trained_length // 2, 1)
+    return min(known, DEFAULT_FARTHEST)
 
 
 def layer_tokens(text: str, context: int) -> dict[int, int]:

@@ -244,8 +244,8 @@ class Tiny:
 
 
 def export(checkpoint: Path, bundle: Path, **options: Any) -> Tiny:
-    """Export without the self-check and with slots in the compute dtype, which have their own tests."""
-    quick = {"validate": False, "chunk": CHUNK, "max_batch": 8, "slots": "model"}
+    """Export without what has tests of its own: the self-check, int8 slots and distances."""
+    quick = {"validate": False, "chunk": CHUNK, "max_batch": 8, "slots": "model", "max_distance": "none"}
     less_export.export(str(checkpoint), bundle, **{**quick, **options})
     return Tiny(checkpoint, bundle)
 

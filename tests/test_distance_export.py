@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from less_export import calibrate, open_bundle, plan
+from less_export import calibrate, open_bundle
 from less_export.bundle.artifact import Bundle
 from less_export.config import ExportConfig
 from less_export.contract import Contract, limits_distances
@@ -189,7 +189,7 @@ def test_simulation_is_streaming(source: Path) -> None:
     ids = torch.from_numpy(np.random.default_rng(0).integers(2, 300, (2, 60)))
     positions = torch.arange(30, 59)
     (full,) = build(["full"], subject.plan, subject.kernels, 60, "float32")
-    absolute = open_subject(str(source), ExportConfig(budget="12"), None, True)
+    absolute = open_subject(str(source), ExportConfig(budget="12", max_distance="none"), None, True)
     for variant in (full, Variant("sparse", subject.plan, subject.kernels)):
         tables = subject.rotary_tables(variant.plan, 60)
         fast = perplexity.simulated(subject.model, ids, variant, 4, positions, rotary=tables)
@@ -207,7 +207,7 @@ def opened(source: Path, **options: Any) -> OpenModel:
 
 
 def test_calibration_is_of_the_keys_in_slots(source: Path, tmp_path: Path) -> None:
-    for name, options in (("plain", {}), ("near", {"max_distance": 20})):
+    for name, options in (("plain", {"max_distance": "none"}), ("near", {"max_distance": 20})):
         calibrate(str(source), tmp_path / name, seqs=1, seq_len=64, device="cpu", **options)
     plain, near = (Kernels.load(tmp_path / n) for n in ("plain", "near"))
     assert (plain.centring_rotated, near.centring_rotated) == (True, False)
@@ -222,7 +222,7 @@ def test_calibration_is_of_the_keys_in_slots(source: Path, tmp_path: Path) -> No
     with pytest.warns(UserWarning, match="constants of int8 slots in .*plain are not used: of rotated keys"):
         assert not opened(source, slots="int8", kernels=tmp_path / "plain", max_distance=20).kernels.centring
     with pytest.warns(UserWarning, match="constants of int8 slots in .*near are not used: of unrotated keys"):
-        assert not opened(source, slots="int8", kernels=tmp_path / "near").kernels.centring
+        assert not opened(source, slots="int8", kernels=tmp_path / "near", max_distance="none").kernels.centring
 
 
 # ------------------------------------------------------------------ defaults and refusals
@@ -233,23 +233,12 @@ def kernel_file(path: Path, **provenance: Any) -> Path:
     return path
 
 
-@pytest.fixture
-def by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default that is the trained length."""
-    monkeypatch.setattr(plan, "DEFAULT_MAX_DISTANCE", "trained")
-
-
-def test_default(source: Path) -> None:
-    assert {s.max_distance for s in opened(source).plan} == {None}
-
-
-@pytest.mark.usefixtures("by_default")
 def test_trained_length_as_default(source: Path, tmp_path: Path) -> None:
     def distances(**options: Any) -> set[int | None]:
         return {s.max_distance for s in opened(source, **options).plan}
 
     assert distances(chunk=16) == {240}
-    assert distances(chunk=300) == {1}
+    assert distances(chunk=200) == {128}
     assert distances(chunk=16, max_distance=9) == {9}
     assert distances(max_distance="none") == distances(policy="full") == {None}
     file = kernel_file(tmp_path / "k.safetensors")
@@ -260,15 +249,14 @@ def test_trained_length_as_default(source: Path, tmp_path: Path) -> None:
         assert {s.max_distance for s in opened(tmp_path / "gpt2").plan} == {None}
 
 
-def test_recipes_show_it(run: bundles.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_show_it(run: bundles.Run) -> None:
     recipe = next(r for r in recipes.all_recipes() if r.name == "gemma3-270m")
-    assert recipe.max_distance_tokens() is None
-    monkeypatch.setattr("less_export.cli.recipes.all_recipes", lambda: [replace(recipe, max_distance=4321)])
-    assert "distances to 4321" in " ".join(run("recipes").out.split())
-    assert json.loads(run("recipes", "--json").out)[0]["max_distance"] == 4321
-    monkeypatch.setattr(plan, "DEFAULT_MAX_DISTANCE", "trained")
     length = recipe.architecture["max_position_embeddings"]
-    assert recipe.max_distance_tokens() == length - recipe.chunk
+    shown = {r["name"]: r["max_distance"] for r in json.loads(run("recipes", "--json").out)}
+    assert shown["gemma3-270m"] == recipe.max_distance_tokens() == length - recipe.chunk
+    longer = {**recipe.architecture, "max_position_embeddings": 1 << 20}
+    assert replace(recipe, architecture=longer).max_distance_tokens() == 32768
+    assert replace(recipe, max_distance=4321).max_distance_tokens() == 4321
     assert replace(recipe, max_distance="none").max_distance_tokens() is None
     with pytest.raises(UsageError, match=r"--max-distance must be from 1 to 1048576 tokens or none, not 0"):
         replace(recipe, max_distance=0)
@@ -298,11 +286,11 @@ def test_kernels_of_rotated_queries_and_keys(source: Path, tmp_path: Path) -> No
         file = kernel_file(tmp_path / name, **facts)
         with pytest.raises(UsageError, match=f"distance 9 is impossible: .*{name} was trained on rotated queries and"):
             opened(source, kernels=file, max_distance=9)
-        model = opened(source, kernels=file)
+        model = opened(source, kernels=file, max_distance="none")
         assert not [d for d in model.kernels.doubts(["x"], model.plan) if "rotated" in d]
     model = opened(source, kernels=kernel_file(tmp_path / "un", rotated=False), max_distance=9)
     assert not [d for d in model.kernels.doubts(["x"], model.plan) if "rotated" in d]
-    model = opened(source, kernels=tmp_path / "un")
+    model = opened(source, kernels=tmp_path / "un", max_distance="none")
     says = "the kernels were trained on unrotated queries and keys, not for --max-distance none: train again"
     assert says in model.kernels.doubts(["x"], model.plan)
     model = opened(source, max_distance=9, rank=None)

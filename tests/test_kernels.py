@@ -275,7 +275,7 @@ def test_other_kernels_are_said(source: Path, kernel_file: Path, quick: None, tm
     ]
     exported = run(source, "--out", tmp_path / "out", *arguments, *bundles.QUICK_OPTIONS)
     few = ("--compare", "less", "--seqs", 1, "--seq-len", 40, "--positions", 4)
-    evaluated = run("eval", source, *arguments, *few)
+    evaluated = run("eval", source, *arguments, *few, "--slots", "model", "--max-distance", "none")
     for result in (exported, evaluated):
         assert result.code == 0, result.err
         assert [x.removeprefix("less-export: ") for x in result.err.splitlines() if "trained" in x] == says

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from .._version import __version__
-from ..config import DEFAULT_BUDGET, DEFAULT_HALF_LIFE, DEFAULT_MAX_DISTANCE, DEFAULT_POLICY, DEFAULT_SLOTS
+from ..config import DEFAULT_BUDGET, DEFAULT_FARTHEST, DEFAULT_HALF_LIFE, DEFAULT_POLICY, DEFAULT_SLOTS
 from ..contract import SLOT_DTYPES
 from ..errors import UsageError
 from ..less.policies import choosable
@@ -73,12 +73,14 @@ def tokens_or_none(text: str) -> int | Literal["none"]:
 
 def distance_option(group: argparse._ArgumentGroup) -> None:
     """``--max-distance``, for commands that plan a cache or measure its keys."""
-    default = "none" if DEFAULT_MAX_DISTANCE == "none" else "the trained length less the chunk"
     group.add_argument(
         "--max-distance",
         type=tokens_or_none,
         metavar="N|none",
-        help=f"largest distance that a slot is seen at, or absolute positions (default: recipe's, or {default})",
+        help=(
+            "largest distance that a slot is seen at, or absolute positions (default: recipe's, or the trained length "
+            f"less the chunk, at most {DEFAULT_FARTHEST})"
+        ),
     )
 
 

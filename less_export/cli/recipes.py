@@ -53,7 +53,7 @@ def recipe_figures(recipe: Recipe) -> dict[str, Any]:
         "full_cache_bytes": full,
         "kernel_bytes": recipe.kernel_bytes(),
     }
-    return {**asdict(recipe), "memory": figures}
+    return {**asdict(recipe), "memory": figures, "max_distance": recipe.max_distance_tokens()}
 
 
 def full_caches(recipe: Recipe) -> list[tuple[int, str]]:
@@ -71,9 +71,7 @@ def _print_recipes(recipes: Sequence[Recipe]) -> None:
         full = [size(count) + mark for count, mark in full_caches(r)]
         slots = map(size, memory["state_bytes_by_slots"].values())
         figures = (*slots, *full, size(memory["kernel_bytes"]))
-        distance = r.max_distance_tokens()
-        reach = "" if distance is None else f", distances to {distance}"
-        rows.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}{reach}", *figures)
+        rows.add_row(r.name, r.hub, f"{r.policy} {r.budget} of {r.context}", *figures)
     show(rows)
     print("Slots: bytes of one sequence of any length, by what its slots hold. Full: those of a full cache in 16 bits.")
     print("Kernels: the low-rank term's weights, once for all sequences.")
