@@ -32,7 +32,9 @@ CENTRING = ("key_mean", "key_std")
 #: What layers with a largest distance have besides: the table that turns q and k.
 TURNING = ("rotary",)
 #: Tokens that a test's table reaches.
-TURNS = 64
+TURNS = 128
+#: Channels that are rotated, by head_dim; all but the last two for others.
+ROTATED = {2: 2, 4: 4, 64: 64, 96: 64, 128: 96, 256: 256}
 #: State whose contents are unspecified in empty slots; there, integers are poisoned with a large code.
 IN_SLOTS = ("key", "value", "psi", "score", *SCALES)
 POISON = 77
@@ -74,9 +76,8 @@ def centring_of(layer: LayerSpec) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frequencies_of(layer: LayerSpec) -> np.ndarray:
-    """Radians per token of the pairs of channels; with more than 4 channels, the last 2 are not rotated."""
-    pairs = (layer.head_dim - 2) // 2 if layer.head_dim > 4 else layer.head_dim // 2
-    return np.linspace(1.0, 0.05, pairs)
+    """Radians per token of the pairs of channels."""
+    return np.linspace(1.0, 0.05, ROTATED.get(layer.head_dim, layer.head_dim - 2) // 2)
 
 
 def table_of(layer: LayerSpec) -> np.ndarray:

@@ -56,7 +56,7 @@ class Fault:
 def waits() -> dict[str, Fault]:
     """Every barrier and every wait for a copy, removed."""
     faults = {}
-    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "settle.cuh", "slots.cuh"):
+    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "score.cuh", "settle.cuh", "slots.cuh"):
         text = (PLUGIN / "src" / file).read_text()
         for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
@@ -119,7 +119,7 @@ FAULTS = {
         "attend.cuh", "first >= rules.window;", "first + kTileRows > rules.window;"
     ),
     "prefill: tova counts all queries": Fault(
-        "attend.cuh", "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"
+        "score.cuh", "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"
     ),
     "prefill: padding is a key": Fault(
         "attend.cuh", "if (index < count) position = past + index;", "position = past + index;"
@@ -136,8 +136,8 @@ FAULTS = {
     "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n] * left;", ";"),
     "prefill: old scores do not fade": Fault("settle.cuh", "slotScores[n] * left;", "slotScores[n];"),
     "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
-    "prefill: scores of the chunk do not fade": Fault("attend.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
-    "prefill: scores of the chunk fade a token too long": Fault("attend.cuh", "count - 1 - query", "count - query"),
+    "prefill: scores of the chunk do not fade": Fault("score.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
+    "prefill: scores of the chunk fade a token too long": Fault("score.cuh", "count - 1 - query", "count - query"),
     "decode: scores do not fade": Fault("decode.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
     "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
 }
@@ -150,7 +150,7 @@ INT8_FAULTS = {
     "keys that are scored without mean": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored * std[d]"),
     "keys that are scored without std": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored + mean[d]"),
     "keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
-    "keys that are scored of one part": Fault("attend.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
+    "keys that are scored of one part": Fault("score.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
     "decode: values without their scale": Fault("slots.cuh", "kCoded<S> ? weight * scale : weight", "weight"),
     "prefill: values without their scale": Fault("slots.cuh", "element[i] *= piece.scale;", ";"),
     "decode: scales of empty slots are read": Fault("slots.cuh", "piece.scale = 0.f;", ";"),

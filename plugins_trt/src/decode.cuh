@@ -63,7 +63,10 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     int const share = (C + p.splits - 1) / p.splits, begin = split * share, end = min(C, begin + share);
     bool const direct = p.partials == nullptr;  // the accumulator stays in shared memory
     float* const partial = direct ? nullptr : p.partials + (head * p.splits + split) * G * (D + 2);
-    bool const inRange = column < D;
+    bool const inRange = column < D, turning = rules.maxDistance > 0;
+    Rotary const rotary = Rotary::of(p.shape, rules, p.t);
+    // Where this thread's columns have their partners; it is its own if they are not rotated.
+    int const partners = turning && rotary.inEights() && rotary.rotates(column) ? rotary.partner(column) : column;
     for (int tile = 0; tile < G; tile += GT) {
         float query[GT][8], acc[GT][8], peak[GT], mass[GT];
 #pragma unroll
@@ -99,6 +102,20 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 if (!seen) zero(value[u]);
                 float k[8];
                 centring.read(key[u], column, k);
+                if (turning) {
+                    float others[8];
+                    if (rotary.inEights()) {
+                        centring.read(shuffled(key[u], row * LPR + partners / 8), partners, others);
+                    } else {
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) {
+                            int const d = rotary.partner(column + i);
+                            bool const wanted = rotary.rotates(column + i);
+                            others[i] = wanted ? centring.restored(keys.at(min(slot, end - 1), d), d) : 0.f;
+                        }
+                    }
+                    rotary.turnEight(rotary.back(position[u], now), column, k, others);
+                }
 #pragma unroll
                 for (int g = 0; g < GT; ++g) {
                     float dot = 0.f;
