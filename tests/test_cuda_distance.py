@@ -16,6 +16,10 @@ from .test_ops import ordinary
 
 __all__ = ["upwards"]  # a fixture that is used here too
 
+#: The layers of test_distance.py that the kernels run: their head_dim is a multiple of 8.
+RULES = {n: x for n, x in test_distance.VARIANTS.items() if n != "narrow"}
+#: Largest distance of the shapes below; their sequences are longer.
+FARTHEST = 40
 #: Every dtype with every width of a tile and both kinds of slots, with all channels rotated and with some.
 SHAPES: list[tuple[str, str, int, int, int, SlotDtype]] = [
     ("float16", "h2o", 64, 2, 8, "model"),
@@ -37,10 +41,10 @@ SHAPES: list[tuple[str, str, int, int, int, SlotDtype]] = [
 
 
 @pytest.mark.parametrize("decode", [False, True], ids=["mixed", "decode"])
-@pytest.mark.parametrize("name", [n for n in test_distance.VARIANTS if n != "narrow"])
+@pytest.mark.parametrize("name", RULES)
 def test_every_rule(name: str, decode: bool) -> None:
-    layer = test_distance.VARIANTS[name]
-    check_accuracy(layer, ordinary(layer, decode))
+    """Policies, windows, the clamp; ragged, parked and reset rows; empty, partial and full caches; NaN poison."""
+    check_accuracy(RULES[name], ordinary(RULES[name], decode))
 
 
 @pytest.mark.slow
@@ -48,7 +52,7 @@ def test_every_rule(name: str, decode: bool) -> None:
 def test_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: int, slots: SlotDtype) -> None:
     """Prefill past the budget and decode, with the slots of a head in one block and split over several."""
     layer = kernel_layer(policy, 150 if policy == "full" else 100, head_dim, group, rank, kv_heads=1)
-    layer = replace(layer, slot_dtype=slots, max_distance=40)
+    layer = replace(layer, slot_dtype=slots, max_distance=FARTHEST)
     steps = scenario(layer, CHUNKS, 3, normal(dtype))
     for blocks in (512, 1):
         emulation.set_blocks(blocks)

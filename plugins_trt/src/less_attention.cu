@@ -66,7 +66,8 @@ char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noe
     if (r.policy != Policy::kH2O && r.decay != 1.f) return "only the scores of h2o fade";
     if (r.maxDistance < 0) return "the largest distance must be at least 0";
     if (r.maxDistance > 0) {
-        if (s.rotary < 2 || s.rotary > s.headDim || s.rotary % 2 != 0) return "rotary must have 2 to head_dim columns";
+        if (s.rotary < 2 || s.rotary > s.headDim || s.rotary % 2 != 0)
+            return "rotary must have 2 to head_dim columns, an even number";
         if (s.distances <= r.maxDistance) return "rotary must have more rows than the largest distance";
     }
     return nullptr;
