@@ -30,6 +30,7 @@ from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import Arrays, OneHot, Step, follow, scenario
 from .test_cuda import FLOOR, compare_on_scattered_states
+from .test_cuda_distance import LARGE, large_elements
 from .test_int8 import far
 from .test_ops import DECODE, MIXED, empty, tied, torch_run
 
@@ -108,12 +109,6 @@ def _between_codes(rng: np.random.Generator, layer: LayerSpec, positions: np.nda
     return {n: x if n == "log_phi_q" else emulation.rounded("float16")(x) for n, x in drawn.items()}
 
 
-def large_elements(rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> Arrays:
-    """Queries and keys of 60,000, which float16 holds, but not the sum of two."""
-    drawn = normal("float16")(rng, layer, positions)
-    return drawn | {n: np.copysign(np.float32(60_000), drawn[n]) for n in ("q", "k")}
-
-
 @functools.cache
 def int8_cases() -> list[Case]:
     """Cases that reach every rule of int8 slots."""
@@ -133,11 +128,9 @@ def distance_cases() -> list[Case]:
         replace(kernel_layer(p, 70, d, 2, 9, kv_heads=1), max_distance=30) for p, d in (("h2o", 64), ("tova", 40))
     ]
     layers.append(replace(layers[0], slot_dtype="int8"))
-    large = kernel_layer("sink", 20, 16, 1, 8, kv_heads=1)
-    large = replace(large, max_distance=9, scale=1e-9)
     return [
         *(case(la, scenario(la, chunks, 6, normal("float16")), blocks) for la in layers for blocks in (512, 1)),
-        case(large, scenario(large, [(30,), (1,)], 0, large_elements)),
+        case(LARGE, scenario(LARGE, [(30,), (1,)], 0, large_elements)),
     ]
 
 
