@@ -172,7 +172,7 @@ def broken(folder: Path, fault: Fault) -> Path:
     text = (sources / fault.file).read_text()
     (sources / fault.file).write_text(fault.applied(text))
     for part in emulation.SOURCES:
-        if fault.file not in includes(sources / part):
+        if fault.file not in {part, *includes(sources / part)}:
             (sources / part).unlink()
     emulation.build(folder / "libless_broken.so", *SMALL, "-w", sources=sources, reuse=sound())
     return folder / "libless_broken.so"

@@ -42,7 +42,8 @@ struct AttentionShape {
 };
 
 // Inputs in the operator's order, then outputs. T below is the dtype of the shape, S that of the slots. present* must
-// either be the same memory as past* (in place) or not overlap it. Scales and constants exist with int8 slots only.
+// either be the same memory as past* (in place) or not overlap it. Scales, keyMean and keyStd exist with int8 slots
+// only, rotary with maxDistance only.
 struct AttentionTensors {
     void const* q;                // T   [B,Hq,T,D], rotary embedding applied unless there is maxDistance, as in k
     void const* k;                // T   [B,Hk,T,D]

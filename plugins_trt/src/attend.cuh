@@ -1,6 +1,7 @@
 // Prefill (T > 1): attention.
 //
 // attendKernel: grid (ceil(T / 64), Hq, B), 16 query rows per warp; iterates over tiles of the slots and of the chunk.
+// With Turns, for layers with and without a largest distance.
 #pragma once
 
 #include "turn.cuh"
@@ -14,7 +15,7 @@ struct AttendShared {
     int positions[Tiles::kStages][Tiles::kRows];  // -1: not visible to any query
 };
 
-template <class T, int W>
+template <class T, int W, bool Turns>
 __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) {
     using Tiles = Tiling<T, W>;
     constexpr int N = Tiles::kRows;
@@ -46,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     int const tiles = slotTiles + (min(count, first + kTileRows) + N - 1) / N - hidden;
     // Tiles of codes and of keys to turn are converted as they come in, without the next one in flight, whose memory
     // the parts of keys take.
-    bool const codes = coded(p), turning = turns(p);
+    bool const codes = coded(p), turning = Turns && turns(p);
     auto const partTile = [&](int part) {
         return part < 2 ? shared.keys[part].x : shared.values[Tiles::kStages - 1].x;
     };

@@ -3,7 +3,8 @@
 // Each block reads its share of a KV head's slots once, for all query heads of the group, with a running maximum per
 // head. The block that finishes last (with one split, the only one) merges the shares in order, adds the new token and
 // the low-rank term, updates the scores, chooses which token leaves, absorbs it into H and z while reading H for the
-// output, and stores the new token. S is the type of the slots.
+// output, and stores the new token. S is the type of the slots. With a largest distance, the slots' keys are rotated as
+// they are read; the new token and its queries are at distance 0, which leaves them as they are.
 #pragma once
 
 #include "decode_block.cuh"

@@ -47,13 +47,23 @@ struct Workspace {
 
 unsigned tilesOf(int n) { return static_cast<unsigned>((n + kTileRows - 1) / kTileRows); }
 
+// Wide heads leave no registers for what layers without a largest distance do not need.
+template <class T, int W>
+auto attendKernelOf(PrefillParams const& params) {
+    if constexpr (W > 128) {
+        if (!turns(params)) return attendKernel<T, W, false>;
+    }
+    return attendKernel<T, W, true>;
+}
+
 template <class T, int W>
 cudaError_t runAttention(Mode mode, PrefillParams const& params, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     auto const batch = static_cast<unsigned>(s.batch);
     dim3 const queries(tilesOf(s.chunk), s.queryHeads, batch),
         keys(tilesOf(s.slots) + tilesOf(s.chunk), s.queryHeads, batch);
-    cudaError_t const status = run(mode, attendKernel<T, W>, queries, sizeof(AttendShared<T, W>), params, stream);
+    cudaError_t const status =
+        run(mode, attendKernelOf<T, W>(params), queries, sizeof(AttendShared<T, W>), params, stream);
     if (status != cudaSuccess || !keepsScores(params.rules)) return status;
     size_t const bytes = ScoreShared<T, W>::bytes(coded(params) || turns(params));
     return run(mode, scoreKernel<T, W>, keys, bytes, params, stream);
