@@ -173,14 +173,14 @@ DISTANCE_FAULTS = {
         "rotary.cuh", "float const sign = d < half ? -turn.sign : turn.sign;", "float const sign = turn.sign;"
     ),
     "the rest rotated too": Fault("rotary.cuh", "return d < 2 * half;", "return true;"),
-    "decode: slots not turned": Fault("decode.cuh", "if (turning) {", "if (false) {"),
+    "decode: slots not turned": Fault("decode.cuh", "if constexpr (Turns) {", "if constexpr (false) {"),
     "decode: partners of the own lane": Fault("decode.cuh", "row * LPR + partners / 8", "lane"),
     "decode: partners of another slot": Fault("decode.cuh", "row * LPR + partners / 8", "partners / 8"),
     "decode: partners with others' mean": Fault("decode.cuh", "partners, others);", "column, others);"),
     "prefill: queries not turned": Fault("turn.cuh", "rotary.ahead(query)", "rotary.ahead(0)"),
     "prefill: tokens not turned": Fault("turn.cuh", "rotary.ahead(row)", "rotary.ahead(0)"),
     "prefill: slots not turned": Fault("turn.cuh", "rotary.back(positions[row], past)", "rotary.back(past, past)"),
-    "prefill: scale of reduced keys": Fault("less_attention_prefill.cu", "params.rules.scale /=", "(void)"),
+    "prefill: scale of reduced keys": Fault("less_attention_prefill.cu", "params.rules.scale /=", "float const lost ="),
     "prefill: elements of float16 overflow": Fault("turn.cuh", "std::is_same_v<T, __half> ? 0.5f : 1.f", "1.f"),
     "prefill: keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
     "prefill: queries of one part": Fault("attend.cuh", "int part = 1; turning &&", "int part = 1; !turning &&"),
@@ -195,7 +195,7 @@ DISTANCE_FAULTS = {
     "decode: a turned key takes the slot": Fault(
         "decode.cuh",
         "centring.centred(newKey[d], d);",
-        "centring.centred(rotary.turned(rotary.ahead(1), d, [&](int x) { return newKey[x]; }), d);",
+        "centring.centred(newKey[d] * p.t.rotary[p.shape.rotary], d);",
     ),
     "prefill: a turned key takes the slot": Fault(
         "settle.cuh",

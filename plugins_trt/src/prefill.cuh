@@ -34,18 +34,6 @@ __device__ __forceinline__ T* queriesOf(PrefillParams const& p, int part, long q
     return static_cast<T*>(all) + rows * s.chunk * s.headDim;
 }
 
-// Rows of keys or queries, unrotated ones with a largest distance.
-template <class S>
-struct Rows {
-    SlotRows<S> stored;
-    Centring<S> centring;
-
-    __device__ __forceinline__ float at(int row, int d) const { return centring.restored(stored.at(row, d), d); }
-    __device__ __forceinline__ void eight(int row, int column, float (&x)[8]) const {
-        centring.read(stored.load(row, column), column, x);
-    }
-};
-
 // Rows of the compute dtype of a head: tokens, or keys in slots.
 template <class T>
 __device__ __forceinline__ Rows<T> plainRows(PrefillParams const& p, void const* tensor, long head, int count) {

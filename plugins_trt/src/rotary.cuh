@@ -44,26 +44,20 @@ struct Rotary {
         return rotates(d) ? turnedOne(turn, d, x, element(partner(d))) : x;
     }
 
-    // The columns [column, column + 8) after the turn, from those and their partners before it.
+    // The columns [column, column + 8) after the turn, from those and their partners before it; in eights only.
     __device__ __forceinline__ void turnEight(Turn const& turn, int column, float (&x)[8],
                                               float const (&partners)[8]) const {
-        if (!inEights()) {
+        if (!rotates(column)) return;
+        float const* const cosines = turn.row + (column < half ? column : column - half);
+        float const sign = column < half ? -turn.sign : turn.sign;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (rotates(column + i)) x[i] = turnedOne(turn, column + i, x[i], partners[i]);
-            }
-        } else if (rotates(column)) {
-            float const* const cosines = turn.row + (column < half ? column : column - half);
-            float const sign = column < half ? -turn.sign : turn.sign;
-#pragma unroll
-            for (int i = 0; i < 8; i += 4) {
-                float4 const c = *reinterpret_cast<float4 const*>(cosines + i);
-                float4 const s = *reinterpret_cast<float4 const*>(cosines + half + i);
-                x[i] = x[i] * c.x + sign * s.x * partners[i];
-                x[i + 1] = x[i + 1] * c.y + sign * s.y * partners[i + 1];
-                x[i + 2] = x[i + 2] * c.z + sign * s.z * partners[i + 2];
-                x[i + 3] = x[i + 3] * c.w + sign * s.w * partners[i + 3];
-            }
+        for (int i = 0; i < 8; i += 4) {
+            float4 const c = *reinterpret_cast<float4 const*>(cosines + i);
+            float4 const s = *reinterpret_cast<float4 const*>(cosines + half + i);
+            x[i] = x[i] * c.x + sign * s.x * partners[i];
+            x[i + 1] = x[i + 1] * c.y + sign * s.y * partners[i + 1];
+            x[i + 2] = x[i + 2] * c.z + sign * s.z * partners[i + 2];
+            x[i + 3] = x[i + 3] * c.w + sign * s.w * partners[i + 3];
         }
     }
 
@@ -75,5 +69,31 @@ struct Rotary {
         return x * turn.row[pair] + sign * turn.row[half + pair] * other;
     }
 };
+
+// Rows of keys or queries before a turn.
+template <class S>
+struct Rows {
+    SlotRows<S> stored;
+    Centring<S> centring;
+
+    __device__ __forceinline__ float at(int row, int d) const { return centring.restored(stored.at(row, d), d); }
+    __device__ __forceinline__ void eight(int row, int column, float (&x)[8]) const {
+        centring.read(stored.load(row, column), column, x);
+    }
+};
+
+struct Eight {
+    float x[8];
+};
+
+// The columns [column, column + 8) of a row after the turn, where they do not come in eights. A function of its own, so
+// that the usual case keeps the registers.
+template <class S>
+__device__ __noinline__ Eight turnedOneByOne(Rotary rotary, Rows<S> rows, int row, Turn turn, int column) {
+    Eight result;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) result.x[i] = rotary.turned(turn, column + i, [&](int d) { return rows.at(row, d); });
+    return result;
+}
 
 }  // namespace less

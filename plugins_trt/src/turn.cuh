@@ -10,18 +10,17 @@ namespace less {
 template <class S>
 __device__ __forceinline__ void readTurned(Rotary const& rotary, Rows<S> const& rows, int row, Turn const& turn,
                                            int column, float (&x)[8]) {
-    rows.eight(row, column, x);
-    if (!rotary.rotates(column)) return;
-    float partners[8] = {};
     if (rotary.inEights()) {
+        rows.eight(row, column, x);
+        if (!rotary.rotates(column)) return;
+        float partners[8];
         rows.eight(row, rotary.partner(column), partners);
+        rotary.turnEight(turn, column, x, partners);
     } else {
+        Eight const turned = turnedOneByOne(rotary, rows, row, turn, column);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            if (rotary.rotates(column + i)) partners[i] = rows.at(row, rotary.partner(column + i));
-        }
+        for (int i = 0; i < 8; ++i) x[i] = turned.x[i];
     }
-    rotary.turnEight(turn, column, x, partners);
 }
 
 // Turned elements are this much smaller where tensor cores see them: a float16 element of any size stays finite when
