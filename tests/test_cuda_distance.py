@@ -33,7 +33,7 @@ SHAPES: list[tuple[str, str, int, int, int, SlotDtype]] = [
     ("bfloat16", "tova", 80, 1, 16, "model"),
     ("bfloat16", "full", 128, 2, 1, "int8"),
     ("bfloat16", "h2o", 64, 12, 8, "int8"),
-    ("bfloat16", "window", 96, 2, 1, "model"),
+    ("bfloat16", "window", 96, 6, 1, "model"),
     ("float32", "h2o", 128, 4, 8, "int8"),
     ("float32", "tova", 256, 2, 8, "model"),
     ("float32", "window", 96, 1, 1, "int8"),
