@@ -156,6 +156,8 @@ def plan_layers(
     for index, layer in enumerate(layers):
         heavy, recent = _fitting(*policy.split(own[index]), context) if index in own else common
         facts, distance = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale), distances.get(index)
+        if distance is not None and layer.window:  # nothing further away is seen, and shorter tables suffice
+            distance = min(distance, layer.window)
         compressed = config.compress_sliding and policy.evicts and heavy + recent < layer.window
         if layer.window and not compressed:
             if index in own:

@@ -26,6 +26,7 @@ from less_export.hf import calibration, recipes
 from less_export.hf.model import OpenModel, open_model
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import FORMAT_VERSION, Kernels, random_kernels
+from less_export.less.rotary import table_of
 from less_export.progress import Silent
 from less_export.runtime.row_state import RowState
 from less_export.runtime.torch import TorchBackend
@@ -68,7 +69,7 @@ def test_below_the_largest_distance_it_is_hugging_face(family: str, shared: Path
     contract = tiny.opened.manifest.artifacts[0].contract
     assert contract.position_limit is None
     nope = {"smollm3": [1], "cohere2": [1]}.get(family, [])
-    want = [None if i in nope else FAR for i in range(len(contract.layers))]
+    want = [None if i in nope else min(FAR, s.window or FAR) for i, s in enumerate(contract.layers)]
     assert [s.max_distance for s in contract.layers] == want
 
 
@@ -143,7 +144,7 @@ def test_tables_are_in_the_kernel_file(shared: Path) -> None:
     assert (facts.parametrisation, facts.layers) == (None, ())
     tables = Kernels.load(bundle.path(facts.file)).rotary
     assert [(t.layers, t.order, tuple(t.angles.shape)) for t in tables] == [
-        ((0,), None, (FAR + 1, 16)),
+        ((0,), None, (16, 16)),  # it slides
         ((1,), None, (FAR + 1, 16)),
     ]
     artifact = bundle.manifest.artifacts[0]
@@ -244,9 +245,26 @@ def test_trained_length_as_default(source: Path, tmp_path: Path) -> None:
     file = kernel_file(tmp_path / "k.safetensors")
     with pytest.warns(UserWarning, match=r"positions are absolute, as with .* none: .*trained on rotated queries and"):
         assert distances(kernels=file) == {None}
+    families.save(nope, tmp_path / "nope")
+    with pytest.warns(UserWarning, match=r"positions are absolute, as with .* none: no layer has a rotary embedding"):
+        assert {s.max_distance for s in opened(tmp_path / "nope").plan} == {None}
     families.save("gpt2", tmp_path / "gpt2")
-    with pytest.warns(UserWarning, match=r"none: layer 0: its values depend on the position \(a table of positions\)"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # its positions end, which other messages say
         assert {s.max_distance for s in opened(tmp_path / "gpt2").plan} == {None}
+
+
+def test_tables_of_sliding_layers_end_at_their_window(tmp_path: Path) -> None:
+    """Each kind of rotary embedding has a table as long as its layers need."""
+    families.save("gemma3", tmp_path / "gemma3")
+    model = opened(tmp_path / "gemma3", chunk=4, max_distance=100)
+    windows = {i: s.window for i, s in enumerate(model.layers)}
+    assert {bool(w) for w in windows.values()} == {False, True}
+    for i, s in enumerate(model.plan):
+        assert s.max_distance == (min(100, windows[i]) if windows[i] else 100)
+        kind = table_of(model.kernels.rotary, i)
+        assert kind is not None
+        assert len(kind.angles) == max(model.plan[j].max_distance or 0 for j in kind.layers) + 1
 
 
 def test_recipes_show_it(run: bundles.Run) -> None:

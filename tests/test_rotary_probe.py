@@ -19,7 +19,7 @@ from less_export.errors import UnsupportedModelError
 from less_export.hf.rotary import Rotation, arranged, probe, tables
 from less_export.hf.surgery import AttentionCall, less_attention
 from less_export.hf.weights import bare_model
-from less_export.less.rotary import rotate, table_of
+from less_export.less.rotary import rotate
 
 from . import families
 from .families import VOCAB
@@ -83,11 +83,10 @@ def test_explains_the_true_model(family: str) -> None:
     start = calls_at(model, 0)
     for position in POSITIONS:
         for layer, call in calls_at(model, position).items():
-            kind = table_of(made, layer)
-            want, origin = arranged(call, kind), arranged(start[layer], kind)
+            (want, angles), (origin, _) = arranged(call, made), arranged(start[layer], made)
             turns = torch.full((5,), position)
             for x, y in ((origin.q, want.q), (origin.k, want.k)):
-                turned = x if kind is None else rotate(x, kind.angles, turns)
+                turned = x if angles is None else rotate(x, angles, turns)
                 error = (turned - y).abs().max() / y.abs().max()
                 # The model's own angles are float32, whose rounding grows with the position.
                 assert error < 1e-6 + 1.2e-7 * position, (layer, position)

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import DEFAULT_CHUNK, ExportConfig
-from ..contract import LayerSpec
+from ..contract import LayerSpec, limits_distances
 from ..errors import UnsupportedModelError, UsageError
 from ..less.feature_maps import Kernels
 from ..less.rotary import RotaryTable, table_length
@@ -116,7 +116,7 @@ def open_model(
     distance, rotations = distances(architecture, config, kernels)
     limited = {i: distance for i, r in enumerate(rotations) if r is not None and distance is not None}
     plan = plan_layers(architecture.layers, config, context, ranks, limited)
-    kernels = _with_tables(kernels, rotations, distance, config)
+    kernels = _with_tables(kernels, rotations, plan, config)
     return OpenModel(
         **vars(architecture), config=config, kernels=kernels, context=context, ranks=ranks, plan=plan,
         rotations=rotations,
@@ -147,20 +147,23 @@ def distances(
             reason = "no layer has a rotary embedding"
     if config.max_distance is not None:
         raise UsageError(f"--max-distance {distance} is impossible: {reason}; give --max-distance none")
-    warnings.warn(f"positions are absolute, as with --max-distance none: {reason}", stacklevel=3)
+    if architecture.position_limit is None:  # else the model's positions end, whatever a cache does
+        warnings.warn(f"positions are absolute, as with --max-distance none: {reason}", stacklevel=3)
     return None, ()
 
 
 def _with_tables(
-    kernels: Kernels, rotations: tuple[rotary.Rotation | None, ...], distance: int | None, config: ExportConfig
+    kernels: Kernels, rotations: tuple[rotary.Rotation | None, ...], plan: tuple[LayerSpec, ...], config: ExportConfig
 ) -> Kernels:
     """The kernels with tables for the plan, without constants that were measured on other keys."""
-    if kernels.centring_rotated == (distance is not None):
+    if kernels.centring_rotated == limits_distances(plan):
         keys = "rotated" if kernels.centring_rotated else "unrotated"
         warnings.warn(f"the constants of int8 slots in {config.kernels} are not used: of {keys} keys", stacklevel=3)
         kernels = replace(kernels, centring={})
-    length = 0 if distance is None else table_length(distance, config.chunk or DEFAULT_CHUNK)
-    return replace(kernels, rotary=rotary.tables(rotations, length))
+    chunk = config.chunk or DEFAULT_CHUNK
+    lengths = [table_length(s.max_distance or 0, chunk) for s in plan]
+    whole = rotary.tables(rotations, max(lengths))
+    return replace(kernels, rotary=[replace(t, angles=t.angles[: max(lengths[i] for i in t.layers)]) for t in whole])
 
 
 def open_architecture(source: ModelSource, num_hidden_layers: int | None = None) -> Architecture:
