@@ -32,6 +32,9 @@ pytest_plugins = ["tests.bundles"]
 
 LENGTH = 40
 NONE = Kernels({}, {})
+#: A cache without what has tests of its own: int8 slots and distances.
+PLAIN = ExportConfig(budget="12", slots="model", max_distance="none")
+PLAIN_OPTIONS = ("--slots", "model", "--max-distance", "none")
 SPEC = LayerSpec(8, 2, 128, 0.1, Policy.H2O, 25, 25, 0, True, 50, 8)
 
 
@@ -56,7 +59,7 @@ def streaming(source: Path, kernel_file: Path, shared: Path) -> Path:
 @pytest.mark.parametrize("chunk", [1, 9])
 @pytest.mark.parametrize("kind", variants.KINDS)
 def test_the_simulation_is_the_stream(kind: variants.Kind, chunk: int, source: Path, kernel_file: Path) -> None:
-    subject = open_subject(str(source), ExportConfig(budget="12"), kernel_file, True)
+    subject = open_subject(str(source), PLAIN, kernel_file, True)
     (variant,) = variants.build([kind], subject.plan, subject.kernels, LENGTH, "float32")
     ids = torch.randint(2, 300, (3, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(10, LENGTH - 1, 3)
@@ -169,6 +172,7 @@ def test_share_of_the_gap() -> None:
 # ------------------------------------------------------------------ the command
 
 OPTIONS = ("--seqs", 3, "--seq-len", LENGTH, "--positions", 8)
+MODEL_OPTIONS = (*OPTIONS, *PLAIN_OPTIONS)
 
 
 def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path
     other = tmp_path / "other.txt"
     other.write_text("a cat " * 300)
     arguments = ("--kernels", kernel_file, "--budget", 12, "--budgets", "8,16", "--out-of-domain", other)
-    result = run("eval", source, "--data", text, *arguments, *OPTIONS, "--json", out, "--plot", picture)
+    result = run("eval", source, "--data", text, *arguments, *MODEL_OPTIONS, "--json", out, "--plot", picture)
     assert result.code == 0, result.err
     data = json.loads(out.read_text())
     assert len(data["rows"]) == 2 * 3 * 5
@@ -273,10 +277,12 @@ def test_options_that_a_task_does_not_use(task: str, options: list[str], run: Ru
 
 @pytest.mark.slow
 def test_what_a_user_can_get_wrong(run: Run, source: Path, streaming: Path, text: Path) -> None:
-    refused(run("eval", source, "--data", text, "--compare", "less", "--budget", 8, *OPTIONS), "no layer has", after=1)
+    refused(
+        run("eval", source, "--data", text, "--compare", "less", "--budget", 8, *MODEL_OPTIONS), "no layer has", after=1
+    )
     refused(run("eval", source, "--data", text, "--compare", "best", *OPTIONS), "unknown 'best'")
-    refused(run("eval", source, "--data", text, "--budget", 39, *OPTIONS), "--seq-len 40 ends before", after=1)
-    refused(run("eval", source, "--data", text, "--backend", "ort", *OPTIONS), "runs bundles", after=1)
+    refused(run("eval", source, "--data", text, "--budget", 39, *MODEL_OPTIONS), "--seq-len 40 ends before", after=1)
+    refused(run("eval", source, "--data", text, "--backend", "ort", *MODEL_OPTIONS), "runs bundles", after=1)
     refused(run("eval", streaming, "--data", text, "--budget", 8), "is a bundle, whose cache is fixed", after=1)
     refused(run("eval", source, "--data", text, "--seqs", 0), "--seqs must be at least 1")
     refused(run("eval", source, "--data", text, "--compare", "", *OPTIONS), "--compare: unknown ''")
@@ -334,7 +340,7 @@ def test_summaries_of_every_cache(run: Run, source: Path, kernel_file: Path, str
     names = "full,sparse,sparse+bytes,less"
     bundle = summaries(run, streaming, articles, "--compare", names)
     assert {n: r["backend"] for n, r in bundle.items()} == {**dict.fromkeys(names.split(","), "torch"), "less": "ort"}
-    arguments = ("--kernels", kernel_file, "--budget", 12, "--chunk", 16)
+    arguments = ("--kernels", kernel_file, "--budget", 12, "--chunk", 16, *PLAIN_OPTIONS)
     model = summaries(run, source, articles, "--compare", names, *arguments)
     assert {r["backend"] for r in model.values()} == {"torch"}
     for name in ("full", "sparse", "less"):  # sparse+bytes counts 16 bits a value for a model, 32 for the bundle
@@ -354,7 +360,7 @@ def test_summaries_that_cannot_be(run: Run, source: Path, plain: Path, articles:
     refused(run("eval", plain, *arguments, "--max-new-tokens", 0), "max_new_tokens must be")
     refused(run("eval", plain, *arguments, "--chunk", 4), "is a bundle, whose cache is fixed: drop --chunk")
     refused(run("eval", plain, *arguments, "--kernels", "k"), "drop --kernels")
-    refused(run("eval", source, *arguments, "--backend", "ort"), "runs bundles", after=1)
+    refused(run("eval", source, *arguments, "--backend", "ort", *PLAIN_OPTIONS), "runs bundles", after=1)
     refused(run("eval", plain, *arguments, "--compare", "full,less"), "no layer has kernels", after=1)
     trt = run("eval", plain, *arguments, "--compare", "full,sparse", "--backend", "trt")
     refused(trt, "no engine.plan", after=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..contract import Contract
+from ..contract import Contract, limits_distances
 from ..errors import UsageError
 from ..hf.rotary import arranged
 from ..hf.running import position_ids
@@ -33,6 +33,7 @@ def attention(variant: Variant, chunk: int, rotary: Sequence[RotaryTable] = ()) 
 
     ``rotary``: tables as long as the sequences, for a variant that limits distances.
     """
+    assert limits_distances(variant.plan) == bool(rotary), "tables belong to limited distances"
 
     def attend(call: AttentionCall) -> Tensor:
         features, (call, angles) = None, arranged(call, rotary)

@@ -27,7 +27,7 @@ from ..hf.special_tokens import eos_ids
 from ..progress import AnyProgress, Progress, as_progress, prefixed
 from ..tensorrt import cache, engine
 from . import graphs, onnx_op, package
-from .check import self_check
+from .check import require_runtime, self_check
 from .job import ExportJob, prepare
 from .targets import contract, plan_targets
 
@@ -59,6 +59,8 @@ def export(
     """
     config, progress = replace(config or ExportConfig(), **options), as_progress(progress)
     package.restore(out)
+    if config.validate:
+        require_runtime()
     targets = plan_targets(out, config, engine_plan)
     destination, layout = targets.destination, targets.layout
     source, published = _source(model, config, destination, progress), False

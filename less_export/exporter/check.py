@@ -43,6 +43,14 @@ TOLERANCE = 1e-4
 ROUNDED_TOLERANCE = 0.05
 
 
+def require_runtime() -> None:
+    """Raise :class:`UsageError` where the check cannot run."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        raise UsageError(f"checking the export needs ONNX Runtime: {install_hint('cpu')}, or --no-validate") from None
+
+
 def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
     """Export the twin and compare; returns the largest relative difference of its logits.
 
@@ -50,10 +58,9 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
         ValidationError: the graph does not compute what the model computes.
         UsageError: ONNX Runtime is missing.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UsageError(f"checking the export needs ONNX Runtime: {install_hint('cpu')}, or --no-validate") from None
+    require_runtime()
+    import onnxruntime
+
     config, indices = twin_config(hf_config, contract)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
