@@ -67,7 +67,7 @@ def test_names() -> None:
         (RowState.load, "(path)"),
         (less_export.SamplingParams.with_overrides, "(**overrides)"),
         (Backend.open, "(batch=1)"),
-        (Backend.step, "(input_ids, new_length=None)"),
+        (Backend.step, "(input_ids, new_length=None, rows=None)"),
         (Backend.read_row, "(row)"),
         (Backend.write_row, "(row, state)"),
         (Backend.reset_rows, "(rows)"),
