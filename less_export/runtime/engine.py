@@ -123,6 +123,10 @@ class Engine:
         self._factory.check_prefix(prefix)
         return self._factory.sequence(prompt, checked, index=index, prefix=prefix, keep_state=keep_state)
 
+    def check_state(self, state: RowState) -> None:
+        """Raise :class:`BackendError` unless ``state`` is one of this model's."""
+        self._factory.check_prefix(state)
+
     def submit(self, sequences: Ordered[Sequence], sink: Sink) -> None:
         """Queue all of ``sequences`` or none; ``sink`` gets their events.
 
