@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -36,6 +37,7 @@ from .schemas import (
 )
 from .sessions import BusySessionError, NoSuchSessionError, SessionStore
 
+_LOG = logging.getLogger(__name__)
 #: A text that no template changes, to find where an answer ends in a rendered conversation.
 _ANSWER = "\u2063answer\u2063"
 #: Statuses, kinds and codes of errors; the first that fits.
@@ -149,6 +151,8 @@ class _Service:
                 return await run.whole()
             except ClientGoneError:
                 return Response(status_code=499)
+            except Exception as error:
+                return _refusal(error)
 
     async def _park(self, session: str | None, sequences: list[Sequence]) -> None:
         """Save the state of a session, before the client hears of the end."""
@@ -280,7 +284,7 @@ class _Run:
                 yield server_sent({**self.reply.chunk(index, token), **usage})
         if with_usage:
             yield server_sent(self.reply.closing())
-        yield server_sent("[DONE]")
+        yield server_sent(b"[DONE]")
 
 
 class _EventStream(Response):
@@ -307,10 +311,10 @@ class _EventStream(Response):
                     return
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1):
-                        await event(server_sent(_body_of(error)))
+                        await event(server_sent(bytes(_refusal(error).body)))
                         await event(b"", more=False)
             except Exception as error:  # the status is out: the stream says what happened
-                await event(server_sent(_body_of(error)))
+                await event(server_sent(bytes(_refusal(error).body)))
                 await event(b"", more=False)
 
 
@@ -326,7 +330,14 @@ def _body_of(error: Exception) -> dict[str, Any]:
 
 
 async def _failed(_: HttpRequest, error: Exception) -> Response:
+    return _refusal(error)
+
+
+def _refusal(error: Exception) -> JSONResponse:
+    """The reply to a request that was refused or failed; what is not the client's fault is logged."""
     status = next(e[1] for e in _ERRORS if isinstance(error, e[0]))
+    if status == 500:
+        _LOG.error("a request failed: %s", one_line(repr(error)))
     headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
     return JSONResponse(_body_of(error), status, headers)
 

@@ -160,9 +160,9 @@ class ChatReply(Reply):
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def server_sent(event: dict[str, Any] | str) -> bytes:
-    """One event of a stream."""
-    return f"data: {event if isinstance(event, str) else json.dumps(event, allow_nan=False)}\n\n".encode()
+def server_sent(event: dict[str, Any] | bytes) -> bytes:
+    """One event of a stream; bytes are taken as they are."""
+    return b"data: " + (event if isinstance(event, bytes) else json.dumps(event, allow_nan=False).encode()) + b"\n\n"
 
 
 def error_body(message: str, kind: str, code: str | int | None = None, param: str | None = None) -> dict[str, Any]:

@@ -84,11 +84,10 @@ class CompletionRequest(Request):
 
     def prompts(self) -> list[str | list[int]]:
         """Texts or token ids, one for each prompt."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt or isinstance(self.prompt[0], int):
-            return [[int(i) for i in self.prompt]]
-        return list(self.prompt)  # type: ignore[arg-type]
+        prompt: Any = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        return [prompt] if not prompt or isinstance(prompt[0], int) else prompt
 
 
 class ChatRequest(Request):
