@@ -380,6 +380,17 @@ def test_unknown_paths_and_methods(served: Served) -> None:
         assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["type"] == "invalid_request_error"
 
 
+def test_a_form_of_another_page_is_refused(served: Served) -> None:
+    """Browsers send texts and forms to any address without asking it before."""
+    before = served.engine.counts["accepted"]
+    body = b'{"prompt": "a"}'
+    for kind in (b"text/plain", b"application/x-www-form-urlencoded"):
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: " + kind
+        answer = served.raw(head + f"\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert answer.startswith(b"HTTP/1.1 400")
+    assert served.engine.counts["accepted"] == before
+
+
 def test_pages_of_other_origins(served: Served) -> None:
     preflight = (
         b"OPTIONS /v1/completions HTTP/1.1\r\nHost: x\r\nOrigin: https://a.example\r\n"
