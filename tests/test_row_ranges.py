@@ -114,7 +114,7 @@ def test_reference_double() -> None:
 @pytest.mark.slow
 def test_torch(opened: Opened) -> None:
     backend, alone = (opened("llama", "h2o", "torch", copy=copy) for copy in (0, 1))
-    assert_as_alone(backend, alone, 30, 1e-4)
+    assert_as_alone(backend, alone, 12, 1e-4)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -118,6 +119,25 @@ def test_serving_until_a_signal(plain: Path) -> None:
         assert last == "length"
         assert server.wait() == 0
         assert "Alice" not in "".join(server.lines)
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once(plain: Path) -> None:
+    """Requests that run are told; nobody waits for their end."""
+    with process(plain, "--max-new-tokens", 10**6) as server:
+        stream = iter(
+            server.client.completions.create(
+                model=plain.name, prompt=PROMPT, max_tokens=10**6, stream=True, extra_body={"ignore_eos": True}
+            )
+        )
+        next(stream)
+        server.child.send_signal(signal.SIGINT)
+        while server.health() == 200:
+            pass
+        server.child.send_signal(signal.SIGINT)
+        with pytest.raises((openai.APIError, httpx2.HTTPError)):
+            list(stream)
+        assert server.wait() == 0
 
 
 def test_a_killed_server_loses_no_session(plain: Path, tmp_path: Path) -> None:

@@ -13,12 +13,15 @@ import openai
 import pytest
 
 from less_export import __version__
+from less_export.errors import UsageError
 from less_export.serving import server as serving_server
+from less_export.serving.conversations import continuation
 from less_export.serving.gate import Gate
 from less_export.serving.sessions import SessionStore
 
+from .chat_templates import TEMPLATES
 from .serving_support import LONG, MODEL, Served, serving
-from .test_generate import HashBackend, contract, expected
+from .test_generate import HashBackend, contract, expected, letter_tokenizer
 from .test_service_engine import GatedBackend
 
 PROMPT = "abcde"
@@ -196,6 +199,21 @@ def test_a_session_goes_on_without_its_prompt(tmp_path: Path) -> None:
         history += served.tokenizer.encode(".uf.a", special=False)  # after the answer, without bos
         assert third.choices[0].message.content == text_of(served, history, 4)
         assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen", "gemma", "mistral"])
+def test_a_continued_chat_is_the_rest_of_the_whole_one(name: str) -> None:
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = TEMPLATES[name]
+    begin = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    new = [{"role": "user", "content": "Really?"}]
+    whole = tokenizer.chat([*begin, *new])
+    rest = continuation(tokenizer, new, {})
+    assert whole.endswith(f"Because.{rest}")
+    assert "Really?" in rest
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(UsageError, match="does not write an answer as it is"):
+        continuation(tokenizer, new, {})
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..config import BACKENDS
-from ..errors import BackendError, UsageError, install_hint, one_line
+from ..errors import UsageError, install_hint, one_line
 from .ending import tell
 from .files import read_text
 from .options import Parser, general_options, trust_option
+
+if TYPE_CHECKING:
+    from ..runtime.generate import Generator
 
 
 def parser() -> Parser:
@@ -117,19 +120,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_model(bundle: str, backend: str | None, threads: int | None, trust_code: bool) -> Any:
+def open_model(bundle: str, backend: str | None, threads: int | None, trust_code: bool) -> Generator:
     """A generator over a bundle, with ``threads`` where the backend has them."""
     from ..bundle.artifact import Bundle
-    from ..runtime.open import load_backend, load_generator
+    from ..runtime.open import backend_name, load_backend, load_generator
 
     opened = Bundle.open(bundle)
     options = {} if threads is None else {"threads": threads}
-    try:
-        return load_generator(opened, load_backend(opened, backend, trust_code=trust_code, **options))
-    except TypeError:
-        if threads is None:
-            raise
-        raise BackendError("--threads is for ONNX Runtime: leave it out") from None
+    if options and backend_name(opened, backend) != "ort":
+        raise UsageError("--threads is for ONNX Runtime: leave it out")
+    return load_generator(opened, load_backend(opened, backend, trust_code=trust_code, **options))
 
 
 def _logs(args: argparse.Namespace) -> bool:

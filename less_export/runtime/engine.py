@@ -92,7 +92,7 @@ class Engine:
 
     @property
     def accepts(self) -> bool:
-        """Whether it takes new work: not if it drains, has stopped or has failed."""
+        """Whether it takes new work, which it does until it drains, stops or fails."""
         return self._thread.is_alive() and not self._draining
 
     # ------------------------------------------------------------ work

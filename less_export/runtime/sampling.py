@@ -19,8 +19,7 @@ _THRESHOLDS = 6
 #: Blocks whose maxima bound the top-k tokens from below.
 _BLOCKS = 512
 
-#: ``processor(token_ids, logits)`` before every token: the new tokens so far, and the logits [V] f32 of the next one,
-#: which it changes in place (-inf forbids a token) or replaces by what it returns.
+#: One of ``SamplingParams.processors``.
 LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], npt.NDArray[np.float32] | None]
 
 
@@ -46,7 +45,9 @@ class SamplingParams:
         stop_token_ids: tokens that end a text, which leaves them out; not affected by ignore_eos.
         logprobs: report the log probability of every token, and those of this many most likely ones (0 or more), by
             the model's own distribution: before temperature, penalties, bias and processors. None is off.
-        processors: called in this order before every token, after penalties and bias; see :data:`LogitsProcessor`.
+        processors: functions ``processor(token_ids, logits)``, called in this order before every token, after penalties
+            and bias, with the new tokens so far and the logits [V] f32 of the next one. They change these in place
+            (-inf forbids a token) or return others.
 
     Penalties, bias and processors come before the temperature, also where that is 0.
 

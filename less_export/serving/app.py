@@ -23,6 +23,7 @@ from ..runtime.engine import Engine, QueueFullError, StoppedError
 from ..runtime.sequence import Sequence
 from ..runtime.tokenizer import Tokenizer
 from .calls import Call, ClientGoneError
+from .conversations import continuation
 from .gate import Gate
 from .metrics import CONTENT_TYPE, Metrics
 from .options import RETRY_SECONDS, ServerOptions
@@ -38,8 +39,6 @@ from .schemas import (
 from .sessions import BusySessionError, NoSuchSessionError, SessionStore
 
 _LOG = logging.getLogger(__name__)
-#: A text that no template changes, to find where an answer ends in a rendered conversation.
-_ANSWER = "\u2063answer\u2063"
 #: Statuses, kinds and codes of errors; the first that fits.
 _ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
@@ -217,11 +216,7 @@ class _Service:
         variables["add_generation_prompt"] = body.add_generation_prompt
         if not continues:
             return self._tokenizer.chat(messages, **variables)
-        before = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
-        _, found, rest = self._tokenizer.chat([*before, *messages], **variables).rpartition(_ANSWER)
-        if not found:
-            raise UsageError("this model's chat template does not show an answer as it is: continue by /v1/completions")
-        return rest
+        return continuation(self._tokenizer, messages, variables)
 
     async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
         def tokens() -> list[int]:

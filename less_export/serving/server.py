@@ -95,6 +95,7 @@ class Server:
         self._server = _QuietServer(config)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
 
     def run(self) -> None:
         """Serve; returns when everything has been answered after the end was asked for."""
@@ -123,6 +124,7 @@ class Server:
             self._ending = asyncio.create_task(self._drain())
         else:
             self._server.should_exit = self._server.force_exit = True
+            self._stopping = asyncio.create_task(asyncio.to_thread(self._engine.stop))
 
     async def _drain(self) -> None:
         await asyncio.to_thread(self._engine.drain)
