@@ -211,6 +211,10 @@ def test_a_continued_chat_is_the_rest_of_the_whole_one(name: str) -> None:
     rest = continuation(tokenizer, new, {})
     assert whole.endswith(f"Because.{rest}")
     assert "Really?" in rest
+
+
+def test_a_template_that_hides_answers_cannot_go_on() -> None:
+    tokenizer, new = letter_tokenizer(), [{"role": "user", "content": "Really?"}]
     tokenizer.chat_template = "{{ messages[-1].content }}"
     with pytest.raises(UsageError, match="does not write an answer as it is"):
         continuation(tokenizer, new, {})
