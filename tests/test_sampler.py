@@ -178,10 +178,12 @@ def test_stop_token_ids() -> None:
     ("options", "match"),
     [
         ({"min_p": 1.5}, "min_p must lie in"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be more than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must lie in"),
         ({"presence_penalty": "x"}, "presence_penalty must be a number"),
         ({"frequency_penalty": math.nan}, "frequency_penalty must be a number"),
         ({"logit_bias": {1: math.inf}}, "logit_bias must map token ids"),
+        ({"logit_bias": {1: 1e39}}, "logit_bias must map token ids"),
+        ({"presence_penalty": 10**40}, "presence_penalty must be a number"),
         ({"logit_bias": [1]}, "logit_bias must map token ids"),
         ({"logit_bias": {VOCAB: 1.0}}, "must lie in 0..39"),
         ({"stop_token_ids": [1.5]}, "stop_token_ids must be a list"),

@@ -191,7 +191,8 @@ def test_a_failed_engine_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service._scheduler, "step", lambda: 1 / 0)
     service.submit([service.sequence([1])], events.put)
     (ended,) = results(events, 1).values()
-    assert str(ended[0].error) == "the engine has failed (division by zero): start it again"
+    assert str(ended[0].error) == "the engine has failed: start it again"
+    assert isinstance(ended[0].error.__cause__, ZeroDivisionError)
     assert service.drain(LONG)
     assert not service.accepts
 

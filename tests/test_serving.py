@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 
@@ -140,6 +141,26 @@ def test_log_probabilities(served: Served, complete: Callable[..., Any]) -> None
     for entry in chat.choices[0].logprobs.content:
         assert entry.top_logprobs[0].logprob == entry.logprob
         assert bytes(entry.bytes).decode() == entry.token
+
+
+def test_impossible_tokens_in_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON has no infinity."""
+    backend = HashBackend(contract())
+    step = backend._step
+
+    def forbidding(*inputs: Any) -> Any:
+        logits = step(*inputs)
+        logits[..., 2:] = -np.inf
+        return logits
+
+    monkeypatch.setattr(backend, "_step", forbidding)
+    with serving(backend) as served:
+        for stream in (False, True):
+            reply = served.client.completions.create(
+                model=MODEL, prompt="a", max_tokens=1, logprobs=3, temperature=0, stream=stream
+            )
+            (choice,) = (next(iter(reply)) if stream else reply).choices
+            assert sorted(choice.logprobs.top_logprobs[0].values())[0] == -9999.0
 
 
 # ------------------------------------------------------------------ chats
@@ -336,6 +357,9 @@ def test_metrics(complete: Callable[..., Any], served: Served) -> None:
         (openai.BadRequestError, "not supported", {"echo": True}),
         (openai.BadRequestError, "not supported", {"best_of": 4}),
         (openai.BadRequestError, "stop strings", {"stop": [""]}),
+        (openai.BadRequestError, "stop", {"stop": ["x"] * 17}),
+        (openai.BadRequestError, "stop", {"stop": "x" * 257}),
+        (openai.BadRequestError, "logit_bias", {"logit_bias": {"1": 1e39}}),
     ],
 )
 def test_errors_have_types(error: type[Exception], match: str, options: Any, complete: Callable[..., Any]) -> None:
@@ -352,6 +376,7 @@ def test_errors_have_types(error: type[Exception], match: str, options: Any, com
         ("text only", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
         ("not supported", {"response_format": {"type": "json_object"}}),
         ("tool_choice", {"tool_choice": "required"}),
+        ("must not contain messages", {"extra_body": {"chat_template_kwargs": {"messages": []}}}),
     ],
 )
 def test_chat_errors(match: str, options: Any, served: Served) -> None:
@@ -359,6 +384,13 @@ def test_chat_errors(match: str, options: Any, served: Served) -> None:
         served.client.chat.completions.create(
             **{"model": MODEL, "messages": [{"role": "user", "content": "a"}], **options}
         )
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "hot", [], None])
+def test_odd_numbers(value: object, served: Served) -> None:
+    status, reply = served.http("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1, "temperature": value})
+    assert status == (200 if value is None else 400)
+    assert value is None or "temperature" in reply["error"]["message"]
 
 
 def test_a_model_without_a_tokenizer() -> None:

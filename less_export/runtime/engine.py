@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import queue
 import threading
 from collections import Counter
@@ -16,6 +18,7 @@ from .sampling import SamplingParams
 from .scheduler import Event, Scheduler, Timing
 from .sequence import Prompt, Sequence, SequenceFactory, Token
 
+_LOG = logging.getLogger(__name__)
 #: Called on the engine's thread with every event of a sequence; must not block.
 Sink = Callable[[Event], None]
 
@@ -209,6 +212,7 @@ class Engine:
                             self._deliver(event)
         except BaseException as error:
             self._failure = error
+            _LOG.error("the engine has failed", exc_info=error)
         finally:
             self._end_all()
 
@@ -252,9 +256,8 @@ class Engine:
             self._draining = True
             sinks, self._sinks = self._sinks, {}
             self.counts["failed"] += len(sinks)
-        reason = "the engine has stopped" if self._failure is None else f"the engine has failed ({self._failure})"
         for sequence, sink in sinks.items():
-            try:
-                sink(Event(sequence, error=StoppedError(f"{reason}: start it again")))
-            except Exception:
-                continue
+            error = StoppedError(f"the engine has {'failed' if self._failure else 'stopped'}: start it again")
+            error.__cause__ = self._failure
+            with contextlib.suppress(Exception):
+                sink(Event(sequence, error=error))

@@ -93,6 +93,9 @@ class SamplingParams:
         def is_number(value: object) -> bool:
             return is_integer(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
 
+        def is_shift(value: Any) -> bool:  # of a logit: float32 holds the result
+            return is_number(value) and abs(value) <= 1e30
+
         require(
             is_number(self.temperature) and self.temperature >= 0,
             f"temperature must be 0 (greedy) or more, not {shown(self.temperature)}",
@@ -117,16 +120,15 @@ class SamplingParams:
         )
         require(is_number(self.min_p) and 0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {shown(self.min_p)}")
         require(
-            is_number(self.repetition_penalty) and self.repetition_penalty > 0,
-            f"repetition_penalty must be more than 0 (1 is off), not {shown(self.repetition_penalty)}",
+            is_number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty must lie in 0.01..100 (1 is off), not {shown(self.repetition_penalty)}",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            require(is_number(value), f"{name} must be a number (0 is off), not {shown(value)}")
+            require(is_shift(value), f"{name} must be a number (0 is off), not {shown(value)}")
         bias: Any = self.logit_bias
         require(
-            bias is None
-            or (isinstance(bias, Mapping) and all(is_integer(i) and is_number(b) for i, b in bias.items())),
+            bias is None or (isinstance(bias, Mapping) and all(is_integer(i) and is_shift(b) for i, b in bias.items())),
             "logit_bias must map token ids (whole numbers) to numbers",
         )
         stop_ids: Any = self.stop_token_ids

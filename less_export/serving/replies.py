@@ -115,8 +115,8 @@ class Reply:
             self._offsets[index] += len(token.text)
         return {
             "tokens": texts,
-            "token_logprobs": [p.logprob for _, p in reported],
-            "top_logprobs": [{self._text(i): x for i, x in p.top} for _, p in reported],
+            "token_logprobs": [_finite(p.logprob) for _, p in reported],
+            "top_logprobs": [{self._text(i): _finite(x) for i, x in p.top} for _, p in reported],
             "text_offset": offsets,
         }
 
@@ -157,7 +157,12 @@ class ChatReply(Reply):
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self._text(token_id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI's API writes this for tokens that are impossible."""
+    return max(logprob, -9999.0)
 
 
 def server_sent(event: dict[str, Any] | bytes) -> bytes:

@@ -7,7 +7,7 @@ answer and are not supported are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -16,6 +16,8 @@ from ..runtime.sampling import SamplingParams
 
 #: Tokens of a completion that states no length, as in OpenAI's API.
 COMPLETION_TOKENS = 16
+#: The text is searched for stop strings after every token, so they are few and short.
+Stop = Annotated[str, Field(max_length=256)]
 
 
 class StreamOptions(BaseModel):
@@ -33,12 +35,12 @@ class Request(BaseModel):
     top_k: int = Field(0, ge=-1)
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=1024)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repetition_penalty: float = Field(1.0, gt=0)
-    logit_bias: dict[int, float] | None = None
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -105,6 +107,9 @@ class ChatRequest(Request):
     def _supported(self) -> ChatRequest:
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format other than text is not supported")
+        taken = sorted({"self", "messages", "tools", "add_generation_prompt"} & set(self.chat_template_kwargs or ()))
+        if taken:
+            raise ValueError(f"chat_template_kwargs must not contain {taken[0]}")
         return self
 
     def plain_messages(self) -> list[dict[str, Any]]:
