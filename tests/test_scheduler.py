@@ -31,6 +31,7 @@ POLICIES = {
     "window": LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 6, 6, False, 6, 1),
     "full": LayerSpec(4, 2, 8, 0.35, Policy.FULL, 0, 40, 0, False, 40, 1),
 }
+POLICIES["h2o, int8 slots"] = dataclasses.replace(POLICIES["h2o"], slot_dtype="int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,18 @@ def test_rows_are_packed() -> None:
     play(Scheduler(backend), [Request((1, 1), 6, 0), Request((2, 2), 12, 0), Request((3, 3), 12, 0)])
     sizes = [len(new) for width, new in backend.calls if width == 1]
     assert [size for size, _ in itertools.groupby(sizes)] == [1, 2, 3, 2, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_several_answers_to_one_prompt_are_prefilled_once(rows: int) -> None:
+    """As far as rows are free; each is another sample, and the same as without the others."""
+    backend, prompt, params = HashBackend(contract()), (3, 1, 4, 1, 5, 9, 2, 6), {"temperature": 1.5, "seed": 5}
+    requests = [Request(prompt, 4, 0)] * 3 + [Request(prompt[1:], 4, 0)]
+    scheduler = Scheduler(backend, rows=rows, piece=4)
+    events = play(scheduler, requests, **params)
+    together = Generator(HashBackend(contract())).generate([r.prompt for r in requests], max_new_tokens=4, **params)
+    assert [tokens(events[i]) for i in range(4)] == [g.token_ids for g in together]
+    assert scheduler.timing.prefill_tokens == {1: 3, 2: 2, 3: 1}[rows] * 8 + 7
 
 
 def test_a_row_is_free_within_the_step() -> None:

@@ -3,7 +3,8 @@
 The sequences that decode have rows 0 to n - 1, so that a decode step runs exactly these; a row that becomes free
 is filled by the last of them. Beside them, one sequence at a time is prefilled, in pieces of ``piece`` tokens whatever
 else runs, because what a row evicts depends on how its prompt was cut. Pieces alternate with decode steps, so that
-nobody waits for longer than one piece and one step.
+nobody waits for longer than one piece and one step. Sequences with the same prompt that follow one another are
+prefilled once, and their rows copied.
 
 A scheduler starts no thread, reads no clock but for its figures, and does the same at the same calls.
 """
@@ -199,11 +200,24 @@ class Scheduler:
         if sequence.fed < len(sequence.prompt):
             return []
         self._prefilling = None
-        if row != len(self._decoding):
-            self.backend.copy_row(row, len(self._decoding))
-            sequence.row = len(self._decoding)
-        self._decoding.append(sequence)
-        return self._settle(accept([sequence], logits))
+        joining = [sequence, *self._twins(sequence)]
+        for place, twin in enumerate(joining, len(self._decoding)):
+            if place != row:
+                self.backend.copy_row(row, place)
+            twin.row = place
+        self._decoding += joining
+        return self._settle(accept(joining, np.repeat(logits, len(joining), 0)))
+
+    def _twins(self, sequence: Sequence) -> list[Sequence]:
+        """Take the next sequences that wait and begin with the same tokens, as many as there are rows for."""
+        twins: list[Sequence] = []
+        while self._waiting and len(self._decoding) + 1 + len(twins) < self.rows:
+            other = self._waiting[0]
+            if other.prefix is not sequence.prefix or other.prompt != sequence.prompt:
+                break
+            other.fed = sequence.fed
+            twins.append(self._waiting.popleft())
+        return twins
 
     def _decode(self) -> list[Event]:
         begin = time.perf_counter()
