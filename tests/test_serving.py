@@ -15,6 +15,7 @@ import pytest
 
 from less_export import __version__
 from less_export.errors import UsageError
+from less_export.runtime.backend import RowState
 from less_export.serving import server as serving_server
 from less_export.serving.conversations import continuation
 from less_export.serving.gate import Gate
@@ -300,6 +301,21 @@ def test_the_oldest_sessions_are_dropped(tmp_path: Path) -> None:
     assert sorted(p.stem[0] for p in tmp_path.iterdir()) == ["4", "n"]
 
 
+def test_a_session_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client hears of it, but not where sessions lie."""
+
+    def full(state: RowState, path: Path) -> None:
+        raise UsageError(f"cannot write {path}: No space left on device")
+
+    monkeypatch.setattr(RowState, "save", full)
+    with serving(HashBackend(contract()), state_dir=tmp_path) as served:
+        for stream in (False, True):
+            with pytest.raises(openai.APIError, match="could not save the session") as caught:
+                options = {"max_tokens": 2, "stream": stream, "extra_body": {"session_id": "new"}}
+                list(served.client.completions.create(model=MODEL, prompt="a", **options))
+            assert str(tmp_path) not in str(caught.value)
+
+
 # ------------------------------------------------------------------ tokens and facts
 
 
@@ -352,7 +368,8 @@ def test_metrics(complete: Callable[..., Any], served: Served) -> None:
         (openai.BadRequestError, "max_tokens", {"max_tokens": 0}),
         (openai.BadRequestError, "temperature", {"temperature": -1}),
         (openai.BadRequestError, "top_p", {"top_p": 2}),
-        (openai.BadRequestError, "n = 100 are more than the 67", {"n": 100}),
+        (openai.BadRequestError, "100 answers .* are more than the 67", {"n": 100}),
+        (openai.BadRequestError, "100000 answers", {"prompt": ["a"] * 100_000}),
         (openai.BadRequestError, "logit_bias", {"logit_bias": {"99": 1}}),
         (openai.BadRequestError, "not supported", {"echo": True}),
         (openai.BadRequestError, "not supported", {"best_of": 4}),

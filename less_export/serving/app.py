@@ -104,8 +104,10 @@ class _Service:
         count = body.max_tokens or min(COMPLETION_TOKENS, self._options.max_new_tokens)
 
         def prepare(prefix: RowState | None) -> list[Sequence]:
-            prompts = [self._encode(p, prefix) for p in body.prompts()]
-            return self._sequences(prompts, body, count, body.logprobs, prefix)
+            prompts = body.prompts()
+            self._check_space(len(prompts) * body.n)
+            encoded = [self._encode(p, prefix) for p in prompts]
+            return self._sequences(encoded, body, count, body.logprobs, prefix)
 
         return await self._answer(body, http, Reply, prepare)
 
@@ -115,6 +117,7 @@ class _Service:
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
 
         def prepare(prefix: RowState | None) -> list[Sequence]:
+            self._check_space(body.n)
             prompt = self._render(body, prefix is not None)
             return self._sequences([self._tokens(prompt, special=False)], body, count, logprobs, prefix)
 
@@ -169,6 +172,14 @@ class _Service:
             )
             raise HTTPException(404, body)  # type: ignore[arg-type]
 
+    def _check_space(self, sequences: int) -> None:
+        space = self._engine.rows + self._engine.max_queue
+        if sequences > space:
+            raise UsageError(
+                f"{sequences} answers (prompts times n) are more than the {space} that this server takes at a time: "
+                "ask for them in several requests"
+            )
+
     def _sequences(
         self, prompts: list[list[int]], body: Request, count: int, logprobs: int | None, prefix: RowState | None
     ) -> list[Sequence]:
@@ -178,12 +189,6 @@ class _Service:
                 raise UsageError(f"the prompt has {len(ids)} tokens, and this server takes {longest}: shorten it")
         if count > most:
             raise UsageError(f"max_tokens is {count}, and this server generates up to {most}: ask for fewer")
-        space = self._engine.rows + self._engine.max_queue
-        if len(prompts) * body.n > space:
-            raise UsageError(
-                f"{len(prompts)} prompts with n = {body.n} are more than the {space} sequences that this server takes "
-                "at a time: send them in several requests"
-            )
         params = body.sampling(count, logprobs)
         keep = body.session_id is not None
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ from pathlib import Path
 from ..errors import BackendError, UsageError
 from ..runtime.backend import RowState
 
+_LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{32}")
 #: What a request names to begin a session.
 NEW = "new"
@@ -84,9 +86,13 @@ class SessionStore:
         """Park a state, and drop the oldest others beyond the limit.
 
         Raises:
-            UsageError: the file cannot be written.
+            BackendError: the file cannot be written.
         """
-        state.save(self._path(session))
+        try:
+            state.save(self._path(session))
+        except UsageError as error:  # its message names a path
+            _LOG.error("a session was lost: %s", error)
+            raise BackendError("the server could not save the session: its disk may be full") from error
         self._drop_oldest(self._path(session))
 
     def _path(self, session: str) -> Path:
