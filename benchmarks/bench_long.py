@@ -108,7 +108,10 @@ def main() -> None:
         if name in rows:
             continue
         budget = None if policy == "full" else str(SLOTS)
-        config = ExportConfig(policy=policy, score_half_life=half_life, budget=budget, context=args.length)
+        config = ExportConfig(
+            policy=policy, score_half_life=half_life, budget=budget, context=args.length, slots="model",
+            max_distance="none",
+        )  # fmt: skip
         opened = open_model(source, config)
         if policy == "full" and args.length > (opened.trained_length or args.length):
             continue

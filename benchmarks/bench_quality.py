@@ -72,6 +72,7 @@ class Setting:
             budget=self.budget,
             layer_budgets=self.layer_budgets,
             score_half_life="none",
+            slots="model",
             compress_sliding=self.all_layers,
         )
 

@@ -147,7 +147,7 @@ def recipes() -> str:
     for r in all_recipes():
         memory = recipe_figures(r)["memory"]
         slots, full = memory["state_bytes_by_slots"], full_caches(r)
-        state = slots["model"]
+        state = slots["int8"]
         figures = [*map(size, slots.values()), *(f"{size(n)} ({n / state:.1f}x){mark}" for n, mark in full)]
         rows.append([f"`{r.name}`", r.hub, f"{r.policy} {r.budget}", *figures, size(memory["kernel_bytes"])])
     lengths = [f"full cache at {n:,}" for n in RECIPE_LENGTHS]

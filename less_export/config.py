@@ -28,7 +28,18 @@ HalfLife = int | Literal["none"]
 DEFAULT_HALF_LIFE: HalfLife = 512
 #: Longest half-life; beyond it a float32 score does not fade from one token to the next.
 MAX_HALF_LIFE = 1 << 20
-DEFAULT_SLOTS: SlotDtype = "model"
+#: The largest distance in tokens that a slot is seen at, or that positions are absolute.
+MaxDistance = int | Literal["none"]
+#: Most of a default largest distance: tables of angles grow with it, and few slots are older.
+DEFAULT_FARTHEST = 1 << 15
+#: Bound of the largest distance, up to which a model's frequencies are known exactly.
+DISTANCE_LIMIT = 1 << 20
+#: Slots of policies that evict. Measured: docs/results/int8.md. A policy that keeps every token is exact.
+DEFAULT_SLOTS: SlotDtype = "int8"
+#: Options of a cache, for every command that plans one.
+CACHE_OPTIONS = (
+    "policy", "budget", "layer_budgets", "score_half_life", "slots", "max_distance", "context", "compress_sliding",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,11 @@ class ExportConfig:
         layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
         score_half_life: tokens after which a score of policy h2o counts half (default 512), or ``"none"``: scores
             never fade, as in the H2O paper.
-        slots: what slots hold keys and values in: the compute dtype (``"model"``, the default), or ``"int8"``.
+        slots: what slots hold keys and values in: ``"int8"`` (the default), or the compute dtype (``"model"``, the
+            default of policy ``full``).
+        max_distance: largest distance in tokens that a slot is seen at, whatever the length of the text (the rotary
+            embedding is then part of the operator), or ``"none"``: absolute positions. Default: the trained length
+            less the chunk, at most 32,768; none for policy ``full`` and for models without rotary embeddings.
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.
@@ -71,6 +86,7 @@ class ExportConfig:
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
     slots: SlotDtype | None = None
+    max_distance: MaxDistance | None = None
     context: int | None = None
     heavy: int | None = None
     recent: int | None = None
@@ -107,6 +123,9 @@ class ExportConfig:
         half_life = self.score_half_life
         if half_life not in (None, "none") and not (type(half_life) is int and 1 <= half_life <= MAX_HALF_LIFE):
             raise UsageError(f"--score-half-life must be from 1 to {MAX_HALF_LIFE} tokens or none, not {half_life}")
+        distance = self.max_distance
+        if distance not in (None, "none") and not (type(distance) is int and 1 <= distance <= DISTANCE_LIMIT):
+            raise UsageError(f"--max-distance must be from 1 to {DISTANCE_LIMIT} tokens or none, not {distance}")
         if self.heavy is not None and self.heavy < 0:
             raise UsageError(f"--heavy must be at least 0, not {self.heavy}")
         if self.seed is not None and not self.random_weights:

@@ -7,7 +7,7 @@ Exporter, engine profiles, backends, manifest and embedding services all derive 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -69,6 +69,8 @@ class LayerSpec(Heads):
     the newest ``window`` positions, itself included. ``absorb`` layers own a low-rank state of ``rank``
     features; the others have rank 1, psi = 0 and skip it. ``score_half_life`` is the number of tokens after
     which an accumulated score counts half, ``None`` if scores never fade. ``slot_dtype`` is what the slots hold.
+    ``max_distance`` is the largest distance in tokens that a slot is seen at; its layer gets q and k before the
+    rotary embedding and rotates them itself. ``None``: the model rotates q and k by absolute positions, or not at all.
     """
 
     scale: float
@@ -81,6 +83,7 @@ class LayerSpec(Heads):
     rank: int
     score_half_life: int | None = None
     slot_dtype: SlotDtype = "model"
+    max_distance: int | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
@@ -99,6 +102,7 @@ class LayerSpec(Heads):
             "a half-life is at least 1 token, and only accumulated scores have one",
         )
         require(self.slot_dtype in SLOT_DTYPES, f"slots are {' or '.join(SLOT_DTYPES)}, not {self.slot_dtype}")
+        require(self.max_distance is None or self.max_distance >= 1, "the largest distance is at least 1 token")
         reason = self.policy.why_impossible(self)
         require(reason is None, reason or "")
 
@@ -128,6 +132,11 @@ class LayerSpec(Heads):
             "absorb": int(self.absorb),
             "decay": self.decay,
         }
+
+
+def limits_distances(layers: Iterable[LayerSpec]) -> bool:
+    """Whether layers rotate queries and keys themselves: the model then runs with all positions 0."""
+    return any(layer.max_distance is not None for layer in layers)
 
 
 def _policy(name: str) -> EvictionPolicy:
@@ -286,6 +295,11 @@ class Contract:
         if self.position_limit is not None:
             limits.append(self.position_limit)
         return min(limits, default=None)
+
+    def known_length(self) -> int | None:
+        """Longest sequence in which no distance exceeds what the model was trained for, ``None`` if unlimited."""
+        reach = [s.max_distance + self.chunk for s in self.layers if s.max_distance is not None]
+        return None if reach and max(reach) <= (self.trained_length or 0) else self.trained_length
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, read back by :meth:`from_dict`."""

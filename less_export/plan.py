@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from types import MappingProxyType
 
-from .config import DEFAULT_BUDGET, DEFAULT_CONTEXT, DEFAULT_HALF_LIFE, DEFAULT_POLICY, DEFAULT_SLOTS, ExportConfig
+from .config import (
+    DEFAULT_BUDGET,
+    DEFAULT_CHUNK,
+    DEFAULT_CONTEXT,
+    DEFAULT_FARTHEST,
+    DEFAULT_HALF_LIFE,
+    DEFAULT_POLICY,
+    DEFAULT_SLOTS,
+    ExportConfig,
+)
 from .contract import Heads, LayerSpec
 from .errors import UsageError
 from .less.policies import EvictionPolicy, Policy, by_name
@@ -73,6 +83,19 @@ def half_life_of(policy: EvictionPolicy, config: ExportConfig) -> int | None:
     return None if half_life == "none" else half_life
 
 
+def max_distance_of(config: ExportConfig, trained_length: int | None) -> int | None:
+    """The largest distance of the options, or the default, in tokens; ``None`` for absolute positions.
+
+    ``trained_length`` is that of the model.
+    """
+    if config.max_distance is not None:
+        return None if config.max_distance == "none" else config.max_distance
+    if trained_length is None or by_name(config.policy or DEFAULT_POLICY).keeps_all:
+        return None
+    known = max(trained_length - (config.chunk or DEFAULT_CHUNK), trained_length // 2, 1)
+    return min(known, DEFAULT_FARTHEST)
+
+
 def layer_tokens(text: str, context: int) -> dict[int, int]:
     """Slots of the layers that ``--layer-budgets LAYER:N|P%,...`` names.
 
@@ -101,15 +124,21 @@ def _fitting(heavy: int, recent: int, context: int) -> tuple[int, int]:
 
 
 def plan_layers(
-    layers: Sequence[AttentionLayer], config: ExportConfig, context: int, ranks: dict[int, int]
+    layers: Sequence[AttentionLayer],
+    config: ExportConfig,
+    context: int,
+    ranks: dict[int, int],
+    distances: Mapping[int, int] = MappingProxyType({}),
 ) -> tuple[LayerSpec, ...]:
     """The cache of every layer.
 
-    ``ranks`` maps the layers that have kernels to their rank. Sliding layers keep their window
+    ``ranks`` maps the layers that have kernels to their rank, ``distances`` those that rotate queries and keys
+    themselves to their largest distance. Sliding layers keep their window
     exactly, unless ``compress_sliding`` applies the policy with a budget below the window to them.
     """
     policy = by_name(config.policy or DEFAULT_POLICY)
-    half_life, slots = half_life_of(policy, config), config.slots or DEFAULT_SLOTS
+    half_life = half_life_of(policy, config)
+    slots = config.slots or (DEFAULT_SLOTS if policy.evicts else "model")
     own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
     if policy.keeps_all:
         split = config.budget is not None or config.heavy is not None or config.recent is not None
@@ -126,7 +155,7 @@ def plan_layers(
     planned = []
     for index, layer in enumerate(layers):
         heavy, recent = _fitting(*policy.split(own[index]), context) if index in own else common
-        facts = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale)
+        facts, distance = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.scale), distances.get(index)
         compressed = config.compress_sliding and policy.evicts and heavy + recent < layer.window
         if layer.window and not compressed:
             if index in own:
@@ -135,12 +164,12 @@ def plan_layers(
                     "--compress-sliding and less than the window"
                 )
             window = layer.window
-            spec = LayerSpec(*facts, Policy.WINDOW, 0, window, window, False, window, 1, slot_dtype=slots)
+            spec = LayerSpec(*facts, Policy.WINDOW, 0, window, window, False, window, 1, None, slots, distance)
             planned.append(spec)
             continue
         rank = ranks.get(index, 0) if policy.evicts else 0
         low_rank = (rank > 0, heavy + recent, max(rank, 1))
-        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, *low_rank, half_life, slots))
+        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, *low_rank, half_life, slots, distance))
     return tuple(planned)
 
 
@@ -154,11 +183,12 @@ def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
 
 
 def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
-    """The layer with every token that it would see without LESS, in the compute dtype."""
+    """The layer with every token that it would see without LESS, at its true distance, in the compute dtype."""
+    distance = None if layer.max_distance is None else max(layer.max_distance, context)
     policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
     return replace(
         layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1, score_half_life=None,
-        slot_dtype="model",
+        slot_dtype="model", max_distance=distance,
     )  # fmt: skip
 
 

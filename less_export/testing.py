@@ -28,7 +28,8 @@ def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32
 
 
 def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> bytes:
-    """Serialised ONNX model of one LessAttention node with its body; B and T are dynamic."""
+    """Serialised ONNX model of one LessAttention node with its body; B, T and the table of a rotary embedding are
+    dynamic."""
     sizes: dict[str, int | str] = {"B": "B", "T": "T", "D": layer.head_dim, "R": layer.rank}
     sizes |= {"Hq": layer.query_heads, "Hk": layer.kv_heads}
     tokens = {"q": "B Hq T D", "k": "B Hk T D", "v": "B Hk T D", "log_phi_q": "B Hq T R", "psi_k": "B Hk T R"}
@@ -50,6 +51,8 @@ def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> 
     inputs += [*state("past"), value("past_length", ["B"], "int32"), value("new_length", ["B"], "int32")]
     if layer.int8:
         inputs += [value(n, [layer.kv_heads, layer.head_dim], "float32") for n in ("key_mean", "key_std")]
+    if layer.max_distance is not None:
+        inputs.append(value("rotary", ["P", "D_rot"], "float32"))
     outputs = [value("out", ["B", layer.query_heads, "T", layer.head_dim], "T"), *state("present")]
     node = ir.Node(
         OP_DOMAIN,

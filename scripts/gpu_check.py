@@ -24,7 +24,7 @@ import gpu_kernels
 import torch
 from bench_common import RESULTS
 
-from tests import test_cuda, test_cuda_int8, test_cuda_primitives, test_ops
+from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primitives, test_ops
 from tests.emulation import DTYPES, kernel_layer, normal
 from tests.oracle import follow, scenario
 from tests.plugin_host import Plugin, plugin_run
@@ -33,7 +33,7 @@ TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 def parity(device: str, quick: bool) -> dict[str, Any]:
-    """Every case of tests/test_cuda.py through the plugin's interface: the largest ratio of an error to its limit."""
+    """Every case of tests/test_cuda*.py through the plugin's interface: the largest ratio of an error to its limit."""
     worst, failed, count = 0.0, [], 0
 
     def check(name: str, layer: Any, steps: Any, dtype: str) -> None:
@@ -53,16 +53,18 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         if ratio > 1:
             failed.append(f"{name}: {ratio:.2f} times the limit")
 
-    shapes = [(x, "model") for x in test_cuda.CHOSEN[: 3 if quick else None]]
-    shapes += [(x, "int8") for x in test_cuda_int8.SHAPES[: 2 if quick else None]]
-    for (dtype, policy, head_dim, group, rank), slots in shapes:
+    shapes = [(*x, "model", None) for x in test_cuda.CHOSEN[: 3 if quick else None]]
+    shapes += [(*x, "int8", None) for x in test_cuda_int8.SHAPES[: 2 if quick else None]]
+    shapes += [(*x, test_cuda_distance.FARTHEST) for x in test_cuda_distance.SHAPES[: 2 if quick else None]]
+    for dtype, policy, head_dim, group, rank, slots, farthest in shapes:
         capacity = 150 if policy == "full" else 100
         layer = kernel_layer(policy, capacity, head_dim, group, rank, 1 if group > 8 else 2)
-        layer = replace(layer, slot_dtype=slots)
+        layer = replace(layer, slot_dtype=slots, max_distance=farthest)
         steps = scenario(layer, test_cuda.CHUNKS, 3, normal(dtype))
-        check(f"{dtype} {policy} D{head_dim} G{group} R{rank} {slots}", layer, steps, dtype)
+        check(f"{dtype} {policy} D{head_dim} G{group} R{rank} {slots} distance {farthest}", layer, steps, dtype)
     rules = [*{**test_ops.VARIANTS, **test_ops.EDGES}.items()][: 4 if quick else None]
     rules += [*test_cuda_int8.RULES.items()][: 1 if quick else None]
+    rules += [(f"{n} distance", x) for n, x in [*test_cuda_distance.RULES.items()][: 1 if quick else None]]
     for name, layer in rules:
         for decode in (False, True):
             if not (layer.window == 1 and layer.policy.name != "window"):
@@ -125,7 +127,9 @@ def exercise(library: Path) -> None:
         for chunk in (1, 70):
             layer = kernel_layer(policy, slots, head_dim, group, 8, kv_heads=8)
             for one in (layer, replace(layer, slot_dtype="int8")):
-                gpu_kernels.Step(one, dtype, batch, chunk, "cuda").launch()
+                for farthest in (None, test_cuda_distance.FARTHEST):
+                    step = gpu_kernels.Step(replace(one, max_distance=farthest), dtype, batch, chunk, "cuda")
+                    step.launch()
     torch.cuda.synchronize()
 
 

@@ -17,6 +17,7 @@ from less_export.contract import LayerSpec
 from less_export.tensorrt import plugin
 from tests import plugin_host
 from tests.emulation import DTYPES, PLUGIN
+from tests.oracle import table_of
 
 
 def build(folder: Path) -> Path:
@@ -70,6 +71,8 @@ class Step:
         if layer.int8:
             state += [uniform(*slots, to=torch.float32) / 40 for _ in range(2)]
             constants = [torch.full((layer.kv_heads, d), x, device=device) for x in (0.1, 0.7)]  # mean and std
+        if layer.max_distance:
+            constants.append(torch.from_numpy(table_of(layer)).to(device))
         self.inputs = [*tokens, *state, past, torch.full_like(past, chunk), *constants]
         self.results = [torch.empty_like(tokens[0]), *state]
         self.layer, self.attributes = layer, layer.attributes()

@@ -41,8 +41,8 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% en
 CONTEXT = 256
 HEADS = [Heads(4, 2, 8)] * 2
 #: Options of a quick export, as fields and as arguments.
-QUICK: dict[str, Any] = {"validate": False, "chunk": 16, "max_batch": 2}
-QUICK_OPTIONS = ("--no-validate", "--chunk", "16", "--max-batch", "2")
+QUICK: dict[str, Any] = {"validate": False, "chunk": 16, "max_batch": 2, "slots": "model", "max_distance": "none"}
+QUICK_OPTIONS = ("--no-validate", "--chunk", "16", "--max-batch", "2", "--slots", "model", "--max-distance", "none")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -25,14 +25,14 @@ import torch
 
 from less_export.contract import LayerSpec
 
-from .oracle import CENTRING, SCALES, STATE, TOKENS, Normal, Run, layer_of
+from .oracle import CENTRING, SCALES, STATE, TOKENS, TURNING, Normal, Run, layer_of, table_of
 from .sharing import once
 
 PLUGIN = Path(__file__).parents[1] / "plugins_trt"
 SOURCES = ("less_attention.cu", "less_attention_decode.cu", "less_attention_prefill.cu")
 LENGTHS = ("past_length", "new_length")
 #: Floating-point tensors that are float32 in every compute dtype.
-WIDE = ("log_phi_q", "score", "h", "z", *SCALES, *CENTRING)
+WIDE = ("log_phi_q", "score", "h", "z", *SCALES, *CENTRING, *TURNING)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: Thread orders of the emulation: see cuda_emu.h.
 ORDERS = range(6)
@@ -41,7 +41,10 @@ ORDERS = range(6)
 class _Shape(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_int32)
-        for n in ["dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank", "slot_bits"]
+        for n in (
+            *("dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank", "slot_bits"),
+            *("distances", "rotary"),
+        )
     ]
 
 
@@ -50,20 +53,29 @@ class _Rules(ctypes.Structure):
         ("scale", ctypes.c_float),
         *((n, ctypes.c_int32) for n in ["policy", "heavy", "recent", "window", "absorb"]),
         ("decay", ctypes.c_float),
+        ("max_distance", ctypes.c_int32),
     ]
+
+    @classmethod
+    def of(cls, layer: LayerSpec) -> _Rules:
+        return cls(*layer.attributes().values(), layer.max_distance or 0)
 
 
 class _Tensors(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_void_p)
-        for n in (*TOKENS, *STATE, *SCALES, *LENGTHS, *CENTRING, "out", *(f"present_{n}" for n in (*STATE, *SCALES)))
+        for n in (
+            *(*TOKENS, *STATE, *SCALES, *LENGTHS, *CENTRING, *TURNING),
+            *("out", *(f"present_{n}" for n in (*STATE, *SCALES))),
+        )
     ]
 
 
 def input_names(layer: LayerSpec) -> tuple[str, ...]:
     """Inputs of a layer's node, in the operator's order; state without its prefix."""
     state = tuple(f.name for f in layer.state_fields)
-    return (*TOKENS, *state, *LENGTHS, *(CENTRING if layer.int8 else ()))
+    constants = (CENTRING if layer.int8 else ()) + (TURNING if layer.max_distance else ())
+    return (*TOKENS, *state, *LENGTHS, *constants)
 
 
 def cuda_include() -> Path:
@@ -173,19 +185,20 @@ def set_blocks(wanted: int, path: Path | None = None) -> None:
 
 def why_unsupported(layer: LayerSpec, dtype: str = "float16") -> str:
     """The launcher's reason to refuse a layer, or ""."""
-    rules = _Rules(*layer.attributes().values())
+    rules = _Rules.of(layer)
     reason = load(library()).less_why_unsupported(ctypes.byref(_shape(layer, dtype, 1, 1)), ctypes.byref(rules))
     return reason.decode() if reason else ""
 
 
 def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int) -> _Shape:
     sizes = (layer.query_heads, layer.kv_heads, chunk, layer.head_dim, layer.capacity, layer.rank)
-    return _Shape(list(DTYPES).index(dtype), batch, *sizes, 8 if layer.int8 else 0)
+    table = table_of(layer).shape if layer.max_distance else (0, 0)
+    return _Shape(list(DTYPES).index(dtype), batch, *sizes, 8 if layer.int8 else 0, *table)
 
 
 def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None) -> Run:
     """Run the kernels on arrays; float32 holds 16-bit values as in ``test_ops.torch_run``."""
-    lib, rules = load(path or library()), _Rules(*layer.attributes().values())
+    lib, rules = load(path or library()), _Rules.of(layer)
     names = input_names(layer)
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -244,8 +244,9 @@ class Tiny:
 
 
 def export(checkpoint: Path, bundle: Path, **options: Any) -> Tiny:
-    """Export without the self-check, which has its own tests."""
-    less_export.export(str(checkpoint), bundle, **{"validate": False, "chunk": CHUNK, "max_batch": 8, **options})
+    """Export without what has tests of its own: the self-check, int8 slots and distances."""
+    quick = {"validate": False, "chunk": CHUNK, "max_batch": 8, "slots": "model", "max_distance": "none"}
+    less_export.export(str(checkpoint), bundle, **{**quick, **options})
     return Tiny(checkpoint, bundle)
 
 

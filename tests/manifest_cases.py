@@ -31,7 +31,7 @@ from less_export.bundle.artifact import (
 )
 from less_export.bundle.files import sha256
 from less_export.bundle.schema import MAX_BYTES, MAX_DEPTH
-from less_export.config import MAX_HALF_LIFE
+from less_export.config import DISTANCE_LIMIT, MAX_HALF_LIFE
 from less_export.contract import Contract, LayerSpec, Policy
 
 Place = tuple[str | int, ...]
@@ -239,6 +239,7 @@ CASES = (
     *_wrong((*LAYER, "scale"), MISSING, None, "1", True),
     *_wrong((*LAYER, "score_half_life"), "512", 512.0, True, 0, -1, MAX_HALF_LIFE + 1),
     *_wrong((*LAYER, "slot_dtype"), None, 8, "int4", "INT8", "float32", ["int8"]),
+    *_wrong((*LAYER, "max_distance"), "4096", 4096.0, True, 0, -1, DISTANCE_LIMIT + 1),
     *_wrong((*LAYER, "absorb"), MISSING, None, 0, 1, "true"),
     *_wrong((*LAYER, "policy"), MISSING, None, 0, ["h2o"]),
     Case("an unknown policy", "policy", (*LAYER, "policy"), "lru"),
@@ -290,6 +291,9 @@ FINE = (
     Case("slots of the compute dtype", "", (*LAYER, "slot_dtype"), "model"),
     Case("a layer of an earlier version", "", (*LAYER, "slot_dtype")),
     Case("int8 slots", "", (*LAYER, "slot_dtype"), "int8"),
+    Case("a largest distance", "", (*LAYER, "max_distance"), 4096),
+    Case("the largest of all", "", (*LAYER, "max_distance"), DISTANCE_LIMIT),
+    Case("any distance", "", (*LAYER, "max_distance"), None),
     Case("kernels without maps", "", ("kernels",), NO_MAPS),
     Case("big numbers in the config", "", ("model", "config"), {"a": 2**70, "b": 1e300}),
 )

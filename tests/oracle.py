@@ -29,6 +29,12 @@ OUTPUTS = ("out", *STATE)
 #: What layers with int8 slots have besides: state, and the constants that centre keys.
 SCALES = ("key_scale", "value_scale")
 CENTRING = ("key_mean", "key_std")
+#: What layers with a largest distance have besides: the table that turns q and k.
+TURNING = ("rotary",)
+#: Tokens that a test's table reaches.
+TURNS = 128
+#: Channels that are rotated, by head_dim; all but the last two for others.
+ROTATED = {2: 2, 4: 4, 64: 64, 96: 64, 128: 96, 256: 256}
 #: State whose contents are unspecified in empty slots; there, integers are poisoned with a large code.
 IN_SLOTS = ("key", "value", "psi", "score", *SCALES)
 POISON = 77
@@ -48,12 +54,16 @@ def layer_of(
     rank: int = 3,
     half_life: int | None = None,
     slot_dtype: SlotDtype = "model",
+    max_distance: int | None = None,
 ) -> LayerSpec:
     """A small layer; ``heads`` are query and KV heads."""
     absorb = absorb and policy not in ("window", "full")
     capacity, rank = heavy + recent, rank if absorb else 1
     rules = by_name(policy)
-    return LayerSpec(*heads, head_dim, 0.5, rules, heavy, recent, window, absorb, capacity, rank, half_life, slot_dtype)
+    low_rank = absorb, capacity, rank
+    return LayerSpec(
+        *heads, head_dim, 0.5, rules, heavy, recent, window, *low_rank, half_life, slot_dtype, max_distance
+    )
 
 
 def centring_of(layer: LayerSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -63,6 +73,17 @@ def centring_of(layer: LayerSpec) -> tuple[np.ndarray, np.ndarray]:
     mean, std = rng.normal(size=shape), rng.uniform(0.25, 4.0, shape)
     mean[0, 0] = 4.0
     return mean.astype(np.float32), std.astype(np.float32)
+
+
+def frequencies_of(layer: LayerSpec) -> np.ndarray:
+    """Radians per token of the pairs of channels."""
+    return np.linspace(1.0, 0.05, ROTATED.get(layer.head_dim, layer.head_dim - 2) // 2)
+
+
+def table_of(layer: LayerSpec) -> np.ndarray:
+    """The layer's table, f32 [TURNS, D_rot]: cosines of the angles of each distance, then sines."""
+    angles = np.outer(np.arange(TURNS), frequencies_of(layer))
+    return np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
 
 
 def rounded_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
@@ -123,6 +144,26 @@ class Head:
         """A token's key as queries of the chunk from ``first`` see it: rounded if it was there before the chunk."""
         return self.stored(p)["key read"] if self.layer.int8 and p < first else self.keys[p]
 
+    def distance(self, t: int, p: int, first: int) -> int:
+        """Tokens between the query at ``t`` and the token at ``p``: those before the chunk are at most so far from its
+        first token."""
+        far = self.layer.max_distance
+        return t - p if p >= first or far is None else t - first + min(first - p, far)
+
+    def logits(self, q: np.ndarray, t: int, visible: list[int], first: int) -> np.ndarray:
+        """Of queries q [G,D] at ``t`` with the tokens ``visible``, [G,n]."""
+        keys = np.stack([self.key(p, first) for p in visible])
+        products = q @ keys.T
+        if self.layer.max_distance is not None:  # pairs of channels as complex numbers
+            frequencies = frequencies_of(self.layer)
+            half = len(frequencies)
+            pairs, turned = (x[:, :half] + 1j * x[:, half : 2 * half] for x in (q, keys))
+            away = np.array([self.distance(t, p, first) for p in visible])
+            angles = np.exp(1j * away[:, None] * frequencies)
+            turning = np.einsum("gi,ni,ni->gn", pairs, turned.conj(), angles).real
+            products = turning + q[:, 2 * half :] @ keys[:, 2 * half :].T
+        return products * self.layer.scale
+
     def value(self, p: int, first: int) -> np.ndarray:
         """A token's value as queries of the chunk from ``first`` see it."""
         return self.stored(p)["value read"] if self.layer.int8 and p < first else self.values[p]
@@ -160,7 +201,7 @@ class Head:
         gained = {p: self.score.get(p, 0.0) if h2o else 0.0 for p in candidates}
         for i, t in enumerate(range(first, first + count)):
             visible = [p for p in candidates if p <= t and (layer.window == 0 or p > t - layer.window)]
-            logits = q[:, i] @ np.stack([self.key(p, first) for p in visible]).T * layer.scale
+            logits = self.logits(q[:, i], t, visible, first)
             seen = np.stack([self.value(p, first) for p in visible])
             out[:, i] = [self.attend(row, seen, lp, h, z) for row, lp in zip(logits, log_phi[:, i], strict=True)]
             weight = np.exp(logits - logits.max(1, keepdims=True))
@@ -332,7 +373,8 @@ def chunk_of(
         for name in TOKENS:
             chunk[name][b, :, n:] = np.nan
     centring = dict(zip(CENTRING, centring_of(layer), strict=True)) if layer.int8 else {}
-    return {**chunk, "past_length": past.astype(np.int32), "new_length": new.astype(np.int32), **centring}
+    rotary = {"rotary": table_of(layer)} if layer.max_distance else {}
+    return {**chunk, "past_length": past.astype(np.int32), "new_length": new.astype(np.int32), **centring, **rotary}
 
 
 def scenario(
@@ -373,7 +415,7 @@ def play(run: Run, steps: list[Step], empty: list[np.ndarray]) -> Iterator[tuple
         for x, fresh in zip(state, empty, strict=True):
             x[list(step.reset)] = fresh[list(step.reset)]
         before = dict(zip(names, [x.copy() for x in state], strict=True))
-        constants = [step.inputs[n] for n in CENTRING if n in step.inputs]
+        constants = [step.inputs[n] for n in (*CENTRING, *TURNING) if n in step.inputs]
         lengths = [step.inputs["past_length"], step.inputs["new_length"]]
         outputs = run([*(step.inputs[n] for n in TOKENS), *state, *lengths, *constants])
         yield step, before, dict(zip(("out", *names), outputs, strict=True))

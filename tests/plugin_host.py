@@ -23,11 +23,11 @@ from less_export.tensorrt import plugin
 
 from . import emulation
 from .emulation import DTYPES, PLUGIN, WIDE
-from .oracle import TOKENS, Run
+from .oracle import TOKENS, Run, table_of
 from .sharing import once
 
-FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb", "decay", "slot_bits")
-#: Inputs and outputs of a layer without int8 slots.
+FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb", "decay", "slot_bits", "max_distance")
+#: Inputs and outputs of a layer without int8 slots and a largest distance.
 INPUTS, OUTPUTS = 14, 8
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int8: 2, torch.int32: 3, torch.int64: 8}
@@ -158,7 +158,9 @@ def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int) -> l
     tokens = [(hq, chunk, d), (hk, chunk, d), (hk, chunk, d), (hq, chunk, r), (hk, chunk, r)]
     state = [(hk, c, d), (hk, c, d), (hk, c, r), (hk, c), (hk, c), (hk, r, d), (hk, r)]
     state += [(hk, c), (hk, c)] if layer.int8 else []
-    shapes = [(batch, *s) for s in (*tokens, *state, (), ())] + ([(hk, d), (hk, d)] if layer.int8 else [])
+    constants = [(hk, d), (hk, d)] if layer.int8 else []
+    constants += [table_of(layer).shape] if layer.max_distance else []
+    shapes = [*((batch, *s) for s in (*tokens, *state, (), ())), *constants]
     inputs = [describe(kind, s) for kind, s in zip(input_dtypes(layer, dtype), shapes, strict=True)]
     return [*inputs, inputs[0], *inputs[len(tokens) : len(tokens) + len(state)]]
 

@@ -185,7 +185,7 @@ def prepared(model: Path, **options: Any) -> tuple[Kernels, list[str], list[str]
 def test_an_export_calibrates_what_is_not(source: Path, tmp_path: Path, run: Run) -> None:
     """The constants are those of the command, and reach the graph."""
     one = ("--num-hidden-layers", 1, *bundles.QUICK_OPTIONS)  # half the time
-    result = run(source, "--out", tmp_path / "b", "--slots", "int8", *one)
+    result = run(source, "--out", tmp_path / "b", *one, "--slots", "int8")
     assert result.code == 0, result.err
     assert result.err.count("calibrating int8 slots on the text that ships with less-export") == 1
     want = Kernels.load(calibrate(str(source), tmp_path / "c.safetensors"))
@@ -272,7 +272,7 @@ def test_training_with_int8_slots(text: Path, tmp_path: Path) -> None:
         assert rounds
         assert centring is not None
         assert any(torch.equal(centring.mean, mean) for mean in means)
-    plain, others = trained(folder, text, steps=5)
+    plain, others = trained(folder, text, steps=5, slots="model")
     assert Kernels.load(plain).provenance["slot_dtype"] == "model"
     assert dict(Kernels.load(plain).centring) == {}
     assert [r.sparse for r in reports] != [r.sparse for r in others]

@@ -25,166 +25,18 @@ import torch
 from less_export.contract import LayerSpec
 
 from . import emulation
+from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, Fault, waits
 from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import Arrays, OneHot, Step, follow, scenario
 from .test_cuda import FLOOR, compare_on_scattered_states
+from .test_cuda_distance import LARGE, large_elements
 from .test_int8 import far
 from .test_ops import DECODE, MIXED, empty, tied, torch_run
 
 pytestmark = pytest.mark.slow
 
 SMALL = ("-DLESS_TRIAL", "-O1")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """The ``nth`` occurrence (from 0) of ``old`` in a file becomes ``new``."""
-
-    file: str
-    old: str
-    new: str
-    nth: int = 0
-
-    def applied(self, text: str) -> str:
-        at = -1
-        for _ in range(self.nth + 1):
-            at = text.index(self.old, at + 1)
-        return text[:at] + self.new + text[at + len(self.old) :]
-
-
-def waits() -> dict[str, Fault]:
-    """Every barrier and every wait for a copy, removed."""
-    faults = {}
-    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "settle.cuh", "slots.cuh"):
-        text = (PLUGIN / "src" / file).read_text()
-        for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
-            for nth, match in enumerate(re.finditer(re.escape(old), text)):
-                line = text.count("\n", 0, match.start()) + 1
-                faults[f"{file}:{line} without {old[:-3]}"] = Fault(file, old, ";", nth)
-    return faults
-
-
-FAULTS = {
-    "decode: maximum not rescaled": Fault("decode.cuh", "mass[g] *= shrink;", ";"),
-    "decode: accumulator not rescaled": Fault("decode.cuh", "acc[g][i] *= shrink;", ";"),
-    "decode: low-rank term without its maximum": Fault(
-        "decode.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
-    ),
-    "decode: victim not absorbed": Fault(
-        "decode.cuh", "if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;", ";"
-    ),
-    "decode: z forgets the victim": Fault("decode.cuh", "z[r] += leaverPsi[r];", ";"),
-    "decode: new token one slot off": Fault(
-        "decode.cuh", "min(choice.free, victim);", "min(choice.free, victim) == 0 ? 1 : min(choice.free, victim) - 1;"
-    ),
-    "decode: ties evict the lower index": Fault(
-        "decode.cuh", "(0xffffffffu - static_cast<unsigned>(c)));", "static_cast<unsigned>(c));"
-    ),
-    "decode: a warp left out of the merge": Fault(
-        "decode.cuh",
-        "for (int w = 0; w < kWarps; ++w) top = fmaxf(top",
-        "for (int w = 1; w < kWarps; ++w) top = fmaxf(top",
-    ),
-    "decode: counter not reset": Fault("decode.cuh", "if (tid == 0) p.counters[head] = 0;", ";"),
-    "decode: parked row goes on": Fault(
-        "decode.cuh", "if (p.t.newLength[batch] <= 0) {", "if (p.t.newLength[batch] < 0) {"
-    ),
-    "decode: unseen values not dropped": Fault("decode.cuh", "if (!seen) zero(value[u]);", ";"),
-    "rules: causal bound one too far": Fault("rules.cuh", "position <= now &&", "position <= now + 1 &&"),
-    "rules: causal bound one too near": Fault("rules.cuh", "position <= now &&", "position < now &&"),
-    "rules: window one too wide": Fault("rules.cuh", "position > now - rules.window", "position >= now - rules.window"),
-    "rules: compressed window without grace": Fault("rules.cuh", "kWindow ? 0 : 1", "kWindow ? 0 : 0"),
-    "rules: recent one too many": Fault(
-        "rules.cuh", "position >= end - rules.recent ? kNewest", "position >= end - rules.recent - 1 ? kNewest"
-    ),
-    "rules: recent one too few": Fault(
-        "rules.cuh", "position >= end - rules.recent ? kNewest", "position > end - rules.recent ? kNewest"
-    ),
-    "rules: a sink too few": Fault("rules.cuh", "position < rules.heavy", "position < rules.heavy - 1"),
-    "prefill: maximum not rescaled": Fault("attend.cuh", "mass[r] *= shrink;", ";"),
-    "prefill: maximum of one lane": Fault(
-        "attend.cuh", "top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));", ";"
-    ),
-    "prefill: low-rank term without its maximum": Fault(
-        "attend.cuh", "all = fmaxf(all, logPhi[f] + __logf(z[f]));", ";"
-    ),
-    "prefill: scores of one head of the group": Fault(
-        "settle.cuh", "for (int g = 1; g < G; ++g) scores", "for (int g = 1; g < 0; ++g) scores"
-    ),
-    "prefill: a tile too many hidden by the window": Fault(
-        "attend.cuh", "max(0, first - rules.window + 1) / N", "max(0, first - rules.window + N) / N"
-    ),
-    "prefill: slots hidden a row early": Fault(
-        "attend.cuh", "first >= rules.window;", "first + kTileRows > rules.window;"
-    ),
-    "prefill: tova counts all queries": Fault(
-        "attend.cuh", "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"
-    ),
-    "prefill: padding is a key": Fault(
-        "attend.cuh", "if (index < count) position = past + index;", "position = past + index;"
-    ),
-    "prefill: ties keep the higher index": Fault(
-        "settle.cuh", "ties + equal.before < threshold.ties", "ties + equal.before >= threshold.ties"
-    ),
-    "prefill: ties not carried to the next tile": Fault("settle.cuh", "ties += equal.total;", ";"),
-    "prefill: all ties stay": Fault("settle.cuh", "rank > threshold.rank ||", "rank >= threshold.rank ||"),
-    "prefill: a dropped byte of the rank": Fault("settle.cuh", "shift >= 0; shift -= 8", "shift >= 8; shift -= 8"),
-    "prefill: swapped slots": Fault("settle.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
-    "prefill: nothing absorbed": Fault("settle.cuh", "p.t.presentH[(head * R + first + r) * D + d] += sum;", ";"),
-    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += sum;", ";"),
-    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n] * left;", ";"),
-    "prefill: old scores do not fade": Fault("settle.cuh", "slotScores[n] * left;", "slotScores[n];"),
-    "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
-    "prefill: scores of the chunk do not fade": Fault("attend.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
-    "prefill: scores of the chunk fade a token too long": Fault("attend.cuh", "count - 1 - query", "count - query"),
-    "decode: scores do not fade": Fault("decode.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
-    "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
-}
-
-#: Faults in the rules of int8 slots.
-INT8_FAULTS = {
-    "keys without their scale": Fault("slots.cuh", "fmaf(key[i] * piece.scale,", "fmaf(key[i],"),
-    "keys without std": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, 1.f, means[i])"),
-    "keys without mean": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, stds[i], 0.f)"),
-    "keys that are scored without mean": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored * std[d]"),
-    "keys that are scored without std": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored + mean[d]"),
-    "keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
-    "keys that are scored of one part": Fault("attend.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
-    "decode: values without their scale": Fault("slots.cuh", "kCoded<S> ? weight * scale : weight", "weight"),
-    "prefill: values without their scale": Fault("slots.cuh", "element[i] *= piece.scale;", ";"),
-    "decode: scales of empty slots are read": Fault("slots.cuh", "piece.scale = 0.f;", ";"),
-    "prefill: empty slots are read": Fault("slots.cuh", "&& positions[slot] >= 0", "&& positions[slot] >= -1"),
-    "a leaver's scale forgotten": Fault("slots.cuh", "kCoded<S> ? element * scales[slot] : element", "element"),
-    "prefill: a leaver's scale forgotten": Fault("settle.cuh", "out[i] *= value.scale;", ";"),
-    "tokens of the chunk absorbed as they are": Fault("settle.cuh", "out[i] = codeOf(out[i], scale) * scale;", ";"),
-    "scales of the chunk not measured": Fault("settle.cuh", "p.rounding[head * chunk + i] = scale;", ";"),
-    "scale of a new token not stored": Fault("slots.cuh", "if (kCoded<S> && lane == 0) scales[slot] = scale;", ";"),
-    "scale of one lane": Fault("slots.cuh", "scaleOf(warpMax(largest))", "scaleOf(largest)"),
-    "scale of 128 codes": Fault("slots.cuh", "__fdiv_rn(largest, kLargestCode)", "__fdiv_rn(largest, 128.f)"),
-    "keys stored without mean": Fault("slots.cuh", "__fsub_rn(key, mean[d])", "key"),
-    "keys stored without std": Fault(
-        "slots.cuh", "__fdiv_rn(__fsub_rn(key, mean[d]), std[d])", "__fsub_rn(key, mean[d])"
-    ),
-    "codes truncated": Fault("slots.cuh", "rintf(", "truncf("),
-    "halves away from zero": Fault("slots.cuh", "rintf(", "roundf("),
-    "zeros divided by zero": Fault("slots.cuh", "if (scale == 0.f) return 0.f;", ";"),
-    "rounded twice": Fault("slots.cuh", "codeOf(token(d), scale)", "codeOf(toFloat(__float2half_rn(token(d))), scale)"),
-    "decode: the new key attended rounded": Fault(
-        "decode.cuh", "q[g * D + d] * newKey[d];", "q[g * D + d] * rintf(newKey[d] * 50.f) / 50.f;"
-    ),
-    "decode: the new value attended rounded": Fault(
-        "decode.cuh", "newElement = newValue[d];", "newElement = rintf(newValue[d] * 50.f) / 50.f;"
-    ),
-    "prefill: values of the chunk attended rounded": Fault(
-        "attend.cuh",
-        "        accumulate<T, W, N>(o, s,",
-        """        for (int x = tid; !converted && x < N * Tiles::kStride; x += kThreads)
-            shared.values[stage].x[x] = fromFloat<T>(rintf(toFloat(shared.values[stage].x[x]) * 50.f) / 50.f);
-        __syncthreads();
-        accumulate<T, W, N>(o, s,""",
-    ),
-}
 
 #: Faults that cannot be detected here, and why.
 SURVIVORS: dict[str, str] = {}
@@ -220,10 +72,12 @@ def racing() -> list[Case]:
     sliding = replace(kernel_layer("h2o", 12, 16, 2, 8, kv_heads=1), window=20)
     crowd = scenario(sliding, [(30, 9), (1, 1), (17, 25), (1, 1)], 2, normal("float16"))
     long = kernel_layer("h2o", 24, 16, 1, 8, kv_heads=1)  # enough tiles of queries to reuse a buffer
+    turning = replace(long, max_distance=30)
     return [
         *(case(la, scenario(la, chunks, 6, normal("float16")), blocks) for la in layers for blocks in (512, 1)),
         case(sliding, crowd),
         case(long, scenario(long, [(200, 9), (1, 1)], 6, normal("float16"))),
+        case(turning, scenario(turning, [(100, 9), (1, 1)], 6, normal("float16"))),
     ]
 
 
@@ -266,20 +120,35 @@ def int8_cases() -> list[Case]:
     ]
 
 
-def passes(path: Path, orders: Sequence[int], int8: bool = False) -> bool:
-    """Whether a library agrees with the oracle, in every case once and in the racing cases in all thread orders.
+@functools.cache
+def distance_cases() -> list[Case]:
+    """Cases that reach every rule of distances: all channels rotated and some, slots of both kinds, large elements."""
+    chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
+    layers = [
+        replace(kernel_layer(p, 70, d, 2, 9, kv_heads=1), max_distance=30) for p, d in (("h2o", 64), ("tova", 40))
+    ]
+    layers.append(replace(layers[0], slot_dtype="int8"))
+    return [
+        *(case(la, scenario(la, chunks, 6, normal("float16")), blocks) for la in layers for blocks in (512, 1)),
+        case(LARGE, scenario(LARGE, [(30,), (1,)], 0, large_elements)),
+    ]
 
-    With ``int8``, the cases are those of int8 slots alone.
-    """
+
+#: The cases of a kind of faults.
+CASES = {"rules": cases, "int8": int8_cases, "distance": distance_cases}
+
+
+def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
+    """Whether a library agrees with the oracle, in every case once and in the racing cases in all thread orders."""
     for order in orders:
         emulation.set_order(order, path)
         try:
-            for c in int8_cases() if int8 else cases() if order == orders[0] else racing():
+            for c in racing() if kind == "rules" and order != orders[0] else CASES[kind]():
                 emulation.set_blocks(c.blocks, path)
                 errors = follow(emulated(c.layer, "float16", path=path), c.steps, c.fresh)
                 if any(e > 2 * c.reference[n] + FLOOR for n, e in errors.items()):
                     return False
-            compare_on_scattered_states("float16", path, "int8" if int8 else "model")
+            compare_on_scattered_states("float16", path, "int8" if kind == "int8" else "model")
         except AssertionError:
             return False
     return True
@@ -303,16 +172,16 @@ def broken(folder: Path, fault: Fault) -> Path:
     text = (sources / fault.file).read_text()
     (sources / fault.file).write_text(fault.applied(text))
     for part in emulation.SOURCES:
-        if fault.file not in includes(sources / part):
+        if fault.file not in {part, *includes(sources / part)}:
             (sources / part).unlink()
     emulation.build(folder / "libless_broken.so", *SMALL, "-w", sources=sources, reuse=sound())
     return folder / "libless_broken.so"
 
 
-def caught(library: Path, orders: Sequence[int], int8: bool = False) -> bool:
+def caught(library: Path, orders: Sequence[int], kind: str = "rules") -> bool:
     """Compare a library with the oracle in its own process, as broken ones hang or crash."""
-    _ = int8_cases() if int8 else cases()
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(library, orders, int8))
+    CASES[kind]()
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(library, orders, kind))
     process.start()
     process.join(120)
     if process.is_alive():
@@ -322,10 +191,10 @@ def caught(library: Path, orders: Sequence[int], int8: bool = False) -> bool:
     return process.exitcode != 0
 
 
-def _work(library: Path, orders: Sequence[int], int8: bool) -> None:
+def _work(library: Path, orders: Sequence[int], kind: str) -> None:
     faulthandler.disable()  # a deadlock aborts, as expected; the exit code shows it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os._exit(0 if passes(library, orders, int8) else 1)
+    os._exit(0 if passes(library, orders, kind) else 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -335,7 +204,8 @@ def one_thread() -> None:
 
 def test_kernels_without_a_fault_pass() -> None:
     assert not caught(sound(), ORDERS)
-    assert not caught(sound(), ORDERS[:2], int8=True)
+    assert not caught(sound(), ORDERS[:2], "int8")
+    assert not caught(sound(), ORDERS[:2], "distance")
 
 
 def chosen() -> list[object]:
@@ -348,13 +218,18 @@ def chosen() -> list[object]:
 def test_fault_is_caught(name: str, tmp_path: Path) -> None:
     library = broken(tmp_path, {**FAULTS, **waits()}[name])
     orders = ORDERS if name in waits() else ORDERS[:1]
-    int8 = name.startswith("slots.cuh")
-    assert caught(library, orders, int8) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
+    kind = "int8" if name.startswith("slots.cuh") else "rules"
+    assert caught(library, orders, kind) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
 
 
 @pytest.mark.parametrize("name", exhaustive_but(INT8_FAULTS, *[*INT8_FAULTS][5::9]))
 def test_fault_of_int8_slots_is_caught(name: str, tmp_path: Path) -> None:
-    assert caught(broken(tmp_path, INT8_FAULTS[name]), ORDERS[:1], int8=True)
+    assert caught(broken(tmp_path, INT8_FAULTS[name]), ORDERS[:1], "int8")
+
+
+@pytest.mark.parametrize("name", exhaustive_but(DISTANCE_FAULTS, *[*DISTANCE_FAULTS][4::9]))
+def test_fault_of_distances_is_caught(name: str, tmp_path: Path) -> None:
+    assert caught(broken(tmp_path, DISTANCE_FAULTS[name]), ORDERS[:1], "distance")
 
 
 def test_survivors_are_faults() -> None:

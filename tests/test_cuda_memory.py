@@ -21,14 +21,16 @@ pytestmark = pytest.mark.slow
 
 FLAGS = ("-O1", "-DLESS_TRIAL", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CHUNKS = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1)]
-#: Policy, head_dim, group, rank, and what the slots hold.
-KINDS: list[tuple[str, int, int, int, SlotDtype]] = [
-    ("h2o", 64, 2, 8, "model"),
-    ("tova", 24, 3, 5, "model"),
-    ("sink", 40, 1, 16, "model"),
-    ("window", 64, 4, 1, "model"),
-    ("h2o", 8, 9, 32, "model"),
-    ("h2o", 56, 2, 8, "int8"),
+#: Policy, head_dim, group, rank, what the slots hold, and the largest distance.
+KINDS: list[tuple[str, int, int, int, SlotDtype, int | None]] = [
+    ("h2o", 64, 2, 8, "model", None),
+    ("tova", 24, 3, 5, "model", None),
+    ("sink", 40, 1, 16, "model", None),
+    ("window", 64, 4, 1, "model", None),
+    ("h2o", 8, 9, 32, "model", None),
+    ("h2o", 56, 2, 8, "int8", None),
+    ("h2o", 64, 1, 8, "int8", 30),
+    ("tova", 40, 2, 8, "model", 30),
 ]
 
 
@@ -45,8 +47,9 @@ def record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of launches of every policy, decode and prefill."""
     with open(path, "wb") as file, monkeypatch.context() as patch:
         patch.setattr(emulation, "recording", file)
-        for policy, head_dim, group, rank, slots in KINDS:
-            layer = replace(kernel_layer(policy, 77, head_dim, group, rank, kv_heads=1), slot_dtype=slots)
+        for policy, head_dim, group, rank, slots, far in KINDS:
+            layer = kernel_layer(policy, 77, head_dim, group, rank, kv_heads=1)
+            layer = replace(layer, slot_dtype=slots, max_distance=far)
             steps = scenario(layer, CHUNKS, 6, normal("float16"))
             for _ in play(emulated(layer, "float16"), steps, empty(layer, torch.float16, 2)):
                 pass

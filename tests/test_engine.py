@@ -50,13 +50,16 @@ def weights(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "chunk", "arch", "slots"), [("float16", 4, None, "int8"), ("bfloat16", 1, "8.9,sm_120", "model")]
+    ("dtype", "chunk", "arch", "slots", "far"),
+    [("float16", 4, None, "int8", 20), ("bfloat16", 1, "8.9,sm_120", "model", None)],
 )
 def test_a_plan_is_built(
-    dtype: str, chunk: int, arch: str | None, slots: SlotDtype, weights: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also from int8 state: inputs, outputs, and what the bodies do with it in a strongly typed network."""
-    contract, out = contract_of(dtype, chunk, slots=slots), weights.parent / "engine.plan"
+    dtype: str, chunk: int, arch: str | None, slots: SlotDtype, far: int | None, weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Also from int8 state: inputs, outputs, and what the bodies do with it in a strongly typed network. And with
+    keys of which some channels rotate."""
+    contract, out = contract_of(dtype, chunk, slots=slots, max_distance=far), weights.parent / "engine.plan"
     phases, configs = list[str](), list[Any]()
     configure = engine._configure
     monkeypatch.setattr(engine, "_configure", lambda *a: configs.append(configure(*a)) or configs[-1])

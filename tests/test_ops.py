@@ -100,8 +100,9 @@ def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch
         for i in rounded:
             tensors[i] = tensors[i].to(dtype)
         tokens, state, lengths = tensors[:5], tensors[5:end], tensors[end : end + 2]
-        centring = int8.Centring(*tensors[end + 2 :]) if layer.int8 else None
-        outputs = reference.run(layer, tokens, state, lengths, centring, opaque)
+        centring = int8.Centring(*tensors[end + 2 : end + 4]) if layer.int8 else None
+        rotary = tensors[-1] if layer.max_distance else None
+        outputs = reference.run(layer, tokens, state, lengths, centring, rotary, opaque)
         assert [t.dtype for t in outputs] == [dtype, *(t.dtype for t in tensors[5:end])]
         return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in outputs]
 

@@ -24,6 +24,9 @@ pytestmark = pytest.mark.slow
 FLOOR = 5e-7
 LAYER = kernel_layer("h2o", 24, 64, 2, 8)
 INT8 = replace(LAYER, slot_dtype="int8")
+FAR = replace(LAYER, max_distance=100)
+#: A layer with every field that a node may have.
+ALL = replace(INT8, max_distance=100)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,7 @@ def test_identity() -> None:
     plugin = Plugin.of(LAYER)
     name, version, space, metadata, *fields = plugin.texts()
     assert (name, version, space) == (OP_NAME, PLUGIN_VERSION, "")
-    assert tuple(fields) == FIELDS == tuple(onnx_op.node_attributes(INT8))
+    assert tuple(fields) == FIELDS == tuple(onnx_op.node_attributes(ALL))
     assert "heavy=12 recent=12" in metadata
     assert harness().creator_matches(ctypes.c_void_p(plugin.handle))
 
@@ -56,18 +59,19 @@ def test_identity() -> None:
 @pytest.mark.parametrize("integers", ["i32", "i64"])
 @pytest.mark.parametrize("floats", ["f32", "f64"])
 def test_fields_survive_serialisation(integers: str, floats: str) -> None:
-    for layer in (LAYER, INT8, kernel_layer("window", 9, 64, 1, 1), kernel_layer("sink", 9, 64, 1, 4)):
+    for layer in (LAYER, INT8, FAR, ALL, kernel_layer("window", 9, 64, 1, 1), kernel_layer("sink", 9, 64, 1, 4)):
         plugin = Plugin.of(layer, integers, floats)
         again = plugin.round_trip()
         assert again.texts() == plugin.texts() == Plugin(plugin.call("clone")).texts()
         values = dict(x.split("=") for x in again.texts()[3].split())
         assert {n: float(v) for n, v in values.items()} == pytest.approx(
-            {n: float(v) for n, v in ({"slot_bits": 0} | onnx_op.node_attributes(layer)).items()}, abs=1e-6
+            {n: float(v) for n, v in ({"slot_bits": 0, "max_distance": 0} | onnx_op.node_attributes(layer)).items()},
+            abs=1e-6,
         )
 
 
 def test_fields_that_are_refused() -> None:
-    attributes = onnx_op.node_attributes(INT8)
+    attributes = onnx_op.node_attributes(ALL)
     good = [(n, v, "f32" if isinstance(v, float) else "i32") for n, v in attributes.items()]
 
     def with_field(name: str, value: float | None, kind: str) -> list[tuple[str, float | None, str]]:
@@ -77,7 +81,7 @@ def test_fields_that_are_refused() -> None:
         refused(Plugin.create(fields).handle, *says)  # type: ignore[arg-type]
 
     for index, name in enumerate(FIELDS):
-        if name not in ("decay", "slot_bits"):
+        if name not in ("decay", "slot_bits", "max_distance"):
             bad(good[:index] + good[index + 1 :], f"attribute {name} is missing")
         bad([*good, good[index]], f"attribute {name} is given twice")
         bad(with_field(name, None, good[index][2]), f"attribute {name} must have one value, not 0")
@@ -89,6 +93,7 @@ def test_fields_that_are_refused() -> None:
     bad(with_field("absorb", 2, "i64"), "attribute absorb must be 0 or 1")
     bad(with_field("recent", 0, "i32"), "attribute recent must be at least 1")
     bad(with_field("heavy", -1, "i32"), "attribute heavy is -1, out of range")
+    bad(with_field("max_distance", -1, "i32"), "attribute max_distance is -1, out of range")
     bad(with_field("heavy", 1 << 40, "i64"), "attribute heavy is 1099511627776, out of range")
     for decay in (0, -0.5, 1.5):
         bad(with_field("decay", decay, "f32"), "attribute decay must be above 0 and at most 1")
@@ -101,12 +106,13 @@ def test_scores_of_version_1_never_fade() -> None:
     """Graphs and plans of the operator's first version have no decay."""
     fields = [(n, v, "f32" if n == "scale" else "i32") for n, v in LAYER.attributes().items() if n != "decay"]
     assert Plugin.create(fields).round_trip().texts() == Plugin.of(LAYER).texts()
-    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000 slot_bits=0")
+    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000 slot_bits=0 max_distance=0")
 
 
-@pytest.mark.parametrize("layer", [LAYER, INT8], ids=["model", "int8"])
+@pytest.mark.parametrize("layer", [LAYER, INT8, FAR, ALL], ids=["model", "int8", "distance", "int8 distance"])
 def test_outputs_follow_the_inputs(layer: LayerSpec) -> None:
-    plugin, inputs, outputs = Plugin.of(layer), 18 if layer.int8 else INPUTS, 10 if layer.int8 else OUTPUTS
+    plugin, outputs = Plugin.of(layer), 10 if layer.int8 else OUTPUTS
+    inputs = (18 if layer.int8 else INPUTS) + (layer.max_distance is not None)
     assert plugin.call("outputs") == outputs
     aliases = [*range(5, 4 + outputs), -1]
     assert [plugin.call("alias", i) for i in range(-1, outputs + 1)] == [-1, -1, *aliases]
@@ -183,13 +189,34 @@ def test_tensors_of_int8_slots_that_are_refused(method: str) -> None:
         refused(plugin.tensors(method, tensors), says)
 
 
+@pytest.mark.parametrize("method", ["configure", "shape_change"])
+@pytest.mark.parametrize("layer", [FAR, ALL], ids=["distance", "int8 distance"])
+def test_tables_that_are_refused(layer: LayerSpec, method: str) -> None:
+    plugin, good = Plugin.of(layer), described(layer, torch.float16, 3, 5)
+    assert plugin.tensors(method, good) == 0
+    index = 18 if layer.int8 else 14
+    for dtype, shape, says in (
+        (torch.float16, [128, 64], "rotary is float16, but must be float32"),
+        (torch.float32, [1, 128, 64], "rotary has shape [1,128,64], but must have 2 dimensions"),
+        (torch.float32, [128, 66], "rotary must have 2 to head_dim columns"),
+        (torch.float32, [128, 31], "rotary must have 2 to head_dim columns, an even number"),
+        (torch.float32, [100, 64], "rotary must have more rows than the largest distance"),
+    ):
+        tensors = [*good]
+        tensors[index] = describe(dtype, shape)
+        refused(plugin.tensors(method, tensors), says)
+    long = described(layer, torch.float16, 3, 129)
+    refused(plugin.tensors(method, long), "rotary has 128 rows, but the chunk 129 tokens")
+    refused(plugin.tensors(method, described(replace(layer, max_distance=None), torch.float16, 3, 5)), "takes ")
+
+
 def test_workspace_covers_smaller_steps() -> None:
     plugin = Plugin.of(LAYER)
     sizes = {n: plugin.tensors("workspace", described(LAYER, torch.float16, *n)) for n in [(1, 1), (3, 1), (3, 70)]}
     assert 4096 <= sizes[1, 1] <= sizes[3, 1] <= sizes[3, 70]
 
 
-@pytest.mark.parametrize("layer", [LAYER, INT8], ids=["model", "int8"])
+@pytest.mark.parametrize("layer", [LAYER, INT8, ALL], ids=["model", "int8", "int8 distance"])
 def test_enqueue_without_memory(layer: LayerSpec) -> None:
     plugin = Plugin.of(layer)
     tensors, kinds = described(layer, torch.float32, 1, 1), plugin_host.input_dtypes(layer, torch.float32)
@@ -216,22 +243,27 @@ def check_accuracy(layer: LayerSpec, dtype: str, run: object) -> None:
 
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize(
-    ("policy", "dtype", "in_place", "slots"),
+    ("policy", "dtype", "in_place", "slots", "distance"),
     [
-        ("h2o", "float16", True, "model"),
-        ("tova", "bfloat16", True, "model"),
-        ("sink", "float32", False, "model"),
-        ("window", "float16", False, "model"),
-        ("h2o", "bfloat16", True, "int8"),
-        ("sink", "float16", False, "int8"),
+        ("h2o", "float16", True, "model", None),
+        ("tova", "bfloat16", True, "model", None),
+        ("sink", "float32", False, "model", None),
+        ("window", "float16", False, "model", None),
+        ("h2o", "bfloat16", True, "int8", None),
+        ("sink", "float16", False, "int8", None),
+        ("tova", "float16", False, "model", 40),
+        ("window", "bfloat16", True, "int8", 40),
     ],
 )
-def test_enqueue_is_the_operator(policy: str, dtype: str, in_place: bool, slots: SlotDtype, attached: bool) -> None:
+def test_enqueue_is_the_operator(
+    policy: str, dtype: str, in_place: bool, slots: SlotDtype, distance: int | None, attached: bool
+) -> None:
     """Prefill past the budget, decode, parked rows, more prefill; with its own counters and without.
 
     A hundred slots a head are spread over several blocks, which synchronise through the counters.
     """
-    layer = replace(kernel_layer(policy, 100, 64, 2, 1 if policy == "window" else 8), slot_dtype=slots)
+    layer = kernel_layer(policy, 100, 64, 2, 1 if policy == "window" else 8)
+    layer = replace(layer, slot_dtype=slots, max_distance=distance)
     made = Plugin.of(layer, "i64").round_trip()
     assert harness().harness_allocations() == 0  # nothing before attaching
     plugin = made.attach() if attached else made

@@ -128,15 +128,15 @@ def layers_of(log: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "slots"),
-    [("float16", "model"), ("bfloat16", "int8"), ("float32", "model")],
+    ("dtype", "slots", "far"),
+    [("float16", "model", None), ("bfloat16", "int8", None), ("float32", "model", 9)],
 )
 def test_one_plugin_per_layer_updates_the_state_in_place(
-    dtype: str, slots: SlotDtype, plugin_library: Path, weights: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    dtype: str, slots: SlotDtype, far: int | None, plugin_library: Path, weights: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Every plugin reads the network's past and writes its present directly, without copies, in both profiles."""
-    contract, out = contract_of(dtype, slots=slots), weights.parent / "engine.plan"
+    contract, out = contract_of(dtype, slots=slots, max_distance=far), weights.parent / "engine.plan"
     configure = engine._configure
 
     def detailed(*args: Any) -> Any:

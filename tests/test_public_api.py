@@ -57,7 +57,8 @@ def test_names() -> None:
         (less_export.open_bundle, "(path, backend=None, *, trust_code=False, **options)"),
         (
             less_export.calibrate,
-            "(model, out, texts=(), *, kernels=None, seqs=8, seq_len=None, device=None, progress=None)",
+            "(model, out, texts=(), *, kernels=None, max_distance=None, seqs=8, seq_len=None, device=None, "
+            "progress=None)",
         ),
         (less_export.train, "(model, out, texts=(), config=None, *, progress=None, **options)"),
         (Generator, "(backend, tokenizer=None, *, eos_ids=None)"),
@@ -100,6 +101,7 @@ def test_signatures(function: Any, expected: str) -> None:
                 "layer_budgets": None,
                 "score_half_life": None,
                 "slots": None,
+                "max_distance": None,
                 "context": None,
                 "heavy": None,
                 "recent": None,
@@ -147,6 +149,7 @@ def test_signatures(function: Any, expected: str) -> None:
                 "layer_budgets": None,
                 "score_half_life": None,
                 "slots": None,
+                "max_distance": None,
                 "context": None,
                 "compress_sliding": None,
                 "rank": None,

@@ -17,7 +17,7 @@ import less_export
 from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import ValidationError
-from less_export.exporter import onnx_op
+from less_export.exporter import onnx_nodes, onnx_op
 from less_export.exporter.check import self_check, twin_config
 from less_export.hf import decoder, weights
 from less_export.hf.surgery import discover
@@ -115,13 +115,13 @@ Patch = pytest.MonkeyPatch
 
 
 def _attribute(patch: Patch, name: str, change: Callable[[Any, ir.Value], ir.Value]) -> None:
-    original = onnx_op._Nodes.attribute
+    original = onnx_nodes.Nodes.attribute
 
     def attribute(op: Any, key: str) -> ir.Value:
         value = original(op, key)
         return change(op, value) if key == name else value
 
-    patch.setattr(onnx_op._Nodes, "attribute", attribute)
+    patch.setattr(onnx_nodes.Nodes, "attribute", attribute)
 
 
 def wrong_scale(patch: Patch) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from less_export.contract import LayerSpec, Policy
-from less_export.less import int8, reference, simulate
+from less_export.less import int8, reference, rotary, simulate
 from less_export.testing import empty_state
 
-from .oracle import centring_of
+from .oracle import centring_of, frequencies_of
 
 #: A layer's attention: q, k, v, log phi and psi -> output.
 Attend = Callable[[list[torch.Tensor]], torch.Tensor]
@@ -33,14 +33,30 @@ LAYERS = {
     "full": LayerSpec(4, 2, 8, 0.4, Policy.FULL, 0, 80, 0, False, 80, 1),
 }
 INT8_LAYERS = {f"{name}, int8": replace(layer, slot_dtype="int8") for name, layer in LAYERS.items()}
+#: Layers that rotate q and k themselves; distances of most sequences here pass the largest.
+DISTANCE_LAYERS = {
+    f"{name}, distance": replace(layer, max_distance=far)
+    for layers, name, far in (
+        (LAYERS, "h2o", 30), (LAYERS, "sink, sliding", 9), (LAYERS, "window", 15), (LAYERS, "full", 40),
+        (LAYERS, "h2o, sliding", 100), (INT8_LAYERS, "tova, int8", 20), (INT8_LAYERS, "full, int8", 1),
+    )
+    for layer in (layers[name],)
+}  # fmt: skip
 
 
 def centring(layer: LayerSpec) -> int8.Centring:
     return int8.Centring(*map(torch.from_numpy, centring_of(layer)))
 
 
+def table(layer: LayerSpec) -> torch.Tensor | None:
+    """The table of the layer's rotary embedding, which leaves the last channels alone."""
+    if layer.max_distance is None:
+        return None
+    return rotary.table(torch.from_numpy(frequencies_of(layer)), max(TOKENS, layer.max_distance + 1))
+
+
 def scores(layer: LayerSpec, q: torch.Tensor, k: torch.Tensor, chunk: int) -> torch.Tensor:
-    return simulate.scores(q, k, simulate.slot_keys(k, layer, centring(layer)), layer, chunk)
+    return simulate.scores(q, k, simulate.slot_keys(k, layer, centring(layer)), layer, chunk, table(layer))
 
 
 def inputs(layer: LayerSpec, log_mass: float = 0.0) -> list[torch.Tensor]:
@@ -63,23 +79,23 @@ def streamed(layer: LayerSpec, tensors: list[torch.Tensor], chunk: int) -> tuple
         new = torch.full((2,), piece[0].shape[2], dtype=torch.int32)
         positions.append(state[4])
         lengths = (torch.full_like(new, begin), new)
-        out, *state = reference.run(layer, piece, state, lengths, centring(layer), opaque=False)
+        out, *state = reference.run(layer, piece, state, lengths, centring(layer), table(layer), opaque=False)
         outs.append(out)
     return torch.cat(outs, 2), positions
 
 
 @pytest.mark.parametrize("chunk", [1, 13])
-@pytest.mark.parametrize("name", {**LAYERS, **INT8_LAYERS})
+@pytest.mark.parametrize("name", {**LAYERS, **INT8_LAYERS, **DISTANCE_LAYERS})
 def test_the_simulation_is_the_operator(name: str, chunk: int) -> None:
-    layer = {**LAYERS, **INT8_LAYERS}[name]
+    layer = {**LAYERS, **INT8_LAYERS, **DISTANCE_LAYERS}[name]
     q, k, v, log_phi, psi = tensors = inputs(layer)
     want, positions = streamed(layer, tensors, chunk)
     features = (log_phi, psi) if layer.absorb else None
-    got = simulate.attend(q, k, v, layer, features, chunk, centring(layer))
+    got = simulate.attend(q, k, v, layer, features, chunk, centring(layer), table(layer))
     torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
     left = simulate.evictions(scores(layer, q, k, chunk), layer, chunk)
     if chunk == 1:
-        again = simulate.attend_as(q, k, v, layer, features, left, centring(layer))
+        again = simulate.attend_as(q, k, v, layer, features, left, centring(layer), rotary=table(layer))
         torch.testing.assert_close(again, want, rtol=2e-5, atol=2e-5)
     at = torch.arange(TOKENS)
     for begin, held in zip(range(0, TOKENS, chunk), positions, strict=True):
@@ -143,10 +159,14 @@ def two_layers(layer: LayerSpec, tensors: list[torch.Tensor], attend: Attend) ->
     return attend([q + first, kv[:, :, 0], kv[:, :, -1] + 1, log_phi + first[..., : layer.rank], psi * mixed])
 
 
-@pytest.mark.parametrize("name", [n for n, x in LAYERS.items() if x.policy.evicts])
+EXACT_SLOTS = {n: x for n, x in {**LAYERS, **DISTANCE_LAYERS}.items() if not x.int8}
+
+
+@pytest.mark.parametrize("name", [n for n, x in EXACT_SLOTS.items() if x.policy.evicts])
 def test_gradients_are_those_of_the_operator(name: str) -> None:
     """Through two evicting layers, from every input, as autograd finds them through the reference token by token."""
-    layer = LAYERS[name]
+    layer = EXACT_SLOTS[name]
+    angles = table(layer)
 
     def operator(tensors: list[torch.Tensor]) -> torch.Tensor:
         return streamed(layer, tensors, 1)[0]
@@ -154,8 +174,8 @@ def test_gradients_are_those_of_the_operator(name: str) -> None:
     def simulation(tensors: list[torch.Tensor]) -> torch.Tensor:
         q, k, v, log_phi, psi = tensors
         features = (log_phi, psi) if layer.absorb else None
-        left = simulate.evictions(simulate.logits(q.detach(), k.detach(), layer), layer)
-        return checkpoint(simulate.attend_as, q, k, v, layer, features, left, use_reentrant=False)
+        left = simulate.departures(q.detach(), k.detach(), layer, rotary=angles)
+        return checkpoint(simulate.attend_as, q, k, v, layer, features, left, None, 1, angles, use_reentrant=False)
 
     goal = torch.randn(2, layer.query_heads, 30, layer.head_dim, generator=torch.Generator().manual_seed(1))
     gradients = []

@@ -10,6 +10,7 @@ import struct
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import pytest
 
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype
 from less_export.dtypes import DTYPES, numpy_dtype
-from less_export.exporter import onnx_op
+from less_export.exporter import onnx_nodes, onnx_op
 from less_export.runtime import trt
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
+
+from .oracle import table_of
 
 NUMPY = {
     "float32": np.float32,
@@ -36,19 +39,21 @@ NUMPY = {
 
 
 def contract_of(
-    dtype: str, chunk: int = 4, max_batch: int = 3, capacity: int = 6, slots: SlotDtype = "model"
-) -> Contract:
+    dtype: str, chunk: int = 4, max_batch: int = 3, capacity: int = 6, slots: SlotDtype = "model",
+    max_distance: int | None = None,
+) -> Contract:  # fmt: skip
     """A layer of h2o and one of window; ``slots`` is what they hold."""
     heavy = capacity // 2
-    h2o = LayerSpec(4, 2, 8, 0.35, Policy.H2O, heavy, capacity - heavy, 0, True, capacity, 4, slot_dtype=slots)
-    window = LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 5, 5, False, 5, 1, slot_dtype=slots)
-    return Contract((h2o, window), vocab_size=32, dtype=dtype, chunk=chunk, max_batch=max_batch)
+    h2o = LayerSpec(4, 2, 8, 0.35, Policy.H2O, heavy, capacity - heavy, 0, True, capacity, 4)
+    window = LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 5, 5, False, 5, 1)
+    layers = tuple(replace(s, slot_dtype=slots, max_distance=max_distance) for s in (h2o, window))
+    return Contract(layers, vocab_size=32, dtype=dtype, chunk=chunk, max_batch=max_batch)
 
 
 def decoder(contract: Contract, folder: Path) -> ir.Model:
     """Embedding, attention layers, head; the weights in ``folder``/weights.bin."""
     kinds = {n: ir.DataType.from_numpy(np.dtype(t)) for n, t in NUMPY.items()}
-    op, random, blob = onnx_op._Nodes(), np.random.default_rng(0), bytearray()
+    op, random, blob = onnx_nodes.Nodes(), np.random.default_rng(0), bytearray()
     initializers: list[ir.Value] = []
 
     def constant(data: np.ndarray) -> ir.Value:
@@ -84,9 +89,10 @@ def decoder(contract: Contract, folder: Path) -> ir.Model:
         fields, size, centring = len(layer.state_fields), (layer.kv_heads, layer.head_dim), []
         if layer.int8:
             centring = [constant(np.full(size, x, np.float32)) for x in (0.1, 0.7)]
+        turning = [] if layer.max_distance is None else [constant(table_of(layer))]  # of some channels
         out, *present = op.op_multi_out(
             OP_NAME,
-            [q, k, v, log_phi, psi, *itertools.islice(past, fields), *lengths, *centring],
+            [q, k, v, log_phi, psi, *itertools.islice(past, fields), *lengths, *centring, *turning],
             onnx_op.node_attributes(layer),
             num_outputs=1 + fields,
             domain=OP_DOMAIN,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
-from ..config import MAX_HALF_LIFE
+from ..config import DISTANCE_LIMIT, MAX_HALF_LIFE
 from ..contract import SLOT_DTYPES
 from ..dtypes import COMPUTE_DTYPES
 
@@ -319,7 +319,11 @@ LAYER = Record(
         "capacity": _POSITIVE,
         "rank": _POSITIVE,
     },
-    {"score_half_life": Nullable(Integer(1, MAX_HALF_LIFE)), "slot_dtype": Text(SLOT_DTYPES)},
+    {
+        "score_half_life": Nullable(Integer(1, MAX_HALF_LIFE)),
+        "slot_dtype": Text(SLOT_DTYPES),
+        "max_distance": Nullable(Integer(1, DISTANCE_LIMIT)),
+    },
 )
 CONTRACT = Record(
     {

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..hf import recipes
-from .options import DATA_HELP, MODEL_HELP, Parser, general_options
+from .options import DATA_HELP, MODEL_HELP, Parser, distance_option, general_options
 from .progress import Bars
 
 
@@ -28,6 +28,7 @@ def parser() -> Parser:
     paths.add_argument(
         "--kernels", type=Path, metavar="FILE", help="trained kernels, which are written to --out too (default: none)"
     )
+    distance_option(paths)
     measurement = parser.add_argument_group("measurement")
     measurement.add_argument("--seqs", type=int, default=8, metavar="N", help="sequences (default: 8)")
     measurement.add_argument("--seq-len", type=int, metavar="N", help="tokens per sequence (default: 1024)")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.files import refuse_unwritable
-from ..config import BACKENDS, ExportConfig
+from ..config import BACKENDS, CACHE_OPTIONS, ExportConfig
 from ..errors import UsageError
 from ..hf import recipes
 from .files import write_json
@@ -15,12 +15,11 @@ from .options import Parser, cache_options, general_options, trust_option
 from .progress import Bars
 from .tables import interval, show, size, table
 
-_CACHE_OPTIONS = ("policy", "budget", "layer_budgets", "score_half_life", "slots", "context", "compress_sliding")
 #: The options that each task uses, besides those of every task.
 _TASK_OPTIONS: dict[str, set[str]] = {
-    "perplexity": {"kernels", *_CACHE_OPTIONS, "data", "out_of_domain", "compare", "seqs", "seq_len", "chunk"}
+    "perplexity": {"kernels", *CACHE_OPTIONS, "data", "out_of_domain", "compare", "seqs", "seq_len", "chunk"}
     | {"positions", "budgets", "backend", "plot"},
-    "summarize": {"kernels", *_CACHE_OPTIONS, "data", "compare", "seqs", "chunk", "backend", "max_new_tokens"},
+    "summarize": {"kernels", *CACHE_OPTIONS, "data", "compare", "seqs", "chunk", "backend", "max_new_tokens"},
     "lm-eval": {"seqs", "backend"},
 }
 _COMMON_OPTIONS = {"target", "task", "json", "verbose", "trust_code"}
@@ -116,7 +115,7 @@ def _refuse_unused(args: argparse.Namespace, task: str) -> None:
 
 
 def _cache(args: argparse.Namespace, **more: Any) -> ExportConfig:
-    return ExportConfig(**{name: getattr(args, name) for name in _CACHE_OPTIONS}, **more)
+    return ExportConfig(**{name: getattr(args, name) for name in CACHE_OPTIONS}, **more)
 
 
 def _perplexity(args: argparse.Namespace) -> int:

@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..contract import limits_distances
 from ..errors import UsageError, printable
 from .options import Parser, general_options
 from .tables import BEYOND, beyond_mark, show, size, table
 
 if TYPE_CHECKING:
-    from ..bundle.artifact import Artifact, Bundle
+    from ..bundle.artifact import Artifact, Bundle, Manifest
     from ..contract import Contract
 
 #: What an artifact is, by its kind.
@@ -67,7 +68,7 @@ def _print_bundle(bundle: Bundle) -> None:
     for weight in m.weights:
         content = f"weights, linear layers in {quantised}" if quantised else "weights"
         files.add_row(weight.file, content, size(weight.bytes))
-    trained = "kernels" if m.kernels is None or m.kernels.layers else "constants of int8 slots"
+    trained = _kernel_file(m)
     for name, extra in (("tokenizer", m.tokenizer), (trained, m.kernels)):
         if extra is not None and extra.file:
             files.add_row(extra.file, name, size(bundle.path(extra.file).stat().st_size))
@@ -77,15 +78,30 @@ def _print_bundle(bundle: Bundle) -> None:
         _print_memory(artifact, m.kernels.bytes if m.kernels and m.kernels.layers else 0)
 
 
+def _kernel_file(manifest: Manifest) -> str:
+    """What the kernel file of a bundle holds."""
+    layers = [s for artifact in manifest.artifacts for s in artifact.contract.layers]
+    parts = [
+        (manifest.kernels is None or bool(manifest.kernels.layers), "kernels"),
+        (any(s.int8 for s in layers), "constants of int8 slots"),
+        (limits_distances(layers), "rotary tables"),
+    ]
+    return ", ".join(name for held, name in parts if held)
+
+
 def _print_contract(artifact: Artifact) -> None:
     contract = artifact.contract
-    layers = table(f"layers of {artifact.file}", "layers", "policy", "slots", "heavy", "recent", "window", "rank")
+    layers = table(
+        f"layers of {artifact.file}", "layers", "policy", "slots", "heavy", "recent", "window", "distance", "rank"
+    )
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, s in enumerate(contract.layers):
         rank = str(s.rank) if s.absorb else "off"
         policy = s.policy.name if s.score_half_life is None else f"{s.policy.name}, half-life {s.score_half_life}"
         slots = f"{s.capacity} int8" if s.int8 else str(s.capacity)
-        groups.setdefault((policy, slots, s.heavy, s.recent, s.window or "-", rank), []).append(index)
+        groups.setdefault(
+            (policy, slots, s.heavy, s.recent, s.window or "-", s.max_distance or "any", rank), []
+        ).append(index)
     for facts, indices in groups.items():
         layers.add_row(_ranges(indices), *(str(x) for x in facts))
     show(layers)

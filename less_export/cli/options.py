@@ -7,10 +7,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from .._version import __version__
-from ..config import DEFAULT_BUDGET, DEFAULT_HALF_LIFE, DEFAULT_POLICY, DEFAULT_SLOTS, HalfLife
+from ..config import DEFAULT_BUDGET, DEFAULT_FARTHEST, DEFAULT_HALF_LIFE, DEFAULT_POLICY, DEFAULT_SLOTS
 from ..contract import SLOT_DTYPES
 from ..errors import UsageError
 from ..less.policies import choosable
@@ -61,14 +61,27 @@ def token_ids(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def half_life(text: str) -> HalfLife:
-    """The type of ``--score-half-life``: a whole number, or ``none``."""
+def tokens_or_none(text: str) -> int | Literal["none"]:
+    """The type of ``--score-half-life`` and ``--max-distance``: a whole number, or ``none``."""
     if text == "none":
         return "none"
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"'{text}' is neither a number of tokens nor none") from None
+
+
+def distance_option(group: argparse._ArgumentGroup) -> None:
+    """``--max-distance``, for commands that plan a cache or measure its keys."""
+    group.add_argument(
+        "--max-distance",
+        type=tokens_or_none,
+        metavar="N|none",
+        help=(
+            "largest distance that a slot is seen at, or absolute positions (default: recipe's, or the trained length "
+            f"less the chunk, at most {DEFAULT_FARTHEST})"
+        ),
+    )
 
 
 def trust_option(group: argparse._ArgumentGroup) -> None:
@@ -111,15 +124,19 @@ def cache_options(
     )
     group.add_argument(
         "--score-half-life",
-        type=half_life,
+        type=tokens_or_none,
         metavar="N|none",
         help=f"tokens after which the score of policy h2o counts half (default: recipe's, or {DEFAULT_HALF_LIFE})",
     )
     group.add_argument(
         "--slots",
         choices=SLOT_DTYPES,
-        help=f"keep keys and values in the compute dtype, or in int8 (default: recipe's, or {DEFAULT_SLOTS})",
+        help=(
+            f"keep keys and values in the compute dtype, or in int8 (default: recipe's, or {DEFAULT_SLOTS}; model for "
+            "policy full)"
+        ),
     )
+    distance_option(group)
     group.add_argument(
         "--context",
         type=int,

@@ -53,7 +53,7 @@ def recipe_figures(recipe: Recipe) -> dict[str, Any]:
         "full_cache_bytes": full,
         "kernel_bytes": recipe.kernel_bytes(),
     }
-    return {**asdict(recipe), "memory": figures}
+    return {**asdict(recipe), "memory": figures, "max_distance": recipe.max_distance_tokens()}
 
 
 def full_caches(recipe: Recipe) -> list[tuple[int, str]]:

@@ -13,8 +13,11 @@ from transformers import PreTrainedModel
 
 from ..contract import Contract
 from ..errors import UsageError
+from ..hf.rotary import arranged
+from ..hf.running import position_ids
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
+from ..less.rotary import RotaryTable
 from ..runtime.backend import Backend
 from .variants import Variant
 
@@ -25,16 +28,19 @@ _ROWS = 4
 _BATCH, _LOGITS = 4, 512 << 20
 
 
-def attention(variant: Variant, chunk: int) -> Callable[[AttentionCall], Tensor]:
-    """The attention of every layer over whole sequences, as ``variant`` would compute it in steps of ``chunk``."""
+def attention(variant: Variant, chunk: int, rotary: Sequence[RotaryTable] = ()) -> Callable[[AttentionCall], Tensor]:
+    """The attention of every layer over whole sequences, as ``variant`` would compute it in steps of ``chunk``.
+
+    ``rotary``: tables as long as the sequences, for a variant that limits distances.
+    """
 
     def attend(call: AttentionCall) -> Tensor:
-        features = None
+        features, (call, angles) = None, arranged(call, rotary)
         if call.layer in variant.kernels.layers:
             feature_map = variant.kernels.layers[call.layer]
             features = feature_map.log_phi(call.q), feature_map.psi(call.k)
         centring = variant.kernels.centring.get(call.layer)
-        return simulate.attend(call.q, call.k, call.v, variant.plan[call.layer], features, chunk, centring)
+        return simulate.attend(call.q, call.k, call.v, variant.plan[call.layer], features, chunk, centring, angles)
 
     return attend
 
@@ -47,11 +53,13 @@ def simulated(
     chunk: int,
     positions: Tensor,
     step: Callable[[int], Any] = lambda rows: None,
+    rotary: Sequence[RotaryTable] = (),
 ) -> Nll:
     """The result of a streaming run with steps of ``chunk`` tokens, computed several times faster.
 
     Args:
         ids: [N,L]. positions: [P], ascending; entry p scores the token at p + 1 given those up to p.
+        rotary: see :func:`attention`.
 
     Returns:
         [N,P] negative log likelihoods in nats.
@@ -63,10 +71,10 @@ def simulated(
     batch = max(1, min(_BATCH, _LOGITS // (4 * widest * ids.shape[1] ** 2)))
     nlls = []
     try:
-        with less_attention(model, attention(variant, chunk)):
+        with less_attention(model, attention(variant, chunk, rotary)):
             for rows in ids.split(batch):
                 rows = rows.to(model.device)
-                steps = torch.arange(rows.shape[1], device=rows.device)[None].expand(len(rows), -1)
+                steps = position_ids(rows, rotates=not rotary)
                 logits = model(input_ids=rows, position_ids=steps, use_cache=False).logits
                 nll = _nll(logits.flatten(0, 1), rows[:, columns + 1].flatten())
                 nlls.append(nll.view(len(rows), -1).cpu().double().numpy())

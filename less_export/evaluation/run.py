@@ -152,7 +152,10 @@ def _score(
         backend.close()
         return nll, f"streamed, {config.backend}"
     with progress.phase(name, len(ids)) as step:
-        nll = perplexity.simulated(subject.model, ids, variant, config.chunk, positions, lambda rows: step("", rows))
+        tables = subject.rotary_tables(variant.plan, ids.shape[1])
+        nll = perplexity.simulated(
+            subject.model, ids, variant, config.chunk, positions, lambda rows: step("", rows), tables
+        )
     return nll, "simulated"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,16 +12,19 @@ import torch
 from transformers import PreTrainedModel
 
 from ..bundle.artifact import Bundle, is_bundle
-from ..config import DEFAULT_CHUNK, ExportConfig
-from ..contract import Contract, LayerSpec
+from ..config import CACHE_OPTIONS, DEFAULT_CHUNK, ExportConfig
+from ..contract import Contract, LayerSpec, limits_distances
 from ..errors import UsageError
 from ..hf import calibration, data
 from ..hf.model import open_model
+from ..hf.rotary import Rotation, probe, tables
 from ..hf.running import compute_dtype
 from ..hf.sources import resolve
 from ..hf.special_tokens import adds_bos, eos_ids
 from ..hf.surgery import learned_positions
+from ..hf.weights import bare_model
 from ..less.feature_maps import Kernels
+from ..less.rotary import RotaryTable, table_length
 from ..progress import Progress, Silent
 from ..runtime.backend import Backend
 from ..runtime.open import load_backend, load_tokenizer
@@ -49,15 +52,22 @@ class Subject:
     chunk: int
     plan_for: Callable[[str], tuple[LayerSpec, ...]] | None = None
     own: Callable[[str | None], Backend] | None = None
+    rotations: tuple[Rotation | None, ...] = ()
+
+    def rotary_tables(self, plan: Sequence[LayerSpec], length: int) -> tuple[RotaryTable, ...]:
+        """Tables of distances below ``length`` for ``plan``; none where it does not limit distances."""
+        return tables(self.rotations, length) if limits_distances(plan) else ()
 
     def backend(self, variant: Variant, name: str | None, batch: int, chunk: int) -> Backend:
         """A backend that runs ``variant`` step by step: any variant on torch, the exported one on other backends."""
         if name == "torch":
             dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
             vocabulary = int(self.model.config.get_text_config().vocab_size)
-            limit = learned_positions(self.model)
+            limit = None if limits_distances(variant.plan) else learned_positions(self.model)
             contract = Contract(variant.plan, vocabulary, dtype, chunk, batch, "all", limit)
-            return ModelBackend(self.model, contract, variant.kernels)
+            farthest = max((s.max_distance or 0 for s in variant.plan), default=0)
+            rotary = self.rotary_tables(variant.plan, table_length(farthest, chunk))
+            return ModelBackend(self.model, contract, replace(variant.kernels, rotary=rotary))
         assert self.own is not None, "a model runs on torch only"
         return self.own(name)
 
@@ -112,6 +122,7 @@ def open_subject(
                 budget=budget,
                 score_half_life=cache.score_half_life,
                 slots=cache.slots,
+                max_distance=cache.max_distance,
                 compress_sliding=cache.compress_sliding,
             )
         )
@@ -121,17 +132,24 @@ def open_subject(
         warnings.warn(doubt, stacklevel=2)
     kernels = opened.kernels
     if calibration.lacking(kernels, opened.plan):
-        corpus, facts = calibration.shipped_corpus(encode, bos, opened.trained_length)
-        measured = calibration.measure(model, corpus.ids, opened.plan, progress or Silent())
+        corpus, facts = calibration.shipped_corpus(encode, bos, opened.trained_length, not opened.rotations)
+        length = corpus.ids.shape[1]
+        measured = calibration.measure(
+            model, corpus.ids, opened.plan, progress or Silent(), opened.rotary_tables(length)
+        )
         kernels = calibration.completed(kernels, measured, facts)
     chunk = cache.chunk or DEFAULT_CHUNK
-    return Subject(target, model, opened.plan, kernels, encode, bos, "bfloat16", runtime_tokenizer, chunk, plan_for)
+    return Subject(
+        target, model, opened.plan, kernels, encode, bos, "bfloat16", runtime_tokenizer, chunk, plan_for,
+        rotations=opened.rotations,
+    )  # fmt: skip
 
 
 def refuse_options(target: str, cache: ExportConfig, kernel_file: Path | None) -> None:
     """Raise :class:`UsageError` for cache options, as the cache of a bundle is fixed."""
-    names = ("policy", "budget", "layer_budgets", "score_half_life", "slots", "context", "compress_sliding", "chunk")
-    options = [n for n in names if getattr(cache, n) is not None] + ["kernels"] * (kernel_file is not None)
+    options = [n for n in (*CACHE_OPTIONS, "chunk") if getattr(cache, n) is not None] + ["kernels"] * (
+        kernel_file is not None
+    )
     if options:
         option = "--" + options[0].replace("_", "-")
         raise UsageError(f"{target} is a bundle, whose cache is fixed: drop {option}, or give its MODEL")
@@ -148,8 +166,10 @@ def _bundle(path: Path, trust_code: bool) -> Subject:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, special=False)
 
-    contract = artifact.contract
+    contract, model = artifact.contract, bundle_model(bundle)
+    rotations = probe(bare_model(model.config, torch.float32)) if limits_distances(contract.layers) else ()
     return Subject(
-        str(path), bundle_model(bundle), contract.layers, bundle_kernels(bundle), encode, bos, contract.dtype,
-        tokenizer, contract.chunk, own=functools.cache(lambda name: load_backend(bundle, name, trust_code=trust_code)),
+        str(path), model, contract.layers, bundle_kernels(bundle), encode, bos, contract.dtype, tokenizer,
+        contract.chunk, own=functools.cache(lambda name: load_backend(bundle, name, trust_code=trust_code)),
+        rotations=rotations,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,12 +59,12 @@ def _why_not(model: OpenModel, tokenizer: Any | None) -> str | None:
 
 def _measured(model: OpenModel, tokenizer: Any, progress: Progress) -> Kernels:
     progress.say("calibrating int8 slots on the text that ships with less-export (less-export calibrate takes others)")
-    corpus, facts = calibration.shipped_corpus(*data.encoder(tokenizer), model.trained_length)
+    rotated = not model.rotations
+    corpus, facts = calibration.shipped_corpus(*data.encoder(tokenizer), model.trained_length, rotated)
     loaded = model.source.load(_dtype(model), model.hf_config)
-    measured = calibration.measure(loaded, corpus.ids, model.plan, progress)
+    tables = model.rotary_tables(corpus.ids.shape[1])
+    measured = calibration.measure(loaded, corpus.ids, model.plan, progress, tables)
     del loaded
     gc.collect()  # its modules refer to one another
-    kernels = Kernels(
-        model.kernels.layers, {"model": model.source.name, **model.kernels.provenance}, model.kernels.centring
-    )
+    kernels = replace(model.kernels, provenance={"model": model.source.name, **model.kernels.provenance})
     return calibration.completed(kernels, measured, facts)

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..contract import Contract, LayerSpec
+from ..contract import Contract, LayerSpec, limits_distances
 from ..errors import UsageError, ValidationError, install_hint
-from ..hf import weights
+from ..hf import rotary, weights
 from ..hf.compat import use_attention
 from ..hf.config_layers import keep_layers, layer_kinds
 from ..hf.decoder import LessDecoder, fresh_state, parameter_of
@@ -83,7 +83,7 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
         with torch.no_grad():
             own, *state = reference(chunk, past, new, state)
         truths = [("the torch reference", own, TOLERANCE)]
-        if done + count <= twin_budget(twin):
+        if done + count <= exact_length(twin):
             bound = ROUNDED_TOLERANCE if rounds and done else TOLERANCE
             truths.insert(0, ("eager Hugging Face", expected[:, done : done + count], bound))
         for name, truth, bound in truths:
@@ -122,9 +122,11 @@ def _compare_states(twin: Contract, fed: list[Any], state: list[torch.Tensor]) -
             )
 
 
-def twin_budget(twin: Contract) -> int:
-    """How many tokens the twin takes before it evicts one that the model would still see."""
-    return min((s.capacity for s in twin.layers if s.policy.evicts), default=sum(_STEPS))
+def exact_length(twin: Contract) -> int:
+    """How many tokens the twin takes before it evicts one that the model would see, or sees one nearer than it is."""
+    budgets = [s.capacity for s in twin.layers if s.policy.evicts]
+    distances = [s.max_distance + 1 for s in twin.layers if s.max_distance is not None]
+    return min([*budgets, *distances], default=sum(_STEPS))
 
 
 def two_of_each_kind(hf_config: Any, contract: Contract) -> list[int]:
@@ -188,15 +190,20 @@ def _twin_contract(model: PreTrainedModel, contract: Contract, indices: list[int
         window = layer.window or sum(_STEPS)
         capacity = min(_BUDGET, window) if policy.evicts else window
         heavy, recent = policy.split(capacity)
+        distance = contract.layers[index].max_distance
         layers.append(
             replace(
                 contract.layers[index],
                 query_heads=layer.query_heads, kv_heads=layer.kv_heads, head_dim=layer.head_dim, scale=layer.scale,
                 heavy=heavy, recent=recent, window=layer.window, capacity=capacity,
                 rank=rank if contract.layers[index].absorb else 1,
+                max_distance=None if distance is None else min(distance, _BUDGET),
             )
         )  # fmt: skip
     twin = replace(contract, layers=tuple(layers), vocab_size=_VOCAB, dtype="float32", logits="all", chunk=max(_STEPS))
+    if limits_distances(layers):
+        rotations = rotary.probe(weights.bare_model(model.config, torch.float32))
+        kernels = replace(kernels, rotary=rotary.tables(rotations, max(_BUDGET + 1, twin.chunk)))
     return twin, kernels
 
 

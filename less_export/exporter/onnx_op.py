@@ -1,7 +1,8 @@
 """``less::LessAttention`` in ONNX: the translation of the torch op, and its body in standard operators.
 
-The body is one function per policy, with and without the low-rank term, scores that fade and int8 slots; a node
-selects its own through ``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces it.
+The body is one function per policy, with and without the low-rank term, scores that fade, int8 slots and a largest
+distance; a node selects its own through ``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces
+it.
 """
 
 from __future__ import annotations
@@ -18,22 +19,17 @@ import torch
 
 from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, SCALE_FIELDS, STATE_FIELDS, LayerSpec
 from ..dtypes import COMPUTE_DTYPES, onnx_type
-from ..less import int8 as int8_slots
 from ..less import reference
 from ..less.policies import EvictionPolicy, by_code
+from .onnx_nodes import ATTRIBUTES, MAX_DISTANCE, SLOT_BITS, Nodes
+from .onnx_slots import in_slots, turned
 
 OPSET = 23
 
 _TOKENS = {"q": "T", "k": "T", "v": "T", "log_phi_q": "float32", "psi_k": "T"}
 _LENGTHS = dict.fromkeys(("past_length", "new_length"), "int32")
 _CENTRING = dict.fromkeys(("key_mean", "key_std"), "float32")
-_ATTRIBUTES = {
-    "scale": ir.AttributeType.FLOAT,
-    **dict.fromkeys(("policy", "heavy", "recent", "window", "absorb"), ir.AttributeType.INT),
-    "decay": ir.AttributeType.FLOAT,
-}
-#: Attribute of nodes with int8 slots: the bits of a code. Others lack it.
-SLOT_BITS = "slot_bits"
+_ROTARY = {"rotary": "float32"}
 
 
 def _state(prefix: str, int8: bool) -> dict[str, str]:
@@ -41,8 +37,9 @@ def _state(prefix: str, int8: bool) -> dict[str, str]:
     return {f"{prefix}_{f.name}": f.dtype for f in STATE_FIELDS + (SCALE_FIELDS if int8 else ())}
 
 
-def _inputs(int8: bool) -> dict[str, str]:
-    return {**_TOKENS, **_state("past", int8), **_LENGTHS, **(_CENTRING if int8 else {})}
+def _inputs(int8: bool, distance: bool) -> dict[str, str]:
+    constants = (_CENTRING if int8 else {}) | (_ROTARY if distance else {})
+    return {**_TOKENS, **_state("past", int8), **_LENGTHS, **constants}
 
 
 def _outputs(int8: bool) -> dict[str, str]:
@@ -57,38 +54,45 @@ class Body:
     absorb: bool
     fades: bool = False
     int8: bool = False
+    distance: bool = False
 
     @classmethod
     def of(cls, node: ir.Node) -> Body:
         facts = node.attributes
         absorb, fades = bool(facts["absorb"].as_int()), facts["decay"].as_float() != 1
-        return cls(by_code(facts["policy"].as_int()), absorb, fades, SLOT_BITS in facts)
+        return cls(by_code(facts["policy"].as_int()), absorb, fades, SLOT_BITS in facts, MAX_DISTANCE in facts)
 
     @property
     def overload(self) -> str:
         """The overload that names the body."""
-        return self.policy.name + "_fading" * self.fades + "_int8" * self.int8 + "_lowrank" * self.absorb
+        kinds = {"fading": self.fades, "int8": self.int8, "distance": self.distance, "lowrank": self.absorb}
+        return "_".join([self.policy.name, *(kind for kind, chosen in kinds.items() if chosen)])
 
 
 def node_attributes(layer: LayerSpec) -> dict[str, int | float]:
     """Attributes of a layer's LessAttention node."""
-    return {**layer.attributes(), **({SLOT_BITS: 8} if layer.int8 else {})}
+    return {**layer.attributes(), **_optional(8 * layer.int8, layer.max_distance or 0)}
+
+
+def _optional(slot_bits: int, max_distance: int) -> dict[str, int]:
+    """Attributes that a node has only where they mean something."""
+    return {n: v for n, v in ((SLOT_BITS, slot_bits), (MAX_DISTANCE, max_distance)) if v}
 
 
 # ------------------------------------------------------------------ torch.ops.less.attention -> one node
 
 
-def _schema(int8: bool) -> onnx.defs.OpSchema:
+def _schema(int8: bool, distance: bool) -> onnx.defs.OpSchema:
     tensor = {"T": "T", "S": onnx_type("int8") if int8 else "T", **{n: onnx_type(n) for n in ("float32", "int32")}}
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kinds = {ir.AttributeType.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT}
-    attributes = {**_ATTRIBUTES, **({SLOT_BITS: ir.AttributeType.INT} if int8 else {})}
+    attributes = ATTRIBUTES | dict.fromkeys(_optional(int8, distance), ir.AttributeType.INT)
     return onnx.defs.OpSchema(
         OP_NAME,
         OP_DOMAIN,
         OP_VERSION,
         "LESS attention (arXiv 2402.09398): sparse slots, chunk and low-rank state in one softmax.",
-        inputs=[parameter(n, tensor[t]) for n, t in _inputs(int8).items()],
+        inputs=[parameter(n, tensor[t]) for n, t in _inputs(int8, distance).items()],
         outputs=[parameter(n, tensor[t]) for n, t in _outputs(int8).items()],
         type_constraints=[("T", [onnx_type(d) for d in COMPUTE_DTYPES], "compute dtype")],
         attributes=[
@@ -100,12 +104,15 @@ def _schema(int8: bool) -> onnx.defs.OpSchema:
 
 def _translation(int8: bool) -> Callable[..., Any]:
     """What makes one LessAttention node of the eager arguments of a torch operator."""
-    operator = onnxscript.values.Op(onnxscript.values.Opset(OP_DOMAIN, OP_VERSION), OP_NAME, _schema(int8))
-    count = len(_inputs(int8))
+    names = [*_inputs(int8, False), *ATTRIBUTES, MAX_DISTANCE, *_ROTARY]
 
-    def translate(*args: Any) -> Any:
-        attributes = dict(zip(_ATTRIBUTES, args[count:], strict=True)) | ({SLOT_BITS: 8} if int8 else {})
-        return operator(*args[:count], **attributes)
+    def translate(*args: Any, **named: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | named
+        max_distance = given.get(MAX_DISTANCE, 0)
+        opset = onnxscript.values.Opset(OP_DOMAIN, OP_VERSION)
+        operator = onnxscript.values.Op(opset, OP_NAME, _schema(int8, max_distance > 0))
+        attributes = {n: given[n] for n in ATTRIBUTES} | _optional(8 * int8, max_distance)
+        return operator(*(given[n] for n in _inputs(int8, max_distance > 0)), **attributes)
 
     return translate
 
@@ -120,52 +127,11 @@ def translation_table() -> dict[Any, Any]:
 # ------------------------------------------------------------------ the body
 
 
-class _Nodes(ir.tape.Tape):
-    """``op.Add(a, b, axis=1)`` appends a node; ``op.f32(0.5)`` and the like make constants."""
-
-    def __getattr__(self, op_type: str) -> Any:
-        def node(*inputs: ir.Value, _outputs: int = 1, **attributes: Any) -> Any:
-            if _outputs == 1:
-                return self.op(op_type, inputs, attributes)
-            return self.op_multi_out(op_type, inputs, attributes, num_outputs=_outputs)
-
-        return node
-
-    def f32(self, value: float) -> ir.Value:
-        return self.Constant(value_float=value)
-
-    def i32(self, value: int) -> ir.Value:
-        return self.Cast(self.Constant(value_int=value), to=ir.DataType.INT32)
-
-    def ints(self, *values: int) -> ir.Value:
-        return self.Constant(value_ints=list(values))
-
-    def attribute(self, name: str) -> ir.Value:
-        """The node's attribute as a scalar (ints as int32)."""
-        kind = _ATTRIBUTES[name]
-        target = "value_float" if kind is ir.AttributeType.FLOAT else "value_int"
-        value = self.op("Constant", [], {target: ir.RefAttr(target, name, kind)})
-        return value if kind is ir.AttributeType.FLOAT else self.Cast(value, to=ir.DataType.INT32)
-
-    def dim(self, x: ir.Value, axis: int, end: int | None = None) -> ir.Value:
-        return self.Shape(x, start=axis, end=axis + 1 if end is None else end)
-
-    def to_f32(self, x: ir.Value) -> ir.Value:
-        return self.Cast(x, to=ir.DataType.FLOAT)
-
-    def shape(self, *parts: ir.Value) -> ir.Value:
-        return self.Concat(*parts, axis=0)
-
-    def rows(self, mask: ir.Value, x: ir.Value) -> ir.Value:
-        """``x`` [..., N, E] with the rows that ``mask`` [..., N] excludes set to zero, never multiplied."""
-        return self.Where(self.Unsqueeze(mask, self.ints(-1)), x, self.f32(0.0))
-
-
 #: Finite stand-in for -inf: exp(_HIDDEN - peak) is 0 for every real peak.
 _HIDDEN = -1.0e30
 
 
-def _attend(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, absorb: bool) -> ir.Value:
+def _attend(op: Nodes, x: SimpleNamespace, s: SimpleNamespace, absorb: bool) -> ir.Value:
     """out [B,Hq,T,D]; leaves the probabilities over slots and chunk in ``s.probability`` [B,Hk,G,T,N]."""
     flat = op.shape(s.heads, op.ints(-1))  # [B,Hk,G*T, ...]
     probability = op.Softmax(s.logits, axis=-1)
@@ -185,7 +151,7 @@ def _attend(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, absorb: bool) ->
     return op.CastLike(out, x.q)
 
 
-def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str, fades: bool) -> ir.Value:
+def _score(op: Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str, fades: bool) -> ir.Value:
     """Scores [B,Hk,N] after the chunk."""
     fresh = op.Expand(op.f32(0.0), op.shape(s.heads, s.chunk))
     if scoring == "none":
@@ -206,7 +172,7 @@ def _score(op: _Nodes, x: SimpleNamespace, s: SimpleNamespace, scoring: str, fad
     return op.Where(op.Unsqueeze(op.Greater(s.new_length, op.i32(0)), op.ints(2)), seen, past)
 
 
-def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
+def _place(op: Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
     """Source of every slot, i64 [B,Hk,C] into [slots, chunk]; -1 leaves it empty (see ``reference.place``)."""
     axis, zero = op.ints(2), op.ints(0)
     kept_slot = op.Slice(kept, zero, s.slots, axis)
@@ -231,54 +197,10 @@ def _place(op: _Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
     return op.Where(kept_slot, own, op.Where(fills, arrival, op.ints(-1)))
 
 
-def _slots(op: _Nodes, x: SimpleNamespace, int8: bool) -> SimpleNamespace:
-    """Keys and values [B,Hk,N,D] of [slots, chunk] in f32: as queries see them, and as the state absorbs them; and
-    the pairs (past, new) of tensors that fill the slots."""
-    new_key, new_value = op.to_f32(x.k), op.to_f32(x.v)
-    if not int8:
-        keys = op.Concat(op.to_f32(x.past_key), new_key, axis=2)
-        values = op.Concat(op.to_f32(x.past_value), new_value, axis=2)
-        fills = {"key": (x.past_key, x.k), "value": (x.past_value, x.v)}
-        return SimpleNamespace(keys=keys, values=values, absorbed=values, fills=fills)
-
-    last, largest = op.ints(-1), float(int8_slots.LARGEST)
-
-    def quantised(tensor: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Codes in f32 and in int8, and their scales [B,Hk,T]; the rule is that of ``less.int8``."""
-        scale = op.Div(op.ReduceMax(op.Abs(tensor), last, keepdims=0), op.f32(largest))
-        usable = op.GreaterOrEqual(scale, op.f32(int8_slots.SMALLEST_SCALE))
-        scale = op.Where(usable, scale, op.f32(0.0))
-        divisor = op.Where(usable, scale, op.f32(1.0))
-        code = op.Round(op.Div(tensor, op.Unsqueeze(divisor, last)))  # rounds half to even
-        code = op.Min(op.Max(code, op.f32(-largest)), op.f32(largest))
-        code = op.rows(usable, code)
-        return code, op.Cast(code, to=ir.DataType.INT8), scale
-
-    def read(code: ir.Value, scale: ir.Value) -> ir.Value:
-        return op.Mul(op.to_f32(code), op.Unsqueeze(scale, last))
-
-    mean, std = (op.Unsqueeze(t, op.ints(1)) for t in (x.key_mean, x.key_std))
-    _, key_code, key_scale = quantised(op.Div(op.Sub(new_key, mean), std))
-    value, value_code, value_scale = quantised(new_value)
-    past_keys = op.Add(op.Mul(read(x.past_key, x.past_key_scale), std), mean)
-    past_values = read(x.past_value, x.past_value_scale)
-    return SimpleNamespace(
-        keys=op.Concat(past_keys, new_key, axis=2),
-        values=op.Concat(past_values, new_value, axis=2),
-        absorbed=op.Concat(past_values, read(value, value_scale), axis=2),
-        fills={
-            "key": (x.past_key, key_code),
-            "value": (x.past_value, value_code),
-            "key_scale": (x.past_key_scale, key_scale),
-            "value_scale": (x.past_value_scale, value_scale),
-        },
-    )
-
-
 def function_body(body: Body) -> ir.Function:
     """The operator as an ONNX function, opset 23, same inputs, outputs and attributes as the node."""
-    op, policy, absorb = _Nodes(), body.policy, body.absorb
-    inputs = [ir.Value(name=n) for n in _inputs(body.int8)]
+    op, policy, absorb = Nodes(), body.policy, body.absorb
+    inputs = [ir.Value(name=n) for n in _inputs(body.int8, body.distance)]
     x = SimpleNamespace(**{str(value.name): value for value in inputs})
 
     s = SimpleNamespace()
@@ -294,13 +216,14 @@ def function_body(body: Body) -> ir.Function:
     s.position = op.Concat(x.past_position, op.Expand(new_position, op.shape(s.heads, s.chunk)), axis=2)
     s.held = op.GreaterOrEqual(s.position, op.i32(0))
 
-    slots = _slots(op, x, body.int8)
-    keys, s.values = op.rows(s.held, slots.keys), op.rows(s.held, slots.values)
+    slots = in_slots(op, x, body.int8)
+    q, keys = turned(op, x, s, slots.keys) if body.distance else (op.to_f32(x.q), slots.keys)
+    all_keys, s.values = op.rows(s.held, op.Concat(*keys, axis=2)), op.rows(s.held, slots.values)
     tokens = op.dim(s.position, 2)
     grouped = op.shape(s.heads, op.ints(-1))
-    q = op.Reshape(op.to_f32(x.q), op.shape(grouped, op.dim(x.q, 3)))
+    q = op.Reshape(q, op.shape(grouped, op.dim(x.q, 3)))
     s.shape5 = op.shape(grouped, s.chunk, tokens)
-    logits = op.Mul(op.MatMul(q, op.Transpose(keys, perm=[0, 1, 3, 2])), op.attribute("scale"))
+    logits = op.Mul(op.MatMul(q, op.Transpose(all_keys, perm=[0, 1, 3, 2])), op.attribute("scale"))
 
     at = op.Unsqueeze(s.position, op.ints(2, 3))  # [B,Hk,1,1,N]
     now = op.Unsqueeze(query_position, op.ints(1, 2, 4))  # [B,1,1,T,1]
@@ -355,15 +278,13 @@ def function_body(body: Body) -> ir.Function:
     outputs = [after[name] for name in _outputs(body.int8)]
     for name, value in zip(_outputs(body.int8), outputs, strict=True):
         value.name = name
-    attributes = [ir.Attr(n, t, None) for n, t in _ATTRIBUTES.items()]
-    if body.int8:
-        attributes.append(ir.Attr(SLOT_BITS, ir.AttributeType.INT, None))
+    attributes = ATTRIBUTES | dict.fromkeys(_optional(body.int8, body.distance), ir.AttributeType.INT)
     return ir.Function(
         OP_DOMAIN,
         OP_NAME,
         body.overload,
         graph=ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME),
-        attributes=attributes,
+        attributes=[ir.Attr(n, t, None) for n, t in attributes.items()],
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from ..bundle import artifact
 from ..bundle.artifact import Layout
 from ..config import DEFAULT_CHUNK, ExportConfig
-from ..contract import Contract
+from ..contract import Contract, limits_distances
 from ..dtypes import COMPUTE_DTYPES, from_torch
 from ..errors import UsageError
 from ..hf.model import OpenModel
@@ -153,6 +153,6 @@ def contract(model: OpenModel, dtype: str) -> Contract:
         config.chunk or DEFAULT_CHUNK,
         config.max_batch,
         config.logits,
-        model.position_limit,
+        None if limits_distances(model.plan) else model.position_limit,
         model.trained_length,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bundle.files import is_special
+from ..config import ExportConfig, MaxDistance
 from ..contract import LayerSpec
 from ..errors import KernelError, ModelError, UsageError
 from ..less import simulate
 from ..less.feature_maps import Kernels
 from ..less.int8 import Centring
+from ..less.rotary import RotaryTable
 from ..plan import AttentionLayer
 from ..progress import AnyProgress, Progress, as_progress
 from . import data, running
-from .model import open_architecture
+from .model import distances, open_architecture
+from .rotary import arranged, tables
 from .sources import resolve
 from .surgery import AttentionCall, less_attention
 
@@ -65,12 +69,17 @@ class Moments:
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, ids: Tensor, layers: Sequence[AttentionLayer | LayerSpec], progress: Progress
+    model: PreTrainedModel,
+    ids: Tensor,
+    layers: Sequence[AttentionLayer | LayerSpec],
+    progress: Progress,
+    rotary: Sequence[RotaryTable] = (),
 ) -> dict[int, Centring]:
     """Run the model with its own full attention and measure the keys of every layer.
 
     Args:
         ids: token ids [N,T].
+        rotary: tables of distances below T, for keys as slots hold them where distances are limited.
 
     Raises:
         ModelError: a layer's keys hold NaN or inf.
@@ -78,16 +87,17 @@ def measure(
     moments = {i: Moments(x.kv_heads, x.head_dim) for i, x in enumerate(layers)}
 
     def record(call: AttentionCall) -> Tensor:
+        call, angles = arranged(call, rotary)
         if not bool(call.k.isfinite().all()):
             raise ModelError(
                 f"the keys of layer {call.layer} hold NaN or inf: the weights are damaged, or overflow {call.k.dtype}"
             )
         moments[call.layer].add(call.k)
-        return simulate.full(call.q, call.k, call.v, layers[call.layer])
+        return simulate.full(call.q, call.k, call.v, layers[call.layer], angles)
 
     with progress.phase("calibrating int8 slots", len(ids)) as step, less_attention(model, record):
         for row in ids:
-            running.run_decoder(model, row[None].to(model.device))
+            running.run_decoder(model, row[None].to(model.device), rotates=not rotary)
             step()
     return {i: m.centring() for i, m in moments.items()}
 
@@ -99,27 +109,31 @@ def lacking(kernels: Kernels, plan: Sequence[LayerSpec]) -> list[int]:
 
 def completed(kernels: Kernels, measured: Mapping[int, Centring], facts: Mapping[str, Any]) -> Kernels:
     """``kernels`` with centring for the layers that lack it, and how that was measured."""
-    return Kernels(kernels.layers, {**kernels.provenance, "centring": dict(facts)}, {**measured, **kernels.centring})
+    provenance = {**kernels.provenance, "centring": dict(facts)}
+    return replace(kernels, provenance=provenance, centring={**measured, **kernels.centring})
 
 
-def facts_of(sources: Sequence[data.Source], corpus: data.Corpus) -> dict[str, Any]:
-    """Provenance of centring: texts and sequences."""
+def facts_of(sources: Sequence[data.Source], corpus: data.Corpus, rotated: bool = True) -> dict[str, Any]:
+    """Provenance of centring: texts and sequences, and whether the keys were ``rotated``."""
     count, length = corpus.ids.shape
     return {
+        "rotated": rotated,
         "data": [s.facts() for s in sources],
         "sequences": {"count": count, "length": length, "sha256": corpus.hash()},
     }
 
 
-def shipped_corpus(encode: data.Encode, bos: int | None, limit: int | None) -> tuple[data.Corpus, dict[str, Any]]:
-    """Sequences of the text in the package for a model of ``limit`` positions, and their provenance.
+def shipped_corpus(
+    encode: data.Encode, bos: int | None, limit: int | None, rotated: bool = True
+) -> tuple[data.Corpus, dict[str, Any]]:
+    """Sequences of the text in the package for a model of ``limit`` positions, and the provenance of centring.
 
     Raises:
         UsageError: the tokenizer fails.
     """
     sources = [data.shipped("calibration")]
     corpus = data.sequences(sources, encode, bos, SEQUENCES, min(LENGTH, limit or LENGTH), None)
-    return corpus, facts_of(sources, corpus)
+    return corpus, facts_of(sources, corpus, rotated)
 
 
 def calibrate(
@@ -128,6 +142,7 @@ def calibrate(
     texts: Sequence[str] = (),
     *,
     kernels: str | Path | None = None,
+    max_distance: MaxDistance | None = None,
     seqs: int = SEQUENCES,
     seq_len: int | None = None,
     device: str | None = None,
@@ -140,6 +155,7 @@ def calibrate(
         out: the kernel file (.safetensors) to write.
         texts: see :func:`less_export.hf.data.read`; default: the text in the package.
         kernels: a kernel file whose kernels are written to ``out`` too; its own constants are replaced.
+        max_distance: as in an export: with one, slots hold keys that are not rotated.
         seqs, seq_len: sequences, and tokens of each (default 1024, or fewer if the model has fewer positions).
         device: like ``"cpu"`` or ``"cuda:1"``; default a GPU if there is one.
         progress: as in :func:`less_export.export`.
@@ -164,6 +180,8 @@ def calibrate(
     opened = open_architecture(source)
     given = Kernels({}, {}) if kernels is None else Kernels.load(kernels)
     given.check([x.heads for x in opened.layers])
+    config = ExportConfig(kernels=None if kernels is None else Path(kernels), max_distance=max_distance)
+    _, rotations = distances(opened, config.with_defaults(source.recipe.options() if source.recipe else {}), given)
     length = seq_len or min(LENGTH, opened.trained_length or LENGTH)
     if length > (opened.position_limit or length):
         raise UsageError(
@@ -177,10 +195,11 @@ def calibrate(
         warnings.warn(f"the text has {len(corpus.ids)} sequences of {length} tokens, not {seqs}", stacklevel=2)
     report.say(f"loading {source.name}")
     loaded = source.load(running.compute_dtype(opened.hf_config, chosen)).to(torch.device(chosen))
-    measured = measure(loaded, corpus.ids, opened.layers, report)
+    measured = measure(loaded, corpus.ids, opened.layers, report, tables(rotations, length))
     provenance = {"model": source.name, **given.provenance}
     try:
-        completed(Kernels(given.layers, provenance), measured, facts_of(sources, corpus)).save(out)
+        facts = facts_of(sources, corpus, rotated=not rotations)
+        completed(Kernels(given.layers, provenance), measured, facts).save(out)
     except OSError as error:
         raise KernelError(f"cannot write {out}: {error.strerror or error}") from error
     return out

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..contract import Contract
+from ..contract import Contract, limits_distances
 from ..dtypes import torch_dtype
 from ..less import reference
 from ..less.feature_maps import FeatureMap, Kernels
@@ -36,6 +37,12 @@ class LessDecoder(nn.Module):
                 if layer.int8
             }
         )
+        tables = kernels.rotary if limits_distances(contract.layers) else ()
+        self.rotary = nn.ParameterList(nn.Parameter(t.angles, requires_grad=False) for t in tables)
+        for kind, t in enumerate(tables):
+            if t.order is not None:
+                self.register_buffer(f"order_{kind}", torch.tensor(t.order), persistent=False)
+        self._kind = {layer: kind for kind, t in enumerate(tables) for layer in t.layers}
 
     def forward(
         self, input_ids: Tensor, past_length: Tensor, new_length: Tensor, state: Sequence[Tensor]
@@ -46,19 +53,22 @@ class LessDecoder(nn.Module):
         present: list[list[Tensor]] = [[] for _ in fields]
 
         def attend(call: AttentionCall) -> Tensor:
-            i = call.layer
+            i, call = call.layer, self._arranged(call)
             out, *present[i] = reference.run(
                 self.contract.layers[i],
                 (call.q, call.k, call.v, *self._features(call)),
                 state[begin[i] : begin[i + 1]],
                 (past_length, new_length),
                 self._constants(i),
+                self.rotary[self._kind[i]] if i in self._kind else None,
             )
             return out
 
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position = past_length[:, None].long() + steps
-        if self.contract.position_limit is not None:  # padding may exceed the learned table
+        if limits_distances(self.contract.layers):  # the operator rotates
+            position = torch.zeros_like(position)
+        elif self.contract.position_limit is not None:  # padding may exceed the learned table
             position = position.clamp(max=self.contract.position_limit - 1)
         head = self.model.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, args: self._last(new_length, args))
@@ -70,6 +80,11 @@ class LessDecoder(nn.Module):
         missing = [i for i, after in enumerate(present) if not after]
         assert not missing, f"layer {missing[0]} never attended"
         return (logits.float(), *itertools.chain(*present))
+
+    def _arranged(self, call: AttentionCall) -> AttentionCall:
+        """The call with the channels of q and k in the order of the layer's table."""
+        order = getattr(self, f"order_{self._kind.get(call.layer)}", None)
+        return call if order is None else replace(call, q=call.q[..., order], k=call.k[..., order])
 
     def _features(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         key = str(call.layer)

@@ -6,20 +6,22 @@ No weights are read here.
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..config import ExportConfig
+from ..config import DEFAULT_CHUNK, ExportConfig
 from ..contract import LayerSpec
 from ..errors import UnsupportedModelError, UsageError
 from ..less.feature_maps import Kernels
-from ..plan import AttentionLayer, default_context, plan_layers
+from ..less.rotary import RotaryTable, table_length
+from ..plan import AttentionLayer, default_context, max_distance_of, plan_layers
 from ..versions import EXPORT_PACKAGES, warn_if_untested
-from . import weights
+from . import rotary, weights
 from .config_layers import keep_first
 from .sources import ModelSource
 from .surgery import discover, learned_positions
@@ -61,7 +63,7 @@ class OpenModel(Architecture):
 
     config: the options, with defaults from the recipe. context: tokens that percentages
     refer to. kernels: those of ``config.kernels``. ranks: rank of each layer that gets a low-rank term if it evicts.
-    plan: every layer's cache.
+    plan: every layer's cache. rotations: how each layer turns queries and keys, where the plan limits distances.
     """
 
     config: ExportConfig
@@ -69,14 +71,20 @@ class OpenModel(Architecture):
     context: int
     ranks: Mapping[int, int]
     plan: tuple[LayerSpec, ...]
+    rotations: tuple[rotary.Rotation | None, ...]
 
     def plan_for(self, config: ExportConfig) -> tuple[LayerSpec, ...]:
-        """The plan for other options of the cache.
+        """The plan for other options of the cache; its distances are those of this plan.
 
         Raises:
             UsageError: options that contradict each other or the model.
         """
-        return plan_layers(self.layers, config, self.context, dict(self.ranks))
+        distances = {i: s.max_distance for i, s in enumerate(self.plan) if s.max_distance is not None}
+        return plan_layers(self.layers, config, self.context, dict(self.ranks), distances)
+
+    def rotary_tables(self, length: int) -> tuple[RotaryTable, ...]:
+        """Tables of distances below ``length``, for layers with a largest distance."""
+        return rotary.tables(self.rotations, length)
 
 
 def open_model(
@@ -105,8 +113,54 @@ def open_model(
     if rank is not None:
         ranks = dict.fromkeys(range(len(architecture.layers)), rank)
     context = config.context or default_context(architecture.trained_length)
-    plan = plan_layers(architecture.layers, config, context, ranks)
-    return OpenModel(**vars(architecture), config=config, kernels=kernels, context=context, ranks=ranks, plan=plan)
+    distance, rotations = distances(architecture, config, kernels)
+    limited = {i: distance for i, r in enumerate(rotations) if r is not None and distance is not None}
+    plan = plan_layers(architecture.layers, config, context, ranks, limited)
+    kernels = _with_tables(kernels, rotations, distance, config)
+    return OpenModel(
+        **vars(architecture), config=config, kernels=kernels, context=context, ranks=ranks, plan=plan,
+        rotations=rotations,
+    )  # fmt: skip
+
+
+def distances(
+    architecture: Architecture, config: ExportConfig, kernels: Kernels
+) -> tuple[int | None, tuple[rotary.Rotation | None, ...]]:
+    """The largest distance, and how each layer turns queries and keys; None and nothing for absolute positions.
+
+    Raises:
+        UsageError: the options give a largest distance that the model or the kernels cannot have.
+    """
+    distance, reason = max_distance_of(config, architecture.trained_length), None
+    if distance is None:
+        return None, ()
+    if kernels.rotated:
+        reason = f"{config.kernels} was trained on rotated queries and keys"
+    else:
+        try:
+            rotations = rotary.probe(architecture.bare)
+        except UnsupportedModelError as error:
+            reason = str(error)
+        else:
+            if any(rotations):
+                return distance, rotations
+            reason = "no layer has a rotary embedding"
+    if config.max_distance is not None:
+        raise UsageError(f"--max-distance {distance} is impossible: {reason}; give --max-distance none")
+    warnings.warn(f"positions are absolute, as with --max-distance none: {reason}", stacklevel=3)
+    return None, ()
+
+
+def _with_tables(
+    kernels: Kernels, rotations: tuple[rotary.Rotation | None, ...], distance: int | None, config: ExportConfig
+) -> Kernels:
+    """The kernels with tables for the plan, without constants that were measured on other keys."""
+    if kernels.centring_rotated == (distance is not None):
+        keys = "rotated" if kernels.centring_rotated else "unrotated"
+        warnings.warn(f"the constants of int8 slots in {config.kernels} are not used: of {keys} keys", stacklevel=3)
+        kernels = replace(kernels, centring={})
+    length = 0 if distance is None else table_length(distance, config.chunk or DEFAULT_CHUNK)
+    return replace(kernels, rotary=rotary.tables(rotations, length))
 
 
 def open_architecture(source: ModelSource, num_hidden_layers: int | None = None) -> Architecture:

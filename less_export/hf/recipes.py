@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import ExportConfig, HalfLife
+from ..config import CACHE_OPTIONS, ExportConfig, HalfLife, MaxDistance
 from ..contract import PLUGIN_RANK_LIMIT, Contract, SlotDtype
 from ..errors import ModelError, UsageError
 from ..less.kernel_shapes import kernel_bytes
-from ..plan import AttentionLayer, plan_layers
+from ..plan import AttentionLayer, max_distance_of, plan_layers
 
-_OPTIONS = ("policy", "budget", "layer_budgets", "score_half_life", "slots", "context", "chunk", "compress_sliding")
+_OPTIONS = (*CACHE_OPTIONS, "chunk")
 _HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w.-]+$")
 #: Keys that every decoder's architecture has, all positive integers.
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -36,7 +36,7 @@ _KEYS = {
     **dict.fromkeys(("hub", "policy", "budget", "layer_budgets", "slots", "dtype", "gguf_package"), "text in quotes"),
     **dict.fromkeys(("context", "rank", "hidden", "chunk"), "a whole number"),
     **{"compress_sliding": "true or false", "architecture": "a table"},
-    "score_half_life": "a whole number or text in quotes",
+    **dict.fromkeys(("score_half_life", "max_distance"), "a whole number or text in quotes"),
 }
 _FACTS = {
     **dict.fromkeys(("model_type", "hidden_act"), "text in quotes"),
@@ -57,8 +57,8 @@ class Recipe:
     """One file under ``models/``.
 
     hub: Hugging Face id. gguf_package: Python package that ships the model as GGUF, tried first.
-    policy, budget, layer_budgets, score_half_life, slots, context, chunk, compress_sliding: defaults of
-    :class:`~less_export.config.ExportConfig`.
+    policy, budget, layer_budgets, score_half_life, slots, max_distance, context, chunk, compress_sliding: defaults
+    of :class:`~less_export.config.ExportConfig`.
     rank, hidden: sizes of the kernels trained for this model. dtype: compute dtype on TensorRT.
     architecture: keys of the (text) config.json that fix shapes and arithmetic.
     """
@@ -76,6 +76,7 @@ class Recipe:
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
     slots: SlotDtype | None = None
+    max_distance: MaxDistance | None = None
     compress_sliding: bool | None = None
     gguf_package: str | None = None
 
@@ -109,6 +110,11 @@ class Recipe:
             0 if full_every and i % full_every == 0 else window for i in range(1, facts["num_hidden_layers"] + 1)
         ]
         return tuple(AttentionLayer(heads, kv_heads, head_dim, scale, w) for w in windows)
+
+    def max_distance_tokens(self) -> int | None:
+        """The largest distance of an export with this recipe's options, if the model allows one."""
+        config = ExportConfig().with_defaults(self.options())
+        return max_distance_of(config, self.architecture["max_position_embeddings"])
 
     def contract(self) -> Contract:
         """The contract of an export with this recipe's options and trained kernels, in its dtype."""

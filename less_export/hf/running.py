@@ -55,8 +55,16 @@ def free_memory(device: str) -> int | None:
         return None
 
 
-def run_decoder(model: PreTrainedModel, ids: Tensor) -> None:
-    """Run the layers of a model over ``ids`` [B,T]; its logits are not computed."""
-    steps = torch.arange(ids.shape[1], device=ids.device)[None].expand(len(ids), -1)
+def position_ids(ids: Tensor, rotates: bool = True) -> Tensor:
+    """Positions of whole sequences ``ids`` [B,T]; all 0 for a model that leaves the rotation to attention."""
+    steps = torch.arange(ids.shape[1], device=ids.device) * rotates
+    return steps[None].expand(len(ids), -1)
+
+
+def run_decoder(model: PreTrainedModel, ids: Tensor, rotates: bool = True) -> None:
+    """Run the layers of a model over ``ids`` [B,T]; its logits are not computed.
+
+    ``rotates``: as in :func:`position_ids`.
+    """
     decoder = getattr(model, model.base_model_prefix, model)
-    decoder(input_ids=ids, position_ids=steps, use_cache=False)
+    decoder(input_ids=ids, position_ids=position_ids(ids, rotates), use_cache=False)

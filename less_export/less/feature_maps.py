@@ -21,14 +21,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..bundle.files import write_atomically
-from ..contract import SLOT_DTYPES, Heads, LayerSpec
+from ..contract import SLOT_DTYPES, Heads, LayerSpec, limits_distances
 from ..dtypes import COMPUTE_DTYPES, torch_dtype
 from ..errors import KernelError
 from .int8 import Centring
 from .kernel_shapes import exp_shapes
+from .rotary import RotaryTable
 
-#: Newest version of the file. Version 2 added centring; files without it are written as version 1.
-FORMAT_VERSION = 2
+#: Newest version of the file. Version 2 added centring, version 3 rotary tables; the oldest that suffices is written.
+FORMAT_VERSION = 3
 _HEADER = "less_kernels"
 #: Dtypes of stored parameters that graphs can point at.
 _DTYPES = tuple(map(torch_dtype, COMPUTE_DTYPES))
@@ -131,16 +132,35 @@ PARAMETRISATIONS: dict[str, type[FeatureMap]] = {m.parametrisation: m for m in (
 
 @dataclass(frozen=True)
 class Kernels:
-    """What is measured or trained for a model: feature maps, centring of keys, and their provenance.
+    """What is measured or trained for a model: feature maps, centring of keys, rotary tables, and their provenance.
 
     ``layers`` are trained feature maps by layer index (layers without one stay sparse), ``centring`` the constants
-    with which int8 slots centre keys, by layer index (0 and 1 where there are none). ``provenance`` is free JSON
-    (model, policy, budget, data hashes, errors); ``model`` in it names the model the kernels were trained for.
+    with which int8 slots centre keys, by layer index (0 and 1 where there are none), ``rotary`` the tables of layers
+    with a largest distance. ``provenance`` is free JSON (model, policy, budget, data hashes, errors); ``model`` in it
+    names the model the kernels were trained for.
     """
 
     layers: Mapping[int, FeatureMap]
     provenance: Mapping[str, Any]
     centring: Mapping[int, Centring] = field(default_factory=dict)
+    rotary: Sequence[RotaryTable] = ()
+
+    @property
+    def rotated(self) -> bool | None:
+        """Whether the feature maps read q and k after the rotary embedding; None where it does not matter.
+
+        Kernels of versions that knew nothing else do not say so.
+        """
+        if not self.layers or self.provenance.get("model") == _RANDOM:
+            return None
+        return bool(self.provenance.get("rotated", True))
+
+    @property
+    def centring_rotated(self) -> bool | None:
+        """Whether the keys that centring was measured on were rotated; None without centring."""
+        facts = self.provenance.get("centring")
+        stated = facts.get("rotated") if isinstance(facts, dict) else None
+        return bool(self.provenance.get("rotated", True) if stated is None else stated) if self.centring else None
 
     @property
     def parametrisation(self) -> str | None:
@@ -153,7 +173,8 @@ class Kernels:
     def tensors(self) -> dict[str, Tensor]:
         """Tensors under their names in the file."""
         maps = {f"layers.{i}.{n}": p.data for i, m in self.layers.items() for n, p in m.named_parameters()}
-        return maps | {f"centring.{i}.{n}": x for i, c in self.centring.items() for n, x in c.named().items()}
+        centring = {f"centring.{i}.{n}": x for i, c in self.centring.items() for n, x in c.named().items()}
+        return maps | centring | {f"rotary.{kind}": t.angles for kind, t in enumerate(self.rotary)}
 
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
@@ -175,6 +196,11 @@ class Kernels:
             expected = (model[index].kv_heads, model[index].head_dim) if index < len(model) else None
             if centring.mean.shape != expected:
                 raise KernelError(f"centring of keys for layer {index} of another model: wrong kernel file")
+        for index, kind in ((i, t) for t in self.rotary for i in t.layers):
+            head_dim = model[index].head_dim if 0 <= index < len(model) else 0
+            channels = head_dim if kind.order is None else len(kind.order)
+            if channels != head_dim or kind.angles.shape[1] > head_dim:
+                raise KernelError(f"rotary table for layer {index} of another model: wrong kernel file")
 
     def doubts(self, names: Collection[str], plan: Sequence[LayerSpec]) -> list[str]:
         """Reasons to doubt these kernels for the model called ``names`` with the layers ``plan``, one line each.
@@ -200,6 +226,11 @@ class Kernels:
         stated, slot_dtype = facts.get("slot_dtype", "model"), next((s.slot_dtype for s in used.values()), None)
         if isinstance(policy, str) and stated in SLOT_DTYPES and slot_dtype not in (None, stated):
             found.append(f"the kernels were trained with --slots {stated}, not {slot_dtype}: quality may suffer")
+        if used and self.rotated == limits_distances(plan):
+            how, distance = ("rotated", "N") if self.rotated else ("unrotated", "none")
+            found.append(
+                f"the kernels were trained on {how} queries and keys, not for --max-distance {distance}: train again"
+            )
         for index, layer in used.items():
             then = _slots(slots, index)
             if then is not None and not then <= _REACH * layer.capacity <= _REACH**2 * then:
@@ -214,10 +245,11 @@ class Kernels:
         """Write a safetensors file with the layers' shapes and the provenance in its header."""
         layers = {str(i): {"heads": vars(m.heads), "rank": m.rank, "hidden": m.hidden} for i, m in self.layers.items()}
         header = {
-            "format_version": FORMAT_VERSION if self.centring else 1,
+            "format_version": FORMAT_VERSION if self.rotary else 2 if self.centring else 1,
             "parametrisation": self.parametrisation,
             "layers": layers,
             **({"centring": sorted(self.centring)} if self.centring else {}),
+            **({"rotary": [{"layers": t.layers, "order": t.order} for t in self.rotary]} if self.rotary else {}),
             "provenance": dict(self.provenance),
         }
         tensors = {n: t.contiguous() for n, t in self.tensors().items()}
@@ -247,7 +279,9 @@ class Kernels:
                         parameter.data = tensor
                     layers[int(index)] = layer
                 centring = {int(i): _load_centring(file, int(i), path) for i in header.get("centring", [])}
-                return cls(layers, dict(header["provenance"]), centring)
+                kinds = enumerate(header.get("rotary", []))
+                rotary = tuple(_load_table(file, kind, facts, path) for kind, facts in kinds)
+                return cls(layers, dict(header["provenance"]), centring, rotary)
         except FileNotFoundError:
             raise KernelError(f"no kernel file at {path}") from None
         except KernelError:
@@ -266,6 +300,18 @@ def _load_centring(file: Any, layer: int, path: str | Path) -> Centring:
     if not bool(centring.mean.isfinite().all()) or not bool((centring.std.isfinite() & (centring.std > 0)).all()):
         raise KernelError(f"{path}: the centring of layer {layer} is not finite, or has a std of 0; calibrate again")
     return centring
+
+
+def _load_table(file: Any, kind: int, facts: Mapping[str, Any], path: str | Path) -> RotaryTable:
+    """A kind of rotary embedding from an open kernel file."""
+    angles, order = file.get_tensor(f"rotary.{kind}"), facts["order"]
+    if angles.ndim != 2 or angles.shape[1] % 2 or not angles.numel() or angles.dtype != torch.float32:
+        raise KernelError(f"{path}: rotary.{kind} has the wrong shape or dtype")
+    if not bool((angles.abs() <= 1).all()):  # NaN is not
+        raise KernelError(f"{path}: rotary.{kind} holds what is no cosine or sine: export again")
+    if order is not None and sorted(order) != list(range(max(len(order), angles.shape[1]))):
+        raise KernelError(f"{path}: the order of rotary.{kind} is no order of channels: export again")
+    return RotaryTable(tuple(map(int, facts["layers"])), None if order is None else tuple(order), angles)
 
 
 def _slots(stated: Any, layer: int) -> int | None:

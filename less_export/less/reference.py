@@ -20,6 +20,7 @@ from ..contract import OP_DOMAIN, SCALE_FIELDS, STATE_FIELDS, LayerSpec
 from ..errors import BackendError
 from . import int8
 from .policies import Candidates, by_code
+from .rotary import rotate
 
 
 def _select(mask: Tensor, x: Tensor) -> Tensor:
@@ -95,6 +96,8 @@ class _Chunk(NamedTuple):
     window: int
     absorb: int
     decay: float
+    max_distance: int
+    rotary: Tensor | None
 
 
 class _After(NamedTuple):
@@ -123,9 +126,13 @@ def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _C
     rules = by_code(x.policy)
     kv_heads, slots = x.past_position.shape[1:]
     chunk, groups = q.shape[2], q.shape[1] // kv_heads
-    split = (kv_heads, groups)
+    split, dtype = (kv_heads, groups), q.dtype
 
     step = torch.arange(chunk, dtype=torch.int32, device=q.device)
+    if x.rotary is not None:
+        age = (x.past_length[:, None, None] - x.past_position).clamp(0, x.max_distance)
+        turned = rotate(keys[:, :, :slots], x.rotary, -age), rotate(keys[:, :, slots:], x.rotary, step)
+        q, keys = rotate(q, x.rotary, step), torch.cat(turned, 2)
     query_position = x.past_length[:, None] + step  # [B,T]
     query_valid = step < x.new_length[:, None]
     new_position = torch.where(query_valid, query_position, -1)[:, None].expand(-1, kv_heads, -1)
@@ -173,7 +180,7 @@ def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _C
         h = x.past_h + psi.mT @ _select(leaves, leaving_values)
         z = x.past_z + psi.sum(2)
     return _After(
-        out.flatten(1, 2).to(q.dtype),
+        out.flatten(1, 2).to(dtype),
         index,
         _fill(index, x.past_psi, x.psi_k),
         score.gather(2, index),
@@ -205,17 +212,23 @@ def less_attention(
     window: int,
     absorb: int,
     decay: float,
+    max_distance: int = 0,
+    rotary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """LESS attention of one chunk, from one state to the next.
 
     Args:
-        q: [B,Hq,T,D] queries, RoPE applied. k, v: [B,Hk,T,D] new keys and values.
+        q: [B,Hq,T,D] queries. k, v: [B,Hk,T,D] new keys and values. RoPE is applied to q and k, unless there is a
+            ``rotary`` table.
         log_phi_q: [B,Hq,T,R] f32, log of the query features; -inf allowed. psi_k: [B,Hk,T,R] key
             features, non-negative.
         past_key, past_value: [B,Hk,C,D]. past_psi: [B,Hk,C,R]. past_score: [B,Hk,C] f32.
         past_position: [B,Hk,C] i32, -1 where empty. past_h: [B,Hk,R,D] f32. past_z: [B,Hk,R] f32.
         past_length: [B] i32, tokens seen before the chunk. new_length: [B] i32, valid tokens of it.
-        scale, policy, heavy, recent, window, absorb, decay: see :class:`less_export.contract.LayerSpec`.
+        scale, policy, heavy, recent, window, absorb, decay, max_distance (0: none): see
+            :class:`less_export.contract.LayerSpec`.
+        rotary: the table of a layer with ``max_distance`` (:mod:`less_export.less.rotary`), f32 [P,D_rot] with
+            P > max_distance and P >= T.
 
     Returns:
         out [B,Hq,T,D] (zero where t >= new_length), then the seven state tensors after the chunk. Slots
@@ -226,7 +239,7 @@ def less_attention(
     """
     chunk = _Chunk(
         log_phi_q, psi_k, past_psi, past_score, past_position, past_h, past_z, past_length, new_length,
-        scale, policy, heavy, recent, window, absorb, decay,
+        scale, policy, heavy, recent, window, absorb, decay, max_distance, rotary,
     )  # fmt: skip
     values = torch.cat([past_value, v], 2)
     after = _step(q, torch.cat([past_key, k], 2), values, values, chunk)
@@ -260,6 +273,8 @@ def less_attention_int8(
     window: int,
     absorb: int,
     decay: float,
+    max_distance: int = 0,
+    rotary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:func:`less_attention` with keys and values of the slots in int8 (:mod:`less_export.less.int8`).
 
@@ -278,7 +293,7 @@ def less_attention_int8(
     """
     chunk = _Chunk(
         log_phi_q, psi_k, past_psi, past_score, past_position, past_h, past_z, past_length, new_length,
-        scale, policy, heavy, recent, window, absorb, decay,
+        scale, policy, heavy, recent, window, absorb, decay, max_distance, rotary,
     )  # fmt: skip
     centring = int8.Centring(key_mean, key_std)
     new_key, new_key_scale = int8.quantise_keys(k, centring)
@@ -323,13 +338,13 @@ attention_int8.register_fake(_fake(len(STATE_FIELDS + SCALE_FIELDS)))
 
 def run(
     layer: LayerSpec, tokens: Sequence[Tensor], state: Sequence[Tensor], lengths: Sequence[Tensor],
-    centring: int8.Centring | None = None, opaque: bool = True,
+    centring: int8.Centring | None = None, rotary: Tensor | None = None, opaque: bool = True,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The operator of ``layer``, as one node for ``torch.export`` or (``opaque`` false) as plain torch.
 
     Args:
         tokens: q, k, v, log_phi_q, psi_k. state: the layer's fields. lengths: past_length, new_length.
-        centring: of keys in int8 slots; none by default.
+        centring: of keys in int8 slots; none by default. rotary: the table of a layer with ``max_distance``.
 
     Returns:
         The output and the state after the chunk.
@@ -339,4 +354,5 @@ def run(
     if layer.int8:
         inputs += centring or int8.Centring.none(layer.kv_heads, layer.head_dim)
         operator = attention_int8 if opaque else less_attention_int8
-    return tuple(operator(*inputs, **layer.attributes()))
+    assert (rotary is None) == (layer.max_distance is None), "a table belongs to a largest distance"
+    return tuple(operator(*inputs, **layer.attributes(), max_distance=layer.max_distance or 0, rotary=rotary))

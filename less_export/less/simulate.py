@@ -6,7 +6,8 @@ and by the same policy code, and recorded as one number per token: the first que
 (:func:`sparse`, :func:`combine`). Training and evaluation use this; tests compare it with ``less.reference``.
 
 With int8 slots a query sees the tokens of its own chunk as they are and older ones as slots give them back
-(:func:`slot_keys`, :func:`slot_values`); gradients pass the rounding as if it were not there.
+(:func:`slot_keys`, :func:`slot_values`); gradients pass the rounding as if it were not there. Layers with a largest
+distance take q and k before the rotary embedding, and a table (:mod:`.rotary`) that reaches as far as the sequence.
 
 Shapes: B rows, Hq query heads, Hk KV heads, G = Hq / Hk, T positions, P query positions, R features.
 """
@@ -23,16 +24,24 @@ from ..plan import AttentionLayer
 from . import int8
 from .policies import Candidates
 from .reference import fading, place
+from .rotary import rotate
 
 #: Largest exponent of a single feature: beyond it z is negligible, and f32 would overflow.
 _MOST = 80.0
 
 
 def logits(q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
-    """[B,Hq,P,D] queries and [B,Hk,T,D] keys -> unmasked f32 logits [B,Hk,G,P,T]."""
+    """[B,Hq,P,D] queries and [B,Hk,T,D] keys -> unmasked f32 logits [B,Hk,G,P,T]. Both are rotated, or neither."""
     groups, queries = layer.group, q.shape[2]
     flat = q.float().unflatten(1, (layer.kv_heads, groups)).flatten(2, 3)
     return (flat @ k.float().mT).unflatten(2, (groups, queries)) * layer.scale
+
+
+def turned(x: Tensor, rotary: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    """``x`` [B,H,P,D] with the rotary embedding of ``positions`` [P] (default 0 to P - 1); itself without a table."""
+    if rotary is None:
+        return x
+    return rotate(x, rotary, torch.arange(x.shape[2], device=x.device) if positions is None else positions)
 
 
 def slot_keys(k: Tensor, layer: LayerSpec, centring: int8.Centring | None = None) -> Tensor:
@@ -68,19 +77,37 @@ def _own_chunks(x: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
             yield slice(begin, end), part.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
 
-def scores(q: Tensor, k: Tensor, slot_k: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
+def scores(
+    q: Tensor, k: Tensor, slot_k: Tensor, layer: LayerSpec, chunk: int = 1, rotary: Tensor | None = None
+) -> Tensor:
     """:func:`logits` of all T queries as they see the tokens: those of their own chunk exactly, older ones in slots.
 
-    q [B,Hq,T,D], k [B,Hk,T,D], and ``slot_k`` from :func:`slot_keys` -> unmasked f32 [B,Hk,G,T,T].
+    q [B,Hq,T,D], k [B,Hk,T,D], and ``slot_k`` from :func:`slot_keys` -> unmasked f32 [B,Hk,G,T,T]. ``rotary`` is the
+    table of a layer with a largest distance, f32 [at least T, D_rot].
     """
-    seen = logits(q, slot_k, layer)
+    turned_q = turned(q, rotary)
+    seen = logits(turned_q, turned(slot_k, rotary), layer)
+    if layer.max_distance is not None and rotary is not None and q.shape[2] > layer.max_distance + 1:
+        seen = _clamped(seen, q, slot_k, layer, chunk, rotary)
     if layer.int8:
-        queries = q.float().unflatten(1, (layer.kv_heads, layer.group))
+        queries = turned_q.float().unflatten(1, (layer.kv_heads, layer.group))
+        new = turned(k, rotary).float()[:, :, None]
         for where, part in _own_chunks(seen, chunk):
             own = (-1, part.shape[-1])
-            exact = k[:, :, None, where].float().unflatten(-2, own).mT
+            exact = new[..., where, :].unflatten(-2, own).mT
             part.copy_(queries[:, :, :, where].unflatten(-2, own) @ exact * layer.scale)
     return seen
+
+
+def _clamped(seen: Tensor, q: Tensor, slot_k: Tensor, layer: LayerSpec, chunk: int, rotary: Tensor) -> Tensor:
+    """:func:`scores` where tokens further back than the layer's largest distance are seen at that distance."""
+    assert layer.max_distance is not None
+    position = torch.arange(q.shape[2], device=q.device)
+    offset = position % chunk
+    beyond = (position - offset)[:, None] - position > layer.max_distance
+    away = torch.full_like(position, -layer.max_distance)
+    far = logits(rotate(q, rotary, offset), rotate(slot_k, rotary, away), layer)
+    return torch.where(beyond, far, seen)
 
 
 @torch.no_grad()
@@ -131,10 +158,13 @@ def evictions(scores: Tensor, layer: LayerSpec, chunk: int = 1) -> Tensor:
     return left[..., :total]
 
 
-def departures(q: Tensor, k: Tensor, layer: LayerSpec, centring: int8.Centring | None = None, chunk: int = 1) -> Tensor:
+def departures(
+    q: Tensor, k: Tensor, layer: LayerSpec, centring: int8.Centring | None = None, chunk: int = 1,
+    rotary: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """:func:`evictions` of a layer, from its queries and keys; a policy that evicts nothing lets every token stay."""
     if layer.policy.evicts:
-        return evictions(scores(q, k, slot_keys(k, layer, centring), layer, chunk), layer, chunk)
+        return evictions(scores(q, k, slot_keys(k, layer, centring), layer, chunk, rotary), layer, chunk)
     return torch.full(k.shape[:3], k.shape[2], dtype=torch.int32, device=k.device)
 
 
@@ -203,8 +233,9 @@ def combine(
     return (exact * out + low) / (exact + share), torch.logsumexp(mass, -1, keepdim=True)
 
 
-def full(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec | AttentionLayer) -> Tensor:
+def full(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec | AttentionLayer, rotary: Tensor | None = None) -> Tensor:
     """Attention over everything a layer would see without LESS (its window, or all): [B,Hq,T,D]."""
+    q, k = (turned(x, rotary).to(v.dtype) for x in (q, k))
     mask = None
     if layer.window and layer.window < q.shape[2]:
         steps = torch.arange(q.shape[2], device=q.device)
@@ -223,18 +254,19 @@ def attend(
     features: tuple[Tensor, Tensor] | None,
     chunk: int,
     centring: int8.Centring | None = None,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     """A layer's attention over whole sequences from their first token: [B,Hq,T,D] in the dtype of ``q``.
 
     Args:
         features: log phi [B,Hq,T,R] and psi [B,Hk,T,R], or None for plain sparse eviction.
-        chunk: tokens per step. centring: see :func:`slot_keys`.
+        chunk: tokens per step. centring: see :func:`slot_keys`. rotary: see :func:`scores`.
     """
-    if exact(layer):
-        return full(q, k, v, layer)
+    if exact(layer, q.shape[2]):
+        return full(q, k, v, layer, rotary)
     if not layer.policy.evicts:
-        return attend_as(q, k, v, layer, features, departures(q, k, layer), centring, chunk)
-    seen = scores(q, k, slot_keys(k, layer, centring), layer, chunk)
+        return attend_as(q, k, v, layer, features, departures(q, k, layer), centring, chunk, rotary)
+    seen = scores(q, k, slot_keys(k, layer, centring), layer, chunk, rotary)
     return _attend(q, seen, v, layer, features, evictions(seen.detach(), layer, chunk), chunk)
 
 
@@ -247,14 +279,19 @@ def attend_as(
     left: Tensor,
     centring: int8.Centring | None = None,
     chunk: int = 1,
+    rotary: Tensor | None = None,
 ) -> Tensor:
     """:func:`attend` with known evictions: ``left``, from :func:`evictions` or :func:`departures`."""
-    return _attend(q, scores(q, k, slot_keys(k, layer, centring), layer, chunk), v, layer, features, left, chunk)
+    seen = scores(q, k, slot_keys(k, layer, centring), layer, chunk, rotary)
+    return _attend(q, seen, v, layer, features, left, chunk)
 
 
-def exact(layer: LayerSpec) -> bool:
-    """Whether the layer computes what it would without LESS: it evicts nothing that it would see, nor rounds it."""
-    return not (layer.policy.evicts or layer.int8)
+def exact(layer: LayerSpec, length: int) -> bool:
+    """Whether the layer computes what it would without LESS on sequences of ``length`` tokens: it evicts nothing that
+    it would see, rounds nothing, and no distance is clamped."""
+    farthest = min(layer.window or length, length) - 1
+    clamped = layer.max_distance is not None and farthest > layer.max_distance
+    return not (layer.policy.evicts or layer.int8 or clamped)
 
 
 def _attend(

@@ -178,7 +178,7 @@ class Backend(abc.ABC):
             f"this artifact takes sequences of at most {limit} tokens, not {longest}: "
             "shorten the text, or export with a larger --context or an evicting --policy",
         )
-        trained = self.contract.trained_length
+        trained = self.contract.known_length()
         if trained is not None and longest > trained and not self._warned:
             self._warned = True
             warnings.warn(f"past the {trained} positions the model was trained for: quality may suffer", stacklevel=3)

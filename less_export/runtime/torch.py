@@ -17,6 +17,7 @@ from ..errors import BackendError
 from ..hf import weights
 from ..hf.decoder import LessDecoder, fresh_state
 from ..less.feature_maps import Kernels
+from ..less.rotary import table_length, table_of
 from .backend import Array, Backend, State
 
 
@@ -104,4 +105,11 @@ class TorchBackend(ModelBackend):
 
     def __init__(self, bundle: Bundle, artifact: Artifact, device: str = "cpu") -> None:
         contract = replace(artifact.contract, dtype="float32")
-        super().__init__(bundle_model(bundle), contract, bundle_kernels(bundle), device)
+        kernels = bundle_kernels(bundle)
+        for index, layer in enumerate(contract.layers):
+            kind = table_of(kernels.rotary, index)
+            if layer.max_distance is not None and (
+                kind is None or len(kind.angles) < table_length(layer.max_distance, contract.chunk)
+            ):
+                raise BackendError(f"the bundle's kernel file lacks the rotary table of layer {index}: export again")
+        super().__init__(bundle_model(bundle), contract, kernels, device)

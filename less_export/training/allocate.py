@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..contract import LayerSpec
 from ..less.int8 import Centring
+from ..less.rotary import RotaryTable
 from ..plan import exact_layer, sparse_layer
 from ..progress import Progress
 from .end_to_end import divergence, full_cache
@@ -34,13 +35,13 @@ Costs = Mapping[int, Mapping[int, float]]
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], layers: Sequence[int], progress: Progress,
-    centring: Mapping[int, Centring] | None = None,
+    centring: Mapping[int, Centring] | None = None, rotary: Sequence[RotaryTable] = (),
 ) -> dict[int, dict[int, float]]:  # fmt: skip
     """Measure the cost of eviction in each of ``layers`` alone, at each of :data:`SHARES` of its budget.
 
     Args:
         ids: [N,T], of which the first :data:`SEQUENCES` are used. plan: every layer's cache. centring: of keys in int8
-            slots, by layer.
+            slots, by layer. rotary: tables of distances below T, for plans that limit distances.
 
     Returns:
         By layer and slots: mean KL divergence from the full cache's next-token distribution, in nats per token, at
@@ -55,11 +56,11 @@ def measure(
     runs = len(rows) * sum(map(len, budgets.values()))
     with progress.phase("measuring the cost of eviction in each layer", runs) as step:
         for row in rows:
-            reference = full_cache(model, row, full_caches, positions)
+            reference = full_cache(model, row, full_caches, positions, rotary)
             for i, by_slots in costs.items():
                 for slots in by_slots:
                     caches = [*full_caches[:i], sparse_layer(plan[i], slots), *full_caches[i + 1 :]]
-                    cost = float(divergence(reference, model, row, caches, {}, positions, centring))
+                    cost = float(divergence(reference, model, row, caches, {}, positions, centring, rotary))
                     by_slots[slots] += cost / len(rows)
                     step(f"layer {i}, {slots} slots: {cost:.4f}")
     return costs

@@ -17,9 +17,11 @@ from ..bundle.files import flush
 from ..contract import LayerSpec
 from ..errors import LessExportError, ModelError, UnsupportedModelError
 from ..hf.compat import Conv1D
+from ..hf.rotary import arranged
 from ..hf.running import run_decoder
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
+from ..less.rotary import RotaryTable
 from ..progress import Progress
 from . import resources, work
 
@@ -117,10 +119,12 @@ def collect(
     activations: Activations,
     share: tuple[int, int],
     progress: Progress,
+    rotary: Sequence[RotaryTable] = (),
 ) -> None:
     """Run the model with its own full attention and write the inputs of ``layers`` to ``activations``.
 
-    ``share`` = (rank, processes): this process runs every ``processes``-th sequence.
+    ``share`` = (rank, processes): this process runs every ``processes``-th sequence. With ``rotary``, tables of
+    distances below T, queries and keys are written as layers with a largest distance get them.
 
     Raises:
         LessExportError: a layer's input holds NaN or inf, or the disk is full.
@@ -132,6 +136,7 @@ def collect(
     row = 0
 
     def record(call: AttentionCall) -> Tensor:
+        call, angles = arranged(call, rotary)
         if call.layer in files:
             inputs = torch.cat([call.q, call.k, call.v], 1)
             if not bool(inputs.isfinite().all()):
@@ -140,11 +145,11 @@ def collect(
                     f"the weights are damaged, or overflow {inputs.dtype}"
                 )
             files[call.layer][row] = inputs[0]
-        return simulate.full(call.q, call.k, call.v, plan[call.layer])
+        return simulate.full(call.q, call.k, call.v, plan[call.layer], angles)
 
     with progress.phase("collecting activations", len(rows)) as step, less_attention(model, record):
         for row in rows:
-            run_decoder(model, ids[row : row + 1].to(model.device))
+            run_decoder(model, ids[row : row + 1].to(model.device), rotates=not rotary)
             step()
 
 

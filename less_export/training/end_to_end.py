@@ -15,10 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..contract import LayerSpec
+from ..hf.rotary import arranged
+from ..hf.running import position_ids
 from ..hf.surgery import AttentionCall, less_attention
 from ..less import simulate
 from ..less.feature_maps import FeatureMap
 from ..less.int8 import Centring
+from ..less.rotary import RotaryTable
 from ..progress import Progress
 from . import work
 
@@ -41,12 +44,13 @@ def tune(
     steps: int = STEPS,
     state_file: Path | None = None,
     centring: Mapping[int, Centring] | None = None,
+    rotary: Sequence[RotaryTable] = (),
 ) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
     """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
 
     Args:
         state_file: saves the progress, so that an interrupted run can resume.
-        centring: of keys in int8 slots, by layer.
+        centring: of keys in int8 slots, by layer. rotary: tables of distances below T, for plans that limit distances.
 
     Returns:
         The tuned maps, or ``maps`` unless tuning lowers the divergence on validation text, and provenance: the
@@ -62,8 +66,8 @@ def tune(
         total = 0.0
         with progress.phase(name, len(validation)) as step, torch.no_grad():
             for row in validation:
-                reference = full_cache(model, row, plan, spread)
-                total += float(divergence(reference, model, row, plan, tuned, spread, centring))
+                reference = full_cache(model, row, plan, spread, rotary)
+                total += float(divergence(reference, model, row, plan, tuned, spread, centring, rotary))
                 step("")
         return total / len(validation)
 
@@ -90,8 +94,8 @@ def tune(
                 group["lr"] = _RATE * min(1.0, (number + 1) / _WARM_UP) * cosine
             positions = all_positions[torch.randperm(len(all_positions), generator=generator)[:_POSITIONS]]
             row = train[number % len(train)]
-            reference = full_cache(model, row, plan, positions)
-            loss = divergence(reference, model, row, plan, tuned, positions, centring)
+            reference = full_cache(model, row, plan, positions, rotary)
+            loss = divergence(reference, model, row, plan, tuned, positions, centring, rotary)
             if not bool(loss.isfinite()):
                 break
             optimizer.zero_grad()
@@ -116,11 +120,16 @@ def tune(
 
 
 @torch.no_grad()
-def full_cache(model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], positions: Tensor) -> Tensor:
+def full_cache(
+    model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], positions: Tensor,
+    rotary: Sequence[RotaryTable] = (),
+) -> Tensor:  # fmt: skip
     """Log probabilities [P,V] of the next token at ``positions`` of one sequence with full caches."""
-    return _log_probabilities(
-        model, ids, positions, lambda call: simulate.full(call.q, call.k, call.v, plan[call.layer])
-    )
+
+    def attend(call: AttentionCall, angles: Tensor | None) -> Tensor:
+        return simulate.full(call.q, call.k, call.v, plan[call.layer], angles)
+
+    return _log_probabilities(model, ids, positions, attend, rotary)
 
 
 def divergence(
@@ -131,38 +140,44 @@ def divergence(
     maps: Mapping[int, FeatureMap],
     positions: Tensor,
     centring: Mapping[int, Centring] | None = None,
+    rotary: Sequence[RotaryTable] = (),
 ) -> Tensor:
     """KL(``reference`` || the model with the caches of ``plan``), mean over ``positions``, in nats.
 
-    ``reference`` comes from :func:`full_cache`. Layers without a map in ``maps`` evict without a low-rank term, and
-    keys of layers without ``centring`` are rounded as they are.
+    ``reference`` comes from :func:`full_cache`, ``rotary`` is that of :func:`tune`. Layers without a map in ``maps``
+    evict without a low-rank term, and keys of layers without ``centring`` are rounded as they are.
     """
     constants = centring or {}
 
-    def student(call: AttentionCall) -> Tensor:
+    def student(call: AttentionCall, angles: Tensor | None) -> Tensor:
         layer, feature_map = plan[call.layer], maps.get(call.layer)
-        if simulate.exact(layer):
-            return simulate.full(call.q, call.k, call.v, layer)
+        if simulate.exact(layer, call.q.shape[2]):
+            return simulate.full(call.q, call.k, call.v, layer, angles)
         own = constants.get(call.layer)
-        left = simulate.departures(call.q.detach(), call.k.detach(), layer, own)
+        left = simulate.departures(call.q.detach(), call.k.detach(), layer, own, 1, angles)
         features = (feature_map.log_phi(call.q), feature_map.psi(call.k)) if feature_map is not None else None
         # Recomputed in the backward pass: T x T masks and weights per head do not fit in memory for larger models.
-        return checkpoint(simulate.attend_as, call.q, call.k, call.v, layer, features, left, own, use_reentrant=False)
+        return checkpoint(
+            simulate.attend_as, call.q, call.k, call.v, layer, features, left, own, 1, angles, use_reentrant=False
+        )
 
-    predicted = _log_probabilities(model, ids, positions, student)
+    predicted = _log_probabilities(model, ids, positions, student, rotary)
     return (reference.exp() * (reference - predicted)).sum(-1).mean()
 
 
 def _log_probabilities(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Callable[[AttentionCall], Tensor]
-) -> Tensor:
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Callable[[AttentionCall, Tensor | None], Tensor],
+    rotary: Sequence[RotaryTable],
+) -> Tensor:  # fmt: skip
+    def attend(call: AttentionCall) -> Tensor:
+        return attention(*arranged(call, rotary))
+
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, positions.to(args[0].device)], *args[1:]))
     row = ids[None].to(model.device)
-    steps = torch.arange(row.shape[1], device=row.device)[None]
     try:
-        with less_attention(model, attention):
-            logits = model(input_ids=row, position_ids=steps, use_cache=False).logits[0]
+        with less_attention(model, attend):
+            logits = model(input_ids=row, position_ids=position_ids(row, not rotary), use_cache=False).logits[0]
     finally:
         hook.remove()
     return torch.log_softmax(logits.float(), -1)

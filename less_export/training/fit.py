@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,9 +71,10 @@ class Errors:
 class Prepared:
     """A layer's sequences [N, ...] with everything that training does not change.
 
-    q [N,Hq,T,D] and k [N,Hk,T,D] as collected; v [N,Hk,T,D] as slots give it back, in f32 if they are int8;
-    out [N,Hk,G,T,D] and total [N,Hk,G,T,1] of the sparse part; evicted_at [N,Hk,T]; target [N,T,W], the layer's output
-    with the full cache, of the model's hidden size W.
+    q [N,Hq,T,D] and k [N,Hk,T,D] as collected, which is how kernels read them; v [N,Hk,T,D] as slots give it back, in
+    f32 if they are int8; out [N,Hk,G,T,D] and total [N,Hk,G,T,1] of the sparse part; evicted_at [N,Hk,T]; target
+    [N,T,W], the layer's output with the full cache, of the model's hidden size W. rotary [at least T,D_rot]: the table
+    of a layer with a largest distance, whose q and k are not rotated.
     """
 
     layer: LayerSpec
@@ -85,6 +86,7 @@ class Prepared:
     total: Tensor
     evicted_at: Tensor
     target: Tensor
+    rotary: Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -94,7 +96,7 @@ class Prepared:
     def rows(self, index: slice | Tensor) -> Prepared:
         """Some of the sequences."""
         names = ("q", "k", "v", "out", "total", "evicted_at", "target")
-        return Prepared(self.layer, self.projection, *(getattr(self, n)[index] for n in names))
+        return replace(self, **{n: getattr(self, n)[index] for n in names})
 
     def added(self, out: Tensor) -> Tensor:
         """[N,Hk,G,P,D] attention -> [N,P,W] after the output projection."""
@@ -114,26 +116,28 @@ class Prepared:
 
 @torch.no_grad()
 def prepare(
-    activations: Tensor, layer: LayerSpec, projection: Tensor, device: str, centring: Centring | None = None
-) -> Prepared:
+    activations: Tensor, layer: LayerSpec, projection: Tensor, device: str, centring: Centring | None = None,
+    rotary: Tensor | None = None,
+) -> Prepared:  # fmt: skip
     """Compute what training needs from a layer's activations [N,Hq+2Hk,T,D]; evictions are those of a streaming run.
 
-    ``centring`` is that of the layer's keys in int8 slots.
+    ``centring`` is that of the layer's keys in int8 slots, ``rotary`` its table: see :class:`Prepared`.
     """
     sizes = (layer.query_heads, layer.kv_heads, layer.kv_heads)
     parts: list[list[Tensor]] = []
-    projection = projection.to(device)
+    projection, rotary = projection.to(device), None if rotary is None else rotary.to(device)
     rows = _rows_at_a_time(layer, activations.shape[2])
     for begin in range(0, len(activations), rows):
         q, k, v = (x.to(device) for x in activations[begin : begin + rows].split(sizes, 1))
         slot_k, slot_v = simulate.slot_keys(k, layer, centring), simulate.slot_values(v, layer)
-        scores = simulate.scores(q, k, slot_k, layer)
+        scores = simulate.scores(q, k, slot_k, layer, 1, rotary)
         evicted_at = simulate.evictions(scores, layer)
         steps = torch.arange(q.shape[2], device=device)
         out, total = simulate.sparse(scores, simulate.visible(evicted_at, steps, layer.window), v, slot_v)
-        full = simulate.full(q.float(), k.float(), v.float(), layer)
+        full = simulate.full(q.float(), k.float(), v.float(), layer, rotary)
         parts.append([q, k, slot_v, out, total, evicted_at, full.transpose(1, 2).flatten(2) @ projection])
-    return Prepared(layer, projection, *(torch.cat(x) for x in zip(*parts, strict=True)))
+    prepared = Prepared(layer, projection, *(torch.cat(x) for x in zip(*parts, strict=True)))
+    return replace(prepared, rotary=rotary)
 
 
 def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> int:
@@ -150,7 +154,8 @@ def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> in
     rows = min(count, _rows_at_a_time(layer, length))
     # Beside them, with int8 slots: keys and values exact, rounded and on the way there, in f32.
     rounding = 32 * layer.kv_heads * dim * layer.int8
-    temporary = rows * length * (9 * layer.query_heads * length + 2 * token + rounding)
+    turning = 8 * heads * dim * (layer.max_distance is not None)  # queries and keys in f32, and what makes them
+    temporary = rows * length * (9 * layer.query_heads * length + 2 * token + rounding + turning)
     return count * length * token + max(count * length * token, temporary)
 
 
@@ -187,10 +192,10 @@ def begin(data: Prepared, parametrisation: str, rank: int, hidden: int, generato
     """Untrained kernels, calibrated on the first few sequences."""
     sample = data.rows(slice(0, 8))
     keys = sample.k.float().transpose(0, 1).flatten(1, 2)
-    feature_map = initialisation.new_map(parametrisation, data.layer, rank, hidden, keys, generator)
+    feature_map = initialisation.new_map(parametrisation, data.layer, rank, hidden, keys, generator, data.rotary)
     sample = data.rows(slice(0, 4))
     queries = torch.arange(data.first, data.q.shape[2], max(1, data.q.shape[2] // 256), device=data.q.device)
-    mass = initialisation.true_mass(sample.q, sample.k, data.layer, sample.evicted_at, queries)
+    mass = initialisation.true_mass(sample.q, sample.k, data.layer, sample.evicted_at, queries, data.rotary)
     initialisation.calibrate(feature_map, mass, sample.predict(feature_map, queries)[1])
     return feature_map
 

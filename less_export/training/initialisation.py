@@ -2,7 +2,8 @@
 
 k-means over the layer's keys gives R centroids c. psi(k) is the soft assignment of k to them, phi(q) the
 weight exp(scale q.c) that a query gives each, and a bias per query head matches the total mass to the true
-mass of the evicted tokens. The authors' parametrisation is scaled to the same masses so that its gradients
+mass of the evicted tokens. Keys that are not rotated are first multiplied by their mean rotation (:func:`mean_turn`).
+The authors' parametrisation is scaled to the same masses so that its gradients
 do not vanish (with their scale of 1e-4 the low-rank term is negligible).
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..contract import LayerSpec
 from ..less import simulate
 from ..less.feature_maps import PARAMETRISATIONS, ExpMap, FeatureMap
+from ..less.rotary import rotate
 
 _ITERATIONS = 15
 #: Keys per KV head that k-means uses.
@@ -35,9 +37,10 @@ def centroids(keys: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def new_map(
-    parametrisation: str, layer: LayerSpec, rank: int, hidden: int, keys: Tensor, generator: torch.Generator
-) -> FeatureMap:
-    """An untrained feature map whose masses are not calibrated yet; ``keys`` [Hk,N,D] f32."""
+    parametrisation: str, layer: LayerSpec, rank: int, hidden: int, keys: Tensor, generator: torch.Generator,
+    rotary: Tensor | None = None,
+) -> FeatureMap:  # fmt: skip
+    """An untrained feature map whose masses are not calibrated yet; ``keys`` [Hk,N,D] f32, unrotated with a table."""
     heads = layer.heads
     feature_map = PARAMETRISATIONS[parametrisation](heads, rank, hidden).to(keys.device)
     for name, parameter in feature_map.named_parameters():
@@ -49,7 +52,7 @@ def new_map(
             noise = torch.rand(parameter.shape, generator=generator) * 2 - 1
             parameter.data = (noise * bound).to(keys.device)
     if isinstance(feature_map, ExpMap):
-        _assign_clusters(feature_map, layer, keys, generator)
+        _assign_clusters(feature_map, layer, keys, generator, mean_turn(rotary, layer))
     else:
         feature_map.get_parameter("k_scale").data.fill_(1.0)
         feature_map.get_parameter("k_scale_interaction").data.fill_(0.1)
@@ -59,22 +62,43 @@ def new_map(
     return feature_map
 
 
-def _assign_clusters(feature_map: FeatureMap, layer: LayerSpec, keys: Tensor, generator: torch.Generator) -> None:
+def mean_turn(rotary: Tensor | None, layer: LayerSpec) -> Tensor:
+    """The matrix M [D,D] with which q.(M k) is the mean of the rotated q.k over distances at which tokens are absorbed.
+
+    They are those that ``rotary``, a table as long as the sequences, has beyond the layer's slots. Pairs of channels
+    that turn fast average to zero: for a query that no longer knows how far a token is, they mean nothing.
+    """
+    unit = torch.eye(layer.head_dim)
+    if rotary is None:
+        return unit
+    distances = torch.arange(min(layer.capacity, len(rotary) - 1), len(rotary), device=rotary.device)
+    columns = unit.to(rotary.device)[:, None].expand(-1, len(distances), -1)
+    return rotate(columns, rotary, -distances).mean(1).T
+
+
+def _assign_clusters(
+    feature_map: FeatureMap, layer: LayerSpec, keys: Tensor, generator: torch.Generator, turn: Tensor
+) -> None:
+    turn = turn.to(keys.device)
     for head in range(layer.kv_heads):
-        centres = centroids(keys[head], feature_map.rank, generator)
-        distance = torch.cdist(keys[head], centres).pow(2)
+        points = keys[head] @ turn.T
+        centres = centroids(points, feature_map.rank, generator)
+        distance = torch.cdist(points, centres).pow(2)
         spread = distance.var(-1).sqrt().mean() if feature_map.rank > 1 else distance.new_ones(())
         softness = spread.clamp(min=1e-6)
-        feature_map.get_parameter("k_skip").data[head] = 2 * centres.T / softness
+        feature_map.get_parameter("k_skip").data[head] = 2 * turn.T @ centres.T / softness
         feature_map.get_parameter("k_bias").data[head, 0] = -centres.pow(2).sum(-1) / softness
         group = slice(head * layer.group, (head + 1) * layer.group)
         feature_map.get_parameter("q_skip").data[group] = layer.scale * centres.T
 
 
-def true_mass(q: Tensor, k: Tensor, layer: LayerSpec, evicted_at: Tensor, queries: Tensor) -> Tensor:
+def true_mass(
+    q: Tensor, k: Tensor, layer: LayerSpec, evicted_at: Tensor, queries: Tensor, rotary: Tensor | None = None
+) -> Tensor:
     """Log of the softmax mass of the absorbed tokens, [B,Hk,G,P]; -inf where there are none."""
     state = simulate.absorbed(evicted_at, queries)
-    scores = simulate.logits(q[:, :, queries], k, layer)
+    turned_q, turned_k = simulate.turned(q[:, :, queries], rotary, queries), simulate.turned(k, rotary)
+    scores = simulate.logits(turned_q, turned_k, layer)
     if layer.window:  # tokens that slid out of the window are absorbed too, but the full model does not see them
         at = torch.arange(k.shape[2], device=k.device)
         state = state & (at > queries[:, None] - layer.window)

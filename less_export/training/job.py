@@ -7,39 +7,30 @@ model, data and options. Rerunning the same command resumes; other options start
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import time
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .._version import __version__
-from ..bundle.files import is_special, sha256
-from ..contract import LayerSpec
+from ..bundle.files import is_special
 from ..errors import LessExportError, UsageError
-from ..hf import calibration, data, running
-from ..hf.model import open_model
-from ..hf.sources import ModelSource, resolve
-from ..hf.weight_files import checkpoint_files
+from ..hf import calibration, running
 from ..less.feature_maps import FeatureMap, Kernels
-from ..less.int8 import Centring
 from ..plan import sparse_layer
-from ..progress import AnyProgress, Progress, Silent, as_progress
+from ..progress import AnyProgress, as_progress
 from . import allocate, collect, end_to_end, fit, work
-from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, parse_layers
+from .options import DEFAULT_HIDDEN, DEFAULT_RANK, Processes, TrainConfig
+from .preparation import TrainJob, prepare
 
 #: Most bytes of activations on disk at a time; layers that exceed it are collected in several groups.
 DISK = 16 << 30
-#: Training sequences per validation sequence.
-_VALIDATION = 12
 
 
 @dataclass(frozen=True)
@@ -56,39 +47,6 @@ class LayerReport:
     less: float
     used: bool
     seconds: float
-
-
-@dataclass
-class TrainJob:
-    """State that the steps of one training run share.
-
-    layers: layers to train. corpus: training sequences, then validation. facts: provenance, for the kernel file.
-    width: hidden size of the model. work: folder of finished work, until the kernel file is written.
-    centring: of the keys of every layer with int8 slots, once it is measured.
-    """
-
-    source: ModelSource
-    config: TrainConfig
-    plan: tuple[LayerSpec, ...]
-    layers: list[int]
-    corpus: data.Corpus
-    facts: dict[str, Any]
-    device: str
-    dtype: torch.dtype
-    width: int
-    work: Path
-    processes: Processes
-    progress: Progress
-    #: Where processes other than the first report finished layers; the first uses ``progress``.
-    other_progress: Progress
-    centring: Mapping[int, Centring] = field(default_factory=dict)
-
-    @property
-    def validation(self) -> int:
-        return max(1, len(self.corpus.ids) // (_VALIDATION + 1))
-
-    def layer_file(self, layer: int) -> Path:
-        return self.work / f"layer_{layer}.safetensors"
 
 
 def train(
@@ -121,7 +79,7 @@ def train(
         raise UsageError(f"--out {out} is a device or a pipe: give the name of a .safetensors file")
     processes.join()
     try:
-        job = _prepare(model, out, texts, config, processes, first_progress)
+        job = prepare(model, out, texts, config, processes, first_progress)
         job.other_progress = as_progress(None if processes.first else progress)
         with work.alone(job.work) if processes.first else contextlib.nullcontext():
             processes.wait()
@@ -145,87 +103,6 @@ def _train(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
         raise
 
 
-def _prepare(
-    model: str, out: Path, texts: Sequence[str], config: TrainConfig, processes: Processes, progress: Progress
-) -> TrainJob:
-    """Check all input before anything slow begins."""
-    if not texts and processes.first:
-        warnings.warn("no --data given: training on the text that ships with less-export", stacklevel=3)
-    sources, duplicates = data.distinct(data.read(texts or ["calibration"]))
-    if duplicates and processes.first:
-        warnings.warn(f"--data {', '.join(duplicates)}: ignored, same text as another source", stacklevel=3)
-    device = running.device(config.device)
-    source = resolve(model)
-    recipe = source.recipe
-    rank = config.rank or (recipe.rank if recipe else DEFAULT_RANK)
-    config = replace(config, rank=rank, hidden=config.hidden or (recipe.hidden if recipe else DEFAULT_HIDDEN))
-    opened = open_model(source, config.cache(), rank=rank, equal_budgets=config.divided)
-    cache, plan, limit = opened.config, opened.plan, opened.trained_length
-    length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    if length > (opened.position_limit or length):
-        raise UsageError(f"--seq-len {length} is more than the {limit} positions that the model has: reduce it")
-    evicting = [i for i, s in enumerate(plan) if s.absorb]
-    if not evicting:
-        raise UsageError("no layer evicts anything: all layers keep their sliding window; see --compress-sliding")
-    chosen = parse_layers(config.layers, evicting)
-    slots = max(plan[i].capacity for i in chosen)
-    if length < slots + 2:
-        raise UsageError(
-            f"--seq-len {length} is shorter than the budget of {slots} tokens, so nothing is evicted: "
-            "raise it, or lower --budget"
-        )
-    tokenizer, reason = source.tokenizer_or_reason()
-    if tokenizer is None:
-        raise UsageError(f"{reason}; training of {source.name} needs one: add one to its folder")
-    encode, bos = data.encoder(tokenizer)
-    count = config.sequence_count + max(1, config.sequence_count // _VALIDATION)
-    corpus = data.sequences(sources, encode, bos, count, length, config.seed)
-    if len(corpus.ids) < 2:
-        raise UsageError(f"the text has one sequence of {length} tokens; training and validation need two: add text")
-    if len(corpus.ids) < count and processes.first:
-        warnings.warn(f"the text has {len(corpus.ids)} sequences of {length} tokens, not {count}", stacklevel=3)
-    if length > (limit or length) and processes.first:
-        warnings.warn(
-            f"--seq-len {length} is past the {limit} positions the model was trained for: quality may suffer",
-            stacklevel=3,
-        )
-    shares = Counter(corpus.origin)
-    facts = {
-        "model": source.name,
-        "model_sha256": _model_hash(source, progress),
-        "policy": cache.policy or plan[chosen[0]].policy.name,
-        "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
-        "score_half_life": plan[chosen[0]].score_half_life,
-        "slot_dtype": plan[chosen[0]].slot_dtype,
-        "compress_sliding": bool(cache.compress_sliding),
-        "data": [s.facts() for s in sources],
-        "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash(), "shares": shares},
-        "rank": config.rank,
-        "hidden": config.hidden,
-        "parametrisation": config.parametrisation,
-        "fit": asdict(fit.Fit(steps=config.step_count)),
-        "layer_budgets": config.layer_budgets if config.divided else cache.layer_budgets,
-        "end_to_end": config.tuned,
-        "seed": config.seed,
-        "less_export": __version__,
-    }
-    folder = work.folder(out, facts, opened.hf_config)
-    if processes.first:
-        work.warn_of_others(out, folder)
-    dtype, width = running.compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
-    return TrainJob(
-        source, config, plan, chosen, corpus, facts, device, dtype, width, folder, processes, progress, Silent()
-    )  # fmt: skip
-
-
-def _model_hash(source: ModelSource, progress: Progress) -> str:
-    """Hash of the weights: of their files' hashes."""
-    source.fetch()
-    files = [f for f in ([source.gguf] if source.gguf else checkpoint_files(source.folder)) if f]
-    progress.say(f"hashing {sum(f.stat().st_size for f in files) / 1e9:.2f} GB of weights")
-    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-
-
 def _load(job: TrainJob) -> PreTrainedModel:
     job.progress.say(f"loading {job.source.name}")
     # Not with transformers' device_map, which needs accelerate even for a single device.
@@ -238,9 +115,11 @@ def _centre(job: TrainJob) -> None:
         return
     file = job.work / "centring.safetensors"
     ids = job.corpus.ids[: len(job.corpus.ids) - job.validation][: calibration.SEQUENCES]
-    job.facts["centring"] = {"sequences": {"count": len(ids), "length": ids.shape[1]}}
+    sequences = {"count": len(ids), "length": ids.shape[1]}
+    job.facts["centring"] = {"rotated": not job.rotary, "sequences": sequences}
     if job.processes.first and work.load_kernels(file, job.progress) is None:
-        work.save_kernels(file, Kernels({}, {}, calibration.measure(_load(job), ids, job.plan, job.progress)))
+        measured = calibration.measure(_load(job), ids, job.plan, job.progress, job.rotary)
+        work.save_kernels(file, Kernels({}, {}, measured))
     job.processes.wait()
     job.centring = work.written(work.load_kernels(file), file).centring
 
@@ -249,7 +128,9 @@ def _divide(job: TrainJob) -> None:
     """Divide the budget among the layers; the first process measures the costs and saves them beside the layers."""
     file = job.work / "layer_budgets.json"
     if job.processes.first and work.load(file, job.progress) is None:
-        measured = allocate.measure(_load(job), job.corpus.ids, job.plan, job.layers, job.progress, job.centring)
+        measured = allocate.measure(
+            _load(job), job.corpus.ids, job.plan, job.layers, job.progress, job.centring, job.rotary
+        )
         work.save(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
     job.processes.wait()
     costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
@@ -335,7 +216,7 @@ def _collect(job: TrainJob, group: list[int], activations: collect.Activations) 
             activations.reserve(group)
         job.processes.wait()
         share = (job.processes.rank, job.processes.count)
-        collect.collect(model, job.corpus.ids, job.plan, group, activations, share, job.progress)
+        collect.collect(model, job.corpus.ids, job.plan, group, activations, share, job.progress, job.rotary)
         job.processes.wait()
         if job.processes.first:
             activations.mark_done(group)
@@ -347,7 +228,8 @@ def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection:
     config = job.config
     recipe = fit.Fit(steps=config.step_count)
     with job.progress.phase(f"layer {layer}", recipe.steps + 1) as step:
-        prepared = fit.prepare(activations, job.plan[layer], projection, job.device, job.centring.get(layer))
+        constants = job.centring.get(layer), job.angles(layer)
+        prepared = fit.prepare(activations, job.plan[layer], projection, job.device, *constants)
         step()
         training = len(activations) - job.validation
         feature_map, errors = fit.fit(
@@ -400,17 +282,17 @@ def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, Feature
     state_file = job.work / "end_to_end.pt"
     tuned, facts = end_to_end.tune(
         model, training, validation, job.plan, maps, job.config.seed, job.progress, state_file=state_file,
-        centring=job.centring,
+        centring=job.centring, rotary=job.rotary,
     )  # fmt: skip
     errors: dict[int, float] = {}
     if facts["used"]:
         activations = collect.Activations(job.work / "tuned", job.plan, len(validation), validation.shape[1], job.dtype)
         activations.reserve(list(tuned))
         projections = collect.output_projections(model, job.plan)
-        collect.collect(model, validation, job.plan, list(tuned), activations, (0, 1), job.progress)
+        collect.collect(model, validation, job.plan, list(tuned), activations, (0, 1), job.progress, job.rotary)
         for i, feature_map in tuned.items():
-            own = job.centring.get(i)
-            prepared = fit.prepare(activations.tensor(i), job.plan[i], projections[i], job.device, own)
+            own = job.centring.get(i), job.angles(i)
+            prepared = fit.prepare(activations.tensor(i), job.plan[i], projections[i], job.device, *own)
             errors[i] = fit.relative_error(prepared, feature_map.to(job.device))
             feature_map.cpu()
     return tuned, facts, errors

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from ..config import ExportConfig, HalfLife
+from ..config import ExportConfig, HalfLife, MaxDistance
 from ..contract import SlotDtype
 from ..errors import UsageError
 from ..less.feature_maps import PARAMETRISATIONS
@@ -38,6 +38,7 @@ class TrainConfig:
         layer_budgets: as in an export, or ``"auto"``: divide the budget by what eviction costs in each layer.
         score_half_life: as in an export.
         slots: as in an export.
+        max_distance: as in an export.
         context: as in an export.
         compress_sliding: as in an export.
         rank: features R of the kernels.
@@ -61,6 +62,7 @@ class TrainConfig:
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
     slots: SlotDtype | None = None
+    max_distance: MaxDistance | None = None
     context: int | None = None
     compress_sliding: bool | None = None
     rank: int | None = None
@@ -100,8 +102,8 @@ class TrainConfig:
         """The options of the cache."""
         return ExportConfig(
             policy=self.policy, budget=self.budget, layer_budgets=None if self.divided else self.layer_budgets,
-            score_half_life=self.score_half_life, slots=self.slots, context=self.context,
-            compress_sliding=self.compress_sliding,
+            score_half_life=self.score_half_life, slots=self.slots, max_distance=self.max_distance,
+            context=self.context, compress_sliding=self.compress_sliding,
         )  # fmt: skip
 
     @property

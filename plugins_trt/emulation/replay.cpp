@@ -42,7 +42,8 @@ std::vector<size_t> inputBytes(less::AttentionShape const& s) {
             batch * 4,
             batch * 4,
             codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0,
-            codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0};
+            codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0,
+            static_cast<size_t>(s.distances) * s.rotary * 4};
 }
 
 bool read(std::FILE* file, void* target, size_t bytes) { return std::fread(target, 1, bytes, file) == bytes; }
@@ -63,9 +64,9 @@ cudaError_t run(Launch const& launch) {
     less::AttentionTensors tensors{};
     auto* const pointers = reinterpret_cast<void**>(&tensors);
     for (size_t i = 0; i < blocks.size(); ++i) pointers[i] = blocks[i].get();
-    pointers[18] = out.get();
-    for (size_t i = 0; i < 9; ++i) pointers[19 + i] = blocks[5 + i].get();
-    static_assert(sizeof(tensors) == 28 * sizeof(void*), "tensors are pointers, inputs first");
+    pointers[19] = out.get();
+    for (size_t i = 0; i < 9; ++i) pointers[20 + i] = blocks[5 + i].get();
+    static_assert(sizeof(tensors) == 29 * sizeof(void*), "tensors are pointers, inputs first");
     return less::enqueue(launch.shape, launch.rules, tensors, workspace.get(), counters.get(), nullptr);
 }
 

@@ -31,18 +31,21 @@ struct AttentionRules {
     int32_t window;  // > 0: a query sees its newest `window` positions, itself included
     int32_t absorb;  // 1: tokens that lose their slot are added to H and z; 0: there is no low-rank term
     float decay;     // what a token leaves of the scores before it (policy h2o), 0 < decay <= 1; 1: they never fade
+    int32_t maxDistance = 0;  // > 0: q and k come unrotated, and slots are seen at this distance at most, see rotary
 };
 
 struct AttentionShape {
     DType dtype;  // of q, k, v, psi, out, and of slots that are not int8
     int32_t batch, queryHeads, kvHeads, chunk, headDim, slots, rank;
     SlotType slotType;
+    int32_t distances = 0, rotary = 0;  // P and D_rot, the sizes of the table with maxDistance
 };
 
 // Inputs in the operator's order, then outputs. T below is the dtype of the shape, S that of the slots. present* must
-// either be the same memory as past* (in place) or not overlap it. Scales and constants exist with int8 slots only.
+// either be the same memory as past* (in place) or not overlap it. Scales, keyMean and keyStd exist with int8 slots
+// only, rotary with maxDistance only.
 struct AttentionTensors {
-    void const* q;                // T   [B,Hq,T,D], rotary applied
+    void const* q;                // T   [B,Hq,T,D], rotary embedding applied unless there is maxDistance, as in k
     void const* k;                // T   [B,Hk,T,D]
     void const* v;                // T   [B,Hk,T,D]
     float const* logPhiQ;         // f32 [B,Hq,T,R], -inf allowed
@@ -60,6 +63,7 @@ struct AttentionTensors {
     int32_t const* newLength;     // i32 [B], valid tokens of the chunk, 0..T
     float const* keyMean;         // f32 [Hk,D], keys are centred with these before they are rounded
     float const* keyStd;          // f32 [Hk,D], > 0
+    float const* rotary;          // f32 [P,D_rot], with maxDistance; see below
     void* out;                    // T   [B,Hq,T,D], zero where t >= newLength
     void* presentKey;             // shaped like its past
     void* presentValue;
@@ -71,6 +75,12 @@ struct AttentionTensors {
     float* presentKeyScale;
     float* presentValueScale;
 };
+
+// The table of a layer with maxDistance: row d holds the cosines of the angles of distance d (D_rot / 2), then the
+// sines; in row 0 they are 1 and 0. D_rot is even and at most D, P is larger than maxDistance and at least T. Channel
+// i < D_rot / 2 of q and k forms a pair with channel i + D_rot / 2; the channels from D_rot on are not rotated. Queries
+// and tokens of the chunk are rotated by their offset t in it, a slot's key by -min(past_length - position,
+// maxDistance), in float32. A token takes its slot unrotated.
 
 // Size of the counters in device memory, with which a decode step that splits its slots over several blocks counts
 // the blocks that are done. They must be zero before the first launch; every launch leaves them zero. Launches that may

@@ -68,6 +68,7 @@ struct LayerSpec {
     int64_t capacity, rank;
     std::optional<int64_t> scoreHalfLife{};  // tokens after which a score of h2o counts half; none: scores never fade
     SlotDtype slotDtype = SlotDtype::kModel;
+    std::optional<int64_t> maxDistance{};  // largest distance in tokens that a slot is seen at; none: any
 };
 
 // One input or output of the graph.

@@ -3,21 +3,24 @@
 // Each block reads its share of a KV head's slots once, for all query heads of the group, with a running maximum per
 // head. The block that finishes last (with one split, the only one) merges the shares in order, adds the new token and
 // the low-rank term, updates the scores, chooses which token leaves, absorbs it into H and z while reading H for the
-// output, and stores the new token. S is the type of the slots.
+// output, and stores the new token. S is the type of the slots. With Turns, for a layer with a largest distance, the
+// slots' keys are rotated as they are read; the new token and its queries are at distance 0, which leaves them as they
+// are.
 #pragma once
 
 #include "decode_block.cuh"
 
 namespace less {
 
-template <class S, int LPR, int GT>
+template <class S, int LPR, int GT, bool Turns>
 __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeParams const p) {
     using T = std::conditional_t<kCoded<S>, AnyType, S>;  // of the other tensors
     using Layout = DecodeLayout<S, LPR, GT>;
     constexpr int kWidth = Layout::kWidth;
     constexpr int kRowsPerWarp = kWarpSize / LPR;
-    constexpr int kUnroll = GT > 4 || sizeof(S) == 4 ? 2 : 4;  // slots in flight per thread
-    constexpr int kRows = kWarps * kRowsPerWarp;               // slots that a block processes at a time
+    // Slots in flight per thread; the partners of keys take registers too.
+    constexpr int kUnroll = (GT > 4 || sizeof(S) == 4 ? 2 : 4) / (Turns ? 2 : 1);
+    constexpr int kRows = kWarps * kRowsPerWarp;  // slots that a block processes at a time
     LESS_SHARED_MEMORY(raw);
     float* const shared = reinterpret_cast<float*>(raw);
     float* const accShared = shared + Layout::kAcc;
@@ -99,6 +102,21 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 if (!seen) zero(value[u]);
                 float k[8];
                 centring.read(key[u], column, k);
+                if constexpr (Turns) {
+                    Rotary const rotary = Rotary::of(p.shape, rules, p.t);
+                    Turn const turn = rotary.back(position[u], now);
+                    if (rotary.inEights()) {
+                        int const partners = rotary.rotates(column) ? rotary.partner(column) : column;
+                        float others[8];
+                        centring.read(shuffled(key[u], row * LPR + partners / 8), partners, others);
+                        rotary.turnEight(turn, column, k, others);
+                    } else if (inRange) {
+                        Eight const turned =
+                            turnedOneByOne(rotary, Rows<S>{keys, centring}, min(slot, end - 1), turn, column);
+#pragma unroll
+                        for (int i = 0; i < 8; ++i) k[i] = turned.x[i];
+                    }
+                }
 #pragma unroll
                 for (int g = 0; g < GT; ++g) {
                     float dot = 0.f;

@@ -1,8 +1,8 @@
 // Parameters of the decode kernel, the layout of its shared memory, and what a block determines about its slots.
 #pragma once
 
+#include "rotary.cuh"
 #include "rules.cuh"
-#include "slots.cuh"
 
 namespace less {
 

@@ -64,6 +64,12 @@ char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noe
     if (!std::isfinite(r.scale)) return "the scale must be finite";
     if (!(r.decay > 0.f && r.decay <= 1.f)) return "decay must be above 0 and at most 1";
     if (r.policy != Policy::kH2O && r.decay != 1.f) return "only the scores of h2o fade";
+    if (r.maxDistance < 0) return "the largest distance must be at least 0";
+    if (r.maxDistance > 0) {
+        if (s.rotary < 2 || s.rotary > s.headDim || s.rotary % 2 != 0)
+            return "rotary must have 2 to head_dim columns, an even number";
+        if (s.distances <= r.maxDistance) return "rotary must have more rows than the largest distance";
+    }
     return nullptr;
 }
 
@@ -87,6 +93,7 @@ cudaError_t prepare(AttentionShape const& shape, AttentionRules const& rules) no
 cudaError_t enqueue(AttentionShape const& shape, AttentionRules const& rules, AttentionTensors const& tensors,
                     void* workspace, uint32_t* counters, cudaStream_t stream) noexcept {
     if (whyUnsupported(shape, rules) != nullptr) return cudaErrorInvalidValue;
+    if (rules.maxDistance > 0 && shape.chunk > shape.distances) return cudaErrorInvalidValue;
     if (shape.batch < 1 || shape.chunk < 1) return cudaSuccess;
     cudaError_t const status = copyState(shape, tensors, stream);
     if (status != cudaSuccess) return status;

@@ -10,11 +10,14 @@ namespace {
 constexpr size_t kSharedLogitBytes = 16 * 1024;  // larger logits are stored in the workspace
 constexpr int kMinSlotsPerBlock = 32;            // fewer are not worth the merge
 
-// Query heads that a kernel processes at a time.
-int tileOf(int group) {
+bool turns(AttentionRules const& rules) { return rules.maxDistance > 0; }
+
+// Query heads that a kernel processes at a time. Fewer kernels rotate keys, with tiles of 2 and 4 heads.
+int tileOf(int group, bool turning) {
 #ifdef LESS_TRIAL
-    return group > 0 ? 2 : 0;
+    return group > 0 || turning ? 2 : 0;
 #else
+    if (turning) return group <= 2 ? 2 : 4;
     return group <= 2 ? group : group <= 4 ? 4 : 8;
 #endif
 }
@@ -38,34 +41,37 @@ Plan planOf(AttentionShape const& s, AttentionRules const& rules) {
     plan.splits = splitsOf(s);
     size_t const logitBytes = keepsScores(rules) ? group * s.slots * sizeof(float) : 0;
     plan.logitsShared = plan.splits == 1 && logitBytes <= kSharedLogitBytes;
-    plan.direct = plan.splits == 1 && static_cast<int>(group) <= tileOf(static_cast<int>(group));
+    plan.direct = plan.splits == 1 && static_cast<int>(group) <= tileOf(static_cast<int>(group), turns(rules));
     plan.logitBytes = plan.logitsShared ? 0 : heads * logitBytes;
     plan.partialBytes = plan.direct ? 0 : heads * plan.splits * group * (s.headDim + 2) * sizeof(float);
     return plan;
 }
 
-template <class S, int LPR, int GT>
+template <class S, int LPR, int GT, bool Turns>
 cudaError_t runDecode(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     int const group = s.queryHeads / s.kvHeads;
     int const sharedLogits = logitsShared && keepsScores(params.rules) ? s.slots : 0;
     size_t const bytes = sizeof(float) * DecodeLayout<S, LPR, GT>::floats(group, s.rank, sharedLogits);
     dim3 const grid(params.splits, s.kvHeads, s.batch);
-    return run(mode, decodeKernel<S, LPR, GT>, grid, bytes, params, stream);
+    return run(mode, decodeKernel<S, LPR, GT, Turns>, grid, bytes, params, stream);
 }
 
 template <class S, int LPR>
 cudaError_t withTile(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
-    switch (tileOf(params.shape.queryHeads / params.shape.kvHeads)) {
+    bool const turning = turns(params.rules);
+    switch (tileOf(params.shape.queryHeads / params.shape.kvHeads, turning)) {
         case 2:
-            return runDecode<S, LPR, 2>(mode, params, logitsShared, stream);
+            if (turning) return runDecode<S, LPR, 2, true>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 2, false>(mode, params, logitsShared, stream);
 #ifndef LESS_TRIAL
         case 1:
-            return runDecode<S, LPR, 1>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 1, false>(mode, params, logitsShared, stream);
         case 4:
-            return runDecode<S, LPR, 4>(mode, params, logitsShared, stream);
+            if (turning) return runDecode<S, LPR, 4, true>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 4, false>(mode, params, logitsShared, stream);
         case 8:
-            return runDecode<S, LPR, 8>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 8, false>(mode, params, logitsShared, stream);
 #endif
         default:
             return cudaErrorNotSupported;

@@ -14,8 +14,8 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 
-// An input of the operator: its axes by letter (Q: query heads, H: KV heads) and its dtype ('T': that of q, 'S':
-// that of the slots, 'f': float32, 'i': int32).
+// An input of the operator: its axes by letter (Q: query heads, H: KV heads, P: distances, E: rotated channels) and its
+// dtype ('T': that of q, 'S': that of the slots, 'f': float32, 'i': int32).
 struct TensorRule {
     char const* name;
     char const* axes;
@@ -41,14 +41,18 @@ constexpr TensorRule kRules[kInputs] = {
     {"new_length", "B", 'i'},
     {"key_mean", "HD", 'f'},
     {"key_std", "HD", 'f'},
+    {"rotary", "PE", 'f'},
 };
 
 constexpr Field kFields[] = {
-    {"scale", PluginFieldType::kFLOAT32}, {"policy", PluginFieldType::kINT32},    {"heavy", PluginFieldType::kINT32},
-    {"recent", PluginFieldType::kINT32},  {"window", PluginFieldType::kINT32},    {"absorb", PluginFieldType::kINT32},
-    {"decay", PluginFieldType::kFLOAT32}, {"slot_bits", PluginFieldType::kINT32},
+    {"scale", PluginFieldType::kFLOAT32},      {"policy", PluginFieldType::kINT32},
+    {"heavy", PluginFieldType::kINT32},        {"recent", PluginFieldType::kINT32},
+    {"window", PluginFieldType::kINT32},       {"absorb", PluginFieldType::kINT32},
+    {"decay", PluginFieldType::kFLOAT32},      {"slot_bits", PluginFieldType::kINT32},
+    {"max_distance", PluginFieldType::kINT32},
 };
-// Graphs of version 1 of the operator have no decay: their scores never fade. Without slot_bits, slots are not int8.
+// Graphs of version 1 of the operator have no decay: their scores never fade. Without slot_bits, slots are not int8;
+// without max_distance, q and k come rotated.
 constexpr size_t kRequired = 6;
 static_assert(std::size(kFields) == kFieldCount, "as many as the header says");
 
@@ -144,7 +148,8 @@ Attributes attributesOf(nvinfer1::PluginFieldCollection const& fields) {
                          integer(*attributes[3]),
                          integer(*attributes[4]),
                          integer(*attributes[5]),
-                         attributes[6] == nullptr ? 1.f : number(*attributes[6])};
+                         attributes[6] == nullptr ? 1.f : number(*attributes[6]),
+                         attributes[8] == nullptr ? 0 : integer(*attributes[8])};
     if (rules.policy > Policy::kFull) refuse("attribute policy must be 0 to 4");
     if (rules.absorb > 1) refuse("attribute absorb must be 0 or 1");
     if (rules.recent < 1) refuse("attribute recent must be at least 1");
@@ -176,7 +181,7 @@ void checkTypes(Attributes const& node, TypeOf const& typeOf) {
 }
 
 AttentionShape agreedShape(Attributes const& node, DataType q, DimsOf const& dimsOf) {
-    constexpr char kAxes[] = "BQHTDCR";
+    constexpr char kAxes[] = "BQHTDCRPE";
     int64_t sizes[sizeof(kAxes)] = {};
     for (int32_t input = 0; input < node.inputs(); ++input) {
         TensorRule const& rule = ruleOf(node, input);
@@ -197,21 +202,32 @@ AttentionShape agreedShape(Attributes const& node, DataType q, DimsOf const& dim
     if (at('H') != 0 && at('Q') % at('H') != 0)
         refuse("q has " + std::to_string(at('Q')) + " heads, not a multiple of the " + std::to_string(at('H')) +
                " KV heads");
-    return {computeDType(q), at('B'), at('Q'), at('H'), at('T'), at('D'), at('C'), at('R'), node.slotType};
+    return {computeDType(q), at('B'), at('Q'),       at('H'), at('T'), at('D'),
+            at('C'),         at('R'), node.slotType, at('P'), at('E')};
 }
 
 AttentionShape checkedShape(Attributes const& node, TypeOf const& typeOf, DimsOf const& dimsOf) {
     checkTypes(node, typeOf);
     AttentionShape const shape = agreedShape(node, typeOf(kQ), dimsOf);
     if (char const* why = whyUnsupported(shape, node.rules)) refuse(why);
+    if (node.turns() && shape.distances < shape.chunk)
+        refuse("rotary has " + std::to_string(shape.distances) + " rows, but the chunk " + std::to_string(shape.chunk) +
+               " tokens");
     return shape;
 }
 
 AttentionShape shapeOf(Attributes const& node, PluginTensorDesc const* in) {
     Dims const &q = in[kQ].dims, &slots = in[kPastKey].dims;
     auto const n = [](int64_t size) { return static_cast<int32_t>(size); };
-    return {computeDType(in[kQ].type), n(q.d[0]),    n(q.d[1]), n(slots.d[1]), n(q.d[2]), n(q.d[3]), n(slots.d[2]),
-            n(in[kPastZ].dims.d[2]),   node.slotType};
+    AttentionShape shape{
+        computeDType(in[kQ].type), n(q.d[0]),    n(q.d[1]), n(slots.d[1]), n(q.d[2]), n(q.d[3]), n(slots.d[2]),
+        n(in[kPastZ].dims.d[2]),   node.slotType};
+    if (node.turns()) {
+        Dims const& table = in[node.inputs() - 1].dims;
+        shape.distances = n(table.d[0]);
+        shape.rotary = n(table.d[1]);
+    }
+    return shape;
 }
 
 AttentionTensors tensorsOf(Attributes const& node, void const* const* inputs, void* const* outputs) {
@@ -240,6 +256,7 @@ AttentionTensors tensorsOf(Attributes const& node, void const* const* inputs, vo
             ints(kNewLength),
             floats(kKeyMean),
             floats(kKeyStd),
+            floats(kRotary),
             out[kOut],
             out[kPresentKey],
             out[kPresentValue],

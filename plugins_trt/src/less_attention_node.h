@@ -12,7 +12,8 @@
 
 namespace less {
 
-// Inputs and outputs in the operator's order. Nodes without int8 slots lack the scales, key_mean and key_std.
+// Inputs and outputs in the operator's order. Nodes without int8 slots lack the scales, key_mean and key_std, those
+// without a largest distance lack rotary.
 enum Input : int32_t {
     kQ,
     kK,
@@ -32,6 +33,7 @@ enum Input : int32_t {
     kNewLength,
     kKeyMean,
     kKeyStd,
+    kRotary,
     kInputs
 };
 enum Output : int32_t {
@@ -53,11 +55,14 @@ struct Attributes {
     AttentionRules rules;
     SlotType slotType;
 
-    int32_t inputs() const { return slotType == SlotType::kInt8 ? kInputs : kInputs - 4; }
-    int32_t outputs() const { return slotType == SlotType::kInt8 ? kOutputs : kOutputs - 2; }
+    bool int8() const { return slotType == SlotType::kInt8; }
+    bool turns() const { return rules.maxDistance > 0; }
+    int32_t inputs() const { return (int8() ? kRotary : kRotary - 4) + (turns() ? 1 : 0); }
+    int32_t outputs() const { return int8() ? kOutputs : kOutputs - 2; }
     // The place of a node's input in Input.
     int32_t input(int32_t index) const {
-        return slotType == SlotType::kInt8 || index < kPastKeyScale ? index : index + kPastLength - kPastKeyScale;
+        if (turns() && index == inputs() - 1) return kRotary;
+        return int8() || index < kPastKeyScale ? index : index + kPastLength - kPastKeyScale;
     }
 };
 
@@ -69,7 +74,7 @@ struct Field {
     char const* name;
     nvinfer1::PluginFieldType type;
 };
-inline constexpr size_t kFieldCount = 8;
+inline constexpr size_t kFieldCount = 9;
 Field const& fieldAt(size_t index);
 
 [[noreturn]] void refuse(std::string const& message);

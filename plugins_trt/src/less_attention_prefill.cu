@@ -1,6 +1,8 @@
-// Prefills one chunk with up to six kernels, one after another.
+// Prefills one chunk with up to seven kernels, one after another.
 #include <algorithm>
 
+#include "attend.cuh"
+#include "score.cuh"
 #include "settle.cuh"
 #include "steps.h"
 
@@ -14,18 +16,45 @@ bool measures(AttentionShape const& s, AttentionRules const& rules) {
     return s.slotType == SlotType::kInt8 && rules.absorb != 0;
 }
 
+// Numbers that represent an element of a rotated query.
+size_t partsOf(DType dtype) {
+    switch (dtype) {
+        case DType::kFloat16:
+            return kParts<__half>;
+        case DType::kBFloat16:
+            return kParts<__nv_bfloat16>;
+        default:
+            return kParts<float>;
+    }
+}
+
+size_t turnedBytes(AttentionShape const& s) {
+    size_t const item = s.dtype == DType::kFloat32 ? sizeof(float) : sizeof(__half);
+    return partsOf(s.dtype) * s.batch * s.queryHeads * s.chunk * s.headDim * item;
+}
+
 struct Workspace {
-    size_t statistics, gained, fates, freed, rounding;  // aligned bytes of each part; there are two statistics
+    size_t statistics, gained, fates, freed, rounding, turned;  // aligned bytes of each part; there are two statistics
     Workspace(AttentionShape const& s, AttentionRules const& rules)
         : statistics(aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
           gained(aligned(static_cast<size_t>(s.batch) * s.queryHeads * (s.slots + s.chunk) * sizeof(float))),
           fates(aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(int))),
           freed(aligned(headsOf(s) * s.slots * sizeof(int))),
-          rounding(measures(s, rules) ? aligned(headsOf(s) * s.chunk * sizeof(float)) : 0) {}
-    size_t total() const { return 2 * statistics + gained + fates + freed + rounding; }
+          rounding(measures(s, rules) ? aligned(headsOf(s) * s.chunk * sizeof(float)) : 0),
+          turned(rules.maxDistance > 0 ? aligned(turnedBytes(s)) : 0) {}
+    size_t total() const { return 2 * statistics + gained + fates + freed + rounding + turned; }
 };
 
 unsigned tilesOf(int n) { return static_cast<unsigned>((n + kTileRows - 1) / kTileRows); }
+
+// Wide heads leave no registers for what layers without a largest distance do not need.
+template <class T, int W>
+auto attendKernelOf(PrefillParams const& params) {
+    if constexpr (W > 128) {
+        if (!turns(params)) return attendKernel<T, W, false>;
+    }
+    return attendKernel<T, W, true>;
+}
 
 template <class T, int W>
 cudaError_t runAttention(Mode mode, PrefillParams const& params, cudaStream_t stream) {
@@ -33,13 +62,21 @@ cudaError_t runAttention(Mode mode, PrefillParams const& params, cudaStream_t st
     auto const batch = static_cast<unsigned>(s.batch);
     dim3 const queries(tilesOf(s.chunk), s.queryHeads, batch),
         keys(tilesOf(s.slots) + tilesOf(s.chunk), s.queryHeads, batch);
-    cudaError_t const status = run(mode, attendKernel<T, W>, queries, sizeof(AttendShared<T, W>), params, stream);
+    cudaError_t const status =
+        run(mode, attendKernelOf<T, W>(params), queries, sizeof(AttendShared<T, W>), params, stream);
     if (status != cudaSuccess || !keepsScores(params.rules)) return status;
-    return run(mode, scoreKernel<T, W>, keys, ScoreShared<T, W>::bytes(coded(params)), params, stream);
+    size_t const bytes = ScoreShared<T, W>::bytes(coded(params) || turns(params));
+    return run(mode, scoreKernel<T, W>, keys, bytes, params, stream);
 }
 
 template <class T>
-cudaError_t attention(Mode mode, PrefillParams const& params, cudaStream_t stream) {
+cudaError_t attention(Mode mode, PrefillParams params, cudaStream_t stream) {
+    if (turns(params)) {
+        dim3 const grid(tilesOf(params.shape.chunk), params.shape.queryHeads, params.shape.batch);
+        cudaError_t const status = run(mode, turnKernel<T>, grid, 0, params, stream);
+        if (status != cudaSuccess) return status;
+        params.rules.scale /= kReduction<T> * kReduction<T>;
+    }
     int const width = params.shape.headDim;
     if (width <= 64) return runAttention<T, 64>(mode, params, stream);
 #ifdef LESS_TRIAL
@@ -89,13 +126,14 @@ cudaError_t prefill(Mode mode, AttentionShape const& shape, AttentionRules const
         if (memory != nullptr) memory += size;
         return part;
     };
-    PrefillParams params{rules, shape, tensors, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PrefillParams params{rules, shape, tensors, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
     params.peaks = reinterpret_cast<float*>(take(bytes.statistics));
     params.scales = reinterpret_cast<float*>(take(bytes.statistics));
     params.gained = reinterpret_cast<float*>(take(bytes.gained));
     params.fates = reinterpret_cast<int*>(take(bytes.fates));
     params.freed = reinterpret_cast<int*>(take(bytes.freed));
     params.rounding = reinterpret_cast<float*>(take(bytes.rounding));
+    params.turned = take(bytes.turned);
     return withType(shape.dtype, [&](auto type) {
         using T = decltype(type);
         return coded(params) ? runPrefill<T, int8_t>(mode, params, stream) : runPrefill<T, T>(mode, params, stream);

@@ -155,7 +155,8 @@ LESS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count
 // Redirects errors to `sink` instead of TensorRT's logger or stderr; nullptr restores these.
 LESS_EXPORT void lessOnError(void (*sink)(char const*)) noexcept { less::errorSink = sink; }
 
-// less::whyUnsupported for callers outside of C++: the reason, or nullptr.
+// less::whyUnsupported for callers outside of C++: the reason, or nullptr. A largest distance is no reason; its table
+// is checked with the node.
 LESS_EXPORT char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim,
                                            int32_t slots, int32_t rank, float scale, int32_t policy, int32_t heavy,
                                            int32_t recent, int32_t window, int32_t absorb, float decay,

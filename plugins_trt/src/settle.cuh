@@ -7,7 +7,7 @@
 // S is the type of the slots.
 #pragma once
 
-#include "attend.cuh"
+#include "prefill.cuh"
 
 namespace less {
 

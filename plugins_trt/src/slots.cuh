@@ -46,6 +46,19 @@ struct Piece {
     __device__ __forceinline__ float share(float weight) const { return kCoded<S> ? weight * scale : weight; }
 };
 
+// The piece of another lane.
+template <class S>
+__device__ __forceinline__ Piece<S> shuffled(Piece<S> const& piece, int lane) {
+    Piece<S> result = piece;
+    constexpr int kRegisters = sizeof(piece.x) / sizeof(uint32_t);
+    uint32_t registers[kRegisters];
+    memcpy(registers, &piece.x, sizeof piece.x);
+#pragma unroll
+    for (int i = 0; i < kRegisters; ++i) registers[i] = __shfl_sync(~0u, registers[i], lane);
+    memcpy(&result.x, registers, sizeof piece.x);  // the lanes have the same slot, so the scale is the same
+    return result;
+}
+
 template <class S>
 __device__ __forceinline__ void zero(Piece<S>& piece) {
     zero(piece.x);
@@ -151,6 +164,18 @@ __device__ __forceinline__ T partOf(float& x) {
     return part;
 }
 
+// Stores eight elements as parts, one to each target.
+template <class T, int Parts>
+__device__ __forceinline__ void storeParts(float (&element)[8], T* const (&targets)[Parts]) {
+#pragma unroll
+    for (int p = 0; p < Parts; ++p) {
+        Vec8<T> part;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) part.x[i] = partOf<T>(element[i]);
+        *reinterpret_cast<Vec8<T>*>(targets[p]) = part;
+    }
+}
+
 // Reads the int8 slots [base, base + Rows) into one tile for each part of an element that is wanted, with zeros where a
 // slot is empty and in columns beyond D; called by all threads. Keys have a centring, values have none.
 template <int W, int Rows, class T, int Parts>
@@ -170,13 +195,9 @@ __device__ __forceinline__ void readCodes(SlotRows<int8_t> const& from, Centring
                 for (int i = 0; i < 8; ++i) element[i] *= piece.scale;
             }
         }
-#pragma unroll
-        for (int p = 0; p < Parts; ++p) {
-            Vec8<T> part;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) part.x[i] = partOf<T>(element[i]);
-            *reinterpret_cast<Vec8<T>*>(tiles[p] + row * stride + column) = part;
-        }
+        T* targets[Parts];
+        for (int p = 0; p < Parts; ++p) targets[p] = tiles[p] + row * stride + column;
+        storeParts(element, targets);
     }
 }
 

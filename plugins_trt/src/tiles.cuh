@@ -29,13 +29,16 @@ struct WarpRows {
     uint32_t fragments[W / 16][4];
     __device__ __forceinline__ void load(T const* low, T const* high, int D, int t) {
 #pragma unroll
-        for (int k = 0; k < W / 16; ++k) {
+        for (int k = 0; k < W / 16; ++k) loadStep(fragments[k], low, high, D, k, t);
+    }
+    // The fragment of columns 16k to 16k + 15.
+    __device__ __forceinline__ static void loadStep(uint32_t (&a)[4], T const* low, T const* high, int D, int k,
+                                                    int t) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                T const* const row = i & 1 ? high : low;
-                int const column = k * 16 + (i >> 1) * 8 + t * 2;
-                fragments[k][i] = row != nullptr && column < D ? *reinterpret_cast<uint32_t const*>(row + column) : 0u;
-            }
+        for (int i = 0; i < 4; ++i) {
+            T const* const row = i & 1 ? high : low;
+            int const column = k * 16 + (i >> 1) * 8 + t * 2;
+            a[i] = row != nullptr && column < D ? *reinterpret_cast<uint32_t const*>(row + column) : 0u;
         }
     }
     // s = rows * tile^T

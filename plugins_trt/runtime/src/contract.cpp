@@ -92,6 +92,7 @@ LayerSpec parseLayer(Json const& data) {
     s.scoreHalfLife = optionalAt(data, "score_half_life");
     Json const* slots = data.find("slot_dtype");
     if (slots && slots->string() == "int8") s.slotDtype = SlotDtype::kInt8;
+    s.maxDistance = optionalAt(data, "max_distance");
     auto const check = [&label](bool ok, char const* why) { require(ok, "impossible layer (" + label + "): " + why); };
     check(s.queryHeads % s.kvHeads == 0, "query heads must be a multiple of KV heads");
     check(s.absorb || s.rank == 1, "a layer that absorbs nothing has rank 1");

@@ -18,7 +18,8 @@ constexpr size_t kMaxEntries = 4096;  // layers, files and other entries of a li
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
 constexpr double kMaxNumber = 1e300;
-constexpr int64_t kMaxHalfLife = 1 << 20;  // tokens
+constexpr int64_t kMaxHalfLife = 1 << 20;    // tokens
+constexpr int64_t kDistanceLimit = 1 << 20;  // tokens
 
 // A value for a message: ASCII on one line, cut where it is long.
 std::string shown(std::string text) {
@@ -166,7 +167,8 @@ Rule contract() {
                                {"capacity", positive()},
                                {"rank", positive()},
                                {"score_half_life", nullable(integer(1, kMaxHalfLife)), kOptional},
-                               {"slot_dtype", text({"model", "int8"}), kOptional}});
+                               {"slot_dtype", text({"model", "int8"}), kOptional},
+                               {"max_distance", nullable(integer(1, kDistanceLimit)), kOptional}});
     return record({{"layers", listOf(layer, 1)},
                    {"vocab_size", positive()},
                    {"dtype", text({"float32", "float16", "bfloat16"})},

@@ -1,0 +1,208 @@
+"""Faults for ``test_cuda_faults``: changes of one place of the kernels."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from .emulation import PLUGIN
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The ``nth`` occurrence (from 0) of ``old`` in a file becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+    nth: int = 0
+
+    def applied(self, text: str) -> str:
+        at = -1
+        for _ in range(self.nth + 1):
+            at = text.index(self.old, at + 1)
+        return text[:at] + self.new + text[at + len(self.old) :]
+
+
+def waits() -> dict[str, Fault]:
+    """Every barrier and every wait for a copy, removed."""
+    faults = {}
+    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "score.cuh", "settle.cuh", "slots.cuh"):
+        text = (PLUGIN / "src" / file).read_text()
+        for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
+            for nth, match in enumerate(re.finditer(re.escape(old), text)):
+                line = text.count("\n", 0, match.start()) + 1
+                faults[f"{file}:{line} without {old[:-3]}"] = Fault(file, old, ";", nth)
+    return faults
+
+
+FAULTS = {
+    "decode: maximum not rescaled": Fault("decode.cuh", "mass[g] *= shrink;", ";"),
+    "decode: accumulator not rescaled": Fault("decode.cuh", "acc[g][i] *= shrink;", ";"),
+    "decode: low-rank term without its maximum": Fault(
+        "decode.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
+    ),
+    "decode: victim not absorbed": Fault(
+        "decode.cuh", "if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;", ";"
+    ),
+    "decode: z forgets the victim": Fault("decode.cuh", "z[r] += leaverPsi[r];", ";"),
+    "decode: new token one slot off": Fault(
+        "decode.cuh", "min(choice.free, victim);", "min(choice.free, victim) == 0 ? 1 : min(choice.free, victim) - 1;"
+    ),
+    "decode: ties evict the lower index": Fault(
+        "decode.cuh", "(0xffffffffu - static_cast<unsigned>(c)));", "static_cast<unsigned>(c));"
+    ),
+    "decode: a warp left out of the merge": Fault(
+        "decode.cuh",
+        "for (int w = 0; w < kWarps; ++w) top = fmaxf(top",
+        "for (int w = 1; w < kWarps; ++w) top = fmaxf(top",
+    ),
+    "decode: counter not reset": Fault("decode.cuh", "if (tid == 0) p.counters[head] = 0;", ";"),
+    "decode: parked row goes on": Fault(
+        "decode.cuh", "if (p.t.newLength[batch] <= 0) {", "if (p.t.newLength[batch] < 0) {"
+    ),
+    "decode: unseen values not dropped": Fault("decode.cuh", "if (!seen) zero(value[u]);", ";"),
+    "rules: causal bound one too far": Fault("rules.cuh", "position <= now &&", "position <= now + 1 &&"),
+    "rules: causal bound one too near": Fault("rules.cuh", "position <= now &&", "position < now &&"),
+    "rules: window one too wide": Fault("rules.cuh", "position > now - rules.window", "position >= now - rules.window"),
+    "rules: compressed window without grace": Fault("rules.cuh", "kWindow ? 0 : 1", "kWindow ? 0 : 0"),
+    "rules: recent one too many": Fault(
+        "rules.cuh", "position >= end - rules.recent ? kNewest", "position >= end - rules.recent - 1 ? kNewest"
+    ),
+    "rules: recent one too few": Fault(
+        "rules.cuh", "position >= end - rules.recent ? kNewest", "position > end - rules.recent ? kNewest"
+    ),
+    "rules: a sink too few": Fault("rules.cuh", "position < rules.heavy", "position < rules.heavy - 1"),
+    "prefill: maximum not rescaled": Fault("attend.cuh", "mass[r] *= shrink;", ";"),
+    "prefill: maximum of one lane": Fault(
+        "attend.cuh", "top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));", ";"
+    ),
+    "prefill: low-rank term without its maximum": Fault(
+        "attend.cuh", "all = fmaxf(all, logPhi[f] + __logf(z[f]));", ";"
+    ),
+    "prefill: scores of one head of the group": Fault(
+        "settle.cuh", "for (int g = 1; g < G; ++g) scores", "for (int g = 1; g < 0; ++g) scores"
+    ),
+    "prefill: a tile too many hidden by the window": Fault(
+        "attend.cuh", "max(0, first - rules.window + 1) / N", "max(0, first - rules.window + N) / N"
+    ),
+    "prefill: slots hidden a row early": Fault(
+        "attend.cuh", "first >= rules.window;", "first + kTileRows > rules.window;"
+    ),
+    "prefill: tova counts all queries": Fault(
+        "score.cuh", "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"
+    ),
+    "prefill: padding is a key": Fault(
+        "attend.cuh", "if (index < count) position = past + index;", "position = past + index;"
+    ),
+    "prefill: ties keep the higher index": Fault(
+        "settle.cuh", "ties + equal.before < threshold.ties", "ties + equal.before >= threshold.ties"
+    ),
+    "prefill: ties not carried to the next tile": Fault("settle.cuh", "ties += equal.total;", ";"),
+    "prefill: all ties stay": Fault("settle.cuh", "rank > threshold.rank ||", "rank >= threshold.rank ||"),
+    "prefill: a dropped byte of the rank": Fault("settle.cuh", "shift >= 0; shift -= 8", "shift >= 8; shift -= 8"),
+    "prefill: swapped slots": Fault("settle.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
+    "prefill: nothing absorbed": Fault("settle.cuh", "p.t.presentH[(head * R + first + r) * D + d] += sum;", ";"),
+    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += sum;", ";"),
+    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n] * left;", ";"),
+    "prefill: old scores do not fade": Fault("settle.cuh", "slotScores[n] * left;", "slotScores[n];"),
+    "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
+    "prefill: scores of the chunk do not fade": Fault("score.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
+    "prefill: scores of the chunk fade a token too long": Fault("score.cuh", "count - 1 - query", "count - query"),
+    "decode: scores do not fade": Fault("decode.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
+    "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
+}
+
+#: Faults in the rules of int8 slots.
+INT8_FAULTS = {
+    "keys without their scale": Fault("slots.cuh", "fmaf(key[i] * piece.scale,", "fmaf(key[i],"),
+    "keys without std": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, 1.f, means[i])"),
+    "keys without mean": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, stds[i], 0.f)"),
+    "keys that are scored without mean": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored * std[d]"),
+    "keys that are scored without std": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored + mean[d]"),
+    "keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
+    "keys that are scored of one part": Fault("score.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
+    "decode: values without their scale": Fault("slots.cuh", "kCoded<S> ? weight * scale : weight", "weight"),
+    "prefill: values without their scale": Fault("slots.cuh", "element[i] *= piece.scale;", ";"),
+    "decode: scales of empty slots are read": Fault("slots.cuh", "piece.scale = 0.f;", ";"),
+    "prefill: empty slots are read": Fault("slots.cuh", "&& positions[slot] >= 0", "&& positions[slot] >= -1"),
+    "a leaver's scale forgotten": Fault("slots.cuh", "kCoded<S> ? element * scales[slot] : element", "element"),
+    "prefill: a leaver's scale forgotten": Fault("settle.cuh", "out[i] *= value.scale;", ";"),
+    "tokens of the chunk absorbed as they are": Fault("settle.cuh", "out[i] = codeOf(out[i], scale) * scale;", ";"),
+    "scales of the chunk not measured": Fault("settle.cuh", "p.rounding[head * chunk + i] = scale;", ";"),
+    "scale of a new token not stored": Fault("slots.cuh", "if (kCoded<S> && lane == 0) scales[slot] = scale;", ";"),
+    "scale of one lane": Fault("slots.cuh", "scaleOf(warpMax(largest))", "scaleOf(largest)"),
+    "scale of 128 codes": Fault("slots.cuh", "__fdiv_rn(largest, kLargestCode)", "__fdiv_rn(largest, 128.f)"),
+    "keys stored without mean": Fault("slots.cuh", "__fsub_rn(key, mean[d])", "key"),
+    "keys stored without std": Fault(
+        "slots.cuh", "__fdiv_rn(__fsub_rn(key, mean[d]), std[d])", "__fsub_rn(key, mean[d])"
+    ),
+    "codes truncated": Fault("slots.cuh", "rintf(", "truncf("),
+    "halves away from zero": Fault("slots.cuh", "rintf(", "roundf("),
+    "zeros divided by zero": Fault("slots.cuh", "if (scale == 0.f) return 0.f;", ";"),
+    "rounded twice": Fault("slots.cuh", "codeOf(token(d), scale)", "codeOf(toFloat(__float2half_rn(token(d))), scale)"),
+    "decode: the new key attended rounded": Fault(
+        "decode.cuh", "q[g * D + d] * newKey[d];", "q[g * D + d] * rintf(newKey[d] * 50.f) / 50.f;"
+    ),
+    "decode: the new value attended rounded": Fault(
+        "decode.cuh", "newElement = newValue[d];", "newElement = rintf(newValue[d] * 50.f) / 50.f;"
+    ),
+    "prefill: values of the chunk attended rounded": Fault(
+        "attend.cuh",
+        "        accumulate<T, W, N>(o, s,",
+        """        for (int x = tid; !converted && x < N * Tiles::kStride; x += kThreads)
+            shared.values[stage].x[x] = fromFloat<T>(rintf(toFloat(shared.values[stage].x[x]) * 50.f) / 50.f);
+        __syncthreads();
+        accumulate<T, W, N>(o, s,""",
+    ),
+}
+
+#: Faults in what distances add.
+DISTANCE_FAULTS = {
+    "age one too many": Fault("rotary.cuh", "static_cast<unsigned>(past) -", "static_cast<unsigned>(past + 1) -"),
+    "table read by position": Fault("rotary.cuh", "rowOf(min(age,", "rowOf(min(static_cast<unsigned>(position),"),
+    "clamp forgotten": Fault("rotary.cuh", "static_cast<unsigned>(farthest)", "127u"),
+    "clamp one too near": Fault("rotary.cuh", "static_cast<unsigned>(farthest)", "static_cast<unsigned>(farthest - 1)"),
+    "clamp one too far": Fault("rotary.cuh", "static_cast<unsigned>(farthest)", "static_cast<unsigned>(farthest + 1)"),
+    "slots turned ahead": Fault("rotary.cuh", ", -1.f};", ", 1.f};"),
+    "tokens turned back": Fault("rotary.cuh", ", 1.f};", ", -1.f};"),
+    "eight columns turned with one sign": Fault(
+        "rotary.cuh", "float const sign = column < half ? -turn.sign : turn.sign;", "float const sign = turn.sign;"
+    ),
+    "one column turned with one sign": Fault(
+        "rotary.cuh", "float const sign = d < half ? -turn.sign : turn.sign;", "float const sign = turn.sign;"
+    ),
+    "the rest rotated too": Fault("rotary.cuh", "return d < 2 * half;", "return true;"),
+    "decode: slots not turned": Fault("decode.cuh", "if constexpr (Turns) {", "if constexpr (false) {"),
+    "decode: partners of the own lane": Fault("decode.cuh", "row * LPR + partners / 8", "lane"),
+    "decode: partners of another slot": Fault("decode.cuh", "row * LPR + partners / 8", "partners / 8"),
+    "decode: partners with others' mean": Fault("decode.cuh", "partners, others);", "column, others);"),
+    "prefill: queries not turned": Fault("turn.cuh", "rotary.ahead(query)", "rotary.ahead(0)"),
+    "prefill: tokens not turned": Fault("turn.cuh", "rotary.ahead(row)", "rotary.ahead(0)"),
+    "prefill: slots not turned": Fault("turn.cuh", "rotary.back(positions[row], past)", "rotary.back(past, past)"),
+    "prefill: scale of reduced keys": Fault("less_attention_prefill.cu", "params.rules.scale /=", "float const lost ="),
+    "prefill: elements of float16 overflow": Fault("turn.cuh", "std::is_same_v<T, __half> ? 0.5f : 1.f", "1.f"),
+    "prefill: keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
+    "prefill: queries of one part": Fault("attend.cuh", "int part = 1; turning &&", "int part = 1; !turning &&"),
+    "scores: keys of one part": Fault("score.cuh", "if (converted) shared.keys", "if (!converted) shared.keys"),
+    "scores: queries of one part": Fault("score.cuh", "int part = 1; turning &&", "int part = 1; !turning &&"),
+    "scores: slots turned like tokens": Fault(
+        "score.cuh", "Turn const turn = from.chunk ?", "Turn const turn = true ?"
+    ),
+    "scores: tokens turned like slots": Fault(
+        "score.cuh", "Turn const turn = from.chunk ?", "Turn const turn = false ?"
+    ),
+    "decode: a turned key takes the slot": Fault(
+        "decode.cuh",
+        "centring.centred(newKey[d], d);",
+        "centring.centred(newKey[d] * p.t.rotary[p.shape.rotary], d);",
+    ),
+    "prefill: a turned key takes the slot": Fault(
+        "settle.cuh",
+        "centring.centred(toFloat(key[d]), d);",
+        """[&] {
+            Rotary const rotary = Rotary::of(p.shape, p.rules, p.t);
+            return centring.centred(rotary.turned(rotary.ahead(i), d, [&](int x) { return toFloat(key[x]); }), d);
+        }();""",
+    ),
+}
