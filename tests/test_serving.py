@@ -310,8 +310,8 @@ def test_a_session_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(RowState, "save", full)
     with serving(HashBackend(contract()), state_dir=tmp_path) as served:
         for stream in (False, True):
+            options = {"max_tokens": 2, "stream": stream, "extra_body": {"session_id": "new"}}
             with pytest.raises(openai.APIError, match="could not save the session") as caught:
-                options = {"max_tokens": 2, "stream": stream, "extra_body": {"session_id": "new"}}
                 list(served.client.completions.create(model=MODEL, prompt="a", **options))
             assert str(tmp_path) not in str(caught.value)
 
