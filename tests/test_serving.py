@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -569,15 +568,13 @@ def test_clients_that_attack_take_no_row(attack: Callable[[Served], None], monke
     if attack in (head_without_end, idle):
         monkeypatch.setattr(serving_server, "HEAD_SECONDS", 2.0)
     monkeypatch.setattr(Gate.__init__, "__kwdefaults__", {"max_body": 1 << 20, "body_seconds": 2.0})
-    with serving(HashBackend(contract()), rows=1, max_queue=0) as served:
-        thread = threading.Thread(target=attack, args=[served])
-        thread.start()
+    with serving(HashBackend(contract()), rows=1, max_queue=0) as served, ThreadPoolExecutor() as pool:
+        attacker = pool.submit(attack, served)
         client = served.client.with_options(max_retries=2)
         for _ in range(5):
             reply = client.completions.create(model=MODEL, prompt="a", max_tokens=3, temperature=0)
             assert reply.usage.prompt_tokens == 2
-        thread.join(LONG)
-        assert not thread.is_alive()
+        attacker.result(2 * LONG)
         assert served.engine.counts["accepted"] == 5
 
 
