@@ -30,7 +30,7 @@ def own_names(trees: dict[str, ast.Module]) -> set[str]:
     """Names that the package defines: functions, classes, variables, attributes of ``self``."""
     names = set()
     for node in (n for tree in trees.values() for n in ast.walk(tree)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)

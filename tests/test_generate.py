@@ -70,17 +70,18 @@ class HashBackend(Backend):
     def _close(self) -> None:
         self.state = {}
 
-    def _step(self, input_ids: Array, past_length: Array, new_length: Array) -> np.ndarray:
+    def _step(self, input_ids: Array, past_length: Array, new_length: Array, first: int) -> np.ndarray:
         self.calls.append((input_ids.shape[1], new_length.tolist()))
         every = np.full((*input_ids.shape, VOCAB), 1e6, np.float32)  # padding and parked rows: finite garbage
+        hashes = self.state["past.0.z"][first : first + len(new_length), 0, 0]
         for row, new in enumerate(new_length):
-            hashed = int(self.state["past.0.z"][row, 0, 0])
+            hashed = int(hashes[row])
             for t in range(new):
                 hashed = after(hashed, int(input_ids[row, t]))
                 every[row, t] = scores(hashed)
                 if self.script is not None:
                     every[row, t] = np.eye(VOCAB)[self.script[past_length[row] + t + 1]]
-            self.state["past.0.z"][row, 0, 0] = hashed
+            hashes[row] = hashed
         if self.contract.logits == "all":
             return every
         return every[np.arange(len(every)), np.maximum(new_length - 1, 0)][:, None]

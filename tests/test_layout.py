@@ -26,7 +26,7 @@ FLOORS = (
     ("less", "bundle"),
     ("hf", "tensorrt"),
     ("exporter", "training", "runtime"),
-    ("evaluation", "testing"),
+    ("evaluation", "serving", "testing"),
     ("cli", ""),
     ("__main__",),
 )

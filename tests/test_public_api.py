@@ -15,7 +15,9 @@ import pytest
 import less_export
 from less_export import errors
 from less_export.runtime.backend import Backend, RowState
+from less_export.runtime.engine import Engine
 from less_export.runtime.generate import Generation, Generator, Timing, Token
+from less_export.runtime.sampler import TokenLogprobs
 from less_export.training.options import TrainConfig
 
 
@@ -63,12 +65,19 @@ def test_names() -> None:
         (Generator.generate, "(prompts, params=None, *, prefix=None, **overrides)"),
         (Generator.stream, "(prompts, params=None, *, prefix=None, **overrides)"),
         (Generator.prefill, "(prompt, prefix=None)"),
+        (Engine, "(model, *, rows=None, piece=None, max_queue=64)"),
+        (Engine.sequence, "(prompt, params=None, *, index=0, prefix=None, keep_state=False, **overrides)"),
+        (Engine.submit, "(sequences, sink)"),
+        (Engine.cancel, "(sequences)"),
+        (Engine.stream, "(prompt, params=None, **options)"),
+        (Engine.drain, "(timeout=None)"),
+        (Engine.stop, "()"),
         (RowState, "(length, tensors, identity='')"),
         (RowState.save, "(path)"),
         (RowState.load, "(path)"),
         (less_export.SamplingParams.with_overrides, "(**overrides)"),
         (Backend.open, "(batch=1)"),
-        (Backend.step, "(input_ids, new_length=None)"),
+        (Backend.step, "(input_ids, new_length=None, rows=None)"),
         (Backend.read_row, "(row)"),
         (Backend.write_row, "(row, state)"),
         (Backend.reset_rows, "(rows)"),
@@ -122,6 +131,14 @@ def test_signatures(function: Any, expected: str) -> None:
                 "max_new_tokens": 128,
                 "stop": (),
                 "ignore_eos": False,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "logit_bias": None,
+                "stop_token_ids": (),
+                "logprobs": None,
+                "processors": (),
             },
         ),
         (
@@ -148,8 +165,12 @@ def test_signatures(function: Any, expected: str) -> None:
                 "device": None,
             },
         ),
-        (Token, dict.fromkeys(("row", "token_id", "text", "finish_reason"), ...)),
-        (Generation, dict.fromkeys(("token_ids", "text", "finish_reason", "prompt_tokens"), ...)),
+        (Token, {**dict.fromkeys(("row", "token_id", "text", "finish_reason"), ...), "logprobs": None}),
+        (
+            Generation,
+            {**dict.fromkeys(("token_ids", "text", "finish_reason", "prompt_tokens"), ...), "logprobs": None},
+        ),
+        (TokenLogprobs, {"logprob": ..., "top": ()}),
         (
             Timing,
             {"prefill_seconds": 0.0, "prefill_tokens": 0, "decode_seconds": 0.0, "decode_tokens": 0},

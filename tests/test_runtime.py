@@ -122,13 +122,13 @@ def test_state_is_allocated_once_and_ping_pongs(ort: OrtBackend) -> None:
     def addresses() -> list[list[int]]:
         return [[v.data_ptr() for v in values.values()] for values in ort._values]
 
-    before, seen = addresses(), [ort._current]
+    before, seen = addresses(), [ort._sides[0]]
     assert not set(before[0]) & set(before[1])
     kept: list[tuple[np.ndarray, np.ndarray]] = []
     for ids, new in steps(6):
         logits = ort.step(ids, new)
         kept.append((logits, logits.copy()))
-        seen.append(ort._current)
+        seen.append(ort._sides[0])
     assert addresses() == before
     assert seen == [0, 1, 0, 1, 0, 1, 0]
     for logits, copy in kept:  # a result belongs to the caller; later steps do not change it

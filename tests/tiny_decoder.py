@@ -134,8 +134,8 @@ class ReferenceBackend(Backend):
     def _close(self) -> None:
         self.state = {}
 
-    def _step(self, input_ids: Array, past_length: Array, new_length: Array) -> np.ndarray:
-        w, new = self.weights, torch.from_numpy(new_length)
+    def _step(self, input_ids: Array, past_length: Array, new_length: Array, first: int) -> np.ndarray:
+        w, new, rows = self.weights, torch.from_numpy(new_length), slice(first, first + len(new_length))
         x = w["embed"][torch.from_numpy(input_ids)]
         for i, s in enumerate(self.contract.layers):
             q, k, v = (
@@ -144,11 +144,12 @@ class ReferenceBackend(Backend):
             )
             psi = torch.softmax(k @ w[f"psi.{i}"], -1) * float(s.absorb)
             names = [f"past.{i}.{f.name}" for f in s.state_fields]
-            past = [self.state[n] for n in names]
+            past = [self.state[n][rows] for n in names]
             tokens, lengths = (q, k, v, q.float() @ w[f"phi.{i}"], psi), (torch.from_numpy(past_length), new)
             centring = Centring(w[f"mean.{i}"], w[f"std.{i}"]) if s.int8 else None
             out, *present = reference.run(s, tokens, past, lengths, centring)
-            self.state.update(zip(names, present, strict=True))
+            for name, x_new in zip(names, present, strict=True):
+                self.state[name][rows] = x_new
             x = x + out.transpose(1, 2).flatten(2) @ w[f"o.{i}"]
         if self.contract.logits == "last":
             x = x[torch.arange(len(x)), (new.long() - 1).clamp(min=0)][:, None]

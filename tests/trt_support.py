@@ -129,7 +129,9 @@ HEADER = struct.Struct("<4s12xQ4B").pack
 class FakeCuda:
     """The cuda-bindings calls that the backend uses. Queued work runs when the stream is synchronised."""
 
-    cudaMemcpyKind = types.SimpleNamespace(cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down")
+    cudaMemcpyKind = types.SimpleNamespace(
+        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="across"
+    )
 
     def __init__(self) -> None:
         self.memory: dict[int, np.ndarray] = {}
@@ -175,6 +177,10 @@ class FakeCuda:
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
         assert stream == 77
+        if kind == "across":
+            views = self.at(target, size), self.at(source, size)
+            self.stream.append(lambda: np.copyto(*views))
+            return (0,)
         host, device = (source, target) if kind == "up" else (target, source)
         data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
         view = self.at(device, size)
@@ -239,6 +245,7 @@ class FakeContext:
         return self.owner.specs[name].sized(*self.shapes["input_ids"])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, "TensorRT takes aligned addresses only"
         self.addresses[name] = address
         return name in self.owner.specs
 

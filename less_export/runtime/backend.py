@@ -2,7 +2,7 @@
 
 A backend owns the state of ``batch`` rows. :meth:`Backend.step` is a template method: it checks its
 arguments, lets the subclass run the graph, and advances the lengths. Subclasses implement the five
-abstract methods and nothing else.
+abstract methods; ``_copy_row`` and ``_reset_row`` may be replaced by faster ones.
 """
 
 from __future__ import annotations
@@ -105,53 +105,74 @@ class Backend(abc.ABC):
 
     # ------------------------------------------------------------ running
 
-    def step(self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
+    def step(
+        self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None = None, rows: slice | None = None
+    ) -> npt.NDArray[np.float32]:
         """Feed one chunk and advance the state.
 
         Args:
             input_ids: [B, T] token ids, padded on the right, 1 <= T <= chunk.
             new_length: [B] valid tokens of each row, 0..T; default T for every row.
+            rows: the B adjacent rows that run, such as ``slice(2, 3)``; default all. The other rows neither change nor
+                cost anything.
 
         Returns:
             logits [B, 1, V] f32 after each row's last valid token ([B, T, V] for ``--logits all``);
             those of a parked row are finite but meaningless.
 
         Raises:
-            BackendError: a wrong shape, token id or length, or a sequence longer than the artifact supports.
+            BackendError: a wrong shape, token id, length or range of rows, or a sequence longer than the artifact
+                supports.
         """
         with self.exclusive():
-            ids, new = self._checked(input_ids, new_length)
+            first, count = self._range(rows)
+            past = self.past_length[first : first + count]
+            ids, new = self._checked(input_ids, new_length, past)
             self.revision += 1
-            logits = self._step(ids, self.past_length, new)
-            self.past_length = self.past_length + new
+            logits = self._step(ids, past, new, first)
+            lengths = self.past_length.copy()
+            lengths[first : first + count] += new
+            self.past_length = lengths
             return logits
 
+    def _range(self, rows: slice | None) -> tuple[int, int]:
+        """First row and number of rows of a step."""
+        if self.batch == 0:
+            raise BackendError(f"the {self.name} backend is not open: call open(batch) first")
+        if rows is None:
+            return 0, self.batch
+        first = 0 if rows.start is None else rows.start
+        end = self.batch if rows.stop is None else rows.stop
+        if rows.step not in (None, 1) or not 0 <= first < end <= self.batch:
+            raise BackendError(f"rows must be a range of adjacent rows within 0..{self.batch - 1}, not {rows}")
+        return first, end - first
+
     def _checked(
-        self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None
+        self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None, past: npt.NDArray[np.int32]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         def require(ok: bool, why: str) -> None:
             if not ok:
                 raise BackendError(why)
 
-        require(self.batch > 0, f"the {self.name} backend is not open: call open(batch) first")
         ids = _integers("input_ids", input_ids)
+        rows = len(past)
         require(
-            ids.ndim == 2 and ids.shape[0] == self.batch and ids.shape[1] > 0,
-            f"input_ids must be [{self.batch}, T], not {list(ids.shape)}",
+            ids.ndim == 2 and ids.shape[0] == rows and ids.shape[1] > 0,
+            f"input_ids must be [{rows}, T], not {list(ids.shape)}",
         )
         chunk = self.contract.chunk
         require(ids.shape[1] <= chunk, f"a step takes at most {chunk} tokens (--chunk), not {ids.shape[1]}")
         new = _integers("new_length", ids.shape[1] if new_length is None else new_length)
         if new.ndim == 0:
-            new = np.full(self.batch, new)
-        require(new.shape == (self.batch,), f"new_length must be [{self.batch}], not {list(new.shape)}")
+            new = np.full(rows, new)
+        require(new.shape == (rows,), f"new_length must be [{rows}], not {list(new.shape)}")
         require(bool(((new >= 0) & (new <= ids.shape[1])).all()), f"new_length must lie in 0..{ids.shape[1]}")
         is_valid = np.arange(ids.shape[1]) < new[:, None]
         valid_ids, highest_id = ids[is_valid], self.contract.vocab_size - 1
         require(bool(((valid_ids >= 0) & (valid_ids <= highest_id)).all()), f"token ids must lie in 0..{highest_id}")
         limit = self.contract.token_limit()
         limit = MAX_LENGTH if limit is None else limit
-        longest = int((self.past_length + new).max())  # in int64
+        longest = int((past + new).max())  # in int64
         require(
             longest <= limit,
             f"this artifact takes sequences of at most {limit} tokens, not {longest}: "
@@ -173,15 +194,19 @@ class Backend(abc.ABC):
             for row in rows:
                 self._check_row(row)
             self.revision += 1
-            empty_row = {s.past.name: empty(s, 1)[0] for s in self.contract.state()}
             for row in rows:
-                self._write_row(row, empty_row)
+                self._reset_row(row)
                 self.past_length[row] = 0
 
     def copy_row(self, source: int, target: int) -> None:
         """Copy the state of row ``source`` to row ``target``."""
         with self.exclusive():
-            self.write_row(target, self.read_row(source))
+            self._check_row(source)
+            self._check_row(target)
+            self.revision += 1
+            if source != target:
+                self._copy_row(source, target)
+                self.past_length[target] = self.past_length[source]
 
     def read_row(self, row: int) -> RowState:
         """A copy of one row's state."""
@@ -224,8 +249,9 @@ class Backend(abc.ABC):
         input_ids: npt.NDArray[np.int64],
         past_length: npt.NDArray[np.int32],
         new_length: npt.NDArray[np.int32],
+        first: int,
     ) -> npt.NDArray[np.float32]:
-        """Run the graph on checked inputs and keep its present state."""
+        """Run the graph on checked inputs, for as many rows as they have from row ``first``, and keep its state."""
 
     @abc.abstractmethod
     def _read_row(self, row: int) -> State:
@@ -234,6 +260,14 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
         """Overwrite one row's state tensors."""
+
+    def _copy_row(self, source: int, target: int) -> None:
+        """Copy the state tensors of one row to another."""
+        self._write_row(target, self._read_row(source))
+
+    def _reset_row(self, row: int) -> None:
+        """Overwrite one row's state tensors with those of an empty row."""
+        self._write_row(row, {s.past.name: empty(s, 1)[0] for s in self.contract.state()})
 
 
 def empty(tensor: StateTensor, batch: int) -> Array:

@@ -59,9 +59,13 @@ def load_backend(bundle: Bundle, name: str | None = None, *, trust_code: bool = 
     return backend
 
 
+def backend_name(bundle: Bundle, name: str | None = None) -> str:
+    """``name``, or that of the backend that a bundle's artifacts are for."""
+    return name or ("ort" if bundle.artifact("ort") else "trt")
+
+
 def _load(bundle: Bundle, name: str | None, trust_code: bool, **options: Any) -> Backend:
-    if name is None:
-        name = "ort" if bundle.artifact("ort") else "trt"
+    name = backend_name(bundle, name)
     if name not in BACKENDS:
         raise UsageError(f"unknown backend '{name}': choose one of {', '.join(BACKENDS)}")
     if name == "ort":

@@ -1,7 +1,8 @@
 """The ONNX Runtime backend: runs the body of LessAttention as ordinary operators, on a CPU or with CUDA.
 
-The state has two sets of tensors, bound once: a step reads one set and writes the other, and the next
-step the reverse. No state is copied or allocated between steps.
+The state has two sets of tensors: a step of some rows reads one set and writes the other, and the next step of
+these rows the reverse. A range of rows is bound by its address, once. No state is copied or allocated between steps,
+except that a row which joins others moves into their set.
 
 Session options are ONNX Runtime's defaults except for scratch memory (``benchmarks/bench_memory.py``).
 Measured on two cores:
@@ -31,12 +32,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract, TensorSpec
-from ..dtypes import onnx_type
+from ..dtypes import numpy_dtype, onnx_type
 from ..errors import BackendError, UsageError, install_hint
 from ..versions import warn_if_untested
 from .backend import Array, Backend, State, empty
+from .row_sides import RowSides
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+#: Most ranges of rows whose bindings are kept.
+_MAX_RANGES = 64
 #: Log only what ends the process; every other error is raised as an exception and reported once.
 _LOG_FATAL = 4
 
@@ -119,8 +123,8 @@ class OrtBackend(Backend):
     ) -> None:
         super().__init__(contract)
         self._values: list[dict[str, Any]] = []
-        self._bindings: list[Any] = []
-        self._current = 0
+        self._bindings: dict[tuple[int, int], list[Any]] = {}
+        self._sides = RowSides(0)
         self._scratch = False  # whether the arena still holds the scratch memory of a chunk
         if contract.dtype == "bfloat16":
             raise BackendError(
@@ -191,24 +195,41 @@ class OrtBackend(Backend):
         from_numpy = self._ort.OrtValue.ortvalue_from_numpy  # on a CPU the value shares the array's memory
         state = list(self.contract.state())
         self._values = [{s.past.name: from_numpy(empty(s, batch), self._device) for s in state} for _ in range(2)]
-        self._bindings = [self._session.io_binding() for _ in range(2)]
-        for index, binding in enumerate(self._bindings):
-            for s in state:
-                binding.bind_ortvalue_input(s.past.name, self._values[index][s.past.name])
-                binding.bind_ortvalue_output(s.present.name, self._values[1 - index][s.past.name])
-        self._current = 0
+        self._sides = RowSides(batch)
+        self._range_bindings(0, batch)
 
     def _close(self) -> None:
-        self._bindings = []
+        self._bindings = {}
         self._values = []
+
+    def _range_bindings(self, first: int, count: int) -> list[Any]:
+        """The state of ``count`` rows from row ``first``: read from set 0 and written to set 1, and the reverse."""
+        key = (first, count)
+        if key not in self._bindings:
+            if len(self._bindings) >= _MAX_RANGES:
+                del self._bindings[next(iter(self._bindings))]
+            self._bindings[key] = [self._session.io_binding() for _ in range(2)]
+            for s in self.contract.state():
+                addresses = [x[s.past.name].data_ptr() + first * s.row_bytes for x in self._values]
+                place = (self._device, 0, numpy_dtype(s.dtype), (count, *s.row_shape))
+                for side, binding in enumerate(self._bindings[key]):
+                    binding.bind_input(s.past.name, *place, addresses[side])
+                    binding.bind_output(s.present.name, *place, addresses[1 - side])
+        return self._bindings[key]
 
     def _step(
         self,
         input_ids: npt.NDArray[np.int64],
         past_length: npt.NDArray[np.int32],
         new_length: npt.NDArray[np.int32],
+        first: int,
     ) -> npt.NDArray[np.float32]:
-        binding = self._bindings[self._current]
+        count = len(input_ids)
+        side, strays = self._sides.meeting(first, count)
+        for row in strays:
+            self._put(row, self._views(row), side)
+            self._sides[row] = side
+        binding = self._range_bindings(first, count)[side]
         tokens = {INPUT_IDS: input_ids, PAST_LENGTH: past_length, NEW_LENGTH: new_length}
         for name, array in tokens.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -218,22 +239,38 @@ class OrtBackend(Backend):
             decode = input_ids.shape[1] == 1
             self._session.run_with_iobinding(binding, self._shrink_arena if decode and self._scratch else None)
             self._scratch = not decode
-        except Exception as error:  # the state from before the step is intact: the sets were not swapped
+        except Exception as error:  # the state from before the step is intact: the rows stay in their set
             raise BackendError(f"ONNX Runtime failed: {_reason(error)}") from error
-        self._current = 1 - self._current
+        self._sides.flip(first, count)
         return logits
 
     def _read_row(self, row: int) -> State:
-        return {n: np.array(self._host(n)[row]) for n in self._values[self._current]}
+        return {n: np.array(x) for n, x in self._views(row).items()}
 
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
-        for name, value in self._values[self._current].items():
-            array = self._host(name)
+        self._put(row, tensors, self._sides[row])
+
+    def _copy_row(self, source: int, target: int) -> None:
+        self._put(target, self._views(source), self._sides[source])
+        self._sides[target] = self._sides[source]
+
+    def _reset_row(self, row: int) -> None:
+        self._put(row, {s.past.name: np.asarray(s.field.empty) for s in self.contract.state()}, self._sides[row])
+
+    def _views(self, row: int) -> State:
+        """The tensors of ``row``, on a CPU without copying them."""
+        side = self._sides[row]
+        return {n: self._host(n, side)[row] for n in self._values[side]}
+
+    def _put(self, row: int, tensors: Mapping[str, Array], side: int) -> None:
+        """Overwrite the tensors of ``row`` in set ``side``."""
+        for name, value in self._values[side].items():
+            array = self._host(name, side)
             array[row] = tensors[name]
             if self._device != "cpu":
                 value.update_inplace(array)
 
-    def _host(self, name: str) -> Array:
-        """A tensor of the current state: the tensor itself on a CPU, a copy elsewhere."""
-        array: Array = self._values[self._current][name].numpy()
+    def _host(self, name: str, side: int) -> Array:
+        """A tensor of set ``side``: the tensor itself on a CPU, a copy elsewhere."""
+        array: Array = self._values[side][name].numpy()
         return array

@@ -1,9 +1,9 @@
-"""Choose a token from logits: greedy, or with temperature, top-k and top-p as in Hugging Face."""
+"""Choose a token from logits: greedy, or with temperature, top-k, top-p and min-p as in Hugging Face."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,13 +12,23 @@ import numpy.typing as npt
 
 from ..errors import BackendError, UsageError, one_line
 
+#: Most alternatives that ``logprobs`` reports.
+MAX_LOGPROBS = 100
+#: Thresholds, each a sixteenth of the one before, that are tried to separate the nucleus from a long tail.
+_THRESHOLDS = 6
+#: Blocks whose maxima bound the top-k tokens from below.
+_BLOCKS = 512
+
+#: One of ``SamplingParams.processors``.
+LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], npt.NDArray[np.float32] | None]
+
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens and when to stop.
 
     Args:
-        temperature: 0 is greedy (the lowest id among equal highest logits), and ignores top_k and top_p.
+        temperature: 0 is greedy (the lowest id among equal highest logits), and ignores top_k, top_p and min_p.
         top_k: sample from the k most likely tokens; 0 means all.
         top_p: sample from the smallest set of most likely tokens whose probabilities sum to top_p; 1 means all.
         seed: the same seed, prompt and index in the list of prompts give the same tokens; None is random.
@@ -26,6 +36,20 @@ class SamplingParams:
         stop: strings that end a text, which then stops before them; may be a single string. Special tokens
             count with their own text here, though texts leave them out.
         ignore_eos: continue past the model's end-of-sequence tokens.
+        min_p: of what top_k and top_p leave, drop tokens less likely than min_p times the most likely one; 0 is off.
+        repetition_penalty: divides positive logits of tokens of the prompt and the text so far by this, and multiplies
+            negative ones; 1 is off.
+        presence_penalty: subtracted from the logits of tokens of the text so far.
+        frequency_penalty: subtracted from the logits of tokens of the text so far, once for each time they occur.
+        logit_bias: added to the logits of these token ids.
+        stop_token_ids: tokens that end a text, which leaves them out; not affected by ignore_eos.
+        logprobs: report the log probability of every token, and those of this many most likely ones (0 or more), by
+            the model's own distribution: before temperature, penalties, bias and processors. None is off.
+        processors: functions ``processor(token_ids, logits)``, called in this order before every token, after penalties
+            and bias, with the new tokens so far and the logits [V] f32 of the next one. They change these in place
+            (-inf forbids a token) or return others.
+
+    Penalties, bias and processors come before the temperature, also where that is 0.
 
     Raises:
         UsageError: a value out of range.
@@ -38,6 +62,14 @@ class SamplingParams:
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
 
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
@@ -61,6 +93,9 @@ class SamplingParams:
         def is_number(value: object) -> bool:
             return is_integer(value) or (isinstance(value, float | np.floating) and math.isfinite(value))
 
+        def is_shift(value: Any) -> bool:  # of a logit: float32 holds the result
+            return is_number(value) and abs(value) <= 1e30
+
         require(
             is_number(self.temperature) and self.temperature >= 0,
             f"temperature must be 0 (greedy) or more, not {shown(self.temperature)}",
@@ -83,6 +118,35 @@ class SamplingParams:
             isinstance(self.ignore_eos, bool | np.bool_),
             f"ignore_eos must be True or False, not {shown(self.ignore_eos)}",
         )
+        require(is_number(self.min_p) and 0 <= self.min_p <= 1, f"min_p must lie in [0, 1], not {shown(self.min_p)}")
+        require(
+            is_number(self.repetition_penalty) and 0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty must lie in 0.01..100 (1 is off), not {shown(self.repetition_penalty)}",
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(is_shift(value), f"{name} must be a number (0 is off), not {shown(value)}")
+        bias: Any = self.logit_bias
+        require(
+            bias is None or (isinstance(bias, Mapping) and all(is_integer(i) and is_shift(b) for i, b in bias.items())),
+            "logit_bias must map token ids (whole numbers) to numbers",
+        )
+        stop_ids: Any = self.stop_token_ids
+        require(
+            isinstance(stop_ids, list | tuple | set | frozenset | np.ndarray) and all(map(is_integer, stop_ids)),
+            "stop_token_ids must be a list of token ids (whole numbers)",
+        )
+        object.__setattr__(self, "stop_token_ids", tuple(int(i) for i in stop_ids))
+        require(
+            self.logprobs is None or (is_integer(self.logprobs) and 0 <= self.logprobs <= MAX_LOGPROBS),
+            f"logprobs must be a whole number in 0..{MAX_LOGPROBS}, or None, not {shown(self.logprobs)}",
+        )
+        processors: Any = self.processors
+        require(
+            isinstance(processors, list | tuple) and all(map(callable, processors)),
+            "processors must be a list of functions of the new token ids and the logits",
+        )
+        object.__setattr__(self, "processors", tuple(processors))
 
     def with_overrides(self, **overrides: Any) -> SamplingParams:
         """A copy with some fields replaced; raises :class:`UsageError` for an unknown name."""
@@ -107,34 +171,63 @@ def sample(logits: npt.NDArray[np.float32], params: SamplingParams, rng: np.rand
         BackendError: the highest logit is NaN or infinite.
     """
     peak = logits.max()
-    if not np.isfinite(peak):
-        raise BackendError(f"the model produced {peak} logits: check its weights and its dtype")
+    require_finite(peak)
     if params.temperature == 0:
         return int(logits.argmax())
+    tokens = _top(logits, params.top_k) if 0 < params.top_k < len(logits) else None
+    chosen = logits if tokens is None else logits[tokens]
     with np.errstate(over="ignore"):
-        weight = np.exp((logits.astype(np.float64) - float(peak)) / params.temperature)
-    tokens = np.arange(len(weight))
-    if 0 < params.top_k < len(weight):
-        threshold = np.partition(weight, -params.top_k)[-params.top_k]
-        tokens = _by_weight(weight, np.flatnonzero(weight >= threshold))[: params.top_k]
+        weight = np.exp((chosen.astype(np.float64) - float(peak)) / params.temperature)
+    if tokens is not None:
+        order = np.argsort(-weight, kind="stable")[: params.top_k]
+        tokens, weight = tokens[order], weight[order]
     if params.top_p < 1:
-        tokens = _nucleus(weight, tokens, params.top_p)
-    cumulative = np.cumsum(weight[tokens])
+        places = _nucleus(weight, params.top_p)
+        tokens, weight = places if tokens is None else tokens[places], weight[places]
+    if params.min_p > 0:
+        places = np.flatnonzero(weight >= params.min_p * weight.max())
+        tokens, weight = places if tokens is None else tokens[places], weight[places]
+    cumulative = np.cumsum(weight)
     # random() is at most 1 - 2^-53, so the product is below the total: the chosen token always has weight.
-    return int(tokens[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+    place = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+    return place if tokens is None else int(tokens[place])
 
 
-def _nucleus(weight: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64], top_p: float) -> npt.NDArray[np.int64]:
-    """The smallest set of ``tokens``, heaviest first, whose share of the total is at least ``top_p``."""
-    total = weight[tokens].sum()
-    # All tokens lighter than this together weigh less than 1 - top_p, so none of them is in the nucleus.
-    # This avoids sorting a whole vocabulary (262,144 for Gemma).
-    tokens = tokens[weight[tokens] >= total * (1 - top_p) / len(tokens)]
-    tokens = _by_weight(weight, tokens)
-    cumulative = np.cumsum(weight[tokens])
-    return tokens[: int(np.searchsorted(cumulative, top_p * total, side="left")) + 1]
+def require_finite(peak: np.floating) -> None:
+    """Raise :class:`BackendError` unless the highest logit is a number."""
+    if not np.isfinite(peak):
+        raise BackendError(f"the model produced {peak} logits: check its weights and its dtype")
 
 
-def _by_weight(weight: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """``tokens``, heaviest first; equal ones keep their order."""
-    return tokens[np.argsort(-weight[tokens], kind="stable")]
+def _top(logits: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
+    """Tokens in order of their ids among which are the ``count`` most likely ones; few others, unless logits are equal.
+
+    The logits of as many blocks as ``count`` reach the ``count``-th highest maximum of a block, and so do those of at
+    least ``count`` tokens. This avoids partitioning a whole vocabulary (262,144 for Gemma).
+    """
+    size = -(-len(logits) // _BLOCKS)
+    if count <= len(logits) // size // 4:
+        maxima = np.maximum.reduceat(logits, np.arange(0, len(logits), size))
+        threshold = np.partition(maxima, -count)[-count]
+    else:
+        threshold = np.partition(logits, -count)[-count]
+    return np.flatnonzero(logits >= threshold)
+
+
+def _nucleus(weight: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
+    """Places of the smallest set, heaviest first, whose share of the total is at least ``top_p``."""
+    total = weight.sum()
+    wanted = top_p * total
+    # Either of two sets contains the nucleus and avoids sorting a whole vocabulary: the tokens above a threshold, if
+    # their weights reach the share; or those that are not so light that together they weigh less than 1 - top_p.
+    threshold = float(weight.max())
+    for _ in range(_THRESHOLDS):
+        threshold /= 16
+        heavy = np.flatnonzero(weight >= threshold)
+        if weight[heavy].sum() >= wanted * (1 + 1e-9):
+            break
+    else:
+        heavy = np.flatnonzero(weight >= total * (1 - top_p) / len(weight))
+    places = heavy[np.argsort(-weight[heavy], kind="stable")]
+    cumulative = np.cumsum(weight[places])
+    return places[: int(np.searchsorted(cumulative, wanted, side="left")) + 1]

@@ -63,11 +63,21 @@ class ModelBackend(Backend):
         self._state = []
 
     def _step(
-        self, input_ids: npt.NDArray[np.int64], past_length: npt.NDArray[np.int32], new_length: npt.NDArray[np.int32]
+        self,
+        input_ids: npt.NDArray[np.int64],
+        past_length: npt.NDArray[np.int32],
+        new_length: npt.NDArray[np.int32],
+        first: int,
     ) -> npt.NDArray[np.float32]:
         tokens = [torch.from_numpy(x).to(self._device) for x in (input_ids, past_length, new_length)]
+        rows = slice(first, first + len(input_ids))
         with torch.inference_mode():
-            logits, *self._state = self._decoder(*tokens, self._state)
+            logits, *present = self._decoder(*tokens, [x[rows] for x in self._state])
+            if len(input_ids) == self.batch:
+                self._state = present
+            else:
+                for past, new in zip(self._state, present, strict=True):
+                    past[rows] = new
         return np.asarray(logits.cpu().numpy())
 
     def _read_row(self, row: int) -> State:
@@ -78,6 +88,16 @@ class ModelBackend(Backend):
         with torch.inference_mode():
             for spec, x in zip(self.contract.state(), self._state, strict=True):
                 x[row] = torch.from_numpy(np.ascontiguousarray(tensors[spec.past.name])).to(self._device)
+
+    def _copy_row(self, source: int, target: int) -> None:
+        with torch.inference_mode():
+            for x in self._state:
+                x[target] = x[source]
+
+    def _reset_row(self, row: int) -> None:
+        with torch.inference_mode():
+            for spec, x in zip(self.contract.state(), self._state, strict=True):
+                x[row] = spec.field.empty
 
 
 class TorchBackend(ModelBackend):

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract
+from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract, StateTensor
 from ..dtypes import from_tensorrt, item_bytes, numpy_dtype
 from ..errors import BackendError, EngineError, install_hint
 from ..tensorrt import plugin as plugins
@@ -27,12 +27,15 @@ from ..tensorrt.engine import Flavour, check_tensors, flavour, profiles
 from ..tensorrt.log import log_of
 from ..tensorrt.trust import PluginFacts
 from .backend import Array, Backend, State, empty
+from .row_sides import RowSides
 
 #: First bytes of a plan, and the flavour that writes them.
 _MAGIC = {b"ftrt": "tensorrt", b"vtrt": "tensorrt_rtx"}
 #: magic, unused, total bytes, major, minor, patch, build. NVIDIA documents the position of the version in TensorRT
 #: issue 3073; the size is where TensorRT-RTX 1.7.1 writes it (not used for the other flavour).
 _HEADER = struct.Struct("<4s12xQ4B")
+#: Bytes that addresses of tensors must be a multiple of (NvInferRuntime.h, ``setTensorAddress``).
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,11 @@ class _Device:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call("cudaMemcpyAsync", data.ctypes.data, address, data.nbytes, kind, self.stream)
 
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy device memory, in stream order."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call("cudaMemcpyAsync", target, source, nbytes, kind, self.stream)
+
     def wait(self) -> None:
         """Wait until everything in the stream has finished."""
         self.call("cudaStreamSynchronize", self.stream)
@@ -232,8 +240,9 @@ class TrtBackend(Backend):
     """An ``engine.plan`` on the first GPU.
 
     One execution context per profile (decode, prefill). The state stays on the device: in one buffer where
-    the engine aliases an output to its input (the plugin does), otherwise in two that swap roles after every
-    step. If a step fails on the GPU, aliased state is undefined: :meth:`open` again.
+    the engine aliases an output to its input (the plugin does), otherwise in two, and a row is in one or the other.
+    A range of rows is bound by its address, or staged in aligned memory where TensorRT cannot take that address.
+    If a step fails on the GPU, aliased state of its rows is undefined: write, reset or copy over them.
     """
 
     name = "trt"
@@ -255,10 +264,12 @@ class TrtBackend(Backend):
         self._in_place = self._aliases()
         self._contexts = [self._context(index) for index in range(len(self._profiles))]
         self._shaped: list[tuple[int, int] | None] = [None] * len(self._profiles)
-        #: Addresses of the token inputs and logits, of the state, and of the state that the next step writes.
+        #: Addresses of the token inputs and logits, of the state (two sets, which share what is updated in place),
+        #: and of aligned copies of rows (one for past, one for present).
         self._fixed: dict[str, int] = {}
-        self._past: dict[str, int] = {}
-        self._present: dict[str, int] = {}
+        self._sets: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._staged: dict[str, tuple[int, int]] = {}
+        self._sides = RowSides(0)
 
     def _aliases(self) -> set[str]:
         """Past names of the state tensors that the engine updates in place."""
@@ -297,34 +308,45 @@ class TrtBackend(Backend):
             self._fixed[spec.name] = self._device.allocate(size)
         for tensor in self.contract.state():
             name, size = tensor.past.name, batch * tensor.row_bytes
-            self._past[name] = self._device.allocate(size)
-            self._present[name] = self._past[name] if name in self._in_place else self._device.allocate(size)
-            self._device.upload(self._past[name], empty(tensor, batch))
+            past = self._device.allocate(size)
+            self._sets[0][name] = past
+            self._sets[1][name] = past if name in self._in_place else self._device.allocate(size)
+            self._device.upload(past, empty(tensor, batch))
             self._device.wait()
+        self._sides = RowSides(batch)
 
     def _close(self) -> None:
         self._device.release()
-        self._fixed, self._past, self._present = {}, {}, {}
+        self._fixed, self._sets, self._staged = {}, ({}, {}), {}
 
     def _step(
-        self, input_ids: npt.NDArray[np.int64], past_length: npt.NDArray[np.int32], new_length: npt.NDArray[np.int32]
+        self,
+        input_ids: npt.NDArray[np.int64],
+        past_length: npt.NDArray[np.int32],
+        new_length: npt.NDArray[np.int32],
+        first: int,
     ) -> npt.NDArray[np.float32]:
         batch, chunk = input_ids.shape
         profile = 0 if chunk == 1 else 1
         context = self._contexts[profile]
+        side, strays = self._sides.meeting(first, batch)
+        for row in strays:
+            self._move(row, row, side)
         with self._log.listening():
             for name, data in ((INPUT_IDS, input_ids), (PAST_LENGTH, past_length), (NEW_LENGTH, new_length)):
                 self._device.upload(self._fixed[name], np.ascontiguousarray(data))
             if self._shaped[profile] != (batch, chunk):
                 self._shape(context, batch, chunk)
                 self._shaped[profile] = (batch, chunk)
-            self._bind(context)
+            copies = self._bind(context, side, first, batch)
             if not context.execute_async_v3(int(self._device.stream)):
                 raise BackendError(f"{self._plan.flavour.label} cannot run this step: {self._log.reason()}")
+            for target, source, size in copies:
+                self._device.copy(target, source, size)
             logits = np.empty(self.contract.logits_spec().sized(batch, chunk), np.float32)
             self._device.download(self._fixed[LOGITS], logits)
             self._device.wait()
-        self._past, self._present = self._present, self._past
+        self._sides.flip(first, batch)
         return logits
 
     def _shape(self, context: Any, batch: int, chunk: int) -> None:
@@ -339,18 +361,52 @@ class TrtBackend(Backend):
                     f"the plan returns {spec.name} {shape}, not {spec.sized(batch, chunk)}: build it again"
                 )
 
-    def _bind(self, context: Any) -> None:
+    def _bind(self, context: Any, side: int, first: int, count: int) -> list[tuple[int, int, int]]:
+        """Bind ``count`` rows of set ``side`` from row ``first``; return the copies that must follow the step."""
         for name, address in self._fixed.items():
             context.set_tensor_address(name, address)
+        copies = []
         for tensor in self.contract.state():
-            context.set_tensor_address(tensor.past.name, self._past[tensor.past.name])
-            context.set_tensor_address(tensor.present.name, self._present[tensor.past.name])
+            name, offset, size = tensor.past.name, first * tensor.row_bytes, count * tensor.row_bytes
+            past, present = self._sets[side][name] + offset, self._sets[1 - side][name] + offset
+            if offset % _ALIGNMENT:
+                aligned_past, aligned_present = self._stage(tensor)
+                self._device.copy(aligned_past, past, size)
+                copies.append((present, aligned_present, size))
+                past, present = aligned_past, aligned_present
+            context.set_tensor_address(name, past)
+            context.set_tensor_address(tensor.present.name, present)
+        return copies
+
+    def _stage(self, tensor: StateTensor) -> tuple[int, int]:
+        """Addresses of aligned memory for any rows of ``tensor``: for past and for present."""
+        name, size = tensor.past.name, self.batch * tensor.row_bytes
+        if name not in self._staged:
+            past = self._device.allocate(size)
+            self._staged[name] = (past, past if name in self._in_place else self._device.allocate(size))
+        return self._staged[name]
+
+    def _address(self, tensor: StateTensor, row: int, side: int) -> int:
+        return self._sets[side][tensor.past.name] + row * tensor.row_bytes
+
+    def _move(self, source: int, target: int, side: int) -> None:
+        """Copy the state of row ``source`` to row ``target`` in set ``side``."""
+        for tensor in self.contract.state():
+            begin = self._address(tensor, source, self._sides[source])
+            end = self._address(tensor, target, side)
+            if begin != end:
+                self._device.copy(end, begin, tensor.row_bytes)
+        self._sides[target] = side
+
+    def _copy_row(self, source: int, target: int) -> None:
+        self._move(source, target, self._sides[source])
+        self._device.wait()
 
     def _read_row(self, row: int) -> State:
         state: State = {}
         for tensor in self.contract.state():
             data = np.empty(tensor.row_shape, numpy_dtype(tensor.dtype))
-            self._device.download(self._past[tensor.past.name] + row * tensor.row_bytes, data)
+            self._device.download(self._address(tensor, row, self._sides[row]), data)
             state[tensor.past.name] = data
         self._device.wait()
         return state
@@ -358,5 +414,5 @@ class TrtBackend(Backend):
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
         for tensor in self.contract.state():
             data = np.ascontiguousarray(tensors[tensor.past.name])
-            self._device.upload(self._past[tensor.past.name] + row * tensor.row_bytes, data)
+            self._device.upload(self._address(tensor, row, self._sides[row]), data)
         self._device.wait()

@@ -1,0 +1,306 @@
+"""Continuous batching: sequences come and go between steps over the rows of one backend.
+
+The sequences that decode have rows 0 to n - 1, so that a decode step runs exactly these; a row that becomes free
+is filled by the last of them. Beside them, one sequence at a time is prefilled, in pieces of ``piece`` tokens whatever
+else runs, because what a row evicts depends on how its prompt was cut. Pieces alternate with decode steps, so that
+nobody waits for longer than one piece and one step. Sequences with the same prompt that follow one another are
+prefilled once, and their rows copied.
+
+A scheduler starts no thread, reads no clock but for its figures, and does the same at the same calls.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import UsageError
+from .backend import Backend
+from .sampler import choose_all
+from .sequence import Sequence, Token
+
+
+@dataclass
+class Timing:
+    """Seconds and tokens of a run over all rows, without the time that the consumer of a stream takes.
+
+    Prefill produces the first token of a row; decode counts the others.
+    """
+
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second; 0 before the first."""
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second; 0 before the first."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Event:
+    """A new token of a sequence, or the error that ended it.
+
+    The last event of a sequence has an error, or a token with a finish reason; its row is free by then.
+    """
+
+    sequence: Sequence
+    token: Token | None = None
+    error: Exception | None = None
+
+
+class Scheduler:
+    """Runs sequences over the rows of ``backend``.
+
+    Args:
+        backend: nothing else may use its rows meanwhile; opened by :meth:`open` or the first step.
+        rows: most sequences that run at a time; default all that the artifact takes.
+        piece: tokens of a prompt that are fed at a time; default and at most the artifact's chunk.
+
+    ``timing`` adds up over the scheduler's life.
+
+    Raises:
+        UsageError: ``rows`` or ``piece`` out of range.
+    """
+
+    def __init__(self, backend: Backend, *, rows: int | None = None, piece: int | None = None) -> None:
+        contract = backend.contract
+        self.backend = backend
+        self.rows = contract.max_batch if rows is None else rows
+        self.piece = contract.chunk if piece is None else piece
+        if not 1 <= self.rows <= contract.max_batch:
+            raise UsageError(
+                f"this artifact takes 1 to {contract.max_batch} rows (--max-batch at export), not {self.rows}"
+            )
+        if not 1 <= self.piece <= contract.chunk:
+            raise UsageError(
+                f"this artifact takes prompts in pieces of 1 to {contract.chunk} tokens (--chunk at export), "
+                f"not {self.piece}"
+            )
+        self.timing = Timing()
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: Sequence | None = None
+        self._decoding: list[Sequence] = []  # by row
+        self._held: dict[Sequence, Token] = {}  # last tokens of sequences that are fed once more for their state
+        self._revision: int | None = None
+
+    # ------------------------------------------------------------ public
+
+    @property
+    def waiting(self) -> int:
+        """Sequences without a row."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sequences with a row."""
+        return len(self._decoding) + (self._prefilling is not None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.waiting or self.running)
+
+    def open(self) -> None:
+        """Open the backend's rows, if this was not done."""
+        if self._revision is None:
+            self.backend.open(self.rows)
+            self._revision = self.backend.revision
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence; it gets a row in the order of submission."""
+        self._waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> bool:
+        """End a sequence without further events, and free its row at once; False if it is not here (any more)."""
+        if sequence in self._waiting:
+            self._waiting.remove(sequence)
+        elif sequence is self._prefilling:
+            self._prefilling = None
+        elif sequence in self._decoding:
+            self._undisturbed()
+            self._release([sequence])
+            self._revision = self.backend.revision
+        else:
+            return False
+        sequence.row = None
+        return True
+
+    def step(self) -> list[Event]:
+        """Feed at most one piece of a prompt, then decode one token of every sequence whose prompt was fed.
+
+        What fails ends the sequences that it touches, with an error event each, and no others.
+
+        Raises:
+            UsageError: something else has used the backend's rows.
+        """
+        self._undisturbed()
+        try:
+            return self._advance()
+        finally:
+            self._revision = self.backend.revision
+
+    # ------------------------------------------------------------ a step
+
+    def _undisturbed(self) -> None:
+        if self._revision is not None and self.backend.revision != self._revision:
+            raise UsageError("another run has started on this backend: finish a stream before the next")
+
+    def _advance(self) -> list[Event]:
+        self.open()
+        events = self._admit()
+        if self._prefilling is not None:
+            events += self._prefill(self._prefilling)
+        if self._decoding:
+            events += self._decode()
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Give the next sequence the row behind those that decode, if nothing else is prefilled."""
+        while self._waiting and self._prefilling is None and len(self._decoding) < self.rows:
+            sequence = self._waiting.popleft()
+            sequence.row = len(self._decoding)
+            try:
+                if sequence.prefix is None:
+                    self.backend.reset_rows([sequence.row])
+                else:
+                    self.backend.write_row(sequence.row, sequence.prefix)
+            except Exception as error:  # a state that does not fit
+                sequence.row = None
+                return [Event(sequence, error=error)]
+            self._prefilling = sequence
+        return []
+
+    def _prefill(self, sequence: Sequence) -> list[Event]:
+        """Feed the next piece; the last one gives the first token and joins the row to those that decode."""
+        piece, row = sequence.prompt[sequence.fed : sequence.fed + self.piece], sequence.row
+        assert row is not None
+        begin = time.perf_counter()
+        try:
+            logits = feed(self.backend, [piece], slice(row, row + 1))
+        except Exception as error:
+            self._prefilling, sequence.row = None, None
+            return [Event(sequence, error=error)]
+        finally:
+            self.timing.prefill_seconds += time.perf_counter() - begin
+        sequence.fed += len(piece)
+        self.timing.prefill_tokens += len(piece)
+        if sequence.fed < len(sequence.prompt):
+            return []
+        self._prefilling = None
+        joining = [sequence, *self._twins(sequence)]
+        for place, twin in enumerate(joining, len(self._decoding)):
+            if place != row:
+                self.backend.copy_row(row, place)
+            twin.row = place
+        self._decoding += joining
+        return self._settle(accept(joining, np.repeat(logits, len(joining), 0)))
+
+    def _twins(self, sequence: Sequence) -> list[Sequence]:
+        """Take the next sequences that wait and begin with the same tokens, as many as there are rows for."""
+        twins: list[Sequence] = []
+        while self._waiting and len(self._decoding) + 1 + len(twins) < self.rows:
+            other = self._waiting[0]
+            if other.prefix is not sequence.prefix or other.prompt != sequence.prompt:
+                break
+            other.fed = sequence.fed
+            twins.append(self._waiting.popleft())
+        return twins
+
+    def _decode(self) -> list[Event]:
+        begin = time.perf_counter()
+        sequences = list(self._decoding)
+        ids = [[s.token_ids[-1]] for s in sequences]
+        try:
+            logits = feed(self.backend, ids, slice(0, len(ids)))
+        except Exception as error:
+            self._held.clear()
+            self._decoding.clear()
+            for sequence in sequences:
+                sequence.row = None
+            return [Event(s, error=error) for s in sequences]
+        active = [i for i, s in enumerate(sequences) if s not in self._held]
+        wanted = logits if len(active) == len(sequences) else logits[active]
+        events = [Event(s, token) for s, token in self._held.items()]
+        events += accept([sequences[i] for i in active], wanted)
+        self.timing.decode_seconds += time.perf_counter() - begin
+        self.timing.decode_tokens += sum(e.token is not None for e in events[len(self._held) :])
+        return self._settle(events)
+
+    def _settle(self, events: list[Event]) -> list[Event]:
+        """Free the rows of sequences that have ended; those whose state lacks their last token run once more."""
+        settled = []
+        for event in events:
+            sequence, token = event.sequence, event.token
+            unseen = sequence.keep_state and sequence not in self._held
+            if unseen and token is not None and token.finish_reason == "length":
+                self._held[sequence] = token
+            else:
+                settled.append(event)
+        ended = [e.sequence for e in settled if e.error is not None or not e.sequence.active]
+        for sequence in ended:
+            if sequence.keep_state and not sequence.active and sequence.row is not None:
+                sequence.state = self.backend.read_row(sequence.row)
+        self._release(ended)
+        return settled
+
+    def _release(self, sequences: Iterable[Sequence]) -> None:
+        """Free rows of decoding sequences; the last ones fill the gaps."""
+        for sequence in sorted(sequences, key=lambda s: s.row or 0, reverse=True):
+            row = sequence.row
+            assert row is not None
+            last = self._decoding.pop()
+            if last is not sequence:
+                self.backend.copy_row(len(self._decoding), row)
+                self._decoding[row], last.row = last, row
+            sequence.row = None
+            self._held.pop(sequence, None)
+
+
+# ------------------------------------------------------------------ steps over pieces
+
+
+def feed(backend: Backend, pieces: Ordered[Ordered[int]], rows: slice | None = None) -> npt.NDArray[np.float32]:
+    """Feed a piece to each of ``rows``, default all; a row whose piece is empty is parked.
+
+    Returns:
+        logits [B, V] f32 after the last token of each piece; those of a parked row are meaningless.
+    """
+    contract, new = backend.contract, [len(p) for p in pieces]
+    width = max(new)
+    if backend.fixed_chunk and width > 1:
+        width = contract.chunk
+    ids = np.zeros((len(pieces), width), np.int64)
+    for row, piece in enumerate(pieces):
+        ids[row, : len(piece)] = piece
+    logits = backend.step(ids, np.array(new), rows)
+    if contract.logits == "last":
+        return logits[:, 0]
+    return logits[np.arange(len(pieces)), np.maximum(new, 1) - 1]
+
+
+def accept(sequences: Ordered[Sequence], logits: npt.NDArray[np.float32]) -> list[Event]:
+    """Choose the next token of every sequence by its logits [B, V]."""
+    choices = choose_all(logits, [s.sampler for s in sequences], [s.token_ids for s in sequences])
+    events = []
+    for sequence, choice in zip(sequences, choices, strict=True):
+        if isinstance(choice, Exception):
+            events.append(Event(sequence, error=choice))
+            continue
+        try:
+            events.append(Event(sequence, sequence.accept(choice)))
+        except Exception as error:  # text that the tokenizer cannot decode
+            events.append(Event(sequence, error=error))
+    return events

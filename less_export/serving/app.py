@@ -1,0 +1,357 @@
+"""The routes: OpenAI's models, completions and chats, and what runs beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from .._version import __version__
+from ..errors import LessExportError, UsageError, one_line
+from ..runtime.backend import RowState
+from ..runtime.engine import Engine, QueueFullError, StoppedError
+from ..runtime.sequence import Sequence
+from ..runtime.tokenizer import Tokenizer
+from .calls import Call, ClientGoneError
+from .conversations import continuation
+from .gate import Gate
+from .metrics import CONTENT_TYPE, Metrics
+from .options import RETRY_SECONDS, ServerOptions
+from .replies import ChatReply, Reply, error_body, server_sent
+from .schemas import (
+    COMPLETION_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Request,
+    TokenizeRequest,
+)
+from .sessions import BusySessionError, NoSuchSessionError, SessionStore
+
+_LOG = logging.getLogger(__name__)
+#: Statuses, kinds and codes of errors; the first that fits.
+_ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
+    (QueueFullError, 429, "rate_limit_error", "queue_full"),
+    (StoppedError, 503, "server_error", "stopping"),
+    (NoSuchSessionError, 404, "invalid_request_error", "session_not_found"),
+    (BusySessionError, 409, "invalid_request_error", "session_busy"),
+    (TimeoutError, 504, "timeout", None),
+    (UsageError, 400, "invalid_request_error", None),
+    (Exception, 500, "server_error", None),
+)
+
+
+def build_app(engine: Engine, options: ServerOptions, log: Callable[[str], None] = lambda line: None) -> FastAPI:
+    """The application over a running engine; ``log`` takes lines about requests."""
+    sessions = None
+    if options.state_dir is not None:
+        sessions = SessionStore(options.state_dir, options.state_limit, engine.check_state)
+    service = _Service(engine, options, sessions, Metrics(engine), log)
+    app = FastAPI(title="less-export", version=__version__, docs_url=None, redoc_url=None)
+    for path, method, route in service.routes():
+        app.add_api_route(path, route, methods=[method], response_model=None)
+    for error, handler in ((RequestValidationError, _invalid), (HTTPException, _http_error), (Exception, _failed)):
+        app.add_exception_handler(error, handler)
+    for kind in (LessExportError, TimeoutError):
+        app.add_exception_handler(kind, _failed)
+    paths = frozenset(path for path, _, _ in service.routes())
+    app.add_middleware(Gate, api_key=options.api_key, metrics=service.metrics, paths=paths, log=log)
+    if options.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+class _Service:
+    """The routes and what they share."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: ServerOptions,
+        sessions: SessionStore | None,
+        metrics: Metrics,
+        log: Callable[[str], None],
+    ) -> None:
+        self._engine, self._options, self._sessions, self.metrics, self._log = engine, options, sessions, metrics, log
+        self._started = int(time.time())
+
+    def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
+        return [
+            ("/v1/models", "GET", self.models),
+            ("/v1/completions", "POST", self.completions),
+            ("/v1/chat/completions", "POST", self.chat),
+            ("/health", "GET", self.health),
+            ("/metrics", "GET", self.figures),
+            ("/version", "GET", self.version),
+            ("/tokenize", "POST", self.tokenize),
+            ("/detokenize", "POST", self.detokenize),
+        ]
+
+    # ------------------------------------------------------------ completions
+
+    async def completions(self, body: CompletionRequest, http: HttpRequest) -> Response:
+        self._check_model(body.model)
+        count = body.max_tokens or min(COMPLETION_TOKENS, self._options.max_new_tokens)
+
+        def prepare(prefix: RowState | None) -> list[Sequence]:
+            prompts = body.prompts()
+            self._check_space(len(prompts) * body.n)
+            encoded = [self._encode(p, prefix) for p in prompts]
+            return self._sequences(encoded, body, count, body.logprobs, prefix)
+
+        return await self._answer(body, http, Reply, prepare)
+
+    async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
+        self._check_model(body.model)
+        count = body.max_completion_tokens or body.max_tokens or self._options.max_new_tokens
+        logprobs = (body.top_logprobs or 0) if body.logprobs else None
+
+        def prepare(prefix: RowState | None) -> list[Sequence]:
+            self._check_space(body.n)
+            prompt = self._render(body, prefix is not None)
+            return self._sequences([self._tokens(prompt, special=False)], body, count, logprobs, prefix)
+
+        return await self._answer(body, http, ChatReply, prepare)
+
+    async def _answer(
+        self,
+        body: Request,
+        http: HttpRequest,
+        kind: type[Reply],
+        prepare: Callable[[RowState | None], list[Sequence]],
+    ) -> Response:
+        """Run a request's sequences, and reply with all at the end or as they grow."""
+        async with contextlib.AsyncExitStack() as stack:
+            session, prefix = None, None
+            if body.session_id is not None:
+                if self._sessions is None:
+                    raise UsageError("this server keeps no sessions: start it with --state-dir")
+                session = stack.enter_context(self._sessions.claimed(body.session_id))
+                if session == body.session_id:
+                    prefix = await asyncio.to_thread(self._sessions.load, session)
+            sequences = await asyncio.to_thread(prepare, prefix)
+            if session is not None and len(sequences) != 1:
+                raise UsageError("a session takes one prompt with n = 1")
+            reply = kind(self._options.model_name, sequences, body.n, self._engine.tokenizer, session)
+            call = Call(self._engine, sequences, http.receive, self.metrics)
+            call.submit()
+            stack.callback(call.close)
+            run = _Run(call, reply, lambda: self._park(session, sequences), self._options.timeout)
+            if body.stream:
+                return _EventStream(run, body.wants_usage, stack.pop_all())
+            try:
+                return await run.whole()
+            except ClientGoneError:
+                return Response(status_code=499)
+            except Exception as error:
+                return _refusal(error)
+
+    async def _park(self, session: str | None, sequences: list[Sequence]) -> None:
+        """Save the state of a session, before the client hears of the end."""
+        state = sequences[0].state
+        if session is not None and self._sessions is not None and state is not None:
+            await asyncio.to_thread(self._sessions.save, session, state)
+
+    def _check_model(self, name: str | None) -> None:
+        if name not in (None, "", self._options.model_name):
+            body = error_body(
+                f"the model {one_line(name, 60)!r} does not exist: this server has {self._options.model_name!r}",
+                "invalid_request_error",
+                "model_not_found",
+                "model",
+            )
+            raise HTTPException(404, body)  # type: ignore[arg-type]
+
+    def _check_space(self, sequences: int) -> None:
+        space = self._engine.rows + self._engine.max_queue
+        if sequences > space:
+            raise UsageError(
+                f"{sequences} answers (prompts times n) are more than the {space} that this server takes at a time: "
+                "ask for them in several requests"
+            )
+
+    def _sequences(
+        self, prompts: list[list[int]], body: Request, count: int, logprobs: int | None, prefix: RowState | None
+    ) -> list[Sequence]:
+        longest, most = self._options.max_prompt_tokens, self._options.max_new_tokens
+        for ids in prompts:
+            if longest is not None and len(ids) > longest:
+                raise UsageError(f"the prompt has {len(ids)} tokens, and this server takes {longest}: shorten it")
+        if count > most:
+            raise UsageError(f"max_tokens is {count}, and this server generates up to {most}: ask for fewer")
+        params = body.sampling(count, logprobs)
+        keep = body.session_id is not None
+        return [
+            self._engine.sequence(ids, params, index=place * body.n + i, prefix=prefix, keep_state=keep)
+            for place, ids in enumerate(prompts)
+            for i in range(body.n)
+        ]
+
+    # ------------------------------------------------------------ text and tokens
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._engine.tokenizer is None:
+            raise UsageError("this model has no tokenizer: send token ids to /v1/completions")
+        return self._engine.tokenizer
+
+    def _encode(self, prompt: str | list[int], prefix: RowState | None) -> list[int]:
+        if isinstance(prompt, list):
+            return prompt
+        return self._tokens(prompt, special=prefix is None)
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
+        if self._options.log_prompts:
+            self._log(f"prompt: {text}")
+        return self._tokenizer.encode(text, special=special) if text else []
+
+    def _render(self, body: ChatRequest, continues: bool) -> str:
+        """The prompt of a conversation; of one that continues a session, only what follows the latest answer."""
+        messages, variables = body.plain_messages(), body.template_variables()
+        variables["add_generation_prompt"] = body.add_generation_prompt
+        if not continues:
+            return self._tokenizer.chat(messages, **variables)
+        return continuation(self._tokenizer, messages, variables)
+
+    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+        def tokens() -> list[int]:
+            if body.messages is None:
+                return self._tokenizer.encode(body.prompt or "", special=body.add_special_tokens)
+            chat = {"messages": body.messages, "add_generation_prompt": body.add_generation_prompt}
+            return self._tokenizer.encode(self._render(ChatRequest.model_validate(chat), False), special=False)
+
+        ids = await asyncio.to_thread(tokens)
+        return {"count": len(ids), "max_model_len": self._engine.backend.contract.token_limit(), "tokens": ids}
+
+    async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
+        highest = self._engine.backend.contract.vocab_size - 1
+        if any(not 0 <= i <= highest for i in body.tokens):
+            raise UsageError(f"token ids must lie in 0..{highest}")
+        return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens)}
+
+    # ------------------------------------------------------------ about the server
+
+    async def models(self) -> dict[str, Any]:
+        model = {"id": self._options.model_name, "object": "model", "created": self._started, "owned_by": "less-export"}
+        return {"object": "list", "data": [model]}
+
+    async def health(self) -> Response:
+        if self._engine.accepts:
+            return PlainTextResponse("ok")
+        return PlainTextResponse("stopping, or failed", 503)
+
+    async def figures(self) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def version(self) -> dict[str, str]:
+        return {"version": __version__}
+
+
+class _Run:
+    """A call and the reply that it fills; ``park`` runs before the last token is told."""
+
+    def __init__(self, call: Call, reply: Reply, park: Callable[[], Any], timeout: float) -> None:
+        self.reply, self.timeout = reply, timeout
+        self._call, self._park = call, park
+
+    async def whole(self) -> Response:
+        async with asyncio.timeout(self.timeout):
+            async for sequence, token in self._call.tokens():
+                self.reply.add(sequence, token)
+            await self._park()
+        return JSONResponse(self.reply.whole())
+
+    async def chunks(self, with_usage: bool) -> AsyncIterator[bytes]:
+        """The events of a stream; tokens whose text is not certain yet come with the next one."""
+        usage = {"usage": None} if with_usage else {}
+        for chunk in self.reply.opening():
+            yield server_sent({**chunk, **usage})
+        async for sequence, token in self._call.tokens():
+            index = self.reply.add(sequence, token)
+            if token.finish_reason is not None:
+                await self._park()
+            if token.text or token.finish_reason is not None or token.logprobs is not None:
+                yield server_sent({**self.reply.chunk(index, token), **usage})
+        if with_usage:
+            yield server_sent(self.reply.closing())
+        yield server_sent(b"[DONE]")
+
+
+class _EventStream(Response):
+    """Server-sent events of a run, within its time, which a client that does not read cannot prolong."""
+
+    def __init__(self, run: _Run, with_usage: bool, stack: contextlib.AsyncExitStack) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._run, self._with_usage, self._stack = run, with_usage, stack
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def event(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        async with self._stack:
+            try:
+                async with asyncio.timeout(self._run.timeout):
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    async for chunk in self._run.chunks(self._with_usage):
+                        await event(chunk)
+                    await event(b"", more=False)
+            except (ClientGoneError, OSError) as error:
+                if not isinstance(error, TimeoutError):
+                    return
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await event(server_sent(bytes(_refusal(error).body)))
+                        await event(b"", more=False)
+            except Exception as error:  # the status is out: the stream says what happened
+                await event(server_sent(bytes(_refusal(error).body)))
+                await event(b"", more=False)
+
+
+# ------------------------------------------------------------------ errors
+
+
+def _body_of(error: Exception) -> dict[str, Any]:
+    _, _, kind, code = next(e for e in _ERRORS if isinstance(error, e[0]))
+    if isinstance(error, TimeoutError):
+        return error_body("the request took longer than this server allows (--timeout): ask for less", kind, code)
+    # Errors that are not ours may name anything: files, other requests.
+    return error_body(str(error) if isinstance(error, LessExportError) else "internal error", kind, code)
+
+
+async def _failed(_: HttpRequest, error: Exception) -> Response:
+    return _refusal(error)
+
+
+def _refusal(error: Exception) -> JSONResponse:
+    """The reply to a request that was refused or failed; what is not the client's fault is logged."""
+    status = next(e[1] for e in _ERRORS if isinstance(error, e[0]))
+    if status == 500:
+        _LOG.error("a request failed: %s", one_line(repr(error)))
+    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
+    return JSONResponse(_body_of(error), status, headers)
+
+
+async def _invalid(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = ".".join(str(x) for x in first["loc"] if x != "body")
+    message = f"{place}: {first['msg']}" if place else first["msg"]
+    return JSONResponse(error_body(one_line(message), "invalid_request_error", None, place or None), 400)
+
+
+async def _http_error(_: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    detail: Any = error.detail
+    body = detail if isinstance(detail, dict) else error_body(str(detail).lower(), "invalid_request_error")
+    return JSONResponse(body, error.status_code, error.headers)

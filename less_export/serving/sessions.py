@@ -1,0 +1,115 @@
+"""Conversations whose state is parked in a folder between requests."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..errors import BackendError, UsageError
+from ..runtime.backend import RowState
+
+_LOG = logging.getLogger(__name__)
+_ID = re.compile(r"[0-9a-f]{32}")
+#: What a request names to begin a session.
+NEW = "new"
+
+
+class NoSuchSessionError(UsageError):
+    """The session is unknown, was dropped to make space, or belongs to another model."""
+
+
+class BusySessionError(UsageError):
+    """Another request of the session has not ended."""
+
+
+class SessionStore:
+    """States by ids that this class makes, one file each in ``folder``, the oldest dropped beyond ``limit`` bytes.
+
+    A state is written whole or not at all, so a server that is killed loses nothing that was parked. Several servers
+    may share a folder. ``check`` raises :class:`BackendError` for a state of another model.
+
+    Raises:
+        UsageError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path, limit: int, check: Callable[[RowState], None]) -> None:
+        self._folder, self._limit, self._check = folder, limit, check
+        self._busy: set[str] = set()
+        self._lock = threading.Lock()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+
+    @contextlib.contextmanager
+    def claimed(self, name: str) -> Iterator[str]:
+        """The id of a session, for one request at a time; ``new`` makes an id.
+
+        Raises:
+            NoSuchSessionError: not an id of this class. BusySessionError: another request has it.
+        """
+        session = secrets.token_hex(16) if name == NEW else name
+        if not _ID.fullmatch(session):
+            raise NoSuchSessionError("no such session: begin one with the session_id 'new'")
+        with self._lock:
+            if session in self._busy:
+                raise BusySessionError("another request of this session has not ended: wait for it")
+            self._busy.add(session)
+        try:
+            yield session
+        finally:
+            with self._lock:
+                self._busy.discard(session)
+
+    def load(self, session: str) -> RowState:
+        """The state of a session.
+
+        Raises:
+            NoSuchSessionError: there is none, it cannot be read, or it belongs to another model.
+        """
+        try:
+            state = RowState.load(self._path(session))
+            self._check(state)
+            return state
+        except BackendError:  # its message names a path
+            raise NoSuchSessionError(
+                "no such session of this model: it may have been dropped to make space; begin one with session_id 'new'"
+            ) from None
+
+    def save(self, session: str, state: RowState) -> None:
+        """Park a state, and drop the oldest others beyond the limit.
+
+        Raises:
+            BackendError: the file cannot be written.
+        """
+        try:
+            state.save(self._path(session))
+        except UsageError as error:  # its message names a path
+            _LOG.error("a session was lost: %s", error)
+            raise BackendError("the server could not save the session: its disk may be full") from error
+        self._drop_oldest(self._path(session))
+
+    def _path(self, session: str) -> Path:
+        return self._folder / f"{session}.safetensors"
+
+    def _drop_oldest(self, latest: Path) -> None:
+        files = []
+        for path in self._folder.glob("*.safetensors"):
+            with contextlib.suppress(OSError):  # dropped by another server meanwhile
+                facts = path.stat()
+                if _ID.fullmatch(path.stem):
+                    files.append((facts.st_mtime_ns, facts.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self._limit:
+                return
+            if path != latest:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+                total -= size
