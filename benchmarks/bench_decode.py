@@ -112,7 +112,7 @@ def main() -> None:
         random_checkpoint(folder / "checkpoint", "float32", args.layers, context=1 << 16)
         kernel_file = folder / "kernels.safetensors"
         kernels(args.layers, args.rank, args.hidden).save(kernel_file)
-        options: dict[str, Any] = {"policy": "h2o", "budget": str(args.slots), "slots": "model"}
+        options: dict[str, Any] = {"policy": "h2o", "budget": str(args.slots), "slots": "model", "max_distance": "none"}
         options |= {"validate": False, "max_batch": 1}
         less_export.export(str(folder / "checkpoint"), folder / "less", kernels=kernel_file, **options)
         less_export.export(str(folder / "checkpoint"), folder / "sparse", **options)

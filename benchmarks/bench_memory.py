@@ -125,7 +125,13 @@ def measure(name: str, layers: int | None, variants: bool) -> list[dict[str, Any
         folder = Path(scratch)
         size = random_checkpoint(folder / "checkpoint", dtype, count, architecture=recipe.architecture)
         facts = {"model": model, "layers": count, "parameters": size // (4 if dtype == "float32" else 2)}
-        options: dict[str, Any] = {"budget": BUDGET, "slots": "model", "chunk": CHUNK, "max_batch": BATCH}
+        options: dict[str, Any] = {
+            "budget": BUDGET,
+            "slots": "model",
+            "max_distance": "none",
+            "chunk": CHUNK,
+            "max_batch": BATCH,
+        }
         less_export.export(str(folder / "checkpoint"), folder / "bundle", weights=weights, validate=False, **options)
         stored = sum(p.stat().st_size for p in (folder / "bundle").glob("*.safetensors"))
         for variant in VARIANTS if variants else list(VARIANTS)[:1]:

@@ -73,6 +73,7 @@ class Setting:
             layer_budgets=self.layer_budgets,
             score_half_life="none",
             slots="model",
+            max_distance="none",
             compress_sliding=self.all_layers,
         )
 

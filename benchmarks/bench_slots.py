@@ -126,7 +126,7 @@ def rounding_errors(
 def measure(name: str, extra: list[str], rows: dict[tuple[str, str], dict[str, Any]], budget: str) -> None:
     """Measure a model on every text that ``rows`` lacks, writing them all after each."""
     source, progress = resolve(name), Bars()
-    opened = open_model(source, ExportConfig(budget=budget, context=LENGTH, slots="model"))
+    opened = open_model(source, ExportConfig(budget=budget, context=LENGTH, slots="model", max_distance="none"))
     encode, bos = data.encoder(source.tokenizer())
     model = source.load(torch.float32)
     corpus, _ = calibration.shipped_corpus(encode, bos, opened.trained_length)

@@ -1,7 +1,8 @@
-"""What int8 slots cost in a decode step on ONNX Runtime's CPU: the same model with slots in float32 and in int8.
+"""What int8 slots and distances cost in a decode step on ONNX Runtime's CPU: the same model with slots in float32, with
+slots in int8, and with int8 slots that are seen at limited distances.
 
 A random Llama of TinyLlama-1.1B's shape with all its layers, float32, random kernels of the size of trained ones, batch
-1, both in one process, their steps timed in turn. The result is ``benchmarks/results/slots_decode.json``.
+1, all in one process, their steps timed in turn. The result is ``benchmarks/results/slots_decode.json``.
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench_common import TINYLLAMA, kernels, random_checkpoint, write_results
 from bench_decode import filled, timed
 
 import less_export
+
+#: Options of the caches that are compared; the last ones are the defaults of an export.
+CACHES: dict[str, dict[str, Any]] = {
+    "model": {"slots": "model", "max_distance": "none"},
+    "int8": {"slots": "int8", "max_distance": "none"},
+    "distance": {"slots": "int8", "max_distance": 1 << 14},
+}
 
 
 def main() -> None:
@@ -29,27 +38,27 @@ def main() -> None:
         random_checkpoint(folder / "checkpoint", "float32", args.layers, context=1 << 16)
         kernels(args.layers, 8, 128).save(folder / "kernels.safetensors")
         backends = {}
-        for slots in ("model", "int8"):
+        for name, options in CACHES.items():
             less_export.export(
                 str(folder / "checkpoint"),
-                folder / slots,
+                folder / name,
                 kernels=folder / "kernels.safetensors",
                 policy="h2o",
                 budget=str(args.slots),
-                slots=slots,
                 validate=False,
                 max_batch=1,
+                **options,
             )
-            opened = less_export.open_bundle(folder / slots, "ort", threads=os.cpu_count() or 1).backend
+            opened = less_export.open_bundle(folder / name, "ort", threads=os.cpu_count() or 1).backend
             opened.write_row(0, filled(opened, 2 * args.slots))
-            backends[slots] = opened
-        times: dict[str, list[float]] = {slots: [] for slots in backends}
+            backends[name] = opened
+        times: dict[str, list[float]] = {name: [] for name in backends}
         for count in range(args.steps + 3):
-            for slots, backend in backends.items():
+            for name, backend in backends.items():
                 milliseconds = timed(lambda backend=backend: backend.step([[5]]))
                 if count >= 3:  # the first steps warm up
-                    times[slots].append(milliseconds)
-        medians = {slots: round(statistics.median(x), 2) for slots, x in times.items()}
+                    times[name].append(milliseconds)
+        medians = {name: round(statistics.median(x), 2) for name, x in times.items()}
         write_results(
             "slots_decode",
             {
@@ -58,7 +67,7 @@ def main() -> None:
                 "threads": os.cpu_count(),
                 "steps": args.steps,
                 "milliseconds": medians,
-                "ratio": round(medians["int8"] / medians["model"], 3),
+                "ratios": {name: round(medians[name] / medians["model"], 3) for name in ("int8", "distance")},
             },
         )
         print(medians)

@@ -37,3 +37,52 @@ def long(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append([row["cache"], *cells])
     names = [f"{a:,} to {b:,}" for a, b in spans]
     return ["cache", *names, f"difference to {BASE}, {names[-1]}"], rows
+
+
+#: Edges of the windows of streams past the trained length.
+BEYOND = (0, 1024, 2048, 4096, 8192, 12288, 16384, 24576, 32768)
+
+
+def _mean(row: dict[str, Any], begin: int, end: int, chunk: int) -> float:
+    return float(np.mean([losses[begin // chunk : end // chunk] for losses in row["nll"]]))
+
+
+def beyond(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Mean loss of every model and cache by position, and how much the last window is above the second."""
+    rows, chunk = [], data["chunk"]
+    longest = max(m["length"] for m in data["models"].values())
+    spans = [(a, b) for a, b in pairwise(BEYOND) if b <= longest]
+    for name, model in data["models"].items():
+        for row in model["rows"]:
+            cells = [f"{_mean(row, a, b, chunk):.3f}" if b <= row["length"] else "" for a, b in spans]
+            reached = [span for span in spans if span[1] <= row["length"]]
+            change = _mean(row, *reached[-1], chunk) / _mean(row, *spans[1], chunk) - 1
+            rows.append([name, row["cache"], *cells, f"{change:+.1%}" if len(reached) == len(spans) else ""])
+    return ["model", "cache", *(f"{a:,} to {b:,}" for a, b in spans), "last to second window"], rows
+
+
+def held(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """How old the tokens are that slots hold at the end of the streams."""
+    rows = []
+    for name, model in data["models"].items():
+        for row in model["rows"]:
+            if "age_quantiles" in row:
+                ages = [f"{row['age_quantiles'][q]:,}" for q in ("0.25", "0.5", "0.75", "0.95")]
+                rows.append([name, row["cache"], *ages, f"{row['first_1024']:.1%}"])
+    return ["model", "cache", "age: first quartile", "median", "third quartile", "95%", "of the first 1,024"], rows
+
+
+def recall(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Loss of the answer to a planted sentence by distance, and without the sentence."""
+    rows, distances = [], list[str]()
+    for name, model in data["models"].items():
+        for row in model["rows"]:
+            if "recall" in row:
+                distances = list(row["recall"])
+                cells = [f"{x['planted']:.2f} ({x['not']:.2f})" for x in row["recall"].values()]
+                rows.append([name, row["cache"], *cells])
+    return ["model", "cache", *(f"{int(d):,} tokens" for d in distances)], rows
+
+
+#: Tables of ``beyond.json`` by name.
+PARTS = {"beyond": beyond, "beyond_held": held, "beyond_recall": recall}

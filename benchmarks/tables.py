@@ -253,6 +253,14 @@ def long() -> str:
     return table(*long_tables.long(data)) + f"\n\n({description}; {where(data)})"
 
 
+def beyond(part: str) -> str:
+    """A table about streams past the trained length."""
+    data = results("beyond")
+    note = f"{data['slots']} slots, {data['chunk']} tokens a step, without kernels"
+    machine = next(iter(data["models"].values()))
+    return table(*long_tables.PARTS[part](data)) + f"\n\n({note}; {where(machine)})"
+
+
 def slots(part: str) -> str:
     """A table about int8 slots."""
     data = results("slots")
@@ -290,6 +298,7 @@ def rendered(text: str) -> str:
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
     makers |= {"slots_decode": slots_decode}
+    makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}

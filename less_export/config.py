@@ -57,7 +57,8 @@ class ExportConfig:
             default of policy ``full``).
         max_distance: largest distance in tokens that a slot is seen at, whatever the length of the text (the rotary
             embedding is then part of the operator), or ``"none"``: absolute positions. Default: the trained length
-            less the chunk, at most 32,768; none for policy ``full`` and for models without rotary embeddings.
+            less the chunk, but at least half of it and at most 32,768; none for policy ``full`` and for models without
+            rotary embeddings.
         context: tokens that percentages refer to, and slots of policy ``full``.
         heavy: slots for heavy hitters or sinks, in tokens; default by the policy.
         recent: slots for the newest tokens; default by the policy.

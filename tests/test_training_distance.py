@@ -20,7 +20,7 @@ from less_export.hf import rotary as probes
 from less_export.hf.weights import bare_model
 from less_export.less import rotary, simulate
 from less_export.less.feature_maps import Kernels
-from less_export.training import end_to_end, fit, initialisation
+from less_export.training import end_to_end, fit, initialisation, job
 
 from . import bundles
 from .oracle import frequencies_of
@@ -84,6 +84,15 @@ def test_full_caches_are_the_models_own(tmp_path: Path) -> None:
     with torch.no_grad():
         want = torch.log_softmax(model(input_ids=ids[None]).logits[0, positions], -1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_another_largest_distance_does_not_resume(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model_folder(tmp_path / "model")
+    monkeypatch.setattr(job, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    for far in (20, 30):
+        with pytest.raises(KeyboardInterrupt):
+            trained(folder, text, max_distance=far, steps=1)
+    assert len(list(tmp_path.glob(".model.safetensors.*"))) == 2
 
 
 def test_a_bundle_runs_kernels_that_were_trained_on_unrotated_ones(

@@ -15,7 +15,7 @@ def parser() -> Parser:
         "calibrate",
         "MODEL --out FILE [options]",
         "Measure mean and standard deviation of every key channel on text, for int8 slots. The file is given to export "
-        "and eval with --kernels. train --slots int8 does the same for the kernels it trains.",
+        "and eval with --kernels. train does the same for the kernels it trains, unless --slots model.",
         (
             "less-export calibrate gemma3-270m --out centring.safetensors",
             "less-export calibrate ./checkpoint --data a.txt --kernels k.st --out k8.st",

@@ -79,7 +79,7 @@ def distance_option(group: argparse._ArgumentGroup) -> None:
         metavar="N|none",
         help=(
             "largest distance that a slot is seen at, or absolute positions (default: recipe's, or the trained length "
-            f"less the chunk, at most {DEFAULT_FARTHEST})"
+            f"less the chunk, at least half of it, at most {DEFAULT_FARTHEST}; none for policy full)"
         ),
     )
 

@@ -116,16 +116,7 @@ def open_subject(
     cache = opened.config
 
     def plan_for(budget: str) -> tuple[LayerSpec, ...]:
-        return opened.plan_for(
-            ExportConfig(
-                policy=cache.policy,
-                budget=budget,
-                score_half_life=cache.score_half_life,
-                slots=cache.slots,
-                max_distance=cache.max_distance,
-                compress_sliding=cache.compress_sliding,
-            )
-        )
+        return opened.plan_for(replace(cache, budget=budget, layer_budgets=None, heavy=None, recent=None))
 
     model = source.load(torch.float32 if whole_precision else compute_dtype(opened.hf_config, "cpu"))
     for doubt in opened.kernels.doubts(source.names, opened.plan):

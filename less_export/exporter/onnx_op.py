@@ -79,6 +79,11 @@ def _optional(slot_bits: int, max_distance: int) -> dict[str, int]:
     return {n: v for n, v in ((SLOT_BITS, slot_bits), (MAX_DISTANCE, max_distance)) if v}
 
 
+def _types(int8: bool, distance: bool) -> dict[str, ir.AttributeType]:
+    """The attributes of a node and their types."""
+    return ATTRIBUTES | dict.fromkeys(_optional(int(int8), int(distance)), ir.AttributeType.INT)
+
+
 # ------------------------------------------------------------------ torch.ops.less.attention -> one node
 
 
@@ -86,7 +91,7 @@ def _schema(int8: bool, distance: bool) -> onnx.defs.OpSchema:
     tensor = {"T": "T", "S": onnx_type("int8") if int8 else "T", **{n: onnx_type(n) for n in ("float32", "int32")}}
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     kinds = {ir.AttributeType.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT}
-    attributes = ATTRIBUTES | dict.fromkeys(_optional(int8, distance), ir.AttributeType.INT)
+    attributes = _types(int8, distance)
     return onnx.defs.OpSchema(
         OP_NAME,
         OP_DOMAIN,
@@ -278,7 +283,7 @@ def function_body(body: Body) -> ir.Function:
     outputs = [after[name] for name in _outputs(body.int8)]
     for name, value in zip(_outputs(body.int8), outputs, strict=True):
         value.name = name
-    attributes = ATTRIBUTES | dict.fromkeys(_optional(body.int8, body.distance), ir.AttributeType.INT)
+    attributes = _types(body.int8, body.distance)
     return ir.Function(
         OP_DOMAIN,
         OP_NAME,

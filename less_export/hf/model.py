@@ -131,11 +131,14 @@ def distances(
     Raises:
         UsageError: the options give a largest distance that the model or the kernels cannot have.
     """
-    distance, reason = max_distance_of(config, architecture.trained_length), None
+    distance = max_distance_of(config, architecture.trained_length)
     if distance is None:
         return None, ()
+    # Where the model's positions end, whatever a cache does, nothing is lost.
+    advice, expected = "give --max-distance none", architecture.position_limit is not None
     if kernels.rotated:
         reason = f"{config.kernels} was trained on rotated queries and keys"
+        advice, expected = f"train again, or {advice}", False
     else:
         try:
             rotations = rotary.probe(architecture.bare)
@@ -146,9 +149,9 @@ def distances(
                 return distance, rotations
             reason = "no layer has a rotary embedding"
     if config.max_distance is not None:
-        raise UsageError(f"--max-distance {distance} is impossible: {reason}; give --max-distance none")
-    if architecture.position_limit is None:  # else the model's positions end, whatever a cache does
-        warnings.warn(f"positions are absolute, as with --max-distance none: {reason}", stacklevel=3)
+        raise UsageError(f"--max-distance {distance} is impossible: {reason}; {advice}")
+    if not expected:
+        warnings.warn(f"positions are absolute, because {reason}: {advice} to say so", stacklevel=3)
     return None, ()
 
 
@@ -158,7 +161,9 @@ def _with_tables(
     """The kernels with tables for the plan, without constants that were measured on other keys."""
     if kernels.centring_rotated == limits_distances(plan):
         keys = "rotated" if kernels.centring_rotated else "unrotated"
-        warnings.warn(f"the constants of int8 slots in {config.kernels} are not used: of {keys} keys", stacklevel=3)
+        if any(s.int8 for s in plan):
+            constants = f"the constants of int8 slots in {config.kernels}"
+            warnings.warn(f"{constants} are not used: they were measured on {keys} keys", stacklevel=3)
         kernels = replace(kernels, centring={})
     chunk = config.chunk or DEFAULT_CHUNK
     lengths = [table_length(s.max_distance or 0, chunk) for s in plan]

@@ -177,7 +177,8 @@ class Kernels:
         return maps | centring | {f"rotary.{kind}": t.angles for kind, t in enumerate(self.rotary)}
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        """Bytes of the feature maps."""
+        return sum(p.numel() * p.element_size() for m in self.layers.values() for p in m.parameters())
 
     def check(self, model: Sequence[Heads]) -> None:
         """Raise :class:`KernelError` unless every layer fits ``model``."""

@@ -87,7 +87,7 @@ def scores(
     """
     turned_q = turned(q, rotary)
     seen = logits(turned_q, turned(slot_k, rotary), layer)
-    if layer.max_distance is not None and rotary is not None and q.shape[2] > layer.max_distance + 1:
+    if rotary is not None and clamps(layer, q.shape[2]):
         seen = _clamped(seen, q, slot_k, layer, chunk, rotary)
     if layer.int8:
         queries = turned_q.float().unflatten(1, (layer.kv_heads, layer.group))
@@ -289,9 +289,12 @@ def attend_as(
 def exact(layer: LayerSpec, length: int) -> bool:
     """Whether the layer computes what it would without LESS on sequences of ``length`` tokens: it evicts nothing that
     it would see, rounds nothing, and no distance is clamped."""
-    farthest = min(layer.window or length, length) - 1
-    clamped = layer.max_distance is not None and farthest > layer.max_distance
-    return not (layer.policy.evicts or layer.int8 or clamped)
+    return not (layer.policy.evicts or layer.int8 or clamps(layer, length))
+
+
+def clamps(layer: LayerSpec, length: int) -> bool:
+    """Whether queries of ``length`` tokens see any from further away than the layer's largest distance."""
+    return layer.max_distance is not None and min(layer.window or length, length) - 1 > layer.max_distance
 
 
 def _attend(

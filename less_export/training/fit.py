@@ -155,7 +155,8 @@ def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> in
     # Beside them, with int8 slots: keys and values exact, rounded and on the way there, in f32.
     rounding = 32 * layer.kv_heads * dim * layer.int8
     turning = 8 * heads * dim * (layer.max_distance is not None)  # queries and keys in f32, and what makes them
-    temporary = rows * length * (9 * layer.query_heads * length + 2 * token + rounding + turning)
+    logits = (9 + 8 * simulate.clamps(layer, length)) * layer.query_heads * length
+    temporary = rows * length * (logits + 2 * token + rounding + turning)
     return count * length * token + max(count * length * token, temporary)
 
 

@@ -65,8 +65,8 @@ def new_map(
 def mean_turn(rotary: Tensor | None, layer: LayerSpec) -> Tensor:
     """The matrix M [D,D] with which q.(M k) is the mean of the rotated q.k over distances at which tokens are absorbed.
 
-    They are those that ``rotary``, a table as long as the sequences, has beyond the layer's slots. Pairs of channels
-    that turn fast average to zero: for a query that no longer knows how far a token is, they mean nothing.
+    They are the true distances that ``rotary``, a table as long as the sequences, has beyond the layer's slots. Pairs
+    of channels that turn fast average to zero: for a query that no longer knows how far a token is, they mean nothing.
     """
     unit = torch.eye(layer.head_dim)
     if rotary is None:

@@ -123,6 +123,7 @@ def prepare(
         "score_half_life": plan[chosen[0]].score_half_life,
         "slot_dtype": plan[chosen[0]].slot_dtype,
         "rotated": not opened.rotations,
+        "max_distance": max((s.max_distance for s in plan if s.max_distance is not None), default=None),
         "compress_sliding": bool(cache.compress_sliding),
         "data": [s.facts() for s in sources],
         "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash(), "shares": shares},
