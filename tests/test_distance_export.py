@@ -150,7 +150,7 @@ def test_tables_are_in_the_kernel_file(shared: Path) -> None:
     artifact = bundle.manifest.artifacts[0]
     assert limits_distances(TorchBackend(bundle, artifact).contract.layers)
     farther = tuple(replace(s, max_distance=FAR + 1) for s in artifact.contract.layers)
-    with pytest.raises(BackendError, match="kernel file lacks the rotary table of layer 0"):
+    with pytest.raises(BackendError, match="kernel file has another rotary table for layer 0"):
         TorchBackend(bundle, replace(artifact, contract=replace(artifact.contract, layers=farther)))
 
 
@@ -220,6 +220,9 @@ def test_calibration_is_of_the_keys_in_slots(source: Path, tmp_path: Path) -> No
     plainly = calibration.measure(loaded, corpus.ids[:1], model.layers, Silent())
     # Layer 0 sees the same input: lengths of pairs do not depend on rotation, but means of rotated keys are smaller.
     assert float(measured[0].mean.square().mean()) > float(plainly[0].mean.square().mean())
+    unrotated = kernel_file(tmp_path / "kernels", rotated=False)
+    with pytest.raises(UsageError, match="trained on unrotated queries and keys: drop --max-distance none"):
+        calibrate(str(source), tmp_path / "no", kernels=unrotated, seqs=1, seq_len=64, max_distance="none")
     with pytest.warns(UserWarning, match="plain are not used: they were measured on rotated keys"):
         assert not opened(source, slots="int8", kernels=tmp_path / "plain", max_distance=20).kernels.centring
     with pytest.warns(UserWarning, match="near are not used: they were measured on unrotated keys"):

@@ -182,6 +182,8 @@ def calibrate(
     given.check([x.heads for x in opened.layers])
     config = ExportConfig(kernels=None if kernels is None else Path(kernels), max_distance=max_distance)
     _, rotations = distances(opened, config.with_defaults(source.recipe.options() if source.recipe else {}), given)
+    if given.rotated is not None and given.rotated == bool(rotations):
+        raise UsageError(f"{kernels} was trained on unrotated queries and keys: drop --max-distance none")
     length = seq_len or min(LENGTH, opened.trained_length or LENGTH)
     if length > (opened.position_limit or length):
         raise UsageError(

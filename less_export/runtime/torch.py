@@ -106,10 +106,10 @@ class TorchBackend(ModelBackend):
     def __init__(self, bundle: Bundle, artifact: Artifact, device: str = "cpu") -> None:
         contract = replace(artifact.contract, dtype="float32")
         kernels = bundle_kernels(bundle)
+        kernels.check(contract.layers)
         for index, layer in enumerate(contract.layers):
             kind = table_of(kernels.rotary, index)
-            if layer.max_distance is not None and (
-                kind is None or len(kind.angles) < table_length(layer.max_distance, contract.chunk)
-            ):
-                raise BackendError(f"the bundle's kernel file lacks the rotary table of layer {index}: export again")
+            rows = 0 if layer.max_distance is None else table_length(layer.max_distance, contract.chunk)
+            if (kind is None) != (rows == 0) or (kind is not None and len(kind.angles) < rows):
+                raise BackendError(f"the bundle's kernel file has another rotary table for layer {index}: export again")
         super().__init__(bundle_model(bundle), contract, kernels, device)
