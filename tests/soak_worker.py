@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +27,9 @@ def main(bundle: str, prompt: int, tokens: int, warm_up: int, every: int) -> dic
     backend.open(1)
     before, finite, seen = state_bytes(backend), True, set()
 
-    def step(ids: npt.ArrayLike, new_length: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
+    def step(*args: Any) -> npt.NDArray[np.float32]:
         nonlocal finite
-        logits = plain(ids, new_length)
+        logits = plain(*args)
         finite = finite and bool(np.isfinite(logits).all())
         return logits
 

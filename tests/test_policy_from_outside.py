@@ -120,7 +120,7 @@ def test_plan_and_graph(tiny: Tiny, policy: EvictionPolicy) -> None:
     assert (evicting.heavy, evicting.recent) == policy.split(families.BUDGET)
     model = ir.load(tiny.bundle / "model.onnx")
     overloads = {f.overload for f in model.functions.values() if f.name == "LessAttention"}
-    assert overloads == {f"{policy.name}_lowrank", "window"}
+    assert overloads == {f"{policy.name}_int8_distance_lowrank", "window_int8_distance"}
     assert [n.attributes["policy"].as_int() for n in onnx_op.less_nodes(model)] == [Policy.WINDOW.code, policy.code]
 
 

@@ -56,7 +56,7 @@ def test_what_is_accepted() -> None:
 def test_an_export_takes_a_progress_or_a_function(source: Path, tmp_path: Path, quick: None) -> None:
     recorder, lines = Recorder(), list[str]()
     for name, progress in (("a", recorder), ("b", lines.append)):
-        less_export.export(str(source), tmp_path / name, validate=False, budget="8", progress=progress)
+        less_export.export(str(source), tmp_path / name, validate=False, budget="8", slots="model", progress=progress)
     assert recorder.lines == lines
     assert lines[0] == "tracing for ONNX Runtime"
     assert lines[-1] == "renaming"

@@ -230,7 +230,13 @@ def test_single_artifact_from_a_command_line(tmp_path: Path, capsys: pytest.Capt
     checkpoint = families.save(families.small(), tmp_path / "model")
     out = tmp_path / "x.onnx"
     assert main([str(checkpoint), "--out", str(out), "--weights", "int4", "--budget", "16", "--no-validate"]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "x.onnx", "x.json", f"x.{QUANTISED_WEIGHTS}"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "model",
+        "x.onnx",
+        "x.json",
+        f"x.{QUANTISED_WEIGHTS}",
+        "x.kernels.safetensors",
+    }
     assert "quantising the weights to int4" in capsys.readouterr().err
     assert Bundle.open(out).manifest.settings["weights"] == "int4"
 

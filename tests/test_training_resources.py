@@ -89,7 +89,7 @@ def test_space_is_taken_where_it_cannot_be_reserved(
 def test_an_interrupt_while_collecting_leaves_nothing(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(collect, "run_decoder", interrupted)

@@ -35,7 +35,7 @@ def loaded(folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, tupl
     """The model and the plan of its cache."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     cache_options = {n: v for n, v in options.items() if n in ("policy", "compress_sliding")}
-    cache = ExportConfig(budget=QUICK["budget"], **cache_options)
+    cache = ExportConfig(budget=QUICK["budget"], slots=QUICK["slots"], **cache_options)
     return model, plan_layers(discover(model), cache, bundles.CONTEXT, dict.fromkeys(range(2), QUICK["rank"]))
 
 

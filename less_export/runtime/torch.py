@@ -106,7 +106,7 @@ class TorchBackend(ModelBackend):
     def __init__(self, bundle: Bundle, artifact: Artifact, device: str = "cpu") -> None:
         contract = replace(artifact.contract, dtype="float32")
         kernels = bundle_kernels(bundle)
-        kernels.check(contract.layers)
+        kernels.check([s.heads for s in contract.layers])
         for index, layer in enumerate(contract.layers):
             kind = table_of(kernels.rotary, index)
             rows = 0 if layer.max_distance is None else table_length(layer.max_distance, contract.chunk)
