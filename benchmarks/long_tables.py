@@ -47,18 +47,27 @@ def _mean(row: dict[str, Any], begin: int, end: int, chunk: int) -> float:
     return float(np.mean([losses[begin // chunk : end // chunk] for losses in row["nll"]]))
 
 
+#: The cache of an export's defaults.
+DEFAULT = "h2o, half-life 512, clamped, int8"
+
+
 def beyond(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Mean loss of every model and cache by position, and how much the last window is above the second."""
+    """Mean loss of every model and cache by position, and its difference to the default cache in the last window."""
     rows, chunk = [], data["chunk"]
     longest = max(m["length"] for m in data["models"].values())
     spans = [(a, b) for a, b in pairwise(BEYOND) if b <= longest]
+    begin, end = (x // chunk for x in spans[-1])
     for name, model in data["models"].items():
+        default = next(np.array(r["nll"]) for r in model["rows"] if r["cache"] == DEFAULT)
         for row in model["rows"]:
             cells = [f"{_mean(row, a, b, chunk):.3f}" if b <= row["length"] else "" for a, b in spans]
-            reached = [span for span in spans if span[1] <= row["length"]]
-            change = _mean(row, *reached[-1], chunk) / _mean(row, *spans[1], chunk) - 1
-            rows.append([name, row["cache"], *cells, f"{change:+.1%}" if len(reached) == len(spans) else ""])
-    return ["model", "cache", *(f"{a:,} to {b:,}" for a, b in spans), "last to second window"], rows
+            change = ""
+            if row["length"] == longest and row["cache"] != DEFAULT:
+                x = statistics.mean((np.array(row["nll"]) - default)[:, begin:end].ravel())
+                change = f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+            rows.append([name, row["cache"], *cells, change])
+    names = [f"{a:,} to {b:,}" for a, b in spans]
+    return ["model", "cache", *names, f"difference to the default, {names[-1]}"], rows
 
 
 def held(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
