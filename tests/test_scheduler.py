@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import BackendError, UsageError
-from less_export.runtime.backend import Array, Backend, RowState
+from less_export.runtime.backend import Array, Backend, RowState, State
 from less_export.runtime.generate import Generator
 from less_export.runtime.ort import OrtBackend
 from less_export.runtime.sampling import SamplingParams
@@ -280,6 +280,98 @@ def test_a_state_that_does_not_fit_ends_its_request() -> None:
     events = [e for _ in range(5) if scheduler.busy for e in scheduler.step()]
     assert "belongs to another export" in str(events[0].error)
     assert tokens(events[1:]) == expected([2], 2)
+
+
+class BrokenRows(HashBackend):
+    """Copying or reading the row of a state that has seen ``length`` tokens raises, ``times`` times."""
+
+    def __init__(self, method: str, length: int, times: int = 1) -> None:
+        super().__init__(contract())
+        self.method, self.length, self.times = method, length, times
+
+    def _fail(self, method: str, row: int) -> None:
+        if method == self.method and self.past_length[row] == self.length and self.times:
+            self.times -= 1
+            raise BackendError("out of something")
+
+    def _copy_row(self, source: int, target: int) -> None:
+        self._fail("copy", source)
+        super()._write_row(target, super()._read_row(source))
+
+    def _read_row(self, row: int) -> State:
+        self._fail("read", row)
+        return super()._read_row(row)
+
+
+def run_all(scheduler: Scheduler, sequences: list[Sequence]) -> dict[int, list[Event]]:
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    events: dict[int, list[Event]] = defaultdict(list)
+    while scheduler.busy:
+        for event in scheduler.step():
+            events[event.sequence.index].append(event)
+    assert (scheduler.running, scheduler.waiting) == (0, 0)
+    assert all(s.row is None for s in sequences)
+    return events
+
+
+def test_a_state_that_cannot_be_read_ends_only_its_sequence() -> None:
+    scheduler = Scheduler(BrokenRows("read", 2 + 4))
+    factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=4)
+    sequences = [factory.sequence([i] * i, params, index=i, keep_state=True) for i in (1, 2, 3)]
+    events = run_all(scheduler, sequences)
+    assert "out of something" in str(events[2][-1].error)
+    assert all(e.token is None or e.token.finish_reason is None for e in events[2])  # the error alone ends it
+    assert [s.state is not None for s in sequences] == [True, False, True]
+    assert [tokens(events[i]) for i in (1, 3)] == [expected([i] * i, 4) for i in (1, 3)]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_row_that_cannot_be_copied_to_twins_ends_them(times: int) -> None:
+    scheduler = Scheduler(BrokenRows("copy", 5, times))
+    factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=4)
+    events = run_all(scheduler, [factory.sequence([6] * 5, params, index=i) for i in range(3)])
+    for index in range(3):
+        if 1 <= index <= times:
+            (only,) = events[index]
+            assert "out of something" in str(only.error)
+        else:
+            assert tokens(events[index]) == expected([6] * 5, 4)
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_a_row_that_cannot_be_moved_ends_only_its_sequence(cancelled: bool) -> None:
+    """The first sequence ends, or is cancelled, when the last one, whose row is to fill its place, has seen 4 + 3."""
+    scheduler = Scheduler(BrokenRows("copy", 4 + 3))
+    factory = SequenceFactory(scheduler.backend, None, ())
+    counts = {1: 90 if cancelled else 6, 2: 9, 4: 9}
+    sequences = [factory.sequence([i] * i, SamplingParams(max_new_tokens=n), index=i) for i, n in counts.items()]
+    for sequence in sequences:
+        scheduler.submit(sequence)
+    events: dict[int, list[Event]] = defaultdict(list)
+    while scheduler.busy:
+        for event in scheduler.step():
+            events[event.sequence.index].append(event)
+        if cancelled and len(sequences[2].token_ids) == 4:
+            assert scheduler.cancel(sequences[0])
+            cancelled = False
+    assert "out of something" in str(events[4][-1].error)
+    assert tokens(events[4]) == expected([4] * 4, len(events[4]) - 1)
+    assert tokens(events[2]) == expected([2] * 2, 9)
+    assert all(s.row is None for s in sequences)
+
+
+def test_a_loaded_state_is_dropped_once_it_is_in_its_row() -> None:
+    """It is as large as the row."""
+    state = run_one(HashBackend(contract()), [1, 2], max_new_tokens=2)[0].state
+    scheduler = Scheduler(HashBackend(contract()))
+    sequence = SequenceFactory(scheduler.backend, None, ()).sequence(
+        [3], SamplingParams(max_new_tokens=9), prefix=state
+    )
+    scheduler.submit(sequence)
+    scheduler.step()
+    assert sequence.active
+    assert sequence.prefix is None
 
 
 def test_somebody_else_in_the_rows_is_noticed() -> None:

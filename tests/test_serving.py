@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
+from pydantic import BaseModel, ValidationError
 
 from less_export import __version__
 from less_export.errors import UsageError
@@ -18,6 +19,7 @@ from less_export.runtime.backend import RowState
 from less_export.serving import server as serving_server
 from less_export.serving.conversations import continuation
 from less_export.serving.gate import Gate
+from less_export.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from less_export.serving.sessions import SessionStore
 
 from .chat_templates import TEMPLATES
@@ -328,6 +330,7 @@ def test_tokens_and_facts(served: Served) -> None:
     assert chat["tokens"] == served.tokenizer.encode("<s>ub.a", special=False)
     assert post("/detokenize", {"tokens": [0, 1, 2]}) == {"prompt": "abc"}
     assert [m.id for m in served.client.models.list()] == [MODEL]
+    assert post("/tokenize", {"messages": []})["error"]["param"] == "messages"
     assert served.http("GET", "/version") == (200, {"version": __version__})
 
 
@@ -400,6 +403,57 @@ def test_chat_errors(match: str, options: Any, served: Served) -> None:
         served.client.chat.completions.create(
             **{"model": MODEL, "messages": [{"role": "user", "content": "a"}], **options}
         )
+
+
+MANY = 3000
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * MANY}),
+        (CompletionRequest, {"prompt": ["a"] * MANY + [1]}),
+        (CompletionRequest, {"prompt": [[1.5]] * MANY}),
+        (CompletionRequest, {"prompt": [[1.5] * MANY]}),
+        (CompletionRequest, {"prompt": "a", "stop": [1] * MANY}),
+        (CompletionRequest, {"prompt": "a", "stop_token_ids": ["x"] * MANY}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {f"{i}x": 1 for i in range(MANY)}}),
+        (ChatRequest, {"messages": [1] * MANY}),
+        (ChatRequest, {"messages": [{}], "tools": [1] * MANY}),
+        (TokenizeRequest, {"messages": [1] * MANY}),
+        (DetokenizeRequest, {"tokens": ["x"] * MANY}),
+    ],
+)
+def test_a_bad_list_has_few_errors(schema: type[BaseModel], body: Any) -> None:
+    """They are collected on the event loop, where a hundred thousand of them stop everybody."""
+    with pytest.raises(ValidationError) as caught:
+        schema.model_validate(body)
+    assert caught.value.error_count() <= 4
+
+
+def test_null_is_the_same_as_nothing(served: Served) -> None:
+    common = {"model": MODEL, "max_tokens": 3, "seed": 1}
+    for path, needed, schema in (
+        ("/v1/completions", {"prompt": "a"}, CompletionRequest),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, ChatRequest),
+    ):
+        nulls = dict.fromkeys([*schema.model_fields, "functions", "guided_json"])
+        replies = [served.http("POST", path, {**extra, **common, **needed}) for extra in ({}, nulls)]
+        assert [status for status, _ in replies] == [200, 200], replies
+        assert replies[0][1]["choices"] == replies[1][1]["choices"]
+        assert served.http("POST", path, {**common, **dict.fromkeys(needed)})[0] == 400
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"functions": [{}]}, {"guided_json": {}}, {"guided_regex": "a"}, {"min_tokens": 2}, {"use_beam_search": True}],
+)
+def test_what_would_change_the_answer_is_refused(extra: dict[str, Any], served: Served) -> None:
+    status, reply = served.http("POST", "/v1/completions", {"prompt": "a", **extra})
+    assert status == 400
+    assert f"{next(iter(extra))} is not supported" in reply["error"]["message"]
+    harmless = {"min_tokens": 0, "use_beam_search": False, "user": "x"}
+    assert served.http("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1, **harmless})[0] == 200
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), "hot", [], None])

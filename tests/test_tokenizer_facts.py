@@ -318,3 +318,32 @@ def test_failures_at_a_text_are_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         tokenizer.encode("a")
     with pytest.raises(LessExportError, match="too large"):
         tokenizer.decode([1])
+
+
+def test_long_texts_do_not_keep_other_threads_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``encode`` of the library keeps Python's lock, so they do not pass through it; their ids are the same."""
+    raw = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate("abcdefgh")}, []))
+    raw.add_special_tokens(["<s>"])
+    raw.post_processor = processors.TemplateProcessing("<s> $A <s>:1", special_tokens=[("<s>", 8)])
+    for tokenizer, text in ((words(), TEXT), (Tokenizer(raw, bos_id=8, add_bos=True), "ab<s>h")):
+        want = [tokenizer.encode(text, special=special) for special in (True, False)]
+        long = text * (2 * runtime_tokenizer._LONG // len(text))
+        assert len(tokenizer.encode(long)) > runtime_tokenizer._LONG // 50
+        monkeypatch.setattr(runtime_tokenizer, "_LONG", 1)
+        assert [tokenizer.encode(text, special=special) for special in (True, False)] == want
+        monkeypatch.undo()
+
+    class Locking:
+        def __init__(self, inner: Any) -> None:
+            self.encode_batch_fast = inner.encode_batch_fast
+
+    tokenizer = words()
+    monkeypatch.setattr(tokenizer, "_tokenizer", Locking(tokenizer._tokenizer))
+    assert len(tokenizer.encode(f"{TEXT} " * 300)) > 0
+
+
+def test_the_longest_token() -> None:
+    raw = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    assert Tokenizer(raw).longest_token == 2
+    raw.add_special_tokens(["<special>"])
+    assert Tokenizer(raw).longest_token == 9

@@ -22,11 +22,13 @@ async def pieces(engine: Engine, prompt: str, **options: object) -> AsyncIterato
     # The engine calls this on its own thread. QueueFullError here: tell the client to come again.
     engine.submit([sequence], lambda event: loop.call_soon_threadsafe(events.put_nowait, event))
     try:
-        while sequence.active or not events.empty():
+        while True:
             event = await events.get()
             if event.token is None:
                 raise event.error or RuntimeError("the sequence ended")
             yield event.token.text
+            if event.token.finish_reason is not None:
+                return
     finally:
         engine.cancel([sequence])
 

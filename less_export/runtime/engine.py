@@ -98,6 +98,11 @@ class Engine:
         """Whether it takes new work, which it does until it drains, stops or fails."""
         return self._thread.is_alive() and not self._draining
 
+    @property
+    def full(self) -> bool:
+        """Whether it would take new work, but rows and queue have no space."""
+        return self.accepts and len(self._sinks) >= self.rows + self.max_queue
+
     # ------------------------------------------------------------ work
 
     def sequence(
@@ -131,15 +136,18 @@ class Engine:
         self._factory.check_prefix(state)
 
     def submit(self, sequences: Ordered[Sequence], sink: Sink) -> None:
-        """Queue all of ``sequences`` or none; ``sink`` gets their events.
+        """Queue all of ``sequences`` or none; ``sink`` gets their events. A sequence runs once.
 
         Raises:
+            UsageError: a sequence was submitted before.
             QueueFullError: rows and queue have no space for all of them.
             StoppedError: the engine takes no more work.
         """
         with self._wake:
             if not self.accepts:
                 raise StoppedError("this engine takes no more work: it is stopping, or has failed")
+            if len(set(sequences)) < len(sequences) or any(s.submitted for s in sequences):
+                raise UsageError("a sequence was submitted before: make another one")
             if len(self._sinks) + len(sequences) > self.rows + self.max_queue:
                 self.counts["rejected"] += len(sequences)
                 raise QueueFullError(
@@ -149,10 +157,15 @@ class Engine:
             self.counts["accepted"] += len(sequences)
             self._sinks.update(dict.fromkeys(sequences, sink))
             self._arrived += sequences
+            for sequence in sequences:
+                sequence.submitted = True
             self._wake.notify_all()
 
     def cancel(self, sequences: Ordered[Sequence]) -> None:
-        """End ``sequences`` without further events; their rows are free before the next step."""
+        """End ``sequences``; their rows are free before the next step.
+
+        The sink gets no further events, except one that it is being called with.
+        """
         with self._wake:
             self._cancelled.update(s for s in sequences if s in self._sinks)
             self._wake.notify_all()
@@ -210,6 +223,7 @@ class Engine:
                     if self._scheduler.busy:
                         for event in self._scheduler.step():
                             self._deliver(event)
+                            del event  # its sequence may have a state, and the next step may be hours away
         except BaseException as error:
             self._failure = error
             _LOG.error("the engine has failed", exc_info=error)
@@ -239,7 +253,7 @@ class Engine:
         sequence, token = event.sequence, event.token
         reason = None if token is None else token.finish_reason
         with self._wake:
-            sink = self._sinks.get(sequence)
+            sink = None if sequence in self._cancelled else self._sinks.get(sequence)
             if event.error is not None or reason is not None:
                 self._sinks.pop(sequence, None)
                 self._cancelled.discard(sequence)

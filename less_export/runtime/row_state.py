@@ -120,7 +120,7 @@ class RowState:
         if not re.fullmatch(r"[0-9]{1,10}", length) or int(length) > MAX_LENGTH:
             raise refuse(f"its length is not a whole number in 0..{MAX_LENGTH} ({one_line(length, 40)})")
         state = cls(int(length), tensors, metadata.get("identity", ""))
-        if metadata.get("sha256", state._sha256()) != state._sha256():
+        if "sha256" in metadata and metadata["sha256"] != state._sha256():
             raise refuse("it is damaged (its hash differs from the stated one)")
         fault = state._invalid_values()
         if fault:

@@ -3,8 +3,8 @@
 The sequences that decode have rows 0 to n - 1, so that a decode step runs exactly these; a row that becomes free
 is filled by the last of them. Beside them, one sequence at a time is prefilled, in pieces of ``piece`` tokens whatever
 else runs, because what a row evicts depends on how its prompt was cut. Pieces alternate with decode steps, so that
-nobody waits for longer than one piece and one step. Sequences with the same prompt that follow one another are
-prefilled once, and their rows copied.
+those that decode wait for one piece at most between two tokens. Those that wait for a row wait for the whole prompts
+before theirs. Sequences with the same prompt that follow one another are prefilled once, and their rows copied.
 
 A scheduler starts no thread, reads no clock but for its figures, and does the same at the same calls.
 """
@@ -94,6 +94,7 @@ class Scheduler:
         self._prefilling: Sequence | None = None
         self._decoding: list[Sequence] = []  # by row
         self._held: dict[Sequence, Token] = {}  # last tokens of sequences that are fed once more for their state
+        self._lost: list[Event] = []  # errors of sequences whose row could not be moved
         self._revision: int | None = None
 
     # ------------------------------------------------------------ public
@@ -111,7 +112,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._lost)
 
     def open(self) -> None:
         """Open the backend's rows, if this was not done."""
@@ -165,7 +166,8 @@ class Scheduler:
             events += self._prefill(self._prefilling)
         if self._decoding:
             events += self._decode()
-        return events
+        lost, self._lost = self._lost, []
+        return events + lost
 
     def _admit(self) -> list[Event]:
         """Give the next sequence the row behind those that decode, if nothing else is prefilled."""
@@ -200,13 +202,26 @@ class Scheduler:
         if sequence.fed < len(sequence.prompt):
             return []
         self._prefilling = None
-        joining = [sequence, *self._twins(sequence)]
-        for place, twin in enumerate(joining, len(self._decoding)):
-            if place != row:
-                self.backend.copy_row(row, place)
-            twin.row = place
-        self._decoding += joining
-        return self._settle(accept(joining, np.repeat(logits, len(joining), 0)))
+        joined, failed = self._join(row, [sequence, *self._twins(sequence)])
+        return failed + self._settle(accept(joined, np.repeat(logits, len(joined), 0)))
+
+    def _join(self, row: int, sequences: list[Sequence]) -> tuple[list[Sequence], list[Event]]:
+        """Let sequences decode from the state of ``row``; those that do, and the errors of the others."""
+        joined: list[Sequence] = []
+        failed: list[Event] = []
+        for sequence in sequences:
+            sequence.row, sequence.prefix = None, None  # a state takes memory, and this one is in the row
+            place = len(self._decoding)
+            try:
+                if place != row:
+                    self.backend.copy_row(row, place)
+            except Exception as error:
+                failed.append(Event(sequence, error=error))
+                continue
+            sequence.row = place
+            self._decoding.append(sequence)
+            joined.append(sequence)
+        return joined, failed
 
     def _twins(self, sequence: Sequence) -> list[Sequence]:
         """Take the next sequences that wait and begin with the same tokens, as many as there are rows for."""
@@ -248,25 +263,43 @@ class Scheduler:
             if unseen and token is not None and token.finish_reason == "length":
                 self._held[sequence] = token
             else:
-                settled.append(event)
-        ended = [e.sequence for e in settled if e.error is not None or not e.sequence.active]
-        for sequence in ended:
-            if sequence.keep_state and not sequence.active and sequence.row is not None:
-                sequence.state = self.backend.read_row(sequence.row)
-        self._release(ended)
+                settled.append(self._with_state(event))
+        self._release(e.sequence for e in settled if e.error is not None or not e.sequence.active)
         return settled
 
+    def _with_state(self, event: Event) -> Event:
+        """The event, once a sequence that ends with it has its state; or the error that stands against it."""
+        sequence = event.sequence
+        if event.error is None and sequence.keep_state and not sequence.active:
+            assert sequence.row is not None
+            try:
+                sequence.state = self.backend.read_row(sequence.row)
+            except Exception as error:
+                return Event(sequence, error=error)
+        return event
+
     def _release(self, sequences: Iterable[Sequence]) -> None:
-        """Free rows of decoding sequences; the last ones fill the gaps."""
+        """Free rows of decoding sequences; the last ones fill the gaps, or end if their state cannot be copied."""
         for sequence in sorted(sequences, key=lambda s: s.row or 0, reverse=True):
             row = sequence.row
             assert row is not None
-            last = self._decoding.pop()
-            if last is not sequence:
-                self.backend.copy_row(len(self._decoding), row)
+            while True:
+                last = self._decoding.pop()
+                if last is sequence:
+                    break
+                try:
+                    self.backend.copy_row(len(self._decoding), row)
+                except Exception as error:
+                    self._leave(last)
+                    self._lost.append(Event(last, error=error))
+                    continue
                 self._decoding[row], last.row = last, row
-            sequence.row = None
-            self._held.pop(sequence, None)
+                break
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        sequence.row = None
+        self._held.pop(sequence, None)
 
 
 # ------------------------------------------------------------------ steps over pieces

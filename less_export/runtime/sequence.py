@@ -47,12 +47,13 @@ class Sequence:
         prompt: token ids after ``prefix``.
         max_new_tokens: of the parameters, or fewer where the artifact takes no longer sequence.
         eos_ids: tokens that end it with the reason "eos".
-        prefix: the state that the prompt continues.
+        prefix: the state that the prompt continues; None once the prompt was fed.
         keep_state: whether ``state`` is wanted.
 
     ``token_ids`` are the new tokens so far; ``fed`` counts the tokens of the prompt that the model has seen; ``row`` is
-    the row of the backend that it has now. ``state``, of a finished sequence, has seen the prompt and the new tokens
-    except an eos token and the last token of a stop: what a continuation goes on from.
+    the row of the backend that it has now; ``submitted`` says that an engine has taken it. ``state``, of a finished
+    sequence, has seen the prompt and the new tokens except an eos token and the last token of a stop: what a
+    continuation goes on from.
     """
 
     index: int
@@ -69,6 +70,7 @@ class Sequence:
     row: int | None = None
     finish_reason: FinishReason | None = None
     state: RowState | None = None
+    submitted: bool = False
 
     @property
     def active(self) -> bool:

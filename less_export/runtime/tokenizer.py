@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ _INCOMPLETE = "\ufffd"
 _CONTEXT = 8
 #: Largest ``tokenizer.json``, in bytes: reading it takes time and memory in proportion.
 MAX_FILE = 64 << 20
+#: Characters from which a text is encoded without Python's lock, as a batch of one.
+_LONG = 10_000
 #: Most tokens that a tokenizer may add to a text, and most tokens of a text of one letter.
 MAX_ADDED, MAX_LETTER = 256, 2048
 #: Most characters that a normalizer or decoder may make of one.
@@ -96,12 +99,24 @@ class Tokenizer:
             raise UsageError(f"a text must be a string, not {type(text).__name__}")
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             raise UsageError("a text has half of a surrogate pair: it is not valid Unicode")
-        ids = list(_run(lambda: self._tokenizer.encode(text, add_special_tokens=special).ids))
+        ids = list(_run(lambda: self._encoded(text, special).ids))
         if special and self.bos_id is not None:
             begin = next((i for i, token_id in enumerate(ids) if token_id != self.bos_id), len(ids))
             if begin or self.add_bos:
                 ids[:begin] = [self.bos_id]
         return ids
+
+    def _encoded(self, text: str, special: bool) -> tokenizers.Encoding:
+        if len(text) < _LONG:
+            return self._tokenizer.encode(text, add_special_tokens=special)
+        # `encode` keeps Python's lock, and so every other thread waits. A batch does not, but its threads make the
+        # library warn at every later fork: only where the wait would be noticed.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0]
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Most characters of the text of a token."""
+        return max(map(len, self._tokenizer.get_vocab()), default=0)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, without special tokens."""

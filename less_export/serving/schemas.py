@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..errors import UsageError
 from ..runtime.sampling import SamplingParams
@@ -18,13 +18,43 @@ from ..runtime.sampling import SamplingParams
 COMPLETION_TOKENS = 16
 #: The text is searched for stop strings after every token, so they are few and short.
 Stop = Annotated[str, Field(max_length=256)]
+#: A list ends at its first error: a body may hold a million of them, and a union collects those of every branch.
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+#: Most tokens that ``stop_token_ids`` and ``logit_bias`` name.
+MOST_IDS = 1024
 
 
-class StreamOptions(BaseModel):
+#: Fields of this API or of other servers' that change the answer, and are not supported.
+_REFUSED = (
+    "bad_words",
+    "function_call",
+    "functions",
+    "guided_choice",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "min_tokens",
+    "structured_outputs",
+    "use_beam_search",
+)
+
+
+class _Body(BaseModel):
+    """A body in which null is the same as nothing, as clients of many languages write it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+
+class StreamOptions(_Body):
     include_usage: bool = False
 
 
-class Request(BaseModel):
+class Request(_Body):
     """What both kinds of completions share."""
 
     model: str | None = None
@@ -35,16 +65,33 @@ class Request(BaseModel):
     top_k: int = Field(0, ge=-1)
     min_p: float = Field(0.0, ge=0, le=1)
     seed: int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: list[int] | None = Field(None, max_length=1024)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MOST_IDS, fail_fast=True)] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
+    logit_bias: dict[int, float] | None = None
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
     session_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, body: Any) -> Any:
+        """Refuse what would change the answer, unless it has the value that changes nothing."""
+        for name in _REFUSED if isinstance(body, dict) else ():
+            if body.get(name) not in (None, False, 0):
+                raise ValueError(f"{name} is not supported")
+        return body
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        """A dictionary collects the errors of all its entries."""
+        if isinstance(value, dict) and len(value) > MOST_IDS:
+            raise ValueError(f"it has {len(value)} entries, and at most {MOST_IDS} are taken")
+        return value
 
     def sampling(self, max_new_tokens: int, logprobs: int | None) -> SamplingParams:
         """The parameters; what is left out is as in OpenAI's API."""
@@ -72,7 +119,7 @@ class Request(BaseModel):
 
 
 class CompletionRequest(Request):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Ids | Texts | Annotated[list[Ids], Field(fail_fast=True)]
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool | None = None
     suffix: str | None = None
@@ -93,11 +140,11 @@ class CompletionRequest(Request):
 
 
 class ChatRequest(Request):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Annotated[Objects, Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = None
+    tools: Objects | None = None
     tool_choice: Literal["none", "auto"] | None = None
     response_format: dict[str, Any] | None = None
     add_generation_prompt: bool = True
@@ -122,9 +169,9 @@ class ChatRequest(Request):
         return {**(self.chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(_Body):
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Annotated[Objects, Field(min_length=1)] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
 
@@ -136,7 +183,7 @@ class TokenizeRequest(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    tokens: list[int]
+    tokens: Ids
 
 
 def _text(content: Any) -> str:
