@@ -41,6 +41,7 @@ class Served:
     port: int
     tokenizer: Tokenizer
     log: list[str]
+    server: Server
 
     def http(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Status and JSON of a reply."""
@@ -93,7 +94,7 @@ def serving(backend: HashBackend, **options: Any) -> Iterator[Served]:
     thread.start()
     key = options.get("api_key") or "none"
     client = openai.OpenAI(base_url=listening.url(opened), api_key=key, max_retries=0, timeout=LONG)
-    served = Served(client, engine, backend, opened.getsockname()[1], tokenizer, log)
+    served = Served(client, engine, backend, opened.getsockname()[1], tokenizer, log, server)
     try:
         client.models.list()  # it has started
         yield served

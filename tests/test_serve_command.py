@@ -42,6 +42,7 @@ class Process:
             env={**os.environ, **(environment or {})},
         )
         self._deadline = threading.Timer(LONG, self.child.kill)
+        self._deadline.daemon = True
         self._deadline.start()
         assert self.child.stderr is not None
         self.lines: list[str] = []
@@ -93,7 +94,7 @@ def process(bundle: Path, *arguments: object, **options: Any) -> Iterator[Proces
 
 
 def test_serving_until_a_signal(plain: Path) -> None:
-    """A bundle's answers are those of generate; SIGTERM refuses new work, finishes what runs, and ends with 0."""
+    """A bundle's answers are those of generate; SIGTERM finishes what runs, and ends with 0."""
     generator = open_bundle(plain)
     (want,) = generator.generate([PROMPT], max_new_tokens=12)
     messages = [{"role": "user", "content": "Alice"}]
@@ -110,11 +111,6 @@ def test_serving_until_a_signal(plain: Path) -> None:
         stream = iter(server.client.completions.create(prompt=PROMPT, stream=True, **long))
         next(stream)
         server.child.send_signal(signal.SIGTERM)
-        while (status := server.health()) == 200:
-            pass
-        assert status == 503
-        with pytest.raises(openai.InternalServerError, match="takes no more work"):
-            server.client.completions.create(prompt=PROMPT, **options)
         last = [chunk.choices[0].finish_reason for chunk in stream][-1]
         assert last == "length"
         assert server.wait() == 0
@@ -180,6 +176,8 @@ def test_a_killed_server_loses_no_session(plain: Path, tmp_path: Path) -> None:
         (["--prefill-chunk", "17"], "1 to 16 tokens"),
         (["--max-prompt-tokens", "0"], "--max-prompt-tokens must be more than 0"),
         (["--timeout", "0"], "--timeout must be more than 0"),
+        (["--state-limit", "inf"], "--state-limit must be a number of GB, not inf"),
+        (["--state-limit", "nan"], "--state-limit must be a number of GB, not nan"),
         (["--state-limit", "0"], "--state-limit must be more than 0"),
         (["--api-key", ""], "the API key is empty"),
         (["--state-dir", "taken"], "cannot make the folder taken"),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Callable, Iterator
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,19 @@ from pydantic import BaseModel, ValidationError
 from less_export import __version__
 from less_export.errors import UsageError
 from less_export.runtime.backend import RowState
+from less_export.runtime.engine import Engine
+from less_export.runtime.generate import Generator
+from less_export.runtime.sampler import TokenLogprobs
+from less_export.runtime.tokenizer import Tokenizer
+from less_export.serving import app as serving_app
 from less_export.serving import server as serving_server
+from less_export.serving import sessions
 from less_export.serving.conversations import continuation
 from less_export.serving.gate import Gate
+from less_export.serving.options import ServerOptions
+from less_export.serving.replies import Reply
 from less_export.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from less_export.serving.server import Listening, Server
 from less_export.serving.sessions import SessionStore
 
 from .chat_templates import TEMPLATES
@@ -269,8 +283,7 @@ def test_a_session_belongs_to_its_model_and_to_one_request(tmp_path: Path) -> No
         session = served.client.completions.create(model=MODEL, prompt="a", max_tokens=2, extra_body=extra).session_id
         with pytest.raises(openai.BadRequestError, match="one prompt with n = 1"):
             served.client.completions.create(model=MODEL, prompt="a", n=2, extra_body=extra)
-        while backend.gate.acquire(blocking=False):
-            pass
+        backend.gate = threading.Semaphore(0)
         backend.inside.clear()
         with ThreadPoolExecutor() as pool:
             extra = {"session_id": session, "ignore_eos": True}
@@ -302,10 +315,73 @@ def test_the_oldest_sessions_are_dropped(tmp_path: Path) -> None:
     assert sorted(p.stem[0] for p in tmp_path.iterdir()) == ["4", "n"]
 
 
+def test_a_session_is_claimed_until_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the time of the request ends before."""
+    go_on, save = threading.Event(), SessionStore.save
+    with serving(HashBackend(contract()), state_dir=tmp_path, timeout=0.5) as served:
+
+        def ask(session: str) -> Any:
+            extra = {"session_id": session, "ignore_eos": True}
+            return served.client.completions.create(model=MODEL, prompt="a", max_tokens=2, extra_body=extra)
+
+        def late(store: SessionStore, session: str, state: RowState) -> None:
+            assert go_on.wait(LONG)
+            save(store, session, state)
+
+        def is_free() -> bool:
+            try:
+                return bool(ask(session))
+            except openai.ConflictError:
+                return False
+
+        session = ask("new").session_id
+        monkeypatch.setattr(SessionStore, "save", late)
+        with pytest.raises(openai.InternalServerError, match="took longer"):
+            ask(session)
+        try:
+            with pytest.raises(openai.ConflictError):
+                ask(session)
+        finally:
+            go_on.set()
+        served.until(is_free)
+        assert RowState.load(tmp_path / f"{session}.safetensors").length == 2 + 2 + 1 + 2 + 1 + 2
+
+
+def test_the_folder_of_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried when the server starts; what killed servers left is removed; nobody else can read a state."""
+    left, other = tmp_path / f".{'a' * 32}.safetensors.less-export-abcdefgh", tmp_path / ".notes"
+    left.touch()
+    other.touch()
+    store = SessionStore(tmp_path, 10**9, lambda state: None)
+    assert list(tmp_path.iterdir()) == [other]
+    backend = HashBackend(contract())
+    backend.open(1)
+    store.save("b" * 32, backend.read_row(0))
+    assert (tmp_path / f"{'b' * 32}.safetensors").stat().st_mode & 0o777 == 0o600
+    assert store.load("b" * 32).length == 0
+
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(sessions.temporary, "file", refuse)
+    with pytest.raises(UsageError, match=r"cannot write into the folder .*: Permission denied"):
+        SessionStore(tmp_path, 10**9, lambda state: None)
+
+
+def test_a_loaded_state_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = HashBackend(contract())
+    backend.open(1)
+    backend.read_row(0).save(tmp_path / "x.safetensors")
+    calls, hashed = [], RowState._sha256
+    monkeypatch.setattr(RowState, "_sha256", lambda state: calls.append(1) or hashed(state))
+    RowState.load(tmp_path / "x.safetensors")
+    assert len(calls) == 1
+
+
 def test_a_session_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client hears of it, but not where sessions lie."""
 
-    def full(state: RowState, path: Path) -> None:
+    def full(state: RowState, path: Path, **options: bool) -> None:
         raise UsageError(f"cannot write {path}: No space left on device")
 
     monkeypatch.setattr(RowState, "save", full)
@@ -330,6 +406,9 @@ def test_tokens_and_facts(served: Served) -> None:
     assert chat["tokens"] == served.tokenizer.encode("<s>ub.a", special=False)
     assert post("/detokenize", {"tokens": [0, 1, 2]}) == {"prompt": "abc"}
     assert [m.id for m in served.client.models.list()] == [MODEL]
+    assert served.client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError, match="'a/b' does not exist"):
+        served.client.models.retrieve("a/b")
     assert post("/tokenize", {"messages": []})["error"]["param"] == "messages"
     assert served.http("GET", "/version") == (200, {"version": __version__})
 
@@ -366,6 +445,7 @@ def test_metrics(complete: Callable[..., Any], served: Served) -> None:
         (openai.BadRequestError, "prompt", {"prompt": [[1.5]]}),
         (openai.BadRequestError, r"0\.\.39", {"prompt": [40]}),
         (openai.BadRequestError, "51 tokens, and this server takes 50", {"prompt": [1] * 51}),
+        (openai.BadRequestError, "201 characters, which are more than the 50 tokens", {"prompt": "a" * 201}),
         (openai.BadRequestError, "max_tokens is 61", {"max_tokens": 61}),
         (openai.BadRequestError, "max_tokens", {"max_tokens": 0}),
         (openai.BadRequestError, "temperature", {"temperature": -1}),
@@ -539,6 +619,9 @@ def test_a_full_queue() -> None:
             with pytest.raises(openai.RateLimitError, match="try again later") as caught:
                 served.client.completions.create(model=MODEL, prompt="c", **options)
             assert caught.value.response.headers["retry-after"] == "1"
+        # It is said before the body arrives.
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n"
+        assert served.raw(head).startswith(b"HTTP/1.1 429")
         backend.gate.release(10**6)
         assert all(f.result(LONG).choices[0].finish_reason for f in waiting)
         assert ask("c").usage.completion_tokens <= 2
@@ -581,30 +664,36 @@ def test_a_client_that_leaves_frees_its_row(when: str, stream: bool) -> None:
         assert len(backend.calls) <= steps + 1  # the one that was running
 
 
-def head_without_end(served: Served) -> None:
+def head_without_end(served: Served, begun: threading.Event) -> None:
     with served.connect() as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-")
+        begun.set()
         assert connection.recv(1000) == b""  # closed
 
 
-def idle(served: Served) -> None:
+def idle(served: Served, begun: threading.Event) -> None:
     connections = [served.connect() for _ in range(100)]
+    begun.set()
     assert all(c.recv(1000) == b"" for c in connections)
     for connection in connections:
         connection.close()
 
 
-def body_without_end(served: Served) -> None:
-    answer = served.raw(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{")
-    assert answer.startswith(b"HTTP/1.1 408")
+def body_without_end(served: Served, begun: threading.Event) -> None:
+    with served.connect() as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 90\r\n\r\n{")
+        begun.set()
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
-def large_body(served: Served) -> None:
-    answer = served.raw(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n{")
-    assert answer.startswith(b"HTTP/1.1 413")
+def large_body(served: Served, begun: threading.Event) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n{"
+    for _ in range(20):
+        assert served.raw(head).startswith(b"HTTP/1.1 413")
+        begun.set()
 
 
-def large_chunked_body(served: Served) -> None:
+def large_chunked_body(served: Served, begun: threading.Event) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     with served.connect() as connection:
@@ -612,24 +701,45 @@ def large_chunked_body(served: Served) -> None:
         try:
             for _ in range(1600):  # 100 MB
                 connection.sendall(chunk)
+                begun.set()
             raise AssertionError("all of it was taken")
         except OSError:
             pass  # closed while sending
 
 
 @pytest.mark.parametrize("attack", [head_without_end, idle, body_without_end, large_body, large_chunked_body])
-def test_clients_that_attack_take_no_row(attack: Callable[[Served], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_that_attack_take_no_row(
+    attack: Callable[[Served, threading.Event], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if attack in (head_without_end, idle):
         monkeypatch.setattr(serving_server, "HEAD_SECONDS", 2.0)
-    monkeypatch.setattr(Gate.__init__, "__kwdefaults__", {"max_body": 1 << 20, "body_seconds": 2.0})
+    limits = {"max_body": 1 << 20, "max_bodies": 1 << 22, "body_seconds": 2.0}
+    monkeypatch.setattr(Gate.__init__, "__kwdefaults__", limits)
+    begun = threading.Event()
     with serving(HashBackend(contract()), rows=1, max_queue=0) as served, ThreadPoolExecutor() as pool:
-        attacker = pool.submit(attack, served)
+        attacker = pool.submit(attack, served, begun)
+        assert begun.wait(LONG)
         client = served.client.with_options(max_retries=2)
         for _ in range(5):
             reply = client.completions.create(model=MODEL, prompt="a", max_tokens=3, temperature=0)
             assert reply.usage.prompt_tokens == 2
         attacker.result(2 * LONG)
         assert served.engine.counts["accepted"] == 5
+
+
+def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Gate.__init__, "__kwdefaults__", {"max_body": 1000, "max_bodies": 1000, "body_seconds": float(LONG)}
+    )
+    body = {"prompt": "a", "max_tokens": 1}
+    with serving(HashBackend(contract())) as served:
+        with served.connect() as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n" + b"x" * 990)
+            served.until(lambda: served.http("POST", "/v1/completions", body)[0] == 429)
+            assert served.http("POST", "/v1/completions", body)[1]["error"]["type"] == "rate_limit_error"
+        served.until(lambda: served.http("POST", "/v1/completions", body)[0] == 200)
+        for _ in range(40):  # those that have ended are not counted
+            assert served.http("POST", "/v1/completions", body)[0] == 200
 
 
 def test_a_request_that_takes_too_long() -> None:
@@ -665,6 +775,121 @@ def test_what_fails_in_a_stream_is_said_in_it(monkeypatch: pytest.MonkeyPatch) -
             served.client.completions.create(extra_body={"ignore_eos": True}, **options)
         monkeypatch.setattr(backend, "_step", step)
         assert served.client.completions.create(**options).choices
+
+
+def test_errors_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """They are answered and counted; what is logged does not hold the prompt."""
+
+    def fail(prompt: Any, *_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"{prompt}")
+
+    with serving(HashBackend(contract())) as served, caplog.at_level(logging.INFO):
+        monkeypatch.setattr(served.engine, "sequence", fail)
+        status, reply = served.http("POST", "/v1/completions", {"prompt": [1, 2, 3]})
+        assert (status, reply["error"]["message"], reply["error"]["type"]) == (500, "internal error", "server_error")
+        served.until(lambda: any("/v1/completions 500" in line for line in served.log))
+    assert f"RuntimeError at {__file__}:" in caplog.text
+    assert "[1, 2, 3]" not in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_the_error_of_a_stream_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that does not read cannot keep its request open after it has failed."""
+    monkeypatch.setattr(serving_app, "_LAST_SECONDS", 0.01)
+
+    class Failing:
+        timeout = float(LONG)
+
+        async def chunks(self, with_usage: bool) -> AsyncIterator[bytes]:
+            raise UsageError("it failed")
+            yield b""
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    async def run() -> None:
+        stream = serving_app._EventStream(Failing(), False, contextlib.AsyncExitStack())  # type: ignore[arg-type]
+        await asyncio.wait_for(stream({}, None, send), LONG)
+
+    asyncio.run(run())
+
+
+def test_options_do_not_show_the_key() -> None:
+    options = ServerOptions(MODEL, api_key=" secret\n")
+    assert options.api_key == "secret"
+    assert "secret" not in repr(options)
+    with pytest.raises(UsageError, match="the API key is empty"):
+        ServerOptions(MODEL, api_key=" ")
+
+
+def test_likely_tokens_with_the_same_text() -> None:
+    """The likeliest of them is reported, and the chosen token always."""
+    report = TokenLogprobs(-5.0, ((33, -1.0), (34, -2.0), (0, -3.0)))
+    reply = Reply(MODEL, [], 1, letter_tokenizer())
+    assert reply._top("b", report) == {"": -1.0, "a": -3.0, "b": -5.0}
+    assert reply._top("a", report) == {"": -1.0, "a": -3.0}
+
+
+# ------------------------------------------------------------------ the end
+
+
+def test_draining() -> None:
+    """New work is refused, and what was accepted is finished and read."""
+    backend = GatedBackend()
+    options = {"model": MODEL, "prompt": [1], "max_tokens": 4, "temperature": 0}
+    with serving(backend) as served, ThreadPoolExecutor() as pool:
+        first = pool.submit(served.client.completions.create, extra_body={"ignore_eos": True}, **options)
+        assert backend.inside.wait(LONG)
+        served.server.end()
+        head = b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        served.until(lambda: served.raw(head).startswith(b"HTTP/1.1 503"))
+        with pytest.raises(openai.InternalServerError, match="takes no more work"):
+            served.client.completions.create(**options)
+        backend.gate.release(10**6)
+        assert first.result(LONG).choices[0].finish_reason == "length"
+
+
+def test_ending_needs_no_thread_of_the_requests() -> None:
+    release, encoding = threading.Event(), threading.Semaphore(0)
+
+    class SlowTokenizer(Tokenizer):
+        def encode(self, text: str, *, special: bool = True) -> list[int]:
+            encoding.release()
+            assert release.wait(LONG)
+            return [1]
+
+    tokenizer = letter_tokenizer()
+    tokenizer.__class__ = SlowTokenizer
+    with serving(HashBackend(contract()), tokenizer=tokenizer) as served, ThreadPoolExecutor(40) as pool:
+        workers = min(32, (os.cpu_count() or 1) + 4)  # of an event loop
+        calls = [
+            pool.submit(served.http, "POST", "/v1/completions", {"prompt": "a", "max_tokens": 1})
+            for _ in range(workers)
+        ]
+        try:
+            for _ in calls:
+                assert encoding.acquire(timeout=LONG)
+            served.server.end()
+            served.engine._thread.join(10)
+            ended = not served.engine._thread.is_alive()
+        finally:
+            release.set()
+        assert ended
+        assert {call.result(LONG)[0] for call in calls} == {503}
+
+
+def test_an_end_before_the_beginning_is_not_lost() -> None:
+    engine = Engine(Generator(HashBackend(contract()), letter_tokenizer()))
+    listening = Listening(port=0)
+    with listening.open() as opened:
+        server = Server(engine, ServerOptions(MODEL), listening, opened)
+        server.end()
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        thread.join(LONG)
+        assert not thread.is_alive()
+    assert not engine.accepts
 
 
 def test_health_of_a_failed_engine(monkeypatch: pytest.MonkeyPatch) -> None:

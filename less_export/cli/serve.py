@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import BACKENDS
 from ..errors import UsageError, install_hint, one_line
+from ..serving.options import MAX_PROMPT
 from .ending import tell
 from .files import read_text
 from .options import Parser, general_options, trust_option
@@ -64,7 +66,13 @@ def parser() -> Parser:
         metavar="N",
         help="tokens of a prompt between two tokens of the others (default: the bundle's --chunk)",
     )
-    limits.add_argument("--max-prompt-tokens", type=int, metavar="N", help="longest prompt (default: the bundle's)")
+    limits.add_argument(
+        "--max-prompt-tokens",
+        type=int,
+        default=MAX_PROMPT,
+        metavar="N",
+        help=f"longest prompt, for which others may have to wait (default: {MAX_PROMPT})",
+    )
     limits.add_argument("--max-new-tokens", type=int, default=2048, metavar="N", help="longest answer (default: 2048)")
     limits.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="seconds that a request may take (default: 600)"
@@ -91,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"the server needs {error.name}: {install_hint('serve')}") from None
     from ..runtime.engine import Engine
 
+    if not math.isfinite(args.state_limit):
+        raise UsageError(f"--state-limit must be a number of GB, not {args.state_limit}")
     template = None if args.chat_template is None else read_text(args.chat_template)
     key = environment_key() if args.api_key is None else args.api_key
     options = ServerOptions(

@@ -27,7 +27,7 @@ from .conversations import continuation
 from .gate import Gate
 from .metrics import CONTENT_TYPE, Metrics
 from .options import RETRY_SECONDS, ServerOptions
-from .replies import ChatReply, Reply, error_body, server_sent
+from .replies import ChatReply, Reply, error_body, origin, server_sent
 from .schemas import (
     COMPLETION_TOKENS,
     ChatRequest,
@@ -38,6 +38,8 @@ from .schemas import (
 )
 from .sessions import BusySessionError, NoSuchSessionError, SessionStore
 
+#: Seconds that a client may take to read the error at the end of a stream.
+_LAST_SECONDS = 1.0
 _LOG = logging.getLogger(__name__)
 #: Statuses, kinds and codes of errors; the first that fits.
 _ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
@@ -60,12 +62,20 @@ def build_app(engine: Engine, options: ServerOptions, log: Callable[[str], None]
     app = FastAPI(title="less-export", version=__version__, docs_url=None, redoc_url=None)
     for path, method, route in service.routes():
         app.add_api_route(path, route, methods=[method], response_model=None)
-    for error, handler in ((RequestValidationError, _invalid), (HTTPException, _http_error), (Exception, _failed)):
+    for error, handler in ((RequestValidationError, _invalid), (HTTPException, _http_error)):
         app.add_exception_handler(error, handler)
     for kind in (LessExportError, TimeoutError):
         app.add_exception_handler(kind, _failed)
     paths = frozenset(path for path, _, _ in service.routes())
-    app.add_middleware(Gate, api_key=options.api_key, metrics=service.metrics, paths=paths, log=log)
+    app.add_middleware(
+        Gate,
+        api_key=options.api_key,
+        metrics=service.metrics,
+        paths=paths,
+        queued=frozenset(("/v1/completions", "/v1/chat/completions")),
+        full=lambda: engine.full,
+        log=log,
+    )
     if options.cors:
         app.add_middleware(CORSMiddleware, allow_origins=options.cors, allow_methods=["*"], allow_headers=["*"])
     return app
@@ -84,10 +94,12 @@ class _Service:
     ) -> None:
         self._engine, self._options, self._sessions, self.metrics, self._log = engine, options, sessions, metrics, log
         self._started = int(time.time())
+        self._saves: dict[str, asyncio.Future[None]] = {}  # by session
 
     def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
         return [
             ("/v1/models", "GET", self.models),
+            ("/v1/models/{model:path}", "GET", self.model),
             ("/v1/completions", "POST", self.completions),
             ("/v1/chat/completions", "POST", self.chat),
             ("/health", "GET", self.health),
@@ -136,10 +148,12 @@ class _Service:
             if body.session_id is not None:
                 if self._sessions is None:
                     raise UsageError("this server keeps no sessions: start it with --state-dir")
-                session = stack.enter_context(self._sessions.claimed(body.session_id))
+                session = self._sessions.claim(body.session_id)
+                stack.callback(self._leave, session)
                 if session == body.session_id:
                     prefix = await asyncio.to_thread(self._sessions.load, session)
             sequences = await asyncio.to_thread(prepare, prefix)
+            del prefix  # the sequence keeps it, until its row has it
             if session is not None and len(sequences) != 1:
                 raise UsageError("a session takes one prompt with n = 1")
             reply = kind(self._options.model_name, sequences, body.n, self._engine.tokenizer, session)
@@ -160,7 +174,19 @@ class _Service:
         """Save the state of a session, before the client hears of the end."""
         state = sequences[0].state
         if session is not None and self._sessions is not None and state is not None:
-            await asyncio.to_thread(self._sessions.save, session, state)
+            save = asyncio.ensure_future(asyncio.to_thread(self._sessions.save, session, state))
+            self._saves[session] = save
+            await asyncio.shield(save)
+
+    def _leave(self, session: str) -> None:
+        """Let other requests have a session, once its state is saved: that goes on if the request's time is over."""
+        assert self._sessions is not None
+        release = self._sessions.release
+        save = self._saves.pop(session, None)
+        if save is None or save.done():
+            release(session)
+        else:
+            save.add_done_callback(lambda save: (save.cancelled() or save.exception(), release(session)))
 
     def _check_model(self, name: str | None) -> None:
         if name not in (None, "", self._options.model_name):
@@ -213,6 +239,12 @@ class _Service:
     def _tokens(self, text: str, special: bool) -> list[int]:
         if self._options.log_prompts:
             self._log(f"prompt: {text}")
+        longest = self._options.max_prompt_tokens
+        if longest is not None and len(text) > longest * self._tokenizer.longest_token:
+            raise UsageError(
+                f"the prompt has {len(text)} characters, which are more than the {longest} tokens that this server "
+                "takes: shorten it"
+            )
         return self._tokenizer.encode(text, special=special) if text else []
 
     def _render(self, body: ChatRequest, continues: bool) -> str:
@@ -242,8 +274,12 @@ class _Service:
     # ------------------------------------------------------------ about the server
 
     async def models(self) -> dict[str, Any]:
-        model = {"id": self._options.model_name, "object": "model", "created": self._started, "owned_by": "less-export"}
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [await self.model(self._options.model_name)]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        self._check_model(model)
+        name = self._options.model_name
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "less-export"}
 
     async def health(self) -> Response:
         if self._engine.accepts:
@@ -306,16 +342,15 @@ class _EventStream(Response):
                     async for chunk in self._run.chunks(self._with_usage):
                         await event(chunk)
                     await event(b"", more=False)
-            except (ClientGoneError, OSError) as error:
-                if not isinstance(error, TimeoutError):
+            except Exception as error:
+                if isinstance(error, ClientGoneError) or (
+                    isinstance(error, OSError) and not isinstance(error, TimeoutError)
+                ):
                     return
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1):
+                with contextlib.suppress(TimeoutError, OSError):  # the status is out: the stream says what happened
+                    async with asyncio.timeout(_LAST_SECONDS):
                         await event(server_sent(bytes(_refusal(error).body)))
                         await event(b"", more=False)
-            except Exception as error:  # the status is out: the stream says what happened
-                await event(server_sent(bytes(_refusal(error).body)))
-                await event(b"", more=False)
 
 
 # ------------------------------------------------------------------ errors
@@ -337,7 +372,7 @@ def _refusal(error: Exception) -> JSONResponse:
     """The reply to a request that was refused or failed; what is not the client's fault is logged."""
     status = next(e[1] for e in _ERRORS if isinstance(error, e[0]))
     if status == 500:
-        _LOG.error("a request failed: %s", one_line(repr(error)))
+        _LOG.error("a request failed: %s", one_line(error) if isinstance(error, LessExportError) else origin(error))
     headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
     return JSONResponse(_body_of(error), status, headers)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from starlette.responses import JSONResponse
 
 from .metrics import Metrics
-from .options import BODY_SECONDS, MAX_BODY
-from .replies import error_body
+from .options import BODY_SECONDS, MAX_BODIES, MAX_BODY, RETRY_SECONDS
+from .replies import error_body, origin
 
+_LOG = logging.getLogger(__name__)
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -23,10 +25,12 @@ _OPEN = ("/health",)
 
 
 class Gate:
-    """Refuses requests without the key and bodies that are too large or too slow; logs and counts all others.
+    """Refuses requests without the key and bodies that are too large, too slow or too many; logs and counts all.
 
     A body is read to its end before the application runs, so that a slow client takes neither a row nor a place in
-    the queue. ``paths`` are those that are counted by name.
+    the queue; the bodies of all requests that have not ended have at most ``max_bodies`` bytes. ``paths`` are those that
+    are counted by name; requests to those in ``queued`` are refused unread while ``full()``. What the application
+    raises gets status 500, and its message, which may hold a prompt, is not logged.
     """
 
     def __init__(
@@ -36,13 +40,18 @@ class Gate:
         api_key: str | None,
         metrics: Metrics,
         paths: frozenset[str],
+        queued: frozenset[str],
+        full: Callable[[], bool],
         log: Callable[[str], None],
         max_body: int = MAX_BODY,
+        max_bodies: int = MAX_BODIES,
         body_seconds: float = BODY_SECONDS,
     ) -> None:
         self._app, self._metrics, self._paths, self._log = app, metrics, paths, log
         self._key = None if api_key is None else api_key.encode()
-        self._max_body, self._body_seconds = max_body, body_seconds
+        self._queued, self._full = queued, full
+        self._max_body, self._max_bodies, self._body_seconds = max_body, max_bodies, body_seconds
+        self._held = 0  # bytes of bodies
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,6 +67,10 @@ class Gate:
 
         try:
             await self._admit(scope, receive, watched)
+        except Exception as error:
+            _LOG.error("a request failed: %s", origin(error))
+            if not status:
+                await _refuse(500, error_body("internal error", "server_error"))(scope, receive, watched)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.request(path, status)
@@ -67,40 +80,42 @@ class Gate:
     async def _admit(self, scope: Message, receive: Receive, send: Send) -> None:
         headers = {bytes(k).lower(): bytes(v) for k, v in scope["headers"]}
         if not self._knows(headers.get(b"authorization", b"")) and scope["path"] not in _OPEN:
-            body = error_body("the API key is missing or wrong", "invalid_request_error", "invalid_api_key")
-            await _refuse(401, body)(scope, receive, send)
+            reason = error_body("the API key is missing or wrong", "invalid_request_error", "invalid_api_key")
+            await _refuse(401, reason)(scope, receive, send)
+            return
+        if scope["path"] in self._queued and self._full():
+            await _busy("rows and queue are full: try again later", "queue_full")(scope, receive, send)
             return
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._max_body:
-            await self._too_large(scope, receive, send)
+            await self._too_large()(scope, receive, send)
             return
-        chunks: list[bytes] = []
-        size = 0
+        body = _Body()
+        try:
+            refusal = await self._read(receive, body)
+            if refusal is not None:
+                await refusal(scope, receive, send)
+            elif body.complete:
+                await self._app(scope, body.then(receive), send)
+        finally:
+            self._held -= body.size
+
+    async def _read(self, receive: Receive, body: _Body) -> JSONResponse | None:
+        """Read a body to its end, unless the client leaves; or the reply that refuses it."""
         try:
             async with asyncio.timeout(self._body_seconds):
-                while True:
+                while not body.complete:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return
-                    chunks.append(message.get("body", b""))
-                    size += len(chunks[-1])
-                    if size > self._max_body:
-                        await self._too_large(scope, receive, send)
-                        return
-                    if not message.get("more_body", False):
-                        break
+                        return None
+                    self._held += body.add(message)
+                    if body.size > self._max_body:
+                        return self._too_large()
+                    if self._held > self._max_bodies:
+                        return _busy("the requests of others take all the memory for bodies: try again later")
         except TimeoutError:
-            body = error_body(f"the body did not arrive within {self._body_seconds:g} s", "timeout")
-            await _refuse(408, body)(scope, receive, send)
-            return
-        whole = [b"".join(chunks)]
-
-        async def replay() -> Message:
-            if whole:
-                return {"type": "http.request", "body": whole.pop(), "more_body": False}
-            return await receive()
-
-        await self._app(scope, replay, send)
+            return _refuse(408, error_body(f"the body did not arrive within {self._body_seconds:g} s", "timeout"))
+        return None
 
     def _knows(self, authorization: bytes) -> bool:
         if self._key is None:
@@ -108,11 +123,42 @@ class Gate:
         scheme, _, key = authorization.partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
 
-    async def _too_large(self, scope: Message, receive: Receive, send: Send) -> None:
-        body = error_body(f"the body has more than {self._max_body} bytes", "invalid_request_error")
-        await _refuse(413, body)(scope, receive, send)
+    def _too_large(self) -> JSONResponse:
+        return _refuse(413, error_body(f"the body has more than {self._max_body} bytes", "invalid_request_error"))
 
 
-def _refuse(status: int, body: dict[str, Any]) -> JSONResponse:
+class _Body:
+    """What has arrived of a body."""
+
+    def __init__(self) -> None:
+        self.size, self.complete = 0, False
+        self._chunks: list[bytes] = []
+
+    def add(self, message: Message) -> int:
+        """Take a part; returns its bytes."""
+        chunk = message.get("body", b"")
+        self._chunks.append(chunk)
+        self.size += len(chunk)
+        self.complete = not message.get("more_body", False)
+        return len(chunk)
+
+    def then(self, receive: Receive) -> Receive:
+        """What the application receives: the whole body, and what comes after it."""
+
+        async def replay() -> Message:
+            if self._chunks:
+                whole = b"".join(self._chunks)
+                self._chunks.clear()
+                return {"type": "http.request", "body": whole, "more_body": False}
+            return await receive()
+
+        return replay
+
+
+def _refuse(status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
     """A reply after which the connection closes, since the rest of the body was not read."""
-    return JSONResponse(body, status, {"Connection": "close"})
+    return JSONResponse(body, status, {"Connection": "close", **(headers or {})})
+
+
+def _busy(message: str, code: str | None = None) -> JSONResponse:
+    return _refuse(429, error_body(message, "rate_limit_error", code), {"Retry-After": str(RETRY_SECONDS)})

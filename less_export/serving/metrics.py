@@ -29,7 +29,7 @@ class Metrics:
         self._generated = Counter("less_generated_tokens", "New tokens", registry=self._registry)
         self._first = Histogram(
             "less_time_to_first_token_seconds",
-            "From the arrival of a request to the first token of a sequence",
+            "From the queuing of a sequence, once its prompt is encoded, to its first token",
             buckets=_FIRST,
             registry=self._registry,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import traceback
 import uuid
 from collections.abc import Sequence as Ordered
 from typing import Any
@@ -116,9 +117,17 @@ class Reply:
         return {
             "tokens": texts,
             "token_logprobs": [_finite(p.logprob) for _, p in reported],
-            "top_logprobs": [{self._text(i): _finite(x) for i, x in p.top} for _, p in reported],
+            "top_logprobs": [self._top(text, p) for text, (_, p) in zip(texts, reported, strict=True)],
             "text_offset": offsets,
         }
+
+    def _top(self, chosen: str, logprobs: TokenLogprobs) -> dict[str, float]:
+        """Likely tokens and the chosen one, by their texts; of several with the same text, the likeliest."""
+        top: dict[str, float] = {}
+        for token_id, logprob in logprobs.top:
+            top.setdefault(self._text(token_id), _finite(logprob))
+        top.setdefault(chosen, _finite(logprobs.logprob))
+        return top
 
     def _text(self, token_id: int) -> str:
         """The text of one token; special ones by their own."""
@@ -173,3 +182,10 @@ def server_sent(event: dict[str, Any] | bytes) -> bytes:
 def error_body(message: str, kind: str, code: str | int | None = None, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def origin(error: BaseException) -> str:
+    """Type of an error and where it was raised; its message may hold what a client sent."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +94,10 @@ class Server:
         except OSError as error:  # ssl.SSLError among them
             raise UsageError(f"cannot use the TLS files: {error.strerror or error}") from error
         self._server = _QuietServer(config)
+        self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ending: asyncio.Task[None] | None = None
-        self._stopping: asyncio.Task[None] | None = None
+        self._early = 0  # calls of `end` before there was a loop
+        self._ending = False
 
     def run(self) -> None:
         """Serve; returns when everything has been answered after the end was asked for."""
@@ -106,28 +108,35 @@ class Server:
 
     def end(self) -> None:
         """Drain and return from :meth:`run`; from any thread. A second call stops at once."""
-        loop = self._loop
-        if loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
-                loop.call_soon_threadsafe(self._end)
+        with self._lock:
+            if self._loop is None:
+                self._early += 1
+                return
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it has ended
+            self._loop.call_soon_threadsafe(self._end)
 
     async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        with self._lock:
+            self._loop = asyncio.get_running_loop()
+        for _ in range(self._early):
+            self._end()
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, RuntimeError):  # not in the main thread: the caller ends it
                 self._loop.add_signal_handler(number, self._end)
         await self._server.serve(sockets=[self._socket])
 
     def _end(self) -> None:
-        if self._ending is None:
+        # In threads of their own: those of the loop may all be busy with requests.
+        if not self._ending:
+            self._ending = True
             self._log("finishing what was accepted; again to stop at once")
-            self._ending = asyncio.create_task(self._drain())
+            threading.Thread(target=self._drain, daemon=True).start()
         else:
             self._server.should_exit = self._server.force_exit = True
-            self._stopping = asyncio.create_task(asyncio.to_thread(self._engine.stop))
+            threading.Thread(target=self._engine.stop, daemon=True).start()
 
-    async def _drain(self) -> None:
-        await asyncio.to_thread(self._engine.drain)
+    def _drain(self) -> None:
+        self._engine.drain()
         self._server.should_exit = True
 
 
@@ -171,4 +180,4 @@ class _PromptProtocol(H11Protocol):
 
 def environment_key() -> str | None:
     """The API key of the environment, which other users of the machine do not see in the list of processes."""
-    return os.environ.get("LESS_EXPORT_API_KEY") or None
+    return os.environ.get("LESS_EXPORT_API_KEY", "").strip() or None

@@ -8,14 +8,17 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
+from ..bundle import temporary
 from ..errors import BackendError, UsageError
 from ..runtime.backend import RowState
 
 _LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{32}")
+#: What a killed server leaves of a save.
+_LEFT = re.compile(r"\.([0-9a-f]{32}\.safetensors)\.less-export-.*")
 #: What a request names to begin a session.
 NEW = "new"
 
@@ -31,11 +34,12 @@ class BusySessionError(UsageError):
 class SessionStore:
     """States by ids that this class makes, one file each in ``folder``, the oldest dropped beyond ``limit`` bytes.
 
-    A state is written whole or not at all, so a server that is killed loses nothing that was parked. Several servers
-    may share a folder. ``check`` raises :class:`BackendError` for a state of another model.
+    A state is written whole or not at all, so a server that is killed loses nothing that was parked; nobody but the
+    user of the process can read it. Several servers may share a folder. ``check`` raises :class:`BackendError` for a
+    state of another model.
 
     Raises:
-        UsageError: the folder cannot be made.
+        UsageError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, limit: int, check: Callable[[RowState], None]) -> None:
@@ -46,10 +50,16 @@ class SessionStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+        try:
+            with temporary.file(folder / "probe"):
+                pass
+        except OSError as error:
+            raise UsageError(f"cannot write into the folder {folder}: {error.strerror or error}") from error
+        for name in {m[1] for m in map(_LEFT.fullmatch, os.listdir(folder)) if m}:
+            temporary.remove_abandoned(folder / name)
 
-    @contextlib.contextmanager
-    def claimed(self, name: str) -> Iterator[str]:
-        """The id of a session, for one request at a time; ``new`` makes an id.
+    def claim(self, name: str) -> str:
+        """The id of a session, for one request until :meth:`release`; ``new`` makes an id.
 
         Raises:
             NoSuchSessionError: not an id of this class. BusySessionError: another request has it.
@@ -61,11 +71,12 @@ class SessionStore:
             if session in self._busy:
                 raise BusySessionError("another request of this session has not ended: wait for it")
             self._busy.add(session)
-        try:
-            yield session
-        finally:
-            with self._lock:
-                self._busy.discard(session)
+        return session
+
+    def release(self, session: str) -> None:
+        """Let other requests claim a session."""
+        with self._lock:
+            self._busy.discard(session)
 
     def load(self, session: str) -> RowState:
         """The state of a session.
@@ -89,7 +100,7 @@ class SessionStore:
             BackendError: the file cannot be written.
         """
         try:
-            state.save(self._path(session))
+            state.save(self._path(session), private=True)
         except UsageError as error:  # its message names a path
             _LOG.error("a session was lost: %s", error)
             raise BackendError("the server could not save the session: its disk may be full") from error
