@@ -381,16 +381,17 @@ def test_a_loaded_state_is_hashed_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_session_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client hears of it, but not where sessions lie."""
 
-    def full(state: RowState, path: Path, **options: bool) -> None:
-        raise UsageError(f"cannot write {path}: No space left on device")
+    def full(finished: Path, final: Path) -> None:
+        raise OSError(28, "No space left on device", str(final))
 
-    monkeypatch.setattr(RowState, "save", full)
+    monkeypatch.setattr(sessions, "replace", full)
     with serving(HashBackend(contract()), state_dir=tmp_path) as served:
         for stream in (False, True):
             options = {"max_tokens": 2, "stream": stream, "extra_body": {"session_id": "new"}}
             with pytest.raises(openai.APIError, match="could not save the session") as caught:
                 list(served.client.completions.create(model=MODEL, prompt="a", **options))
             assert str(tmp_path) not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------ tokens and facts
@@ -745,7 +746,7 @@ def test_all_bodies_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_request_that_takes_too_long() -> None:
     backend = GatedBackend()
     with serving(backend, timeout=0.3) as served:
-        options = {"model": MODEL, "prompt": "a", "max_tokens": 9}
+        options = {"model": MODEL, "prompt": "a", "max_tokens": 9, "extra_body": {"ignore_eos": True}}
         with pytest.raises(openai.InternalServerError, match="took longer") as caught:
             served.client.completions.create(**options)
         assert caught.value.status_code == 504

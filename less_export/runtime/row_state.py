@@ -70,28 +70,27 @@ class RowState:
         if not isinstance(self.length, int | np.integer) or not 0 <= self.length <= MAX_LENGTH:
             raise BackendError(f"this state is damaged (length {self.length}): prefill again")
 
-    def save(self, path: str | Path, *, private: bool = False) -> None:
-        """Write the file atomically, with the permissions that the umask gives; ``private`` for this user alone.
+    def save(self, path: str | Path) -> None:
+        """Write the file atomically, with the permissions that the umask gives.
 
         Raises:
             UsageError: the file cannot be written.
         """
-        from safetensors.numpy import save
+        from ..bundle.files import write_atomically
 
-        from ..bundle import files, temporary
+        data = self.content()
+        try:
+            write_atomically(path, data)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def content(self) -> bytes:
+        """What :meth:`save` writes."""
+        from safetensors.numpy import save
 
         tensors = {n: np.ascontiguousarray(x) for n, x in self.tensors.items()}
         metadata = {"format": _FORMAT, "length": str(self.length), "identity": self.identity}
-        data = save(tensors, {**metadata, "sha256": self._sha256()})
-        try:
-            if not private:
-                files.write_atomically(path, data)
-                return
-            with temporary.file(Path(path)) as part:  # which only this user may read
-                part.write_bytes(data)
-                files.replace(part, Path(path))
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+        return save(tensors, {**metadata, "sha256": self._sha256()})
 
     @classmethod
     def load(cls, path: str | Path) -> RowState:

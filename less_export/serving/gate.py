@@ -28,8 +28,8 @@ class Gate:
     """Refuses requests without the key and bodies that are too large, too slow or too many; logs and counts all.
 
     A body is read to its end before the application runs, so that a slow client takes neither a row nor a place in
-    the queue; the bodies of all requests that have not ended have at most ``max_bodies`` bytes. ``paths`` are those that
-    are counted by name; requests to those in ``queued`` are refused unread while ``full()``. What the application
+    the queue; the bodies of all requests that have not ended have at most ``max_bodies`` bytes. ``paths`` are those
+    that are counted by name; requests to those in ``queued`` are refused unread while ``full()``. What the application
     raises gets status 500, and its message, which may hold a prompt, is not logged.
     """
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..bundle import temporary
+from ..bundle.files import replace
 from ..errors import BackendError, UsageError
 from ..runtime.backend import RowState
 
@@ -99,12 +100,15 @@ class SessionStore:
         Raises:
             BackendError: the file cannot be written.
         """
+        path = self._path(session)
         try:
-            state.save(self._path(session), private=True)
-        except UsageError as error:  # its message names a path
-            _LOG.error("a session was lost: %s", error)
+            with temporary.file(path) as part:  # which nobody else may read
+                part.write_bytes(state.content())
+                replace(part, path)
+        except OSError as error:
+            _LOG.error("a session was lost: cannot write %s: %s", path, error.strerror or error)
             raise BackendError("the server could not save the session: its disk may be full") from error
-        self._drop_oldest(self._path(session))
+        self._drop_oldest(path)
 
     def _path(self, session: str) -> Path:
         return self._folder / f"{session}.safetensors"
