@@ -717,7 +717,7 @@ def test_clients_that_attack_take_no_row(
     limits = {"max_body": 1 << 20, "max_bodies": 1 << 22, "body_seconds": 2.0}
     monkeypatch.setattr(Gate.__init__, "__kwdefaults__", limits)
     begun = threading.Event()
-    with serving(HashBackend(contract()), rows=1, max_queue=0) as served, ThreadPoolExecutor() as pool:
+    with serving(HashBackend(contract()), rows=1, max_queue=1) as served, ThreadPoolExecutor() as pool:
         attacker = pool.submit(attack, served, begun)
         assert begun.wait(LONG)
         client = served.client.with_options(max_retries=2)

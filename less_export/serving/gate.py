@@ -83,12 +83,12 @@ class Gate:
             reason = error_body("the API key is missing or wrong", "invalid_request_error", "invalid_api_key")
             await _refuse(401, reason)(scope, receive, send)
             return
-        if scope["path"] in self._queued and self._full():
-            await _busy("rows and queue are full: try again later", "queue_full")(scope, receive, send)
-            return
         length = headers.get(b"content-length", b"")
         if length.isdigit() and int(length) > self._max_body:
             await self._too_large()(scope, receive, send)
+            return
+        if scope["path"] in self._queued and self._full():
+            await _busy("rows and queue are full: try again later", "queue_full")(scope, receive, send)
             return
         body = _Body()
         try:
