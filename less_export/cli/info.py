@@ -75,7 +75,7 @@ def _print_bundle(bundle: Bundle) -> None:
     show(files)
     for artifact in m.artifacts:
         _print_contract(artifact)
-        _print_memory(artifact, m.kernels.bytes if m.kernels else 0)
+        _print_memory(artifact, m.kernels.bytes if m.kernels and m.kernels.layers else 0)
 
 
 def _kernel_file(manifest: Manifest) -> str:
