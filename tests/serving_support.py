@@ -9,10 +9,11 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
+import pytest
 
 from less_export.runtime.engine import Engine
 from less_export.runtime.generate import Generator
@@ -20,9 +21,9 @@ from less_export.runtime.tokenizer import Tokenizer
 from less_export.serving.options import ServerOptions
 from less_export.serving.server import Listening, Server
 
-from .test_generate import HashBackend, letter_tokenizer
+from .test_generate import HashBackend, contract, expected, letter_tokenizer
 
-MODEL = "letters"
+MODEL, PROMPT = "letters", "abcde"
 #: Seconds after which a test fails that waits for something.
 LONG = 60
 CHAT_TEMPLATE = (
@@ -107,3 +108,28 @@ def serving(backend: HashBackend, **options: Any) -> Iterator[Served]:
         thread.join(LONG)
         opened.close()
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Served]:
+    with serving(HashBackend(contract()), max_new_tokens=60, max_prompt_tokens=50) as server:
+        yield server
+
+
+@pytest.fixture
+def complete(served: Served) -> Callable[..., Any]:
+    """A greedy completion that ignores eos."""
+
+    def call(prompt: Any = PROMPT, max_tokens: int = 8, extra: dict[str, Any] | None = None, **options: Any) -> Any:
+        defaults = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True, **(extra or {})}}
+        return served.client.completions.create(prompt=prompt, max_tokens=max_tokens, **{**defaults, **options})
+
+    return call
+
+
+def text_of(served: Served, prompt: list[int], count: int) -> str:
+    return served.tokenizer.decode(expected(prompt, count))
+
+
+def ids(served: Served, text: str) -> list[int]:
+    return served.tokenizer.encode(text)

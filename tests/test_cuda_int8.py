@@ -12,8 +12,8 @@ from less_export.contract import LayerSpec
 from . import emulation
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
-from .oracle import SCALES, Arrays, OneHot, compare, layer_of, play, scenario
-from .test_cuda import CHUNKS, HEAD_DIMS, check_accuracy, compare_on_scattered_states, upwards
+from .oracle import SCALES, Arrays, OneHot, layer_of, play, scenario
+from .test_cuda import CHUNKS, HEAD_DIMS, check_accuracy, check_thread_order, compare_on_scattered_states, upwards
 from .test_int8 import INT8_EDGES, far
 from .test_ops import DECODE, INT8_VARIANTS, MIXED, empty, ordinary, tie_steps, tied
 
@@ -120,20 +120,7 @@ def test_logits_of_200(policy: str, dtype: str) -> None:
 @pytest.mark.parametrize("order", exhaustive_but(ORDERS, 1))
 @pytest.mark.parametrize(("policy", "dtype", "blocks"), [("h2o", "bfloat16", 512), ("tova", "float32", 1)])
 def test_thread_orders(policy: str, dtype: str, blocks: int, order: int) -> None:
-    """Results are bitwise equal in any thread order."""
-    emulation.set_blocks(blocks)
-    layer = int8(kernel_layer(policy, 70, 40, 2, 8, kv_heads=1))
-    steps = scenario(layer, [(90, 9), (1, 1), (1, 0), (20, 66), (1, 1)], 6, normal(dtype))
-    fresh = empty(layer, DTYPES[dtype], 2)
-    emulation.set_order(0)
-    usual = [got for _, _, got in play(emulated(layer, dtype), steps, fresh)]
-    emulation.set_order(order)
-    for (step, before, got), other in zip(play(emulated(layer, dtype), steps, fresh), usual, strict=True):
-        compare(step, before, got)
-        live = got["position"] >= 0
-        for name, x in got.items():
-            mask = live if name in (*SCALES, "key", "value", "psi", "score") else ...
-            assert x[mask].tobytes() == other[name][mask].tobytes(), name
+    check_thread_order(int8(kernel_layer(policy, 70, 40, 2, 8, kv_heads=1)), dtype, blocks, order)
 
 
 def test_slots_that_stay_keep_every_bit() -> None:

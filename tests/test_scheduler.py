@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -303,13 +304,16 @@ class BrokenRows(HashBackend):
         return super()._read_row(row)
 
 
-def run_all(scheduler: Scheduler, sequences: list[Sequence]) -> dict[int, list[Event]]:
+def run_all(
+    scheduler: Scheduler, sequences: list[Sequence], after_step: Callable[[], None] = lambda: None
+) -> dict[int, list[Event]]:
     for sequence in sequences:
         scheduler.submit(sequence)
     events: dict[int, list[Event]] = defaultdict(list)
     while scheduler.busy:
         for event in scheduler.step():
             events[event.sequence.index].append(event)
+        after_step()
     assert (scheduler.running, scheduler.waiting) == (0, 0)
     assert all(s.row is None for s in sequences)
     return events
@@ -346,19 +350,17 @@ def test_a_row_that_cannot_be_moved_ends_only_its_sequence(cancelled: bool) -> N
     factory = SequenceFactory(scheduler.backend, None, ())
     counts = {1: 90 if cancelled else 6, 2: 9, 4: 9}
     sequences = [factory.sequence([i] * i, SamplingParams(max_new_tokens=n), index=i) for i, n in counts.items()]
-    for sequence in sequences:
-        scheduler.submit(sequence)
-    events: dict[int, list[Event]] = defaultdict(list)
-    while scheduler.busy:
-        for event in scheduler.step():
-            events[event.sequence.index].append(event)
-        if cancelled and len(sequences[2].token_ids) == 4:
-            assert scheduler.cancel(sequences[0])
-            cancelled = False
+    cancels = []
+
+    def cancel() -> None:
+        if cancelled and not cancels and len(sequences[2].token_ids) == 4:
+            cancels.append(scheduler.cancel(sequences[0]))
+
+    events = run_all(scheduler, sequences, cancel)
+    assert cancels == [True] * cancelled
     assert "out of something" in str(events[4][-1].error)
     assert tokens(events[4]) == expected([4] * 4, len(events[4]) - 1)
     assert tokens(events[2]) == expected([2] * 2, 9)
-    assert all(s.row is None for s in sequences)
 
 
 def test_a_loaded_state_is_dropped_once_it_is_in_its_row() -> None:

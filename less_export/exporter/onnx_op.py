@@ -112,12 +112,12 @@ def _translation(int8: bool) -> Callable[..., Any]:
     names = [*_inputs(int8, False), *ATTRIBUTES, MAX_DISTANCE, *_ROTARY]
 
     def translate(*args: Any, **named: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | named
-        max_distance = given.get(MAX_DISTANCE, 0)
+        arguments = dict(zip(names, args, strict=False)) | named
+        max_distance = arguments.get(MAX_DISTANCE, 0)
         opset = onnxscript.values.Opset(OP_DOMAIN, OP_VERSION)
         operator = onnxscript.values.Op(opset, OP_NAME, _schema(int8, max_distance > 0))
-        attributes = {n: given[n] for n in ATTRIBUTES} | _optional(8 * int8, max_distance)
-        return operator(*(given[n] for n in _inputs(int8, max_distance > 0)), **attributes)
+        attributes = {n: arguments[n] for n in ATTRIBUTES} | _optional(8 * int8, max_distance)
+        return operator(*(arguments[n] for n in _inputs(int8, max_distance > 0)), **attributes)
 
     return translate
 

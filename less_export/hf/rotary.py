@@ -114,18 +114,20 @@ def probe(model: PreTrainedModel) -> tuple[Rotation | None, ...]:
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(f"its positions cannot be probed ({reason})") from error
-    found: list[Rotation | None] = []
+    rotations: list[Rotation | None] = []
     for layer, (q, k, v) in sorted(samples.items()):
         try:
             _refuse_other_positions(v, "values")
             rotation = _rotation(q, k, positions.double())
-            found.append(next((r for r in found if rotation and r and r.is_kind(rotation, positions)), rotation))
+            rotations.append(
+                next((r for r in rotations if rotation and r and r.is_kind(rotation, positions)), rotation)
+            )
         except _OtherPositions as reason:
             learned = " (a table of positions)" if limit is not None else ""
             raise UnsupportedModelError(f"layer {layer}: {reason}{learned}") from None
     if not _same(_by_position(hidden[:, None], len(positions))):
         raise UnsupportedModelError(f"layer {len(samples) - 1}: positions enter the model beside its attention")
-    return tuple(found)
+    return tuple(rotations)
 
 
 class _OtherPositions(Exception):

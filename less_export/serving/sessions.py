@@ -40,7 +40,7 @@ class SessionStore:
     state of another model.
 
     Raises:
-        UsageError: the folder cannot be made or written.
+        UsageError: the folder cannot be created or written to.
     """
 
     def __init__(self, folder: Path, limit: int, check: Callable[[RowState], None]) -> None:
