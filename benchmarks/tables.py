@@ -137,7 +137,8 @@ def headline() -> str:
         quality_page = "[Quality](docs/results/quality.md)"
         rows.append([f"perplexity on {text}", *(f"{x:.2f}" for x in figures), quality_page])
     description = f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots; "
-    description += f"perplexity: Gemma 3 270M, contexts of 1,024 tokens, {setting}; both with scores that never fade"
+    description += f"perplexity: Gemma 3 270M, contexts of 1,024 tokens, {setting}; "
+    description += "both with slots in the compute dtype, absolute positions and scores that never fade"
     return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({description})"
 
 
