@@ -16,7 +16,7 @@ import torch
 from less_export import testing
 from less_export.contract import LayerSpec
 from less_export.errors import BackendError
-from less_export.less import int8, reference
+from less_export.less import int8, operators
 
 from .oracle import OUTPUTS, TOKENS, Arrays, Normal, OneHot, Run, Step, compare, follow, layer_of, play, scenario
 
@@ -102,7 +102,7 @@ def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch
         tokens, state, lengths = tensors[:5], tensors[5:end], tensors[end : end + 2]
         centring = int8.Centring(*tensors[end + 2 : end + 4]) if layer.int8 else None
         rotary = tensors[-1] if layer.max_distance else None
-        outputs = reference.run(layer, tokens, state, lengths, centring, rotary, opaque)
+        outputs = operators.run(layer, tokens, state, lengths, centring, rotary, opaque)
         assert [t.dtype for t in outputs] == [dtype, *(t.dtype for t in tensors[5:end])]
         return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in outputs]
 

@@ -21,7 +21,7 @@ from less_export.exporter import onnx_nodes, onnx_op
 from less_export.exporter.check import self_check, twin_config
 from less_export.hf import decoder, weights
 from less_export.hf.surgery import discover
-from less_export.less import reference
+from less_export.less import operators
 from less_export.plan import plan_layers
 
 from . import families
@@ -152,7 +152,7 @@ def wrong_causal_bound(patch: Patch) -> None:
 
 def lowrank_term_left_out(patch: Patch) -> None:
     original = onnx_op._attend
-    patch.setattr(onnx_op, "_attend", lambda op, x, s, absorb: original(op, x, s, False))
+    patch.setattr(onnx_op, "_attend", lambda op, x, s, mean: original(op, x, s, None))
 
 
 def another_eviction(patch: Patch) -> None:
@@ -162,9 +162,9 @@ def another_eviction(patch: Patch) -> None:
 def swapped_kv_heads(patch: Patch) -> None:
     def swapped(layer: LayerSpec, tokens: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, ...]:
         q, k, v, *features = tokens
-        return reference.run(layer, (q, k.flip(1), v.flip(1), *features), *rest)
+        return operators.run(layer, (q, k.flip(1), v.flip(1), *features), *rest)
 
-    patch.setattr(decoder, "reference", SimpleNamespace(run=swapped))
+    patch.setattr(decoder, "operators", SimpleNamespace(run=swapped))
 
 
 def swapped_weights(patch: Patch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from less_export.contract import LayerSpec, Policy
-from less_export.less import int8, reference, rotary, simulate
+from less_export.less import int8, operators, rotary, simulate
 from less_export.testing import empty_state
 
 from .oracle import centring_of, frequencies_of
@@ -79,7 +79,7 @@ def streamed(layer: LayerSpec, tensors: list[torch.Tensor], chunk: int) -> tuple
         new = torch.full((2,), piece[0].shape[2], dtype=torch.int32)
         positions.append(state[4])
         lengths = (torch.full_like(new, begin), new)
-        out, *state = reference.run(layer, piece, state, lengths, centring(layer), table(layer), opaque=False)
+        out, *state = operators.run(layer, piece, state, lengths, centring(layer), table(layer), opaque=False)
         outs.append(out)
     return torch.cat(outs, 2), positions
 
