@@ -139,6 +139,10 @@ class LayerSpec(Heads):
         """Elements of a feature of ``h``: head_dim numbers, or two planes of them."""
         return 2 * self.head_dim if self.state16 else self.head_dim
 
+    def without_state(self) -> LayerSpec:
+        """The layer without its low-rank state."""
+        return replace(self, absorb=False, rank=1, state_bits=32)
+
     def attributes(self) -> dict[str, int | float]:
         """Attributes of the torch operator, and of every ``LessAttention`` node, in the op's order."""
         return {
@@ -311,6 +315,11 @@ class Contract:
         """This contract with slots of another dtype in every layer; a state of 16 bits goes with int8 slots only."""
         bits: dict[str, Any] = {} if slot_dtype == "int8" else {"state_bits": 32}
         return replace(self, layers=tuple(replace(s, slot_dtype=slot_dtype, **bits) for s in self.layers))
+
+    def with_state(self, bits: StateBits) -> Contract:
+        """This contract with a low-rank state of so many bits in every layer that has one and int8 slots."""
+        layers = (replace(s, state_bits=bits) if s.absorb and s.int8 else s for s in self.layers)
+        return replace(self, layers=tuple(layers))
 
     def full_cache_bytes(self, length: int) -> int:
         """Bytes of an ordinary KV cache of ``length`` tokens for one sequence (sliding layers capped)."""

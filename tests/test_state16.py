@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from less_export import testing
+from less_export.config import ExportConfig
 from less_export.contract import LayerSpec
 from less_export.errors import UsageError
 from less_export.less import operators, state16
+from less_export.less.feature_maps import state_for
+from less_export.plan import AttentionLayer, plan_layers
+from less_export.training.options import TrainConfig
 
 from .oracle import Arrays, Normal, Run, Step, compare, follow, play, scenario
 from .oracle_rounding import LARGEST, dither, rounded_means, rounded_psi
@@ -210,3 +214,51 @@ def test_psi_that_does_not_sum_to_one_counts_as_one() -> None:
 def test_impossible_layers(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="state"):
         replace(STATE16_VARIANTS["h2o 16"], **change)
+
+
+# ------------------------------------------------------------------------------------------------ which layers get it
+
+LAYER = AttentionLayer(4, 2, 8, 0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "bits"),
+    [
+        ({}, {0: 3}, 16),
+        ({"state": 32}, {0: 3}, 32),
+        ({"slots": "model"}, {0: 3}, 32),
+        ({"policy": "full", "slots": "int8"}, {0: 3}, 32),
+        ({}, {}, 32),
+    ],
+)
+def test_int8_layers_with_kernels_have_it_by_default(options: dict[str, Any], ranks: dict[int, int], bits: int) -> None:
+    (layer,) = plan_layers([LAYER], ExportConfig(**options), 64, ranks)
+    assert layer.state_bits == bits
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"state": 16, "slots": "model"}, "--state 16 goes with int8 slots: drop --slots model"),
+        ({"state": 16, "policy": "full"}, "policy full has with --slots int8 only"),
+        ({"state": 8}, "--state must be 16 or 32 bits, not 8"),
+    ],
+)
+def test_impossible_options(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        plan_layers([LAYER], ExportConfig(**options), 64, {0: 3})
+
+
+def test_a_recipes_state_gives_way_to_other_slots() -> None:
+    config = ExportConfig(slots="model").with_defaults({"state": 16, "slots": "int8"})
+    assert config.state is None
+
+
+def test_psi_that_does_not_sum_to_one_takes_32_bits() -> None:
+    assert state_for(None, None) is None
+    assert state_for("exp", 16) == 16
+    assert state_for("paper", None) == state_for("paper", 32) == 32
+    with pytest.raises(UsageError, match="psi of parametrisation paper does not sum to one"):
+        state_for("paper", 16)
+    assert TrainConfig(parametrisation="paper").cache().state == 32
+    assert TrainConfig().cache().state is None

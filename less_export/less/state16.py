@@ -21,10 +21,16 @@ Shapes: B rows, Hk KV heads, N tokens, R features, D head_dim.
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from . import int8
+
+Array = npt.NDArray[Any]
 
 #: Largest magnitude of a code: its planes are at most 127.
 LARGEST = 127 * 256 + 127
@@ -56,6 +62,11 @@ def means(code: Tensor, scale: Tensor) -> Tensor:
     """Planes int8 [B,Hk,R,2D] and scales f32 [B,Hk,R] -> means f32 [B,Hk,R,D]."""
     high, low = code.float().chunk(2, -1)
     return (high * 256 + low) * scale[..., None]
+
+
+def absorbed(code: Array, scale: Array, z: Array) -> Array:
+    """:func:`means` of arrays, 0 for features without mass."""
+    return np.where(z[..., None] > 0, means(torch.from_numpy(code), torch.from_numpy(scale)).numpy(), np.float32(0))
 
 
 def dither(position: Tensor, rank: int, head_dim: int) -> Tensor:
