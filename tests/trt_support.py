@@ -115,7 +115,7 @@ def decoder(contract: Contract, folder: Path) -> ir.Model:
     )
     (folder / "weights.bin").write_bytes(blob)
     model = ir.Model(graph, ir_version=10)
-    onnx_op.add_bodies(model)
+    onnx_op.add_bodies(model, decoding=False)
     return model
 
 

@@ -37,8 +37,8 @@ from .trace import trace
 _VOCAB, _WINDOW, _BUDGET, _EXPERTS = 256, 12, 32, 8
 #: Names that configs use for the number of experts.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-#: Tokens per step: chunks, then one at a time, past window and budget.
-_STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1)
+#: Tokens per step: chunks and single tokens, before and past window and budget.
+_STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1, 5)
 #: Largest difference of logits, as a share of the largest logit; float32 rounding is a hundred times less.
 TOLERANCE = 1e-4
 #: The same against a model whose keys and values are not rounded to int8.

@@ -7,7 +7,7 @@ TensorRT plugin replaces it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, LayerSpec, state_fields
 from ..dtypes import COMPUTE_DTYPES, onnx_type
 from ..less import operators
 from ..less.policies import EvictionPolicy, by_code
+from .onnx_decode import HIDDEN, Sizes, one_token
 from .onnx_nodes import ATTRIBUTES, MAX_DISTANCE, SLOT_BITS, STATE_BITS, Nodes
 from .onnx_slots import in_slots, turned
 from .onnx_state import absorb, low_rank
@@ -76,19 +77,25 @@ class Body:
     absorb: bool
     fades: bool
     form: Form
+    decoding: Sizes | None = None
 
     @classmethod
-    def of(cls, node: ir.Node) -> Body:
+    def of(cls, node: ir.Node, decoding: bool = False) -> Body:
+        """``decoding``: with a way of its own for chunks of one token, where there is one."""
         facts = node.attributes
         absorb, fades = bool(facts["absorb"].as_int()), facts["decay"].as_float() != 1
         form = Form(*(name in facts for name in (SLOT_BITS, STATE_BITS, MAX_DISTANCE)))
-        return cls(by_code(facts["policy"].as_int()), absorb, fades, form)
+        policy = by_code(facts["policy"].as_int())
+        inputs = dict(zip(form.inputs(), node.inputs, strict=True))
+        decoding &= policy.takes_one_slot and not (policy.evicts and facts["window"].as_int() > 0)
+        return cls(policy, absorb, fades, form, Sizes.of(inputs) if decoding else None)
 
     @property
     def overload(self) -> str:
         """The overload that names the body."""
         kinds = {"fading": self.fades, **asdict(self.form), "lowrank": self.absorb}
-        return "_".join([self.policy.name, *(kind for kind, chosen in kinds.items() if chosen)])
+        sizes = [] if self.decoding is None else [str(self.decoding)]
+        return "_".join([self.policy.name, *(kind for kind, chosen in kinds.items() if chosen), *sizes])
 
 
 def node_attributes(layer: LayerSpec) -> dict[str, int | float]:
@@ -154,10 +161,6 @@ def translation_table() -> dict[Any, Any]:
 # ------------------------------------------------------------------ the body
 
 
-#: Finite stand-in for -inf: exp(_HIDDEN - peak) is 0 for every real peak.
-_HIDDEN = -1.0e30
-
-
 def _attend(op: Nodes, x: SimpleNamespace, s: SimpleNamespace, mean: ir.Value | None) -> ir.Value:
     """out [B,Hq,T,D]; leaves the probabilities over slots and chunk in ``s.probability`` [B,Hk,G,T,N].
 
@@ -172,7 +175,7 @@ def _attend(op: Nodes, x: SimpleNamespace, s: SimpleNamespace, mean: ir.Value | 
         z = op.Where(filled, x.past_z, op.f32(1.0))
         log_phi = op.Reshape(op.to_f32(x.log_phi_q), op.shape(flat, op.dim(x.log_phi_q, 3)))
         mass = op.Add(log_phi, op.Unsqueeze(op.Log(z), op.ints(2)))
-        mass = op.Where(op.Unsqueeze(filled, op.ints(2)), mass, op.f32(_HIDDEN))
+        mass = op.Where(op.Unsqueeze(filled, op.ints(2)), mass, op.f32(HIDDEN))
         probability = op.Softmax(op.Concat(s.logits, mass, axis=-1), axis=-1)
         values = op.Concat(values, op.rows(filled, mean), axis=2)
     out = op.Reshape(op.MatMul(probability, values), op.Shape(x.q))
@@ -228,10 +231,59 @@ def _place(op: Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
 
 def function_body(body: Body) -> ir.Function:
     """The operator as an ONNX function, opset 23, same inputs, outputs and attributes as the node."""
-    op, policy, form = Nodes(), body.policy, body.form
+    form = body.form
     inputs = [ir.Value(name=n) for n in form.inputs()]
     x = SimpleNamespace(**{str(value.name): value for value in inputs})
+    op, present = _general(body, x)
+    if body.decoding is not None:
+        op, present = _divided(body, x, op, present)
+    else:
+        _name(op, body.overload)
+    outputs = [present[name] for name in form.outputs()]
+    for name, value in zip(form.outputs(), outputs, strict=True):
+        value.name = name
+    return ir.Function(
+        OP_DOMAIN,
+        OP_NAME,
+        body.overload,
+        graph=_graph(inputs, outputs, op),
+        attributes=[ir.Attr(n, t, None) for n, t in form.types().items()],
+    )
 
+
+def _graph(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], op: Nodes) -> ir.Graph:
+    return ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME)
+
+
+def _name(op: Nodes, prefix: str) -> None:
+    """Unique names: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a Constant of the
+    same name in a function called earlier."""
+    for number, value in enumerate(v for node in op.nodes for v in node.outputs):
+        value.name = f"{prefix}.{number}"
+
+
+def _divided(
+    body: Body, x: SimpleNamespace, general: Nodes, present: dict[str, ir.Value]
+) -> tuple[Nodes, dict[str, ir.Value]]:
+    """The body that takes a way of its own for chunks of one token."""
+    names = list(body.form.outputs())
+    one, own = Nodes(), Nodes()
+    assert body.decoding is not None
+    after = one_token(one, x, body.decoding, body.policy, absorbs=body.absorb, fades=body.fades, **asdict(body.form))
+    after = {"out": after.pop("out"), **{f"present_{name}": value for name, value in after.items()}}
+    branches = {}
+    for branch, op, values in (("then_branch", one, after), ("else_branch", general, present)):
+        _name(op, f"{body.overload}.{branch}")
+        branches[branch] = _graph([], [values[name] for name in names], op)
+    decodes = own.Equal(own.dim(x.k, 2), own.ints(1))
+    _name(own, body.overload)
+    results = own.op_multi_out("If", [decodes], branches, num_outputs=len(names))
+    return own, dict(zip(names, results, strict=True))
+
+
+def _general(body: Body, x: SimpleNamespace) -> tuple[Nodes, dict[str, ir.Value]]:
+    """The body for chunks of any length: its nodes and outputs."""
+    op, policy, form = Nodes(), body.policy, body.form
     s = SimpleNamespace()
     s.heads = op.dim(x.past_key, 0, 2)  # [B,Hk]
     s.slots, s.chunk = op.dim(x.past_key, 2), op.dim(x.k, 2)
@@ -260,7 +312,7 @@ def function_body(body: Body) -> ir.Function:
     window = op.attribute("window")
     unlimited = op.LessOrEqual(window, op.i32(0))
     visible = op.And(visible, op.Or(unlimited, op.Greater(at, op.Sub(now, window))))
-    logits = op.Where(visible, op.Reshape(logits, s.shape5), op.f32(_HIDDEN))
+    logits = op.Where(visible, op.Reshape(logits, s.shape5), op.f32(HIDDEN))
     s.logits = op.Reshape(logits, op.shape(grouped, tokens))
 
     out = _attend(op, x, s, state.mean)
@@ -295,21 +347,7 @@ def function_body(body: Body) -> ir.Function:
         "psi": filled(*state.fill),
         **{name: filled(*pair) for name, pair in slots.fills.items()},
     }
-    present = {"out": out, **{f"present_{name}": value for name, value in after.items()}}
-    # Unique names: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a Constant of the
-    # same name in a function called earlier.
-    for number, value in enumerate(v for node in op.nodes for v in node.outputs):
-        value.name = f"{body.overload}.{number}"
-    outputs = [present[name] for name in form.outputs()]
-    for name, value in zip(form.outputs(), outputs, strict=True):
-        value.name = name
-    return ir.Function(
-        OP_DOMAIN,
-        OP_NAME,
-        body.overload,
-        graph=ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME),
-        attributes=[ir.Attr(n, t, None) for n, t in form.types().items()],
-    )
+    return op, {"out": out, **{f"present_{name}": value for name, value in after.items()}}
 
 
 # ------------------------------------------------------------------ bodies in and out of a model
@@ -320,10 +358,13 @@ def less_nodes(model: ir.Model) -> list[ir.Node]:
     return [n for n in model.graph if n.domain == OP_DOMAIN and n.op_type == OP_NAME]
 
 
-def add_bodies(model: ir.Model) -> None:
-    """Give every LessAttention node the body of its policy (after optimisation, which would inline it)."""
+def add_bodies(model: ir.Model, decoding: bool = True) -> None:
+    """Give every LessAttention node the body of its policy (after optimisation, which would inline it).
+
+    ``decoding``: with a way of its own for chunks of one token, for ONNX Runtime.
+    """
     for node in less_nodes(model):
-        body = Body.of(node)
+        body = Body.of(node, decoding)
         node.overload = body.overload
         key = (OP_DOMAIN, OP_NAME, node.overload)
         if key not in model.functions:

@@ -59,12 +59,17 @@ def turned(
 ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
     """Queries [B,Hq,T,D] and the pair of keys in f32, turned by ``less.rotary``."""
     past, new = keys
-    age = op.Sub(op.Unsqueeze(s.past_length, op.ints(2)), x.past_position)
-    age = op.Max(op.Min(age, op.attribute(MAX_DISTANCE)), op.i32(0))
     half = op.Div(op.dim(x.rotary, 1), op.ints(2))
-    ages, offsets = op.Gather(x.rotary, age), op.Slice(x.rotary, op.ints(0), s.chunk, op.ints(0))
-    past, new = _rotate(op, past, ages, half, back=True), _rotate(op, new, offsets, half)
+    offsets = op.Slice(x.rotary, op.ints(0), s.chunk, op.ints(0))
+    new = _rotate(op, new, offsets, half)
+    past = _rotate(op, past, op.Gather(x.rotary, ages(op, x)), half, back=True)
     return _rotate(op, op.to_f32(x.q), offsets, half), (past, new)
+
+
+def ages(op: Nodes, x: SimpleNamespace) -> ir.Value:
+    """The distances [B,Hk,C] that the first query of a chunk sees the slots at; 0 for empty ones."""
+    age = op.Sub(op.Unsqueeze(x.past_length, op.ints(1, 2)), x.past_position)
+    return op.Max(op.Min(age, op.attribute(MAX_DISTANCE)), op.i32(0))
 
 
 def _rotate(op: Nodes, tensor: ir.Value, angles: ir.Value, half: ir.Value, back: bool = False) -> ir.Value:
