@@ -181,7 +181,7 @@ def _build_engine(job: ExportJob, graph: ir.Model, scratch: Path, progress: Prog
     (onnx_op.strip_bodies if job.library else onnx_op.add_bodies)(graph)
     file, planned = job.targets.file("plan"), job.contracts["plan"]
     info = engine.build_plan(
-        ir.to_proto(graph).SerializeToString(),
+        onnx_op.with_own_names(graph).SerializeToString(),
         planned,
         weights_dir=scratch,
         gpu_arch=job.model.config.gpu_arch,
