@@ -454,7 +454,7 @@ def play(run: Run, steps: list[Step], empty: list[np.ndarray]) -> Iterator[tuple
 
 
 def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
-    """Assert positions, slot contents, zeros and parked rows exactly; relative errors of the rest."""
+    """Assert positions, slot contents, zeros, parked rows and means that stay exactly; relative errors of the rest."""
     want, new = step.expected, step.inputs["new_length"]
     np.testing.assert_array_equal(got["position"], want["position"])
     live = want["position"] >= 0
@@ -469,6 +469,9 @@ def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
                 assert got[name][b][mask].tobytes() == before[name][b][mask].tobytes(), f"parked row: {name}"
     errors = {}
     if "h_scale" in got:
+        still = got["z"] == before["z"]
+        for name in ("h", "h_scale"):
+            assert got[name][still].tobytes() == before[name][still].tobytes(), f"feature without mass: {name}"
         got, want = with_means(got), with_means(want)
     for name in ("out", "score", "h", "z"):
         mask = live if name == "score" else ...
