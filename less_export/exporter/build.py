@@ -184,7 +184,7 @@ def _build_engine(job: ExportJob, graph: ir.Model, scratch: Path, progress: Prog
         onnx_op.add_bodies(graph, decoding=False)
     file, planned = job.targets.file("plan"), job.contracts["plan"]
     info = engine.build_plan(
-        ir.to_proto(graph).SerializeToString(),
+        onnx_op.with_own_names(graph).SerializeToString(),
         planned,
         weights_dir=scratch,
         gpu_arch=job.model.config.gpu_arch,

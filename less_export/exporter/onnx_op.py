@@ -372,6 +372,19 @@ def add_bodies(model: ir.Model, decoding: bool = True) -> None:
     model.graph.opset_imports[OP_DOMAIN] = OP_VERSION
 
 
+def with_own_names(model: ir.Model) -> onnx.ModelProto:
+    """The model with an operator of its own name for each body.
+
+    TensorRT's parser (RTX 1.7.1) does not tell overloads apart: it takes the first body for all nodes of a name.
+    """
+    proto = ir.to_proto(model)
+    for function in proto.functions:
+        function.name, function.overload = "_".join(filter(None, (function.name, function.overload))), ""
+    for node in proto.graph.node:
+        node.op_type, node.overload = "_".join(filter(None, (node.op_type, node.overload))), ""
+    return proto
+
+
 def strip_bodies(model: ir.Model) -> None:
     """Leave bare LessAttention nodes, for TensorRT's plugin (a local function would win over it)."""
     for node in less_nodes(model):
