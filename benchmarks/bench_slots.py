@@ -86,9 +86,12 @@ def log_probabilities(model: PreTrainedModel, row: Tensor, variant: Variant, pos
     return torch.log_softmax(logits.float(), -1)
 
 
-def compare(model: PreTrainedModel, ids: Tensor, variants: dict[str, Variant]) -> dict[str, dict[str, list[float]]]:
-    """KL from the full cache and negative log likelihood in nats, by cache: the mean of each sequence."""
-    positions = torch.arange(max(v.first() for v in variants.values()), LENGTH - 1, STRIDE)
+def compare(
+    model: PreTrainedModel, ids: Tensor, variants: dict[str, Variant], first: int = 0
+) -> dict[str, dict[str, list[float]]]:
+    """KL from the full cache and negative log likelihood in nats, by cache: the mean of each sequence, over positions
+    from ``first`` on at which all caches may have evicted."""
+    positions = torch.arange(max(first, *(v.first() for v in variants.values())), LENGTH - 1, STRIDE)
     found: dict[str, dict[str, list[float]]] = {n: {"kl": [], "nll": []} for n in variants}
     for row in ids:
         targets, exact = row[positions + 1], None
