@@ -1,21 +1,36 @@
-"""What int8 slots cost in a decode step on ONNX Runtime's CPU: the same model with slots in float32 and in int8.
+"""What a cache costs in a decode step on ONNX Runtime's CPU: float32 slots, int8 slots, and the defaults of an export.
 
 A random Llama of TinyLlama-1.1B's shape with all its layers, float32, random kernels of the size of trained ones, batch
-1, both in one process, their steps timed in turn. The result is ``benchmarks/results/slots_decode.json``.
+1, all in one process, their steps timed in turn. The last cache is that of the defaults in a graph that has no way of
+its own for single tokens. The result is ``benchmarks/results/slots_decode.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from bench_common import TINYLLAMA, kernels, random_checkpoint, write_results
 from bench_decode import filled, timed
 
 import less_export
+from less_export.exporter import onnx_op
+
+#: Options by cache; the first is what the others are compared with.
+CACHES: dict[str, dict[str, Any]] = {
+    "float32 slots, absolute positions": {"slots": "model", "max_distance": "none"},
+    "int8 slots, absolute positions": {"state": 32, "max_distance": "none"},
+    "int8 slots, state of 16 bits": {"max_distance": "none"},
+    "defaults: the same, limited distances": {},
+    "defaults, the general way": {},
+}
+GENERAL = "defaults, the general way"
 
 
 def main() -> None:
@@ -24,44 +39,36 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
+    general = functools.partial(onnx_op.add_bodies, decoding=False)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as scratch:
         folder = Path(scratch)
         random_checkpoint(folder / "checkpoint", "float32", args.layers, context=1 << 16)
         kernels(args.layers, 8, 128).save(folder / "kernels.safetensors")
         backends = {}
-        for slots in ("model", "int8"):
-            less_export.export(
-                str(folder / "checkpoint"),
-                folder / slots,
-                kernels=folder / "kernels.safetensors",
-                policy="h2o",
-                budget=str(args.slots),
-                slots=slots,
-                max_distance="none",
-                validate=False,
-                max_batch=1,
-            )
-            opened = less_export.open_bundle(folder / slots, "ort", threads=os.cpu_count() or 1).backend
+        for number, (cache, options) in enumerate(CACHES.items()):
+            with mock.patch.object(onnx_op, "add_bodies", general if cache == GENERAL else onnx_op.add_bodies):
+                less_export.export(
+                    str(folder / "checkpoint"),
+                    folder / str(number),
+                    kernels=folder / "kernels.safetensors",
+                    policy="h2o",
+                    budget=str(args.slots),
+                    validate=False,
+                    max_batch=1,
+                    **options,
+                )
+            opened = less_export.open_bundle(folder / str(number), "ort", threads=os.cpu_count() or 1).backend
             opened.write_row(0, filled(opened, 2 * args.slots))
-            backends[slots] = opened
-        times: dict[str, list[float]] = {slots: [] for slots in backends}
+            backends[cache] = opened
+        times: dict[str, list[float]] = {cache: [] for cache in backends}
         for count in range(args.steps + 3):
-            for slots, backend in backends.items():
+            for cache, backend in backends.items():
                 milliseconds = timed(lambda backend=backend: backend.step([[5]]))
                 if count >= 3:  # the first steps warm up
-                    times[slots].append(milliseconds)
-        medians = {slots: round(statistics.median(x), 2) for slots, x in times.items()}
-        write_results(
-            "slots_decode",
-            {
-                "layers": args.layers,
-                "slots": args.slots,
-                "threads": os.cpu_count(),
-                "steps": args.steps,
-                "milliseconds": medians,
-                "ratio": round(medians["int8"] / medians["model"], 3),
-            },
-        )
+                    times[cache].append(milliseconds)
+        medians = {cache: round(statistics.median(x), 2) for cache, x in times.items()}
+        facts = {"layers": args.layers, "slots": args.slots, "threads": os.cpu_count(), "steps": args.steps}
+        write_results("slots_decode", {**facts, "milliseconds": medians})
         print(medians)
 
 

@@ -275,7 +275,8 @@ def slots_decode() -> str:
     """Decode steps with either kind of slots."""
     data = results("slots_decode")
     note = (
-        f"random Llama of TinyLlama-1.1B's shape, float32, {data['threads']} threads, median of {data['steps']} steps"
+        f"random Llama of TinyLlama-1.1B's shape, {data['layers']} layers, {data['slots']} slots, float32 weights, "
+        f"{data['threads']} threads, median of {data['steps']} steps"
     )
     return table(*slots_tables.slots_decode(data)) + f"\n\n({note}; {where(data)})"
 
