@@ -9,8 +9,9 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def _slots(row: dict[str, Any]) -> str:
-    """Number of slots, and what they hold if that is not the model's dtype."""
-    return f"{row['slots']} int8" if row.get("slot_dtype") == "int8" else str(row["slots"])
+    """Number of slots, and what they and the state hold if that is not the model's dtype and float32."""
+    kinds = ["int8"] * (row.get("slot_dtype") == "int8") + ["state 16"] * (row.get("state_bits") == 16)
+    return " ".join([str(row["slots"]), *kinds])
 
 
 def decode(data: dict[str, Any]) -> Table:

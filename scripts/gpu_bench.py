@@ -96,6 +96,12 @@ def bandwidth(device: str, dry: bool) -> dict[str, Any]:
     return {"bytes": 2 * size, "gb_per_s": round(2 * size / micros / 1e3, 1)}
 
 
+def kinds(layer: LayerSpec) -> list[LayerSpec]:
+    """The layer with each kind of slots and of state."""
+    int8 = replace(layer, slot_dtype="int8")
+    return [layer, int8, replace(int8, state_bits=16)]
+
+
 def decode(device: str, dry: bool) -> list[dict[str, Any]]:
     """Decode steps of policy h2o."""
     rows = []
@@ -106,10 +112,15 @@ def decode(device: str, dry: bool) -> list[dict[str, Any]]:
                     continue
                 group = GROUP if heads == 8 else 1
                 layer = kernel_layer("h2o", slots, 64 if dry else HEAD_DIM, group, RANK, heads)
-                for one in (layer, replace(layer, slot_dtype="int8")):
+                for one in kinds(layer):
                     micros, moved = replayed(launches(one, batch, 1, device), device), decode_bytes(one, DTYPE, batch)
                     row = {"batch": batch, "slots": slots, "kv_heads": heads, "query_heads": group * heads}
-                    row |= {"slot_dtype": one.slot_dtype, "us": round(micros, 2), "bytes": moved}
+                    row |= {
+                        "slot_dtype": one.slot_dtype,
+                        "state_bits": one.state_bits,
+                        "us": round(micros, 2),
+                        "bytes": moved,
+                    }
                     rows.append({**row, "gb_per_s": round(moved / micros / 1e3, 1)})
     return rows
 
@@ -125,10 +136,10 @@ def prefill(device: str, dry: bool) -> list[dict[str, Any]]:
             layer = kernel_layer(policy, slots, 64 if dry else HEAD_DIM, GROUP, RANK, heads)
             pairs = sum(slots + t + 1 for t in range(tokens))
             work = 4 * batch * layer.query_heads * layer.head_dim * pairs
-            for one in (layer, replace(layer, slot_dtype="int8")):
+            for one in kinds(layer):
                 micros = replayed(launches(one, batch, tokens, device), device)
                 row = {"policy": policy, "batch": batch, "chunk": tokens, "slots": slots, "kv_heads": heads}
-                row |= {"slot_dtype": one.slot_dtype, "us": round(micros, 1)}
+                row |= {"slot_dtype": one.slot_dtype, "state_bits": one.state_bits, "us": round(micros, 1)}
                 rows.append({**row, "tflop_per_s": round(work / micros / 1e6, 1)})
     return rows
 

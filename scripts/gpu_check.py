@@ -24,10 +24,11 @@ import gpu_kernels
 import torch
 from bench_common import RESULTS
 
-from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primitives, test_ops
+from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primitives, test_cuda_state16, test_ops
 from tests.emulation import DTYPES, kernel_layer, normal
 from tests.oracle import follow, scenario
 from tests.plugin_host import Plugin, plugin_run
+from tests.test_state16 import SMALL, STATE16_VARIANTS
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
@@ -48,22 +49,26 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
             if device == "cuda":
                 torch.cuda.synchronize()  # raises if nothing more can run in this process
             return
-        ratio = max(e / (2 * reference[n] + test_cuda.FLOOR) for n, e in errors.items())
+        limits = test_cuda.allowed(layer, reference)
+        ratio = max(e / limits[n] for n, e in errors.items())
         worst = max(worst, ratio)
         if ratio > 1:
             failed.append(f"{name}: {ratio:.2f} times the limit")
 
-    shapes = [(*x, "model", None) for x in test_cuda.CHOSEN[: 3 if quick else None]]
-    shapes += [(*x, "int8", None) for x in test_cuda_int8.SHAPES[: 2 if quick else None]]
-    shapes += [(*x, test_cuda_distance.FARTHEST) for x in test_cuda_distance.SHAPES[: 2 if quick else None]]
-    for dtype, policy, head_dim, group, rank, slots, farthest in shapes:
+    shapes = [(*x, "model", None, 32) for x in test_cuda.CHOSEN[: 3 if quick else None]]
+    shapes += [(*x, "int8", None, 32) for x in test_cuda_int8.SHAPES[: 2 if quick else None]]
+    shapes += [(*x, test_cuda_distance.FARTHEST, 32) for x in test_cuda_distance.SHAPES[: 2 if quick else None]]
+    shapes += [(*x, "int8", None, 16) for x in test_cuda_state16.SHAPES[: 2 if quick else None]]
+    for dtype, policy, head_dim, group, rank, slots, farthest, bits in shapes:
         capacity = 150 if policy == "full" else 100
         layer = kernel_layer(policy, capacity, head_dim, group, rank, 1 if group > 8 else 2)
-        layer = replace(layer, slot_dtype=slots, max_distance=farthest)
+        layer = replace(layer, slot_dtype=slots, max_distance=farthest, state_bits=bits)
         steps = scenario(layer, test_cuda.CHUNKS, 3, normal(dtype))
-        check(f"{dtype} {policy} D{head_dim} G{group} R{rank} {slots} distance {farthest}", layer, steps, dtype)
+        name = f"{dtype} {policy} D{head_dim} G{group} R{rank} {slots} distance {farthest} state {bits}"
+        check(name, layer, steps, dtype)
     rules = [*{**test_ops.VARIANTS, **test_ops.EDGES}.items()][: 4 if quick else None]
     rules += [*test_cuda_int8.RULES.items()][: 1 if quick else None]
+    rules += [*STATE16_VARIANTS.items()][: 1 if quick else None]
     rules += [(f"{n} distance", x) for n, x in [*test_cuda_distance.RULES.items()][: 1 if quick else None]]
     for name, layer in rules:
         for decode in (False, True):
@@ -126,7 +131,7 @@ def exercise(library: Path) -> None:
     for policy, dtype, batch, slots, head_dim, group in kinds:
         for chunk in (1, 70):
             layer = kernel_layer(policy, slots, head_dim, group, 8, kv_heads=8)
-            for one in (layer, replace(layer, slot_dtype="int8")):
+            for one in (layer, replace(layer, slot_dtype="int8"), replace(layer, **SMALL)):
                 for farthest in (None, test_cuda_distance.FARTHEST):
                     step = gpu_kernels.Step(replace(one, max_distance=farthest), dtype, batch, chunk, "cuda")
                     step.launch()

@@ -65,11 +65,15 @@ class Step:
         held = [normal(*slots, d), normal(*slots, d)]
         if layer.int8:
             held = [(40 * x.float()).clamp(-127, 127).to(torch.int8) for x in held]
-        state = [*held, uniform(*slots, r), uniform(*slots, to=torch.float32), position]
-        state += [normal(layer.kv_heads, r, d, to=torch.float32), 1 + uniform(layer.kv_heads, r, to=torch.float32)]
+        psi, h = uniform(*slots, r), normal(layer.kv_heads, r, layer.state_width, to=torch.float32)
+        if layer.state16:
+            psi, h = (127 * psi.float()).to(torch.int8), (40 * h).clamp(-127, 127).to(torch.int8)
+        state = [*held, psi, uniform(*slots, to=torch.float32), position]
+        state += [h, 1 + uniform(layer.kv_heads, r, to=torch.float32)]
         past, constants = torch.full((batch,), c, dtype=torch.int32, device=device), list[torch.Tensor]()
         if layer.int8:
             state += [uniform(*slots, to=torch.float32) / 40 for _ in range(2)]
+            state += [uniform(layer.kv_heads, r, to=torch.float32) / 10_000] * layer.state16
             constants = [torch.full((layer.kv_heads, d), x, device=device) for x in (0.1, 0.7)]  # mean and std
         if layer.max_distance:
             constants.append(torch.from_numpy(table_of(layer)).to(device))
@@ -99,14 +103,15 @@ def decode_bytes(layer: LayerSpec, dtype: str, batch: int) -> int:
 
     Per row and KV head: K and V of all slots (int8 slots: with their scales), positions, scores (read and written
     where there are any), psi of the evicted token and of the new one, the new token's K and V (read and written),
-    H and z (read and written where the layer absorbs); per query head: q, out, log phi.
+    H and z (read and written where the layer absorbs; H in 16 bits with its scales); per query head: q, out, log phi.
     """
     item = torch.finfo(DTYPES[dtype]).bits // 8
     d, c, r = layer.head_dim, layer.capacity, layer.rank
     scored = layer.policy.scoring != "none"
     slot = 2 * d + 8 if layer.int8 else 2 * d * item
     slots = c * (slot + 4 + (8 if scored else 0))
-    new = 2 * d * item + slot + 3 * r * item
-    low = 2 * r * (d + 1) * 4 if layer.absorb else 0
+    new = 2 * d * item + slot + r * (item + 2 * (1 if layer.state16 else item))
+    feature = 2 * d + 8 if layer.state16 else 4 * d + 4
+    low = 2 * r * feature if layer.absorb else 0
     queries = layer.group * (2 * d * item + (r * 4 if layer.absorb else 0))
     return batch * layer.kv_heads * (slots + new + low + queries)

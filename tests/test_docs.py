@@ -130,14 +130,15 @@ def described_inputs(contract: Contract) -> Described:
     inputs: Described = [("input_ids", "int64", (BATCH, CHUNK))]
     inputs += [(name, "int32", (BATCH,)) for name in ("past_length", "new_length")]
     for index, layer in enumerate(contract.layers):
-        int8, state16 = layer.slot_dtype == "int8", layer.state_bits == 16
-        sizes = {"B": BATCH, "Hk": layer.kv_heads, "C": layer.capacity, "R": layer.rank, "D": layer.head_dim}
-        sizes["W"] = (1 + state16) * layer.head_dim
-        dtypes = {"T-dtype": contract.dtype, "slot-dtype": "int8" if int8 else contract.dtype}
-        dtypes |= {"psi-dtype": "int8" if state16 else contract.dtype, "state-dtype": "int8" if state16 else "float32"}
-        present = {"key_scale": int8, "value_scale": int8, "h_scale": state16}
+        sizes = {"B": BATCH, "Hk": layer.kv_heads, "C": layer.capacity, "D": layer.head_dim, "R": layer.rank}
+        dtypes = {"T-dtype": contract.dtype, "slot-dtype": "int8" if layer.slot_dtype == "int8" else contract.dtype}
+        small = layer.state_bits == 16
+        sizes["W"] = layer.head_dim * (2 if small else 1)
+        dtypes |= {"psi-dtype": "int8" if small else contract.dtype, "h-dtype": "int8" if small else "float32"}
+        lacks = () if layer.slot_dtype == "int8" else ("key_scale", "value_scale")
+        lacks += () if small else ("h_scale",)
         for name, dtype, shape, _ in rows:
-            if present.get(name, True):
+            if name not in lacks:
                 shape = tuple(sizes[x] for x in shape.split(", "))
                 inputs.append((f"past.{index}.{name}", dtypes.get(dtype, dtype), shape))
     return inputs
@@ -161,11 +162,11 @@ def test_the_bundle_format_specifies_the_state(kernelled: Path) -> None:
     assert [value.name for value in graph.output] == ["logits", *names]
 
 
-def test_the_bundle_format_specifies_the_state_of_int8_slots() -> None:
+def test_the_bundle_format_specifies_the_state_in_fewer_bits() -> None:
     """Of a contract, whose graphs are compared with it wherever they are loaded."""
     plain = LayerSpec(4, 2, 8, 0.35, Policy.H2O, 3, 4, 0, True, 7, 3)
     int8 = dataclasses.replace(plain, slot_dtype="int8")
-    layers = (plain, int8, plain, dataclasses.replace(int8, state_bits=16))
+    layers = (plain, int8, dataclasses.replace(int8, state_bits=16), plain)
     for dtype in COMPUTE_DTYPES:
         contract = Contract(layers, 50, dtype, 5, 3)
         assert described_inputs(contract) == [(s.name, s.dtype, s.shape) for s in contract.inputs()]

@@ -43,7 +43,12 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
         "eager": [{**place, "plugin_us": 10.0, "eager_us": 200.0, "eager_graph_us": 50.0, "ratio": 20.0}],
         "full_cache": [{**place, "context": 4096, "sdpa": "flash", "plugin_us": 10.0, "sdpa_us": 70.0, "ratio": 7.0}],
         "prefill": [
-            {**place, "slot_dtype": "int8", "policy": "h2o", "chunk": 256, "us": 100.0, "tflop_per_s": 50.0},
+            {
+                **place,
+                **{"slot_dtype": "int8", "state_bits": bits, "policy": "h2o", "chunk": 256},
+                **{"us": 100.0, "tflop_per_s": 50.0},
+            }
+            for bits in (32, 16)
         ],
         "primitives": {"cases": 16, "failed": []},
         "parity": {"cases": 90, "failed": ["one"], "largest_error_of_allowed": 1.2},
@@ -55,7 +60,7 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
             assert rows
             assert {len(row) for row in rows} == {len(header)}
     assert gpu_tables.decode(data)[1][0][-1] == "90%"
-    assert gpu_tables.prefill(data)[1][0][3] == "256 int8"
+    assert [row[3] for row in gpu_tables.prefill(data)[1]] == ["256 int8", "256 int8 state 16"]
     assert gpu_tables.peers(data)[1][1][-1] == "5.0x"
     assert ["parity through the plugin's interface", "89 of 90"] in gpu_tables.checks(data)[1]
     assert "a GPU" in gpu_tables.note(data)
