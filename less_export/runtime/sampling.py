@@ -55,7 +55,7 @@ class SamplingParams:
         processors: functions ``processor(token_ids, logits)``, called in this order before every token, after penalties
             and bias, with the new tokens so far and the logits [V] f32 of the next one. They change these in place
             (-inf forbids a token) or return others. A :class:`ProcessorSource` in the place of one makes one for each
-            sequence, such as a grammar of :mod:`less_export.runtime.structured`.
+            sequence, such as a :class:`~less_export.runtime.structured.Grammar`.
 
     Penalties, bias and processors come before the temperature, also where that is 0.
 
