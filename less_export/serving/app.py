@@ -13,7 +13,7 @@ from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from .._version import __version__
 from ..errors import LessExportError, UsageError, one_line
@@ -22,6 +22,7 @@ from ..runtime.engine import Engine
 from ..runtime.sequence import Sequence
 from ..runtime.structured import Grammars, StructuredUnavailableError
 from ..runtime.tokenizer import Tokenizer
+from ..view import pages
 from .calls import Call, ClientGoneError
 from .conversations import continuation
 from .failures import failed, http_error, invalid, refusal
@@ -39,6 +40,7 @@ from .schemas import (
     TokenizeRequest,
 )
 from .sessions import SessionStore
+from .views import LiveView, Views
 
 
 def build_app(engine: Engine, options: ServerOptions, log: Callable[[str], None] = lambda line: None) -> FastAPI:
@@ -84,6 +86,7 @@ class _Service:
         self._started = int(time.time())
         self._saves: dict[str, asyncio.Future[None]] = {}  # by session
         self._structured = _grammars(engine)
+        self._views = Views()
 
     def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
         return [
@@ -96,6 +99,8 @@ class _Service:
             ("/version", "GET", self.version),
             ("/tokenize", "POST", self.tokenize),
             ("/detokenize", "POST", self.detokenize),
+            ("/v1/views/{name}", "GET", self.view),
+            *((path, "GET", _file(*file)) for path, file in pages.FILES.items()),
         ]
 
     # ------------------------------------------------------------ completions
@@ -146,6 +151,8 @@ class _Service:
             if session is not None and len(sequences) != 1:
                 raise UsageError("a session takes one prompt with n = 1")
             reply = kind(self._options.model_name, sequences, body.n, self._engine.tokenizer, session)
+            if body.live_view:
+                stack.callback(self._watched(reply.id, sequences).close)
             call = Call(self._engine, sequences, http.receive, self.metrics)
             call.submit()
             stack.callback(call.close)
@@ -158,6 +165,14 @@ class _Service:
                 return Response(status_code=499)
             except Exception as error:
                 return refusal(error)
+
+    def _watched(self, name: str, sequences: list[Sequence]) -> LiveView:
+        """Let whoever knows the name of a reply look at the state of its sequence."""
+        if len(sequences) != 1:
+            raise UsageError("live_view takes one prompt with n = 1")
+        live = LiveView(sequences[0], self._engine.backend.contract, self._engine.tokenizer)
+        self._views.add(name, live)
+        return live
 
     async def _park(self, session: str | None, sequences: list[Sequence]) -> None:
         """Save the state of a session, before the client hears of the end."""
@@ -265,6 +280,10 @@ class _Service:
             raise UsageError(f"token ids must lie in 0..{highest}")
         return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens)}
 
+    async def view(self, name: str, layer: int | None = None) -> JSONResponse:
+        content = await asyncio.to_thread(self._views.get(name).content, layer)
+        return JSONResponse(content, headers={"Cache-Control": "no-store"})
+
     # ------------------------------------------------------------ about the server
 
     async def models(self) -> dict[str, Any]:
@@ -295,3 +314,13 @@ def _grammars(engine: Engine) -> Grammars | StructuredUnavailableError:
         return Grammars(engine.tokenizer, engine.backend.contract.vocab_size, engine.eos_ids)
     except StructuredUnavailableError as error:
         return error
+
+
+def _file(name: str, kind: str) -> Callable[..., Any]:
+    """The route of a file of the page."""
+    content, headers = pages.read(name), {**pages.HEADERS, "Content-Type": kind}
+
+    async def file() -> Response:
+        return Response(content, headers=headers)
+
+    return file

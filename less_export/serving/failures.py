@@ -16,6 +16,7 @@ from ..runtime.structured import StructuredUnavailableError
 from .options import RETRY_SECONDS
 from .replies import error_body, origin
 from .sessions import BusySessionError, NoSuchSessionError
+from .views import NoSuchViewError
 
 _LOG = logging.getLogger(__name__)
 #: Statuses, kinds and codes of errors; the first that fits.
@@ -23,6 +24,7 @@ _ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (QueueFullError, 429, "rate_limit_error", "queue_full"),
     (StoppedError, 503, "server_error", "stopping"),
     (NoSuchSessionError, 404, "invalid_request_error", "session_not_found"),
+    (NoSuchViewError, 404, "invalid_request_error", "view_not_found"),
     (BusySessionError, 409, "invalid_request_error", "session_busy"),
     (TimeoutError, 504, "timeout", None),
     (StructuredUnavailableError, 501, "invalid_request_error", "structured_output_unavailable"),

@@ -94,6 +94,7 @@ class Request(_Body):
     session_id: str | None = None
     response_format: ResponseFormat | None = None
     guided_regex: str | None = None
+    live_view: bool = False
 
     @model_validator(mode="before")
     @classmethod
