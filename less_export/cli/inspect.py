@@ -18,7 +18,10 @@ def parser() -> Parser:
         "Show what the state holds after a text: which tokens still have a slot, by layer and head, with which score; "
         "how much was absorbed; and the bytes of the state against those of a full cache. The HTML file shows it "
         "offline, in any browser.",
-        ("less-export inspect gemma --prompt-file story.txt --html story.html",),
+        (
+            "less-export inspect gemma --prompt-file story.txt --html story.html",
+            "less-export inspect engine.plan --prompt-file - --html story.html",
+        ),
     )
     bundle = parser.add_argument_group("bundle")
     bundle.add_argument("bundle", metavar="BUNDLE", help="bundle folder, x.onnx or x.plan")
