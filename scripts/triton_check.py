@@ -29,6 +29,8 @@ import tritonclient.grpc as grpc
 
 import less_export
 from less_export._version import __version__
+from less_export.runtime.engine import Engine
+from less_export.runtime.scheduler import Event
 from less_export.serving.triton_repository import TritonOptions, write_repository
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +50,21 @@ def backends(folder: Path) -> Path:
         source / "python_backend_stubs" / version / "triton_python_backend_stub", folder / "backends" / "python"
     )
     return folder / "backends"
+
+
+def answered(engine: Engine, prompt: str, count: int, prefix: Any = None) -> tuple[str, Any]:
+    """What the engine itself says, and the state after it: one that was cut differently would evict other tokens."""
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    options = {"max_new_tokens": count, "ignore_eos": True}
+    sequence = engine.sequence(prompt, prefix=prefix, keep_state=True, **options)
+    engine.submit([sequence], events.put)
+    text = ""
+    while True:
+        event = events.get(timeout=SECONDS)
+        assert event.token is not None, event.error
+        text += event.token.text
+        if event.token.finish_reason is not None:
+            return text, sequence.state
 
 
 def free_ports(count: int) -> list[int]:
@@ -88,9 +105,10 @@ def triton(repository: Path, folder: Path) -> Iterator[str]:
         else:
             raise SystemExit(f"tritonserver does not become ready:\n{log.read_text()[-4000:]}")
         yield address
-    finally:
         server.terminate()
         code = server.wait(SECONDS)
+    finally:
+        server.kill()
     assert code == 0, f"tritonserver ended with {code}:\n{log.read_text()[-4000:]}"
 
 
@@ -150,30 +168,28 @@ def check_streams(address: str, wanted: list[str], count: int) -> dict[str, Any]
     assert [text for text, _ in answers] == wanted
     assert all(len(times) == count for _, times in answers)
     assert max(times[0] for _, times in answers) < max(times[-1] for _, times in answers)
-    print(f"ok: {len(PROMPTS)} streams of {count} tokens")
+    print(f"ok: {len(PROMPTS)} streams of {count} tokens", flush=True)
     return {"requests": len(PROMPTS), "tokens": count * len(PROMPTS), "seconds": round(seconds, 2)}
 
 
-def check_sequences(address: str, model: Any, count: int) -> dict[str, Any]:
+def check_sequences(address: str, engine: Engine, count: int) -> dict[str, Any]:
     """Sequences that run beside one another go on from their own states."""
     streams = [Stream(address) for _ in PROMPTS]
-    rounds = (" The river there", " In summer", " Finally")
+    rounds = ("", " The river there", " In summer")
     states: list[Any] = [None] * len(PROMPTS)
-    for turn in range(len(rounds) + 1):
+    for turn, more in enumerate(rounds):
+        prompts = [more or p for p in PROMPTS]
+        marks = {"sequence_start": turn == 0, "sequence_end": turn == len(rounds) - 1}
         for i, stream in enumerate(streams):
-            prompt = PROMPTS[i] if turn == 0 else rounds[turn - 1]
-            marks = {"sequence_start": turn == 0, "sequence_end": turn == len(rounds)}
-            stream.ask(SEQUENCES, prompt, count, sequence_id=100 + i, **marks)
-        for i, stream in enumerate(streams):
-            prompt = PROMPTS[i] if turn == 0 else rounds[turn - 1]
-            (want,) = model.generate([prompt], prefix=states[i], max_new_tokens=count, ignore_eos=True)
-            text, _ = stream.answer()
-            assert text == want.text, (turn, i, text, want.text)
-            states[i] = model.prefill(list(want.token_ids), model.prefill(prompt, states[i]))
+            stream.ask(SEQUENCES, prompts[i], count, sequence_id=100 + i, **marks)
+        texts = [stream.answer()[0] for stream in streams]
+        for i, text in enumerate(texts):
+            want, states[i] = answered(engine, prompts[i], count, states[i])
+            assert text == want, (turn, i, text, want)
     for stream in streams:
         stream.close()
-    print(f"ok: {len(PROMPTS)} sequences of {len(rounds) + 1} requests")
-    return {"sequences": len(PROMPTS), "requests": len(PROMPTS) * (len(rounds) + 1)}
+    print(f"ok: {len(PROMPTS)} sequences of {len(rounds)} requests", flush=True)
+    return {"sequences": len(PROMPTS), "requests": len(PROMPTS) * len(rounds)}
 
 
 def check_refusals(address: str) -> None:
@@ -187,7 +203,7 @@ def check_refusals(address: str) -> None:
     assert reason is not None, "an empty prompt was taken"
     assert "empty" in reason, reason
     stream.close()
-    print("ok: errors reach the client")
+    print("ok: errors reach the client", flush=True)
 
 
 def check_cancel(address: str, rows: int, wanted: str, count: int) -> None:
@@ -202,7 +218,7 @@ def check_cancel(address: str, rows: int, wanted: str, count: int) -> None:
     stream.ask(PLAIN, PROMPTS[0], count)
     assert stream.answer()[0] == wanted
     stream.close()
-    print("ok: requests that are cancelled free their rows")
+    print("ok: requests that are cancelled free their rows", flush=True)
 
 
 def main() -> None:
@@ -211,9 +227,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "triton.json")
     parser.add_argument("--tokens", type=int, default=12)
     args = parser.parse_args()
-    model = less_export.open_bundle(args.bundle)
-    rows = min(4, model.backend.contract.max_batch)
-    wanted = [model.generate([p], max_new_tokens=args.tokens, ignore_eos=True)[0].text for p in PROMPTS]
+    engine = Engine(less_export.open_bundle(args.bundle, "ort", threads=1))
+    rows = min(4, engine.rows)
+    wanted = [answered(engine, p, args.tokens)[0] for p in PROMPTS]
     with tempfile.TemporaryDirectory() as name:
         folder, options = Path(name), {"backend": "ort", "threads": 1, "rows": rows}
         repository = folder / "repository"
@@ -222,7 +238,7 @@ def main() -> None:
         write_repository(repository, SEQUENCES, TritonOptions(bundle, **options, sequences=16), __version__)
         with triton(repository, folder) as address:
             streams = check_streams(address, wanted, args.tokens)
-            sequences = check_sequences(address, model, args.tokens)
+            sequences = check_sequences(address, engine, args.tokens)
             check_refusals(address)
             check_cancel(address, rows, wanted[0], args.tokens)
     print("ok: the server ends by itself")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import queue
 import re
 import sys
@@ -190,11 +191,14 @@ def load(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     def call(**options: Any) -> Any:
         folder = write_repository(tmp_path, f"m{len(models)}", TritonOptions(plain, threads=1, **options), "1")
+        monkeypatch.setenv("PYTHONPATH", f"/a{os.pathsep}")
+        monkeypatch.setattr(sys, "path", list(sys.path))
         spec = importlib.util.spec_from_file_location("triton_model_file", folder / "1" / "model.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        assert sys.path[0] == "/a"
         model = module.TritonPythonModel()
         parameters = parameters_of((folder / "config.pbtxt").read_text(encoding="utf-8"))
         wrapped = {name: {"string_value": value} for name, value in parameters.items()}

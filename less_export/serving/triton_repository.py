@@ -17,6 +17,12 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _IDLE = 600 * 10**6
 _MODEL = '''"""Written by less-export {version}: Triton's python backend finds the model here."""
 
+import os
+import sys
+
+# Triton's interpreter ignores the variable, which says where less-export is.
+sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+
 from less_export.serving.triton_model import TritonPythonModel as TritonPythonModel
 '''
 _CONFIG = """# Written by less-export {version}.
