@@ -2,8 +2,10 @@
 
 Streams of the texts that ``--text`` names run through the torch backend, 64 tokens a step, without kernels, with 256
 slots. For recall, a sentence is planted in each text and asked for again after some distance: the loss of its last
-words, once planted and once not. The result is ``benchmarks/results/beyond.json``, written after every cache; what it
-holds of the same model, length and texts is kept.
+words, once planted and once not. With ``--rotations``, every text becomes as many streams, each of which begins where
+another has one part less, so that every part of the positions holds the same text. The result is
+``benchmarks/results/beyond.json``, written after every cache; what it holds of the same model, length, texts and
+rotations is kept.
 """
 
 from __future__ import annotations
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="a stream; give several")
     parser.add_argument("--length", type=int, default=16384, metavar="N", help="tokens of a stream (default: 16384)")
     parser.add_argument("--caches", nargs="+", metavar="NAME", help="some of the caches, by name (default: all)")
+    parser.add_argument("--rotations", type=int, default=1, metavar="N", help="streams of every text (default: 1)")
     parser.add_argument("--no-recall", action="store_true", help="streams alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -151,11 +154,13 @@ def main() -> None:
     texts = dict(pair.split("=", 1) for pair in args.text)
     contents = {name: Path(file).read_text(encoding="utf-8") for name, file in texts.items()}
     rows = [([] if bos is None else [bos]) + encode(text[: 8 * args.length]) for text in contents.values()]
-    ids = np.array([row[: args.length] for row in rows], np.int64)
+    part = args.length // args.rotations
+    ids = np.array([np.roll(row[: args.length], -part * i) for row in rows for i in range(args.rotations)], np.int64)
     hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
-    file = json.loads(FILE.read_text()) if FILE.exists() else {"models": {}}
-    facts = {"length": args.length, "texts": hashes}
-    entry = file["models"].get(source.name, {})
+    file = json.loads(FILE.read_text()) if FILE.exists() else {}
+    facts = {"length": args.length, "texts": hashes} | ({"rotations": args.rotations} if args.rotations > 1 else {})
+    models = file.setdefault("models" if args.rotations == 1 else "rotated", {})
+    entry = models.get(source.name, {})
     done = {r["cache"]: r for r in entry.get("rows", [])} if {n: entry.get(n) for n in facts} == facts else {}
     model, progress = source.load(torch.float32), Bars()
     for cache in CACHES:
@@ -168,7 +173,7 @@ def main() -> None:
         done[cache.name] = measure(model, opened, cache, mine, encode, not (args.no_recall or whole), progress)
         order = [c.name for c in CACHES]
         measured = sorted(done.values(), key=lambda r: order.index(r["cache"]))
-        file["models"][source.name] = {**facts, "trained_length": trained, "machine": machine(), "rows": measured}
+        models[source.name] = {**facts, "trained_length": trained, "machine": machine(), "rows": measured}
         file |= {"slots": SLOTS, "chunk": CHUNK}
         write_atomically(FILE, (json.dumps(file, separators=(",", ":")) + "\n").encode())
     print(f"wrote {FILE}")

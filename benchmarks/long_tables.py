@@ -93,5 +93,27 @@ def recall(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["model", "cache", *(f"{int(d):,} tokens" for d in distances)], rows
 
 
+#: Tokens at the beginning of a part of a rotated stream that are left out, where another text may have gone before.
+_SETTLING = 1024
+
+
+def same(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Mean loss by position in streams whose parts hold the same text, and the change from the first part to the last,
+    paired by text."""
+    rows, names, chunk = [], list[str](), data["chunk"]
+    for name, model in data["rotated"].items():
+        count, part = model["rotations"], model["length"] // model["rotations"]
+        names = [f"{i * part + _SETTLING:,} to {(i + 1) * part:,}" for i in range(count)]
+        for row in model["rows"]:
+            # [text, rotation, part, step]; rotation r has text r + i in its part i
+            nll = np.array(row["nll"]).reshape(-1, count, count, part // chunk)[..., _SETTLING // chunk :]
+            last = np.roll(nll[:, :, -1], -1, 1)
+            change = statistics.mean(((last - nll[:, :, 0]) / nll[:, :, 0].mean()).ravel())
+            cells = [f"{nll[:, :, i].mean():.3f}" for i in range(count)]
+            change_cell = f"{change.value:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
+            rows.append([name, row["cache"], ", ".join(model["texts"]), *cells, change_cell])
+    return ["model", "cache", "texts", *names, "from first to last"], rows
+
+
 #: Tables of ``beyond.json`` by name.
-PARTS = {"beyond": beyond, "beyond_held": held, "beyond_recall": recall}
+PARTS = {"beyond": beyond, "beyond_held": held, "beyond_recall": recall, "beyond_same": same}

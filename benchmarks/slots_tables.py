@@ -49,5 +49,13 @@ def slots_decode(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["layers", "slots", "float32 slots", "int8 slots", "ratio"], [[*row, f"{data['ratio']:.3f}"]]
 
 
+def state_drift(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Relative errors of the means of a 16-bit state after so many tokens."""
+    rows = data["rows"]
+    names = {"dither": "with the dither", "nearest": "to the nearest code"}
+    header = ["rounding", *(f"{int(n):,}" for n in rows["dither"])]
+    return header, [[shown, *(f"{x:.4f}" for x in rows[name].values())] for name, shown in names.items()]
+
+
 #: Tables by name.
 PARTS = {"slots_kl": slots_kl, "slots_rounding": slots_rounding}

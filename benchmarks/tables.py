@@ -281,6 +281,13 @@ def slots_decode() -> str:
     return table(*slots_tables.slots_decode(data)) + f"\n\n({note}; {where(data)})"
 
 
+def state_drift() -> str:
+    """Drift of a 16-bit state."""
+    data = results("state")
+    note = f"relative error of the means after so many tokens, random values, R {data['rank']}, D {data['head_dim']}"
+    return table(*slots_tables.state_drift(data)) + f"\n\n({note}; {where(data)})"
+
+
 def models(part: str) -> str:
     """A table about architectures."""
     name, maker = model_tables.PARTS[part]
@@ -304,7 +311,7 @@ def rendered(text: str) -> str:
     }
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
-    makers |= {"slots_decode": slots_decode, "plan": plan}
+    makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "plan": plan}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}

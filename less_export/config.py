@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .contract import SLOT_DTYPES, SlotDtype
+from .contract import SLOT_DTYPES, STATE_BITS, SlotDtype, StateBits
 from .dtypes import COMPUTE_DTYPES
 from .errors import UsageError
 from .less.policies import Policy, by_name, choosable
@@ -36,9 +36,12 @@ DEFAULT_FARTHEST = 1 << 15
 DISTANCE_LIMIT = 1 << 20
 #: Slots of policies that evict. Measured: docs/results/int8.md. A policy that keeps every token is exact.
 DEFAULT_SLOTS: SlotDtype = "int8"
+#: Bits of the low-rank state where slots are int8 and psi sums to one; 32 elsewhere.
+DEFAULT_STATE: StateBits = 16
 #: Options of a cache, for every command that plans one.
 CACHE_OPTIONS = (
-    "policy", "budget", "layer_budgets", "score_half_life", "slots", "max_distance", "context", "compress_sliding",
+    "policy", "budget", "layer_budgets", "score_half_life", "slots", "state", "max_distance", "context",
+    "compress_sliding",
 )  # fmt: skip
 
 
@@ -55,6 +58,7 @@ class ExportConfig:
             never fade, as in the H2O paper.
         slots: what slots hold keys and values in: ``"int8"`` (the default), or the compute dtype (``"model"``, the
             default of policy ``full``).
+        state: bits of the low-rank state and of psi in slots: 16 (the default with int8 slots, which it needs), or 32.
         max_distance: largest distance in tokens that a slot is seen at, whatever the length of the text (the rotary
             embedding is then part of the operator), or ``"none"``: absolute positions. Default: the trained length
             less the chunk, but at least half of it and at most 32,768; none for policy ``full`` and for models without
@@ -87,6 +91,7 @@ class ExportConfig:
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
     slots: SlotDtype | None = None
+    state: StateBits | None = None
     max_distance: MaxDistance | None = None
     context: int | None = None
     heavy: int | None = None
@@ -117,6 +122,10 @@ class ExportConfig:
             raise UsageError(f"policy '{self.policy}' cannot be chosen: choose one of {', '.join(choosable())}")
         if self.slots is not None and self.slots not in SLOT_DTYPES:
             raise UsageError(f"unknown slots '{self.slots}': choose one of {', '.join(SLOT_DTYPES)}")
+        if self.state is not None and self.state not in STATE_BITS:
+            raise UsageError(f"--state must be {' or '.join(map(str, STATE_BITS))} bits, not {self.state}")
+        if self.state == 16 and self.slots == "model":
+            raise UsageError("--state 16 goes with int8 slots: drop --slots model, or give --state 32")
         for name in ("context", "recent", "rank", "max_batch", "chunk", "num_hidden_layers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -145,6 +154,8 @@ class ExportConfig:
         others = "budget" in settled or (self.heavy, self.recent) != (None, None) or name != recipe.get("policy")
         if policy.scoring != "accumulate":
             settled.add("score_half_life")
+        if self.slots == "model":
+            settled.add("state")
         if others or self.num_hidden_layers is not None:
             settled.add("layer_budgets")  # the recipe's are valid only for its own budget and policy
         return replace(self, **{n: v for n, v in recipe.items() if n not in settled})

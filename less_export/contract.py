@@ -40,6 +40,10 @@ CHUNK = "chunk"
 #: What slots hold their keys and values in: the compute dtype, or integers with a scale per token (``less.int8``).
 SlotDtype = Literal["model", "int8"]
 SLOT_DTYPES: tuple[SlotDtype, ...] = ("model", "int8")
+#: Bits in which the low-rank state keeps what a feature absorbed: a sum in float32, or a mean in 16 bits
+#: (``less.state16``).
+StateBits = Literal[16, 32]
+STATE_BITS: tuple[StateBits, ...] = (16, 32)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class LayerSpec(Heads):
     which an accumulated score counts half, ``None`` if scores never fade. ``slot_dtype`` is what the slots hold.
     ``max_distance`` is the largest distance in tokens that a slot is seen at; its layer gets q and k before the
     rotary embedding and rotates them itself. ``None``: the model rotates q and k by absolute positions, or not at all.
+    ``state_bits`` 16 keeps the low-rank state and psi of int8 slots in fewer bits.
     """
 
     scale: float
@@ -84,6 +89,7 @@ class LayerSpec(Heads):
     score_half_life: int | None = None
     slot_dtype: SlotDtype = "model"
     max_distance: int | None = None
+    state_bits: StateBits = 32
 
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
@@ -103,6 +109,8 @@ class LayerSpec(Heads):
         )
         require(self.slot_dtype in SLOT_DTYPES, f"slots are {' or '.join(SLOT_DTYPES)}, not {self.slot_dtype}")
         require(self.max_distance is None or self.max_distance >= 1, "the largest distance is at least 1 token")
+        require(self.state_bits in STATE_BITS, f"a state has 16 or 32 bits, not {self.state_bits}")
+        require(self.state_bits == 32 or (self.absorb and self.int8), "a state of 16 bits goes with int8 slots")
         reason = self.policy.why_impossible(self)
         require(reason is None, reason or "")
 
@@ -119,7 +127,21 @@ class LayerSpec(Heads):
     @property
     def state_fields(self) -> tuple[StateField, ...]:
         """The state of the layer, in the op's order."""
-        return STATE_FIELDS + SCALE_FIELDS if self.int8 else STATE_FIELDS
+        return state_fields(self.int8, self.state16)
+
+    @property
+    def state16(self) -> bool:
+        """Whether the low-rank state has 16 bits."""
+        return self.state_bits == 16
+
+    @property
+    def state_width(self) -> int:
+        """Elements of a feature of ``h``: head_dim numbers, or two planes of them."""
+        return 2 * self.head_dim if self.state16 else self.head_dim
+
+    def without_state(self) -> LayerSpec:
+        """The layer without its low-rank state."""
+        return replace(self, absorb=False, rank=1, state_bits=32)
 
     def attributes(self) -> dict[str, int | float]:
         """Attributes of the torch operator, and of every ``LessAttention`` node, in the op's order."""
@@ -154,7 +176,8 @@ def _policy(name: str) -> EvictionPolicy:
 class StateField:
     """One state tensor of a layer: dims name :class:`LayerSpec` fields.
 
-    dtype "T" is the compute dtype, "S" that of the slots: int8, or the compute dtype.
+    dtype "T" is the compute dtype, "S" that of keys and values in slots, "P" that of psi in slots, "H"
+    that of ``h``.
     """
 
     name: str
@@ -164,19 +187,20 @@ class StateField:
 
     def dtype_in(self, layer: LayerSpec, compute_dtype: str) -> str:
         """dtype for ``layer`` in a graph that computes in ``compute_dtype``."""
-        if self.dtype == "S":
-            return "int8" if layer.int8 else compute_dtype
-        return compute_dtype if self.dtype == "T" else self.dtype
+        coded = {"S": layer.int8, "P": layer.state16, "H": layer.state16}.get(self.dtype, False)
+        if coded:
+            return "int8"
+        return {"T": compute_dtype, "S": compute_dtype, "P": compute_dtype, "H": "float32"}.get(self.dtype, self.dtype)
 
 
 #: The state of every layer, in the op's order; ``empty`` fills a fresh row.
 STATE_FIELDS = (
     StateField("key", ("kv_heads", "capacity", "head_dim"), "S"),
     StateField("value", ("kv_heads", "capacity", "head_dim"), "S"),
-    StateField("psi", ("kv_heads", "capacity", "rank"), "T"),
+    StateField("psi", ("kv_heads", "capacity", "rank"), "P"),
     StateField("score", ("kv_heads", "capacity"), "float32"),
     StateField("position", ("kv_heads", "capacity"), "int32", empty=-1),
-    StateField("h", ("kv_heads", "rank", "head_dim"), "float32"),
+    StateField("h", ("kv_heads", "rank", "state_width"), "H"),
     StateField("z", ("kv_heads", "rank"), "float32"),
 )
 #: What layers with int8 slots have besides: a scale per token and head.
@@ -184,6 +208,14 @@ SCALE_FIELDS = (
     StateField("key_scale", ("kv_heads", "capacity"), "float32"),
     StateField("value_scale", ("kv_heads", "capacity"), "float32"),
 )
+#: What layers with a state of 16 bits have besides: a scale per feature.
+STATE_SCALE_FIELDS = (StateField("h_scale", ("kv_heads", "rank"), "float32"),)
+ALL_FIELDS = STATE_FIELDS + SCALE_FIELDS + STATE_SCALE_FIELDS
+
+
+def state_fields(int8: bool, state16: bool) -> tuple[StateField, ...]:
+    """The state of a layer with or without int8 slots and a state of 16 bits, in the op's order."""
+    return STATE_FIELDS + SCALE_FIELDS * int8 + STATE_SCALE_FIELDS * state16
 
 
 @dataclass(frozen=True)
@@ -280,8 +312,14 @@ class Contract:
         return sum(s.row_bytes for s in self.state())
 
     def with_slots(self, slot_dtype: SlotDtype) -> Contract:
-        """This contract with slots of another dtype in every layer."""
-        return replace(self, layers=tuple(replace(s, slot_dtype=slot_dtype) for s in self.layers))
+        """This contract with slots of another dtype in every layer; a state of 16 bits goes with int8 slots only."""
+        bits: dict[str, Any] = {} if slot_dtype == "int8" else {"state_bits": 32}
+        return replace(self, layers=tuple(replace(s, slot_dtype=slot_dtype, **bits) for s in self.layers))
+
+    def with_state(self, bits: StateBits) -> Contract:
+        """This contract with a low-rank state of so many bits in every layer that has one and int8 slots."""
+        layers = (replace(s, state_bits=bits) if s.absorb and s.int8 else s for s in self.layers)
+        return replace(self, layers=tuple(layers))
 
     def full_cache_bytes(self, length: int) -> int:
         """Bytes of an ordinary KV cache of ``length`` tokens for one sequence (sliding layers capped)."""

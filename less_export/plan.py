@@ -16,9 +16,10 @@ from .config import (
     DEFAULT_HALF_LIFE,
     DEFAULT_POLICY,
     DEFAULT_SLOTS,
+    DEFAULT_STATE,
     ExportConfig,
 )
-from .contract import Heads, LayerSpec
+from .contract import Heads, LayerSpec, SlotDtype, StateBits
 from .errors import UsageError
 from .less.policies import EvictionPolicy, Policy, by_name
 
@@ -83,6 +84,20 @@ def half_life_of(policy: EvictionPolicy, config: ExportConfig) -> int | None:
     return None if half_life == "none" else half_life
 
 
+def state_of(policy: EvictionPolicy, config: ExportConfig) -> tuple[SlotDtype, StateBits]:
+    """What slots hold keys and values in, and the bits of a low-rank state.
+
+    Raises:
+        UsageError: a state of 16 bits without int8 slots.
+    """
+    slots = config.slots or (DEFAULT_SLOTS if policy.evicts else "model")
+    if slots == "int8":
+        return slots, config.state or DEFAULT_STATE
+    if config.state == 16:
+        raise UsageError(f"--state 16 goes with int8 slots, which policy {policy.name} has with --slots int8 only")
+    return slots, 32
+
+
 def max_distance_of(config: ExportConfig, trained_length: int | None) -> int | None:
     """The largest distance of the options, or the default, in tokens; ``None`` for absolute positions.
 
@@ -138,7 +153,7 @@ def plan_layers(
     """
     policy = by_name(config.policy or DEFAULT_POLICY)
     half_life = half_life_of(policy, config)
-    slots = config.slots or (DEFAULT_SLOTS if policy.evicts else "model")
+    slots, state = state_of(policy, config)
     own = {} if config.layer_budgets is None else layer_tokens(config.layer_budgets, context)
     if policy.keeps_all:
         split = config.budget is not None or config.heavy is not None or config.recent is not None
@@ -171,7 +186,9 @@ def plan_layers(
             continue
         rank = ranks.get(index, 0) if policy.evicts else 0
         low_rank = (rank > 0, heavy + recent, max(rank, 1))
-        planned.append(LayerSpec(*facts, policy, heavy, recent, layer.window, *low_rank, half_life, slots, distance))
+        bits = state if rank > 0 else 32
+        spec = LayerSpec(*facts, policy, heavy, recent, layer.window, *low_rank, half_life, slots, distance, bits)
+        planned.append(spec)
     return tuple(planned)
 
 
@@ -181,7 +198,7 @@ def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
     heavy, recent = split(slots)
     if (layer.heavy, layer.recent) != split(layer.capacity):  # a split that the user chose keeps its heavy tokens
         heavy, recent = layer.heavy, slots - layer.heavy
-    return replace(layer, absorb=False, rank=1, heavy=heavy, recent=recent, capacity=slots)
+    return replace(layer.without_state(), heavy=heavy, recent=recent, capacity=slots)
 
 
 def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
@@ -189,7 +206,7 @@ def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
     distance = None if layer.max_distance is None else max(layer.max_distance, context)
     policy, size = (Policy.WINDOW, layer.window) if layer.window else (Policy.FULL, context)
     return replace(
-        layer, policy=policy, heavy=0, recent=size, absorb=False, capacity=size, rank=1, score_half_life=None,
+        layer.without_state(), policy=policy, heavy=0, recent=size, capacity=size, score_half_life=None,
         slot_dtype="model", max_distance=distance,
     )  # fmt: skip
 

@@ -27,9 +27,15 @@ def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32
     return state
 
 
-def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> bytes:
-    """Serialised ONNX model of one LessAttention node with its body; B, T and the table of a rotary embedding are
-    dynamic."""
+def operator_model(
+    layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT, rotated: int | str = "D_rot", decoding: bool = True
+) -> bytes:
+    """Serialised ONNX model of one LessAttention node with its body; B, T and the rows of its table are dynamic.
+
+    Args:
+        rotated: channels that the layer's table turns; by default unknown. decoding: with a way of its own for one
+            token, if the sizes are known.
+    """
     sizes: dict[str, int | str] = {"B": "B", "T": "T", "D": layer.head_dim, "R": layer.rank}
     sizes |= {"Hq": layer.query_heads, "Hk": layer.kv_heads}
     tokens = {"q": "B Hq T D", "k": "B Hk T D", "v": "B Hk T D", "log_phi_q": "B Hq T R", "psi_k": "B Hk T R"}
@@ -52,7 +58,7 @@ def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> 
     if layer.int8:
         inputs += [value(n, [layer.kv_heads, layer.head_dim], "float32") for n in ("key_mean", "key_std")]
     if layer.max_distance is not None:
-        inputs.append(value("rotary", ["P", "D_rot"], "float32"))
+        inputs.append(value("rotary", ["P", rotated], "float32"))
     outputs = [value("out", ["B", layer.query_heads, "T", layer.head_dim], "T"), *state("present")]
     node = ir.Node(
         OP_DOMAIN,
@@ -63,7 +69,7 @@ def operator_model(layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT) -> 
     )
     graph = ir.Graph(inputs, outputs, nodes=[node], name="op", opset_imports={"": onnx_op.OPSET, OP_DOMAIN: OP_VERSION})
     model = ir.Model(graph, ir_version=10)
-    onnx_op.add_bodies(model)
+    onnx_op.add_bodies(model, decoding)
     return ir.to_proto(model).SerializeToString()
 
 

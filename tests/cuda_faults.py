@@ -43,7 +43,7 @@ FAULTS = {
         "decode.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
     ),
     "decode: victim not absorbed": Fault(
-        "decode.cuh", "if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;", ";"
+        "decode.cuh", "if (update) h[r * D + d] = sum + leaverPsi[r] * leaverValue;", ";"
     ),
     "decode: z forgets the victim": Fault("decode.cuh", "z[r] += leaverPsi[r];", ";"),
     "decode: new token one slot off": Fault(
@@ -102,15 +102,15 @@ FAULTS = {
     "prefill: all ties stay": Fault("settle.cuh", "rank > threshold.rank ||", "rank >= threshold.rank ||"),
     "prefill: a dropped byte of the rank": Fault("settle.cuh", "shift >= 0; shift -= 8", "shift >= 8; shift -= 8"),
     "prefill: swapped slots": Fault("settle.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
-    "prefill: nothing absorbed": Fault("settle.cuh", "p.t.presentH[(head * R + first + r) * D + d] += sum;", ";"),
-    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += sum;", ";"),
+    "prefill: nothing absorbed": Fault("settle.cuh", "h[d] += total(d);", ";"),
+    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += totalMass();", ";"),
     "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n] * left;", ";"),
     "prefill: old scores do not fade": Fault("settle.cuh", "slotScores[n] * left;", "slotScores[n];"),
     "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
     "prefill: scores of the chunk do not fade": Fault("score.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
     "prefill: scores of the chunk fade a token too long": Fault("score.cuh", "count - 1 - query", "count - query"),
     "decode: scores do not fade": Fault("decode.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
-    "prefill: psi stays behind": Fault("settle.cuh", "static_cast<T*>(p.t.presentPsi)[to * R + r] =", "(void)"),
+    "prefill: psi stays behind": Fault("settle.cuh", "target[to * R + r] = source[from * R + r];", ";"),
 }
 
 #: Faults in the rules of int8 slots.
@@ -155,6 +155,50 @@ INT8_FAULTS = {
         __syncthreads();
         accumulate<T, W, N>(o, s,""",
     ),
+}
+
+#: Faults in the rules of a state of 16 bits.
+STATE16_FAULTS = {
+    "no dither": Fault("state.cuh", "ditherOf(past, r, d)", "0.f"),
+    "the nearest code": Fault("state.cuh", "ditherOf(past, r, d)", "0.5f"),
+    "dither without the position": Fault("state.cuh", "past % kPeriod * kStep +", ""),
+    "dither without the feature": Fault("state.cuh", "+ feature * kFeatureStep", ""),
+    "dither without the channel": Fault("state.cuh", "+ channel * kChannelStep", ""),
+    "prefill: dither of the position after the chunk": Fault(
+        "settle.cuh", "mine, p.t.pastLength[batch]);", "mine, p.t.pastLength[batch] + count);"
+    ),
+    "decode: dither of the next position": Fault("decode.cuh", "leaves, now);", "leaves, next);"),
+    "decode: scale forgotten": Fault("decode.cuh", "part * means.scales[r]", "part"),
+    "prefill: scale forgotten": Fault("attend.cuh", "part * means.scales[f]", "part"),
+    "decode: means divided by their mass": Fault(
+        "decode.cuh", "part * means.scales[r]", "part / z[r] * means.scales[r]"
+    ),
+    "scale of the mean before forgotten": Fault("state.cuh", "before > 0.f ? scales[r] : 0.f", "1.f"),
+    "scales of features without mass are read": Fault("state.cuh", "before > 0.f ? scales[r] : 0.f", "scales[r]"),
+    "new scale not stored": Fault("state.cuh", "scales[r] = scale;", ";"),
+    "new mass not stored": Fault("state.cuh", "z[r] = after;", ";"),
+    "the mean before not moved": Fault("state.cuh", "__fsub_rn(totals(i), __fmul_rn(mass, old))", "totals(i)"),
+    "moved by the mass before": Fault("state.cuh", "__fmul_rn(mass, old)), after)", "__fmul_rn(mass, old)), before)"),
+    "scale of one lane": Fault("state.cuh", "warpMax(largest), kLargestMean", "largest, kLargestMean"),
+    "scale of 32767 codes": Fault("state.cuh", "kLargestMean = 127 * 256 + 127", "kLargestMean = 32767"),
+    "rounded without mass": Fault("state.cuh", "if (!(mass > 0.f)) return;", ";"),
+    "decode: planes swapped": Fault("state.cuh", "256 * high[0] + high[D]", "256 * high[D] + high[0]"),
+    "prefill: planes swapped": Fault("state.cuh", "256 * high.x + low.x", "256 * low.x + high.x"),
+    "stored planes swapped": Fault("state.cuh", "high[d] = static_cast<int8_t>(upper);", "high[d] = 0;"),
+    "low plane without a sign": Fault("state.cuh", "(rounded + 128) >> 8", "rounded >> 8"),
+    "psi not divided by its sum": Fault(
+        "state.cuh", "__fdiv_rn(toFloat(code), fmaxf(sum, 1.f))", "toFloat(code) / 127.f"
+    ),
+    "prefill: psi of the chunk absorbed as it is": Fault(
+        "settle.cuh", "inMeans ? shareOf(codes[r], sum)", "inMeans && n < C ? shareOf(codes[r], sum)"
+    ),
+    "prefill: psi of slots not summed": Fault(
+        "settle.cuh", "if (lane == 0) p.psiSums[n] = sum;", "if (lane == 0 && from.chunk) p.psiSums[n] = sum;"
+    ),
+    "prefill: psi stays behind": Fault("settle.cuh", "move(static_cast<int8_t*>(p.t.presentPsi), p.psis);", ";"),
+    "decode: psi stays behind": Fault("decode.cuh", "if (warp == 2) storePsi(", "if (warp == 5) storePsi("),
+    "decode: the first of several absorbed": Fault("decode.cuh", "several ? C : leaver + 1", "leaver + 1"),
+    "decode: nothing absorbed": Fault("decode.cuh", "    if (moves) {", "    if (false) {"),
 }
 
 #: Faults in what distances add.

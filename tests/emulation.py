@@ -25,14 +25,14 @@ import torch
 
 from less_export.contract import LayerSpec
 
-from .oracle import CENTRING, SCALES, STATE, TOKENS, TURNING, Normal, Run, layer_of, table_of
+from .oracle import CENTRING, SCALES, STATE, STATE_SCALES, TOKENS, TURNING, Normal, Run, layer_of, table_of
 from .sharing import once
 
 PLUGIN = Path(__file__).parents[1] / "plugins_trt"
 SOURCES = ("less_attention.cu", "less_attention_decode.cu", "less_attention_prefill.cu")
 LENGTHS = ("past_length", "new_length")
 #: Floating-point tensors that are float32 in every compute dtype.
-WIDE = ("log_phi_q", "score", "h", "z", *SCALES, *CENTRING, *TURNING)
+WIDE = ("log_phi_q", "score", "h", "z", *SCALES, *STATE_SCALES, *CENTRING, *TURNING)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: Thread orders of the emulation: see cuda_emu.h.
 ORDERS = range(6)
@@ -43,7 +43,7 @@ class _Shape(ctypes.Structure):
         (n, ctypes.c_int32)
         for n in (
             *("dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank", "slot_bits"),
-            *("distances", "rotary"),
+            *("distances", "rotary", "state_bits"),
         )
     ]
 
@@ -65,8 +65,8 @@ class _Tensors(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_void_p)
         for n in (
-            *(*TOKENS, *STATE, *SCALES, *LENGTHS, *CENTRING, *TURNING),
-            *("out", *(f"present_{n}" for n in (*STATE, *SCALES))),
+            *(*TOKENS, *STATE, *SCALES, *STATE_SCALES, *LENGTHS, *CENTRING, *TURNING),
+            *("out", *(f"present_{n}" for n in (*STATE, *SCALES, *STATE_SCALES))),
         )
     ]
 
@@ -183,17 +183,19 @@ def set_blocks(wanted: int, path: Path | None = None) -> None:
     load(path or library()).less_host_set_blocks(wanted)
 
 
-def why_unsupported(layer: LayerSpec, dtype: str = "float16") -> str:
-    """The launcher's reason to refuse a layer, or ""."""
-    rules = _Rules.of(layer)
-    reason = load(library()).less_why_unsupported(ctypes.byref(_shape(layer, dtype, 1, 1)), ctypes.byref(rules))
+def why_unsupported(layer: LayerSpec, dtype: str = "float16", **changes: int) -> str:
+    """The launcher's reason to refuse a layer, or ""; ``changes`` are numbers that differ from the layer's."""
+    rules, shape = _Rules.of(layer), _shape(layer, dtype, 1, 1)
+    for name, value in changes.items():
+        setattr(shape if hasattr(shape, name) else rules, name, value)
+    reason = load(library()).less_why_unsupported(ctypes.byref(shape), ctypes.byref(rules))
     return reason.decode() if reason else ""
 
 
 def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int) -> _Shape:
     sizes = (layer.query_heads, layer.kv_heads, chunk, layer.head_dim, layer.capacity, layer.rank)
     table = table_of(layer).shape if layer.max_distance else (0, 0)
-    return _Shape(list(DTYPES).index(dtype), batch, *sizes, 8 if layer.int8 else 0, *table)
+    return _Shape(list(DTYPES).index(dtype), batch, *sizes, 8 if layer.int8 else 0, *table, layer.state_bits)
 
 
 def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None) -> Run:

@@ -22,6 +22,7 @@ import less_export
 from less_export.bundle.artifact import Bundle
 from less_export.contract import Policy
 from less_export.hf.surgery import discover
+from less_export.less import state16
 from less_export.less.feature_maps import random_kernels
 from less_export.runtime.backend import Backend
 from less_export.runtime.open import load_backend
@@ -302,6 +303,9 @@ def differences(a: Backend, b: Backend, rows: Sequence[tuple[int, int]] | None =
                 else:
                     error = relative(sides[0][held], sides[1][held]) if held.any() else 0.0
                 worst[name] = max(worst.get(name, 0.0), error)
+            if layer.state16:
+                for state in (left, right):
+                    state["h"] = state16.absorbed(state["h"], state["h_scale"], state["z"])
             for name in ("h", "z") if layer.absorb else ():
                 worst[name] = max(worst.get(name, 0.0), relative(left[name], right[name]))
     return worst

@@ -45,6 +45,8 @@ MODEL = {"name": "tiny", "class": "Tiny", "parameters": 6, "config": {"a": 1}, "
 #: Kernels of a plan whose file held no feature maps, only the centring of keys.
 NO_MAPS = {"file": "", "sha256": "", "bytes": 64, "parametrisation": None, "rank": 0, "hidden": 0, "layers": []}
 TINY = Contract((LayerSpec(4, 2, 8, 0.35, Policy.H2O, 2, 2, 0, True, 4, 3),), 20, "float32", 4, 2)
+#: Its layer with a state of 16 bits.
+STATE16 = {**TINY.to_dict()["layers"][0], "slot_dtype": "int8", "state_bits": 16}
 
 
 def write_bundle(folder: Path, kind: str, content: bytes) -> Manifest:
@@ -239,6 +241,10 @@ CASES = (
     *_wrong((*LAYER, "scale"), MISSING, None, "1", True),
     *_wrong((*LAYER, "score_half_life"), "512", 512.0, True, 0, -1, MAX_HALF_LIFE + 1),
     *_wrong((*LAYER, "slot_dtype"), None, 8, "int4", "INT8", "float32", ["int8"]),
+    *_wrong((*LAYER, "state_bits"), None, "16", 16.0, True, 8, 15, 33),
+    Case("a state of 17 bits", "16 or 32 bits", (*LAYER, "state_bits"), 17),
+    Case("a state of 16 bits beside slots of the compute dtype", "int8 slots", (*LAYER, "state_bits"), 16),
+    Case("a state of 16 bits that absorbs nothing", "int8 slots", LAYER, {**STATE16, "absorb": False, "rank": 1}),
     *_wrong((*LAYER, "max_distance"), "4096", 4096.0, True, 0, -1, DISTANCE_LIMIT + 1),
     *_wrong((*LAYER, "absorb"), MISSING, None, 0, 1, "true"),
     *_wrong((*LAYER, "policy"), MISSING, None, 0, ["h2o"]),
@@ -291,6 +297,9 @@ FINE = (
     Case("slots of the compute dtype", "", (*LAYER, "slot_dtype"), "model"),
     Case("a layer of an earlier version", "", (*LAYER, "slot_dtype")),
     Case("int8 slots", "", (*LAYER, "slot_dtype"), "int8"),
+    Case("a state of 32 bits", "", (*LAYER, "state_bits"), 32),
+    Case("a state of 16 bits", "", LAYER, STATE16),
+    Case("a layer from before them", "", (*LAYER, "state_bits")),
     Case("a largest distance", "", (*LAYER, "max_distance"), 4096),
     Case("the largest of all", "", (*LAYER, "max_distance"), DISTANCE_LIMIT),
     Case("any distance", "", (*LAYER, "max_distance"), None),

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from less_export.contract import LayerSpec, SlotDtype
+from less_export.contract import LayerSpec, SlotDtype, StateBits
 from less_export.less.policies import by_name
+
+from .oracle_rounding import rounded_means, rounded_psi, rounded_to_int8
 
 Arrays = dict[str, np.ndarray]
 #: An implementation: its arrays in the op's order, in and out.
@@ -28,6 +30,8 @@ STATE = ("key", "value", "psi", "score", "position", "h", "z")
 OUTPUTS = ("out", *STATE)
 #: What layers with int8 slots have besides: state, and the constants that centre keys.
 SCALES = ("key_scale", "value_scale")
+#: What layers with a state of 16 bits have besides.
+STATE_SCALES = ("h_scale",)
 CENTRING = ("key_mean", "key_std")
 #: What layers with a largest distance have besides: the table that turns q and k.
 TURNING = ("rotary",)
@@ -38,6 +42,9 @@ ROTATED = {2: 2, 4: 4, 64: 64, 96: 64, 128: 96, 256: 256}
 #: State whose contents are unspecified in empty slots; there, integers are poisoned with a large code.
 IN_SLOTS = ("key", "value", "psi", "score", *SCALES)
 POISON = 77
+
+#: Largest share of codes of means that float32 may change, which moves some of them past a whole number.
+DIFFERENT = 0.1
 
 #: Scores that differ by less than this (relative) but are not equal could rank differently in float32: not used.
 FRAGILE = 1e-5
@@ -55,6 +62,7 @@ def layer_of(
     half_life: int | None = None,
     slot_dtype: SlotDtype = "model",
     max_distance: int | None = None,
+    state_bits: StateBits = 32,
 ) -> LayerSpec:
     """A small layer; ``heads`` are query and KV heads."""
     absorb = absorb and policy not in ("window", "full")
@@ -62,7 +70,7 @@ def layer_of(
     rules = by_name(policy)
     low_rank = absorb, capacity, rank
     return LayerSpec(
-        *heads, head_dim, 0.5, rules, heavy, recent, window, *low_rank, half_life, slot_dtype, max_distance
+        *heads, head_dim, 0.5, rules, heavy, recent, window, *low_rank, half_life, slot_dtype, max_distance, state_bits
     )
 
 
@@ -86,19 +94,6 @@ def table_of(layer: LayerSpec) -> np.ndarray:
     return np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
 
 
-def rounded_to_int8(x: np.ndarray) -> tuple[np.ndarray, np.float32]:
-    """One token's codes and scale, in float32 arithmetic: halves go to the even neighbour."""
-    x = x.astype(np.float32)
-    scale = np.float32(np.abs(x).max()) / np.float32(127)
-    if scale < np.float32(2.0**-126):
-        return np.zeros(x.shape, np.int8), np.float32(0)
-    quotient = x / scale
-    below = np.floor(quotient)
-    rest = quotient - below  # exact
-    up = (rest > 0.5) | ((rest == 0.5) & (below % 2 == 1))
-    return np.clip(below + up, -127, 127).astype(np.int8), scale
-
-
 class Overflow(Exception):
     """Policy full was fed more tokens than it has slots."""
 
@@ -120,9 +115,13 @@ class Head:
     psis: list[np.ndarray] = field(default_factory=list)
     rounded: dict[int, Arrays] = field(default_factory=dict)
     fragile: bool = False
+    codes: np.ndarray = field(init=False)
+    scale: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         self.slots = [None] * self.layer.capacity
+        self.codes = np.zeros((self.layer.rank, self.layer.head_dim), int)
+        self.scale = np.zeros(self.layer.rank, np.float32)
 
     def stored(self, p: int) -> Arrays:
         """A token's codes and scales in an int8 slot, and the key and value that they stand for."""
@@ -168,13 +167,34 @@ class Head:
         """A token's value as queries of the chunk from ``first`` see it."""
         return self.stored(p)["value read"] if self.layer.int8 and p < first else self.values[p]
 
-    def low_rank(self) -> tuple[np.ndarray, np.ndarray]:
-        """``H [R,D]`` and ``z [R]``, summed over the absorbed list; values are rounded as in a slot."""
+    def psi(self, p: int) -> np.ndarray:
+        """A token's psi as it is absorbed."""
+        return rounded_psi(self.psis[p])[1] if self.layer.state16 else self.psis[p]
+
+    def sums(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over tokens of psi times value, [R,D], and of psi, [R]; values are rounded as in a slot."""
         h, z = np.zeros((self.layer.rank, self.layer.head_dim)), np.zeros(self.layer.rank)
-        for p in self.absorbed:
-            h += np.outer(self.psis[p], self.value(p, len(self.keys)))
-            z += self.psis[p]
+        for p in tokens:
+            h += np.outer(self.psi(p), self.value(p, len(self.keys)))
+            z += self.psi(p)
         return h, z
+
+    def low_rank(self) -> tuple[np.ndarray, np.ndarray]:
+        """``H [R,D]`` and ``z [R]``, summed over the absorbed list, or in 16 bits from the means."""
+        h, z = self.sums(self.absorbed)
+        return (self.means() * z[:, None] if self.layer.state16 else h), z
+
+    def means(self) -> np.ndarray:
+        """Means of 16 bits, [R,D]."""
+        return self.codes * self.scale[:, None].astype(np.float64)
+
+    def round_means(self, leaving: list[int], first: int) -> None:
+        """Move the means of 16 bits of a step that began at ``first`` towards the values of the tokens that leave."""
+        (total, mass), z, old = self.sums(leaving), self.sums(self.absorbed)[1], self.means()
+        for r in range(self.layer.rank):
+            if mass[r] > 0:
+                moved = old[r] + (total[r] - mass[r] * old[r]) / (z[r] + mass[r])
+                self.codes[r], self.scale[r] = rounded_means(moved, first, r)
 
     def attend(
         self, logits: np.ndarray, values: np.ndarray, log_phi: np.ndarray, h: np.ndarray, z: np.ndarray
@@ -239,7 +259,10 @@ class Head:
     def settle(self, candidates: list[int], kept: set[int], first: int) -> None:
         """Kept tokens stay in their slots, new ones fill the freed slots in order, the others are absorbed."""
         if self.layer.absorb:
-            self.absorbed += [p for p in candidates if p not in kept]
+            leaving = [p for p in candidates if p not in kept]
+            if self.layer.state16:
+                self.round_means(leaving, first)
+            self.absorbed += leaving
         arriving = sorted(p for p in kept if p >= first)
         for i, p in enumerate(self.slots):
             if p not in kept:
@@ -264,8 +287,12 @@ class Head:
             token = self.stored(p) if layer.int8 else {"key": self.keys[p], "value": self.values[p]}
             for name in got.keys() & token.keys():
                 got[name][i] = token[name]
-            got["psi"][i], got["score"][i] = self.psis[p], self.score[p]
+            got["psi"][i] = rounded_psi(self.psis[p])[0] if layer.state16 else self.psis[p]
+            got["score"][i] = self.score[p]
         got["h"], got["z"] = self.low_rank()
+        if layer.state16:
+            high = (self.codes + 128) // 256
+            got |= {"h": np.concatenate([high, self.codes - 256 * high], -1), "h_scale": self.scale}
         return got
 
 
@@ -410,7 +437,7 @@ def scenario(
 
 def play(run: Run, steps: list[Step], empty: list[np.ndarray]) -> Iterator[tuple[Step, Arrays, Arrays]]:
     """Run the steps from the state ``empty``: (step, state before, outputs). Empty slots stay poisoned."""
-    state, names = [x.copy() for x in empty], (*STATE, *SCALES)[: len(empty)]
+    state, names = [x.copy() for x in empty], (*STATE, *SCALES, *STATE_SCALES)[: len(empty)]
     for step in steps:
         for x, fresh in zip(state, empty, strict=True):
             x[list(step.reset)] = fresh[list(step.reset)]
@@ -427,7 +454,7 @@ def play(run: Run, steps: list[Step], empty: list[np.ndarray]) -> Iterator[tuple
 
 
 def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
-    """Assert positions, slot contents, zeros and parked rows exactly; relative errors of the rest."""
+    """Assert positions, slot contents, zeros, parked rows and means that stay exactly; relative errors of the rest."""
     want, new = step.expected, step.inputs["new_length"]
     np.testing.assert_array_equal(got["position"], want["position"])
     live = want["position"] >= 0
@@ -441,6 +468,11 @@ def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
                 mask = live[b] if name in IN_SLOTS else ...
                 assert got[name][b][mask].tobytes() == before[name][b][mask].tobytes(), f"parked row: {name}"
     errors = {}
+    if "h_scale" in got:
+        still = got["z"] == before["z"]
+        for name in ("h", "h_scale"):
+            assert got[name][still].tobytes() == before[name][still].tobytes(), f"feature without mass: {name}"
+        got, want = with_means(got), with_means(want)
     for name in ("out", "score", "h", "z"):
         mask = live if name == "score" else ...
         a, b = got[name][mask].astype(np.float64), want[name][mask]
@@ -449,10 +481,29 @@ def compare(step: Step, before: Arrays, got: Arrays) -> dict[str, float]:
     return errors
 
 
+def codes_of(planes: np.ndarray) -> np.ndarray:
+    """Codes of 16 bits [...,D] from their two planes [...,2D]."""
+    high, low = np.split(planes.astype(np.int64), 2, -1)
+    return 256 * high + low
+
+
+def with_means(state: Arrays) -> Arrays:
+    """The state with the means that its codes of 16 bits stand for, 0 for features without mass."""
+    means = codes_of(state["h"]) * state["h_scale"].astype(np.float64)[..., None]
+    return {**state, "h": np.where(state["z"][..., None] > 0, means, 0.0)}
+
+
 def follow(run: Run, steps: list[Step], empty: list[np.ndarray]) -> dict[str, float]:
-    """:func:`compare` along all steps: the largest relative error of out, score, h and z."""
-    worst = dict.fromkeys(("out", "score", "h", "z"), 0.0)
+    """:func:`compare` along all steps: the largest relative error of out, score, h and z.
+
+    Asserts that codes of means are equal but for a share of :data:`DIFFERENT`.
+    """
+    worst, codes, different = dict.fromkeys(("out", "score", "h", "z"), 0.0), 0, 0
     for step, before, got in play(run, steps, empty):
         for name, error in compare(step, before, got).items():
             worst[name] = max(worst[name], error)
+        if "h_scale" in got:
+            equal = codes_of(got["h"]) == codes_of(step.expected["h"])
+            codes, different = codes + equal.size, different + int(np.count_nonzero(~equal))
+    assert different <= DIFFERENT * codes, f"{different} of {codes} codes of means differ"
     return worst

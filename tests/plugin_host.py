@@ -26,7 +26,10 @@ from .emulation import DTYPES, PLUGIN, WIDE
 from .oracle import TOKENS, Run, table_of
 from .sharing import once
 
-FIELDS = ("scale", "policy", "heavy", "recent", "window", "absorb", "decay", "slot_bits", "max_distance")
+FIELDS = (
+    *("scale", "policy", "heavy", "recent", "window", "absorb", "decay"),
+    *("slot_bits", "state_bits", "max_distance"),
+)
 #: Inputs and outputs of a layer without int8 slots and a largest distance.
 INPUTS, OUTPUTS = 14, 8
 #: nvinfer1::DataType and nvinfer1::PluginFieldType.
@@ -40,6 +43,8 @@ def input_dtypes(layer: LayerSpec, dtype: torch.dtype) -> list[torch.dtype]:
     fixed = dict.fromkeys(WIDE, torch.float32) | dict.fromkeys(("position", *emulation.LENGTHS), torch.int32)
     if layer.int8:
         fixed |= {"key": torch.int8, "value": torch.int8}
+    if layer.state16:
+        fixed |= {"psi": torch.int8, "h": torch.int8}
     return [fixed.get(name, dtype) for name in emulation.input_names(layer)]
 
 
@@ -156,8 +161,9 @@ def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int) -> l
     """All inputs and outputs of a layer."""
     hq, hk, d, c, r = layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank
     tokens = [(hq, chunk, d), (hk, chunk, d), (hk, chunk, d), (hq, chunk, r), (hk, chunk, r)]
-    state = [(hk, c, d), (hk, c, d), (hk, c, r), (hk, c), (hk, c), (hk, r, d), (hk, r)]
+    state = [(hk, c, d), (hk, c, d), (hk, c, r), (hk, c), (hk, c), (hk, r, layer.state_width), (hk, r)]
     state += [(hk, c), (hk, c)] if layer.int8 else []
+    state += [(hk, r)] if layer.state16 else []
     constants = [(hk, d), (hk, d)] if layer.int8 else []
     constants += [table_of(layer).shape] if layer.max_distance else []
     shapes = [*((batch, *s) for s in (*tokens, *state, (), ())), *constants]

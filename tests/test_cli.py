@@ -109,6 +109,7 @@ def test_every_option_in_both_spellings(run: Run, exports: list[Any]) -> None:
         "300",
         "--slots",
         "int8",
+        "--state=32",
         "--max-distance",
         "3000",
         "--context",
@@ -128,7 +129,8 @@ def test_every_option_in_both_spellings(run: Run, exports: list[Any]) -> None:
     assert snake != kebab
     want = ExportConfig(
         target="both", policy="sink", budget="7%", layer_budgets="1:9,2:3%", score_half_life=300, slots="int8",
-        max_distance=3000, context=99, heavy=1, recent=6, compress_sliding=True, rank=3, kernels=Path("k_1.st"),
+        state=32, max_distance=3000, context=99, heavy=1, recent=6, compress_sliding=True, rank=3,
+        kernels=Path("k_1.st"),
         dtype="bfloat16", max_batch=5, chunk=17, logits="all", num_hidden_layers=2, gpu_arch="sm_89",
         plugin=False, validate=False, random_weights=True, seed=7, weights="int4",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from less_export.contract import Contract, SlotDtype
+from less_export.contract import Contract, SlotDtype, StateBits
 from less_export.errors import BackendError
 from less_export.runtime.backend import RowState
 
@@ -24,6 +24,10 @@ pytest_plugins = ["tests.cpp_support"]
 pytestmark = pytest.mark.slow
 
 
+#: Smallest int8 of a state, -127 elsewhere.
+LEAST_CODE = {"psi": 0, "h": -128}
+
+
 def state_of(contract: Contract) -> RowState:
     random = np.random.default_rng(0)
 
@@ -31,7 +35,7 @@ def state_of(contract: Contract) -> RowState:
         if spec.field.name == "position":
             return random.integers(-1, 1234567, spec.row_shape, np.int32)
         if spec.dtype == "int8":
-            return random.integers(-127, 128, spec.row_shape, np.int8)
+            return random.integers(LEAST_CODE.get(spec.field.name, -127), 128, spec.row_shape, np.int8)
         finite = random.random(spec.row_shape, np.float32) + 1
         return (
             (finite.view(np.uint32) >> 16).astype(np.uint16) if spec.dtype == "bfloat16" else finite.astype(spec.dtype)
@@ -40,10 +44,15 @@ def state_of(contract: Contract) -> RowState:
     return RowState(1234567, {s.past.name: values(s) for s in contract.state()}, "a" * 64)
 
 
-@pytest.mark.parametrize("slots", ["model", "int8"])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_saved_rows_go_both_ways(dtype: str, slots: SlotDtype, tools: Path, tmp_path: Path) -> None:
-    contract = contract_of(dtype).with_slots(slots)
+@pytest.mark.parametrize(
+    ("dtype", "slots", "bits"),
+    [
+        *((d, s, 32) for d in ("float32", "float16", "bfloat16") for s in ("model", "int8")),
+        ("float16", "int8", 16),
+    ],
+)
+def test_saved_rows_go_both_ways(dtype: str, slots: SlotDtype, bits: StateBits, tools: Path, tmp_path: Path) -> None:
+    contract = contract_of(dtype, slots=slots, state_bits=bits)
     path = bundle(tmp_path / "x.plan", contract)
     state = state_of(contract)
     state.save(tmp_path / "python")
@@ -140,7 +149,10 @@ def damaged(data: bytes) -> Iterator[bytes]:
         ("more", []),
     ):
         yield join({**header, "__metadata__": {**facts, key: value}}, body)
-    for name in ("past.0.key", "past.1.position", "past.0.z", "past.1.key", "past.1.value_scale"):
+    for name in (
+        *("past.0.key", "past.1.position", "past.0.z", "past.1.key", "past.1.value_scale"),
+        *("past.0.psi", "past.0.h", "past.0.h_scale"),
+    ):
         if name not in bare:
             continue
         entry = bare[name]
@@ -171,11 +183,14 @@ def python_verdict(file: Path, contract: Contract) -> str:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_both_refuse_the_same_damage(dtype: str, tools: Path, tmp_path: Path) -> None:
-    """With bfloat16, the second layer has int8 slots."""
+    """With bfloat16, the first layer has a state of 16 bits; with float16, the second one has int8 slots."""
     contract = contract_of(dtype)
+    first, second = contract.layers
     if dtype == "bfloat16":
-        first, second = contract.layers
-        contract = dataclasses.replace(contract, layers=(first, dataclasses.replace(second, slot_dtype="int8")))
+        first = dataclasses.replace(first, slot_dtype="int8", state_bits=16)
+    else:
+        second = dataclasses.replace(second, slot_dtype="int8")
+    contract = dataclasses.replace(contract, layers=(first, second))
     path = bundle(tmp_path / "x.plan", contract)
     state_of(contract).save(tmp_path / "good")
     files = []

@@ -33,11 +33,13 @@ FULL = LayerSpec(8, 1, 16, 0.25, Policy.FULL, 0, 40, 0, False, 40, 1)
 SINK = LayerSpec(6, 3, 5, 1e-05, Policy.SINK, 4, 9, 0, True, 13, 32)
 SLIDING = LayerSpec(4, 4, 8, 1.0, Policy.TOVA, 6, 1, 12, True, 7, 8)
 INT8 = dataclasses.replace(SINK, slot_dtype="int8")
+STATE16 = dataclasses.replace(INT8, state_bits=16)
 CONTRACTS = {
     "float16": contract_of("float16"),
     "bfloat16, all logits": dataclasses.replace(contract_of("bfloat16"), logits="all", trained_length=4096),
     "int8": contract_of("bfloat16").with_slots("int8"),
     "int8 in one layer": Contract((SINK, INT8, SLIDING), 300, "float16", 16, 8),
+    "a state of 16 bits": Contract((SINK, STATE16, INT8, SLIDING), 300, "bfloat16", 16, 8),
     "positions": Contract((SINK, SLIDING), 1000, "float32", 1, 1, position_limit=77),
     "full": Contract((SINK, FULL, SLIDING), 300, "bfloat16", 16, 8, position_limit=77),
     "large": Contract(

@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 import torch
 
-from less_export.contract import LayerSpec
+from less_export.contract import LayerSpec, SlotDtype, StateBits
 
 from . import emulation
-from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, Fault, waits
+from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, STATE16_FAULTS, Fault, waits
 from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import Arrays, OneHot, Step, follow, scenario
-from .test_cuda import FLOOR, compare_on_scattered_states
+from .test_cuda import allowed, compare_on_scattered_states
 from .test_cuda_distance import LARGE, large_elements
 from .test_int8 import far
 from .test_ops import DECODE, MIXED, empty, tied, torch_run
@@ -134,8 +134,25 @@ def distance_cases() -> list[Case]:
     ]
 
 
-#: The cases of a kind of faults.
-CASES = {"rules": cases, "int8": int8_cases, "distance": distance_cases}
+@functools.cache
+def state16_cases() -> list[Case]:
+    """Cases that reach every rule of a state of 16 bits. Scales of features without mass are NaN."""
+    chunks = [(70, 9), (1, 1), (1, 0), (20, 66), *[(1, 1)] * 3]
+    h2o, sink = (
+        replace(kernel_layer(p, 70, 40, 2, 9, kv_heads=1), slot_dtype="int8", state_bits=16) for p in ("h2o", "sink")
+    )
+    made = [
+        *(case(h2o, scenario(h2o, chunks, 6, normal("float16")), blocks) for blocks in (512, 1)),
+        case(sink, scenario(sink, chunks, 6, normal("float16"))),
+    ]
+    for c in made:
+        c.fresh[-1][:] = np.nan
+    return made
+
+
+#: The cases of a kind of faults, and what their slots and their state hold.
+CASES = {"rules": cases, "int8": int8_cases, "distance": distance_cases, "state16": state16_cases}
+HOLDS: dict[str, tuple[SlotDtype, StateBits]] = {"int8": ("int8", 32), "state16": ("int8", 16)}
 
 
 def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
@@ -145,10 +162,13 @@ def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
         try:
             for c in racing() if kind == "rules" and order != orders[0] else CASES[kind]():
                 emulation.set_blocks(c.blocks, path)
-                errors = follow(emulated(c.layer, "float16", path=path), c.steps, c.fresh)
-                if any(e > 2 * c.reference[n] + FLOOR for n, e in errors.items()):
+                errors, limits = (
+                    follow(emulated(c.layer, "float16", path=path), c.steps, c.fresh),
+                    allowed(c.layer, c.reference),
+                )
+                if not all(e <= limits[n] for n, e in errors.items()):
                     return False
-            compare_on_scattered_states("float16", path, "int8" if kind == "int8" else "model")
+            compare_on_scattered_states("float16", path, *HOLDS.get(kind, ("model", 32)))
         except AssertionError:
             return False
     return True
@@ -206,6 +226,7 @@ def test_kernels_without_a_fault_pass() -> None:
     assert not caught(sound(), ORDERS)
     assert not caught(sound(), ORDERS[:2], "int8")
     assert not caught(sound(), ORDERS[:2], "distance")
+    assert not caught(sound(), ORDERS[:2], "state16")
 
 
 def chosen() -> list[object]:
@@ -225,6 +246,11 @@ def test_fault_is_caught(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", exhaustive_but(INT8_FAULTS, *[*INT8_FAULTS][5::9]))
 def test_fault_of_int8_slots_is_caught(name: str, tmp_path: Path) -> None:
     assert caught(broken(tmp_path, INT8_FAULTS[name]), ORDERS[:1], "int8")
+
+
+@pytest.mark.parametrize("name", exhaustive_but(STATE16_FAULTS, *[*STATE16_FAULTS][3::9]))
+def test_fault_of_a_state_of_16_bits_is_caught(name: str, tmp_path: Path) -> None:
+    assert caught(broken(tmp_path, STATE16_FAULTS[name]), ORDERS[:1], "state16")
 
 
 @pytest.mark.parametrize("name", exhaustive_but(DISTANCE_FAULTS, *[*DISTANCE_FAULTS][4::9]))

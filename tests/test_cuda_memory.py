@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from less_export.contract import SlotDtype
+from less_export.contract import SlotDtype, StateBits
 
 from . import emulation
 from .emulation import PLUGIN, emulated, kernel_layer, normal
@@ -21,16 +21,18 @@ pytestmark = pytest.mark.slow
 
 FLAGS = ("-O1", "-DLESS_TRIAL", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CHUNKS = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1)]
-#: Policy, head_dim, group, rank, what the slots hold, and the largest distance.
-KINDS: list[tuple[str, int, int, int, SlotDtype, int | None]] = [
-    ("h2o", 64, 2, 8, "model", None),
-    ("tova", 24, 3, 5, "model", None),
-    ("sink", 40, 1, 16, "model", None),
-    ("window", 64, 4, 1, "model", None),
-    ("h2o", 8, 9, 32, "model", None),
-    ("h2o", 56, 2, 8, "int8", None),
-    ("h2o", 64, 1, 8, "int8", 30),
-    ("tova", 40, 2, 8, "model", 30),
+#: Policy, head_dim, group, rank, what the slots hold, the largest distance, and the bits of the state.
+KINDS: list[tuple[str, int, int, int, SlotDtype, int | None, StateBits]] = [
+    ("h2o", 64, 2, 8, "model", None, 32),
+    ("tova", 24, 3, 5, "model", None, 32),
+    ("sink", 40, 1, 16, "model", None, 32),
+    ("window", 64, 4, 1, "model", None, 32),
+    ("h2o", 8, 9, 32, "model", None, 32),
+    ("h2o", 56, 2, 8, "int8", None, 32),
+    ("h2o", 64, 1, 8, "int8", 30, 32),
+    ("tova", 40, 2, 8, "model", 30, 32),
+    ("h2o", 40, 2, 9, "int8", None, 16),
+    ("sink", 8, 1, 33, "int8", 30, 16),
 ]
 
 
@@ -47,9 +49,9 @@ def record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of launches of every policy, decode and prefill."""
     with open(path, "wb") as file, monkeypatch.context() as patch:
         patch.setattr(emulation, "recording", file)
-        for policy, head_dim, group, rank, slots, far in KINDS:
+        for policy, head_dim, group, rank, slots, far, bits in KINDS:
             layer = kernel_layer(policy, 77, head_dim, group, rank, kv_heads=1)
-            layer = replace(layer, slot_dtype=slots, max_distance=far)
+            layer = replace(layer, slot_dtype=slots, max_distance=far, state_bits=bits)
             steps = scenario(layer, CHUNKS, 6, normal("float16"))
             for _ in play(emulated(layer, "float16"), steps, empty(layer, torch.float16, 2)):
                 pass

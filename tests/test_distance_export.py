@@ -16,7 +16,7 @@ from safetensors import safe_open
 from less_export import calibrate, open_bundle
 from less_export.bundle.artifact import Bundle
 from less_export.config import ExportConfig
-from less_export.contract import Contract, limits_distances
+from less_export.contract import Contract, StateBits, limits_distances
 from less_export.errors import BackendError, KernelError, UsageError
 from less_export.evaluation import perplexity
 from less_export.evaluation.subject import open_subject
@@ -25,6 +25,7 @@ from less_export.exporter import targets
 from less_export.hf import calibration, recipes
 from less_export.hf.model import OpenModel, open_model
 from less_export.hf.sources import resolve
+from less_export.less import state16
 from less_export.less.feature_maps import FORMAT_VERSION, Kernels, random_kernels
 from less_export.less.rotary import table_of
 from less_export.progress import Silent
@@ -86,12 +87,15 @@ def test_beyond_it_slots_are_seen_nearer(shared: Path) -> None:
     assert families.relative(*runs) < 1e-5
 
 
+@pytest.mark.parametrize(("state", "starts"), [(32, (0, 1000, 2**30)), (16, (0, 3 * state16.PERIOD, 2**30))])
 @pytest.mark.parametrize("backend", ["ort", "torch"])
-def test_the_length_of_the_text_does_not_matter(backend: str, shared: Path) -> None:
-    """A row that begins at any position, evicts and clamps computes the same, bit for bit on one backend."""
-    tiny = evicting(shared)
+def test_the_length_of_the_text_does_not_matter(
+    backend: str, state: StateBits, starts: tuple[int, ...], shared: Path
+) -> None:
+    """A row that begins at any position, evicts and clamps computes the same, bit for bit on one backend; with a state
+    of 16 bits, up to the dither's period."""
+    tiny = evicting(shared, state)
     ids = families.text(1, sum(STEPS))
-    starts = (0, 1000, 2**30)
     engine = tiny.backend(backend, len(starts))
     logits = []
     for at in range(0, sum(STEPS), 8):
@@ -103,7 +107,7 @@ def test_the_length_of_the_text_does_not_matter(backend: str, shared: Path) -> N
     assert families.evicted(engine) > 10
 
 
-def evicting(shared: Path) -> Tiny:
+def evicting(shared: Path, state: StateBits = 16) -> Tiny:
     """h2o with kernels, int8 slots and a clamp below the budget."""
 
     def options(folder: Path) -> Path:
@@ -112,8 +116,8 @@ def evicting(shared: Path) -> Tiny:
 
     file = once(shared / "distance-kernels.safetensors", options)
     return exported(
-        shared, "gemma3", "h2o", policy="h2o", budget=str(families.BUDGET), context=CONTEXT, kernels=file,
-        max_distance=NEAR + 4, slots="int8",
+        shared, "gemma3", f"h2o-{state}", policy="h2o", budget=str(families.BUDGET), context=CONTEXT, kernels=file,
+        max_distance=NEAR + 4, slots="int8", state=state,
     )  # fmt: skip
 
 

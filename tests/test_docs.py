@@ -18,7 +18,7 @@ import pytest
 from less_export import open_bundle
 from less_export.bundle.artifact import Artifact, Bundle, KernelFacts, TokenizerFacts, WeightFile
 from less_export.cli.commands import COMMANDS
-from less_export.contract import BATCH, CHUNK, SCALE_FIELDS, STATE_FIELDS, Contract, LayerSpec, Policy
+from less_export.contract import ALL_FIELDS, BATCH, CHUNK, Contract, LayerSpec, Policy
 from less_export.dtypes import COMPUTE_DTYPES
 from less_export.hf import recipes
 from less_export.plan import AttentionLayer
@@ -126,14 +126,18 @@ def described_inputs(contract: Contract) -> Described:
     """The inputs of a contract as the page on the format states them."""
     text = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `past\.\{i\}\.(\w+)` \| (\S+) \| `([^`]+)` \| (-?\d) \|$", text, re.M)
-    assert {name: int(empty) for name, _, _, empty in rows} == {f.name: f.empty for f in STATE_FIELDS + SCALE_FIELDS}
+    assert {name: int(empty) for name, _, _, empty in rows} == {f.name: f.empty for f in ALL_FIELDS}
     inputs: Described = [("input_ids", "int64", (BATCH, CHUNK))]
     inputs += [(name, "int32", (BATCH,)) for name in ("past_length", "new_length")]
     for index, layer in enumerate(contract.layers):
-        sizes = {"B": BATCH, "Hk": layer.kv_heads, "C": layer.capacity, "D": layer.head_dim, "R": layer.rank}
-        dtypes = {"T-dtype": contract.dtype, "slot-dtype": "int8" if layer.slot_dtype == "int8" else contract.dtype}
+        int8, state16 = layer.slot_dtype == "int8", layer.state_bits == 16
+        sizes = {"B": BATCH, "Hk": layer.kv_heads, "C": layer.capacity, "R": layer.rank, "D": layer.head_dim}
+        sizes["W"] = (1 + state16) * layer.head_dim
+        dtypes = {"T-dtype": contract.dtype, "slot-dtype": "int8" if int8 else contract.dtype}
+        dtypes |= {"psi-dtype": "int8" if state16 else contract.dtype, "state-dtype": "int8" if state16 else "float32"}
+        present = {"key_scale": int8, "value_scale": int8, "h_scale": state16}
         for name, dtype, shape, _ in rows:
-            if layer.slot_dtype == "int8" or name not in ("key_scale", "value_scale"):
+            if present.get(name, True):
                 shape = tuple(sizes[x] for x in shape.split(", "))
                 inputs.append((f"past.{index}.{name}", dtypes.get(dtype, dtype), shape))
     return inputs
@@ -160,7 +164,8 @@ def test_the_bundle_format_specifies_the_state(kernelled: Path) -> None:
 def test_the_bundle_format_specifies_the_state_of_int8_slots() -> None:
     """Of a contract, whose graphs are compared with it wherever they are loaded."""
     plain = LayerSpec(4, 2, 8, 0.35, Policy.H2O, 3, 4, 0, True, 7, 3)
-    layers = (plain, dataclasses.replace(plain, slot_dtype="int8"), plain)
+    int8 = dataclasses.replace(plain, slot_dtype="int8")
+    layers = (plain, int8, plain, dataclasses.replace(int8, state_bits=16))
     for dtype in COMPUTE_DTYPES:
         contract = Contract(layers, 50, dtype, 5, 3)
         assert described_inputs(contract) == [(s.name, s.dtype, s.shape) for s in contract.inputs()]

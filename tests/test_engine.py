@@ -14,6 +14,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import pytest
 import tensorrt_rtx
 from cuda.bindings import runtime as cudart
 
-from less_export.contract import Contract, SlotDtype
+from less_export.contract import OP_DOMAIN, Contract, SlotDtype, StateBits
 from less_export.errors import BackendError, EngineError, UsageError
 from less_export.exporter import onnx_op
 from less_export.progress import Spoken
@@ -50,20 +51,21 @@ def weights(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "chunk", "arch", "slots", "far"),
-    [("float16", 4, None, "int8", 20), ("bfloat16", 1, "8.9,sm_120", "model", None)],
+    ("dtype", "chunk", "arch", "slots", "far", "bits"),
+    [("float16", 4, None, "int8", 20, 16), ("bfloat16", 1, "8.9,sm_120", "model", None, 32)],
 )
 def test_a_plan_is_built(
-    dtype: str, chunk: int, arch: str | None, slots: SlotDtype, far: int | None, weights: Path,
+    dtype: str, chunk: int, arch: str | None, slots: SlotDtype, far: int | None, bits: StateBits, weights: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Also from int8 state: inputs, outputs, and what the bodies do with it in a strongly typed network. And with
-    keys of which some channels rotate."""
-    contract, out = contract_of(dtype, chunk, slots=slots, max_distance=far), weights.parent / "engine.plan"
+    """Also from int8 slots and a state of 16 bits: inputs, outputs, and what the bodies do with them in a strongly
+    typed network. And with keys of which some channels rotate."""
+    contract = contract_of(dtype, chunk, slots=slots, max_distance=far, state_bits=bits)
+    out = weights.parent / "engine.plan"
     phases, configs = list[str](), list[Any]()
     configure = engine._configure
     monkeypatch.setattr(engine, "_configure", lambda *a: configs.append(configure(*a)) or configs[-1])
-    model = serialised(decoder(contract, weights))
+    model = onnx_op.with_own_names(decoder(contract, weights)).SerializeToString()
     info = engine.build_plan(
         model, contract, out=out, weights_dir=weights, gpu_arch=arch, progress=Spoken(phases.append)
     )
@@ -173,6 +175,21 @@ def test_names_inside_functions_are_their_own(weights: Path) -> None:
     assert all(name.startswith(model.functions[0].overload + ".") for name in inside)
     wrong = Contract(contract.layers, 33, "float16", 4, 3)
     assert "logits as float32" in refuse(weights, model.SerializeToString(), wrong)  # parsed, then refused
+
+
+def test_every_layer_gets_its_own_body(weights: Path) -> None:
+    """The parser takes the first body of a name for all nodes. Only that of h2o has a TopK; window is first here."""
+    contract = contract_of("float16")
+    contract = replace(contract, layers=contract.layers[::-1])
+    model = onnx_op.with_own_names(decoder(contract, weights))
+    assert {f.name for f in model.functions} == {n.op_type for n in model.graph.node if n.domain == OP_DOMAIN}
+    network = tensorrt_rtx.Builder(log := tensorrt_rtx.Logger()).create_network(
+        1 << int(tensorrt_rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )
+    parser = tensorrt_rtx.OnnxParser(network, log)
+    assert parser.parse(model.SerializeToString(), path=str(weights / "model.onnx"))
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    assert kinds.count(tensorrt_rtx.LayerType.TOPK) == 1
 
 
 def test_topk_limits_the_budget(weights: Path) -> None:
@@ -311,11 +328,11 @@ def play(backend: Backend) -> Iterator[tuple[str, np.ndarray]]:
                     yield from ((f"{n} {step}", x) for n, x in backend.read_row(row).tensors.items())
 
 
-@pytest.mark.parametrize(("in_place", "slots"), [(False, "model"), (True, "model"), (True, "int8")])
+@pytest.mark.parametrize(("in_place", "slots", "bits"), [(False, "model", 32), (True, "model", 32), (True, "int8", 16)])
 def test_backend_keeps_the_state(
-    in_place: bool, slots: SlotDtype, weights: Path, monkeypatch: pytest.MonkeyPatch
+    in_place: bool, slots: SlotDtype, bits: StateBits, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    contract, path = contract_of("float32", slots=slots), weights / "model.onnx"
+    contract, path = contract_of("float32", slots=slots, state_bits=bits), weights / "model.onnx"
     path.write_bytes(serialised(decoder(contract, weights)))
     session = onnxruntime.InferenceSession(str(path))
     fake = Fake(contract, weights, monkeypatch, lambda feed: session.run(None, feed))

@@ -12,9 +12,10 @@ import torch
 
 from less_export import testing
 from less_export.contract import LayerSpec
-from less_export.less import int8, reference
+from less_export.less import int8, operators
 
-from .oracle import SCALES, Arrays, Normal, Run, Step, centring_of, compare, follow, play, rounded_to_int8, scenario
+from .oracle import SCALES, Arrays, Normal, Run, Step, centring_of, compare, follow, play, scenario
+from .oracle_rounding import rounded_to_int8
 from .test_ops import (
     DECODE,
     EDGES,
@@ -236,7 +237,7 @@ def test_slots_do_not_drift() -> None:
         psi = torch.softmax(torch.randn(1, layer.kv_heads, 8, layer.rank, generator=generator), -1)
         tokens = (q, k, v, torch.zeros(1, layer.query_heads, 8, layer.rank), psi)
         lengths = (torch.tensor([begin], dtype=torch.int32), torch.tensor([8], dtype=torch.int32))
-        _, *state = reference.run(layer, tokens, state, lengths, constants, opaque=False)
+        _, *state = operators.run(layer, tokens, state, lengths, constants, opaque=False)
         fields = {f.name: x[0] for f, x in zip(layer.state_fields, state, strict=True)}
         now: dict[tuple[int, int], bytes] = {}
         for head in range(layer.kv_heads):

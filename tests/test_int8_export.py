@@ -66,6 +66,18 @@ def test_the_constants_are_those_of_the_kernel_file(bundle: Path, source: Path, 
     assert np.abs(a[1:] - b[1:]).max(-1).min() > 2e-5 * unit
 
 
+def test_a_state_of_32_bits(bundle: Path, source: Path, shared: Path) -> None:
+    """Its state takes more bytes, and what it computes differs by roundings alone."""
+    file = once(shared / "int8.safetensors", kernel_file)
+    other = once(shared / "int8_32", lambda out: bundles.bundle(source, out, slots="int8", state=32, kernels=file))
+    small, large = (Bundle.open(b).manifest.artifacts[0].contract for b in (bundle, other))
+    assert [s.state_bits for s in small.layers] == [16, 16]
+    assert large == small.with_state(32)
+    assert large.state_bytes() > small.state_bytes()
+    a, b = logits(bundle, "ort"), logits(other, "ort")
+    assert 0 < np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
 def test_int8_stays_close_to_the_compute_dtype(bundle: Path, kernelled: Path) -> None:
     """Both have the same kernels; only slots differ."""
     a, b = logits(bundle, "ort", 12, 4), logits(kernelled, "ort", 12, 4)

@@ -16,9 +16,23 @@ import torch
 from less_export import testing
 from less_export.contract import LayerSpec
 from less_export.errors import BackendError
-from less_export.less import int8, reference
+from less_export.less import int8, operators
 
-from .oracle import OUTPUTS, TOKENS, Arrays, Normal, OneHot, Run, Step, compare, follow, layer_of, play, scenario
+from .oracle import (
+    OUTPUTS,
+    TOKENS,
+    Arrays,
+    Normal,
+    OneHot,
+    Run,
+    Step,
+    compare,
+    follow,
+    frequencies_of,
+    layer_of,
+    play,
+    scenario,
+)
 
 #: Error relative to the largest value that float32 may make: logits around 5, or around 200.
 F32, F32_EXTREME = 2e-6, 1e-5
@@ -102,7 +116,7 @@ def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch
         tokens, state, lengths = tensors[:5], tensors[5:end], tensors[end : end + 2]
         centring = int8.Centring(*tensors[end + 2 : end + 4]) if layer.int8 else None
         rotary = tensors[-1] if layer.max_distance else None
-        outputs = reference.run(layer, tokens, state, lengths, centring, rotary, opaque)
+        outputs = operators.run(layer, tokens, state, lengths, centring, rotary, opaque)
         assert [t.dtype for t in outputs] == [dtype, *(t.dtype for t in tensors[5:end])]
         return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in outputs]
 
@@ -111,7 +125,8 @@ def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch
 
 def onnx_run(layer: LayerSpec, half: bool = False) -> Run:
     """Run the operator's ONNX model on ONNX Runtime, after checking it."""
-    model = testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+    rotated = 2 * len(frequencies_of(layer)) if layer.max_distance else 0
+    model = testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, rotated)
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

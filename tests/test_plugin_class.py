@@ -9,24 +9,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from less_export.contract import OP_NAME, PLUGIN_VERSION, LayerSpec, SlotDtype
+from less_export.contract import OP_NAME, PLUGIN_VERSION, LayerSpec, SlotDtype, StateBits
 from less_export.exporter import onnx_op
 
 from . import plugin_host
 from .emulation import DTYPES, kernel_layer, normal
 from .oracle import follow, scenario
 from .plugin_host import FIELDS, INPUTS, OUTPUTS, Plugin, describe, described, enqueue, harness, log, plugin_run
+from .test_cuda import allowed
 from .test_ops import empty, torch_run
 
 pytestmark = pytest.mark.slow
 
-#: As in test_cuda.py.
-FLOOR = 5e-7
 LAYER = kernel_layer("h2o", 24, 64, 2, 8)
 INT8 = replace(LAYER, slot_dtype="int8")
 FAR = replace(LAYER, max_distance=100)
+SMALL = replace(INT8, state_bits=16)
 #: A layer with every field that a node may have.
-ALL = replace(INT8, max_distance=100)
+ALL = replace(SMALL, max_distance=100)
+#: What a layer's node does not say, as the plugin describes it.
+ABSENT = {"slot_bits": 0, "state_bits": 32, "max_distance": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -59,14 +61,13 @@ def test_identity() -> None:
 @pytest.mark.parametrize("integers", ["i32", "i64"])
 @pytest.mark.parametrize("floats", ["f32", "f64"])
 def test_fields_survive_serialisation(integers: str, floats: str) -> None:
-    for layer in (LAYER, INT8, FAR, ALL, kernel_layer("window", 9, 64, 1, 1), kernel_layer("sink", 9, 64, 1, 4)):
+    for layer in (LAYER, INT8, SMALL, FAR, ALL, kernel_layer("window", 9, 64, 1, 1), kernel_layer("sink", 9, 64, 1, 4)):
         plugin = Plugin.of(layer, integers, floats)
         again = plugin.round_trip()
         assert again.texts() == plugin.texts() == Plugin(plugin.call("clone")).texts()
         values = dict(x.split("=") for x in again.texts()[3].split())
         assert {n: float(v) for n, v in values.items()} == pytest.approx(
-            {n: float(v) for n, v in ({"slot_bits": 0, "max_distance": 0} | onnx_op.node_attributes(layer)).items()},
-            abs=1e-6,
+            {n: float(v) for n, v in (ABSENT | onnx_op.node_attributes(layer)).items()}, abs=1e-6
         )
 
 
@@ -81,7 +82,7 @@ def test_fields_that_are_refused() -> None:
         refused(Plugin.create(fields).handle, *says)  # type: ignore[arg-type]
 
     for index, name in enumerate(FIELDS):
-        if name not in ("decay", "slot_bits", "max_distance"):
+        if name != "decay" and name not in ABSENT:
             bad(good[:index] + good[index + 1 :], f"attribute {name} is missing")
         bad([*good, good[index]], f"attribute {name} is given twice")
         bad(with_field(name, None, good[index][2]), f"attribute {name} must have one value, not 0")
@@ -99,6 +100,10 @@ def test_fields_that_are_refused() -> None:
         bad(with_field("decay", decay, "f32"), "attribute decay must be above 0 and at most 1")
     for bits in (1, 4, 16):
         bad(with_field("slot_bits", bits, "i64"), "attribute slot_bits must be 0 or 8")
+    for bits in (1, 8, 17):
+        bad(with_field("state_bits", bits, "i64"), "attribute state_bits must be 16 or 32")
+    bad(with_field("slot_bits", 0, "i32"), "attribute state_bits is 16, which needs slot_bits 8 and absorb 1")
+    bad(with_field("absorb", 0, "i32"), "attribute state_bits is 16, which needs slot_bits 8 and absorb 1")
     refused(harness().plugin_create(None, 0, 0), "no attributes")
 
 
@@ -106,13 +111,19 @@ def test_scores_of_version_1_never_fade() -> None:
     """Graphs and plans of the operator's first version have no decay."""
     fields = [(n, v, "f32" if n == "scale" else "i32") for n, v in LAYER.attributes().items() if n != "decay"]
     assert Plugin.create(fields).round_trip().texts() == Plugin.of(LAYER).texts()
-    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000 slot_bits=0 max_distance=0")
+    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000 slot_bits=0 state_bits=32 max_distance=0")
 
 
-@pytest.mark.parametrize("layer", [LAYER, INT8, FAR, ALL], ids=["model", "int8", "distance", "int8 distance"])
+def test_state_bits_that_mean_32() -> None:
+    fields = [(n, v, "f32" if isinstance(v, float) else "i32") for n, v in onnx_op.node_attributes(INT8).items()]
+    for bits in (0, 32):
+        assert Plugin.create([*fields, ("state_bits", bits, "i32")]).texts() == Plugin.of(INT8).texts()
+
+
+@pytest.mark.parametrize("layer", [LAYER, INT8, FAR, SMALL, ALL], ids=["model", "int8", "distance", "16", "all"])
 def test_outputs_follow_the_inputs(layer: LayerSpec) -> None:
-    plugin, outputs = Plugin.of(layer), 10 if layer.int8 else OUTPUTS
-    inputs = (18 if layer.int8 else INPUTS) + (layer.max_distance is not None)
+    plugin, outputs = Plugin.of(layer), (10 if layer.int8 else OUTPUTS) + layer.state16
+    inputs = (18 if layer.int8 else INPUTS) + layer.state16 + (layer.max_distance is not None)
     assert plugin.call("outputs") == outputs
     aliases = [*range(5, 4 + outputs), -1]
     assert [plugin.call("alias", i) for i in range(-1, outputs + 1)] == [-1, -1, *aliases]
@@ -190,11 +201,31 @@ def test_tensors_of_int8_slots_that_are_refused(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["configure", "shape_change"])
-@pytest.mark.parametrize("layer", [FAR, ALL], ids=["distance", "int8 distance"])
+def test_tensors_of_a_state_of_16_bits_that_are_refused(method: str) -> None:
+    plugin, good = Plugin.of(SMALL), described(SMALL, torch.float16, 3, 5)
+    assert plugin.tensors(method, good) == 0
+    for index, dtype, shape, says in (
+        (7, torch.float16, [3, 2, 24, 8], "past_psi is float16, but must be int8"),
+        (10, torch.float32, [3, 2, 8, 64], "past_h is float32, but must be int8"),
+        (10, torch.int8, [3, 2, 8, 64], "past_h has shape [3,2,8,64], but dimension 3 must be 128"),
+        (10, torch.int8, [3, 2, 8, 127], "past_h has shape [3,2,8,127], but dimension 3 must be 128"),
+        (14, torch.float16, [3, 2, 8], "past_h_scale is float16, but must be float32"),
+        (14, torch.float32, [3, 2, 9], "past_h_scale has shape [3,2,9], but dimension 2 must be 8"),
+        (15, torch.int32, [2], "past_length has shape [2], but dimension 0 must be 3"),
+        (18, torch.float32, [2, 32], "key_std has shape [2,32], but dimension 1 must be 64"),
+    ):
+        tensors = [*good]
+        tensors[index] = describe(dtype, shape)
+        refused(plugin.tensors(method, tensors), says)
+    refused(plugin.tensors(method, described(INT8, torch.float16, 3, 5)), "takes 19 inputs and has 11 outputs")
+
+
+@pytest.mark.parametrize("method", ["configure", "shape_change"])
+@pytest.mark.parametrize("layer", [FAR, ALL], ids=["distance", "all"])
 def test_tables_that_are_refused(layer: LayerSpec, method: str) -> None:
     plugin, good = Plugin.of(layer), described(layer, torch.float16, 3, 5)
     assert plugin.tensors(method, good) == 0
-    index = 18 if layer.int8 else 14
+    index = 19 if layer.int8 else 14
     for dtype, shape, says in (
         (torch.float16, [128, 64], "rotary is float16, but must be float32"),
         (torch.float32, [1, 128, 64], "rotary has shape [1,128,64], but must have 2 dimensions"),
@@ -216,7 +247,7 @@ def test_workspace_covers_smaller_steps() -> None:
     assert 4096 <= sizes[1, 1] <= sizes[3, 1] <= sizes[3, 70]
 
 
-@pytest.mark.parametrize("layer", [LAYER, INT8, ALL], ids=["model", "int8", "int8 distance"])
+@pytest.mark.parametrize("layer", [LAYER, INT8, ALL], ids=["model", "int8", "all"])
 def test_enqueue_without_memory(layer: LayerSpec) -> None:
     plugin = Plugin.of(layer)
     tensors, kinds = described(layer, torch.float32, 1, 1), plugin_host.input_dtypes(layer, torch.float32)
@@ -237,33 +268,37 @@ def check_accuracy(layer: LayerSpec, dtype: str, run: object) -> None:
     steps = scenario(layer, [(70, 9), (1, 1), (1, 0), (1, 1), (30, 66), (0, 1), (1, 1)], 5, normal(dtype))
     fresh = empty(layer, DTYPES[dtype], len(steps[0].inputs["new_length"]))
     reference = follow(torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
+    limits = allowed(layer, reference)
     for name, error in follow(run, steps, fresh).items():  # type: ignore[arg-type]
-        assert error <= 2 * reference[name] + FLOOR, (name, error, reference[name])
+        assert error <= limits[name], (name, error, reference[name])
 
 
 @pytest.mark.parametrize("attached", [True, False])
 @pytest.mark.parametrize(
-    ("policy", "dtype", "in_place", "slots", "distance"),
+    ("policy", "dtype", "in_place", "slots", "distance", "state_bits"),
     [
-        ("h2o", "float16", True, "model", None),
-        ("tova", "bfloat16", True, "model", None),
-        ("sink", "float32", False, "model", None),
-        ("window", "float16", False, "model", None),
-        ("h2o", "bfloat16", True, "int8", None),
-        ("sink", "float16", False, "int8", None),
-        ("tova", "float16", False, "model", 40),
-        ("window", "bfloat16", True, "int8", 40),
+        ("h2o", "float16", True, "model", None, 32),
+        ("tova", "bfloat16", True, "model", None, 32),
+        ("sink", "float32", False, "model", None, 32),
+        ("window", "float16", False, "model", None, 32),
+        ("h2o", "bfloat16", True, "int8", None, 32),
+        ("sink", "float16", False, "int8", None, 32),
+        ("tova", "float16", False, "model", 40, 32),
+        ("window", "bfloat16", True, "int8", 40, 32),
+        ("h2o", "float16", True, "int8", None, 16),
+        ("sink", "bfloat16", False, "int8", 40, 16),
     ],
 )
 def test_enqueue_is_the_operator(
-    policy: str, dtype: str, in_place: bool, slots: SlotDtype, distance: int | None, attached: bool
-) -> None:
+    policy: str, dtype: str, in_place: bool, slots: SlotDtype, distance: int | None, state_bits: StateBits,
+    attached: bool,
+) -> None:  # fmt: skip
     """Prefill past the budget, decode, parked rows, more prefill; with its own counters and without.
 
     A hundred slots a head are spread over several blocks, which synchronise through the counters.
     """
     layer = kernel_layer(policy, 100, 64, 2, 1 if policy == "window" else 8)
-    layer = replace(layer, slot_dtype=slots, max_distance=distance)
+    layer = replace(layer, slot_dtype=slots, max_distance=distance, state_bits=state_bits)
     made = Plugin.of(layer, "i64").round_trip()
     assert harness().harness_allocations() == 0  # nothing before attaching
     plugin = made.attach() if attached else made

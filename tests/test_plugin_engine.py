@@ -28,6 +28,7 @@ from less_export.contract import (
     TENSORRT_TOPK_LIMIT,
     Contract,
     SlotDtype,
+    StateBits,
 )
 from less_export.errors import EngineError
 from less_export.exporter import onnx_op
@@ -128,15 +129,16 @@ def layers_of(log: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "slots", "far"),
-    [("float16", "model", None), ("bfloat16", "int8", None), ("float32", "model", 9)],
+    ("dtype", "slots", "far", "bits"),
+    [("float16", "model", None, 32), ("bfloat16", "int8", None, 16), ("float32", "model", 9, 32)],
 )
 def test_one_plugin_per_layer_updates_the_state_in_place(
-    dtype: str, slots: SlotDtype, far: int | None, plugin_library: Path, weights: Path,
+    dtype: str, slots: SlotDtype, far: int | None, bits: StateBits, plugin_library: Path, weights: Path,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """Every plugin reads the network's past and writes its present directly, without copies, in both profiles."""
-    contract, out = contract_of(dtype, slots=slots, max_distance=far), weights.parent / "engine.plan"
+    contract = contract_of(dtype, slots=slots, max_distance=far, state_bits=bits)
+    out = weights.parent / "engine.plan"
     configure = engine._configure
 
     def detailed(*args: Any) -> Any:
@@ -201,7 +203,7 @@ def test_layers_the_plugin_cannot_run(plugin_library: Path, weights: Path) -> No
         engine.build_plan(
             b"", odd, out=weights / "x.plan", weights_dir=weights, gpu_arch=PLUGIN_ARCH, library=plugin_library
         )
-    for layer in (*contract.layers, *contract_of("float16", slots="int8").layers):
+    for layer in (*contract.layers, *contract_of("float16", slots="int8", state_bits=16).layers):
         assert plugin.why_unsupported(plugin_library, layer, "bfloat16") is None
     widest = dataclasses.replace(contract.layers[0], rank=PLUGIN_RANK_LIMIT)
     assert plugin.why_unsupported(plugin_library, widest, "float32") is None

@@ -80,8 +80,8 @@ def test_memory() -> None:
     llama = recipe("llama2-7b")
     contract = llama.contract()
     assert {(s.policy.name, s.heavy, s.recent, s.rank) for s in contract.layers} == {("h2o", 102, 102, 8)}
-    slots = 204 * (2 * (128 + 4) + 2 * 8 + 8)  # key and value with their scales, psi, score, position
-    low_rank = 4 * 8 * (128 + 1)  # H, z
+    slots = 204 * (2 * (128 + 4) + 8 + 8)  # key and value with their scales, psi, score, position
+    low_rank = 8 * (2 * 128 + 4 + 4)  # means, their scale, z
     assert contract.state_bytes() == 32 * 32 * (slots + low_rank)
     assert contract.full_cache_bytes(4096) == 2 << 30
     maps = random_kernels([Heads(32, 32, 128)], [0], llama.rank, llama.hidden)
@@ -100,9 +100,9 @@ def test_memory_at_the_papers_budgets() -> None:
         assert r.context == context
         memory = recipe_figures(r)["memory"]
         heads = sum(x.kv_heads for x in r.layers())
-        width, low_rank = r.layers()[0].head_dim, r.rank * (r.layers()[0].head_dim + 1) * 4
+        width, low_rank = r.layers()[0].head_dim, r.rank * (2 * r.layers()[0].head_dim + 8)
         slots = {"2%": context // 50 // 2 * 2, "5%": context // 20 // 2 * 2, "10%": context // 10 // 2 * 2}
-        expected = {b: heads * (n * (2 * (width + 4) + 2 * r.rank + 8) + low_rank) for b, n in slots.items()}
+        expected = {b: heads * (n * (2 * (width + 4) + r.rank + 8) + low_rank) for b, n in slots.items()}
         assert memory["state_bytes_at_budget"] == expected
         assert memory["state_bytes"] == expected["5%"]
 

@@ -17,11 +17,11 @@ import less_export
 from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import ValidationError
-from less_export.exporter import onnx_nodes, onnx_op
+from less_export.exporter import onnx_decode, onnx_nodes, onnx_op
 from less_export.exporter.check import self_check, twin_config
 from less_export.hf import decoder, weights
 from less_export.hf.surgery import discover
-from less_export.less import reference
+from less_export.less import operators
 from less_export.plan import plan_layers
 
 from . import families
@@ -139,20 +139,28 @@ def wider_window(patch: Patch) -> None:
 
 
 def wrong_causal_bound(patch: Patch) -> None:
-    original = onnx_op.function_body
+    original = onnx_op._general
 
-    def body(body: onnx_op.Body) -> ir.Function:
-        function = original(body)
-        causal = next(n for n in function if n.op_type == "LessOrEqual")
+    def general(body: onnx_op.Body, x: SimpleNamespace) -> Any:
+        op, present = original(body, x)
+        causal = next(n for n in op.nodes if n.op_type == "LessOrEqual")
         causal.op_type = "Less"  # a token no longer sees itself
-        return function
+        return op, present
 
-    patch.setattr(onnx_op, "function_body", body)
+    patch.setattr(onnx_op, "_general", general)
 
 
 def lowrank_term_left_out(patch: Patch) -> None:
     original = onnx_op._attend
-    patch.setattr(onnx_op, "_attend", lambda op, x, s, absorb: original(op, x, s, False))
+    patch.setattr(onnx_op, "_attend", lambda op, x, s, mean: original(op, x, s, None))
+
+
+def lowrank_term_left_out_of_single_tokens(patch: Patch) -> None:
+    patch.setattr(onnx_decode, "_with_state", lambda s, logits, share, out, means: out)
+
+
+def another_slot_for_single_tokens(patch: Patch) -> None:
+    patch.setattr(type(Policy.H2O), "taken_onnx", type(Policy.SINK).taken_onnx)
 
 
 def another_eviction(patch: Patch) -> None:
@@ -162,9 +170,9 @@ def another_eviction(patch: Patch) -> None:
 def swapped_kv_heads(patch: Patch) -> None:
     def swapped(layer: LayerSpec, tokens: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, ...]:
         q, k, v, *features = tokens
-        return reference.run(layer, (q, k.flip(1), v.flip(1), *features), *rest)
+        return operators.run(layer, (q, k.flip(1), v.flip(1), *features), *rest)
 
-    patch.setattr(decoder, "reference", SimpleNamespace(run=swapped))
+    patch.setattr(decoder, "operators", SimpleNamespace(run=swapped))
 
 
 def swapped_weights(patch: Patch) -> None:
@@ -193,6 +201,8 @@ HUGGING_FACE, REFERENCE = "eager Hugging Face", "the torch reference"
         (wider_window, MISTRAL, HUGGING_FACE),
         (dropped_window, MISTRAL, HUGGING_FACE),
         (lowrank_term_left_out, LLAMA, REFERENCE),
+        (lowrank_term_left_out_of_single_tokens, LLAMA, REFERENCE),
+        (another_slot_for_single_tokens, LLAMA, REFERENCE),
         (another_eviction, LLAMA, REFERENCE),
     ],
     ids=lambda x: getattr(x, "__name__", "").strip("<>"),

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from less_export.contract import LayerSpec, Policy
-from less_export.less import int8, reference, rotary, simulate
+from less_export.less import int8, operators, rotary, simulate, state16
 from less_export.testing import empty_state
 
 from .oracle import centring_of, frequencies_of
@@ -42,6 +42,13 @@ DISTANCE_LAYERS = {
     )
     for layer in (layers[name],)
 }  # fmt: skip
+#: Layers with a state of 16 bits; the simulation does not round its means.
+STATE16_LAYERS = {
+    f"{name}, 16": replace(layer, slot_dtype="int8", state_bits=16)
+    for name in ("h2o, fading", "tova", "sink, sliding")
+    for layer in (LAYERS[name],)
+}
+ALL_LAYERS = {**LAYERS, **INT8_LAYERS, **DISTANCE_LAYERS, **STATE16_LAYERS}
 
 
 def centring(layer: LayerSpec) -> int8.Centring:
@@ -79,24 +86,25 @@ def streamed(layer: LayerSpec, tensors: list[torch.Tensor], chunk: int) -> tuple
         new = torch.full((2,), piece[0].shape[2], dtype=torch.int32)
         positions.append(state[4])
         lengths = (torch.full_like(new, begin), new)
-        out, *state = reference.run(layer, piece, state, lengths, centring(layer), table(layer), opaque=False)
+        out, *state = operators.run(layer, piece, state, lengths, centring(layer), table(layer), opaque=False)
         outs.append(out)
     return torch.cat(outs, 2), positions
 
 
 @pytest.mark.parametrize("chunk", [1, 13])
-@pytest.mark.parametrize("name", {**LAYERS, **INT8_LAYERS, **DISTANCE_LAYERS})
+@pytest.mark.parametrize("name", ALL_LAYERS)
 def test_the_simulation_is_the_operator(name: str, chunk: int) -> None:
-    layer = {**LAYERS, **INT8_LAYERS, **DISTANCE_LAYERS}[name]
+    layer = ALL_LAYERS[name]
+    close = dict.fromkeys(("rtol", "atol"), 8 * state16.ONE_CODE if layer.state16 else 2e-5)
     q, k, v, log_phi, psi = tensors = inputs(layer)
     want, positions = streamed(layer, tensors, chunk)
     features = (log_phi, psi) if layer.absorb else None
     got = simulate.attend(q, k, v, layer, features, chunk, centring(layer), table(layer))
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(got, want, **close)
     left = simulate.evictions(scores(layer, q, k, chunk), layer, chunk)
     if chunk == 1:
         again = simulate.attend_as(q, k, v, layer, features, left, centring(layer), rotary=table(layer))
-        torch.testing.assert_close(again, want, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(again, want, **close)
     at = torch.arange(TOKENS)
     for begin, held in zip(range(0, TOKENS, chunk), positions, strict=True):
         mine = (left > begin) & (at < begin)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from less_export.bundle.artifact import MANIFEST, KernelFacts, Manifest
 from less_export.cli.recipes import recipe_figures
 from less_export.cli.tables import size
-from less_export.contract import MAX_TENSOR_BYTES, SLOT_DTYPES, Contract, LayerSpec, Policy, SlotDtype
+from less_export.contract import MAX_TENSOR_BYTES, SLOT_DTYPES, Contract, LayerSpec, Policy, SlotDtype, StateBits
 from less_export.dtypes import COMPUTE_DTYPES, item_bytes
 from less_export.errors import BundleError
 from less_export.hf import recipes
@@ -64,7 +64,14 @@ def test_int8_slots_of_every_recipe(name: str) -> None:
     figures = recipe_figures(recipe)["memory"]["state_bytes_by_slots"]
     assert figures == {s: contract.with_slots(s).state_bytes() for s in SLOT_DTYPES}
     saved = slot_bytes(contract.with_slots("model")) - slot_bytes(contract.with_slots("int8"))
-    assert figures["model"] - figures["int8"] == saved > 0
+    assert figures["model"] - contract.with_state(32).state_bytes() == saved > 0
+    assert low_rank_bytes(contract) <= 0.52 * low_rank_bytes(contract.with_state(32))
+
+
+def low_rank_bytes(contract: Contract) -> int:
+    """Bytes of psi, h, z and the scales of h, in layers that absorb."""
+    absorbing = (s for s in contract.state() if contract.layers[s.layer].absorb)
+    return sum(s.row_bytes for s in absorbing if s.field.name in ("psi", "h", "z", "h_scale"))
 
 
 def test_slots_are_all_that_differs() -> None:
@@ -112,8 +119,8 @@ def test_empty_rows_have_the_bytes_that_are_stated() -> None:
         assert (x == s.field.empty).all()
 
 
-@pytest.mark.parametrize("slots", SLOT_DTYPES)
-def test_the_torch_backend_allocates_them(slots: SlotDtype) -> None:
+@pytest.mark.parametrize(("slots", "state"), [("model", 32), ("int8", 32), ("int8", 16)])
+def test_the_torch_backend_allocates_them(slots: SlotDtype, state: StateBits) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -123,7 +130,7 @@ def test_the_torch_backend_allocates_them(slots: SlotDtype) -> None:
     ).eval()  # fmt: skip
     h2o = LayerSpec(4, 2, 8, 8**-0.5, Policy.H2O, 3, 4, 0, True, 7, 3)
     full = LayerSpec(4, 2, 8, 8**-0.5, Policy.FULL, 0, 20, 0, False, 20, 1)
-    contract = Contract((h2o, full), 50, "float32", 4, 3).with_slots(slots)
+    contract = Contract((h2o, full), 50, "float32", 4, 3).with_slots(slots).with_state(state)
     backend = ModelBackend(model, contract, random_kernels([h2o.heads, full.heads], [0], h2o.rank, 6))
     backend.open(3)
     for _ in range(3):

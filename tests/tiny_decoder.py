@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, TensorSpec
 from less_export.exporter import onnx_op
-from less_export.less import reference
+from less_export.less import operators
 from less_export.less.int8 import Centring
 from less_export.runtime.backend import Array, Backend, State, empty
 
@@ -119,7 +119,7 @@ def onnx_decoder(contract: Contract, path: Path, seed: int = 0) -> Path:
 
 
 class ReferenceBackend(Backend):
-    """The same decoder in torch around ``reference.run``."""
+    """The same decoder in torch around ``operators.run``."""
 
     name = "reference"
 
@@ -147,7 +147,7 @@ class ReferenceBackend(Backend):
             past = [self.state[n][rows] for n in names]
             tokens, lengths = (q, k, v, q.float() @ w[f"phi.{i}"], psi), (torch.from_numpy(past_length), new)
             centring = Centring(w[f"mean.{i}"], w[f"std.{i}"]) if s.int8 else None
-            out, *present = reference.run(s, tokens, past, lengths, centring)
+            out, *present = operators.run(s, tokens, past, lengths, centring)
             for name, x_new in zip(names, present, strict=True):
                 self.state[name][rows] = x_new
             x = x + out.transpose(1, 2).flatten(2) @ w[f"o.{i}"]

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype
+from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype, StateBits
 from less_export.dtypes import DTYPES, numpy_dtype
 from less_export.exporter import onnx_nodes, onnx_op
 from less_export.runtime import trt
@@ -40,14 +40,16 @@ NUMPY = {
 
 def contract_of(
     dtype: str, chunk: int = 4, max_batch: int = 3, capacity: int = 6, slots: SlotDtype = "model",
-    max_distance: int | None = None,
+    max_distance: int | None = None, state_bits: StateBits = 32,
 ) -> Contract:  # fmt: skip
-    """A layer of h2o and one of window; ``slots`` is what they hold."""
+    """A layer of h2o, with a state of ``state_bits``, and one of window; ``slots`` is what they hold."""
     heavy = capacity // 2
     h2o = LayerSpec(4, 2, 8, 0.35, Policy.H2O, heavy, capacity - heavy, 0, True, capacity, 4)
     window = LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 5, 5, False, 5, 1)
-    layers = tuple(replace(s, slot_dtype=slots, max_distance=max_distance) for s in (h2o, window))
-    return Contract(layers, vocab_size=32, dtype=dtype, chunk=chunk, max_batch=max_batch)
+    h2o, window = (replace(s, slot_dtype=slots, max_distance=max_distance) for s in (h2o, window))
+    return Contract(
+        (replace(h2o, state_bits=state_bits), window), vocab_size=32, dtype=dtype, chunk=chunk, max_batch=max_batch
+    )
 
 
 def decoder(contract: Contract, folder: Path) -> ir.Model:
@@ -115,7 +117,7 @@ def decoder(contract: Contract, folder: Path) -> ir.Model:
     )
     (folder / "weights.bin").write_bytes(blob)
     model = ir.Model(graph, ir_version=10)
-    onnx_op.add_bodies(model)
+    onnx_op.add_bodies(model, decoding=False)
     return model
 
 

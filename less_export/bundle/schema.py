@@ -323,6 +323,7 @@ LAYER = Record(
         "score_half_life": Nullable(Integer(1, MAX_HALF_LIFE)),
         "slot_dtype": Text(SLOT_DTYPES),
         "max_distance": Nullable(Integer(1, DISTANCE_LIMIT)),
+        "state_bits": Integer(16, 32),
     },
 )
 CONTRACT = Record(

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..contract import limits_distances
+from ..contract import STATE_BITS, limits_distances
 from ..errors import UsageError, printable
 from .options import Parser, general_options
 from .tables import BEYOND, beyond_mark, show, size, table
@@ -96,7 +96,7 @@ def _print_contract(artifact: Artifact) -> None:
     )
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, s in enumerate(contract.layers):
-        rank = str(s.rank) if s.absorb else "off"
+        rank = f"{s.rank}, {s.state_bits} bits" if s.absorb else "off"
         policy = s.policy.name if s.score_half_life is None else f"{s.policy.name}, half-life {s.score_half_life}"
         slots = f"{s.capacity} int8" if s.int8 else str(s.capacity)
         groups.setdefault(
@@ -119,8 +119,8 @@ def _print_memory(artifact: Artifact, kernel_bytes: int) -> None:
     memory = table(f"memory of one sequence ({contract.dtype})", "what", "bytes", "relative to LESS")
     state = contract.state_bytes()
     memory.add_row("LESS state, any length", size(state), "1.0x")
-    slots, other = _slots(contract)
-    memory.add_row(f"the same with slots in {slots}", size(other), f"{other / state:.1f}x")
+    for what, other in _others(contract):
+        memory.add_row(f"the same with {what}", size(other), f"{other / state:.1f}x")
     marks = {n: beyond_mark(n, contract.trained_length) for n in _LENGTHS}
     for length, mark in marks.items():
         full = contract.full_cache_bytes(length)
@@ -132,11 +132,13 @@ def _print_memory(artifact: Artifact, kernel_bytes: int) -> None:
         print(BEYOND)
 
 
-def _slots(contract: Contract) -> tuple[str, int]:
-    """The other dtype that slots can have, and the bytes of one sequence's state with it."""
-    if any(s.int8 for s in contract.layers):
-        return contract.dtype, contract.with_slots("model").state_bytes()
-    return "int8", contract.with_slots("int8").state_bytes()
+def _others(contract: Contract) -> list[tuple[str, int]]:
+    """Other dtypes of slots and state, and the bytes of one sequence's state with them."""
+    if not any(s.int8 for s in contract.layers):
+        return [("slots in int8", contract.with_slots("int8").state_bytes())]
+    others = [(f"slots in {contract.dtype}", contract.with_slots("model").state_bytes())]
+    bits = {s.state_bits for s in contract.layers if s.absorb}
+    return others + [(f"a state of {n} bits", contract.with_state(n).state_bytes()) for n in STATE_BITS if bits - {n}]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -10,8 +10,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from .._version import __version__
-from ..config import DEFAULT_BUDGET, DEFAULT_FARTHEST, DEFAULT_HALF_LIFE, DEFAULT_POLICY, DEFAULT_SLOTS
-from ..contract import SLOT_DTYPES
+from ..config import (
+    DEFAULT_BUDGET,
+    DEFAULT_FARTHEST,
+    DEFAULT_HALF_LIFE,
+    DEFAULT_POLICY,
+    DEFAULT_SLOTS,
+    DEFAULT_STATE,
+)
+from ..contract import SLOT_DTYPES, STATE_BITS
 from ..errors import UsageError
 from ..less.policies import choosable
 
@@ -135,6 +142,12 @@ def cache_options(
             f"keep keys and values in the compute dtype, or in int8 (default: recipe's, or {DEFAULT_SLOTS}; model for "
             "policy full)"
         ),
+    )
+    group.add_argument(
+        "--state",
+        type=int,
+        choices=STATE_BITS,
+        help=f"bits of the low-rank state (default: recipe's, or {DEFAULT_STATE} with int8 slots, which it needs)",
     )
     distance_option(group)
     group.add_argument(

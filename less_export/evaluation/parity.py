@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,9 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract
+from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract, LayerSpec
 from ..errors import UsageError
+from ..less import state16
 from ..less.int8 import ONE_CODE
 from ..runtime.backend import Array, Backend, RowState, State
 
@@ -191,13 +192,19 @@ class _Compare:
             if layer.absorb:
                 same = differ == 0
                 for name, tolerance in (("h", max(limit, ONE_CODE if layer.int8 else 0.0)), ("z", limit)):
-                    error = _relative(truth[prefix + name][same], other[prefix + name][same])
-                    record(prefix + name, error, tolerance)
+                    pair = (_absorbed(x, prefix, layer) if name == "h" else x[prefix + name] for x in (truth, other))
+                    record(prefix + name, _relative(*(x[same] for x in pair)), tolerance)
             if layer.policy.evicts:
                 live = int((expected[0] >= 0).sum())
                 self.report.evicted = max(self.report.evicted, int(expected[0].max()) + 1 - live)
         self.step += 1
         return verdicts
+
+
+def _absorbed(state: Mapping[str, Any], prefix: str, layer: LayerSpec) -> npt.NDArray[Any]:
+    """H, or the means that a state of 16 bits stands for."""
+    h: npt.NDArray[Any] = state[prefix + "h"]
+    return state16.absorbed(h, state[prefix + "h_scale"], state[prefix + "z"]) if layer.state16 else h
 
 
 def _relative(truth: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:

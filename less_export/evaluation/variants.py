@@ -63,7 +63,7 @@ def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
 
 def extra_tokens(spec: LayerSpec, dtype: str) -> int:
     """Tokens that would fit in the bytes of the low-rank state, rounded up."""
-    without = replace(spec, absorb=False, rank=1)
+    without = spec.without_state()
     added = layer_bytes(spec, dtype) - layer_bytes(without, dtype)
     token = layer_bytes(without, dtype, spec.capacity + 1) - layer_bytes(without, dtype)
     return -(-added // token)
@@ -71,7 +71,7 @@ def extra_tokens(spec: LayerSpec, dtype: str) -> int:
 
 def same_bytes(spec: LayerSpec, dtype: str) -> LayerSpec:
     """The layer without its low-rank state, with slots in the compute dtype that take its bytes, rounded up."""
-    plain = replace(spec, absorb=False, rank=1, slot_dtype="model")
+    plain = replace(spec.without_state(), slot_dtype="model")
     token = layer_bytes(plain, dtype, spec.capacity + 1) - layer_bytes(plain, dtype)
     return sparse_layer(plain, max(-(-layer_bytes(spec, dtype) // token), spec.policy.fixed_recent or 1))
 

@@ -178,10 +178,13 @@ def _save_graph(job: ExportJob, kind: str, graph: ir.Model, scratch: Path) -> Ar
 def _build_engine(job: ExportJob, graph: ir.Model, scratch: Path, progress: Progress) -> Artifact:
     """Build the engine from the graph for TensorRT, which has bodies where no plugin runs the operator."""
     progress.say(f"building the engine with {job.targets.flavour.name if job.targets.flavour else 'TensorRT'}")
-    (onnx_op.strip_bodies if job.library else onnx_op.add_bodies)(graph)
+    if job.library:
+        onnx_op.strip_bodies(graph)
+    else:
+        onnx_op.add_bodies(graph, decoding=False)
     file, planned = job.targets.file("plan"), job.contracts["plan"]
     info = engine.build_plan(
-        ir.to_proto(graph).SerializeToString(),
+        onnx_op.with_own_names(graph).SerializeToString(),
         planned,
         weights_dir=scratch,
         gpu_arch=job.model.config.gpu_arch,

@@ -8,6 +8,7 @@ and with the torch reference after that.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..contract import Contract, LayerSpec, limits_distances
+from ..contract import Contract, LayerSpec, StateTensor, limits_distances
 from ..errors import UsageError, ValidationError, install_hint
 from ..hf import rotary, weights
 from ..hf.compat import use_attention
 from ..hf.config_layers import keep_layers, layer_kinds
 from ..hf.decoder import LessDecoder, fresh_state, parameter_of
 from ..hf.surgery import discover
+from ..less import state16
 from ..less.feature_maps import Kernels, random_kernels
 from ..less.int8 import ONE_CODE
 from . import onnx_op
@@ -35,8 +37,8 @@ from .trace import trace
 _VOCAB, _WINDOW, _BUDGET, _EXPERTS = 256, 12, 32, 8
 #: Names that configs use for the number of experts.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-#: Tokens per step: chunks, then one at a time, past window and budget.
-_STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1)
+#: Tokens per step: chunks and single tokens, before and past window and budget.
+_STEPS = (9, 14, 1, 1, 7, 16, 1, 1, 1, 1, 5)
 #: Largest difference of logits, as a share of the largest logit; float32 rounding is a hundred times less.
 TOLERANCE = 1e-4
 #: The same against a model whose keys and values are not rounded to int8.
@@ -111,12 +113,14 @@ def self_check(hf_config: Any, contract: Contract, scratch: Path) -> float:
 def _compare_states(twin: Contract, fed: list[Any], state: list[torch.Tensor]) -> None:
     """Raise :class:`ValidationError` unless the graph's state is the reference's; a few codes may differ by one."""
     specs = list(twin.state())
-    held = {s.layer: x.numpy() >= 0 for s, x in zip(specs, state, strict=True) if s.field.name == "position"}
-    for spec, ours, theirs in zip(specs, fed, state, strict=True):
-        filled = held[spec.layer] if "capacity" in spec.field.dims else ...
-        got, want = ours[filled].astype(np.float64), theirs.numpy()[filled].astype(np.float64)
-        error = np.abs(got - want)
-        if spec.dtype == "int8":
+    ours, theirs = ({s.past.name: x for s, x in zip(specs, x, strict=True)} for x in (fed, [x.numpy() for x in state]))
+    for spec in specs:
+        got, want = (_read(twin, spec, x) for x in (ours, theirs))
+        if "capacity" in spec.field.dims:
+            filled = theirs[f"past.{spec.layer}.position"] >= 0
+            got, want = got[filled], want[filled]
+        error = np.abs(got.astype(np.float64) - want)
+        if spec.dtype == "int8" and spec.field.name != "h":
             same = error.max(initial=0) <= 1 and np.count_nonzero(error) <= 1 + error.size // 100
         else:  # H moves by one code of a value that it absorbs
             coded = spec.field.name == "h" and twin.layers[spec.layer].int8
@@ -127,6 +131,14 @@ def _compare_states(twin: Contract, fed: list[Any], state: list[torch.Tensor]) -
                 f"the exported graph's {spec.present.name} differs from the torch reference's: this model is not "
                 "exported correctly"
             )
+
+
+def _read(twin: Contract, spec: StateTensor, state: Mapping[str, Any]) -> Any:
+    """A tensor of the state, or the means that ``h`` of 16 bits stands for."""
+    value = state[spec.past.name]
+    if spec.field.name != "h" or not twin.layers[spec.layer].state16:
+        return value
+    return state16.absorbed(value, *(state[f"past.{spec.layer}.{name}"] for name in ("h_scale", "z")))
 
 
 def exact_length(twin: Contract) -> int:

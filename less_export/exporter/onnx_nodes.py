@@ -16,6 +16,8 @@ ATTRIBUTES = {
 SLOT_BITS = "slot_bits"
 #: Attribute of nodes that rotate q and k. Others lack it.
 MAX_DISTANCE = "max_distance"
+#: Attribute of nodes with a low-rank state of 16 bits. Others lack it.
+STATE_BITS = "state_bits"
 
 
 class Nodes(ir.tape.Tape):

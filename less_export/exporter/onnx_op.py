@@ -1,14 +1,14 @@
 """``less::LessAttention`` in ONNX: the translation of the torch op, and its body in standard operators.
 
-The body is one function per policy, with and without the low-rank term, scores that fade, int8 slots and a largest
-distance; a node selects its own through ``overload``. ONNX Runtime and TensorRT inline it; a TensorRT plugin replaces
-it.
+The body is one function per policy, with and without the low-rank term (in 32 or 16 bits), scores that fade, int8
+slots and a largest distance; a node selects its own through ``overload``. ONNX Runtime and TensorRT inline it; a
+TensorRT plugin replaces it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +17,14 @@ import onnx_ir as ir
 import onnxscript
 import torch
 
-from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, SCALE_FIELDS, STATE_FIELDS, LayerSpec
+from ..contract import OP_DOMAIN, OP_NAME, OP_VERSION, LayerSpec, state_fields
 from ..dtypes import COMPUTE_DTYPES, onnx_type
-from ..less import reference
+from ..less import operators
 from ..less.policies import EvictionPolicy, by_code
-from .onnx_nodes import ATTRIBUTES, MAX_DISTANCE, SLOT_BITS, Nodes
+from .onnx_decode import HIDDEN, Sizes, one_token
+from .onnx_nodes import ATTRIBUTES, MAX_DISTANCE, SLOT_BITS, STATE_BITS, Nodes
 from .onnx_slots import in_slots, turned
+from .onnx_state import absorb, low_rank
 
 OPSET = 23
 
@@ -30,20 +32,41 @@ _TOKENS = {"q": "T", "k": "T", "v": "T", "log_phi_q": "float32", "psi_k": "T"}
 _LENGTHS = dict.fromkeys(("past_length", "new_length"), "int32")
 _CENTRING = dict.fromkeys(("key_mean", "key_std"), "float32")
 _ROTARY = {"rotary": "float32"}
+#: What a low-rank state of 32 bits holds.
+_STATE32 = {"P": "T", "H": "float32"}
 
 
-def _state(prefix: str, int8: bool) -> dict[str, str]:
-    """Names and dtypes of the state tensors; "S" is the dtype of the slots."""
-    return {f"{prefix}_{f.name}": f.dtype for f in STATE_FIELDS + (SCALE_FIELDS if int8 else ())}
+@dataclass(frozen=True)
+class Form:
+    """What decides the inputs, outputs and optional attributes of a node."""
 
+    int8: bool = False
+    state16: bool = False
+    distance: bool = False
 
-def _inputs(int8: bool, distance: bool) -> dict[str, str]:
-    constants = (_CENTRING if int8 else {}) | (_ROTARY if distance else {})
-    return {**_TOKENS, **_state("past", int8), **_LENGTHS, **constants}
+    def _state(self, prefix: str) -> dict[str, str]:
+        return {f"{prefix}_{f.name}": f.dtype for f in state_fields(self.int8, self.state16)}
 
+    def inputs(self) -> dict[str, str]:
+        """Names and dtypes, those of state as in :class:`~less_export.contract.StateField`."""
+        constants = (_CENTRING if self.int8 else {}) | (_ROTARY if self.distance else {})
+        return {**_TOKENS, **self._state("past"), **_LENGTHS, **constants}
 
-def _outputs(int8: bool) -> dict[str, str]:
-    return {"out": "T", **_state("present", int8)}
+    def outputs(self) -> dict[str, str]:
+        return {"out": "T", **self._state("present")}
+
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each kind of state."""
+        return {"S": "int8" if self.int8 else "T", **({"P": "int8", "H": "int8"} if self.state16 else _STATE32)}
+
+    def types(self) -> dict[str, ir.AttributeType]:
+        """The attributes of a node and their types."""
+        return ATTRIBUTES | dict.fromkeys(self.optional(1), ir.AttributeType.INT)
+
+    def optional(self, max_distance: int) -> dict[str, int]:
+        """Attributes that a node has only where they mean something."""
+        values = {SLOT_BITS: 8 * self.int8, STATE_BITS: 16 * self.state16, MAX_DISTANCE: max_distance * self.distance}
+        return {n: v for n, v in values.items() if v}
 
 
 @dataclass(frozen=True)
@@ -52,105 +75,109 @@ class Body:
 
     policy: EvictionPolicy
     absorb: bool
-    fades: bool = False
-    int8: bool = False
-    distance: bool = False
+    fades: bool
+    form: Form
+    decoding: Sizes | None = None
 
     @classmethod
-    def of(cls, node: ir.Node) -> Body:
+    def of(cls, node: ir.Node, decoding: bool = False) -> Body:
+        """``decoding``: with a way of its own for chunks of one token, where there is one."""
         facts = node.attributes
         absorb, fades = bool(facts["absorb"].as_int()), facts["decay"].as_float() != 1
-        return cls(by_code(facts["policy"].as_int()), absorb, fades, SLOT_BITS in facts, MAX_DISTANCE in facts)
+        form = Form(*(name in facts for name in (SLOT_BITS, STATE_BITS, MAX_DISTANCE)))
+        policy = by_code(facts["policy"].as_int())
+        inputs = dict(zip(form.inputs(), node.inputs, strict=True))
+        decoding &= policy.takes_one_slot and not (policy.evicts and facts["window"].as_int() > 0)
+        return cls(policy, absorb, fades, form, Sizes.of(inputs) if decoding else None)
 
     @property
     def overload(self) -> str:
         """The overload that names the body."""
-        kinds = {"fading": self.fades, "int8": self.int8, "distance": self.distance, "lowrank": self.absorb}
-        return "_".join([self.policy.name, *(kind for kind, chosen in kinds.items() if chosen)])
+        kinds = {"fading": self.fades, **asdict(self.form), "lowrank": self.absorb}
+        sizes = [] if self.decoding is None else [str(self.decoding)]
+        return "_".join([self.policy.name, *(kind for kind, chosen in kinds.items() if chosen), *sizes])
 
 
 def node_attributes(layer: LayerSpec) -> dict[str, int | float]:
     """Attributes of a layer's LessAttention node."""
-    return {**layer.attributes(), **_optional(8 * layer.int8, layer.max_distance or 0)}
-
-
-def _optional(slot_bits: int, max_distance: int) -> dict[str, int]:
-    """Attributes that a node has only where they mean something."""
-    return {n: v for n, v in ((SLOT_BITS, slot_bits), (MAX_DISTANCE, max_distance)) if v}
-
-
-def _types(int8: bool, distance: bool) -> dict[str, ir.AttributeType]:
-    """The attributes of a node and their types."""
-    return ATTRIBUTES | dict.fromkeys(_optional(int(int8), int(distance)), ir.AttributeType.INT)
+    form = Form(layer.int8, layer.state16, layer.max_distance is not None)
+    return {**layer.attributes(), **form.optional(layer.max_distance or 0)}
 
 
 # ------------------------------------------------------------------ torch.ops.less.attention -> one node
 
 
-def _schema(int8: bool, distance: bool) -> onnx.defs.OpSchema:
-    tensor = {"T": "T", "S": onnx_type("int8") if int8 else "T", **{n: onnx_type(n) for n in ("float32", "int32")}}
+def _schema(form: Form) -> onnx.defs.OpSchema:
+    kinds = form.dtypes()
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
-    kinds = {ir.AttributeType.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT}
-    attributes = _types(int8, distance)
+
+    def parameters(tensors: dict[str, str]) -> list[onnx.defs.OpSchema.FormalParameter]:
+        stored = {name: kinds.get(kind, kind) for name, kind in tensors.items()}
+        return [parameter(name, kind if kind == "T" else onnx_type(kind)) for name, kind in stored.items()]
+
+    attribute_kinds = {ir.AttributeType.FLOAT: onnx.defs.OpSchema.AttrType.FLOAT}
     return onnx.defs.OpSchema(
         OP_NAME,
         OP_DOMAIN,
         OP_VERSION,
         "LESS attention (arXiv 2402.09398): sparse slots, chunk and low-rank state in one softmax.",
-        inputs=[parameter(n, tensor[t]) for n, t in _inputs(int8, distance).items()],
-        outputs=[parameter(n, tensor[t]) for n, t in _outputs(int8).items()],
+        inputs=parameters(form.inputs()),
+        outputs=parameters(form.outputs()),
         type_constraints=[("T", [onnx_type(d) for d in COMPUTE_DTYPES], "compute dtype")],
         attributes=[
-            attribute(n, kinds.get(t, onnx.defs.OpSchema.AttrType.INT), "", required=True)
-            for n, t in attributes.items()
+            attribute(n, attribute_kinds.get(t, onnx.defs.OpSchema.AttrType.INT), "", required=True)
+            for n, t in form.types().items()
         ],
     )
 
 
-def _translation(int8: bool) -> Callable[..., Any]:
+def _translation(form: Form) -> Callable[..., Any]:
     """What makes one LessAttention node of the eager arguments of a torch operator."""
-    names = [*_inputs(int8, False), *ATTRIBUTES, MAX_DISTANCE, *_ROTARY]
+    names = [*form.inputs(), *ATTRIBUTES, MAX_DISTANCE, *_ROTARY]
 
     def translate(*args: Any, **named: Any) -> Any:
         arguments = dict(zip(names, args, strict=False)) | named
         max_distance = arguments.get(MAX_DISTANCE, 0)
+        own = replace(form, distance=max_distance > 0)
         opset = onnxscript.values.Opset(OP_DOMAIN, OP_VERSION)
-        operator = onnxscript.values.Op(opset, OP_NAME, _schema(int8, max_distance > 0))
-        attributes = {n: arguments[n] for n in ATTRIBUTES} | _optional(8 * int8, max_distance)
-        return operator(*(arguments[n] for n in _inputs(int8, max_distance > 0)), **attributes)
+        operator = onnxscript.values.Op(opset, OP_NAME, _schema(own))
+        attributes = {n: arguments[n] for n in ATTRIBUTES} | own.optional(max_distance)
+        return operator(*(arguments[n] for n in own.inputs()), **attributes)
 
     return translate
 
 
 def translation_table() -> dict[Any, Any]:
     """``custom_translation_table`` for ``torch.onnx.export``."""
-    assert reference.attention is not None  # importing it registers the operators
-    operators = torch.ops.less
-    return {operators.attention.default: _translation(False), operators.attention_int8.default: _translation(True)}
+    assert operators.attention is not None  # importing it registers the operators
+    ops = torch.ops.less
+    return {
+        ops.attention.default: _translation(Form()),
+        ops.attention_int8.default: _translation(Form(int8=True)),
+        ops.attention_state16.default: _translation(Form(int8=True, state16=True)),
+    }
 
 
 # ------------------------------------------------------------------ the body
 
 
-#: Finite stand-in for -inf: exp(_HIDDEN - peak) is 0 for every real peak.
-_HIDDEN = -1.0e30
+def _attend(op: Nodes, x: SimpleNamespace, s: SimpleNamespace, mean: ir.Value | None) -> ir.Value:
+    """out [B,Hq,T,D]; leaves the probabilities over slots and chunk in ``s.probability`` [B,Hk,G,T,N].
 
-
-def _attend(op: Nodes, x: SimpleNamespace, s: SimpleNamespace, absorb: bool) -> ir.Value:
-    """out [B,Hq,T,D]; leaves the probabilities over slots and chunk in ``s.probability`` [B,Hk,G,T,N]."""
+    ``mean`` is that of a layer that absorbs, see :class:`~.onnx_state.LowRank`.
+    """
     flat = op.shape(s.heads, op.ints(-1))  # [B,Hk,G*T, ...]
     probability = op.Softmax(s.logits, axis=-1)
     s.probability = op.Reshape(probability, s.shape5)
     values = s.values
-    if absorb:
+    if mean is not None:
         filled = op.Greater(x.past_z, op.f32(0.0))
         z = op.Where(filled, x.past_z, op.f32(1.0))
         log_phi = op.Reshape(op.to_f32(x.log_phi_q), op.shape(flat, op.dim(x.log_phi_q, 3)))
         mass = op.Add(log_phi, op.Unsqueeze(op.Log(z), op.ints(2)))
-        mass = op.Where(op.Unsqueeze(filled, op.ints(2)), mass, op.f32(_HIDDEN))
-        mean = op.rows(filled, op.Div(x.past_h, op.Unsqueeze(z, op.ints(-1))))
+        mass = op.Where(op.Unsqueeze(filled, op.ints(2)), mass, op.f32(HIDDEN))
         probability = op.Softmax(op.Concat(s.logits, mass, axis=-1), axis=-1)
-        values = op.Concat(values, mean, axis=2)
+        values = op.Concat(values, op.rows(filled, mean), axis=2)
     out = op.Reshape(op.MatMul(probability, values), op.Shape(x.q))
     out = op.Where(op.Unsqueeze(s.query_valid, op.ints(1, 3)), out, op.f32(0.0))
     return op.CastLike(out, x.q)
@@ -204,10 +231,59 @@ def _place(op: Nodes, s: SimpleNamespace, kept: ir.Value) -> ir.Value:
 
 def function_body(body: Body) -> ir.Function:
     """The operator as an ONNX function, opset 23, same inputs, outputs and attributes as the node."""
-    op, policy, absorb = Nodes(), body.policy, body.absorb
-    inputs = [ir.Value(name=n) for n in _inputs(body.int8, body.distance)]
+    form = body.form
+    inputs = [ir.Value(name=n) for n in form.inputs()]
     x = SimpleNamespace(**{str(value.name): value for value in inputs})
+    op, present = _general(body, x)
+    if body.decoding is not None:
+        op, present = _divided(body, x, op, present)
+    else:
+        _name(op, body.overload)
+    outputs = [present[name] for name in form.outputs()]
+    for name, value in zip(form.outputs(), outputs, strict=True):
+        value.name = name
+    return ir.Function(
+        OP_DOMAIN,
+        OP_NAME,
+        body.overload,
+        graph=_graph(inputs, outputs, op),
+        attributes=[ir.Attr(n, t, None) for n, t in form.types().items()],
+    )
 
+
+def _graph(inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], op: Nodes) -> ir.Graph:
+    return ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME)
+
+
+def _name(op: Nodes, prefix: str) -> None:
+    """Unique names: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a Constant of the
+    same name in a function called earlier."""
+    for number, value in enumerate(v for node in op.nodes for v in node.outputs):
+        value.name = f"{prefix}.{number}"
+
+
+def _divided(
+    body: Body, x: SimpleNamespace, general: Nodes, present: dict[str, ir.Value]
+) -> tuple[Nodes, dict[str, ir.Value]]:
+    """The body that takes a way of its own for chunks of one token."""
+    names = list(body.form.outputs())
+    one, own = Nodes(), Nodes()
+    assert body.decoding is not None
+    after = one_token(one, x, body.decoding, body.policy, absorbs=body.absorb, fades=body.fades, **asdict(body.form))
+    after = {"out": after.pop("out"), **{f"present_{name}": value for name, value in after.items()}}
+    branches = {}
+    for branch, op, values in (("then_branch", one, after), ("else_branch", general, present)):
+        _name(op, f"{body.overload}.{branch}")
+        branches[branch] = _graph([], [values[name] for name in names], op)
+    decodes = own.Equal(own.dim(x.k, 2), own.ints(1))
+    _name(own, body.overload)
+    results = own.op_multi_out("If", [decodes], branches, num_outputs=len(names))
+    return own, dict(zip(names, results, strict=True))
+
+
+def _general(body: Body, x: SimpleNamespace) -> tuple[Nodes, dict[str, ir.Value]]:
+    """The body for chunks of any length: its nodes and outputs."""
+    op, policy, form = Nodes(), body.policy, body.form
     s = SimpleNamespace()
     s.heads = op.dim(x.past_key, 0, 2)  # [B,Hk]
     s.slots, s.chunk = op.dim(x.past_key, 2), op.dim(x.k, 2)
@@ -221,8 +297,8 @@ def function_body(body: Body) -> ir.Function:
     s.position = op.Concat(x.past_position, op.Expand(new_position, op.shape(s.heads, s.chunk)), axis=2)
     s.held = op.GreaterOrEqual(s.position, op.i32(0))
 
-    slots = in_slots(op, x, body.int8)
-    q, keys = turned(op, x, s, slots.keys) if body.distance else (op.to_f32(x.q), slots.keys)
+    slots, state = in_slots(op, x, form.int8), low_rank(op, x, body.absorb, form.state16)
+    q, keys = turned(op, x, s, slots.keys) if form.distance else (op.to_f32(x.q), slots.keys)
     all_keys, s.values = op.rows(s.held, op.Concat(*keys, axis=2)), op.rows(s.held, slots.values)
     tokens = op.dim(s.position, 2)
     grouped = op.shape(s.heads, op.ints(-1))
@@ -236,10 +312,10 @@ def function_body(body: Body) -> ir.Function:
     window = op.attribute("window")
     unlimited = op.LessOrEqual(window, op.i32(0))
     visible = op.And(visible, op.Or(unlimited, op.Greater(at, op.Sub(now, window))))
-    logits = op.Where(visible, op.Reshape(logits, s.shape5), op.f32(_HIDDEN))
+    logits = op.Where(visible, op.Reshape(logits, s.shape5), op.f32(HIDDEN))
     s.logits = op.Reshape(logits, op.shape(grouped, tokens))
 
-    out = _attend(op, x, s, absorb)
+    out = _attend(op, x, s, state.mean)
     score = _score(op, x, s, policy.scoring, body.fades)
 
     end = op.Add(s.past_length, s.new_length)
@@ -256,41 +332,22 @@ def function_body(body: Body) -> ir.Function:
     def filled(past: ir.Value, new: ir.Value) -> ir.Value:
         return op.GatherND(op.Concat(past, new, axis=2), rows, batch_dims=2)
 
-    both_psi = op.Concat(x.past_psi, x.psi_k, axis=2)
     position = op.GatherElements(s.position, index, axis=2)
     position = op.Where(op.GreaterOrEqual(source, op.ints(0)), position, op.i32(-1))
-    if absorb:
-        leaving = op.rows(op.And(s.held, op.Not(kept)), op.to_f32(both_psi))
-        absorbed = op.rows(s.held, slots.absorbed) if body.int8 else s.values
-        h = op.Add(x.past_h, op.MatMul(op.Transpose(leaving, perm=[0, 1, 3, 2]), absorbed))
-        z = op.Add(x.past_z, op.ReduceSum(leaving, op.ints(2), keepdims=0))
+    if body.absorb:
+        leaving = op.rows(op.And(s.held, op.Not(kept)), state.psi)
+        absorbed = op.rows(s.held, slots.absorbed) if form.int8 else s.values
+        after = absorb(op, x, state, leaving, absorbed, form.state16)
     else:
-        h, z = op.Identity(x.past_h), op.Identity(x.past_z)
+        after = {"h": op.Identity(x.past_h), "z": op.Identity(x.past_z)}
 
-    after = {
-        "out": out,
-        "present_psi": op.GatherND(both_psi, rows, batch_dims=2),
-        "present_score": op.GatherElements(score, index, axis=2),
-        "present_position": position,
-        "present_h": h,
-        "present_z": z,
-        **{f"present_{name}": filled(*pair) for name, pair in slots.fills.items()},
+    after |= {
+        "score": op.GatherElements(score, index, axis=2),
+        "position": position,
+        "psi": filled(*state.fill),
+        **{name: filled(*pair) for name, pair in slots.fills.items()},
     }
-    # Unique names: TensorRT's parser (RTX 1.7.1) gives a Constant of the main graph the value of a Constant of the
-    # same name in a function called earlier.
-    for number, value in enumerate(v for node in op.nodes for v in node.outputs):
-        value.name = f"{body.overload}.{number}"
-    outputs = [after[name] for name in _outputs(body.int8)]
-    for name, value in zip(_outputs(body.int8), outputs, strict=True):
-        value.name = name
-    attributes = _types(body.int8, body.distance)
-    return ir.Function(
-        OP_DOMAIN,
-        OP_NAME,
-        body.overload,
-        graph=ir.Graph(inputs, outputs, nodes=op.nodes, opset_imports={"": OPSET}, name=OP_NAME),
-        attributes=[ir.Attr(n, t, None) for n, t in attributes.items()],
-    )
+    return op, {"out": out, **{f"present_{name}": value for name, value in after.items()}}
 
 
 # ------------------------------------------------------------------ bodies in and out of a model
@@ -301,15 +358,31 @@ def less_nodes(model: ir.Model) -> list[ir.Node]:
     return [n for n in model.graph if n.domain == OP_DOMAIN and n.op_type == OP_NAME]
 
 
-def add_bodies(model: ir.Model) -> None:
-    """Give every LessAttention node the body of its policy (after optimisation, which would inline it)."""
+def add_bodies(model: ir.Model, decoding: bool = True) -> None:
+    """Give every LessAttention node the body of its policy (after optimisation, which would inline it).
+
+    ``decoding``: with a way of its own for chunks of one token, for ONNX Runtime.
+    """
     for node in less_nodes(model):
-        body = Body.of(node)
+        body = Body.of(node, decoding)
         node.overload = body.overload
         key = (OP_DOMAIN, OP_NAME, node.overload)
         if key not in model.functions:
             model.functions[key] = function_body(body)
     model.graph.opset_imports[OP_DOMAIN] = OP_VERSION
+
+
+def with_own_names(model: ir.Model) -> onnx.ModelProto:
+    """The model with an operator of its own name for each body.
+
+    TensorRT's parser (RTX 1.7.1) does not tell overloads apart: it takes the first body for all nodes of a name.
+    """
+    proto = ir.to_proto(model)
+    for function in proto.functions:
+        function.name, function.overload = "_".join(filter(None, (function.name, function.overload))), ""
+    for node in proto.graph.node:
+        node.op_type, node.overload = "_".join(filter(None, (node.op_type, node.overload))), ""
+    return proto
 
 
 def strip_bodies(model: ir.Model) -> None:

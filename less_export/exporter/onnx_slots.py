@@ -10,6 +10,19 @@ from ..less import int8 as int8_slots
 from .onnx_nodes import MAX_DISTANCE, Nodes
 
 
+def quantised(op: Nodes, tensor: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Codes of f32 ``tensor`` [...,E] in f32 and in int8, and their scales [...]; the rule is that of ``less.int8``."""
+    last, largest = op.ints(-1), float(int8_slots.LARGEST)
+    scale = op.Div(op.ReduceMax(op.Abs(tensor), last, keepdims=0), op.f32(largest))
+    usable = op.GreaterOrEqual(scale, op.f32(int8_slots.SMALLEST_SCALE))
+    scale = op.Where(usable, scale, op.f32(0.0))
+    divisor = op.Where(usable, scale, op.f32(1.0))
+    code = op.Round(op.Div(tensor, op.Unsqueeze(divisor, last)))  # rounds half to even
+    code = op.Min(op.Max(code, op.f32(-largest)), op.f32(largest))
+    code = op.rows(usable, code)
+    return code, op.Cast(code, to=ir.DataType.INT8), scale
+
+
 def in_slots(op: Nodes, x: SimpleNamespace, int8: bool) -> SimpleNamespace:
     """What slots and chunk hold, in f32: the pair of their keys [B,Hk,C,D] and [B,Hk,T,D], the values [B,Hk,N,D] of
     both as queries see them and as the state absorbs them, and the pairs (past, new) of tensors that fill the slots."""
@@ -20,25 +33,12 @@ def in_slots(op: Nodes, x: SimpleNamespace, int8: bool) -> SimpleNamespace:
         fills = {"key": (x.past_key, x.k), "value": (x.past_value, x.v)}
         return SimpleNamespace(keys=keys, values=values, absorbed=values, fills=fills)
 
-    last, largest = op.ints(-1), float(int8_slots.LARGEST)
-
-    def quantised(tensor: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Codes in f32 and in int8, and their scales [B,Hk,T]; the rule is that of ``less.int8``."""
-        scale = op.Div(op.ReduceMax(op.Abs(tensor), last, keepdims=0), op.f32(largest))
-        usable = op.GreaterOrEqual(scale, op.f32(int8_slots.SMALLEST_SCALE))
-        scale = op.Where(usable, scale, op.f32(0.0))
-        divisor = op.Where(usable, scale, op.f32(1.0))
-        code = op.Round(op.Div(tensor, op.Unsqueeze(divisor, last)))  # rounds half to even
-        code = op.Min(op.Max(code, op.f32(-largest)), op.f32(largest))
-        code = op.rows(usable, code)
-        return code, op.Cast(code, to=ir.DataType.INT8), scale
-
     def read(code: ir.Value, scale: ir.Value) -> ir.Value:
-        return op.Mul(op.to_f32(code), op.Unsqueeze(scale, last))
+        return op.Mul(op.to_f32(code), op.Unsqueeze(scale, op.ints(-1)))
 
     mean, std = (op.Unsqueeze(t, op.ints(1)) for t in (x.key_mean, x.key_std))
-    _, key_code, key_scale = quantised(op.Div(op.Sub(new_key, mean), std))
-    value, value_code, value_scale = quantised(new_value)
+    _, key_code, key_scale = quantised(op, op.Div(op.Sub(new_key, mean), std))
+    value, value_code, value_scale = quantised(op, new_value)
     past_keys = op.Add(op.Mul(read(x.past_key, x.past_key_scale), std), mean)
     past_values = read(x.past_value, x.past_value_scale)
     return SimpleNamespace(
@@ -59,12 +59,17 @@ def turned(
 ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
     """Queries [B,Hq,T,D] and the pair of keys in f32, turned by ``less.rotary``."""
     past, new = keys
-    age = op.Sub(op.Unsqueeze(s.past_length, op.ints(2)), x.past_position)
-    age = op.Max(op.Min(age, op.attribute(MAX_DISTANCE)), op.i32(0))
     half = op.Div(op.dim(x.rotary, 1), op.ints(2))
-    ages, offsets = op.Gather(x.rotary, age), op.Slice(x.rotary, op.ints(0), s.chunk, op.ints(0))
-    past, new = _rotate(op, past, ages, half, back=True), _rotate(op, new, offsets, half)
+    offsets = op.Slice(x.rotary, op.ints(0), s.chunk, op.ints(0))
+    new = _rotate(op, new, offsets, half)
+    past = _rotate(op, past, op.Gather(x.rotary, ages(op, x)), half, back=True)
     return _rotate(op, op.to_f32(x.q), offsets, half), (past, new)
+
+
+def ages(op: Nodes, x: SimpleNamespace) -> ir.Value:
+    """The distances [B,Hk,C] that the first query of a chunk sees the slots at; 0 for empty ones."""
+    age = op.Sub(op.Unsqueeze(x.past_length, op.ints(1, 2)), x.past_position)
+    return op.Max(op.Min(age, op.attribute(MAX_DISTANCE)), op.i32(0))
 
 
 def _rotate(op: Nodes, tensor: ir.Value, angles: ir.Value, half: ir.Value, back: bool = False) -> ir.Value:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..contract import Contract, limits_distances
 from ..dtypes import torch_dtype
-from ..less import reference
+from ..less import operators
 from ..less.feature_maps import FeatureMap, Kernels
 from ..less.int8 import Centring
 from .surgery import AttentionCall, less_attention
@@ -54,7 +54,7 @@ class LessDecoder(nn.Module):
 
         def attend(call: AttentionCall) -> Tensor:
             i, call = call.layer, self._arranged(call)
-            out, *present[i] = reference.run(
+            out, *present[i] = operators.run(
                 self.contract.layers[i],
                 (call.q, call.k, call.v, *self._features(call)),
                 state[begin[i] : begin[i + 1]],

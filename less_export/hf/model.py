@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..config import DEFAULT_CHUNK, ExportConfig
 from ..contract import LayerSpec, limits_distances
 from ..errors import UnsupportedModelError, UsageError
-from ..less.feature_maps import Kernels
+from ..less.feature_maps import Kernels, state_for
 from ..less.rotary import RotaryTable, table_length
 from ..plan import AttentionLayer, default_context, max_distance_of, plan_layers
 from ..versions import EXPORT_PACKAGES, warn_if_untested
@@ -109,6 +109,7 @@ def open_model(
     for index, maps in kernels.layers.items():
         if config.rank is not None and config.rank != maps.rank:
             raise UsageError(f"--rank {config.rank}, but the kernels of layer {index} have rank {maps.rank}")
+    config = replace(config, state=state_for(kernels.parametrisation, config.state))
     ranks = {i: m.rank for i, m in kernels.layers.items()}
     if rank is not None:
         ranks = dict.fromkeys(range(len(architecture.layers)), rank)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import CACHE_OPTIONS, ExportConfig, HalfLife, MaxDistance
-from ..contract import PLUGIN_RANK_LIMIT, Contract, SlotDtype
+from ..contract import PLUGIN_RANK_LIMIT, Contract, SlotDtype, StateBits
 from ..errors import ModelError, UsageError
 from ..less.kernel_shapes import kernel_bytes
 from ..plan import AttentionLayer, max_distance_of, plan_layers
@@ -34,7 +34,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 _KEYS = {
     **dict.fromkeys(("hub", "policy", "budget", "layer_budgets", "slots", "dtype", "gguf_package"), "text in quotes"),
-    **dict.fromkeys(("context", "rank", "hidden", "chunk"), "a whole number"),
+    **dict.fromkeys(("context", "rank", "hidden", "chunk", "state"), "a whole number"),
     **{"compress_sliding": "true or false", "architecture": "a table"},
     **dict.fromkeys(("score_half_life", "max_distance"), "a whole number or text in quotes"),
 }
@@ -57,8 +57,8 @@ class Recipe:
     """One file under ``models/``.
 
     hub: Hugging Face id. gguf_package: Python package that ships the model as GGUF, tried first.
-    policy, budget, layer_budgets, score_half_life, slots, max_distance, context, chunk, compress_sliding: defaults
-    of :class:`~less_export.config.ExportConfig`.
+    policy, budget, layer_budgets, score_half_life, slots, state, max_distance, context, chunk,
+    compress_sliding: defaults of :class:`~less_export.config.ExportConfig`.
     rank, hidden: sizes of the kernels trained for this model. dtype: compute dtype on TensorRT.
     architecture: keys of the (text) config.json that fix shapes and arithmetic.
     """
@@ -76,6 +76,7 @@ class Recipe:
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
     slots: SlotDtype | None = None
+    state: StateBits | None = None
     max_distance: MaxDistance | None = None
     compress_sliding: bool | None = None
     gguf_package: str | None = None

@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..bundle.files import write_atomically
-from ..contract import SLOT_DTYPES, Heads, LayerSpec, limits_distances
+from ..contract import SLOT_DTYPES, Heads, LayerSpec, StateBits, limits_distances
 from ..dtypes import COMPUTE_DTYPES, torch_dtype
-from ..errors import KernelError
+from ..errors import KernelError, UsageError
 from .int8 import Centring
 from .kernel_shapes import exp_shapes
 from .rotary import RotaryTable
@@ -43,6 +43,8 @@ class FeatureMap(nn.Module, abc.ABC):
     """phi and psi of one layer; hidden layers run in the compute dtype, the R-wide ones in float32."""
 
     parametrisation: ClassVar[str]
+    #: Whether psi sums to one over R, as a state of 16 bits needs.
+    normalised: ClassVar[bool]
 
     def __init__(self, heads: Heads, rank: int, hidden: int) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class FeatureMap(nn.Module, abc.ABC):
 class ExpMap(FeatureMap):
     """log phi = MLP(q) + q S + b;  psi = softmax over R of MLP(k) + k S + b."""
 
-    parametrisation = "exp"
+    parametrisation, normalised = "exp", True
 
     @staticmethod
     def shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -94,7 +96,7 @@ class PaperMap(FeatureMap):
     ``q_offset`` holds the log of the constant that a rescaling of psi (``k_gain``) divides out.
     """
 
-    parametrisation = "paper"
+    parametrisation, normalised = "paper", False
 
     @staticmethod
     def shapes(heads: Heads, rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -128,6 +130,19 @@ class PaperMap(FeatureMap):
 
 
 PARAMETRISATIONS: dict[str, type[FeatureMap]] = {m.parametrisation: m for m in (ExpMap, PaperMap)}
+
+
+def state_for(parametrisation: str | None, bits: StateBits | None) -> StateBits | None:
+    """The bits of a low-rank state for kernels of a parametrisation: ``bits``, or None for the default.
+
+    Raises:
+        UsageError: 16 bits, and its psi does not sum to one.
+    """
+    if parametrisation is None or PARAMETRISATIONS[parametrisation].normalised:
+        return bits
+    if bits == 16:
+        raise UsageError(f"--state 16 is impossible: psi of parametrisation {parametrisation} does not sum to one")
+    return 32
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,14 @@ Shapes: B rows, Hq query heads, Hk KV heads (G = Hq / Hk), T chunk, C slots, R f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import OP_DOMAIN, SCALE_FIELDS, STATE_FIELDS, LayerSpec
 from ..errors import BackendError
-from . import int8
+from . import int8, state16
+from .int8 import Centring
 from .policies import Candidates, by_code
 from .rotary import rotate
 
@@ -29,22 +28,21 @@ def _select(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def _attend(
-    logits: Tensor, values: Tensor, log_phi: Tensor, h: Tensor, z: Tensor, query_valid: Tensor, absorb: bool
+    logits: Tensor, values: Tensor, log_phi: Tensor, mean: Tensor, z: Tensor, query_valid: Tensor, absorb: bool
 ) -> Tensor:
     """Softmax over what is visible and, for absorbing layers, over the low-rank state.
 
     Feature r of the state acts as one more token: its logit is ``log phi_r + log z_r`` (the mass it
     stands for) and its value the mean ``H_r / z_r`` of what it absorbed.
 
-    logits [B,Hk,G,T,N] (-inf where invisible), values [B,Hk,N,D], log_phi [B,Hk,G,T,R], h [B,Hk,R,D],
+    logits [B,Hk,G,T,N] (-inf where invisible), values [B,Hk,N,D], log_phi [B,Hk,G,T,R], mean [B,Hk,R,D],
     z [B,Hk,R], query_valid [B,1,1,T,1] -> [B,Hk,G,T,D]
     """
     if absorb:
         filled = z > 0
         mass = log_phi + torch.where(filled, z, 1.0).log()[:, :, None, None]
         logits = torch.cat([logits, torch.where(filled[:, :, None, None], mass, -torch.inf)], -1)
-        mean = torch.where(filled[..., None], h / torch.where(filled, z, 1.0)[..., None], 0.0)
-        values = torch.cat([values, mean], 2)
+        values = torch.cat([values, torch.where(filled[..., None], mean, 0.0)], 2)
     peak = logits.amax(-1, keepdim=True)
     weight = torch.exp(logits - torch.where(query_valid, peak, 0.0))
     out = (weight.flatten(2, 3) @ values).unflatten(2, weight.shape[2:4]) / weight.sum(-1, keepdim=True)
@@ -78,14 +76,11 @@ def place(kept: Tensor, slots: int) -> Tensor:
 
 
 class _Chunk(NamedTuple):
-    """What both operators share: lengths [B], features, the state that is stored alike, and the attributes."""
+    """What all operators share: query features, the state that is stored alike, lengths [B], and the attributes."""
 
     log_phi_q: Tensor
-    psi_k: Tensor
-    past_psi: Tensor
     past_score: Tensor
     past_position: Tensor
-    past_h: Tensor
     past_z: Tensor
     past_length: Tensor
     new_length: Tensor
@@ -100,16 +95,35 @@ class _Chunk(NamedTuple):
     rotary: Tensor | None
 
 
+def _mean(h: Tensor, z: Tensor) -> Tensor:
+    """H / z [B,Hk,R,D], of features that have mass."""
+    return h / torch.where(z > 0, z, 1.0)[..., None]
+
+
+class _Seen(NamedTuple):
+    """What queries see, and what the state absorbs, of the tokens in [slots, chunk], N = C + T.
+
+    keys, values, leaving: [B,Hk,N,D], ``leaving`` the values that are absorbed. psi: [B,Hk,N,R]. mean: what each
+    feature of the state absorbed, [B,Hk,R,D] f32; of features without mass it is not read.
+    """
+
+    keys: Tensor
+    values: Tensor
+    leaving: Tensor
+    psi: Tensor
+    mean: Tensor
+
+
 class _After(NamedTuple):
-    """The output, what fills each slot (an index into [slots, chunk]), and the state that is stored alike."""
+    """The output, what fills each slot (an index into [slots, chunk]), the state that is stored alike, and what leaves:
+    the sums of psi [B,Hk,R] and of psi times value [B,Hk,R,D]."""
 
     out: Tensor
     source: Tensor
-    psi: Tensor
     score: Tensor
     position: Tensor
-    h: Tensor
-    z: Tensor
+    mass: Tensor
+    total: Tensor
 
 
 def _fill(source: Tensor, past: Tensor, new: Tensor) -> Tensor:
@@ -120,10 +134,35 @@ def _fill(source: Tensor, past: Tensor, new: Tensor) -> Tensor:
     return both.gather(2, source[..., None].expand(-1, -1, -1, both.shape[-1]))
 
 
-def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _Chunk) -> _After:
-    """One chunk. ``keys``, ``values`` [B,Hk,N,D] are those of [slots, chunk] that queries see, N = C + T, and
-    ``leaving_values`` what the state absorbs of them."""
-    rules = by_code(x.policy)
+class _Int8(NamedTuple):
+    """Keys and values of [slots, chunk] as queries see them and as they are absorbed, f32 [B,Hk,N,D], and the pairs
+    (past, new) of codes and scales that fill the slots."""
+
+    seen: tuple[Tensor, Tensor, Tensor]
+    pairs: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(
+        cls, k: Tensor, v: Tensor, key: Tensor, value: Tensor, key_scale: Tensor, value_scale: Tensor,
+        centring: Centring,
+    ) -> _Int8:  # fmt: skip
+        """From the chunk's tokens, and codes and scales of the slots."""
+        new_key, new_key_scale = int8.quantise_keys(k, centring)
+        new_value, new_value_scale = int8.quantise(v.float())
+        slot_keys, slot_values = int8.dequantise_keys(key, key_scale, centring), int8.dequantise(value, value_scale)
+        keys, values = torch.cat([slot_keys, k.float()], 2), torch.cat([slot_values, v.float()], 2)
+        leaving = torch.cat([slot_values, int8.dequantise(new_value, new_value_scale)], 2)
+        pairs = (key, new_key), (value, new_value), (key_scale, new_key_scale), (value_scale, new_value_scale)
+        return cls((keys, values, leaving), pairs)
+
+    def fill(self, source: Tensor) -> tuple[Tensor, ...]:
+        """Codes of keys and values, and their scales, after the chunk."""
+        return tuple(_fill(source, *pair) for pair in self.pairs)
+
+
+def _step(q: Tensor, seen: _Seen, x: _Chunk) -> _After:
+    """One chunk of queries q [B,Hq,T,D]."""
+    rules, keys = by_code(x.policy), seen.keys
     kv_heads, slots = x.past_position.shape[1:]
     chunk, groups = q.shape[2], q.shape[1] // kv_heads
     split, dtype = (kv_heads, groups), q.dtype
@@ -138,7 +177,7 @@ def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _C
     new_position = torch.where(query_valid, query_position, -1)[:, None].expand(-1, kv_heads, -1)
     position = torch.cat([x.past_position, new_position], 2)  # [B,Hk,N]
     held = position >= 0
-    keys, values = _select(held, keys), _select(held, values)
+    keys, values = _select(held, keys), _select(held, seen.values)
 
     logits = (q.float().unflatten(1, split).flatten(2, 3) @ keys.mT).unflatten(2, (groups, chunk)) * x.scale
     at, now = position[:, :, None, None], query_position[:, None, None, :, None]
@@ -148,19 +187,19 @@ def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _C
     logits = torch.where(visible, logits, -torch.inf)  # [B,Hk,G,T,N]
     valid = query_valid[:, None, None, :, None]
     log_phi = x.log_phi_q.float().unflatten(1, split)
-    out = _attend(logits, values, log_phi, x.past_h, x.past_z, valid, bool(x.absorb))
+    out = _attend(logits, values, log_phi, seen.mean, x.past_z, valid, bool(x.absorb))
 
     score = torch.zeros_like(position, dtype=torch.float32)  # and remains zero for a policy without scores
     if rules.scoring != "none":
         past = torch.where(held, torch.cat([x.past_score, score[..., slots:]], 2), 0.0)
-        seen = torch.where(valid, torch.softmax(logits, -1), 0.0)
+        share = torch.where(valid, torch.softmax(logits, -1), 0.0)
         if rules.scoring == "accumulate":
             # Every token of the chunk fades what was there before it, scores of its own chunk included.
             remaining, weight = fading(x.decay, step, x.new_length[:, None])
-            score = past * remaining[:, None] + (seen * weight[:, None, None, :, None]).sum((2, 3))
+            score = past * remaining[:, None] + (share * weight[:, None, None, :, None]).sum((2, 3))
         else:  # only the last valid query counts; a parked row keeps its scores
             last = (step == x.new_length[:, None] - 1)[:, None, None, :, None]
-            latest = torch.where(last, seen, 0.0).sum((2, 3))
+            latest = torch.where(last, share, 0.0).sum((2, 3))
             score = torch.where((x.new_length > 0)[:, None, None], latest, past)
 
     end = (x.past_length + x.new_length)[:, None, None]
@@ -173,20 +212,15 @@ def _step(q: Tensor, keys: Tensor, values: Tensor, leaving_values: Tensor, x: _C
 
     source = place(kept, slots)
     index = source.clamp(min=0)
-    h, z = x.past_h.clone(), x.past_z.clone()
-    if x.absorb:
-        leaves = held & ~kept
-        psi = _select(leaves, torch.cat([x.past_psi, x.psi_k], 2))  # [B,Hk,N,R]
-        h = x.past_h + psi.mT @ _select(leaves, leaving_values)
-        z = x.past_z + psi.sum(2)
+    leaves = held & ~kept & bool(x.absorb)
+    psi = _select(leaves, seen.psi)
     return _After(
         out.flatten(1, 2).to(dtype),
         index,
-        _fill(index, x.past_psi, x.psi_k),
         score.gather(2, index),
         torch.where(source >= 0, position.gather(2, index), -1),
-        h,
-        z,
+        psi.sum(2),
+        psi.mT @ _select(leaves, seen.leaving),
     )
 
 
@@ -238,13 +272,21 @@ def less_attention(
         BackendError: policy ``full`` and more tokens than slots.
     """
     chunk = _Chunk(
-        log_phi_q, psi_k, past_psi, past_score, past_position, past_h, past_z, past_length, new_length,
+        log_phi_q, past_score, past_position, past_z, past_length, new_length,
         scale, policy, heavy, recent, window, absorb, decay, max_distance, rotary,
     )  # fmt: skip
-    values = torch.cat([past_value, v], 2)
-    after = _step(q, torch.cat([past_key, k], 2), values, values, chunk)
-    key, value = _fill(after.source, past_key, k), _fill(after.source, past_value, v)
-    return (after.out, key, value, *after[2:])
+    values, psi = torch.cat([past_value, v], 2), torch.cat([past_psi, psi_k], 2)
+    after = _step(q, _Seen(torch.cat([past_key, k], 2), values, values, psi, _mean(past_h, past_z)), chunk)
+    return (
+        after.out,
+        _fill(after.source, past_key, k),
+        _fill(after.source, past_value, v),
+        _fill(after.source, past_psi, psi_k),
+        after.score,
+        after.position,
+        past_h + after.total,
+        past_z + after.mass,
+    )
 
 
 def less_attention_int8(
@@ -292,67 +334,68 @@ def less_attention_int8(
         The results of :func:`less_attention`, then both scales after the chunk.
     """
     chunk = _Chunk(
-        log_phi_q, psi_k, past_psi, past_score, past_position, past_h, past_z, past_length, new_length,
+        log_phi_q, past_score, past_position, past_z, past_length, new_length,
         scale, policy, heavy, recent, window, absorb, decay, max_distance, rotary,
     )  # fmt: skip
-    centring = int8.Centring(key_mean, key_std)
-    new_key, new_key_scale = int8.quantise_keys(k, centring)
-    new_value, new_value_scale = int8.quantise(v.float())
-    slot_keys = int8.dequantise_keys(past_key, past_key_scale, centring)
-    slot_values = int8.dequantise(past_value, past_value_scale)
-    after = _step(
-        q,
-        torch.cat([slot_keys, k.float()], 2),
-        torch.cat([slot_values, v.float()], 2),
-        torch.cat([slot_values, int8.dequantise(new_value, new_value_scale)], 2),
-        chunk,
-    )
-    return (
-        after.out,
-        _fill(after.source, past_key, new_key),
-        _fill(after.source, past_value, new_value),
-        *after[2:],
-        _fill(after.source, past_key_scale, new_key_scale),
-        _fill(after.source, past_value_scale, new_value_scale),
-    )
+    tokens = _Int8.of(k, v, past_key, past_value, past_key_scale, past_value_scale, Centring(key_mean, key_std))
+    psi = torch.cat([past_psi, psi_k], 2)
+    after = _step(q, _Seen(*tokens.seen, psi, _mean(past_h, past_z)), chunk)
+    key, value, key_scale, value_scale = tokens.fill(after.source)
+    psi = _fill(after.source, past_psi, psi_k)
+    h, z = past_h + after.total, past_z + after.mass
+    return after.out, key, value, psi, after.score, after.position, h, z, key_scale, value_scale
 
 
-#: The same functions as opaque operators, which ``torch.export`` keeps as one node each.
-attention = torch.library.custom_op(f"{OP_DOMAIN}::attention", less_attention, mutates_args=())
-attention_int8 = torch.library.custom_op(f"{OP_DOMAIN}::attention_int8", less_attention_int8, mutates_args=())
-
-
-def _fake(fields: int) -> Callable[..., tuple[Tensor, ...]]:
-    """Shapes and dtypes of the results: those of q, and of the ``fields`` past tensors behind the first five."""
-
-    def shapes(*args: Tensor | float | int) -> tuple[Tensor, ...]:
-        like = (args[0], *args[5 : 5 + fields])
-        return tuple(x.new_empty(x.shape) for x in like if isinstance(x, Tensor))
-
-    return shapes
-
-
-attention.register_fake(_fake(len(STATE_FIELDS)))
-attention_int8.register_fake(_fake(len(STATE_FIELDS + SCALE_FIELDS)))
-
-
-def run(
-    layer: LayerSpec, tokens: Sequence[Tensor], state: Sequence[Tensor], lengths: Sequence[Tensor],
-    centring: int8.Centring | None = None, rotary: Tensor | None = None, opaque: bool = True,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The operator of ``layer``, as one node for ``torch.export`` or (``opaque`` false) as plain torch.
+def less_attention_state16(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_phi_q: Tensor,
+    psi_k: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    past_psi: Tensor,
+    past_score: Tensor,
+    past_position: Tensor,
+    past_h: Tensor,
+    past_z: Tensor,
+    past_key_scale: Tensor,
+    past_value_scale: Tensor,
+    past_h_scale: Tensor,
+    past_length: Tensor,
+    new_length: Tensor,
+    key_mean: Tensor,
+    key_std: Tensor,
+    scale: float,
+    policy: int,
+    heavy: int,
+    recent: int,
+    window: int,
+    absorb: int,
+    decay: float,
+    max_distance: int = 0,
+    rotary: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`less_attention_int8` with a low-rank state of 16 bits (:mod:`less_export.less.state16`).
 
     Args:
-        tokens: q, k, v, log_phi_q, psi_k. state: the layer's fields. lengths: past_length, new_length.
-        centring: of keys in int8 slots; none by default. rotary: the table of a layer with ``max_distance``.
+        psi_k: [B,Hk,T,R], non-negative; its sum over R counts as one.
+        past_psi: int8 [B,Hk,C,R]. past_h: int8 [B,Hk,R,2D]. past_h_scale: [B,Hk,R] f32.
+
+        The others are those of :func:`less_attention_int8`.
 
     Returns:
-        The output and the state after the chunk.
+        The results of :func:`less_attention_int8`, then the scales of the state after the chunk.
     """
-    inputs = [*tokens, *state, *lengths]
-    operator: Callable[..., tuple[Tensor, ...]] = attention if opaque else less_attention
-    if layer.int8:
-        inputs += centring or int8.Centring.none(layer.kv_heads, layer.head_dim)
-        operator = attention_int8 if opaque else less_attention_int8
-    assert (rotary is None) == (layer.max_distance is None), "a table belongs to a largest distance"
-    return tuple(operator(*inputs, **layer.attributes(), max_distance=layer.max_distance or 0, rotary=rotary))
+    chunk = _Chunk(
+        log_phi_q, past_score, past_position, past_z, past_length, new_length,
+        scale, policy, heavy, recent, window, absorb, decay, max_distance, rotary,
+    )  # fmt: skip
+    tokens = _Int8.of(k, v, past_key, past_value, past_key_scale, past_value_scale, Centring(key_mean, key_std))
+    new_psi = state16.psi_codes(psi_k)
+    psi = state16.psi_of(torch.cat([past_psi, new_psi], 2))
+    after = _step(q, _Seen(*tokens.seen, psi, state16.means(past_h, past_h_scale)), chunk)
+    key, value, key_scale, value_scale = tokens.fill(after.source)
+    h, h_scale, z = state16.absorb(past_h, past_h_scale, past_z, after.mass, after.total, past_length)
+    psi = _fill(after.source, past_psi, new_psi)
+    return after.out, key, value, psi, after.score, after.position, h, z, key_scale, value_scale, h_scale

@@ -8,6 +8,7 @@ and by the same policy code, and recorded as one number per token: the first que
 With int8 slots a query sees the tokens of its own chunk as they are and older ones as slots give them back
 (:func:`slot_keys`, :func:`slot_values`); gradients pass the rounding as if it were not there. Layers with a largest
 distance take q and k before the rotary embedding, and a table (:mod:`.rotary`) that reaches as far as the sequence.
+psi of a low-rank state of 16 bits is rounded, its means are not: they are exact to a thousandth in 4,000 tokens.
 
 Shapes: B rows, Hq query heads, Hk KV heads, G = Hq / Hk, T positions, P query positions, R features.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ..contract import LayerSpec
 from ..plan import AttentionLayer
-from . import int8
+from . import int8, state16
 from .policies import Candidates
 from .reference import fading, place
 from .rotary import rotate
@@ -59,6 +60,11 @@ def slot_keys(k: Tensor, layer: LayerSpec, centring: int8.Centring | None = None
 def slot_values(v: Tensor, layer: LayerSpec) -> Tensor:
     """:func:`slot_keys` of values."""
     return _straight_through(v.float(), int8.rounded_values(v.detach())) if layer.int8 else v
+
+
+def slot_psi(psi: Tensor, layer: LayerSpec) -> Tensor:
+    """:func:`slot_keys` of psi, which a low-rank state of 16 bits rounds."""
+    return _straight_through(psi.float(), state16.rounded_psi(psi.detach())) if layer.state16 else psi
 
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -310,5 +316,6 @@ def _attend(
     out, total = sparse(scores, visible(left, queries, layer.window), v, slot_v, chunk)
     if features is not None:
         log_phi = features[0].float().unflatten(1, (layer.kv_heads, layer.group))
-        out, _ = combine(out, total, log_phi, features[1], slot_v, absorbed(left, queries))
+        psi = slot_psi(features[1], layer)
+        out, _ = combine(out, total, log_phi, psi, slot_v, absorbed(left, queries))
     return out.flatten(1, 2).to(q.dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..contract import SCALE_FIELDS, STATE_FIELDS, Contract
+from ..contract import ALL_FIELDS, Contract
 from ..dtypes import numpy_dtype
 from ..errors import BackendError, UsageError, one_line
 
@@ -22,11 +22,13 @@ MAX_LENGTH = 2**31 - 1
 _FORMAT = "less-state"
 #: safetensors' names of the dtypes that states are stored in.
 _STORED_DTYPES = ("F32", "F16", "I32", "U16", "I8")
-_TENSOR_NAME = re.compile(rf"past\.(\d+)\.({'|'.join(f.name for f in STATE_FIELDS + SCALE_FIELDS)})")
-#: Largest magnitude of int8 keys and values.
+_TENSOR_NAME = re.compile(rf"past\.(\d+)\.({'|'.join(f.name for f in ALL_FIELDS)})")
+#: Largest magnitude of the codes in slots.
 _LARGEST_CODE = 127
 #: Fields that are never negative.
-_NOT_NEGATIVE = ("z", *(f.name for f in SCALE_FIELDS))
+_NOT_NEGATIVE = ("z", "key_scale", "value_scale", "h_scale")
+#: Fields that belong to features, not to slots.
+_OF_FEATURES = ("h", "z", "h_scale")
 
 
 class RowState:
@@ -48,9 +50,9 @@ class RowState:
       are read without this check.
 
     Values, which :meth:`load` checks: every position is in -1..length-1 (-1 marks an empty slot); key, value, psi
-    and score of a slot with a position >= 0, its key_scale and value_scale where slots are int8, and all of h and z,
-    are finite; int8 keys and values are in -127..127; scales and z are not negative. What an empty slot holds
-    besides its position does not matter.
+    and score of a slot with a position >= 0, its key_scale and value_scale where slots are int8, and all of h, z and
+    h_scale, are finite; int8 keys and values are in -127..127, int8 psi in 0..127; scales and z are not negative. What
+    an empty slot holds besides its position does not matter.
     """
 
     def __init__(self, length: int, tensors: Mapping[str, Array], identity: str = "") -> None:
@@ -153,15 +155,15 @@ class RowState:
                 if not ((values >= -1) & (values < self.length)).all():
                     return f"{name} has positions outside of -1..{self.length - 1}"
                 continue
-            if field not in ("h", "z"):
+            if field not in _OF_FEATURES:
                 if positions is None or values.shape[:2] != positions.shape:
                     continue
                 values = values[positions >= 0]
             if not _is_finite(values).all():
                 return f"{name} holds NaN or infinity"
-            if values.dtype == np.int8 and (values < -_LARGEST_CODE).any():
+            if values.dtype == np.int8 and field != "h" and (values < -_LARGEST_CODE).any():
                 return f"{name} holds a code of -128"
-            if field in _NOT_NEGATIVE and (values < 0).any():
+            if (field in _NOT_NEGATIVE or (field == "psi" and values.dtype == np.int8)) and (values < 0).any():
                 return f"{name} is negative"
         return None
 

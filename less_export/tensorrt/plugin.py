@@ -262,7 +262,7 @@ def why_unsupported(path: Path, layer: LayerSpec, dtype: str) -> str | None:
     ask = ctypes.CDLL(os.fspath(path)).lessWhyUnsupported
     ask.restype = ctypes.c_char_p
     sizes = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank)
-    values = (*layer.attributes().values(), 8 if layer.int8 else 0)
+    values = (*layer.attributes().values(), 8 if layer.int8 else 0, layer.state_bits)
     attributes = [ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int32(x) for x in values]
     reason = ask(*(ctypes.c_int32(int(n)) for n in (COMPUTE_DTYPES.index(dtype), *sizes)), *attributes)
     return reason.decode() if reason else None

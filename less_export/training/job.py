@@ -139,7 +139,7 @@ def _divide(job: TrainJob) -> None:
     divided = allocate.divide(costs, job.plan)
     plan = list(job.plan)
     for i, slots in divided.items():
-        plan[i] = replace(sparse_layer(plan[i], slots), absorb=True, rank=plan[i].rank)
+        plan[i] = replace(sparse_layer(plan[i], slots), absorb=True, rank=plan[i].rank, state_bits=plan[i].state_bits)
     job.plan = tuple(plan)
     job.facts |= {
         "layer_budgets": allocate.option(divided),

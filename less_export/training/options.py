@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 
 from ..config import ExportConfig, HalfLife, MaxDistance
-from ..contract import SlotDtype
+from ..contract import SlotDtype, StateBits
 from ..errors import UsageError
-from ..less.feature_maps import PARAMETRISATIONS
+from ..less.feature_maps import PARAMETRISATIONS, state_for
 from ..less.policies import by_name, choosable
 
 Quality = Literal["fast", "high"]
@@ -38,6 +38,7 @@ class TrainConfig:
         layer_budgets: as in an export, or ``"auto"``: divide the budget by what eviction costs in each layer.
         score_half_life: as in an export.
         slots: as in an export.
+        state: as in an export; 32 for ``"paper"``, whose psi does not sum to one.
         max_distance: as in an export.
         context: as in an export.
         compress_sliding: as in an export.
@@ -62,6 +63,7 @@ class TrainConfig:
     layer_budgets: str | None = None
     score_half_life: HalfLife | None = None
     slots: SlotDtype | None = None
+    state: StateBits | None = None
     max_distance: MaxDistance | None = None
     context: int | None = None
     compress_sliding: bool | None = None
@@ -102,7 +104,8 @@ class TrainConfig:
         """The options of the cache."""
         return ExportConfig(
             policy=self.policy, budget=self.budget, layer_budgets=None if self.divided else self.layer_budgets,
-            score_half_life=self.score_half_life, slots=self.slots, max_distance=self.max_distance,
+            score_half_life=self.score_half_life, slots=self.slots,
+            state=state_for(self.parametrisation, self.state), max_distance=self.max_distance,
             context=self.context, compress_sliding=self.compress_sliding,
         )  # fmt: skip
 

@@ -122,6 +122,7 @@ def prepare(
         "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
         "score_half_life": plan[chosen[0]].score_half_life,
         "slot_dtype": plan[chosen[0]].slot_dtype,
+        "state_bits": plan[chosen[0]].state_bits,
         "rotated": not opened.rotations,
         "max_distance": max((s.max_distance for s in plan if s.max_distance is not None), default=None),
         "compress_sliding": bool(cache.compress_sliding),

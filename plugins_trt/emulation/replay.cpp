@@ -21,7 +21,7 @@ struct Launch {
 
 // In the order of AttentionTensors; 0 for tensors that the layer does not have.
 std::vector<size_t> inputBytes(less::AttentionShape const& s) {
-    bool const codes = s.slotType == less::SlotType::kInt8;
+    bool const codes = s.slotType == less::SlotType::kInt8, means = s.stateType == less::StateType::kMeans16;
     size_t const item = s.dtype == less::DType::kFloat32 ? 4 : 2, batch = s.batch, slot = codes ? 1 : item;
     size_t const q = batch * s.queryHeads * s.chunk, k = batch * s.kvHeads * s.chunk, c = batch * s.kvHeads * s.slots;
     size_t const r = batch * s.kvHeads * s.rank;
@@ -32,13 +32,14 @@ std::vector<size_t> inputBytes(less::AttentionShape const& s) {
             k * s.rank * item,
             c * s.headDim * slot,
             c * s.headDim * slot,
-            c * s.rank * item,
+            c * s.rank * (means ? 1 : item),
             c * 4,
             c * 4,
-            r * s.headDim * 4,
+            r * s.headDim * (means ? 2 : 4),
             r * 4,
             codes ? c * 4 : 0,
             codes ? c * 4 : 0,
+            means ? r * 4 : 0,
             batch * 4,
             batch * 4,
             codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0,
@@ -64,9 +65,9 @@ cudaError_t run(Launch const& launch) {
     less::AttentionTensors tensors{};
     auto* const pointers = reinterpret_cast<void**>(&tensors);
     for (size_t i = 0; i < blocks.size(); ++i) pointers[i] = blocks[i].get();
-    pointers[19] = out.get();
-    for (size_t i = 0; i < 9; ++i) pointers[20 + i] = blocks[5 + i].get();
-    static_assert(sizeof(tensors) == 29 * sizeof(void*), "tensors are pointers, inputs first");
+    pointers[20] = out.get();
+    for (size_t i = 0; i < 10; ++i) pointers[21 + i] = blocks[5 + i].get();
+    static_assert(sizeof(tensors) == 31 * sizeof(void*), "tensors are pointers, inputs first");
     return less::enqueue(launch.shape, launch.rules, tensors, workspace.get(), counters.get(), nullptr);
 }
 

@@ -19,6 +19,11 @@ enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 // values are those of the node's attribute slot_bits. The rule of rounding is that of less_export/less/int8.py.
 enum class SlotType : int32_t { kModel = 0, kInt8 = 8 };
 
+// What the low-rank state keeps of what a feature absorbed: a sum in float32, or a mean in 16 bits, with psi of the
+// slots in 8 bits. The values are those of the node's attribute state_bits. The rule of rounding is that of
+// less_export/less/state16.py.
+enum class StateType : int32_t { kMeans16 = 16, kSums32 = 32 };
+
 // Decides which tokens keep a slot; the values are those of the operator's attribute.
 enum class Policy : int32_t { kH2O = 0, kTova = 1, kSink = 2, kWindow = 3, kFull = 4 };
 
@@ -38,12 +43,13 @@ struct AttentionShape {
     DType dtype;  // of q, k, v, psi, out, and of slots that are not int8
     int32_t batch, queryHeads, kvHeads, chunk, headDim, slots, rank;
     SlotType slotType;
-    int32_t distances = 0, rotary = 0;  // P and D_rot, the sizes of the table with maxDistance
+    int32_t distances = 0, rotary = 0;         // P and D_rot, the sizes of the table with maxDistance
+    StateType stateType = StateType::kSums32;  // kMeans16 goes with int8 slots and layers that absorb
 };
 
 // Inputs in the operator's order, then outputs. T below is the dtype of the shape, S that of the slots. present* must
-// either be the same memory as past* (in place) or not overlap it. Scales, keyMean and keyStd exist with int8 slots
-// only, rotary with maxDistance only.
+// either be the same memory as past* (in place) or not overlap it. The scales of slots, keyMean and keyStd exist with
+// int8 slots only, pastHScale with a state of 16 bits only, rotary with maxDistance only.
 struct AttentionTensors {
     void const* q;                // T   [B,Hq,T,D], rotary embedding applied unless there is maxDistance, as in k
     void const* k;                // T   [B,Hk,T,D]
@@ -52,13 +58,14 @@ struct AttentionTensors {
     void const* psiK;             // T   [B,Hk,T,R], >= 0
     void const* pastKey;          // S   [B,Hk,C,D]
     void const* pastValue;        // S   [B,Hk,C,D]
-    void const* pastPsi;          // T   [B,Hk,C,R]
+    void const* pastPsi;          // T   [B,Hk,C,R], int8 codes with a state of 16 bits
     float const* pastScore;       // f32 [B,Hk,C]
     int32_t const* pastPosition;  // i32 [B,Hk,C], -1 where the slot is empty
-    float const* pastH;           // f32 [B,Hk,R,D]
+    void const* pastH;            // f32 [B,Hk,R,D] sums, or int8 [B,Hk,R,2D]: D high bytes of means, then D low ones
     float const* pastZ;           // f32 [B,Hk,R]
     float const* pastKeyScale;    // f32 [B,Hk,C]
     float const* pastValueScale;  // f32 [B,Hk,C]
+    float const* pastHScale;      // f32 [B,Hk,R], what a unit of a mean stands for
     int32_t const* pastLength;    // i32 [B], tokens seen before the chunk
     int32_t const* newLength;     // i32 [B], valid tokens of the chunk, 0..T
     float const* keyMean;         // f32 [Hk,D], keys are centred with these before they are rounded
@@ -70,10 +77,11 @@ struct AttentionTensors {
     void* presentPsi;
     float* presentScore;
     int32_t* presentPosition;
-    float* presentH;
+    void* presentH;
     float* presentZ;
     float* presentKeyScale;
     float* presentValueScale;
+    float* presentHScale;
 };
 
 // The table of a layer with maxDistance: row d holds the cosines of the angles of distance d (D_rot / 2), then the

@@ -69,6 +69,7 @@ struct LayerSpec {
     std::optional<int64_t> scoreHalfLife{};  // tokens after which a score of h2o counts half; none: scores never fade
     SlotDtype slotDtype = SlotDtype::kModel;
     std::optional<int64_t> maxDistance{};  // largest distance in tokens that a slot is seen at; none: any
+    int64_t stateBits = 32;  // 32: sums in float32; 16: means in two int8 planes with a scale, and psi of slots in int8
 };
 
 // One input or output of the graph.

@@ -157,7 +157,9 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     }
 
     // ---- low-rank term and output
-    float const* const h = p.t.presentH + head * R * D;
+    bool const inMeans = keepsMeans(p.shape);
+    Means const means = Means::of(p.t, head, p.shape);
+    float const* const h = static_cast<float const*>(p.t.presentH) + head * R * D;
     float const* const z = p.t.presentZ + head * R;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -190,15 +192,16 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
         if (rules.absorb) {
             for (int f = 0; f < R; ++f) {
                 if (!(z[f] > 0.f)) continue;
-                float const part = expDifference(logPhi[f] + __logf(z[f]), all), weight = part / z[f];
+                float const part = expDifference(logPhi[f] + __logf(z[f]), all);
+                float const weight = inMeans ? part * means.scales[f] : part / z[f];
                 total += part;
 #pragma unroll
                 for (int i = 0; i < W / 8; ++i) {
                     int const d = i * 8 + t * 2;
                     if (d >= D) continue;
-                    float2 const mean = *reinterpret_cast<float2 const*>(h + f * D + d);
-                    o[i][2 * r] += weight * mean.x;
-                    o[i][2 * r + 1] += weight * mean.y;
+                    float2 const x = inMeans ? means.codes(f, d) : *reinterpret_cast<float2 const*>(h + f * D + d);
+                    o[i][2 * r] += weight * x.x;
+                    o[i][2 * r + 1] += weight * x.y;
                 }
             }
         }

@@ -3,9 +3,9 @@
 // Each block reads its share of a KV head's slots once, for all query heads of the group, with a running maximum per
 // head. The block that finishes last (with one split, the only one) merges the shares in order, adds the new token and
 // the low-rank term, updates the scores, chooses which token leaves, absorbs it into H and z while reading H for the
-// output, and stores the new token. S is the type of the slots. With Turns, for a layer with a largest distance, the
-// slots' keys are rotated as they are read; the new token and its queries are at distance 0, which leaves them as they
-// are.
+// output (means of 16 bits: afterwards, as they are rounded together), and stores the new token. S is the type of the
+// slots. With Turns, for a layer with a largest distance, the slots' keys are rotated as they are read; the new token
+// and its queries are at distance 0, which leaves them as they are.
 #pragma once
 
 #include "decode_block.cuh"
@@ -218,7 +218,9 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
 
     // ---- one warp per head: new token, low-rank term, all weights
     Elements<T> const newKey(p.t.k, p.shape.dtype, head * D), newValue(p.t.v, p.shape.dtype, head * D);
-    float* const h = p.t.presentH + head * R * D;
+    bool const inMeans = keepsMeans<S>(p.shape);
+    Means const means = Means::of(p.t, head, p.shape);
+    float* const h = static_cast<float*>(p.t.presentH) + head * R * D;
     float* const z = p.t.presentZ + head * R;
     float const* const logPhi = p.t.logPhiQ + head * G * R;
     for (int g = warp; g < G; g += kWarps) {
@@ -252,7 +254,8 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
             for (int r = lane; r < R; r += kWarpSize) {
                 float const part = z[r] > 0.f ? expDifference(logPhi[g * R + r] + __logf(z[r]), all) : 0.f;
                 lowTotal += part;
-                lowWeight[g * R + r] = z[r] > 0.f ? part / z[r] : 0.f;
+                float const mean = inMeans ? part * means.scales[r] : part / z[r];
+                lowWeight[g * R + r] = z[r] > 0.f ? mean : 0.f;
             }
             lowTotal = warpSum(lowTotal);
         }
@@ -304,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     int const victim = evict ? static_cast<int>(0xffffffffu - static_cast<unsigned>(choice.victim)) : C;
     int const target = min(choice.free, victim);  // where the new token goes
     int const leaver = min(choice.leaving, victim);
-    bool const absorbs = rules.absorb && leaver < C;
+    bool const absorbs = rules.absorb && !inMeans && leaver < C, moves = inMeans && leaver < C;
 
     // ---- output; the same pass absorbs the first leaver into H and z
     Elements<T> const psis(p.t.presentPsi, p.shape.dtype, head * C * R);
@@ -334,16 +337,24 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
                 }
                 result[g] = sum * oldWeight[tile + g] + newElement * newWeight[tile + g];
             }
-            if (rules.absorb) {
+            auto const addFeatures = [&](auto const& element) {
 #pragma unroll 8
                 for (int r = 0; r < R; ++r) {
-                    float const mean = h[r * D + d];
+                    float const x = element(r);
 #pragma unroll
                     for (int g = 0; g < GT; ++g) {
-                        if (tile + g < G) result[g] += lowWeight[(tile + g) * R + r] * mean;
+                        if (tile + g < G) result[g] += lowWeight[(tile + g) * R + r] * x;
                     }
-                    if (update) h[r * D + d] = mean + leaverPsi[r] * leaverValue;
                 }
+            };
+            if (inMeans) {
+                addFeatures([&](int r) { return means.code(r, d); });
+            } else if (rules.absorb) {
+                addFeatures([&](int r) {
+                    float const sum = h[r * D + d];
+                    if (update) h[r * D + d] = sum + leaverPsi[r] * leaverValue;
+                    return sum;
+                });
             }
 #pragma unroll
             for (int g = 0; g < GT; ++g) {
@@ -352,10 +363,15 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
         }
     }
     // Several tokens leave at once only if the state was not produced step by step; the sum is the same.
-    if (rules.absorb && choice.leavers > 1) {
-        __syncthreads();  // other threads may still be updating H
+    bool const several = choice.leavers > 1;
+    auto const leavesToo = [&](int c) { return positions[c] >= 0 && !mayStay(rules, positions[c], next); };
+    if (moves || (absorbs && several)) __syncthreads();  // other threads may still read means, or update H
+    if (moves) {
+        auto const leaves = [&](int c) { return c == leaver || leavesToo(c); };
+        absorbInMeans<kWidth>(means, values, leaver, several ? C : leaver + 1, leaves, now);
+    } else if (absorbs && several) {
         for (int c = leaver + 1; c < C; ++c) {
-            if (positions[c] < 0 || mayStay(rules, positions[c], next)) continue;
+            if (!leavesToo(c)) continue;
             for (int x = tid; x < R * D; x += kThreads) {
                 h[x] += psis[static_cast<long>(c) * R + x / D] * values.at(c, x % D);
             }
@@ -367,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     // ---- slots: free those of the leavers, store the new token
     if (choice.leavers > 0) {
         for (int c = tid; c < C; c += kThreads) {
-            if (c != target && positions[c] >= 0 && !mayStay(rules, positions[c], next)) positions[c] = -1;
+            if (c != target && leavesToo(c)) positions[c] = -1;
         }
     }
     if (tid == 0 && victim < C && victim != target) positions[victim] = -1;
@@ -375,7 +391,11 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
     if (warp == 0) keys.store(target, [&](int d) { return centring.centred(newKey[d], d); });
     if (warp == 1) values.store(target, [&](int d) { return newValue[d]; });
     Elements<T> const newPsi(p.t.psiK, p.shape.dtype, head * R);
-    for (int r = tid; r < R; r += kThreads) psis.set(static_cast<long>(target) * R + r, newPsi[r]);
+    if (inMeans) {
+        if (warp == 2) storePsi(means.psiOf(target), [&](int r) { return newPsi[r]; }, R);
+    } else {
+        for (int r = tid; r < R; r += kThreads) psis.set(static_cast<long>(target) * R + r, newPsi[r]);
+    }
     if (tid == 0) {
         float score = 0.f;
         if (scores) {

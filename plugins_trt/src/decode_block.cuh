@@ -3,6 +3,7 @@
 
 #include "rotary.cuh"
 #include "rules.cuh"
+#include "state.cuh"
 
 namespace less {
 
@@ -32,6 +33,29 @@ struct DecodeLayout {
         return kHeads + group * (kHeadStats + rank) + rank + group * logits;
     }
 };
+
+// Moves the means to those after a step at position `past` in which the slots c in [first, end) with leaves(c) lose
+// their tokens; called by all threads. W is D, rounded up.
+template <int W, class S, class Leaves>
+__device__ __forceinline__ void absorbInMeans(Means const& means, SlotRows<S> const& values, int first, int end,
+                                              Leaves const& leaves, int past) {
+    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    for (int r = warp; r < means.R; r += kWarps) {
+        float total[W / kWarpSize] = {}, mass = 0.f;
+        for (int c = first; c < end; ++c) {
+            if (!leaves(c)) continue;
+            int8_t const* const codes = means.psiOf(c);
+            float const share = shareOf(codes[r], warpCodeSum(codes, means.R));
+            mass += share;
+#pragma unroll
+            for (int i = 0; i < W / kWarpSize; ++i) {
+                int const d = lane + i * kWarpSize;
+                if (d < means.D) total[i] += share * values.at(c, d);
+            }
+        }
+        means.absorb<W>(r, mass, [&](int i) { return total[i]; }, past);
+    }
+}
 
 // What a block determines about the slots of its head.
 struct Choice {

@@ -16,6 +16,7 @@ constexpr int kMaxGroup = 128;
 cudaError_t copyState(AttentionShape const& s, AttentionTensors const& t, cudaStream_t stream) {
     size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, item = s.dtype == DType::kFloat32 ? 4 : 2;
     size_t const code = s.slotType == SlotType::kInt8 ? 1 : item, scales = heads * s.slots * sizeof(float);
+    bool const means = s.stateType == StateType::kMeans16;
     struct {
         void const* past;
         void* present;
@@ -23,13 +24,14 @@ cudaError_t copyState(AttentionShape const& s, AttentionTensors const& t, cudaSt
     } const state[] = {
         {t.pastKey, t.presentKey, heads * s.slots * s.headDim * code},
         {t.pastValue, t.presentValue, heads * s.slots * s.headDim * code},
-        {t.pastPsi, t.presentPsi, heads * s.slots * s.rank * item},
+        {t.pastPsi, t.presentPsi, heads * s.slots * s.rank * (means ? 1 : item)},
         {t.pastScore, t.presentScore, heads * s.slots * sizeof(float)},
         {t.pastPosition, t.presentPosition, heads * s.slots * sizeof(int32_t)},
-        {t.pastH, t.presentH, heads * s.rank * s.headDim * sizeof(float)},
+        {t.pastH, t.presentH, heads * s.rank * s.headDim * (means ? 2 : sizeof(float))},
         {t.pastZ, t.presentZ, heads * s.rank * sizeof(float)},
         {t.pastKeyScale, t.presentKeyScale, scales},  // without int8 slots, these are nullptr
         {t.pastValueScale, t.presentValueScale, scales},
+        {t.pastHScale, t.presentHScale, heads * s.rank * sizeof(float)},  // the same without means
     };
     for (auto const& tensor : state) {
         if (tensor.past == tensor.present) continue;
@@ -54,6 +56,9 @@ char const* whyUnsupported(AttentionShape const& s, AttentionRules const& r) noe
     if (s.rank < 1 || s.rank > kMaxRank) return "the rank must be 1 to 64";
     if (s.slotType != SlotType::kModel && s.slotType != SlotType::kInt8)
         return "slots have 8 bits, or those of the model";
+    if (s.stateType != StateType::kMeans16 && s.stateType != StateType::kSums32) return "a state has 16 or 32 bits";
+    if (s.stateType == StateType::kMeans16 && (s.slotType != SlotType::kInt8 || r.absorb == 0))
+        return "a state of 16 bits goes with int8 slots and layers that absorb";
     if (s.slots < 1) return "a layer needs at least one slot";
     if (policy < 0 || policy > static_cast<int>(Policy::kFull)) return "unknown policy";
     if (r.heavy < 0 || r.recent < 1 || r.window < 0) return "heavy and window must be at least 0, recent at least 1";

@@ -15,7 +15,8 @@ using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 
 // An input of the operator: its axes by letter (Q: query heads, H: KV heads, P: distances, E: rotated channels) and its
-// dtype ('T': that of q, 'S': that of the slots, 'f': float32, 'i': int32).
+// dtype ('T': that of q, 'S': that of the slots, 'P' and 'H': those of psi in slots and of past_h, 'f': float32, 'i':
+// int32).
 struct TensorRule {
     char const* name;
     char const* axes;
@@ -30,13 +31,14 @@ constexpr TensorRule kRules[kInputs] = {
     {"psi_k", "BHTR", 'T'},
     {"past_key", "BHCD", 'S'},
     {"past_value", "BHCD", 'S'},
-    {"past_psi", "BHCR", 'T'},
+    {"past_psi", "BHCR", 'P'},
     {"past_score", "BHC", 'f'},
     {"past_position", "BHC", 'i'},
-    {"past_h", "BHRD", 'f'},
+    {"past_h", "BHRD", 'H'},
     {"past_z", "BHR", 'f'},
     {"past_key_scale", "BHC", 'f'},
     {"past_value_scale", "BHC", 'f'},
+    {"past_h_scale", "BHR", 'f'},
     {"past_length", "B", 'i'},
     {"new_length", "B", 'i'},
     {"key_mean", "HD", 'f'},
@@ -45,14 +47,14 @@ constexpr TensorRule kRules[kInputs] = {
 };
 
 constexpr Field kFields[] = {
-    {"scale", PluginFieldType::kFLOAT32},      {"policy", PluginFieldType::kINT32},
-    {"heavy", PluginFieldType::kINT32},        {"recent", PluginFieldType::kINT32},
-    {"window", PluginFieldType::kINT32},       {"absorb", PluginFieldType::kINT32},
-    {"decay", PluginFieldType::kFLOAT32},      {"slot_bits", PluginFieldType::kINT32},
-    {"max_distance", PluginFieldType::kINT32},
+    {"scale", PluginFieldType::kFLOAT32},    {"policy", PluginFieldType::kINT32},
+    {"heavy", PluginFieldType::kINT32},      {"recent", PluginFieldType::kINT32},
+    {"window", PluginFieldType::kINT32},     {"absorb", PluginFieldType::kINT32},
+    {"decay", PluginFieldType::kFLOAT32},    {"slot_bits", PluginFieldType::kINT32},
+    {"state_bits", PluginFieldType::kINT32}, {"max_distance", PluginFieldType::kINT32},
 };
 // Graphs of version 1 of the operator have no decay: their scores never fade. Without slot_bits, slots are not int8;
-// without max_distance, q and k come rotated.
+// without state_bits, H has float32 sums; without max_distance, q and k come rotated.
 constexpr size_t kRequired = 6;
 static_assert(std::size(kFields) == kFieldCount, "as many as the header says");
 
@@ -125,6 +127,35 @@ void refuse(std::string const& message) { throw std::invalid_argument(message); 
 
 Field const& fieldAt(size_t index) { return kFields[index]; }
 
+bool Attributes::has(Input input) const {
+    switch (input) {
+        case kPastKeyScale:
+        case kPastValueScale:
+        case kKeyMean:
+        case kKeyStd:
+            return int8();
+        case kPastHScale:
+            return means16();
+        case kRotary:
+            return turns();
+        default:
+            return true;
+    }
+}
+
+int32_t Attributes::inputs() const {
+    int32_t count = 0;
+    for (int32_t i = 0; i < kInputs; ++i) count += has(Input(i));
+    return count;
+}
+
+int32_t Attributes::input(int32_t index) const {
+    int32_t place = 0;
+    for (int32_t left = index;; ++place) {
+        if (has(Input(place)) && left-- == 0) return place;
+    }
+}
+
 char const* nameOf(Attributes const& node, int32_t input) { return ruleOf(node, input).name; }
 
 Attributes attributesOf(nvinfer1::PluginFieldCollection const& fields) {
@@ -149,14 +180,19 @@ Attributes attributesOf(nvinfer1::PluginFieldCollection const& fields) {
                          integer(*attributes[4]),
                          integer(*attributes[5]),
                          attributes[6] == nullptr ? 1.f : number(*attributes[6]),
-                         attributes[8] == nullptr ? 0 : integer(*attributes[8])};
+                         attributes[9] == nullptr ? 0 : integer(*attributes[9])};
     if (rules.policy > Policy::kFull) refuse("attribute policy must be 0 to 4");
     if (rules.absorb > 1) refuse("attribute absorb must be 0 or 1");
     if (rules.recent < 1) refuse("attribute recent must be at least 1");
     if (!(rules.decay > 0.f && rules.decay <= 1.f)) refuse("attribute decay must be above 0 and at most 1");
     int32_t const bits = attributes[7] == nullptr ? 0 : integer(*attributes[7]);
     if (bits != 0 && bits != 8) refuse("attribute slot_bits must be 0 or 8");
-    return {rules, SlotType{bits}};
+    int32_t const state = attributes[8] == nullptr ? 0 : integer(*attributes[8]);
+    if (state != 0 && state != 16 && state != 32) refuse("attribute state_bits must be 16 or 32");
+    StateType const stateType = state == 16 ? StateType::kMeans16 : StateType::kSums32;
+    if (stateType == StateType::kMeans16 && (bits != 8 || rules.absorb == 0))
+        refuse("attribute state_bits is 16, which needs slot_bits 8 and absorb 1");
+    return {rules, SlotType{bits}, stateType};
 }
 
 void checkCounts(Attributes const& node, int32_t nbInputs, int32_t nbOutputs) {
@@ -167,8 +203,9 @@ void checkCounts(Attributes const& node, int32_t nbInputs, int32_t nbOutputs) {
 
 DataType expectedType(Attributes const& node, int32_t input, DataType q) {
     char const dtype = ruleOf(node, input).dtype;
-    if (dtype == 'S' && node.slotType == SlotType::kInt8) return DataType::kINT8;
-    return dtype == 'f' ? DataType::kFLOAT : dtype == 'i' ? DataType::kINT32 : q;
+    if (dtype == 'S' && node.int8()) return DataType::kINT8;
+    if ((dtype == 'P' || dtype == 'H') && node.means16()) return DataType::kINT8;
+    return dtype == 'f' || dtype == 'H' ? DataType::kFLOAT : dtype == 'i' ? DataType::kINT32 : q;
 }
 
 void checkTypes(Attributes const& node, TypeOf const& typeOf) {
@@ -191,11 +228,13 @@ AttentionShape agreedShape(Attributes const& node, DataType q, DimsOf const& dim
                    std::to_string(std::strlen(rule.axes)) + " dimensions");
         for (int32_t i = 0; i < dims.nbDims; ++i) {
             int64_t& size = sizes[std::strchr(kAxes, rule.axes[i]) - kAxes];
+            int64_t const planes = rule.dtype == 'H' && rule.axes[i] == 'D' && node.means16() ? 2 : 1;
             if (dims.d[i] == -1) continue;
-            if (dims.d[i] <= 0 || dims.d[i] > INT32_MAX || (size != 0 && size != dims.d[i]))
+            if (dims.d[i] <= 0 || dims.d[i] > INT32_MAX || dims.d[i] % planes != 0 ||
+                (size != 0 && planes * size != dims.d[i]))
                 refuse(std::string(rule.name) + " has shape " + text(dims) + ", but dimension " + std::to_string(i) +
-                       (size != 0 ? " must be " + std::to_string(size) : " is out of range"));
-            size = dims.d[i];
+                       (size != 0 ? " must be " + std::to_string(planes * size) : " is out of range"));
+            size = dims.d[i] / planes;
         }
     }
     auto const at = [&](char axis) { return static_cast<int32_t>(sizes[std::strchr(kAxes, axis) - kAxes]); };
@@ -203,7 +242,7 @@ AttentionShape agreedShape(Attributes const& node, DataType q, DimsOf const& dim
         refuse("q has " + std::to_string(at('Q')) + " heads, not a multiple of the " + std::to_string(at('H')) +
                " KV heads");
     return {computeDType(q), at('B'), at('Q'),       at('H'), at('T'), at('D'),
-            at('C'),         at('R'), node.slotType, at('P'), at('E')};
+            at('C'),         at('R'), node.slotType, at('P'), at('E'), node.stateType};
 }
 
 AttentionShape checkedShape(Attributes const& node, TypeOf const& typeOf, DimsOf const& dimsOf) {
@@ -222,6 +261,7 @@ AttentionShape shapeOf(Attributes const& node, PluginTensorDesc const* in) {
     AttentionShape shape{
         computeDType(in[kQ].type), n(q.d[0]),    n(q.d[1]), n(slots.d[1]), n(q.d[2]), n(q.d[3]), n(slots.d[2]),
         n(in[kPastZ].dims.d[2]),   node.slotType};
+    shape.stateType = node.stateType;
     if (node.turns()) {
         Dims const& table = in[node.inputs() - 1].dims;
         shape.distances = n(table.d[0]);
@@ -248,10 +288,11 @@ AttentionTensors tensorsOf(Attributes const& node, void const* const* inputs, vo
             in[kPastPsi],
             floats(kPastScore),
             ints(kPastPosition),
-            floats(kPastH),
+            in[kPastH],
             floats(kPastZ),
             floats(kPastKeyScale),
             floats(kPastValueScale),
+            floats(kPastHScale),
             ints(kPastLength),
             ints(kNewLength),
             floats(kKeyMean),
@@ -263,10 +304,11 @@ AttentionTensors tensorsOf(Attributes const& node, void const* const* inputs, vo
             out[kPresentPsi],
             results(kPresentScore),
             static_cast<int32_t*>(out[kPresentPosition]),
-            results(kPresentH),
+            out[kPresentH],
             results(kPresentZ),
             results(kPresentKeyScale),
-            results(kPresentValueScale)};
+            results(kPresentValueScale),
+            results(kPresentHScale)};
 }
 
 }  // namespace less

@@ -12,8 +12,8 @@
 
 namespace less {
 
-// Inputs and outputs in the operator's order. Nodes without int8 slots lack the scales, key_mean and key_std, those
-// without a largest distance lack rotary.
+// Inputs and outputs in the operator's order. Nodes without int8 slots lack their scales, key_mean and key_std, those
+// without a state of 16 bits lack its scales, those without a largest distance lack rotary.
 enum Input : int32_t {
     kQ,
     kK,
@@ -29,6 +29,7 @@ enum Input : int32_t {
     kPastZ,
     kPastKeyScale,
     kPastValueScale,
+    kPastHScale,
     kPastLength,
     kNewLength,
     kKeyMean,
@@ -47,6 +48,7 @@ enum Output : int32_t {
     kPresentZ,
     kPresentKeyScale,
     kPresentValueScale,
+    kPresentHScale,
     kOutputs
 };
 
@@ -54,16 +56,16 @@ enum Output : int32_t {
 struct Attributes {
     AttentionRules rules;
     SlotType slotType;
+    StateType stateType;
 
     bool int8() const { return slotType == SlotType::kInt8; }
     bool turns() const { return rules.maxDistance > 0; }
-    int32_t inputs() const { return (int8() ? kRotary : kRotary - 4) + (turns() ? 1 : 0); }
-    int32_t outputs() const { return int8() ? kOutputs : kOutputs - 2; }
+    bool means16() const { return stateType == StateType::kMeans16; }
+    bool has(Input input) const;
+    int32_t inputs() const;
+    int32_t outputs() const { return kOutputs - (means16() ? 0 : 1) - (int8() ? 0 : 2); }
     // The place of a node's input in Input.
-    int32_t input(int32_t index) const {
-        if (turns() && index == inputs() - 1) return kRotary;
-        return int8() || index < kPastKeyScale ? index : index + kPastLength - kPastKeyScale;
-    }
+    int32_t input(int32_t index) const;
 };
 
 // The node's input whose memory an output is written into, -1 for `out`.
@@ -74,7 +76,7 @@ struct Field {
     char const* name;
     nvinfer1::PluginFieldType type;
 };
-inline constexpr size_t kFieldCount = 9;
+inline constexpr size_t kFieldCount = 10;
 Field const& fieldAt(size_t index);
 
 [[noreturn]] void refuse(std::string const& message);

@@ -48,9 +48,11 @@ LessAttentionPlugin::LessAttentionPlugin(Attributes const& attributes) : attribu
                    " window=" + std::to_string(rules.window) + " absorb=" + std::to_string(rules.absorb) +
                    " decay=" + std::to_string(rules.decay) +
                    " slot_bits=" + std::to_string(static_cast<int>(attributes_.slotType)) +
+                   " state_bits=" + std::to_string(static_cast<int>(attributes_.stateType)) +
                    " max_distance=" + std::to_string(rules.maxDistance);
-    void const* const values[] = {&rules.scale,  &rules.policy, &rules.heavy,          &rules.recent,     &rules.window,
-                                  &rules.absorb, &rules.decay,  &attributes_.slotType, &rules.maxDistance};
+    void const* const values[] = {&rules.scale,           &rules.policy,     &rules.heavy, &rules.recent,
+                                  &rules.window,          &rules.absorb,     &rules.decay, &attributes_.slotType,
+                                  &attributes_.stateType, &rules.maxDistance};
     for (size_t i = 0; i < kFieldCount; ++i) fields_[i] = {fieldAt(i).name, values[i], fieldAt(i).type, 1};
     collection_ = {static_cast<int32_t>(kFieldCount), fields_};
 }

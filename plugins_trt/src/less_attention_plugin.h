@@ -15,8 +15,8 @@ namespace less {
 inline constexpr char const* kPluginName = "LessAttention";
 // A plan names the plugin version that it was built with, and runs with that one only. It stays 1 as long as every
 // layer that an older library ran means the same: a library refuses fields that it does not know, so a new field that
-// may be missing (`decay`, `slot_bits`) needs no new version. Two creators of one name are no way out: TensorRT-RTX 1.7
-// forgets only one of them when it unloads the library, and then refuses to load it again.
+// may be missing (`decay`, `slot_bits`, `state_bits`) needs no new version. Two creators of one name are no way out:
+// TensorRT-RTX 1.7 forgets only one of them when it unloads the library, and then refuses to load it again.
 inline constexpr char const* kPluginVersion = "1";
 inline constexpr char const* kPluginNamespace = "";
 

@@ -1,4 +1,4 @@
-// Prefills one chunk with up to seven kernels, one after another.
+// Prefills one chunk with up to eight kernels, one after another.
 #include <algorithm>
 
 #include "attend.cuh"
@@ -34,15 +34,18 @@ size_t turnedBytes(AttentionShape const& s) {
 }
 
 struct Workspace {
-    size_t statistics, gained, fates, freed, rounding, turned;  // aligned bytes of each part; there are two statistics
+    // Aligned bytes of each part; there are two statistics.
+    size_t statistics, gained, fates, freed, rounding, psis, psiSums, turned;
     Workspace(AttentionShape const& s, AttentionRules const& rules)
         : statistics(aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
           gained(aligned(static_cast<size_t>(s.batch) * s.queryHeads * (s.slots + s.chunk) * sizeof(float))),
           fates(aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(int))),
           freed(aligned(headsOf(s) * s.slots * sizeof(int))),
           rounding(measures(s, rules) ? aligned(headsOf(s) * s.chunk * sizeof(float)) : 0),
+          psis(keepsMeans(s) ? aligned(headsOf(s) * s.chunk * s.rank) : 0),
+          psiSums(keepsMeans(s) ? aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(float)) : 0),
           turned(rules.maxDistance > 0 ? aligned(turnedBytes(s)) : 0) {}
-    size_t total() const { return 2 * statistics + gained + fates + freed + rounding + turned; }
+    size_t total() const { return 2 * statistics + gained + fates + freed + rounding + psis + psiSums + turned; }
 };
 
 unsigned tilesOf(int n) { return static_cast<unsigned>((n + kTileRows - 1) / kTileRows); }
@@ -102,6 +105,11 @@ cudaError_t runPrefill(Mode mode, PrefillParams const& params, cudaStream_t stre
         status = run(mode, measureKernel<T>, tokens, 0, params, stream);
         if (status != cudaSuccess) return status;
     }
+    if (keepsMeans(s)) {
+        dim3 const all(tilesOf(s.slots) + tilesOf(s.chunk), heads, batch);
+        status = run(mode, psiKernel, all, 0, params, stream);
+        if (status != cudaSuccess) return status;
+    }
     if (params.rules.absorb) {
         int const lanes = kThreads / (s.headDim / 8);
         dim3 const grid((s.rank + kFeatures - 1) / kFeatures, heads, batch);
@@ -126,13 +134,18 @@ cudaError_t prefill(Mode mode, AttentionShape const& shape, AttentionRules const
         if (memory != nullptr) memory += size;
         return part;
     };
-    PrefillParams params{rules, shape, tensors, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    PrefillParams params{};
+    params.rules = rules;
+    params.shape = shape;
+    params.t = tensors;
     params.peaks = reinterpret_cast<float*>(take(bytes.statistics));
     params.scales = reinterpret_cast<float*>(take(bytes.statistics));
     params.gained = reinterpret_cast<float*>(take(bytes.gained));
     params.fates = reinterpret_cast<int*>(take(bytes.fates));
     params.freed = reinterpret_cast<int*>(take(bytes.freed));
     params.rounding = reinterpret_cast<float*>(take(bytes.rounding));
+    params.psis = reinterpret_cast<int8_t*>(take(bytes.psis));
+    params.psiSums = reinterpret_cast<float*>(take(bytes.psiSums));
     params.turned = take(bytes.turned);
     return withType(shape.dtype, [&](auto type) {
         using T = decltype(type);

@@ -160,8 +160,9 @@ LESS_EXPORT void lessOnError(void (*sink)(char const*)) noexcept { less::errorSi
 LESS_EXPORT char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim,
                                            int32_t slots, int32_t rank, float scale, int32_t policy, int32_t heavy,
                                            int32_t recent, int32_t window, int32_t absorb, float decay,
-                                           int32_t slotBits) noexcept {
-    less::AttentionShape const shape{less::DType{dtype},      1, queryHeads, kvHeads, 1, headDim, slots, rank,
-                                     less::SlotType{slotBits}};
+                                           int32_t slotBits, int32_t stateBits) noexcept {
+    less::AttentionShape shape{less::DType{dtype},      1, queryHeads, kvHeads, 1, headDim, slots, rank,
+                               less::SlotType{slotBits}};
+    shape.stateType = less::StateType{stateBits};
     return less::whyUnsupported(shape, {scale, less::Policy{policy}, heavy, recent, window, absorb, decay});
 }

@@ -3,6 +3,7 @@
 
 #include "rotary.cuh"
 #include "rules.cuh"
+#include "state.cuh"
 #include "tiles.cuh"
 
 namespace less {
@@ -17,6 +18,8 @@ struct PrefillParams {
     int* fates;       // [B,Hk,C+T] what happens to each token, see settle.cuh
     int* freed;       // [B,Hk,C] slots to fill
     float* rounding;  // [B,Hk,T] scales of values of the chunk that are absorbed as int8 slots would hold them
+    int8_t* psis;     // [B,Hk,T,R] codes of psi of the chunk, with a state of 16 bits
+    float* psiSums;   // [B,Hk,C+T] their sums, and those of tokens that leave their slots
     void* turned;     // T [kParts,B,Hq,T,D] rotated queries in parts, with a largest distance
 };
 

@@ -3,6 +3,7 @@
 // selectKernel: grid (Hk, B), decides what happens to every token and updates scores and positions.
 // absorbKernel: grid (ceil(R / 8), Hk, B), adds all tokens that leave to H and z.
 // measureKernel: grid (ceil(T / 64), Hk, B), finds the scales of values that are absorbed, with int8 slots.
+// psiKernel: grid (ceil(C / 64) + ceil(T / 64), Hk, B), rounds psi, with a state of 16 bits.
 // placeKernel: grid (ceil(T / 64), Hk, B), stores new tokens that stay in their slots.
 // S is the type of the slots.
 #pragma once
@@ -191,6 +192,28 @@ __global__ void __launch_bounds__(kThreads) measureKernel(PrefillParams const p)
     }
 }
 
+static __global__ void __launch_bounds__(kThreads) psiKernel(PrefillParams const p) {
+    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, batch = blockIdx.z;
+    int const C = p.shape.slots, R = p.shape.rank, chunk = p.shape.chunk, count = min(p.t.newLength[batch], chunk);
+    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
+    Source const from =
+        sourceOf(static_cast<int>(blockIdx.x), (C + kTileRows - 1) / kTileRows, kTileRows, C, max(count, 0));
+    Elements<AnyType> const psi(p.t.psiK, p.shape.dtype, head * chunk * R);
+    int8_t* const held = static_cast<int8_t*>(p.t.presentPsi) + head * C * R;
+    int8_t* const fresh = p.psis + head * chunk * R;
+    int const end = count > 0 ? min(from.length, from.base + kTileRows) : 0;
+    for (int i = from.base + warp; i < end; i += kWarps) {
+        long const n = head * (C + chunk) + (from.chunk ? C : 0) + i, row = static_cast<long>(i) * R;
+        if (from.chunk) {
+            storePsi(fresh + row, [&](int r) { return psi[row + r]; }, R);
+        } else if (p.fates[n] != kLeaves) {
+            continue;
+        }
+        float const sum = warpCodeSum((from.chunk ? fresh : held) + row, R);
+        if (lane == 0) p.psiSums[n] = sum;
+    }
+}
+
 // Eight columns of the value of a token of [slots, chunk] as the state absorbs them, zeros unless it leaves.
 template <class T, class S>
 __device__ __forceinline__ void leavingValue(PrefillParams const& p, long head, int n, int column, bool leaves,
@@ -232,6 +255,7 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
     if (count <= 0) return;
     int const* const fates = p.fates + head * (C + chunk);
+    bool const inMeans = keepsMeans<S>(p.shape);
     int const vectors = D / 8, lanes = kThreads / vectors;  // tokens that the block processes at a time
     int const column = tid % vectors * 8, lane = tid / vectors;
     float acc[kFeatures][8], mass[kFeatures];
@@ -250,9 +274,14 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
             bool const leaves = n < C + count && fates[n] == kLeaves;
             long const row = n < C ? head * C + n : head * chunk + (n - C);
             T const* const psi = static_cast<T const*>(n < C ? p.t.presentPsi : p.t.psiK) + row * R + first;
+            int8_t const* const codes = (n < C ? static_cast<int8_t const*>(p.t.presentPsi) : p.psis) + row * R + first;
+            float const sum = inMeans && leaves ? p.psiSums[head * (C + chunk) + n] : 0.f;
             leavingValue<T, S>(p, head, n, column, leaves, values[u]);
 #pragma unroll
-            for (int r = 0; r < kFeatures; ++r) features[u][r] = leaves && first + r < R ? toFloat(psi[r]) : 0.f;
+            for (int r = 0; r < kFeatures; ++r) {
+                features[u][r] = 0.f;
+                if (leaves && first + r < R) features[u][r] = inMeans ? shareOf(codes[r], sum) : toFloat(psi[r]);
+            }
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
@@ -277,16 +306,25 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
             }
         }
         __syncthreads();
-        for (int d = tid; d < D; d += kThreads) {
+        auto const total = [&](int d) {
             float sum = 0.f;
             for (int l = 0; l < lanes; ++l) sum += sums[l * D + d];
-            p.t.presentH[(head * R + first + r) * D + d] += sum;
-        }
-        if (tid == 0) {
+            return sum;
+        };
+        auto const totalMass = [&] {
             float sum = 0.f;
             for (int l = 0; l < lanes; ++l) sum += masses[l];
-            p.t.presentZ[head * R + first + r] += sum;
+            return sum;
+        };
+        if (inMeans) {
+            auto const mine = [&](int i) { return total(tid + i * kWarpSize); };
+            Means const means = Means::of(p.t, head, p.shape);
+            if (tid < kWarpSize) means.absorb<256>(first + r, totalMass(), mine, p.t.pastLength[batch]);
+            continue;
         }
+        float* const h = static_cast<float*>(p.t.presentH) + (head * R + first + r) * D;
+        for (int d = tid; d < D; d += kThreads) h[d] += total(d);
+        if (tid == 0) p.t.presentZ[head * R + first + r] += totalMass();
     }
 }
 
@@ -307,8 +345,13 @@ __global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
                                                                           static_cast<T const*>(p.t.v) + from * D;
         keys.store(slot, [&](int d) { return centring.centred(toFloat(key[d]), d); });
         values.store(slot, [&](int d) { return toFloat(value[d]); });
-        for (int r = lane; r < R; r += kWarpSize) {
-            static_cast<T*>(p.t.presentPsi)[to * R + r] = static_cast<T const*>(p.t.psiK)[from * R + r];
+        auto const move = [&](auto* target, auto const* source) {
+            for (int r = lane; r < R; r += kWarpSize) target[to * R + r] = source[from * R + r];
+        };
+        if (keepsMeans<S>(p.shape)) {
+            move(static_cast<int8_t*>(p.t.presentPsi), p.psis);
+        } else {
+            move(static_cast<T*>(p.t.presentPsi), static_cast<T const*>(p.t.psiK));
         }
     }
 }

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 Scoring = Literal["none", "accumulate", "last"]
+#: More than the slots of a layer, and exact in float32: slots less this number are negative and in order.
+_BEFORE_ALL = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,15 @@ class EvictionPolicy(abc.ABC):
     fixed_recent: ClassVar[int | None] = None
     #: Whether :meth:`keep_onnx` takes TopK of the capacity, whose K TensorRT limits.
     uses_topk: ClassVar[bool] = False
+    #: Whether one new token always takes the slot that :meth:`taken_onnx` finds, and no other token loses its slot.
+    takes_one_slot: ClassVar[bool] = False
     #: Slots that may hold tokens which the next query of a sliding layer no longer sees.
     unseen: ClassVar[int] = 0
+
+    def __init_subclass__(cls) -> None:
+        """Another ``keep_onnx`` than that of a parent takes another slot."""
+        if "keep_onnx" in vars(cls) and "taken_onnx" not in vars(cls):
+            cls.takes_one_slot = False
 
     def __repr__(self) -> str:
         return f"<policy {self.name}>"
@@ -92,6 +101,15 @@ class EvictionPolicy(abc.ABC):
         """:meth:`keep` as ONNX nodes. ``op`` builds nodes, ``c`` has the fields of
         :class:`Candidates` as values, ``heavy``/``recent`` are i32 scalars, ``capacity`` an i64 [1]."""
 
+    def taken_onnx(self, op: Any, c: Any, heavy: Any, recent: Any, ticks: Any) -> Any:
+        """The slot that one new token takes in a layer without a window, i64 [B, Hk, 1]: an empty one, the first of
+        them, or that of the token that :meth:`keep` does not keep.
+
+        ``c`` has the fields of :class:`Candidates` for the slots alone, ``ticks`` are i64 [C], the slots' numbers.
+        Only policies with ``takes_one_slot`` need it; graphs of others take the general way.
+        """
+        raise NotImplementedError
+
     def why_impossible(self, layer: LayerNumbers) -> str | None:
         """Why a layer cannot have these numbers; None where it can."""
         return None
@@ -109,10 +127,17 @@ class EvictionPolicy(abc.ABC):
         return op.Add(op.Sub(end, window), op.i32(1 - self.unseen))
 
 
+def least_onnx(op: Any, c: Any, key: Any, ticks: Any) -> Any:
+    """The first empty slot, or the last of those with the least ``key`` [B, Hk, C], which is not negative."""
+    empty = op.CastLike(op.Sub(ticks, op.ints(_BEFORE_ALL)), key)
+    return op.ArgMin(op.Where(c.live, key, empty), axis=2, keepdims=1, select_last_index=1)
+
+
 class ScoredPolicy(EvictionPolicy):
     """Keeps the ``recent`` newest and then the highest scores; ties keep the lower index."""
 
     uses_topk = True
+    takes_one_slot = True
 
     def keep(self, c: Candidates, heavy: int, recent: int) -> torch.Tensor:
         import torch
@@ -133,6 +158,10 @@ class ScoredPolicy(EvictionPolicy):
         ones = op.Expand(op.f32(1.0), op.Shape(best))
         chosen = op.Greater(op.ScatterElements(zeros, best, ones, axis=2), op.f32(0.5))
         return op.And(chosen, c.live)
+
+    def taken_onnx(self, op: Any, c: Any, heavy: Any, recent: Any, ticks: Any) -> Any:
+        newest = op.GreaterOrEqual(c.position, op.Sub(c.end, recent))
+        return least_onnx(op, c, op.Where(newest, op.f32(3.0e38), c.score), ticks)
 
 
 class PositionalPolicy(EvictionPolicy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Candidates, PositionalPolicy
+from .base import Candidates, PositionalPolicy, least_onnx
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ SINKS = 4
 class Sink(PositionalPolicy):
     name = "sink"
     code = 2
+    takes_one_slot = True
 
     def split(self, budget: int) -> tuple[int, int]:
         heavy = min(SINKS, budget - 1)
@@ -28,3 +29,7 @@ class Sink(PositionalPolicy):
         first = op.Less(c.position, heavy)
         newest = op.GreaterOrEqual(c.position, op.Sub(c.end, recent))
         return op.And(c.live, op.Or(first, newest))
+
+    def taken_onnx(self, op: Any, c: Any, heavy: Any, recent: Any, ticks: Any) -> Any:
+        sinks = op.Less(c.position, heavy)
+        return least_onnx(op, c, op.Where(sinks, op.i32(2**31 - 1), c.position), ticks)

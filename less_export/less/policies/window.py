@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Candidates, LayerNumbers, PositionalPolicy
+from .base import Candidates, LayerNumbers, PositionalPolicy, least_onnx
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,7 @@ class _Lossless(PositionalPolicy):
     """Whatever is live stays."""
 
     evicts = False
+    takes_one_slot = True
 
     def split(self, budget: int) -> tuple[int, int]:
         return 0, budget
@@ -23,6 +24,9 @@ class _Lossless(PositionalPolicy):
 
     def keep_onnx(self, op: Any, c: Any, heavy: Any, recent: Any, capacity: Any) -> Any:
         return c.live
+
+    def taken_onnx(self, op: Any, c: Any, heavy: Any, recent: Any, ticks: Any) -> Any:
+        return least_onnx(op, c, c.position, ticks)
 
 
 class Window(_Lossless):

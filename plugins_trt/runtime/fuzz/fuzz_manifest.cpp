@@ -18,7 +18,9 @@ void useContract(Contract const& contract) {
     int64_t const row = contract.stateBytes();
     expect(row > 0 && row < (int64_t{1} << 60) / contract.maxBatch);
     size_t tensors = 0;
-    for (LayerSpec const& layer : contract.layers) tensors += layer.slotDtype == SlotDtype::kInt8 ? 9 : 7;
+    for (LayerSpec const& layer : contract.layers) {
+        tensors += 7 + (layer.slotDtype == SlotDtype::kInt8 ? 2 : 0) + (layer.stateBits == 16 ? 1 : 0);
+    }
     expect(contract.inputs().size() == 3 + tensors);
     for (TensorSpec const& spec : contract.outputs()) expect(spec.bytes(contract.maxBatch, contract.chunk) > 0);
     expect(contract.tokenLimit().value_or(1) > 0);

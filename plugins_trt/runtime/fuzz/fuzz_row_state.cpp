@@ -1,4 +1,4 @@
-// Files of row states, for three small contracts.
+// Files of row states, for small contracts.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -12,11 +12,12 @@ namespace {
 
 using namespace less;
 
-Contract contractOf(ElementType dtype, bool int8) {
+Contract contractOf(ElementType dtype, bool int8, bool means) {
     Contract c{};
     c.layers = {{2, 1, 2, 0.5, EvictionPolicy::kH2O, 1, 1, 0, true, 2, 2},
                 {2, 1, 2, 0.5, EvictionPolicy::kWindow, 0, 2, 2, false, 2, 1}};
     if (int8) c.layers[0].slotDtype = SlotDtype::kInt8;
+    if (int8 && means) c.layers[0].stateBits = 16;
     c.vocabSize = 9;
     c.dtype = dtype;
     c.chunk = c.maxBatch = 1;
@@ -47,7 +48,8 @@ extern "C" int LLVMFuzzerTestOneInput(uint8_t const* data, size_t size) {
     std::string_view const text(file.data(), file.size());
     bool const bfloat16 = text.find("U16") != std::string_view::npos;
     bool const int8 = text.find("I8") != std::string_view::npos;
-    Contract const contract = contractOf(bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, int8);
+    bool const means = text.find("h_scale") != std::string_view::npos;
+    Contract const contract = contractOf(bfloat16 ? ElementType::kBFloat16 : ElementType::kFloat16, int8, means);
     use(text, contract);
     // Again with the size of the header set right, so that the header may grow and shrink.
     auto const body = static_cast<size_t>(contract.stateBytes());

@@ -24,8 +24,12 @@ constexpr std::array<ElementType, 3> kComputeTypes = {ElementType::kFloat32, Ele
 constexpr std::array<char const*, 5> kPolicies = {"h2o", "tova", "sink", "window", "full"};
 constexpr int64_t kMaxBytes = int64_t{1} << 60;  // of all rows together, so that sums fit into 64 bits
 
-// The dtype of a state tensor: a fixed one, the compute dtype, or that of the slots.
-enum class Kind { kF32, kI32, kCompute, kSlots };
+// The dtype of a state tensor: a fixed one, that of keys and values in slots, of psi in slots, or of what features
+// absorbed.
+enum class Kind { kF32, kI32, kSlots, kPsi, kAbsorbed };
+
+bool hasInt8Slots(LayerSpec const& layer) { return layer.slotDtype == SlotDtype::kInt8; }
+bool hasMeans(LayerSpec const& layer) { return layer.stateBits == 16; }
 
 // One state tensor of a layer.
 struct Field {
@@ -33,24 +37,34 @@ struct Field {
     std::array<int64_t LayerSpec::*, 3> dims;  // the last may be nullptr
     Kind kind;
     int empty;
-    bool int8Only = false;  // whether only layers with int8 slots have it
+    bool (*has)(LayerSpec const&) = nullptr;  // which layers have it; nullptr: all
 };
-constexpr std::array<Field, 9> kFields = {{
+constexpr std::array<Field, 10> kFields = {{
     {"key", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::headDim}, Kind::kSlots, 0},
     {"value", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::headDim}, Kind::kSlots, 0},
-    {"psi", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::rank}, Kind::kCompute, 0},
+    {"psi", {&LayerSpec::kvHeads, &LayerSpec::capacity, &LayerSpec::rank}, Kind::kPsi, 0},
     {"score", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0},
     {"position", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kI32, -1},
-    {"h", {&LayerSpec::kvHeads, &LayerSpec::rank, &LayerSpec::headDim}, Kind::kF32, 0},
+    {"h", {&LayerSpec::kvHeads, &LayerSpec::rank, &LayerSpec::headDim}, Kind::kAbsorbed, 0},
     {"z", {&LayerSpec::kvHeads, &LayerSpec::rank, nullptr}, Kind::kF32, 0},
-    {"key_scale", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0, true},
-    {"value_scale", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0, true},
+    {"key_scale", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0, hasInt8Slots},
+    {"value_scale", {&LayerSpec::kvHeads, &LayerSpec::capacity, nullptr}, Kind::kF32, 0, hasInt8Slots},
+    {"h_scale", {&LayerSpec::kvHeads, &LayerSpec::rank, nullptr}, Kind::kF32, 0, hasMeans},
 }};
 
-ElementType typeOf(Kind kind, bool int8, ElementType compute) {
-    if (kind == Kind::kF32) return ElementType::kFloat32;
-    if (kind == Kind::kI32) return ElementType::kInt32;
-    return kind == Kind::kSlots && int8 ? ElementType::kInt8 : compute;
+ElementType typeOf(Kind kind, LayerSpec const& layer, ElementType compute) {
+    switch (kind) {
+        case Kind::kI32:
+            return ElementType::kInt32;
+        case Kind::kSlots:
+            return hasInt8Slots(layer) ? ElementType::kInt8 : compute;
+        case Kind::kPsi:
+            return hasMeans(layer) ? ElementType::kInt8 : compute;
+        case Kind::kAbsorbed:
+            return hasMeans(layer) ? ElementType::kInt8 : ElementType::kFloat32;
+        default:
+            return ElementType::kFloat32;
+    }
 }
 
 void require(bool ok, std::string const& why) {
@@ -93,11 +107,14 @@ LayerSpec parseLayer(Json const& data) {
     Json const* slots = data.find("slot_dtype");
     if (slots && slots->string() == "int8") s.slotDtype = SlotDtype::kInt8;
     s.maxDistance = optionalAt(data, "max_distance");
+    s.stateBits = optionalAt(data, "state_bits").value_or(s.stateBits);
     auto const check = [&label](bool ok, char const* why) { require(ok, "impossible layer (" + label + "): " + why); };
     check(s.queryHeads % s.kvHeads == 0, "query heads must be a multiple of KV heads");
     check(s.absorb || s.rank == 1, "a layer that absorbs nothing has rank 1");
     check(s.heavy + s.recent == s.capacity, "heavy + recent must equal the capacity");
     check(!s.scoreHalfLife || s.policy == EvictionPolicy::kH2O, "only the scores of h2o have a half-life");
+    check(s.stateBits == 16 || s.stateBits == 32, "a state has 16 or 32 bits");
+    check(!hasMeans(s) || (s.absorb && hasInt8Slots(s)), "a state of 16 bits goes with int8 slots");
     check(s.policy != EvictionPolicy::kTova || s.recent == 1, "tova protects only the newest token");
     check(s.policy != EvictionPolicy::kWindow || (s.window == s.recent && !s.absorb),
           "window keeps its window and absorbs nothing");
@@ -128,14 +145,14 @@ int64_t TensorSpec::bytes(int64_t batch, int64_t chunk) const {
 std::vector<StateTensor> Contract::state() const {
     std::vector<StateTensor> result;
     for (size_t layer = 0; layer < layers.size(); ++layer) {
-        bool const int8 = layers[layer].slotDtype == SlotDtype::kInt8;
         for (Field const& field : kFields) {
-            if (field.int8Only && !int8) continue;
+            if (field.has && !field.has(layers[layer])) continue;
             std::string const name = "." + std::to_string(layer) + "." + field.name;
-            TensorSpec past{"past" + name, typeOf(field.kind, int8, dtype), {kBatch}};
+            TensorSpec past{"past" + name, typeOf(field.kind, layers[layer], dtype), {kBatch}};
             for (auto const dim : field.dims) {
                 if (dim) past.shape.push_back(layers[layer].*dim);
             }
+            if (field.kind == Kind::kAbsorbed && hasMeans(layers[layer])) past.shape.back() *= 2;  // two planes
             TensorSpec const present{"present" + name, past.type, past.shape};
             int64_t const bytes = past.bytes(1, 1);
             result.push_back({past, present, bytes, field.empty});

@@ -8,7 +8,7 @@
 namespace less {
 namespace {
 
-constexpr int8_t kLargestCode = 127;  // in magnitude, of keys and values in int8
+constexpr int8_t kLargestCode = 127;  // in magnitude, of what slots hold in int8
 
 template <class T>
 T valueAt(std::byte const* data, size_t index) {
@@ -59,18 +59,21 @@ std::string invalidValues(RowState const& state, Contract const& contract) {
             }
             continue;
         }
-        // The values of a slot count only if it holds a token; h and z have no slots.
-        bool const inSlots = field != "h" && field != "z";
+        // The values of a slot count only if it holds a token; features have no slots.
+        bool const inSlots = field != "h" && field != "z" && field != "h_scale";
         auto const [positions, slots] = slotsOf.at(layerOf(tensor));
-        bool const atLeastZero = field == "z" || field == "key_scale" || field == "value_scale";
-        bool const code = tensor.past.type == ElementType::kInt8;
+        bool const scale = field == "key_scale" || field == "value_scale" || field == "h_scale";
+        bool const code = tensor.past.type == ElementType::kInt8 && field != "h";  // the planes of h hold any value
         size_t const perSlot = elements / slots;
         for (size_t n = 0; n < elements; ++n) {
             if (inSlots && valueAt<int32_t>(positions, n / perSlot) < 0) continue;
             if (code && valueAt<int8_t>(places[i], n) < -kLargestCode)
                 return tensor.past.name + " holds a code of -128";
             if (!isFinite(places[i], tensor.past.type, n)) return tensor.past.name + " holds NaN or infinity";
-            if (atLeastZero && valueAt<float>(places[i], n) < 0) return tensor.past.name + " is negative";
+            bool const negative = (scale || field == "z")  ? valueAt<float>(places[i], n) < 0
+                                  : field == "psi" && code ? valueAt<int8_t>(places[i], n) < 0
+                                                           : false;
+            if (negative) return tensor.past.name + " is negative";
         }
     }
     return "";

@@ -168,7 +168,8 @@ Rule contract() {
                                {"rank", positive()},
                                {"score_half_life", nullable(integer(1, kMaxHalfLife)), kOptional},
                                {"slot_dtype", text({"model", "int8"}), kOptional},
-                               {"max_distance", nullable(integer(1, kDistanceLimit)), kOptional}});
+                               {"max_distance", nullable(integer(1, kDistanceLimit)), kOptional},
+                               {"state_bits", integer(16, 32), kOptional}});
     return record({{"layers", listOf(layer, 1)},
                    {"vocab_size", positive()},
                    {"dtype", text({"float32", "float16", "bfloat16"})},

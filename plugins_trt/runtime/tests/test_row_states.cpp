@@ -76,9 +76,9 @@ std::string withoutChecksum(std::string const& file) {
 TEST(row_state_files) {
     Folder const folder;
     auto const file = folder.path / "state.safetensors";
-    for (Contract const& contract :
-         {twoLayers(ElementType::kFloat32), twoLayers(ElementType::kFloat16), twoLayers(ElementType::kFloat16, kInt8),
-          twoLayers(ElementType::kFloat32, kInt8), twoLayers(ElementType::kBFloat16)}) {
+    for (Contract const& contract : {twoLayers(ElementType::kFloat32), twoLayers(ElementType::kFloat16),
+                                     twoLayers(ElementType::kFloat16, kInt8), twoLayers(ElementType::kFloat32, kInt8),
+                                     twoLayers(ElementType::kFloat16, kInt8, 16), twoLayers(ElementType::kBFloat16)}) {
         RowState const state = stateOf(contract);
         state.save(file, contract);
         RowState const loaded = RowState::load(file, contract);
@@ -208,6 +208,25 @@ TEST(values_that_no_state_with_int8_slots_has) {
     CHECK(fault("past.1.value", 2 * 8, uint16_t{0xFC00}) == "past.1.value holds NaN or infinity");
     CHECK(fault("past.1.value", 3 * 8 - 1 + 8, uint16_t{0xFC00}).empty());
     CHECK(fault("past.1.score", 4, nan) == "past.1.score holds NaN or infinity");
+}
+
+TEST(values_that_no_state_of_16_bits_has) {
+    Contract const contract = twoLayers(ElementType::kFloat16, kInt8, 16);
+    RowState const good = stateOf(contract);
+    CHECK(invalidValues(good, contract).empty());
+    auto const fault = [&](char const* tensor, size_t index, auto value) {
+        RowState state = good;
+        put(tensorIn(state, contract, tensor), index, value);
+        return invalidValues(state, contract);
+    };
+    CHECK(fault("past.0.psi", 4 * 4 + 3, int8_t{-1}) == "past.0.psi is negative");
+    CHECK(fault("past.0.psi", 4 * 4 + 3, int8_t{-128}) == "past.0.psi holds a code of -128");
+    CHECK(fault("past.0.psi", 4 * 4 + 3, int8_t{127}).empty() && fault("past.0.psi", 4 * 4 - 1, int8_t{-1}).empty());
+    for (int value : {-128, -1, 127}) CHECK(fault("past.0.h", 2 * 4 * 2 * 8 - 1, static_cast<int8_t>(value)).empty());
+    CHECK(fault("past.0.h_scale", 7, -1e-30f) == "past.0.h_scale is negative");
+    CHECK(fault("past.0.h_scale", 7, std::numeric_limits<float>::infinity()) == "past.0.h_scale holds NaN or infinity");
+    CHECK(fault("past.0.h_scale", 7, 0.f).empty());
+    CHECK(fault("past.0.key", 2 * 8, int8_t{-128}) == "past.0.key holds a code of -128");
 }
 
 TEST(states_that_a_session_refuses) {
