@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,24 @@ def test_views_are_few_and_only_of_who_asked(served: Served, monkeypatch: pytest
         assert (status, "layer" in reply["error"]["message"]) == (400, True)
     with pytest.raises(openai.BadRequestError, match="live_view takes one prompt"):
         served.client.completions.create(model=MODEL, prompt="ab", n=2, extra_body={"live_view": True})
+
+
+def test_a_view_outlives_its_sequence() -> None:
+    """Which has a state, and its client's texts besides."""
+    backend = HashBackend(contract())
+    backend.open(1)
+    sequence = SequenceFactory(backend, eos_ids=[]).sequence([1, 2], SamplingParams(max_new_tokens=3))
+    alive = weakref.ref(sequence)
+    live = views.LiveView(sequence, backend.contract, None)
+    backend.step([[1, 2]])
+    assert sequence.observer is not None
+    sequence.observer(backend, 0)
+    live.close()
+    sequence.observer(backend, 0)  # the engine may be in a step
+    del sequence
+    gc.collect()
+    assert alive() is None
+    assert (live.content(None)["length"], live.content(0)["final"]) == (2, True)
 
 
 def test_a_view_changes_no_answer(served: Served) -> None:

@@ -29,22 +29,24 @@ class LiveView:
     """
 
     def __init__(self, sequence: Sequence, contract: Contract, tokenizer: Tokenizer | None) -> None:
-        self._sequence, self._contract = sequence, contract
+        self._sequence: Sequence | None = sequence
+        self._prompt, self._said, self._contract = sequence.prompt, sequence.token_ids, contract
         self._first = 0 if sequence.prefix is None else sequence.prefix.length
         self._pieces = Pieces(tokenizer)
         self._latest: Occupancy | None = None
-        self._wanted, self._closed = True, False
+        self._wanted = True
         self._lock = threading.Lock()  # of the pieces: two may look at a time
         sequence.observer = self._observe
 
     def _observe(self, backend: Backend, row: int) -> None:
-        if self._wanted or not self._sequence.active:
+        sequence = self._sequence
+        if sequence is not None and (self._wanted or not sequence.active):
             self._wanted = False
             self._latest = Occupancy.read(backend, row)
 
     def close(self) -> None:
-        """Nothing more will come."""
-        self._closed = True
+        """Nothing more will come. The view outlives its sequence, whose state may take a hundred megabytes."""
+        self._sequence = None
 
     def content(self, layer: int | None) -> dict[str, Any]:
         """The latest look, with the positions of ``layer``; ``final`` if there will be no later one.
@@ -54,13 +56,14 @@ class LiveView:
         """
         if layer is not None and not 0 <= layer < len(self._contract.layers):
             raise UsageError(f"layer must lie in 0..{len(self._contract.layers) - 1}")
-        final = self._closed or not self._sequence.active
+        sequence = self._sequence
+        final = sequence is None or not sequence.active
         latest, self._wanted = self._latest, True
         if latest is None:
             return {"final": final}
         with self._lock:
             known = len(self._pieces.texts)
-            ids = [*self._sequence.prompt, *self._sequence.token_ids][known : latest.length - self._first]
+            ids = [*self._prompt, *self._said][known : latest.length - self._first]
             self._pieces.extend(ids)
             texts = self._pieces.texts[: latest.length - self._first]
         layers = () if layer is None else (layer,)
