@@ -15,6 +15,7 @@ from typing import Any
 import gpu_tables
 import long_tables
 import model_tables
+import plan_tables
 import quality_tables
 import slots_tables
 
@@ -295,6 +296,11 @@ def models(part: str) -> str:
     return table(*maker(data)) + f"\n\n({where(data)})"
 
 
+def plan() -> str:
+    """Sequences per GB."""
+    return table(*plan_tables.sessions())
+
+
 def rendered(text: str) -> str:
     """A document with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers: dict[str, Any] = {
@@ -306,7 +312,7 @@ def rendered(text: str) -> str:
     }
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
-    makers |= {"slots_decode": slots_decode, "state_drift": state_drift}
+    makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "plan": plan}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}

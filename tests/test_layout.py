@@ -26,6 +26,7 @@ FLOORS = (
     ("less", "bundle"),
     ("hf", "tensorrt"),
     ("exporter", "training", "runtime"),
+    ("view",),
     ("evaluation", "serving", "testing"),
     ("cli", ""),
     ("__main__",),

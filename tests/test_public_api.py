@@ -79,6 +79,7 @@ def test_names() -> None:
         (Backend.open, "(batch=1)"),
         (Backend.step, "(input_ids, new_length=None, rows=None)"),
         (Backend.read_row, "(row)"),
+        (Backend.read_fields, "(row, fields)"),
         (Backend.write_row, "(row, state)"),
         (Backend.reset_rows, "(rows)"),
         (Backend.close, "()"),

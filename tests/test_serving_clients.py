@@ -20,7 +20,7 @@ from less_export.runtime.engine import Engine
 from less_export.runtime.generate import Generator
 from less_export.runtime.sampler import TokenLogprobs
 from less_export.runtime.tokenizer import Tokenizer
-from less_export.serving import app as serving_app
+from less_export.serving import runs
 from less_export.serving import server as serving_server
 from less_export.serving.gate import Gate
 from less_export.serving.options import ServerOptions
@@ -202,7 +202,7 @@ def test_errors_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, caplog: py
 
 def test_the_error_of_a_stream_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that does not read cannot keep its request open after it has failed."""
-    monkeypatch.setattr(serving_app, "_LAST_SECONDS", 0.01)
+    monkeypatch.setattr(runs, "_LAST_SECONDS", 0.01)
 
     class Failing:
         timeout = float(LONG)
@@ -216,7 +216,7 @@ def test_the_error_of_a_stream_has_a_time_limit(monkeypatch: pytest.MonkeyPatch)
             await asyncio.Event().wait()
 
     async def run() -> None:
-        stream = serving_app._EventStream(Failing(), False, contextlib.AsyncExitStack())  # type: ignore[arg-type]
+        stream = runs.EventStream(Failing(), False, contextlib.AsyncExitStack())  # type: ignore[arg-type]
         await asyncio.wait_for(stream({}, None, send), LONG)
 
     asyncio.run(run())

@@ -10,7 +10,20 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import build_plugin, calibrate, check, export, generate, import_kernels, info, recipes, serve, train
+from . import (
+    build_plugin,
+    calibrate,
+    check,
+    export,
+    generate,
+    import_kernels,
+    info,
+    inspect,
+    recipes,
+    serve,
+    train,
+    triton,
+)
 from . import eval as evaluate
 from .options import Parser, general_options, wrapped
 
@@ -40,6 +53,8 @@ _TABLE = (
     Command("generate", "generate text with an exported bundle", generate.parser, generate.run),
     Command("serve", "serve an exported bundle over OpenAI's API", serve.parser, serve.run),
     Command("check", "compare a bundle with the torch reference", check.parser, check.run),
+    Command("triton", "write a model repository for Triton Inference Server", triton.parser, triton.run),
+    Command("inspect", "show which tokens of a text keep a slot, as an HTML file", inspect.parser, inspect.run),
     Command("info", "show what a bundle holds and what it costs", info.parser, info.run),
     Command(
         "train",

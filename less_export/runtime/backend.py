@@ -2,7 +2,7 @@
 
 A backend owns the state of ``batch`` rows. :meth:`Backend.step` is a template method: it checks its
 arguments, lets the subclass run the graph, and advances the lengths. Subclasses implement the five
-abstract methods; ``_copy_row`` and ``_reset_row`` may be replaced by faster ones.
+abstract methods; ``_copy_row``, ``_reset_row`` and ``_read_tensors`` may be replaced by faster ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import abc
 import contextlib
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -214,6 +214,17 @@ class Backend(abc.ABC):
             self._check_row(row)
             return RowState(int(self.past_length[row]), self._read_row(row), self.identity)
 
+    def read_fields(self, row: int, fields: Collection[str]) -> list[State]:
+        """Copies of some fields of one row's state, such as ``position``: one dictionary by field for each layer."""
+        with self.exclusive():
+            self._check_row(row)
+            wanted = [s for s in self.contract.state() if s.field.name in fields]
+            tensors = self._read_tensors(row, [s.past.name for s in wanted])
+            layers: list[State] = [{} for _ in self.contract.layers]
+            for s in wanted:
+                layers[s.layer][s.field.name] = tensors[s.past.name]
+            return layers
+
     def write_row(self, row: int, state: RowState) -> None:
         """Replace one row's state.
 
@@ -260,6 +271,11 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
         """Overwrite one row's state tensors."""
+
+    def _read_tensors(self, row: int, names: Collection[str]) -> State:
+        """Some of these tensors; may be replaced by one that copies no others."""
+        state = self._read_row(row)
+        return {n: state[n] for n in names}
 
     def _copy_row(self, source: int, target: int) -> None:
         """Copy the state tensors of one row to another."""

@@ -89,6 +89,11 @@ class Engine:
         return max(0, len(self._sinks) - self.running)
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+        return self._factory.eos_ids
+
+    @property
     def timing(self) -> Timing:
         """Seconds and tokens so far."""
         return self._scheduler.timing

@@ -23,7 +23,7 @@ import ctypes
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -246,6 +246,10 @@ class OrtBackend(Backend):
 
     def _read_row(self, row: int) -> State:
         return {n: np.array(x) for n, x in self._views(row).items()}
+
+    def _read_tensors(self, row: int, names: Collection[str]) -> State:
+        side = self._sides[row]
+        return {n: np.array(self._host(n, side)[row]) for n in names}
 
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
         self._put(row, tensors, self._sides[row])

@@ -51,7 +51,9 @@ class Sampler:
             else None
         )
         self._penalises = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
-        self.adjusts = bool(self._penalises or self._bias is not None or params.processors)
+        self._processors = [p.start() if hasattr(p, "start") else p for p in params.processors]
+        self._listeners = [p.chosen for p in self._processors if hasattr(p, "chosen")]
+        self.adjusts = bool(self._penalises or self._bias is not None or self._processors)
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -69,6 +71,8 @@ class Sampler:
         token = sample(adjusted, self._params, self._rng)
         if self._penalises:
             self._counts[token] += 1
+        for told in self._listeners:
+            told(token)
         asked = self._params.logprobs
         return Choice(token, None if asked is None else token_logprobs(logits, token, asked))
 
@@ -84,7 +88,7 @@ class Sampler:
             logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
         if self._bias is not None:
             logits[self._bias[0]] += self._bias[1]
-        for process in params.processors:
+        for process in self._processors:
             replaced = process(token_ids, logits)
             logits = logits if replaced is None else np.asarray(replaced, np.float32)
         if not np.isfinite(logits.max()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,15 @@ _THRESHOLDS = 6
 #: Blocks whose maxima bound the top-k tokens from below.
 _BLOCKS = 512
 
-#: One of ``SamplingParams.processors``.
+#: Changes the logits of one sequence.
 LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], npt.NDArray[np.float32] | None]
+
+
+class ProcessorSource(Protocol):
+    """Makes a processor for each sequence, where one has a memory of its sequence."""
+
+    def start(self) -> LogitsProcessor:
+        """A processor for a new sequence. If it has a method ``chosen(token_id)``, it is told every choice at once."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ class SamplingParams:
             the model's own distribution: before temperature, penalties, bias and processors. None is off.
         processors: functions ``processor(token_ids, logits)``, called in this order before every token, after penalties
             and bias, with the new tokens so far and the logits [V] f32 of the next one. They change these in place
-            (-inf forbids a token) or return others.
+            (-inf forbids a token) or return others. A :class:`ProcessorSource` in the place of one makes one for each
+            sequence, such as a :class:`~less_export.runtime.structured.Grammar`.
 
     Penalties, bias and processors come before the temperature, also where that is 0.
 
@@ -69,7 +77,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
-    processors: tuple[LogitsProcessor, ...] = ()
+    processors: tuple[LogitsProcessor | ProcessorSource, ...] = ()
 
     def __post_init__(self) -> None:
         def require(ok: bool, why: str) -> None:
@@ -143,7 +151,7 @@ class SamplingParams:
         )
         processors: Any = self.processors
         require(
-            isinstance(processors, list | tuple) and all(map(callable, processors)),
+            isinstance(processors, list | tuple) and all(callable(getattr(p, "start", p)) for p in processors),
             "processors must be a list of functions of the new token ids and the logits",
         )
         object.__setattr__(self, "processors", tuple(processors))

@@ -200,7 +200,11 @@ class Scheduler:
         sequence.fed += len(piece)
         self.timing.prefill_tokens += len(piece)
         if sequence.fed < len(sequence.prompt):
-            return []
+            event = _observed(self.backend, Event(sequence))
+            if event.error is None:
+                return []
+            self._prefilling, sequence.row = None, None
+            return [event]
         self._prefilling = None
         joined, failed = self._join(row, [sequence, *self._twins(sequence)])
         return failed + self._settle(accept(joined, np.repeat(logits, len(joined), 0)))
@@ -257,7 +261,7 @@ class Scheduler:
     def _settle(self, events: list[Event]) -> list[Event]:
         """Free the rows of sequences that have ended; those whose state lacks their last token run once more."""
         settled = []
-        for event in events:
+        for event in (_observed(self.backend, e) for e in events):
             sequence, token = event.sequence, event.token
             unseen = sequence.keep_state and sequence not in self._held
             if unseen and token is not None and token.finish_reason == "length":
@@ -300,6 +304,17 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         sequence.row = None
         self._held.pop(sequence, None)
+
+
+def _observed(backend: Backend, event: Event) -> Event:
+    """The event, once the observer of its sequence has seen the row; or the error that stands against it."""
+    sequence = event.sequence
+    if event.error is None and sequence.observer is not None and sequence.row is not None:
+        try:
+            sequence.observer(backend, sequence.row)
+        except Exception as error:
+            return Event(sequence, error=error)
+    return event
 
 
 # ------------------------------------------------------------------ steps over pieces

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ordered
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from .sampling import SamplingParams
 from .stop_strings import StoppableText
 from .tokenizer import Tokenizer
 
+#: Looks at a row of a backend between two steps.
+Observer = Callable[[Backend, int], None]
 FinishReason = Literal["eos", "stop", "length"]
 Prompt = str | Iterable[int]
 
@@ -53,7 +55,8 @@ class Sequence:
     ``token_ids`` are the new tokens so far; ``fed`` counts the tokens of the prompt that the model has seen; ``row`` is
     the row of the backend that it has now; ``submitted`` says that an engine has taken it. ``state``, of a finished
     sequence, has seen the prompt and the new tokens except an eos token and the last token of a stop: what a
-    continuation goes on from.
+    continuation goes on from. ``observer`` is called with the backend and the row after every piece of the prompt and
+    every token, the last one included, on the thread that steps: it must be quick, and change nothing.
     """
 
     index: int
@@ -71,6 +74,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     state: RowState | None = None
     submitted: bool = False
+    observer: Observer | None = None
 
     @property
     def active(self) -> bool:

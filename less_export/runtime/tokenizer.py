@@ -118,6 +118,15 @@ class Tokenizer:
         """Most characters of the text of a token."""
         return max(map(len, self._tokenizer.get_vocab()), default=0)
 
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, of added tokens too; logits of a model may have more."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def to_json(self) -> str:
+        """The content of a ``tokenizer.json``."""
+        return self._tokenizer.to_str()
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, without special tokens."""
         return str(_run(lambda: self._tokenizer.decode(list(ids), skip_special_tokens=True)))

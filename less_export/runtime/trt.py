@@ -10,7 +10,7 @@ import math
 import mmap
 import struct
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -403,8 +403,11 @@ class TrtBackend(Backend):
         self._device.wait()
 
     def _read_row(self, row: int) -> State:
+        return self._read_tensors(row, [s.past.name for s in self.contract.state()])
+
+    def _read_tensors(self, row: int, names: Collection[str]) -> State:
         state: State = {}
-        for tensor in self.contract.state():
+        for tensor in (s for s in self.contract.state() if s.past.name in names):
             data = np.empty(tensor.row_shape, numpy_dtype(tensor.dtype))
             self._device.download(self._address(tensor, row, self._sides[row]), data)
             state[tensor.past.name] = data

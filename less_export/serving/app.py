@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -19,15 +18,19 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from .._version import __version__
 from ..errors import LessExportError, UsageError, one_line
 from ..runtime.backend import RowState
-from ..runtime.engine import Engine, QueueFullError, StoppedError
+from ..runtime.engine import Engine
 from ..runtime.sequence import Sequence
+from ..runtime.structured import Grammars, StructuredUnavailableError
 from ..runtime.tokenizer import Tokenizer
+from ..view import pages
 from .calls import Call, ClientGoneError
 from .conversations import continuation
+from .failures import failed, http_error, invalid, refusal
 from .gate import Gate
 from .metrics import CONTENT_TYPE, Metrics
-from .options import RETRY_SECONDS, ServerOptions
-from .replies import ChatReply, Reply, error_body, origin, server_sent
+from .options import ServerOptions
+from .replies import ChatReply, Reply, error_body
+from .runs import EventStream, Run
 from .schemas import (
     COMPLETION_TOKENS,
     ChatRequest,
@@ -36,21 +39,8 @@ from .schemas import (
     Request,
     TokenizeRequest,
 )
-from .sessions import BusySessionError, NoSuchSessionError, SessionStore
-
-#: Seconds that a client may take to read the error at the end of a stream.
-_LAST_SECONDS = 1.0
-_LOG = logging.getLogger(__name__)
-#: Statuses, kinds and codes of errors; the first that fits.
-_ERRORS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
-    (QueueFullError, 429, "rate_limit_error", "queue_full"),
-    (StoppedError, 503, "server_error", "stopping"),
-    (NoSuchSessionError, 404, "invalid_request_error", "session_not_found"),
-    (BusySessionError, 409, "invalid_request_error", "session_busy"),
-    (TimeoutError, 504, "timeout", None),
-    (UsageError, 400, "invalid_request_error", None),
-    (Exception, 500, "server_error", None),
-)
+from .sessions import SessionStore
+from .views import LiveView, Views
 
 
 def build_app(engine: Engine, options: ServerOptions, log: Callable[[str], None] = lambda line: None) -> FastAPI:
@@ -62,10 +52,10 @@ def build_app(engine: Engine, options: ServerOptions, log: Callable[[str], None]
     app = FastAPI(title="less-export", version=__version__, docs_url=None, redoc_url=None)
     for path, method, route in service.routes():
         app.add_api_route(path, route, methods=[method], response_model=None)
-    for error, handler in ((RequestValidationError, _invalid), (HTTPException, _http_error)):
+    for error, handler in ((RequestValidationError, invalid), (HTTPException, http_error)):
         app.add_exception_handler(error, handler)
     for kind in (LessExportError, TimeoutError):
-        app.add_exception_handler(kind, _failed)
+        app.add_exception_handler(kind, failed)
     paths = frozenset(path for path, _, _ in service.routes())
     app.add_middleware(
         Gate,
@@ -95,6 +85,8 @@ class _Service:
         self._engine, self._options, self._sessions, self.metrics, self._log = engine, options, sessions, metrics, log
         self._started = int(time.time())
         self._saves: dict[str, asyncio.Future[None]] = {}  # by session
+        self._structured = _grammars(engine)
+        self._views = Views()
 
     def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
         return [
@@ -107,6 +99,8 @@ class _Service:
             ("/version", "GET", self.version),
             ("/tokenize", "POST", self.tokenize),
             ("/detokenize", "POST", self.detokenize),
+            ("/v1/views/{name}", "GET", self.view),
+            *((path, "GET", _file(*file)) for path, file in pages.FILES.items()),
         ]
 
     # ------------------------------------------------------------ completions
@@ -157,18 +151,28 @@ class _Service:
             if session is not None and len(sequences) != 1:
                 raise UsageError("a session takes one prompt with n = 1")
             reply = kind(self._options.model_name, sequences, body.n, self._engine.tokenizer, session)
+            if body.live_view:
+                stack.callback(self._watched(reply.id, sequences).close)
             call = Call(self._engine, sequences, http.receive, self.metrics)
             call.submit()
             stack.callback(call.close)
-            run = _Run(call, reply, lambda: self._park(session, sequences), self._options.timeout)
+            run = Run(call, reply, lambda: self._park(session, sequences), self._options.timeout)
             if body.stream:
-                return _EventStream(run, body.wants_usage, stack.pop_all())
+                return EventStream(run, body.wants_usage, stack.pop_all())
             try:
                 return await run.whole()
             except ClientGoneError:
                 return Response(status_code=499)
             except Exception as error:
-                return _refusal(error)
+                return refusal(error)
+
+    def _watched(self, name: str, sequences: list[Sequence]) -> LiveView:
+        """Let whoever knows the name of a reply look at the state of its sequence."""
+        if len(sequences) != 1:
+            raise UsageError("live_view takes one prompt with n = 1")
+        live = LiveView(sequences[0], self._engine.backend.contract, self._engine.tokenizer)
+        self._views.add(name, live)
+        return live
 
     async def _park(self, session: str | None, sequences: list[Sequence]) -> None:
         """Save the state of a session, before the client hears of the end."""
@@ -215,13 +219,18 @@ class _Service:
                 raise UsageError(f"the prompt has {len(ids)} tokens, and this server takes {longest}: shorten it")
         if count > most:
             raise UsageError(f"max_tokens is {count}, and this server generates up to {most}: ask for fewer")
-        params = body.sampling(count, logprobs)
+        params = body.sampling(count, logprobs, body.grammar(self._grammars))
         keep = body.session_id is not None
         return [
             self._engine.sequence(ids, params, index=place * body.n + i, prefix=prefix, keep_state=keep)
             for place, ids in enumerate(prompts)
             for i in range(body.n)
         ]
+
+    def _grammars(self) -> Grammars:
+        if isinstance(self._structured, StructuredUnavailableError):
+            raise self._structured.with_traceback(None)
+        return self._structured
 
     # ------------------------------------------------------------ text and tokens
 
@@ -271,6 +280,10 @@ class _Service:
             raise UsageError(f"token ids must lie in 0..{highest}")
         return {"prompt": await asyncio.to_thread(self._tokenizer.decode, body.tokens)}
 
+    async def view(self, name: str, layer: int | None = None) -> JSONResponse:
+        content = await asyncio.to_thread(self._views.get(name).content, layer)
+        return JSONResponse(content, headers={"Cache-Control": "no-store"})
+
     # ------------------------------------------------------------ about the server
 
     async def models(self) -> dict[str, Any]:
@@ -293,100 +306,21 @@ class _Service:
         return {"version": __version__}
 
 
-class _Run:
-    """A call and the reply that it fills; ``park`` runs before the last token is told."""
-
-    def __init__(self, call: Call, reply: Reply, park: Callable[[], Any], timeout: float) -> None:
-        self.reply, self.timeout = reply, timeout
-        self._call, self._park = call, park
-
-    async def whole(self) -> Response:
-        async with asyncio.timeout(self.timeout):
-            async for sequence, token in self._call.tokens():
-                self.reply.add(sequence, token)
-            await self._park()
-        return JSONResponse(self.reply.whole())
-
-    async def chunks(self, with_usage: bool) -> AsyncIterator[bytes]:
-        """The events of a stream; tokens whose text is not certain yet come with the next one."""
-        usage = {"usage": None} if with_usage else {}
-        for chunk in self.reply.opening():
-            yield server_sent({**chunk, **usage})
-        async for sequence, token in self._call.tokens():
-            index = self.reply.add(sequence, token)
-            if token.finish_reason is not None:
-                await self._park()
-            if token.text or token.finish_reason is not None or token.logprobs is not None:
-                yield server_sent({**self.reply.chunk(index, token), **usage})
-        if with_usage:
-            yield server_sent(self.reply.closing())
-        yield server_sent(b"[DONE]")
+def _grammars(engine: Engine) -> Grammars | StructuredUnavailableError:
+    """Made at the start, not for the first request: it takes seconds for a large vocabulary, and stops every thread."""
+    try:
+        if engine.tokenizer is None:
+            raise StructuredUnavailableError("structured answers need a tokenizer, and this model has none")
+        return Grammars(engine.tokenizer, engine.backend.contract.vocab_size, engine.eos_ids)
+    except StructuredUnavailableError as error:
+        return error
 
 
-class _EventStream(Response):
-    """Server-sent events of a run, within its time, which a client that does not read cannot prolong."""
+def _file(name: str, kind: str) -> Callable[..., Any]:
+    """The route of a file of the page."""
+    content, headers = pages.read(name), {**pages.HEADERS, "Content-Type": kind}
 
-    def __init__(self, run: _Run, with_usage: bool, stack: contextlib.AsyncExitStack) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        del self.headers["content-length"]
-        self._run, self._with_usage, self._stack = run, with_usage, stack
+    async def file() -> Response:
+        return Response(content, headers=headers)
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def event(data: bytes, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": data, "more_body": more})
-
-        async with self._stack:
-            try:
-                async with asyncio.timeout(self._run.timeout):
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                    async for chunk in self._run.chunks(self._with_usage):
-                        await event(chunk)
-                    await event(b"", more=False)
-            except Exception as error:
-                if isinstance(error, ClientGoneError) or (
-                    isinstance(error, OSError) and not isinstance(error, TimeoutError)
-                ):
-                    return
-                with contextlib.suppress(TimeoutError, OSError):  # the status is out: the stream says what happened
-                    async with asyncio.timeout(_LAST_SECONDS):
-                        await event(server_sent(bytes(_refusal(error).body)))
-                        await event(b"", more=False)
-
-
-# ------------------------------------------------------------------ errors
-
-
-def _body_of(error: Exception) -> dict[str, Any]:
-    _, _, kind, code = next(e for e in _ERRORS if isinstance(error, e[0]))
-    if isinstance(error, TimeoutError):
-        return error_body("the request took longer than this server allows (--timeout): ask for less", kind, code)
-    # Errors that are not ours may name anything: files, other requests.
-    return error_body(str(error) if isinstance(error, LessExportError) else "internal error", kind, code)
-
-
-async def _failed(_: HttpRequest, error: Exception) -> Response:
-    return _refusal(error)
-
-
-def _refusal(error: Exception) -> JSONResponse:
-    """The reply to a request that was refused or failed; what is not the client's fault is logged."""
-    status = next(e[1] for e in _ERRORS if isinstance(error, e[0]))
-    if status == 500:
-        _LOG.error("a request failed: %s", one_line(error) if isinstance(error, LessExportError) else origin(error))
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
-    return JSONResponse(_body_of(error), status, headers)
-
-
-async def _invalid(_: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(x) for x in first["loc"] if x != "body")
-    message = f"{place}: {first['msg']}" if place else first["msg"]
-    return JSONResponse(error_body(one_line(message), "invalid_request_error", None, place or None), 400)
-
-
-async def _http_error(_: HttpRequest, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    detail: Any = error.detail
-    body = detail if isinstance(detail, dict) else error_body(str(detail).lower(), "invalid_request_error")
-    return JSONResponse(body, error.status_code, error.headers)
+    return file

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from ..view.pages import FILES
 from .metrics import Metrics
 from .options import BODY_SECONDS, MAX_BODIES, MAX_BODY, RETRY_SECONDS
 from .replies import error_body, origin
@@ -20,8 +21,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
-#: Paths that need no key: what tells whether the server runs.
-_OPEN = ("/health",)
+#: Paths that need no key: what tells whether the server runs, and the files of the page, which asks for the key.
+_OPEN = ("/health", *FILES)
 
 
 class Gate:

@@ -58,6 +58,11 @@ class Reply:
         return index
 
     @property
+    def id(self) -> str:
+        """The reply's name."""
+        return str(self._head["id"])
+
+    @property
     def completion_tokens(self) -> int:
         return sum(map(len, self._tokens))
 

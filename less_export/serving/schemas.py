@@ -6,13 +6,14 @@ answer and are not supported are refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from ..errors import UsageError
 from ..runtime.sampling import SamplingParams
+from ..runtime.structured import Grammar, Grammars
 
 #: Tokens of a completion that states no length, as in OpenAI's API.
 COMPLETION_TOKENS = 16
@@ -34,7 +35,6 @@ _REFUSED = (
     "guided_choice",
     "guided_grammar",
     "guided_json",
-    "guided_regex",
     "min_tokens",
     "structured_outputs",
     "use_beam_search",
@@ -52,6 +52,23 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
+
+
+class SchemaFormat(_Body):
+    """A JSON schema; whether it is called strict or not, answers keep to it."""
+
+    content: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(_Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema belongs to the type json_schema")
+        return self
 
 
 class Request(_Body):
@@ -75,6 +92,9 @@ class Request(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     session_id: str | None = None
+    response_format: ResponseFormat | None = None
+    guided_regex: str | None = None
+    live_view: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +113,25 @@ class Request(_Body):
             raise ValueError(f"it has {len(value)} entries, and at most {MOST_IDS} are taken")
         return value
 
-    def sampling(self, max_new_tokens: int, logprobs: int | None) -> SamplingParams:
+    @model_validator(mode="after")
+    def _one_form(self) -> Request:
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        if has_format and self.guided_regex is not None:
+            raise ValueError("give either response_format or guided_regex")
+        if self.ignore_eos and (has_format or self.guided_regex is not None):
+            raise ValueError("ignore_eos is not possible with response_format or guided_regex: they end by eos")
+        return self
+
+    def grammar(self, grammars: Callable[[], Grammars]) -> Grammar | None:
+        """The form of the answer, if it has to have one."""
+        wanted = self.response_format
+        if self.guided_regex is not None:
+            return grammars().regex(self.guided_regex)
+        if wanted is None or wanted.type == "text":
+            return None
+        return grammars().json_schema(wanted.json_schema.content) if wanted.json_schema else grammars().json_object()
+
+    def sampling(self, max_new_tokens: int, logprobs: int | None, grammar: Grammar | None) -> SamplingParams:
         """The parameters; what is left out is as in OpenAI's API."""
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(
@@ -111,6 +149,7 @@ class Request(_Body):
             logit_bias=self.logit_bias,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=logprobs,
+            processors=() if grammar is None else (grammar,),
         )
 
     @property
@@ -146,14 +185,11 @@ class ChatRequest(Request):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Objects | None = None
     tool_choice: Literal["none", "auto"] | None = None
-    response_format: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> ChatRequest:
-        if self.response_format and self.response_format.get("type") != "text":
-            raise ValueError("response_format other than text is not supported")
         taken = sorted({"self", "messages", "tools", "add_generation_prompt"} & set(self.chat_template_kwargs or ()))
         if taken:
             raise ValueError(f"chat_template_kwargs must not contain {taken[0]}")
