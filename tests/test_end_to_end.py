@@ -127,7 +127,7 @@ def test_tuning_helps(text: Path, tmp_path: Path) -> None:
     facts = Kernels.load(file).provenance["end_to_end"]
     assert 0 < facts["divergence_after"] < facts["divergence_before"]
     assert facts["divergence_after"] < facts["divergence_sparse"]
-    assert facts["lengths"] == [LENGTH // 2, LENGTH, LENGTH // 2, 2 * LENGTH]
+    assert facts["lengths"] == [LENGTH // 2, LENGTH // 2, LENGTH, LENGTH // 2, LENGTH // 2, 2 * LENGTH]
     assert {r.layer: r.gain for r in reports} == {int(i): x for i, x in facts["gains"].items()}
     assert all(r.used for r in reports if r.gain > 0)
 

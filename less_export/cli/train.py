@@ -47,7 +47,7 @@ def parser() -> Parser:
         "--quality",
         choices=("fast", "high"),
         default="fast",
-        help="fast: 48 sequences, 200 steps a layer, 300 end to end (default); high: 192, 500 and 900",
+        help="fast: 48 sequences, 200 steps a layer, 120 end to end (default); high: 192, 500 and 480",
     )
     training.add_argument(
         "--steps", type=int, metavar="N", help="steps per layer (default: by --quality); 0 keeps the k-means start"

@@ -43,22 +43,22 @@ _GAIN_ROWS = 24
 class Tuning:
     """How kernels are tuned.
 
-    ``steps`` of ``positions`` queries of one sequence each, of lengths that cycle through ``lengths``, multiples of the
-    length that layers are fitted on. Adam with ``betas``; the learning rate rises to ``rate`` in ``warm_up`` steps,
-    then falls to 3% of it along a cosine. Gradients are clipped at norm ``clip``. ``average`` is the decay of the
-    moving average of the weights, which is measured ``measurements`` times, at ``spread`` positions of every held-back
-    sequence. The state is saved every ``save`` steps.
+    ``steps`` of ``positions`` queries of one sequence each, whose length is one of ``lengths``, in turn by sequence:
+    multiples of the length that layers are fitted on. Adam with ``betas``; the learning rate rises to ``rate`` in
+    ``warm_up`` steps, then falls to 3% of it along a cosine. Gradients are clipped at norm ``clip``. ``average`` is the
+    decay of the moving average of the weights, which is measured ``measurements`` times, at ``spread`` positions of
+    every held-back sequence. The state is saved every ``save`` steps.
     """
 
-    steps: int = 300
+    steps: int = 120
     positions: int = 160
-    lengths: tuple[float, ...] = (0.5, 1.0, 0.5, 2.0)
+    lengths: tuple[float, ...] = (0.5, 0.5, 1.0, 0.5, 0.5, 2.0)
     rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     warm_up: int = 8
     clip: float = 1.0
     average: float = 0.97
-    measurements: int = 6
+    measurements: int = 4
     spread: int = 96
     save: int = 10
 
@@ -83,17 +83,13 @@ class Comparison:
         self._decoder, self._first, self._centring, self._rotary = decoder, first, centring, rotary
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def nbytes(self, width: int) -> int:
-        """Bytes of memory that are kept in the end."""
-        return 2 * self.ids.numel() * width * self._decoder.model.dtype.itemsize
-
     def divergence(
         self, row: int, length: int, positions: Tensor, maps: Mapping[int, FeatureMap],
         plan: Sequence[LayerSpec] | None = None, vocabulary: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """KL(full cache || caches with ``maps``) of the next token at ``positions`` [P] of the first ``length`` tokens
         of a sequence, in nats, [P]; differentiable. ``plan``: other caches than the usual ones."""
-        below, last = self._fixed(row)
+        below, last = self._fixed(row, length)
         device, ids = self._decoder.model.device, self.ids[row : row + 1, :length]
         with torch.no_grad():
             reference = self._decoder.log_probabilities(last[positions].to(device), vocabulary)
@@ -115,10 +111,10 @@ class Comparison:
         return handler
 
     @torch.no_grad()
-    def _fixed(self, row: int) -> tuple[Tensor, Tensor]:
-        """The input [T,W] of the first trained layer, and what the head gets with full caches [T,W]."""
-        if row not in self._kept:
-            ids = self.ids[row : row + 1]
+    def _fixed(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """The input of the first trained layer and what the head gets with full caches, each at least [length,W]."""
+        if row not in self._kept or len(self._kept[row][0]) < length:
+            ids = self.ids[row : row + 1, :length]
 
             def full(call: AttentionCall) -> Tensor:
                 call, angles = arranged(call, self._rotary)
@@ -187,7 +183,7 @@ def tune(
     ) -> float:
         total = 0.0
         for row in range(rows):
-            size = validation.shape[1] if row % 2 else min(length, validation.shape[1])
+            size = min(length, validation.shape[1])
             at = torch.linspace(first, size - 2, recipe.spread).long().unique()
             total += float(held.divergence(row, size, at, used, caches).mean())
         return _finite(total / rows)
@@ -204,9 +200,10 @@ def tune(
         for number in range(state.step, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(number)
-            size = lengths[number % len(lengths)]
+            row = number % len(train)
+            size = lengths[row % len(lengths)]
             positions = first + torch.randperm(size - 1 - first, generator=generator)[: recipe.positions]
-            loss = training.divergence(number % len(train), size, positions, tuned, None, vocabulary).mean()
+            loss = training.divergence(row, size, positions, tuned, None, vocabulary).mean()
             if not bool(loss.isfinite()):
                 break
             optimizer.zero_grad()
