@@ -36,7 +36,7 @@ from less_export.plan import sparse_layer
 from less_export.training.end_to_end import Comparison
 
 FILE = RESULTS / "kernels.json"
-LENGTH, STRIDE, DTYPE = 1024, 4, "bfloat16"
+LENGTH, STRIDE, DTYPE = 1024, 8, "bfloat16"
 KINDS = ("16-bit", "sparse", "less", "half state")
 
 
