@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import warnings
 from dataclasses import replace
@@ -25,11 +24,12 @@ from less_export.exporter import calibrate as exporter_calibrate
 from less_export.exporter.calibrate import calibrated
 from less_export.hf import calibration, data, running, sources
 from less_export.hf.model import open_model
-from less_export.hf.surgery import discover
+from less_export.hf.surgery import discover, less_attention
 from less_export.less import int8, simulate
 from less_export.less.feature_maps import Kernels
 from less_export.progress import Silent
-from less_export.training import collect, end_to_end, fit, job
+from less_export.training import end_to_end, fit, job
+from less_export.training.additions import Addition
 
 from . import bundles
 from .bundles import Run, refused
@@ -109,7 +109,7 @@ def test_a_models_keys_are_measured(source: Path) -> None:
         seen[call.layer].append(call.k)
         return simulate.full(call.q, call.k, call.v, layers[call.layer])
 
-    with torch.no_grad(), collect.less_attention(model, record):
+    with torch.no_grad(), less_attention(model, record):
         model(input_ids=ids, position_ids=torch.arange(40).expand(3, -1), use_cache=False)
     assert measured.keys() == seen.keys()
     for i, centring in measured.items():
@@ -250,7 +250,7 @@ def test_training_with_int8_slots(text: Path, tmp_path: Path) -> None:
     """Layers are fitted and judged with int8 slots, centred by what the same run measured, in every stage."""
     folder, used = model_folder(tmp_path / "model"), []
     with pytest.MonkeyPatch.context() as patch:
-        real, tune = simulate.slot_keys, functools.partial(end_to_end.tune, steps=3)
+        real, tune = simulate.slot_keys, end_to_end.tune
 
         def slot_keys(k: torch.Tensor, layer: LayerSpec, centring: int8.Centring | None = None) -> torch.Tensor:
             used.append((stage[-1], layer.int8, centring))
@@ -261,7 +261,9 @@ def test_training_with_int8_slots(text: Path, tmp_path: Path) -> None:
         real_fit = fit.prepare
         patch.setattr(fit, "prepare", lambda *args: stage.append("fit") or real_fit(*args))
         patch.setattr(simulate, "slot_keys", slot_keys)
-        file, reports = trained(folder, text, steps=5, slots="int8", layer_budgets="auto", end_to_end=True)
+        file, reports = trained(
+            folder, text, steps=5, slots="int8", layer_budgets="auto", end_to_end=True, tune_steps=3
+        )
     kernels = Kernels.load(file)
     assert kernels.provenance["slot_dtype"] == "int8"
     assert sorted(kernels.centring) == [0, 1]
@@ -288,7 +290,8 @@ def test_fitting_computes_the_operators_output(slots: Any) -> None:
     moments = calibration.Moments(2, 8)
     moments.add(activations[:, 4:6])
     projection = torch.randn(32, 12, generator=generator)
-    prepared = fit.prepare(activations, layer, projection, "cpu", moments.centring())
+    addition = Addition(projection, None, None, torch.nn.Identity())
+    prepared = fit.prepare(activations, torch.zeros(2, 40, 12), layer, addition, "cpu", moments.centring())
     feature_map = fit.begin(prepared, "exp", 3, 4, generator)
     q, k, v = activations.split([4, 2, 2], 1)
     queries = torch.arange(40)

@@ -252,9 +252,12 @@ def test_help_of_train_states_the_defaults_of_training() -> None:
     actions = {a.dest: a for a in COMMANDS["train"].parser()._actions}
     assert actions["parametrisation"].choices == tuple(PARAMETRISATIONS)
     assert actions["quality"].choices == tuple(options.QUALITIES)
-    for steps, sequences, _ in options.QUALITIES.values():
-        assert f" {steps}" in str(actions["steps"].help)
-        assert f" {sequences} " in str(actions["quality"].help)
+    fast, high = (options.QUALITIES[n] for n in ("fast", "high"))
+    for figures in (
+        "fast: {1} sequences, {0} steps a layer, {2} end to end (default)".format(*fast),
+        "high: {1}, {0} and {2}".format(*high),
+    ):
+        assert figures in str(actions["quality"].help)
     defaults = {"rank": options.DEFAULT_RANK, "hidden": options.DEFAULT_HIDDEN, "seq_len": options.DEFAULT_LENGTH}
     for name, default in defaults.items():
         assert f" {default})" in str(actions[name].help)

@@ -27,7 +27,7 @@ DOCUMENTS = ("README.md", "docs/quickstart.md", "docs/howto/embed.md")
 MODEL = "gemma3-270m"
 #: Additional options of commands, so that they take seconds.
 LIGHTER = {
-    "train": ("--seqs", "2", "--steps", "2", "--seq-len", "64", "--hidden", "6"),
+    "train": ("--seqs", "2", "--steps", "2", "--seq-len", "64", "--hidden", "6", "--tune-steps", "2"),
     "eval": ("--seqs", "2", "--seq-len", "64", "--positions", "16"),
     "export": ("--no-validate",),
 }

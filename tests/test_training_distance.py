@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from less_export.hf import rotary as probes
 from less_export.hf.weights import bare_model
 from less_export.less import rotary, simulate
 from less_export.less.feature_maps import Kernels
-from less_export.training import end_to_end, fit, initialisation, job
+from less_export.training import divergence, fit, initialisation, job
+from less_export.training.additions import Addition
 
 from . import bundles
 from .oracle import frequencies_of
@@ -37,14 +37,15 @@ def activations(tokens: int) -> torch.Tensor:
     return torch.randn(2, 8, tokens, 8, generator=torch.Generator().manual_seed(0))
 
 
-def test_targets_and_evictions_are_those_of_rotated_queries_and_keys() -> None:
+def test_evictions_are_those_of_rotated_queries_and_keys() -> None:
     """And what the kernels read is not rotated."""
-    x, projection = activations(40), torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
+    x, addition = activations(40), Addition(torch.eye(32), None, None, torch.nn.Identity())
     turned = torch.cat([simulate.turned(x[:, :6], TABLE), x[:, 6:]], 1)
-    mine = fit.prepare(x, LAYER, projection, "cpu", None, TABLE)
-    theirs = fit.prepare(turned, replace(LAYER, max_distance=None), projection, "cpu")
+    targets = torch.zeros(2, 40, 32)
+    mine = fit.prepare(x, targets, LAYER, addition, "cpu", None, TABLE)
+    theirs = fit.prepare(turned, targets, replace(LAYER, max_distance=None), addition, "cpu")
     assert torch.equal(mine.evicted_at, theirs.evicted_at)
-    for name in ("out", "total", "target"):
+    for name in ("out", "total"):
         torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-5, atol=1e-5)
     assert torch.equal(mine.q, x[:, :4])
     queries = torch.arange(12, 40)
@@ -56,7 +57,8 @@ def test_fitting_computes_the_operators_output_beyond_the_clamp() -> None:
     layer, x = replace(LAYER, max_distance=9), activations(40)
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(32, 12, generator=generator)
-    prepared = fit.prepare(x, layer, projection, "cpu", None, TABLE)
+    addition = Addition(projection, None, None, torch.nn.Identity())
+    prepared = fit.prepare(x, torch.zeros(2, 40, 12), layer, addition, "cpu", None, TABLE)
     feature_map = fit.begin(prepared, "exp", 3, 4, generator)
     q, k, v = x.split([4, 2, 2], 1)
     got, _ = prepared.predict(feature_map, torch.arange(40))
@@ -80,7 +82,7 @@ def test_full_caches_are_the_models_own(tmp_path: Path) -> None:
     tables = probes.tables(probes.probe(bare_model(model.config, torch.float32)), LENGTH)
     ids = torch.arange(LENGTH) * 7 % 300
     positions = torch.arange(5, LENGTH - 1)
-    got = end_to_end.full_cache(model, ids, [replace(s, max_distance=99) for s in plan], positions, tables)
+    got = divergence.full_cache(model, ids, [replace(s, max_distance=99) for s in plan], positions, tables)
     with torch.no_grad():
         want = torch.log_softmax(model(input_ids=ids[None]).logits[0, positions], -1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -100,9 +102,8 @@ def test_a_bundle_runs_kernels_that_were_trained_on_unrotated_ones(
 ) -> None:
     """With int8 slots, past the clamp, through every stage; its streamed scores are those of the simulation."""
     folder, far = model_folder(tmp_path / "model"), 20
-    monkeypatch.setattr(end_to_end, "tune", functools.partial(end_to_end.tune, steps=4))
     file, reports = trained(
-        folder, text, max_distance=far, slots="int8", layer_budgets="auto", end_to_end=True, steps=60
+        folder, text, max_distance=far, slots="int8", layer_budgets="auto", end_to_end=True, tune_steps=4, steps=60
     )
     kernels = Kernels.load(file)
     assert kernels.provenance["rotated"] is False

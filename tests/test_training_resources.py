@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import warnings
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from less_export.hf.sources import ModelSource
 from less_export.less.feature_maps import Kernels
 from less_export.progress import Silent
 from less_export.training import collect, fit, job, resources
+from less_export.training.additions import Addition
 from less_export.training.options import Processes
 
 from . import bundles
@@ -32,6 +32,8 @@ pytest_plugins = ["tests.bundles", "tests.training_support"]
 
 #: Bytes of a layer's activations in a quick training: 9 sequences, 4 + 2 * 2 heads of 8, f32.
 LAYER = 9 * 8 * LENGTH * 8 * 4
+#: Bytes of the hidden states of those sequences.
+HIDDEN = 9 * LENGTH * 32 * 4
 
 
 class RecordedProgress(Silent):
@@ -65,7 +67,7 @@ def test_a_full_disk_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest
     says = r"0\.00 GB of activations do not fit beside --out, where .* GB are free \(No space left on device\)"
     with pytest.raises(LessExportError, match=says):
         trained(model_folder(tmp_path / "model"), text)
-    assert requests == [(0, LAYER)] * 2
+    assert requests == [(0, LAYER), (0, HIDDEN)]
     assert files_in(tmp_path) == []
 
 
@@ -92,8 +94,7 @@ def test_an_interrupt_while_collecting_leaves_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(collect, "run_decoder", interrupted)
-    monkeypatch.setattr(collect, "output_projections", lambda model, plan: {})
+    monkeypatch.setattr(collect, "served", interrupted)
     with pytest.raises(KeyboardInterrupt):
         trained(model_folder(tmp_path / "model"), text)
     assert files_in(tmp_path) == []
@@ -106,7 +107,9 @@ def test_other_unfinished_trainings_are_named(text: Path, tmp_path: Path) -> Non
         with pytest.raises(KeyboardInterrupt):
             trained(folder, text, steps=5)
     (stale,) = (p for p in tmp_path.iterdir() if p.name.startswith("."))
-    assert sum(f.stat().st_size for f in stale.rglob("*.bin")) == 2 * LAYER
+    assert (
+        sum(f.stat().st_size for f in stale.rglob("*.bin")) == LAYER + 3 * HIDDEN
+    )  # layer 0: inputs, targets, both streams
     with pytest.warns(UserWarning, match=f"unfinished trainings of model.safetensors .* hold 0.00 GB.*{stale.name}"):
         trained(folder, text, steps=6)
     with warnings.catch_warnings():
@@ -151,10 +154,11 @@ SPEC = LayerSpec(4, 2, 16, 0.3, Policy.H2O, 8, 8, 0, True, 16, 4)
 def test_memory_estimate(spec: LayerSpec, count: int, length: int, width: int, dtype: torch.dtype) -> None:
     heads = spec.query_heads + 2 * spec.kv_heads
     activations = torch.randn(count, heads, length, spec.head_dim).to(dtype)
-    projection = torch.randn(spec.query_heads * spec.head_dim, width)
+    addition = Addition(torch.randn(spec.query_heads * spec.head_dim, width), None, None, torch.nn.Identity())
+    targets = torch.randn(count, length, width).to(dtype)
 
     def fitted() -> None:
-        ready = fit.prepare(activations, spec, projection, "cpu")
+        ready = fit.prepare(activations, targets, spec, addition, "cpu")
         parts = ready.rows(slice(0, count - 1)), ready.rows(slice(count - 1, None))
         fit.fit(*parts, "exp", 8, 128, fit.Fit(steps=2), 0, lambda _: None)
 
@@ -165,24 +169,23 @@ def test_memory_estimate(spec: LayerSpec, count: int, length: int, width: int, d
 def test_too_little_memory_is_one_line(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
     monkeypatch.setattr(running, "free_memory", lambda device: 1000)
-    monkeypatch.setattr(ModelSource, "load", None)  # before the model is loaded
     with pytest.raises(LessExportError, match=r"takes 0\.00 GB of memory, and 0\.00 GB are free: use fewer --seqs"):
         trained(folder, text)
     assert files_in(tmp_path) == []
 
 
-def test_processes_share_the_machines_memory(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fitting_takes_is_said_and_must_be_free(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, progress = model_folder(tmp_path / "model"), RecordedProgress()
     trained(folder, text, steps=1, progress=progress)
     (line,) = (x for x in progress.lines if "of memory" in x)
-    assert line.startswith("2 layers, 9 sequences: 0.00 GB of activations on disk, up to 0.00 GB of memory")
-    most = 4 * 32 * 2 * 32 + fit.memory(replace(SPEC, head_dim=8), 32, torch.Size((9, 8, LENGTH, 8)), 4)
-    monkeypatch.setattr(running, "free_memory", lambda device: 2 * most - 1)
-    trained(folder, text, steps=1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # only two of which have a layer
-    with pytest.raises(LessExportError, match="in each of 2 processes"):
+    assert line.startswith("2 layers, 9 sequences: up to 0.00 GB of activations on disk, and 0.00 GB of memory beside")
+    most = fit.memory(replace(SPEC, head_dim=8), 32, torch.Size((9, 8, LENGTH, 8)), 4)
+    monkeypatch.setattr(running, "free_memory", lambda device: most - 1)
+    with pytest.raises(LessExportError, match="use fewer --seqs"):
         trained(folder, text, steps=1)
-    monkeypatch.setattr(running, "free_memory", lambda device: 2 * most)
+    monkeypatch.setattr(running, "free_memory", lambda device: most)
     trained(folder, text, steps=1)
 
 
@@ -191,24 +194,11 @@ def test_free_memory_is_a_number() -> None:
     assert running.free_memory("mps") is None
 
 
-def test_the_model_is_gone_while_layers_are_fitted(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also with several groups of layers, each of which loads it again."""
-    models, fitted, load, prepare = [], [], ModelSource.load, fit.prepare
-
-    def loaded(*args: Any) -> Any:
-        model = load(*args)
-        models.append(weakref.ref(model))
-        return model
-
-    def prepared(*args: Any) -> Any:
-        fitted.append([m() is None for m in models])
-        return prepare(*args)
-
-    monkeypatch.setattr(ModelSource, "load", loaded)
-    monkeypatch.setattr(fit, "prepare", prepared)
-    monkeypatch.setattr(job, "DISK", LAYER)
-    trained(model_folder(tmp_path / "model"), text, steps=1)
-    assert fitted == [[True], [True, True]]
+def test_the_model_is_loaded_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, load = [], ModelSource.load
+    monkeypatch.setattr(ModelSource, "load", lambda *args: loads.append(1) or load(*args))
+    trained(model_folder(tmp_path / "model"), text, steps=1, slots="int8", end_to_end=True, tune_steps=1)
+    assert len(loads) == 1
 
 
 # ------------------------------------------------------------------ results and input
@@ -216,10 +206,10 @@ def test_the_model_is_gone_while_layers_are_fitted(text: Path, tmp_path: Path, m
 
 def test_harmful_steps_are_undone(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = model_folder(tmp_path / "model")
-    start, _ = trained(folder, text, steps=0)
+    start, _ = trained(folder, text, steps=0, layers="0")
     want = Kernels.load(start)
-    monkeypatch.setattr(fit.Fit, "rate_at", lambda self, step: 0.5)
-    file, reports = trained(folder, text, steps=5)
+    monkeypatch.setattr(fit.Fit, "rate_at", lambda self, step: 20.0)
+    file, reports = trained(folder, text, steps=5, layers="0")
     assert all(r.less == r.start for r in reports)
     got = Kernels.load(file).tensors()
     assert got.keys() == want.tensors().keys() != set()

@@ -6,7 +6,6 @@ Baselines keep their slots in what the plan's slots are, so that a comparison at
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -15,6 +14,7 @@ from ..contract import LayerSpec
 from ..dtypes import item_bytes
 from ..errors import UsageError
 from ..less.feature_maps import Kernels
+from ..less.memory import extra_tokens, layer_bytes
 from ..plan import exact_layer, sparse_layer
 
 #: ``sparse+4`` is the sparse cache plus the 4 tokens of the paper (section 4.1), ``sparse+bytes`` the sparse cache
@@ -43,30 +43,6 @@ class Variant:
     def first(self) -> int:
         """First position at which a token of the full cache may have been evicted."""
         return max((s.capacity for s in self.plan if s.policy.evicts), default=0) + 1
-
-
-def layer_bytes(spec: LayerSpec, dtype: str, tokens: int | None = None) -> int:
-    """State bytes of one layer for one sequence; ``tokens`` replaces its capacity.
-
-    psi, H and z count only in layers that absorb; in others they are placeholders of rank 1.
-    """
-    total = 0
-    for field in spec.state_fields:
-        if field.name in ("psi", "h", "z") and not spec.absorb:
-            continue
-        sizes = {d: getattr(spec, d) for d in field.dims}
-        if tokens is not None and "capacity" in sizes:
-            sizes["capacity"] = tokens
-        total += math.prod(sizes.values()) * item_bytes(field.dtype_in(spec, dtype))
-    return total
-
-
-def extra_tokens(spec: LayerSpec, dtype: str) -> int:
-    """Tokens that would fit in the bytes of the low-rank state, rounded up."""
-    without = spec.without_state()
-    added = layer_bytes(spec, dtype) - layer_bytes(without, dtype)
-    token = layer_bytes(without, dtype, spec.capacity + 1) - layer_bytes(without, dtype)
-    return -(-added // token)
 
 
 def same_bytes(spec: LayerSpec, dtype: str) -> LayerSpec:

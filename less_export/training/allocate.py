@@ -19,7 +19,7 @@ from ..less.int8 import Centring
 from ..less.rotary import RotaryTable
 from ..plan import exact_layer, sparse_layer
 from ..progress import Progress
-from .end_to_end import divergence, full_cache
+from .divergence import divergence, full_cache
 
 #: Budgets to measure, as shares of the layer's own; the smallest and the largest bound what a layer can get.
 SHARES = (0.25, 0.5, 1.0, 2.0)

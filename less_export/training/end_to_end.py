@@ -1,4 +1,9 @@
-"""Tune all kernels together: bring the predictions of the model with LESS closer to those with its full cache."""
+"""Tune all kernels together: bring the predictions of the model with LESS closer to those with its full cache.
+
+The layers below the first trained one give the same whatever the kernels are, and so does the whole model with full
+caches: both are computed once for every sequence and kept. Steps use prefixes of several lengths, so that kernels know
+states that have absorbed little and much. Of the states that are measured on held-back text the best is the result.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +11,147 @@ import copy
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from ..contract import LayerSpec
+from ..hf.layerwise import LayerwiseDecoder
 from ..hf.rotary import arranged
-from ..hf.running import position_ids
-from ..hf.surgery import AttentionCall, less_attention
+from ..hf.surgery import AttentionCall
 from ..less import simulate
 from ..less.feature_maps import FeatureMap
 from ..less.int8 import Centring
+from ..less.memory import extra_tokens
 from ..less.rotary import RotaryTable
+from ..plan import sparse_layer
 from ..progress import Progress
 from . import work
+from .divergence import attend
 
-STEPS = 96
-_POSITIONS = 96
-_RATE = 5e-4
-_WARM_UP = 8
-#: Steps between saves of the state.
-_SAVE_EVERY = 8
+#: Vocabularies up to this size are compared whole; of larger ones the corpus's own tokens and as many again.
+_VOCABULARY = 65_536
+_OTHERS = 4_096
+#: Sequences times layers on which the gain of every layer is measured, but at least 2 sequences.
+_GAIN_ROWS = 24
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How kernels are tuned.
+
+    ``steps`` of ``positions`` queries of one sequence each, whose length is one of ``lengths``, in turn by sequence:
+    multiples of the length that layers are fitted on. Adam with ``betas``; the learning rate rises to ``rate`` in
+    ``warm_up`` steps, then falls to 3% of it along a cosine. Gradients are clipped at norm ``clip``. ``average`` is the
+    decay of the moving average of the weights, which is measured ``measurements`` times, at ``spread`` positions of
+    every held-back sequence. The state is saved every ``save`` steps.
+    """
+
+    steps: int = 120
+    positions: int = 160
+    lengths: tuple[float, ...] = (0.5, 0.5, 1.0, 0.5, 0.5, 2.0)
+    rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    warm_up: int = 8
+    clip: float = 1.0
+    average: float = 0.97
+    measurements: int = 4
+    spread: int = 96
+    save: int = 10
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        cosine = 0.5 * (1 + math.cos(math.pi * step / max(self.steps, 1)))
+        return self.rate * min(1.0, (step + 1) / self.warm_up) * (0.03 + 0.97 * cosine)
+
+
+class Comparison:
+    """Compares a model's predictions with those of its full cache, on sequences whose fixed part is computed once.
+
+    ids [N,T]; layers below ``first`` compute what they do whatever the kernels are. Layers that evict nothing attend
+    as without LESS: what int8 slots round there is a hundredth of what eviction changes.
+    """
+
+    def __init__(
+        self, decoder: LayerwiseDecoder, ids: Tensor, plan: Sequence[LayerSpec], first: int,
+        centring: Mapping[int, Centring], rotary: Sequence[RotaryTable],
+    ) -> None:  # fmt: skip
+        self.ids, self.plan = ids, plan
+        self._decoder, self._first, self._centring, self._rotary = decoder, first, centring, rotary
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def divergence(
+        self, row: int, length: int, positions: Tensor, maps: Mapping[int, FeatureMap],
+        plan: Sequence[LayerSpec] | None = None, vocabulary: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """KL(full cache || caches with ``maps``) of the next token at ``positions`` [P] of the first ``length`` tokens
+        of a sequence, in nats, [P]; differentiable. ``plan``: other caches than the usual ones."""
+        below, last = self._fixed(row, length)
+        device, ids = self._decoder.model.device, self.ids[row : row + 1, :length]
+        with torch.no_grad():
+            reference = self._decoder.log_probabilities(last[positions].to(device), vocabulary)
+        hidden = below[None, :length].to(device) if self._first else None
+        handler = self._served(maps, plan or self.plan)
+        passed = self._decoder.run(ids, handler, not self._rotary, self._first, hidden)
+        assert passed.last is not None
+        predicted = self._decoder.log_probabilities(passed.last[0, positions.to(device)], vocabulary)
+        return (reference.exp() * (reference - predicted)).sum(-1)
+
+    def _served(self, maps: Mapping[int, FeatureMap], plan: Sequence[LayerSpec]) -> Callable[[AttentionCall], Tensor]:
+        def handler(call: AttentionCall) -> Tensor:
+            call, angles = arranged(call, self._rotary)
+            layer = plan[call.layer]
+            if not layer.policy.evicts:
+                return simulate.full(call.q, call.k, call.v, layer, angles)
+            return attend(call, angles, plan, maps, self._centring)
+
+        return handler
+
+    @torch.no_grad()
+    def _fixed(self, row: int, length: int) -> tuple[Tensor, Tensor]:
+        """The input of the first trained layer and what the head gets with full caches, each at least [length,W]."""
+        if row not in self._kept or len(self._kept[row][0]) < length:
+            ids = self.ids[row : row + 1, :length]
+
+            def full(call: AttentionCall) -> Tensor:
+                call, angles = arranged(call, self._rotary)
+                return simulate.full(call.q, call.k, call.v, self.plan[call.layer], angles)
+
+            clean = self._decoder.run(ids, full, not self._rotary, keep=self._first)
+            below = clean.kept
+            if any(s.policy.evicts for s in self.plan[: self._first]):  # layers that have no kernels
+                handler = self._served({}, self.plan)
+                below = self._decoder.run(ids, handler, not self._rotary, keep=self._first, until=self._first).kept
+            assert below is not None
+            assert clean.last is not None
+            self._kept[row] = below[0].cpu(), clean.last[0].cpu()
+        return self._kept[row]
+
+
+@dataclass
+class Measured:
+    """Mean divergences in nats on held-back text: with kernels, without, with the same bytes in slots instead, and by
+    how much it would be larger without one layer's kernels."""
+
+    less: float
+    sparse: float
+    sparse_bytes: float
+    gains: dict[int, float]
 
 
 def tune(
-    model: PreTrainedModel,
+    decoder: LayerwiseDecoder,
     train: Tensor,
     validation: Tensor,
+    length: int,
     plan: Sequence[LayerSpec],
     maps: Mapping[int, FeatureMap],
+    recipe: Tuning,
     seed: int,
     progress: Progress,
-    steps: int = STEPS,
     state_file: Path | None = None,
     centring: Mapping[int, Centring] | None = None,
     rotary: Sequence[RotaryTable] = (),
@@ -49,135 +159,192 @@ def tune(
     """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
 
     Args:
+        train, validation: sequences [N,T] whose prefixes are used. length: tokens that layers were fitted on.
         state_file: saves the progress, so that an interrupted run can resume.
         centring: of keys in int8 slots, by layer. rotary: tables of distances below T, for plans that limit distances.
 
     Returns:
-        The tuned maps, or ``maps`` unless tuning lowers the divergence on validation text, and provenance: the
-        divergences (nats per token) before and after (None: not finite).
+        The best maps, without those of layers in which the low-rank term does harm, and provenance: divergences on
+        ``validation`` (nats per token), and the gain of every layer.
     """
-    model.requires_grad_(False)
+    decoder.model.requires_grad_(False)
     first = max(plan[i].capacity for i in maps) + 1
-    all_positions = torch.arange(first, train.shape[1])
-    tuned = {i: copy.deepcopy(m).to(model.device) for i, m in maps.items()}
-    spread = all_positions[:: max(1, len(all_positions) // _POSITIONS)]
+    constants, device = centring or {}, decoder.model.device
+    training = Comparison(decoder, train, plan, min(maps), constants, rotary)
+    held = Comparison(decoder, validation, plan, min(maps), constants, rotary)
+    tuned = {i: copy.deepcopy(m).to(device) for i, m in maps.items()}
+    lengths = [min(int(x * length), train.shape[1]) for x in recipe.lengths]
+    lengths = [x for x in lengths if x > 2 * first] or [train.shape[1]]
+    vocabulary = _vocabulary(train, decoder.model.get_input_embeddings().weight.shape[0], seed)
 
-    def measure(name: str) -> float:
+    @torch.no_grad()
+    def measure(
+        used: Mapping[int, FeatureMap], caches: Sequence[LayerSpec] = plan, rows: int = len(validation)
+    ) -> float:
         total = 0.0
-        with progress.phase(name, len(validation)) as step, torch.no_grad():
-            for row in validation:
-                reference = full_cache(model, row, plan, spread, rotary)
-                total += float(divergence(reference, model, row, plan, tuned, spread, centring, rotary))
-                step("")
-        return total / len(validation)
+        for row in range(rows):
+            size = min(length, validation.shape[1])
+            at = torch.linspace(first, size - 2, recipe.spread).long().unique()
+            total += float(held.divergence(row, size, at, used, caches).mean())
+        return _finite(total / rows)
 
     parameters = [p for m in tuned.values() for p in m.requires_grad_().parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=_RATE, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(parameters, lr=recipe.rate, betas=recipe.betas)
     generator = torch.Generator().manual_seed(seed)
-    begin = done = 0
-    saved = work.load(state_file, progress) if state_file is not None else None
-    if saved is not None:
-        state = torch.load(io.BytesIO(saved), weights_only=True, map_location=model.device)
-        begin, before = state["step"], state["before"]
-        done = begin
-        for parameter, value in zip(parameters, state["parameters"], strict=True):
-            parameter.data = value
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
-    else:
-        before = measure("divergence before")
-    with progress.phase("end to end", steps) as step:
-        step("", begin)
-        for number in range(begin, steps):
-            cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * number / steps))
+    state = _State(parameters, optimizer, generator, state_file)
+    if not state.load(progress):
+        state.before = state.best_divergence = measure(tuned)
+    spacing = max(1, recipe.steps // recipe.measurements)
+    with progress.phase("end to end", recipe.steps) as step:
+        step(f"held-back divergence {state.before:.4f}", state.step)
+        for number in range(state.step, recipe.steps):
             for group in optimizer.param_groups:
-                group["lr"] = _RATE * min(1.0, (number + 1) / _WARM_UP) * cosine
-            positions = all_positions[torch.randperm(len(all_positions), generator=generator)[:_POSITIONS]]
-            row = train[number % len(train)]
-            reference = full_cache(model, row, plan, positions, rotary)
-            loss = divergence(reference, model, row, plan, tuned, positions, centring, rotary)
+                group["lr"] = recipe.rate_at(number)
+            row = number % len(train)
+            size = lengths[row % len(lengths)]
+            positions = first + torch.randperm(size - 1 - first, generator=generator)[: recipe.positions]
+            loss = training.divergence(row, size, positions, tuned, None, vocabulary).mean()
             if not bool(loss.isfinite()):
                 break
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            nn.utils.clip_grad_norm_(parameters, recipe.clip)
             optimizer.step()
-            done = number + 1
-            step(f"divergence {loss.item():.4f}")
-            if state_file is not None and done % _SAVE_EVERY == 0:
-                state = {"step": done, "before": before, "parameters": [p.data for p in parameters]}
-                state |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
-                buffer = io.BytesIO()
-                torch.save(state, buffer)
-                work.save(state_file, buffer.getvalue())
+            state.advance(min(recipe.average, (number + 1) / (number + 10)))
+            step(f"divergence {loss.item():.4f}, held back {state.best_divergence:.4f}")
+            if (number + 1) % spacing == 0 or number + 1 == recipe.steps:
+                with state.averaged():
+                    state.keep_better(measure(tuned))
+            if (number + 1) % recipe.save == 0:
+                state.save()
+    state.restore_best()
     for feature_map in tuned.values():
         feature_map.requires_grad_(False)
-    after = measure("divergence after")
-    better = after < before
-    shown = after if math.isfinite(after) else None
-    facts = {"steps": done, "divergence_before": before, "divergence_after": shown, "used": better}
-    return ({i: m.cpu() for i, m in tuned.items()} if better else dict(maps)), facts
+    measured = switch_off(tuned, plan, measure, len(validation), progress)
+    facts = {
+        **asdict(recipe), "steps": state.step, "lengths": lengths, "divergence_before": state.before,
+        "divergence_after": measured.less, "divergence_sparse": measured.sparse,
+        "divergence_sparse_bytes": measured.sparse_bytes, "gains": {str(i): x for i, x in measured.gains.items()},
+    }  # fmt: skip
+    return {i: m.cpu() for i, m in tuned.items()}, facts
 
 
-@torch.no_grad()
-def full_cache(
-    model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], positions: Tensor,
-    rotary: Sequence[RotaryTable] = (),
-) -> Tensor:  # fmt: skip
-    """Log probabilities [P,V] of the next token at ``positions`` of one sequence with full caches."""
+def switch_off(
+    tuned: dict[int, FeatureMap], plan: Sequence[LayerSpec], measure: Callable[..., float], rows: int,
+    progress: Progress,
+) -> Measured:  # fmt: skip
+    """Remove from ``tuned`` the layers without whose kernels the divergence is no larger, the worst first.
 
-    def attend(call: AttentionCall, angles: Tensor | None) -> Tensor:
-        return simulate.full(call.q, call.k, call.v, plan[call.layer], angles)
-
-    return _log_probabilities(model, ids, positions, attend, rotary)
-
-
-def divergence(
-    reference: Tensor,
-    model: PreTrainedModel,
-    ids: Tensor,
-    plan: Sequence[LayerSpec],
-    maps: Mapping[int, FeatureMap],
-    positions: Tensor,
-    centring: Mapping[int, Centring] | None = None,
-    rotary: Sequence[RotaryTable] = (),
-) -> Tensor:
-    """KL(``reference`` || the model with the caches of ``plan``), mean over ``positions``, in nats.
-
-    ``reference`` comes from :func:`full_cache`, ``rotary`` is that of :func:`tune`. Layers without a map in ``maps``
-    evict without a low-rank term, and keys of layers without ``centring`` are rounded as they are.
+    ``measure(maps, plan, rows)`` is the divergence on the first ``rows`` of the held-back sequences.
     """
-    constants = centring or {}
+    few = min(rows, max(2, _GAIN_ROWS // len(tuned)))
+    gains = {}
+    with progress.phase("what each layer's low-rank term gains", len(tuned) + 2) as step:
+        less, some = measure(tuned, plan, rows), measure(tuned, plan, few)
+        for layer in tuned:
+            gains[layer] = measure(_without(tuned, layer), plan, few) - some
+            step(f"layer {layer}: {gains[layer]:+.4f}")
+        for layer in sorted((i for i in gains if gains[i] <= 0), key=gains.__getitem__):
+            without = measure(_without(tuned, layer), plan, rows)
+            if without <= less:
+                del tuned[layer]
+                less = without
+        sparse = measure({}, plan, rows)
+        step(f"without any: {sparse:.4f}")
+        wider = list(plan)
+        for i in gains:
+            wider[i] = sparse_layer(plan[i], plan[i].capacity + extra_tokens(plan[i], "bfloat16"))
+        same_bytes = measure({}, wider, rows)
+        step(f"their bytes in slots instead: {same_bytes:.4f}")
+    return Measured(less, sparse, same_bytes, gains)
 
-    def student(call: AttentionCall, angles: Tensor | None) -> Tensor:
-        layer, feature_map = plan[call.layer], maps.get(call.layer)
-        if simulate.exact(layer, call.q.shape[2]):
-            return simulate.full(call.q, call.k, call.v, layer, angles)
-        own = constants.get(call.layer)
-        left = simulate.departures(call.q.detach(), call.k.detach(), layer, own, 1, angles)
-        features = (feature_map.log_phi(call.q), feature_map.psi(call.k)) if feature_map is not None else None
-        # Recomputed in the backward pass: T x T masks and weights per head do not fit in memory for larger models.
-        return checkpoint(
-            simulate.attend_as, call.q, call.k, call.v, layer, features, left, own, 1, angles, use_reentrant=False
-        )
 
-    predicted = _log_probabilities(model, ids, positions, student, rotary)
-    return (reference.exp() * (reference - predicted)).sum(-1).mean()
+def _without(maps: Mapping[int, FeatureMap], layer: int) -> dict[int, FeatureMap]:
+    return {i: m for i, m in maps.items() if i != layer}
 
 
-def _log_probabilities(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, attention: Callable[[AttentionCall, Tensor | None], Tensor],
-    rotary: Sequence[RotaryTable],
-) -> Tensor:  # fmt: skip
-    def attend(call: AttentionCall) -> Tensor:
-        return attention(*arranged(call, rotary))
+def _finite(x: float) -> float:
+    """``x``, or a number larger than any divergence: JSON knows no infinity."""
+    return x if math.isfinite(x) else 1e30
 
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, positions.to(args[0].device)], *args[1:]))
-    row = ids[None].to(model.device)
-    try:
-        with less_attention(model, attend):
-            logits = model(input_ids=row, position_ids=position_ids(row, not rotary), use_cache=False).logits[0]
-    finally:
-        hook.remove()
-    return torch.log_softmax(logits.float(), -1)
+
+def _vocabulary(ids: Tensor, size: int, seed: int) -> Tensor | None:
+    if size <= _VOCABULARY:
+        return None
+    others = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:_OTHERS]
+    return torch.cat([ids.flatten(), others]).unique()
+
+
+class _State:
+    """Progress of tuning: parameters, their moving average, and the best average so far."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, generator: torch.Generator,
+        file: Path | None,
+    ) -> None:  # fmt: skip
+        self._parameters, self._optimizer, self._generator, self._file = parameters, optimizer, generator, file
+        self.step, self.before, self.best_divergence = 0, math.inf, math.inf
+        self._average = [p.data.clone() for p in parameters]
+        self._best = [p.data.clone() for p in parameters]
+
+    def advance(self, decay: float) -> None:
+        self.step += 1
+        for average, parameter in zip(self._average, self._parameters, strict=True):
+            average.lerp_(parameter.data, 1 - decay)
+
+    def keep_better(self, divergence: float) -> None:
+        """Remember the average if its divergence is the least so far."""
+        if divergence < self.best_divergence:
+            self.best_divergence, self._best = divergence, [x.clone() for x in self._average]
+
+    def averaged(self) -> _Averaged:
+        """A context in which the parameters are their average."""
+        return _Averaged(self._parameters, self._average)
+
+    def restore_best(self) -> None:
+        for parameter, value in zip(self._parameters, self._best, strict=True):
+            parameter.data = value
+
+    def save(self) -> None:
+        if self._file is None:
+            return
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "step": self.step, "before": self.before, "best_divergence": self.best_divergence,
+                "parameters": [p.data for p in self._parameters], "average": self._average, "best": self._best,
+                "optimizer": self._optimizer.state_dict(), "generator": self._generator.get_state(),
+            },
+            buffer,
+        )  # fmt: skip
+        work.save(self._file, buffer.getvalue())
+
+    def load(self, progress: Progress) -> bool:
+        """Continue where an interrupted run was saved; whether there is one."""
+        saved = None if self._file is None else work.load(self._file, progress)
+        if saved is None:
+            return False
+        state = torch.load(io.BytesIO(saved), weights_only=True, map_location=self._parameters[0].device)
+        self.step, self.before, self.best_divergence = state["step"], state["before"], state["best_divergence"]
+        self._average, self._best = state["average"], state["best"]
+        for parameter, value in zip(self._parameters, state["parameters"], strict=True):
+            parameter.data = value
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._generator.set_state(state["generator"].cpu())
+        return True
+
+
+class _Averaged:
+    """While it is entered, parameters have other values."""
+
+    def __init__(self, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+        self._parameters, self._values = parameters, values
+
+    def __enter__(self) -> None:
+        self._own = [p.data for p in self._parameters]
+        for parameter, value in zip(self._parameters, self._values, strict=True):
+            parameter.data = value
+
+    def __exit__(self, *_: object) -> None:
+        for parameter, value in zip(self._parameters, self._own, strict=True):
+            parameter.data = value

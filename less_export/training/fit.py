@@ -1,7 +1,8 @@
 """Fit the kernels of one layer: everything that does not depend on them is computed once, then Adam runs.
 
-The loss compares the layer's output, after its output projection, with its output with the full cache, at positions
-past the budget, where the low-rank state holds tokens. The policy decides which tokens are evicted as in a streaming
+The loss compares what the layer's attention adds to the residual stream, after its output projection and the norm that
+follows in some families, with what it adds in the model with full caches, at positions past the budget, where the
+low-rank state holds tokens. The policy decides which tokens are evicted as in a streaming
 run of one token at a time; that does not depend on the kernels.
 """
 
@@ -20,6 +21,7 @@ from ..less import simulate
 from ..less.feature_maps import FeatureMap
 from ..less.int8 import Centring
 from . import initialisation
+from .additions import Addition
 
 #: Queries attended at a time while preparing and validating: bounds memory.
 _QUERIES = 256
@@ -56,7 +58,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Errors:
-    """Mean squared error of a layer's output, relative to the mean square of that output.
+    """Mean squared error of what a layer adds, relative to the mean square of its target.
 
     ``sparse``: eviction alone. ``start``: the untrained kernels. ``less``: the resulting kernels, which are the
     untrained ones where training made them worse.
@@ -73,12 +75,12 @@ class Prepared:
 
     q [N,Hq,T,D] and k [N,Hk,T,D] as collected, which is how kernels read them; v [N,Hk,T,D] as slots give it back, in
     f32 if they are int8; out [N,Hk,G,T,D] and total [N,Hk,G,T,1] of the sparse part; evicted_at [N,Hk,T]; target
-    [N,T,W], the layer's output with the full cache, of the model's hidden size W. rotary [at least T,D_rot]: the table
+    [N,T,W], what the layer adds in the model with full caches. rotary [at least T,D_rot]: the table
     of a layer with a largest distance, whose q and k are not rotated.
     """
 
     layer: LayerSpec
-    projection: Tensor
+    addition: Addition
     q: Tensor
     k: Tensor
     v: Tensor
@@ -98,10 +100,6 @@ class Prepared:
         names = ("q", "k", "v", "out", "total", "evicted_at", "target")
         return replace(self, **{n: getattr(self, n)[index] for n in names})
 
-    def added(self, out: Tensor) -> Tensor:
-        """[N,Hk,G,P,D] attention -> [N,P,W] after the output projection."""
-        return out.flatten(1, 2).transpose(1, 2).flatten(2) @ self.projection
-
     def predict(self, feature_map: FeatureMap, queries: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output with LESS at positions ``queries``, and the log of its low-rank mass."""
         split = (self.layer.kv_heads, self.layer.group)
@@ -111,21 +109,22 @@ class Prepared:
             self.out[:, :, :, queries], self.total[:, :, :, queries], log_phi, psi, self.v,
             simulate.absorbed(self.evicted_at, queries),
         )  # fmt: skip
-        return self.added(out), mass[..., 0]
+        return self.addition(out), mass[..., 0]
 
 
 @torch.no_grad()
 def prepare(
-    activations: Tensor, layer: LayerSpec, projection: Tensor, device: str, centring: Centring | None = None,
-    rotary: Tensor | None = None,
+    activations: Tensor, targets: Tensor, layer: LayerSpec, addition: Addition, device: str,
+    centring: Centring | None = None, rotary: Tensor | None = None,
 ) -> Prepared:  # fmt: skip
-    """Compute what training needs from a layer's activations [N,Hq+2Hk,T,D]; evictions are those of a streaming run.
+    """Compute what training needs from a layer's activations [N,Hq+2Hk,T,D] and targets [N,T,W].
 
-    ``centring`` is that of the layer's keys in int8 slots, ``rotary`` its table: see :class:`Prepared`.
+    Evictions are those of a streaming run. ``centring`` is that of the layer's keys in int8 slots, ``rotary`` its
+    table: see :class:`Prepared`.
     """
     sizes = (layer.query_heads, layer.kv_heads, layer.kv_heads)
     parts: list[list[Tensor]] = []
-    projection, rotary = projection.to(device), None if rotary is None else rotary.to(device)
+    addition, rotary = addition.to(device), None if rotary is None else rotary.to(device)
     rows = _rows_at_a_time(layer, activations.shape[2])
     for begin in range(0, len(activations), rows):
         q, k, v = (x.to(device) for x in activations[begin : begin + rows].split(sizes, 1))
@@ -134,9 +133,8 @@ def prepare(
         evicted_at = simulate.evictions(scores, layer)
         steps = torch.arange(q.shape[2], device=device)
         out, total = simulate.sparse(scores, simulate.visible(evicted_at, steps, layer.window), v, slot_v)
-        full = simulate.full(q.float(), k.float(), v.float(), layer, rotary)
-        parts.append([q, k, slot_v, out, total, evicted_at, full.transpose(1, 2).flatten(2) @ projection])
-    prepared = Prepared(layer, projection, *(torch.cat(x) for x in zip(*parts, strict=True)))
+        parts.append([q, k, slot_v, out, total, evicted_at, targets[begin : begin + rows].to(device).float()])
+    prepared = Prepared(layer, addition, *(torch.cat(x) for x in zip(*parts, strict=True)))
     return replace(prepared, rotary=rotary)
 
 
@@ -153,7 +151,7 @@ def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> in
     token += 4 * layer.query_heads * (dim + 1) + 4 * layer.kv_heads + 4 * width
     rows = min(count, _rows_at_a_time(layer, length))
     # Beside them, with int8 slots: keys and values exact, rounded and on the way there, in f32.
-    rounding = 32 * layer.kv_heads * dim * layer.int8
+    rounding = 28 * layer.kv_heads * dim * layer.int8
     turning = 8 * heads * dim * (layer.max_distance is not None)  # queries and keys in f32, and what makes them
     logits = (9 + 8 * simulate.clamps(layer, length)) * layer.query_heads * length
     temporary = rows * length * (logits + 2 * token + rounding + turning)
@@ -179,7 +177,7 @@ def relative_error(data: Prepared, feature_map: FeatureMap | None) -> float:
         one = data.rows(slice(row, row + 1))
         for queries in torch.arange(data.first, data.q.shape[2], device=data.q.device).split(_QUERIES):
             if feature_map is None:
-                added = one.added(one.out[:, :, :, queries])
+                added = one.addition(one.out[:, :, :, queries])
             else:
                 added, _ = one.predict(feature_map, queries)
             target = one.target[:, queries]

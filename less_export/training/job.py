@@ -1,4 +1,4 @@
-"""A training run: collect activations, fit layer by layer, switch off layers that do not gain, write the file.
+"""A training run: fit layer by layer from the lowest, tune all together, switch off what does not pay, write the file.
 
 Until the file is written, finished work stays beside the output in a hidden folder whose name is a fingerprint of
 model, data and options. Rerunning the same command resumes; other options start from the beginning.
@@ -17,27 +17,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..bundle.files import is_special
 from ..errors import LessExportError, UsageError
 from ..hf import calibration, running
+from ..hf.layerwise import LayerwiseDecoder
 from ..less.feature_maps import FeatureMap, Kernels
 from ..plan import sparse_layer
 from ..progress import AnyProgress, as_progress
 from . import allocate, collect, end_to_end, fit, work
+from .additions import Addition, additions
 from .options import DEFAULT_HIDDEN, DEFAULT_RANK, Processes, TrainConfig
 from .preparation import TrainJob, prepare
-
-#: Most bytes of activations on disk at a time; layers that exceed it are collected in several groups.
-DISK = 16 << 30
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Errors of one layer, see :class:`~less_export.training.fit.Errors`; ``used``: whether LESS reduces them.
+    """One layer: its errors when it was fitted, see :class:`~less_export.training.fit.Errors`.
 
-    ``less`` is the error of the kernels in the file, after end-to-end tuning if there was any.
+    used: whether the file has kernels for it. gain: how much larger the divergence of the model on held-back text is
+    without them, in nats per token, once all layers have been tuned together; None if they were not.
     """
 
     layer: int
@@ -47,6 +46,7 @@ class LayerReport:
     less: float
     used: bool
     seconds: float
+    gain: float | None = None
 
 
 def train(
@@ -80,7 +80,6 @@ def train(
     processes.join()
     try:
         job = prepare(model, out, texts, config, processes, first_progress)
-        job.other_progress = as_progress(None if processes.first else progress)
         with work.alone(job.work) if processes.first else contextlib.nullcontext():
             processes.wait()
             return _train(job, out)
@@ -103,22 +102,16 @@ def _train(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
         raise
 
 
-def _load(job: TrainJob) -> PreTrainedModel:
-    job.progress.say(f"loading {job.source.name}")
-    # Not with transformers' device_map, which needs accelerate even for a single device.
-    return job.source.load(job.dtype).to(torch.device(job.device))
-
-
 def _centre(job: TrainJob) -> None:
     """Measure the keys of int8 slots; the first process does, and saves the constants beside the layers."""
     if not any(layer.int8 for layer in job.plan):
         return
     file = job.work / "centring.safetensors"
-    ids = job.corpus.ids[: len(job.corpus.ids) - job.validation][: calibration.SEQUENCES]
+    ids = job.ids[: len(job.ids) - job.validation][: calibration.SEQUENCES]
     sequences = {"count": len(ids), "length": ids.shape[1]}
     job.facts["centring"] = {"rotated": not job.rotary, "sequences": sequences}
     if job.processes.first and work.load_kernels(file, job.progress) is None:
-        measured = calibration.measure(_load(job), ids, job.plan, job.progress, job.rotary)
+        measured = calibration.measure(job.model(), ids, job.plan, job.progress, job.rotary)
         work.save_kernels(file, Kernels({}, {}, measured))
     job.processes.wait()
     job.centring = work.written(work.load_kernels(file), file).centring
@@ -128,9 +121,7 @@ def _divide(job: TrainJob) -> None:
     """Divide the budget among the layers; the first process measures the costs and saves them beside the layers."""
     file = job.work / "layer_budgets.json"
     if job.processes.first and work.load(file, job.progress) is None:
-        measured = allocate.measure(
-            _load(job), job.corpus.ids, job.plan, job.layers, job.progress, job.centring, job.rotary
-        )
+        measured = allocate.measure(job.model(), job.ids, job.plan, job.layers, job.progress, job.centring, job.rotary)
         work.save(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
     job.processes.wait()
     costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
@@ -150,88 +141,94 @@ def _divide(job: TrainJob) -> None:
 
 
 def _fit_all(job: TrainJob) -> None:
-    """Fit every layer that has no whole file yet, in groups whose activations fit on disk."""
+    """Fit every layer that has no whole file yet, from the lowest to the highest."""
     pending = [i for i in job.layers if work.load_layer(job.layer_file(i), i, job.progress) is None]
     finished = len(job.layers) - len(pending)
     if finished:
         job.progress.say(f"{finished} of {len(job.layers)} layers were trained before")
-    if pending:
-        ids = job.corpus.ids
-        folder = job.work / str(job.dtype).replace("torch.", "activations_")
-        activations = collect.Activations(folder, job.plan, len(ids), ids.shape[1], job.dtype)
-        groups = collect.groups(pending, activations, DISK)
-        _check_memory(job, groups, activations)
-    job.processes.wait()  # all check before the first allocates memory or writes
     if not pending:
+        job.processes.wait()
         return
-    for group in groups:
+    folder = job.work / str(job.dtype).replace("torch.", "activations_")
+    activations = collect.Activations(folder, job.plan, len(job.ids), job.length, job.width, job.dtype)
+    decoder = LayerwiseDecoder(job.model(), job.plan)
+    added = additions(job.model(), job.plan)
+    _check_memory(job, pending, activations)
+    job.processes.wait()  # all check before the first writes
+    for layer in pending:
         try:
-            projections = _collect(job, group, activations)
-            for layer in group[job.processes.rank :: job.processes.count]:
-                _fit_layer(job, layer, activations.tensor(layer), projections[layer])
+            _collect(job, layer, decoder, added[layer], activations)
+            if job.processes.first:
+                _fit_layer(job, layer, activations, added[layer])
         except BaseException as error:
             # Incomplete activations are useless, and so are complete ones if the same command would fail again.
-            if isinstance(error, LessExportError) or not set(group) <= activations.marked():
+            if isinstance(error, LessExportError) or not activations.marked():
                 activations.remove()
             raise
         job.processes.wait()
-        if job.processes.first:
-            activations.drop()
-        job.processes.wait()
+    if job.processes.first:
+        activations.remove()
+    job.processes.wait()
 
 
-def _check_memory(job: TrainJob, groups: list[list[int]], activations: collect.Activations) -> None:
-    """Report the disk space and memory that fitting takes.
+def _check_memory(job: TrainJob, layers: list[int], activations: collect.Activations) -> None:
+    """Report the disk space and memory that fitting takes, beside the model.
 
     Raises:
         LessExportError: not enough memory.
     """
-    layers = [i for group in groups for i in group]
-    matrices = 4 * job.width * max(sum(job.plan[i].query_heads * job.plan[i].head_dim for i in g) for g in groups)
     itemsize = job.dtype.itemsize
-    needed = matrices + max(fit.memory(job.plan[i], job.width, activations.shape(i), itemsize) for i in layers)
-    sharing = min(job.processes.on_machine, len(layers)) if torch.device(job.device).type == "cpu" else 1
-    disk = max(sum(activations.nbytes(i) for i in g) for g in groups)
+    shapes = {i: activations.shapes(i)[f"layer_{i}"] for i in layers}
+    needed = max(fit.memory(job.plan[i], job.width, shapes[i], itemsize) for i in layers)
+    disk = 2 * max(map(activations.nbytes, layers))  # those of the layer below are deleted last
     job.progress.say(
-        f"{len(layers)} layers, {len(job.corpus.ids)} sequences: {disk / 1e9:.2f} GB of activations on disk, "
-        f"up to {needed / 1e9:.2f} GB of memory while a layer is fitted"
+        f"{len(layers)} layers, {len(job.ids)} sequences: up to {disk / 1e9:.2f} GB of activations on disk, and "
+        f"{needed / 1e9:.2f} GB of memory beside the model while a layer is fitted"
     )
     free = running.free_memory(job.device)
-    if free is not None and sharing * needed > free:
-        per_process = f", in each of {sharing} processes" if sharing > 1 else ""
+    if free is not None and needed > free:
         raise LessExportError(
-            f"fitting a layer takes {needed / 1e9:.2f} GB of memory{per_process}, and {free / 1e9:.2f} GB are free: "
+            f"fitting a layer takes {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free: "
             "use fewer --seqs or a shorter --seq-len"
         )
 
 
-def _collect(job: TrainJob, group: list[int], activations: collect.Activations) -> dict[int, torch.Tensor]:
-    """Collect the activations of ``group`` and return its output projections; the model is freed afterwards."""
-    model = _load(job)
-    projections = collect.output_projections(model, job.plan)
-    complete = set(group) <= activations.done()
+def _collect(
+    job: TrainJob, layer: int, decoder: LayerwiseDecoder, addition: Addition, activations: collect.Activations
+) -> None:
+    """Collect what a layer gets and is to give, unless an interrupted run has."""
+    begin = activations.done()
+    if begin is not None and begin > layer:  # a finished layer was damaged
+        begin = None
     job.processes.wait()  # all have looked before the first writes
-    if not complete:
-        if job.processes.first:
-            activations.reserve(group)
-        job.processes.wait()
-        share = (job.processes.rank, job.processes.count)
-        collect.collect(model, job.corpus.ids, job.plan, group, activations, share, job.progress, job.rotary)
-        job.processes.wait()
-        if job.processes.first:
-            activations.mark_done(group)
-    return {i: projections[i] for i in group}
+    if begin == layer:
+        return
+    below = {i: work.written(work.load_layer(job.layer_file(i), i), job.layer_file(i)) for i in job.layers if i < layer}
+    maps = {i: k.layers[i].to(job.device) for i, k in below.items() if k.provenance["used"]}
+    if job.processes.first:
+        activations.reserve(layer)
+    job.processes.wait()
+    share = (job.processes.rank, job.processes.count)
+    collect.collect(
+        decoder, job.ids, job.plan, layer, addition, activations, maps, share, job.progress, job.centring, job.rotary,
+        begin,
+    )  # fmt: skip
+    job.processes.wait()
+    if job.processes.first:
+        activations.mark_done(layer)
 
 
-def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection: torch.Tensor) -> None:
+def _fit_layer(job: TrainJob, layer: int, activations: collect.Activations, addition: Addition) -> None:
     begin = time.perf_counter()
     config = job.config
     recipe = fit.Fit(steps=config.step_count)
+    inputs, targets, _ = activations.tensors(layer)
     with job.progress.phase(f"layer {layer}", recipe.steps + 1) as step:
-        constants = job.centring.get(layer), job.angles(layer)
-        prepared = fit.prepare(activations, job.plan[layer], projection, job.device, *constants)
+        angles = job.angles(layer)
+        constants = job.centring.get(layer), None if angles is None else angles[: job.length]
+        prepared = fit.prepare(inputs, targets, job.plan[layer], addition, job.device, *constants)
         step()
-        training = len(activations) - job.validation
+        training = len(inputs) - job.validation
         feature_map, errors = fit.fit(
             prepared.rows(slice(0, training)),
             prepared.rows(slice(training, None)),
@@ -245,7 +242,6 @@ def _fit_layer(job: TrainJob, layer: int, activations: torch.Tensor, projection:
         step(f"error {errors.less:.4f}, without LESS {errors.sparse:.4f}", 0)
     seconds = round(time.perf_counter() - begin, 1)
     facts = {**vars(errors), "used": errors.less < errors.sparse, "seconds": seconds}
-    job.other_progress.say(f"layer {layer}: {seconds:.0f} s, error {errors.less:.4f}, without LESS {errors.sparse:.4f}")
     work.save_layer(job.layer_file(layer), layer, feature_map.cpu(), facts)
 
 
@@ -260,39 +256,41 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     facts = {**job.facts, "torch": torch.__version__, "device": device}
     if job.processes.first:
         if job.config.tuned and maps:
-            maps, facts["end_to_end"], errors = _tune(job, maps)
-            reports = tuple(replace(r, less=errors.get(r.layer, r.less)) for r in reports)
+            maps, tuning = _tune(job, maps)
+            facts["end_to_end"] = tuning
+            gains = {int(i): gain for i, gain in tuning["gains"].items()}
+            reports = tuple(replace(r, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports)
         facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
         Kernels(dict(maps), facts, job.centring).save(out)
         shutil.rmtree(job.work, ignore_errors=True)
-        unused = [r.layer for r in reports if not r.used]
-        if unused:
-            warnings.warn(
-                f"layers {unused}: LESS does not beat plain eviction on validation text, so they have no low-rank term",
-                stacklevel=3,
-            )
+        for line in doubts(reports, facts):
+            warnings.warn(line, stacklevel=3)
     job.processes.wait()
     return reports
 
 
-def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any], dict[int, float]]:
-    """Tune the layers' kernels together; returns them, their provenance, and the errors of the layers with them."""
-    model = _load(job)
+def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
+    """Tune the layers' kernels together; returns those that pay, and their provenance."""
     training, validation = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
-    state_file = job.work / "end_to_end.pt"
-    tuned, facts = end_to_end.tune(
-        model, training, validation, job.plan, maps, job.config.seed, job.progress, state_file=state_file,
-        centring=job.centring, rotary=job.rotary,
+    return end_to_end.tune(
+        LayerwiseDecoder(job.model(), job.plan), training, validation, job.length, job.plan, maps,
+        end_to_end.Tuning(steps=job.config.tune_step_count), job.config.seed, job.progress,
+        state_file=job.work / "end_to_end.pt", centring=job.centring, rotary=job.rotary,
     )  # fmt: skip
-    errors: dict[int, float] = {}
-    if facts["used"]:
-        activations = collect.Activations(job.work / "tuned", job.plan, len(validation), validation.shape[1], job.dtype)
-        activations.reserve(list(tuned))
-        projections = collect.output_projections(model, job.plan)
-        collect.collect(model, validation, job.plan, list(tuned), activations, (0, 1), job.progress, job.rotary)
-        for i, feature_map in tuned.items():
-            own = job.centring.get(i), job.angles(i)
-            prepared = fit.prepare(activations.tensor(i), job.plan[i], projections[i], job.device, *own)
-            errors[i] = fit.relative_error(prepared, feature_map.to(job.device))
-            feature_map.cpu()
-    return tuned, facts, errors
+
+
+def doubts(reports: tuple[LayerReport, ...], facts: dict[str, Any]) -> list[str]:
+    """What held-back text says against the kernels, one line each."""
+    found = []
+    unused = [r.layer for r in reports if not r.used]
+    if unused:
+        found.append(
+            f"layers {unused}: LESS does not beat plain eviction on validation text, so they have no low-rank term"
+        )
+    tuned = facts.get("end_to_end")
+    if isinstance(tuned, dict) and tuned["divergence_after"] >= tuned["divergence_sparse_bytes"]:
+        found.append(
+            f"on validation text the low-rank term does not pay: KL {tuned['divergence_after']:.4f} with it, "
+            f"{tuned['divergence_sparse_bytes']:.4f} if its bytes are spent on slots (a larger --budget, no --kernels)"
+        )
+    return found

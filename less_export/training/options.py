@@ -17,8 +17,8 @@ from ..less.feature_maps import PARAMETRISATIONS, state_for
 from ..less.policies import by_name, choosable
 
 Quality = Literal["fast", "high"]
-#: Steps per layer, training sequences, and whether all kernels are tuned together at the end, of each quality.
-QUALITIES: dict[str, tuple[int, int, bool]] = {"fast": (500, 48, False), "high": (500, 192, True)}
+#: Steps per layer, training sequences, and steps in which all kernels are tuned together, of each quality.
+QUALITIES: dict[str, tuple[int, int, int]] = {"fast": (200, 48, 120), "high": (500, 192, 480)}
 DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 8, 128, 1024
 #: Value of ``layer_budgets`` that divides the budget by measured costs.
 AUTO = "auto"
@@ -45,12 +45,13 @@ class TrainConfig:
         rank: features R of the kernels.
         hidden: hidden width of the kernels.
         parametrisation: ``"exp"``, or ``"paper"`` for the authors'.
-        quality: ``"fast"`` or ``"high"``; the defaults of ``steps``, ``seqs`` and ``end_to_end``.
+        quality: ``"fast"`` or ``"high"``; the defaults of ``steps``, ``seqs`` and ``tune_steps``.
         steps: steps per layer; 0 keeps the k-means start.
         seqs: training sequences; validation takes a twelfth more.
         seq_len: tokens per sequence.
         layers: train only these layers, like ``"0-7,9"``.
         end_to_end: tune all kernels together at the end.
+        tune_steps: steps of that.
         seed: the same seed gives the same kernels on the same machine.
         device: like ``"cpu"`` or ``"cuda:1"``; default a GPU if there is one.
 
@@ -75,7 +76,8 @@ class TrainConfig:
     seqs: int | None = None
     seq_len: int | None = None
     layers: str | None = None
-    end_to_end: bool | None = None
+    end_to_end: bool = True
+    tune_steps: int | None = None
     seed: int = 0
     device: str | None = None
 
@@ -94,8 +96,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.steps is not None and self.steps < 0:
-            raise UsageError(f"--steps must be at least 0, not {self.steps}")
+        for name in ("steps", "tune_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 0, not {value}")
         if not 0 <= self.seed <= _SEED:
             raise UsageError(f"--seed must be between 0 and {_SEED}, not {self.seed}")
         self.cache()
@@ -116,7 +120,12 @@ class TrainConfig:
 
     @property
     def tuned(self) -> bool:
-        return QUALITIES[self.quality][2] if self.end_to_end is None else self.end_to_end
+        """Whether all kernels are tuned together."""
+        return self.end_to_end
+
+    @property
+    def tune_step_count(self) -> int:
+        return QUALITIES[self.quality][2] if self.tune_steps is None else self.tune_steps
 
     @property
     def step_count(self) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..bundle.files import sha256
@@ -22,19 +23,20 @@ from ..hf.sources import ModelSource, resolve
 from ..hf.weight_files import checkpoint_files
 from ..less.int8 import Centring
 from ..less.rotary import RotaryTable, table_of
-from ..progress import Progress, Silent
-from . import fit, work
+from ..progress import Progress
+from . import end_to_end, fit, work
 from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, parse_layers
 
 #: Training sequences per validation sequence.
-_VALIDATION = 12
+_VALIDATION = 8
 
 
 @dataclass
 class TrainJob:
     """State that the steps of one training run share.
 
-    layers: layers to train. corpus: training sequences, then validation. facts: provenance, for the kernel file.
+    layers: layers to train. corpus: training sequences, then validation. length: tokens of each that layers are fitted
+    on. facts: provenance, for the kernel file.
     width: hidden size of the model. work: folder of finished work, until the kernel file is written.
     centring: of the keys of every layer with int8 slots, once it is measured. rotary: tables of distances within a
     sequence, where the plan limits distances.
@@ -45,6 +47,7 @@ class TrainJob:
     plan: tuple[LayerSpec, ...]
     layers: list[int]
     corpus: data.Corpus
+    length: int
     facts: dict[str, Any]
     device: str
     dtype: torch.dtype
@@ -53,13 +56,25 @@ class TrainJob:
     processes: Processes
     progress: Progress
     rotary: tuple[RotaryTable, ...]
-    #: Where processes other than the first report finished layers; the first uses ``progress``.
-    other_progress: Progress
     centring: Mapping[int, Centring] = field(default_factory=dict)
+    _model: PreTrainedModel | None = None
 
     @property
     def validation(self) -> int:
         return max(1, len(self.corpus.ids) // (_VALIDATION + 1))
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """What layers are fitted on: [N, length]."""
+        return self.corpus.ids[:, : self.length]
+
+    def model(self) -> PreTrainedModel:
+        """The model, loaded once."""
+        if self._model is None:
+            self.progress.say(f"loading {self.source.name}")
+            # Not with transformers' device_map, which needs accelerate even for a single device.
+            self._model = self.source.load(self.dtype).to(torch.device(self.device))
+        return self._model
 
     def angles(self, layer: int) -> torch.Tensor | None:
         """The rotary table of a layer."""
@@ -104,7 +119,7 @@ def prepare(
         raise UsageError(f"{reason}; training of {source.name} needs one: add one to its folder")
     encode, bos = data.encoder(tokenizer)
     count = config.sequence_count + max(1, config.sequence_count // _VALIDATION)
-    corpus = data.sequences(sources, encode, bos, count, length, config.seed)
+    corpus = _corpus(sources, encode, bos, count, length, opened.trained_length, config)
     if len(corpus.ids) < 2:
         raise UsageError(f"the text has one sequence of {length} tokens; training and validation need two: add text")
     if len(corpus.ids) < count and processes.first:
@@ -127,13 +142,19 @@ def prepare(
         "max_distance": max((s.max_distance for s in plan if s.max_distance is not None), default=None),
         "compress_sliding": bool(cache.compress_sliding),
         "data": [s.facts() for s in sources],
-        "sequences": {"count": len(corpus.ids), "length": length, "sha256": corpus.hash(), "shares": shares},
+        "sequences": {
+            "count": len(corpus.ids),
+            "length": length,
+            "longest": corpus.ids.shape[1],
+            "sha256": corpus.hash(),
+            "shares": shares,
+        },
         "rank": config.rank,
         "hidden": config.hidden,
         "parametrisation": config.parametrisation,
         "fit": asdict(fit.Fit(steps=config.step_count)),
         "layer_budgets": config.layer_budgets if config.divided else cache.layer_budgets,
-        "end_to_end": config.tuned,
+        "end_to_end": asdict(end_to_end.Tuning(steps=config.tune_step_count)) if config.tuned else False,
         "seed": config.seed,
         "less_export": __version__,
     }
@@ -142,9 +163,25 @@ def prepare(
         work.warn_of_others(out, folder)
     dtype, width = running.compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
     return TrainJob(
-        source, config, plan, chosen, corpus, facts, device, dtype, width, folder, processes, progress,
-        opened.rotary_tables(length), Silent(),
+        source, config, plan, chosen, corpus, length, facts, device, dtype, width, folder, processes, progress,
+        opened.rotary_tables(corpus.ids.shape[1]),
     )  # fmt: skip
+
+
+def _corpus(
+    sources: Sequence[data.Source], encode: data.Encode, bos: int | None, count: int, length: int, limit: int | None,
+    config: TrainConfig,
+) -> data.Corpus:  # fmt: skip
+    """Sequences of ``length`` tokens, or of the longest that kernels are tuned on where the text has enough of them."""
+    longest = max(length, min(int(max(end_to_end.Tuning().lengths) * length), limit or length))
+    if config.tuned and longest > length:
+        try:
+            corpus = data.sequences(sources, encode, bos, count, longest, config.seed)
+        except UsageError:  # the text is shorter than one
+            corpus = None
+        if corpus is not None and len(corpus.ids) == count:
+            return corpus
+    return data.sequences(sources, encode, bos, count, length, config.seed)
 
 
 def _model_hash(source: ModelSource, progress: Progress) -> str:
