@@ -17,7 +17,7 @@ from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.rotary import arranged
 from less_export.hf.surgery import AttentionCall, less_attention
 from less_export.hf.weights import bare_model
-from less_export.less import int8, reference
+from less_export.less import int8
 from less_export.less.feature_maps import FeatureMap, Kernels
 from less_export.plan import exact_layer
 from less_export.progress import Silent
@@ -54,7 +54,7 @@ def by_the_operator(
         for t in range(call.q.shape[2]):
             piece = [x[:, :, t : t + 1] for x in (call.q, call.k, call.v, log_phi, psi)]
             lengths = torch.tensor([t], dtype=torch.int32), torch.ones(1, dtype=torch.int32)
-            out, *state = reference.run(spec, piece, state, lengths, None, angles, opaque=False)
+            out, *state = operators.run(spec, piece, state, lengths, None, angles, opaque=False)
             outs.append(out)
         return torch.cat(outs, 2)
 
