@@ -17,7 +17,7 @@ from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.rotary import arranged
 from less_export.hf.surgery import AttentionCall, less_attention
 from less_export.hf.weights import bare_model
-from less_export.less import int8
+from less_export.less import int8, operators
 from less_export.less.feature_maps import FeatureMap, Kernels
 from less_export.plan import exact_layer
 from less_export.progress import Silent
