@@ -49,6 +49,18 @@ def slots_decode(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["cache", "step", "ratio"], [[cache, f"{t:.1f} ms", f"{t / first:.3f}"] for cache, t in times.items()]
 
 
+def int4(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """KL by text and cache at equal bytes, and how much lower the first cache of four bits is than int8."""
+    caches, rows = list(data["rows"][0]["kl"]), []
+    for row in data["rows"]:
+        kl = {cache: np.array(x) for cache, x in row["kl"].items()}
+        change = statistics.mean(1 - kl[caches[2]] / kl["int8"])
+        cells = [f"{x.mean():.4f} ({row['slots'][cache]})" for cache, x in kl.items()]
+        lower = f"{change.value:.0%} [{change.low:.0%}, {change.high:.0%}]"
+        rows.append([row["text"], str(row["sequences"]), *cells, lower])
+    return ["text", "sequences", *caches, "lower than int8"], rows
+
+
 def state_drift(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Relative errors of the means of a 16-bit state after so many tokens."""
     rows = data["rows"]

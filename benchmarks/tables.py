@@ -282,6 +282,13 @@ def slots_decode() -> str:
     return table(*slots_tables.slots_decode(data)) + f"\n\n({note}; {where(data)})"
 
 
+def int4() -> str:
+    """An experiment with slots of four bits."""
+    data = results("int4")
+    note = f"{data['model']}, contexts of {data['length']:,} tokens, one token a step, policy h2o, without kernels"
+    return table(*slots_tables.int4(data)) + f"\n\n({note}; {where(data)})"
+
+
 def state_drift() -> str:
     """Drift of a 16-bit state."""
     data = results("state")
@@ -312,7 +319,7 @@ def rendered(text: str) -> str:
     }
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
-    makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "plan": plan}
+    makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4, "plan": plan}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
