@@ -43,10 +43,9 @@ def slots_rounding(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def slots_decode(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Milliseconds of a decode step by cache, and their ratio to the first."""
-    times = data["milliseconds"]
-    first = next(iter(times.values()))
-    return ["cache", "step", "ratio"], [[cache, f"{t:.1f} ms", f"{t / first:.3f}"] for cache, t in times.items()]
+    """Milliseconds of a decode step by cache, beside those of the first in the same process, and their ratio."""
+    header = ["cache", "step", data["first"], "ratio"]
+    return header, [[c, f"{t:.1f} ms", f"{a:.1f} ms", f"{t / a:.3f}"] for c, (a, t) in data["milliseconds"].items()]
 
 
 def int4(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
