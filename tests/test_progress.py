@@ -68,7 +68,7 @@ def test_a_training_takes_a_progress_or_a_function(text: Path, tmp_path: Path) -
     for seed, progress in enumerate((recorder, lines.append)):
         trained(folder, text, steps=1, seed=seed, progress=progress)
     assert recorder.pieces["layer 0"] == (2, 2)
-    assert {"collecting activations", "layer 0", "layer 1"} <= set(recorder.pieces) <= set(lines)
+    assert {"collecting what layer 0 gets", "layer 0", "layer 1"} <= set(recorder.pieces) <= set(lines)
     assert [x for x in lines if x not in recorder.pieces] == recorder.lines
 
 
