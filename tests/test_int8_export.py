@@ -66,6 +66,14 @@ def test_the_constants_are_those_of_the_kernel_file(bundle: Path, source: Path, 
     assert np.abs(a[1:] - b[1:]).max(-1).min() > 2e-5 * unit
 
 
+def test_check_passes(run: bundles.Run, bundle: Path) -> None:
+    """Of a state of 16 bits the means are compared."""
+    result = run("check", bundle)
+    assert result.code == 0, result.out
+    assert result.out.startswith("passed: ")
+    assert "low-rank term off" not in result.out
+
+
 def test_a_state_of_32_bits(bundle: Path, source: Path, shared: Path) -> None:
     """Its state takes more bytes, and what it computes differs by roundings alone."""
     file = once(shared / "int8.safetensors", kernel_file)

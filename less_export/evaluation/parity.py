@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator
 from polygraphy.logger import G_LOGGER
 
-from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract, LayerSpec
+from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, Contract
 from ..errors import UsageError
 from ..less import state16
 from ..less.int8 import ONE_CODE
@@ -98,13 +98,18 @@ class _Runner(BaseRunner):
         start = time.perf_counter()
         logits = self.backend.step(feed_dict[INPUT_IDS], feed_dict[NEW_LENGTH])
         self.inference_time = time.perf_counter() - start
-        return OrderedDict({LOGITS: logits, **_compared(self.backend.read_row(0).tensors)})
+        return OrderedDict({LOGITS: logits, **_compared(self.backend.read_row(0).tensors, self.backend.contract)})
 
 
-def _compared(state: State) -> State:
-    """The state tensors that have the same meaning in every implementation."""
-    tensors = {n: x for n, x in state.items() if n.rsplit(".", 1)[-1] in ("position", "h", "z")}
-    return {n: np.sort(x, -1) if n.endswith("position") else x for n, x in tensors.items()}
+def _compared(state: State, contract: Contract) -> State:
+    """The state tensors that have the same meaning in every implementation; of a state of 16 bits the means."""
+    compared: State = {}
+    for index, layer in enumerate(contract.layers):
+        own = {n: state[f"past.{index}.{n}"] for n in ("position", "h", "z", *["h_scale"] * layer.state16)}
+        h = state16.absorbed(own["h"], own["h_scale"], own["z"]) if layer.state16 else own["h"]
+        tensors = {"position": np.sort(own["position"], -1), "h": h, "z": own["z"]}
+        compared |= {f"past.{index}.{n}": x for n, x in tensors.items()}
+    return compared
 
 
 def convert(state: RowState, contract: Contract) -> RowState:
@@ -192,19 +197,13 @@ class _Compare:
             if layer.absorb:
                 same = differ == 0
                 for name, tolerance in (("h", max(limit, ONE_CODE if layer.int8 else 0.0)), ("z", limit)):
-                    pair = (_absorbed(x, prefix, layer) if name == "h" else x[prefix + name] for x in (truth, other))
-                    record(prefix + name, _relative(*(x[same] for x in pair)), tolerance)
+                    error = _relative(truth[prefix + name][same], other[prefix + name][same])
+                    record(prefix + name, error, tolerance)
             if layer.policy.evicts:
                 live = int((expected[0] >= 0).sum())
                 self.report.evicted = max(self.report.evicted, int(expected[0].max()) + 1 - live)
         self.step += 1
         return verdicts
-
-
-def _absorbed(state: Mapping[str, Any], prefix: str, layer: LayerSpec) -> npt.NDArray[Any]:
-    """H, or the means that a state of 16 bits stands for."""
-    h: npt.NDArray[Any] = state[prefix + "h"]
-    return state16.absorbed(h, state[prefix + "h_scale"], state[prefix + "z"]) if layer.state16 else h
 
 
 def _relative(truth: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:
