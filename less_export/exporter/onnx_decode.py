@@ -20,6 +20,7 @@ from ..less import state16 as state16_rule
 from ..less.policies import EvictionPolicy
 from .onnx_nodes import Nodes
 from .onnx_slots import ages
+from .onnx_state import absorb16
 
 #: Finite stand-in for -inf: exp(HIDDEN - peak) is 0 for every real peak.
 HIDDEN = -1.0e30
@@ -236,33 +237,8 @@ def _absorbed(s: _Step, psi: ir.Value, value: ir.Value) -> dict[str, ir.Value]:
 
 
 def _absorbed16(s: _Step, psi: ir.Value, value: ir.Value, means: ir.Value) -> dict[str, ir.Value]:
-    """:func:`_absorbed` of a state of 16 bits, by the rule of ``less.state16``."""
-    op, x, last, zero = s.op, s.x, s.op.ints(-1), s.op.f32(0.0)
-    mass = op.Squeeze(psi, last)
-    z = op.Add(x.past_z, mass)
-    grows = op.Greater(psi, zero)
-    divisor = op.Unsqueeze(op.Where(op.Greater(z, zero), z, op.f32(1.0)), last)
-    means = op.Add(means, op.Div(op.Sub(op.Mul(psi, value), op.Mul(psi, means)), divisor))
-    largest = float(state16_rule.LARGEST)
-    scale = op.Div(op.ReduceMax(op.Abs(means), last, keepdims=1), op.f32(largest))
-    usable = op.GreaterOrEqual(scale, op.f32(int8_rule.SMALLEST_SCALE))
-    quotient = op.Div(means, op.Where(usable, scale, op.f32(np.inf)))
-    code = op.Min(op.Floor(op.Add(quotient, _dither(s))), op.f32(largest))
-    high = op.Floor(op.Mul(op.Add(code, op.f32(128.0)), op.f32(1 / 256)))
-    planes = op.Cast(op.Concat(high, op.Sub(code, op.Mul(high, op.f32(256.0))), axis=-1), to=ir.DataType.INT8)
-    scale = op.Squeeze(op.Where(usable, scale, zero), last)
-    return {
-        "h": op.Where(grows, planes, x.past_h),
-        "z": z,
-        "h_scale": op.Where(op.Greater(mass, zero), scale, x.past_h_scale),
-    }
-
-
-def _dither(s: _Step) -> ir.Value:
-    """``state16.dither``, f32 [B,1,R,D]."""
-    op, rule = s.op, state16_rule
+    """:func:`_absorbed` of a state of 16 bits."""
     feature, channel = np.arange(s.sizes.rank)[:, None], np.arange(s.sizes.head_dim)
-    offset = (feature * rule.FEATURE_STEP + channel * rule.CHANNEL_STEP).astype(np.int32)
-    begin = op.Mul(op.Mod(op.Unsqueeze(s.now, op.ints(-1)), op.i32(rule.PERIOD)), op.i32(rule.STEP))
-    walk = op.Mod(op.Add(begin, op.Constant(value=ir.tensor(offset))), op.i32(1 << 16))
-    return op.Mul(op.to_f32(walk), op.f32(2.0**-16))
+    offsets = (feature * state16_rule.FEATURE_STEP + channel * state16_rule.CHANNEL_STEP).astype(np.int32)
+    mass, total = s.op.Squeeze(psi, s.op.ints(-1)), s.op.Mul(psi, value)
+    return absorb16(s.op, s.x, means, mass, total, s.op.Constant(value=ir.tensor(offsets)))

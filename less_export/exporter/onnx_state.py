@@ -52,12 +52,24 @@ def absorb(
     [B,Hk,N,D]."""
     total = op.MatMul(op.Transpose(leaving, perm=[0, 1, 3, 2]), values)
     mass = op.ReduceSum(leaving, op.ints(2), keepdims=0)
-    z = op.Add(x.past_z, mass)
     if not state16:
-        return {"h": op.Add(x.past_h, total), "z": z}
-    last, zero, one = op.ints(_LAST), op.f32(0.0), op.f32(1.0)
+        return {"h": op.Add(x.past_h, total), "z": op.Add(x.past_z, mass)}
     assert state.mean is not None
-    mean = op.rows(op.Greater(x.past_z, zero), state.mean)
+    mean = op.rows(op.Greater(x.past_z, op.f32(0.0)), state.mean)
+    return absorb16(op, x, mean, mass, total, _offsets(op, mean))
+
+
+def absorb16(
+    op: Nodes, x: SimpleNamespace, mean: ir.Value, mass: ir.Value, total: ir.Value, offsets: ir.Value
+) -> dict[str, ir.Value]:
+    """A state of 16 bits after a chunk by name (``state16.absorb``).
+
+    Args:
+        mean: before it, f32 [B,Hk,R,D], 0 for features without mass. mass, total: sums over the tokens that leave of
+            psi [B,Hk,R] and of psi times value [B,Hk,R,D]. offsets: of the dither, i32 [R,D].
+    """
+    last, zero, one = op.ints(_LAST), op.f32(0.0), op.f32(1.0)
+    z = op.Add(x.past_z, mass)
     divisor = op.Unsqueeze(op.Where(op.Greater(z, zero), z, one), last)
     mean = op.Add(mean, op.Div(op.Sub(total, op.Mul(op.Unsqueeze(mass, last), mean)), divisor))
     largest = float(rule.LARGEST)
@@ -65,25 +77,32 @@ def absorb(
     usable = op.GreaterOrEqual(scale, op.f32(int8_slots.SMALLEST_SCALE))
     scale = op.Where(usable, scale, zero)
     quotient = op.Div(mean, op.Unsqueeze(op.Where(usable, scale, one), last))
-    whole = op.Floor(op.Add(quotient, _dither(op, x, mean)))
-    whole = op.rows(usable, op.Min(op.Max(whole, op.f32(-largest)), op.f32(largest)))
-    high = op.Floor(op.Div(op.Add(whole, op.f32(128.0)), op.f32(256.0)))
-    low = op.Sub(whole, op.Mul(high, op.f32(256.0)))
-    planes = op.Cast(op.Concat(high, low, axis=_LAST), to=ir.DataType.INT8)
+    # The quotient is at least -32,639 to rounding, and is rounded down after the dither: only the top needs a bound.
+    whole = op.Min(op.Floor(op.Add(quotient, _dither(op, x, offsets))), op.f32(largest))
+    whole = op.rows(usable, whole)
+    high = op.Floor(op.Mul(op.Add(whole, op.f32(128.0)), op.f32(1 / 256)))
+    planes = op.Cast(op.Concat(high, op.Sub(whole, op.Mul(high, op.f32(256.0))), axis=_LAST), to=ir.DataType.INT8)
     grows = op.Greater(mass, zero)
-    h = op.Where(op.Unsqueeze(grows, last), planes, x.past_h)
-    return {"h": h, "z": z, "h_scale": op.Where(grows, scale, x.past_h_scale)}
+    return {
+        "h": op.Where(op.Unsqueeze(grows, last), planes, x.past_h),
+        "z": z,
+        "h_scale": op.Where(grows, scale, x.past_h_scale),
+    }
 
 
-def _dither(op: Nodes, x: SimpleNamespace, mean: ir.Value) -> ir.Value:
-    """``state16.dither`` for ``mean`` [B,Hk,R,D]: f32 [B,1,R,D]."""
+def _offsets(op: Nodes, mean: ir.Value) -> ir.Value:
+    """The dither of features and channels for ``mean`` [B,Hk,R,D], in 1/65,536: i32 [R,D]."""
 
     def steps(axis: int, step: int) -> ir.Value:
         count = op.Squeeze(op.dim(mean, axis), op.ints(0))
         ticks = op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
         return op.Mul(op.Cast(ticks, to=ir.DataType.INT32), op.i32(step))
 
+    return op.Add(op.Unsqueeze(steps(2, rule.FEATURE_STEP), op.ints(1)), steps(3, rule.CHANNEL_STEP))
+
+
+def _dither(op: Nodes, x: SimpleNamespace, offsets: ir.Value) -> ir.Value:
+    """``state16.dither``: f32 [B,1,R,D]."""
     begin = op.Mul(op.Mod(x.past_length, op.i32(rule.PERIOD)), op.i32(rule.STEP))
-    offset = op.Add(op.Unsqueeze(steps(2, rule.FEATURE_STEP), op.ints(1)), steps(3, rule.CHANNEL_STEP))
-    walk = op.Add(op.Unsqueeze(begin, op.ints(1, 2, 3)), offset)
-    return op.Div(op.to_f32(op.Mod(walk, op.i32(65536))), op.f32(65536.0))
+    walk = op.Mod(op.Add(op.Unsqueeze(begin, op.ints(1, 2, 3)), offsets), op.i32(1 << 16))
+    return op.Mul(op.to_f32(walk), op.f32(2.0**-16))
