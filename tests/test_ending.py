@@ -87,6 +87,24 @@ def test_what_a_library_drops_is_not_printed(run: Run, monkeypatch: pytest.Monke
     assert run("recipes").err == "less-export: error: interrupted\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_python_drops_is_sent_again(number: signal.Signals, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    def interrupted() -> Any:
+        held = Dropping()
+        del held  # the KeyboardInterrupt ends here
+        threading.Event().wait(30)
+        raise AssertionError
+
+    monkeypatch.setattr(recipes_command, "all_recipes", interrupted)
+    result = run("recipes")
+    assert (result.code, result.err) == (INTERRUPTED, "less-export: error: interrupted\n")
+    assert threading.active_count() == 1
+
+
 def test_ignored_interrupts_stay_ignored(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipes_command, "recipe_figures", lambda _: os.kill(os.getpid(), signal.SIGINT))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -182,7 +200,10 @@ def test_a_real_signal(
         assert process.stderr is not None
         seen = [process.stderr.readline()]
         process.send_signal(number)
-        out, rest = process.communicate()
+        try:
+            out, rest = process.communicate(timeout=120)
+        finally:
+            process.kill()
     *_, last = (seen[0] + rest).splitlines()
     assert (process.returncode, out) == (INTERRUPTED, ""), rest
     assert last.startswith("less-export: error: interrupted"), rest

@@ -17,22 +17,36 @@ from ..errors import LessExportError, install_hint, one_line, printable
 FAILED, INTERRUPTED = 1, 130
 
 
+#: Seconds after which an interrupt that Python dropped is sent again.
+_AGAIN = 0.05
+
+
 class Interrupts:
     """The interrupts of a program.
 
     Libraries turn a KeyboardInterrupt into errors of their own, above all while they are imported. So whatever is
-    raised after one was ``heard`` comes from it.
+    raised after one was ``heard`` comes from it. Python drops one that is raised in a destructor or in the callback
+    of a weak reference (an import has both), and goes on: then the signal is sent again.
     """
 
     def __init__(self) -> None:
         self.heard = False
         #: Whether the program is about to end: then nothing interrupts it any more.
         self.over = False
+        self._again: threading.Timer | None = None
 
-    def _take(self, *_: object) -> None:
+    def _take(self, number: int, _: object) -> None:
         if not self.over:
             self.heard = True
+            self._number = number
             raise KeyboardInterrupt
+
+    def _dropped(self) -> None:
+        """A KeyboardInterrupt was raised where Python cannot pass it on."""
+        if self.heard and not self.over:
+            self._again = threading.Timer(_AGAIN, os.kill, (os.getpid(), self._number))
+            self._again.daemon = True
+            self._again.start()
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -44,10 +58,15 @@ class Interrupts:
         handlers = {n: signal.signal(n, self._take) for n in signals}
         hooks = sys.excepthook, sys.unraisablehook
         sys.excepthook = lambda kind, *rest: None if issubclass(kind, KeyboardInterrupt) else hooks[0](kind, *rest)
-        sys.unraisablehook = lambda what: None if issubclass(what.exc_type, KeyboardInterrupt) else hooks[1](what)
+        sys.unraisablehook = lambda what: (
+            self._dropped() if issubclass(what.exc_type, KeyboardInterrupt) else hooks[1](what)
+        )
         try:
             yield
         finally:
+            if self._again is not None:
+                self._again.cancel()
+                self._again.join()
             sys.excepthook, sys.unraisablehook = hooks
             for number, handler in handlers.items():
                 signal.signal(number, handler)
