@@ -1,8 +1,9 @@
 """What trained kernels add to int8 slots: KL from the full cache, against a sparse cache of the same bytes.
 
 Sequences of held-out text run through the simulation, one token a step. Every cache takes the bytes of the given budget
-in 16-bit slots, in every evicting layer: LESS has fewer slots, as its state costs bytes; ``half state`` counts the
-state at half its bytes. Layers that evict nothing are exact in all of them. ``benchmarks/results/kernels.json`` is
+in 16-bit slots, in every evicting layer: LESS has fewer slots than the sparse cache, as its state costs bytes, and its
+kernels must have been trained with that number, which ``--print-slots`` shows. Layers that evict nothing are exact in
+all of them. ``benchmarks/results/kernels.json`` is
 written after every text; texts that are in it already, with the same kernels, are not measured again.
 """
 
@@ -30,14 +31,14 @@ from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.model import open_model
 from less_export.hf.running import compute_dtype
 from less_export.hf.sources import resolve
-from less_export.less.feature_maps import Kernels
 from less_export.less.memory import layer_bytes
 from less_export.plan import sparse_layer
 from less_export.training.end_to_end import Comparison
+from less_export.training.options import DEFAULT_RANK
 
 FILE = RESULTS / "kernels.json"
 LENGTH, STRIDE, DTYPE = 1024, 8, "bfloat16"
-KINDS = ("16-bit", "sparse", "less", "half state")
+KINDS = ("16-bit", "sparse", "less")
 
 
 def caches(layer: LayerSpec, slots: int) -> dict[str, LayerSpec]:
@@ -46,44 +47,48 @@ def caches(layer: LayerSpec, slots: int) -> dict[str, LayerSpec]:
     plain = sparse_layer(layer, slots)
     room = layer_bytes(wide, DTYPE)
 
-    def size(spec: LayerSpec, tokens: int) -> int:
-        return layer_bytes(spec, DTYPE, tokens)
+    def most(spec: LayerSpec) -> int:
+        return max(n for n in range(1, 4 * slots) if layer_bytes(spec, DTYPE, n) <= room)
 
-    def with_state(share: float) -> LayerSpec:
-        tokens = max(n for n in range(1, 4 * slots) if cost(n, share) <= room)
-        return replace(sparse_layer(layer, tokens), absorb=True, rank=layer.rank)
-
-    def cost(tokens: int, share: float) -> float:
-        return size(plain, tokens) + share * (size(layer, tokens) - size(plain, tokens))
-
-    sparse = max(n for n in range(1, 4 * slots) if size(plain, n) <= room)
-    return dict(zip(KINDS, (wide, sparse_layer(layer, sparse), with_state(1.0), with_state(0.5)), strict=True))
+    less = replace(sparse_layer(layer, most(layer)), absorb=True, rank=layer.rank, state_bits=layer.state_bits)
+    return dict(zip(KINDS, (wide, sparse_layer(layer, most(plain)), less), strict=True))
 
 
-def measure(name: str, kernels: Path, args: argparse.Namespace, rows: dict[tuple[str, ...], dict[str, Any]]) -> None:
-    """Measure a model and its kernels on every text that ``rows`` lacks, writing them all after each."""
+def measure(
+    name: str, kernels: Path | None, args: argparse.Namespace, rows: dict[tuple[str, ...], dict[str, Any]]
+) -> None:
+    """Measure a model and its kernels on every text that ``rows`` lacks, writing them all after each.
+
+    Without kernels, print the slots of the caches.
+    """
     source, progress = resolve(name), Bars()
     config = ExportConfig(policy=args.policy, budget=args.budget, context=LENGTH, kernels=kernels)
-    opened = open_model(source, config)
+    opened = open_model(source, config, rank=DEFAULT_RANK if kernels is None else None, equal_budgets=True)
+    loaded = opened.kernels
+    evicting = [i for i, s in enumerate(opened.plan) if s.policy.evicts]
+    ranks = {i: opened.plan[i].rank for i in evicting if opened.plan[i].absorb}
+    if not ranks:
+        raise SystemExit(f"{kernels} has no low-rank term: the cache is the sparse one")
+    plans = {kind: list(opened.plan) for kind in KINDS}
+    for i in evicting:
+        layer = replace(opened.plan[i], absorb=True, rank=ranks.get(i, min(ranks.values())))
+        own = caches(layer, layer.capacity)
+        for kind, plan in plans.items():
+            plan[i] = own["sparse" if i not in ranks and kind == "less" else kind]
+    counts = {kind: [plan[i].capacity for i in evicting] for kind, plan in plans.items()}
+    if kernels is None:
+        print(f"train with --budget {counts['less'][0]}; the caches have {counts} slots")
+        return
+    trained = {sum(loaded.provenance["slots"][str(i)]) for i in ranks}
+    if trained != {plans["less"][i].capacity for i in ranks}:
+        raise SystemExit(f"{kernels} was trained with {sorted(trained)} slots: use --budget {counts['less'][0]}")
+    if calibration.lacking(loaded, opened.plan):
+        raise SystemExit(f"{kernels} holds no constants of int8 slots: train with int8 slots")
     digest = hashlib.sha256(kernels.read_bytes()).hexdigest()[:12]
     encode, bos = data.encoder(source.tokenizer())
     model = source.load(compute_dtype(opened.hf_config, "cpu")).requires_grad_(False)
-    loaded: Kernels = opened.kernels
-    if calibration.lacking(loaded, opened.plan):
-        raise SystemExit(f"{kernels} holds no constants of int8 slots: train with int8 slots")
-    used = {i: m for i, m in loaded.layers.items() if opened.plan[i].absorb}
-    if not used:
-        raise SystemExit(f"{kernels} has no low-rank term: the cache is the sparse one")
-    rank = opened.plan[min(used)].rank
-    evicting = [i for i, s in enumerate(opened.plan) if s.policy.evicts]
-    plans = {kind: list(opened.plan) for kind in KINDS}
-    for i in evicting:
-        layer = replace(opened.plan[i], absorb=True, rank=rank)
-        own = caches(layer, layer.capacity)
-        for kind, plan in plans.items():
-            plan[i] = own[kind if i in used or kind == "16-bit" else "sparse"]
+    used = {i: loaded.layers[i] for i in ranks}
     decoder = LayerwiseDecoder(model, opened.plan)
-    counts = {kind: [plan[i].capacity for i in evicting] for kind, plan in plans.items()}
     at = torch.arange(max(map(max, counts.values())) + 1, LENGTH - 1, STRIDE)
     for text, content in texts(args.text):
         key = (name, opened.plan[evicting[0]].policy.name, text, digest)
@@ -96,7 +101,7 @@ def measure(name: str, kernels: Path, args: argparse.Namespace, rows: dict[tuple
         with torch.no_grad():
             for row in range(len(ids)):
                 for kind, plan in plans.items():
-                    maps = used if kind in ("less", "half state") else {}
+                    maps = used if kind == "less" else {}
                     kl = compared.divergence(row, LENGTH, at, maps, plan)
                     found[kind].append([round(x, 5) for x in kl.tolist()])
         rows[key] = {"model": name, "policy": key[1], "text": text, "kernels": digest, "slots": counts, "kl": found}
@@ -107,7 +112,9 @@ def measure(name: str, kernels: Path, args: argparse.Namespace, rows: dict[tuple
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("kernels", type=Path, metavar="FILE", help="kernels that less-export train wrote")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--kernels", type=Path, metavar="FILE", help="kernels that less-export train wrote")
+    group.add_argument("--print-slots", action="store_true", help="show the slots of every cache, and measure nothing")
     parser.add_argument("--policy", default="h2o", help="as in training (default: h2o)")
     parser.add_argument("--budget", default="5%", metavar="N|P%%", help="of the 16-bit slots (default: 5%%)")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="measure its last fifth too")
@@ -122,18 +129,19 @@ def main() -> None:
     written = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     rows = {(r["model"], r["policy"], r["text"], r["kernels"]): r for r in written}
     measure(args.model, args.kernels, args, rows)
+    if args.print_slots:
+        return
     for row in rows.values():
         kl = {n: torch.tensor(v).double() for n, v in row["kl"].items()}
         print(
             f"{row['model']}, {row['policy']}, {row['text']}: "
             + ", ".join(f"{n} {x.mean():.4f}" for n, x in kl.items())
         )
-        for kind in ("less", "half state"):
-            change = statistics.mean((kl[kind] - kl["sparse"]).mean(1).numpy())
-            tokens = (kl[kind] - kl["sparse"]).flatten()
-            rest = tokens[tokens.abs().argsort()[: len(tokens) * 99 // 100]]
-            interval = f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
-            print(f"  {kind} - sparse {interval}, without the 1% of tokens that change most {rest.mean():+.4f}")
+        change = statistics.mean((kl["less"] - kl["sparse"]).mean(1).numpy())
+        tokens = (kl["less"] - kl["sparse"]).flatten()
+        rest = tokens[tokens.abs().argsort()[: len(tokens) * 99 // 100]]
+        interval = f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+        print(f"  less - sparse {interval}, without the 1% of tokens that change most {rest.mean():+.4f}")
     print(f"wrote {args.out}")
 
 

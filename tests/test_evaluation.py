@@ -19,7 +19,7 @@ from less_export.errors import UsageError
 from less_export.evaluation import perplexity, statistics, variants
 from less_export.evaluation import run as run_module
 from less_export.evaluation.subject import open_subject
-from less_export.hf.surgery import discover
+from less_export.hf.surgery import discover, less_attention
 from less_export.less.feature_maps import Kernels, random_kernels
 from less_export.plan import plan_layers
 
@@ -166,6 +166,47 @@ def test_share_of_the_gap() -> None:
     assert statistics.share_of_gap(full, full - 1e-6, less) is None
 
 
+def test_means_of_some_tokens() -> None:
+    values = np.arange(12.0).reshape(3, 4)
+    chosen = values % 2 == 0
+    some = statistics.mean_of_some(values, chosen)
+    assert some is not None
+    assert some.value == pytest.approx(5)
+    assert some.low < 5 < some.high
+    assert statistics.mean_of_some(values, np.zeros((3, 4), bool)) is None
+    whole = statistics.mean_of_some(values, np.ones((3, 4), bool))
+    assert whole == statistics.mean(values.mean(1))
+
+
+def test_copied_tokens() -> None:
+    """The pair 5, 6 returns after exactly 30 tokens, and the pair 6, 7 of the start after more; 8, 9 too early."""
+    tokens = [5, 6, 7, *range(100, 127), 5, 6, 8, 9, 8, 9, 6, 7]
+    positions = np.arange(len(tokens) - 1)
+    found = statistics.copied(np.array([tokens, tokens[::-1]]), positions)
+    assert positions[found[0]].tolist() == [30, 36]
+    assert found.shape == (2, 37)
+
+
+def test_divergences_are_those_of_whole_distributions(source: Path, kernel_file: Path) -> None:
+    """Against the definition, from the logits of both caches over all positions."""
+    subject = open_subject(str(source), PLAIN, kernel_file, False)
+    kinds = variants.build(["full", "sparse", "less"], subject.plan, subject.kernels, LENGTH, "float32")
+    ids = torch.from_numpy(np.random.default_rng(3).integers(2, 300, (5, LENGTH)))
+    positions = torch.arange(20, LENGTH - 1, 3)
+    rows: list[int] = []
+    scores = perplexity.compared(subject.model, ids, kinds, 1, positions, rows.append, lambda _: ())
+    assert sum(rows) == 15
+    log_p = []
+    for variant in kinds:
+        with less_attention(subject.model, perplexity.attention(variant, 1)), torch.no_grad():
+            log_p.append(torch.log_softmax(subject.model(input_ids=ids, use_cache=False).logits.double(), -1))
+    assert scores[0].divergence is None
+    for found, other in zip(scores[1:], log_p[1:], strict=True):
+        want = (log_p[0].exp() * (log_p[0] - other)).sum(-1)[:, positions]
+        assert found.divergence == pytest.approx(want.numpy(), abs=1e-6)
+        assert float(want.mean()) > 1e-4
+
+
 # ------------------------------------------------------------------ the command
 
 OPTIONS = ("--seqs", 3, "--seq-len", LENGTH, "--positions", 8)
@@ -186,6 +227,15 @@ def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path
     less = [r for r in data["rows"] if r["kind"] == "less"]
     assert all(set(r["share"]) == {"sparse", "sparse+4", "sparse+bytes"} for r in less)
     assert all(r["perplexity"]["low"] <= r["perplexity"]["value"] <= r["perplexity"]["high"] for r in data["rows"])
+    assert all((r["divergence"] is None) == (r["kind"] == "full") for r in data["rows"])
+    for row in less:
+        assert set(row["change"]) == set(row["share"])
+        sparse = next(
+            r for r in data["rows"] if (r["text"], r["budget"], r["kind"]) == (row["text"], row["budget"], "sparse")
+        )
+        difference = row["divergence"]["value"] - sparse["divergence"]["value"]
+        assert row["change"]["sparse"]["value"] == pytest.approx(difference)
+    assert "KL(full cache || cache)" in result.out
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "sparse+bytes" in result.out
 
@@ -209,8 +259,8 @@ def test_a_bundle_on_onnx_runtime(run: Run, streaming: Path, text: Path, tmp_pat
 def test_where_there_is_no_gap_there_is_no_share(
     run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = iter([np.full((3, 8), x) for x in (2.0, 1.9, 1.8)])
-    monkeypatch.setattr(perplexity, "simulated", lambda *_: next(results))
+    results = [perplexity.Scores(np.full((3, 8), x)) for x in (2.0, 1.9, 1.8)]
+    monkeypatch.setattr(perplexity, "compared", lambda *_: results)
     options = ("--kernels", kernel_file, "--budget", 12, "--compare", "less,full,sparse", "--json", tmp_path / "e.json")
     result = run("eval", source, "--data", text, *options, *OPTIONS)
     assert result.code == 0, result.err
@@ -242,7 +292,7 @@ def test_fewer_sequences_than_asked_for(run: Run, source: Path, text: Path, tmp_
 def test_refused_before_anything_is_evaluated(
     run: Run, source: Path, streaming: Path, kernelled: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "_score", lambda *_: pytest.fail("evaluated"))
+    monkeypatch.setattr(run_module, "_scores", lambda *_: pytest.fail("evaluated"))
     refused(run("eval", streaming, "--data", text, *OPTIONS, "--backend", "trt"), "no engine.plan", after=1)
     refused(run("eval", kernelled, "--data", text, *OPTIONS, "--backend", "ort", "--chunk", 4), "--logits all", after=1)
     refused(

@@ -10,7 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from less_export.contract import LayerSpec, Policy
-from less_export.less import int8, operators, rotary, simulate, state16
+from less_export.less import int8, operators, rotary, simulate, state16, stream
 from less_export.testing import empty_state
 
 from .oracle import centring_of, frequencies_of
@@ -135,6 +135,24 @@ def test_int8_slots_change_outputs_and_evictions() -> None:
     assert not torch.equal(*left)
 
 
+@pytest.mark.parametrize("name", [n for n, x in ALL_LAYERS.items() if stream.takes(x, torch.device("cpu"))])
+def test_both_ways_evict_the_same_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = ALL_LAYERS[name]
+    q, k, v, *_ = inputs(layer)
+    fast = simulate.one_by_one(q, k, v, layer, centring(layer), table(layer))
+    monkeypatch.setattr(stream, "takes", lambda *_: False)
+    for got, want in zip(fast, simulate.one_by_one(q, k, v, layer, centring(layer), table(layer)), strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_states_run_along_from_block_to_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = LAYERS["h2o"]
+    q, k, v, *features = inputs(layer)
+    want = simulate.attend(q, k, v, layer, tuple(features), 1)
+    monkeypatch.setattr(simulate, "_BLOCK", 7)
+    torch.testing.assert_close(simulate.attend(q, k, v, layer, tuple(features), 1), want, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_of_what_a_slot_no_longer_holds_is_attended() -> None:
     layer = LAYERS["sink, sliding"]
     q, k, *_ = inputs(layer)
@@ -170,8 +188,9 @@ def two_layers(layer: LayerSpec, tensors: list[torch.Tensor], attend: Attend) ->
 EXACT_SLOTS = {n: x for n, x in {**LAYERS, **DISTANCE_LAYERS}.items() if not x.int8}
 
 
+@pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("name", [n for n, x in EXACT_SLOTS.items() if x.policy.evicts])
-def test_gradients_are_those_of_the_operator(name: str) -> None:
+def test_gradients_are_those_of_the_operator(name: str, masks: bool) -> None:
     """Through two evicting layers, from every input, as autograd finds them through the reference token by token."""
     layer = EXACT_SLOTS[name]
     angles = table(layer)
@@ -182,6 +201,8 @@ def test_gradients_are_those_of_the_operator(name: str) -> None:
     def simulation(tensors: list[torch.Tensor]) -> torch.Tensor:
         q, k, v, log_phi, psi = tensors
         features = (log_phi, psi) if layer.absorb else None
+        if not masks:
+            return simulate.attend(q, k, v, layer, features, 1, None, angles)
         left = simulate.departures(q.detach(), k.detach(), layer, rotary=angles)
         return checkpoint(simulate.attend_as, q, k, v, layer, features, left, None, 1, angles, use_reentrant=False)
 
@@ -196,8 +217,9 @@ def test_gradients_are_those_of_the_operator(name: str) -> None:
         assert float((got - want).norm() / want.norm()) < 1e-5
 
 
+@pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("name", [n for n, x in INT8_LAYERS.items() if x.policy.evicts])
-def test_gradients_pass_the_rounding_unchanged(name: str) -> None:
+def test_gradients_pass_the_rounding_unchanged(name: str, masks: bool) -> None:
     """Gradients for queries, values and features are those of a fixed rounding error added to keys and values."""
     layer = INT8_LAYERS[name]
     q, k, v, log_phi, psi = inputs(layer)
@@ -223,6 +245,8 @@ def test_gradients_pass_the_rounding_unchanged(name: str) -> None:
 
     def simulation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         features = (log_phi, psi) if layer.absorb else None
+        if not masks:
+            return simulate.attend(q, k, v, layer, features, 1, centring(layer))
         return simulate.attend_as(q, k, v, layer, features, left, centring(layer))
 
     gradients = []

@@ -162,7 +162,7 @@ def test_memory_estimate(spec: LayerSpec, count: int, length: int, width: int, d
         parts = ready.rows(slice(0, count - 1)), ready.rows(slice(count - 1, None))
         fit.fit(*parts, "exp", 8, 128, fit.Fit(steps=2), 0, lambda _: None)
 
-    estimate = fit.memory(spec, width, activations.shape, dtype.itemsize)
+    estimate = fit.memory(spec, width, 128, activations.shape, dtype.itemsize, "cpu")
     assert estimate / 1.5 < peak(fitted) < estimate
 
 
@@ -181,7 +181,7 @@ def test_what_fitting_takes_is_said_and_must_be_free(
     trained(folder, text, steps=1, progress=progress)
     (line,) = (x for x in progress.lines if "of memory" in x)
     assert line.startswith("2 layers, 9 sequences: up to 0.00 GB of activations on disk, and 0.00 GB of memory beside")
-    most = fit.memory(replace(SPEC, head_dim=8), 32, torch.Size((9, 8, LENGTH, 8)), 4)
+    most = fit.memory(replace(SPEC, head_dim=8), 32, 8, torch.Size((9, 8, LENGTH, 8)), 4, "cpu")
     monkeypatch.setattr(running, "free_memory", lambda device: most - 1)
     with pytest.raises(LessExportError, match="use fewer --seqs"):
         trained(folder, text, steps=1)

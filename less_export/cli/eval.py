@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..bundle.files import refuse_unwritable
 from ..config import BACKENDS, CACHE_OPTIONS, ExportConfig
@@ -14,6 +15,9 @@ from .files import write_json
 from .options import Parser, cache_options, general_options, trust_option
 from .progress import Bars
 from .tables import interval, show, size, table
+
+if TYPE_CHECKING:
+    from ..evaluation.run import Row
 
 #: The options that each task uses, besides those of every task.
 _TASK_OPTIONS: dict[str, set[str]] = {
@@ -151,12 +155,29 @@ def _perplexity(args: argparse.Namespace) -> int:
         cells = (interval(r.perplexity), size(r.state_bytes), share)
         figures.add_row(r.text, r.domain, str(r.sequences), r.budget, r.kind, *cells, against, r.how)
     show(figures)
+    _show_divergences(rows)
     if subject.kernels.layers:
         print(f"kernels' weights, once for all sequences: {size(subject.kernels.nbytes())}")
     write_json(args.json, run.as_json(rows, subject, config))
     if args.plot:
         run.plot(rows, subject, args.plot)
     return 0
+
+
+def _show_divergences(rows: Sequence[Row]) -> None:
+    """The divergences from the full cache, where they were measured."""
+    figures = table(
+        "KL(full cache || cache) of the next token, in nats",
+        "text", "budget", "cache", "all tokens", "copied", "other", "LESS - it",
+    )  # fmt: skip
+    measured = [r for r in rows if r.divergence is not None]
+    for r in measured:
+        less = next((x for x in rows if (x.text, x.budget, x.kind) == (r.text, r.budget, "less")), None)
+        change = None if less is None else less.change.get(r.kind)
+        cells = (r.divergence, r.divergence_copied, r.divergence_other, change)
+        figures.add_row(r.text, r.budget, r.kind, *("" if x is None else interval(x, 4) for x in cells))
+    if measured:
+        show(figures)
 
 
 def _summarize(args: argparse.Namespace) -> int:

@@ -1,8 +1,10 @@
-"""Negative log likelihood per token, by streaming or by simulating that over whole sequences."""
+"""Negative log likelihood per token, by streaming or by simulating that over whole sequences, and in the simulation the
+divergence from the full cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,8 @@ from .variants import Variant
 Nll = npt.NDArray[np.float64]
 #: Rows of logits cast to f32 at a time.
 _ROWS = 4
-#: Most sequences simulated together (the eviction loop takes the same time for several), and most bytes of logits.
+#: Most sequences simulated together (the eviction loop takes the same time for several), and most bytes of their
+#: attention logits, and of their logits at the scored positions.
 _BATCH, _LOGITS = 4, 512 << 20
 
 
@@ -46,6 +49,15 @@ def attention(variant: Variant, chunk: int, rotary: Sequence[RotaryTable] = ()) 
     return attend
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a cache does on N sequences at P positions, in nats a token: negative log likelihoods [N,P], and
+    KL(full cache || it) of the next token [N,P], where the full cache was run too."""
+
+    nll: Nll
+    divergence: Nll | None = None
+
+
 @torch.inference_mode()
 def simulated(
     model: PreTrainedModel,
@@ -65,24 +77,66 @@ def simulated(
     Returns:
         [N,P] negative log likelihoods in nats.
     """
-    head = model.get_output_embeddings()
+    return compared(model, ids, [variant], chunk, positions, step, lambda _: rotary)[0].nll
+
+
+@torch.inference_mode()
+def compared(
+    model: PreTrainedModel,
+    ids: Tensor,
+    variants: Sequence[Variant],
+    chunk: int,
+    positions: Tensor,
+    step: Callable[[int], Any],
+    rotary: Callable[[Variant], Sequence[RotaryTable]],
+) -> list[Scores]:
+    """:func:`simulated` for several variants, with divergences from the first if that is the full cache.
+
+    ``step`` is called with the number of rows after each run; ``rotary`` gives the tables of a variant.
+    """
     columns = positions.to(model.device)
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][:, columns], *args[1:]))
-    widest = max(s.query_heads for s in variant.plan)
-    batch = max(1, min(_BATCH, _LOGITS // (4 * widest * ids.shape[1] ** 2)))
-    nlls = []
+    widest = max(s.query_heads for v in variants for s in v.plan)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    row = 4 * max(widest * ids.shape[1] ** 2, vocabulary * len(positions))
+    nlls: list[list[Tensor]] = [[] for _ in variants]
+    divergences: list[list[Tensor]] = [[] for _ in variants]
+    for rows in ids.split(max(1, min(_BATCH, _LOGITS // row))):
+        rows, reference = rows.to(model.device), None
+        for number, variant in enumerate(variants):
+            logits = _logits(model, rows, variant, chunk, columns, rotary(variant)).flatten(0, 1)
+            nlls[number].append(_nll(logits, rows[:, columns + 1].flatten()).view(len(rows), -1).cpu().double())
+            if reference is not None:
+                divergences[number].append(_divergence(reference, logits).view(len(rows), -1).cpu().double())
+            elif variant.kind == "full" and len(variants) > 1:
+                reference = logits
+            step(len(rows))
+    return [
+        Scores(torch.cat(a).numpy(), torch.cat(b).numpy() if b else None)
+        for a, b in zip(nlls, divergences, strict=True)
+    ]
+
+
+def _logits(
+    model: PreTrainedModel, rows: Tensor, variant: Variant, chunk: int, columns: Tensor, rotary: Sequence[RotaryTable]
+) -> Tensor:
+    """Logits [B,P,V] at positions ``columns`` of ``rows`` [B,L]."""
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0][:, columns], *args[1:]))
     try:
         with less_attention(model, attention(variant, chunk, rotary)):
-            for rows in ids.split(batch):
-                rows = rows.to(model.device)
-                steps = position_ids(rows, rotates=not rotary)
-                logits = model(input_ids=rows, position_ids=steps, use_cache=False).logits
-                nll = _nll(logits.flatten(0, 1), rows[:, columns + 1].flatten())
-                nlls.append(nll.view(len(rows), -1).cpu().double().numpy())
-                step(len(rows))
+            steps = position_ids(rows, rotates=not rotary)
+            logits: Tensor = model(input_ids=rows, position_ids=steps, use_cache=False).logits
+            return logits
     finally:
         hook.remove()
-    return np.concatenate(nlls)
+
+
+def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL of the next token from logits [N,V] to others, [N], in f32 without a copy of all of them."""
+    found = []
+    for a, b in zip(reference.split(_ROWS), logits.split(_ROWS), strict=True):
+        a, b = torch.log_softmax(a.float(), -1), torch.log_softmax(b.float(), -1)
+        found.append((a.exp() * (a - b)).sum(-1))
+    return torch.cat(found)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

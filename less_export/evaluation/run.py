@@ -1,14 +1,15 @@
-"""The perplexity table: every variant on every text, by streaming or by simulation."""
+"""The table of perplexities and divergences: every variant on every text, by streaming or by simulation."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..contract import LayerSpec
@@ -16,7 +17,8 @@ from ..errors import UsageError, install_hint
 from ..hf import data
 from ..progress import Progress
 from . import perplexity, statistics
-from .statistics import Interval, Nll
+from .perplexity import Scores
+from .statistics import Interval
 from .subject import Subject
 from .variants import BASELINES, Kind, Variant, build, chosen, kinds_for
 
@@ -55,7 +57,10 @@ class EvalConfig:
 class Row:
     """One row of the table. ``sequences``: number of sequences that the text has.
 
-    ``share``: how much of the gap between full and each baseline LESS closes; None where there is no gap.
+    ``share``: how much of the gap in perplexity between full and each baseline LESS closes; None where there is no gap.
+    ``divergence``: mean KL(full cache || this one) of the next token in nats, and of those tokens alone that are copied
+    from further back, and of the others; None unless both were simulated. ``change``: LESS's divergence less that of
+    each baseline, on the same tokens.
     """
 
     text: str
@@ -67,6 +72,10 @@ class Row:
     perplexity: Interval
     state_bytes: int
     share: dict[str, Interval | None]
+    divergence: Interval | None
+    divergence_copied: Interval | None
+    divergence_other: Interval | None
+    change: dict[str, Interval]
 
 
 def evaluate(
@@ -76,7 +85,7 @@ def evaluate(
     config: EvalConfig,
     progress: Progress,
 ) -> list[Row]:
-    """Perplexity of every variant on each text.
+    """Perplexity and divergence of every variant on each text.
 
     Args:
         inside: texts from the domain that the kernels were trained on. outside: texts from other domains.
@@ -104,11 +113,9 @@ def evaluate(
     rows: list[Row] = []
     for domain, source, ids in texts:
         for budget, variants in compared:
-            nlls: dict[Kind, Nll] = {}
-            for variant in variants:
-                nll, how = _score(subject, variant, ids, positions, config, progress, source.name)
-                nlls[variant.kind] = nll
-                rows.append(_row(source.name, domain, budget, variant, how, nlls, subject, config.seed))
+            scores = _scores(subject, variants, ids, positions, config, progress, source.name)
+            split = statistics.copied(ids.numpy(), positions.numpy())
+            rows += [_row((source.name, domain, budget), v, scores, split, subject, config) for v in variants]
     return rows
 
 
@@ -132,41 +139,65 @@ def _slots(plan: Sequence[LayerSpec]) -> str:
     return "/".join(map(str, sizes)) + " tokens"
 
 
-def _score(
+def _scores(
     subject: Subject,
-    variant: Variant,
+    variants: Sequence[Variant],
     ids: torch.Tensor,
     positions: torch.Tensor,
     config: EvalConfig,
     progress: Progress,
     text: str,
-) -> tuple[Nll, str]:
-    """The negative log likelihoods, and how they were computed."""
-    name = f"{text}: {variant.kind}"
-    if config.backend == "torch" or (config.backend is not None and subject.exported(variant)):
-        batch = min(BATCH, len(ids))
-        backend = subject.backend(variant, config.backend, batch, config.chunk)
+) -> dict[Kind, tuple[Scores, str]]:
+    """What each variant does on a text, and how that was computed."""
+    found: dict[Kind, tuple[Scores, str]] = {}
+    simulated = [v for v in variants if not _streams(subject, v, config)]
+    if simulated:
+        with progress.phase(text, len(ids) * len(simulated)) as step:
+            scores = perplexity.compared(
+                subject.model, ids, simulated, config.chunk, positions, lambda rows: step("", rows),
+                lambda variant: subject.rotary_tables(variant.plan, ids.shape[1]),
+            )  # fmt: skip
+        found = {v.kind: (x, "simulated") for v, x in zip(simulated, scores, strict=True)}
+    for variant in variants:
+        if variant.kind in found:
+            continue
+        assert config.backend is not None
+        backend = subject.backend(variant, config.backend, min(BATCH, len(ids)), config.chunk)
         steps = -(-len(ids) // backend.contract.max_batch) * -(-(int(positions[-1]) + 1) // config.chunk)
-        with progress.phase(name, steps) as step:
+        with progress.phase(f"{text}: {variant.kind}", steps) as step:
             nll = perplexity.streamed(backend, ids.numpy(), config.chunk, positions.tolist(), step)
         backend.close()
-        return nll, f"streamed, {config.backend}"
-    with progress.phase(name, len(ids)) as step:
-        tables = subject.rotary_tables(variant.plan, ids.shape[1])
-        nll = perplexity.simulated(
-            subject.model, ids, variant, config.chunk, positions, lambda rows: step("", rows), tables
-        )
-    return nll, "simulated"
+        found[variant.kind] = Scores(nll), f"streamed, {config.backend}"
+    return found
+
+
+def _streams(subject: Subject, variant: Variant, config: EvalConfig) -> bool:
+    """Whether a variant runs step by step on a backend."""
+    return config.backend == "torch" or (config.backend is not None and subject.exported(variant))
 
 
 def _row(
-    text: str, domain: str, budget: str, variant: Variant, how: str, nlls: dict[Kind, Nll], subject: Subject, seed: int
-) -> Row:
+    place: tuple[str, str, str], variant: Variant, scores: dict[Kind, tuple[Scores, str]],
+    copied: npt.NDArray[np.bool_], subject: Subject, config: EvalConfig,
+) -> Row:  # fmt: skip
+    """The row of a variant at ``place``: text, domain and budget."""
+    seed, (own, how) = config.seed, scores[variant.kind]
     share: dict[str, Interval | None] = {}
-    if variant.kind == "less" and "full" in nlls:
-        share = {b: statistics.share_of_gap(nlls["full"], nlls[b], nlls["less"], seed) for b in BASELINES if b in nlls}
-    size, nll = variant.state_bytes(subject.cache_dtype), nlls[variant.kind]
-    return Row(text, domain, budget, variant.kind, how, len(nll), statistics.perplexity(nll, seed), size, share)
+    change: dict[str, Interval] = {}
+    baselines = {b: scores[b][0] for b in BASELINES if b in scores} if variant.kind == "less" else {}
+    if "full" in scores:
+        full = scores["full"][0].nll
+        share = {b: statistics.share_of_gap(full, x.nll, own.nll, seed) for b, x in baselines.items()}
+    divergence = own.divergence
+    mean = on_copied = on_other = None
+    if divergence is not None:
+        mean = statistics.mean(divergence.mean(1), seed)
+        on_copied, on_other = (statistics.mean_of_some(divergence, x, seed) for x in (copied, ~copied))
+        for name, other in baselines.items():
+            if other.divergence is not None:
+                change[name] = statistics.mean((divergence - other.divergence).mean(1), seed)
+    size, perplexities = variant.state_bytes(subject.cache_dtype), statistics.perplexity(own.nll, seed)
+    return Row(*place, variant.kind, how, len(own.nll), perplexities, size, share, mean, on_copied, on_other, change)
 
 
 def _warn_of_training_text(subject: Subject, sources: Sequence[data.Source]) -> None:
@@ -178,14 +209,7 @@ def _warn_of_training_text(subject: Subject, sources: Sequence[data.Source]) -> 
 
 def as_json(rows: Sequence[Row], subject: Subject, config: EvalConfig) -> dict[str, Any]:
     """The table, the options and the provenance of the kernels, for a JSON file."""
-    table = [
-        {
-            **vars(r),
-            "perplexity": vars(r.perplexity),
-            "share": {n: None if s is None else vars(s) for n, s in r.share.items()},
-        }
-        for r in rows
-    ]
+    table = [asdict(r) for r in rows]
     layers = subject.kernels.provenance.get("layers", {})
     facts = {n: v for n, v in vars(config).items() if v is not None}
     return {

@@ -1,7 +1,8 @@
-"""Perplexities with confidence intervals, and the share of a gap that LESS closes."""
+"""Perplexities and divergences with confidence intervals, the share of a gap that LESS closes, and copied tokens."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +40,33 @@ def perplexity(nll: Nll, seed: int = 0) -> Interval:
 def mean(values: Nll, seed: int = 0) -> Interval:
     """Mean of values [N]; resamples them."""
     return _interval(values.mean(), values[_draws(len(values), seed)].mean(1))
+
+
+def mean_of_some(values: Nll, chosen: npt.NDArray[np.bool_], seed: int = 0) -> Interval | None:
+    """Mean of the ``chosen`` values [N,P]; resamples whole sequences. None if there are none."""
+    sums, counts = np.where(chosen, values, 0).sum(1), chosen.sum(1)
+    if not counts.any():
+        return None
+    draws = _draws(len(values), seed)
+    with np.errstate(invalid="ignore"):
+        return _interval(sums.sum() / counts.sum(), sums[draws].sum(1) / counts[draws].sum(1))
+
+
+#: Tokens back from which a repeated pair of tokens counts as copied.
+COPY_DISTANCE = 30
+
+
+def copied(ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of the tokens after ``positions`` [P] of sequences [N,L] repeat the end of a pair of tokens that began
+    :data:`COPY_DISTANCE` or more tokens before: [N,P]. What a cache forgets shows there first."""
+    found = np.zeros((len(ids), len(positions)), bool)
+    for row, tokens in enumerate(ids.tolist()):
+        pairs = list(itertools.pairwise(tokens))
+        seen: dict[tuple[int, int], int] = {}
+        for at, pair in enumerate(pairs):
+            seen.setdefault(pair, at)
+        found[row] = [at - seen[pairs[at]] >= COPY_DISTANCE for at in positions.tolist()]
+    return found
 
 
 def share_of_gap(full: Nll, baseline: Nll, less: Nll, seed: int = 0) -> Interval | None:

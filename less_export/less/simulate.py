@@ -3,7 +3,9 @@
 The op decides step by step which tokens keep a slot; here that decision is made first, for a whole sequence
 and by the same policy code, and recorded as one number per token: the first query that no longer finds it in a slot
 (:func:`evictions`). Attention and the low-rank term are then masks and matrix products over all positions
-(:func:`sparse`, :func:`combine`). Training and evaluation use this; tests compare it with ``less.reference``.
+(:func:`sparse`, :func:`combine`). Where compiled loops know the policy, they do both in one pass, whose cost grows with
+the slots and not with all positions (:mod:`.stream`, :func:`combine_all`). Training and evaluation use this; tests
+compare it with ``less.reference``.
 
 With int8 slots a query sees the tokens of its own chunk as they are and older ones as slots give them back
 (:func:`slot_keys`, :func:`slot_values`); gradients pass the rounding as if it were not there. Layers with a largest
@@ -15,20 +17,22 @@ Shapes: B rows, Hq query heads, Hk KV heads, G = Hq / Hk, T positions, P query p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..contract import LayerSpec
 from ..plan import AttentionLayer
-from . import int8, state16
+from . import int8, state16, stream
 from .policies import Candidates
 from .reference import fading, place
 from .rotary import rotate
 
 #: Largest exponent of a single feature: beyond it z is negligible, and f32 would overflow.
 _MOST = 80.0
+#: Queries whose states H [R,D] are in memory at a time.
+_BLOCK = 1024
 
 
 def logits(q: Tensor, k: Tensor, layer: LayerSpec) -> Tensor:
@@ -214,6 +218,27 @@ def sparse(
     return out + torch.cat(own, -2), total
 
 
+def one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec, centring: int8.Centring | None = None,
+    rotary: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """What :func:`evictions` and :func:`sparse` give for all T queries at one token a step: output [B,Hk,G,T,D],
+    log-sum-exp [B,Hk,G,T,1], and evictions [B,Hk,T]. In one pass where :func:`.stream.takes` says so."""
+    slot_k, slot_v = slot_keys(k, layer, centring), slot_values(v, layer)
+    if not stream.takes(layer, q.device):
+        seen = scores(q, k, slot_k, layer, 1, rotary)
+        left = evictions(seen.detach(), layer)
+        queries = torch.arange(q.shape[2], device=q.device)
+        return *sparse(seen, visible(left, queries, layer.window), v, slot_v), left
+    far = None
+    if rotary is not None and clamps(layer, q.shape[2]):
+        assert layer.max_distance is not None
+        away = torch.full((k.shape[2],), -layer.max_distance, device=k.device)
+        far = q, rotate(slot_k, rotary, away)
+    turned_q, turned_k, turned_slot_k = (turned(x, rotary) for x in (q, k, slot_k))
+    return stream.attend(turned_q, turned_slot_k, turned_k, slot_v, v, layer, far)
+
+
 def combine(
     out: Tensor, total: Tensor, log_phi: Tensor, psi: Tensor, v: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -228,15 +253,51 @@ def combine(
         The output [B,Hk,G,P,D] and the log of the low-rank mass [B,Hk,G,P,1] (-inf where nothing is absorbed).
     """
     psi = psi.float()
-    z = state[:, :, 0].float() @ psi  # [B,Hk,P,R]
+
+    def read(feature: Tensor) -> Tensor:
+        weight = (feature.flatten(2, 3) @ psi.mT).unflatten(2, feature.shape[2:4])
+        weight = torch.where(state, weight, 0.0)
+        return (weight.flatten(2, 3) @ v.float()).unflatten(2, weight.shape[2:4])
+
+    return _combined(out, total, log_phi, state[:, :, 0].float() @ psi, read)
+
+
+def combine_all(out: Tensor, total: Tensor, log_phi: Tensor, psi: Tensor, v: Tensor, left: Tensor) -> Tensor:
+    """:func:`combine` of all T queries, of which one token after the other leaves: the output [B,Hk,G,T,D].
+
+    ``left`` comes from :func:`one_by_one`, of a layer that :func:`.stream.takes`. The state runs along instead of
+    T x T weights.
+    """
+    absorbed = int((left[0, 0] < left.shape[-1]).sum())
+    first = left.shape[-1] - absorbed  # the query that is the first to find something in the state
+    order = left.argsort(-1)[..., :absorbed, None]
+    psi, v = (x.float().take_along_dim(order, 2) for x in (psi, v))
+    # z and H: what has been absorbed in earlier blocks.
+    parts, z, h = [out[:, :, :, :first]], psi.new_zeros(()), psi.new_zeros(())
+    for begin in range(0, absorbed, _BLOCK):
+        block = slice(begin, begin + _BLOCK)
+        masses = z + psi[:, :, block].cumsum(2)
+        states = h + (psi[:, :, block, :, None] * v[:, :, block, None]).cumsum(2)
+        z, h = masses[:, :, -1:], states[:, :, -1:]
+
+        def read(feature: Tensor, states: Tensor = states) -> Tensor:
+            return (feature.movedim(2, 3) @ states).movedim(3, 2)
+
+        queries = slice(first + begin, first + begin + masses.shape[2])
+        sparse_part = out[:, :, :, queries], total[:, :, :, queries]
+        parts.append(_combined(*sparse_part, log_phi[:, :, :, queries], masses, read)[0])
+    return torch.cat(parts, 3)
+
+
+def _combined(
+    out: Tensor, total: Tensor, log_phi: Tensor, z: Tensor, read: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """:func:`combine`, with the absorbed masses z [B,Hk,P,R] and what features [B,Hk,G,P,R] ``read`` of the state."""
     mass = log_phi + torch.where(z > 0, torch.where(z > 0, z, 1.0).log(), -torch.inf)[:, :, None]
     peak = torch.maximum(total, mass.amax(-1, keepdim=True)).detach()
     feature = torch.exp((log_phi - peak).clamp(max=_MOST))
-    weight = (feature.flatten(2, 3) @ psi.mT).unflatten(2, feature.shape[2:4])
-    weight = torch.where(state, weight, 0.0)
-    low = (weight.flatten(2, 3) @ v.float()).unflatten(2, weight.shape[2:4])
-    exact, share = torch.exp(total - peak), weight.sum(-1, keepdim=True)
-    return (exact * out + low) / (exact + share), torch.logsumexp(mass, -1, keepdim=True)
+    exact, share = torch.exp(total - peak), (feature * z[:, :, None]).sum(-1, keepdim=True)
+    return (exact * out + read(feature)) / (exact + share), torch.logsumexp(mass, -1, keepdim=True)
 
 
 def full(q: Tensor, k: Tensor, v: Tensor, layer: LayerSpec | AttentionLayer, rotary: Tensor | None = None) -> Tensor:
@@ -270,6 +331,12 @@ def attend(
     """
     if exact(layer, q.shape[2]):
         return full(q, k, v, layer, rotary)
+    if chunk == 1 and stream.takes(layer, q.device):
+        out, total, left = one_by_one(q, k, v, layer, centring, rotary)
+        if features is not None:
+            log_phi = features[0].float().unflatten(1, (layer.kv_heads, layer.group))
+            out = combine_all(out, total, log_phi, slot_psi(features[1], layer), slot_values(v, layer), left)
+        return out.flatten(1, 2).to(q.dtype)
     if not layer.policy.evicts:
         return attend_as(q, k, v, layer, features, departures(q, k, layer), centring, chunk, rotary)
     seen = scores(q, k, slot_keys(k, layer, centring), layer, chunk, rotary)

@@ -13,7 +13,7 @@ from ..contract import LayerSpec
 from ..hf.rotary import arranged
 from ..hf.running import position_ids
 from ..hf.surgery import AttentionCall, less_attention
-from ..less import simulate
+from ..less import simulate, stream
 from ..less.feature_maps import FeatureMap
 from ..less.int8 import Centring
 from ..less.rotary import RotaryTable
@@ -64,8 +64,10 @@ def attend(
     layer, feature_map, own = plan[call.layer], maps.get(call.layer), centring.get(call.layer)
     if simulate.exact(layer, call.q.shape[2]):
         return simulate.full(call.q, call.k, call.v, layer, angles)
-    left = simulate.departures(call.q.detach(), call.k.detach(), layer, own, 1, angles)
     features = (feature_map.log_phi(call.q), feature_map.psi(call.k)) if feature_map is not None else None
+    if stream.takes(layer, call.q.device):
+        return simulate.attend(call.q, call.k, call.v, layer, features, 1, own, angles)
+    left = simulate.departures(call.q.detach(), call.k.detach(), layer, own, 1, angles)
     # Recomputed in the backward pass: T x T masks and weights per head do not fit in memory for larger models.
     return checkpoint(
         simulate.attend_as, call.q, call.k, call.v, layer, features, left, own, 1, angles, use_reentrant=False

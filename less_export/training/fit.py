@@ -17,14 +17,16 @@ from torch import Tensor
 
 from ..contract import LayerSpec
 from ..errors import LessExportError
-from ..less import simulate
+from ..less import simulate, stream
 from ..less.feature_maps import FeatureMap
 from ..less.int8 import Centring
 from . import initialisation
 from .additions import Addition
 
-#: Queries attended at a time while preparing and validating: bounds memory.
+#: Queries attended at a time while validating, and about as many of each sequence that calibrate the start.
 _QUERIES = 256
+#: Sequences that calibrate the start.
+_CALIBRATION = 4
 #: Rows prepared at a time, and the most bytes that their logits may take.
 _ROWS = 8
 _LOGITS = 512 << 20
@@ -128,23 +130,21 @@ def prepare(
     rows = _rows_at_a_time(layer, activations.shape[2])
     for begin in range(0, len(activations), rows):
         q, k, v = (x.to(device) for x in activations[begin : begin + rows].split(sizes, 1))
-        slot_k, slot_v = simulate.slot_keys(k, layer, centring), simulate.slot_values(v, layer)
-        scores = simulate.scores(q, k, slot_k, layer, 1, rotary)
-        evicted_at = simulate.evictions(scores, layer)
-        steps = torch.arange(q.shape[2], device=device)
-        out, total = simulate.sparse(scores, simulate.visible(evicted_at, steps, layer.window), v, slot_v)
+        slot_v = simulate.slot_values(v, layer)
+        out, total, evicted_at = simulate.one_by_one(q, k, v, layer, centring, rotary)
         parts.append([q, k, slot_v, out, total, evicted_at, targets[begin : begin + rows].to(device).float()])
     prepared = Prepared(layer, addition, *(torch.cat(x) for x in zip(*parts, strict=True)))
     return replace(prepared, rotary=rotary)
 
 
-def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> int:
+def memory(layer: LayerSpec, width: int, hidden: int, shape: torch.Size, itemsize: int, device: str) -> int:
     """Peak bytes of memory while a layer is fitted.
 
-    These are its :class:`Prepared` sequences plus the larger of two temporaries: what the last rows take while they
-    are prepared (a little over twice their logits, and casts), and the parts while they are concatenated.
+    These are its :class:`Prepared` sequences plus the largest of three temporaries: what the last rows take while they
+    are prepared (casts, and a little over twice their logits unless they are streamed), the parts while they are
+    concatenated, and what the sequences take that calibrate the start.
 
-    width: hidden size of the model. shape, itemsize: of the layer's activations [N,Hq+2Hk,T,D].
+    width: hidden size of the model. hidden: of the kernels. shape, itemsize: of the layer's activations [N,Hq+2Hk,T,D].
     """
     count, heads, length, dim = shape
     token = heads * dim * itemsize + (4 - itemsize) * layer.kv_heads * dim * layer.int8
@@ -153,9 +153,18 @@ def memory(layer: LayerSpec, width: int, shape: torch.Size, itemsize: int) -> in
     # Beside them, with int8 slots: keys and values exact, rounded and on the way there, in f32.
     rounding = 28 * layer.kv_heads * dim * layer.int8
     turning = 8 * heads * dim * (layer.max_distance is not None)  # queries and keys in f32, and what makes them
-    logits = (9 + 8 * simulate.clamps(layer, length)) * layer.query_heads * length
-    temporary = rows * length * (logits + 2 * token + rounding + turning)
-    return count * length * token + max(count * length * token, temporary)
+    if stream.takes(layer, torch.device(device)):
+        scores = 4 * dim * (1 + simulate.clamps(layer, length)) * (2 * layer.query_heads + 2 * layer.kv_heads)
+    else:
+        scores = (9 + 8 * simulate.clamps(layer, length)) * layer.query_heads * length
+    temporary = rows * length * (scores + 2 * token + rounding + turning)
+    queries = min(length, _QUERIES) * layer.query_heads
+    # Weights of some queries on all keys, and the hidden values of both.
+    start = 4 * min(count, _CALIBRATION) * (5 * queries * length // 2 + hidden * (queries + layer.kv_heads * length))
+    # What is a view of the activations is there once.
+    part = 4 * layer.query_heads * (dim + 1) + 4 * layer.kv_heads * (1 + dim * layer.int8) + 4 * width * (itemsize < 4)
+    parts = length * (count * (part if torch.device(device).type == "cpu" else token) + token)
+    return count * length * token + max(parts, temporary, start)
 
 
 def _rows_at_a_time(layer: LayerSpec, length: int) -> int:
@@ -192,8 +201,8 @@ def begin(data: Prepared, parametrisation: str, rank: int, hidden: int, generato
     sample = data.rows(slice(0, 8))
     keys = sample.k.float().transpose(0, 1).flatten(1, 2)
     feature_map = initialisation.new_map(parametrisation, data.layer, rank, hidden, keys, generator, data.rotary)
-    sample = data.rows(slice(0, 4))
-    queries = torch.arange(data.first, data.q.shape[2], max(1, data.q.shape[2] // 256), device=data.q.device)
+    sample = data.rows(slice(0, _CALIBRATION))
+    queries = torch.arange(data.first, data.q.shape[2], max(1, data.q.shape[2] // _QUERIES), device=data.q.device)
     mass = initialisation.true_mass(sample.q, sample.k, data.layer, sample.evicted_at, queries, data.rotary)
     initialisation.calibrate(feature_map, mass, sample.predict(feature_map, queries)[1])
     return feature_map

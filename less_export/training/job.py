@@ -179,7 +179,8 @@ def _check_memory(job: TrainJob, layers: list[int], activations: collect.Activat
     """
     itemsize = job.dtype.itemsize
     shapes = {i: activations.shapes(i)[f"layer_{i}"] for i in layers}
-    needed = max(fit.memory(job.plan[i], job.width, shapes[i], itemsize) for i in layers)
+    hidden = job.config.hidden or DEFAULT_HIDDEN
+    needed = max(fit.memory(job.plan[i], job.width, hidden, shapes[i], itemsize, job.device) for i in layers)
     disk = 2 * max(map(activations.nbytes, layers))  # those of the layer below are deleted last
     job.progress.say(
         f"{len(layers)} layers, {len(job.ids)} sequences: up to {disk / 1e9:.2f} GB of activations on disk, and "

@@ -74,13 +74,19 @@ class EvictionPolicy(abc.ABC):
     uses_topk: ClassVar[bool] = False
     #: Whether one new token always takes the slot that :meth:`taken_onnx` finds, and no other token loses its slot.
     takes_one_slot: ClassVar[bool] = False
+    #: What the token that leaves has the least of when one token comes at a time, of several the last in slot order:
+    #: ``"score"``, of all but the ``recent`` newest, or ``"position"``, of all but those and the first ``heavy``. None
+    #: for any other rule.
+    leaves: ClassVar[Literal["score", "position"] | None] = None
     #: Slots that may hold tokens which the next query of a sliding layer no longer sees.
     unseen: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
-        """Another ``keep_onnx`` than that of a parent takes another slot."""
+        """Another ``keep_onnx`` than that of a parent takes another slot, and another ``keep`` has another rule."""
         if "keep_onnx" in vars(cls) and "taken_onnx" not in vars(cls):
             cls.takes_one_slot = False
+        if "keep" in vars(cls) and "leaves" not in vars(cls):
+            cls.leaves = None
 
     def __repr__(self) -> str:
         return f"<policy {self.name}>"
@@ -138,6 +144,7 @@ class ScoredPolicy(EvictionPolicy):
 
     uses_topk = True
     takes_one_slot = True
+    leaves = "score"
 
     def keep(self, c: Candidates, heavy: int, recent: int) -> torch.Tensor:
         import torch

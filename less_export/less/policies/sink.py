@@ -17,6 +17,7 @@ class Sink(PositionalPolicy):
     name = "sink"
     code = 2
     takes_one_slot = True
+    leaves = "position"
 
     def split(self, budget: int) -> tuple[int, int]:
         heavy = min(SINKS, budget - 1)
