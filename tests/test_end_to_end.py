@@ -23,7 +23,7 @@ from less_export.less.feature_maps import FeatureMap, Kernels
 from less_export.plan import exact_layer
 from less_export.progress import Silent
 from less_export.testing import empty_state
-from less_export.training import end_to_end, initialisation, job
+from less_export.training import end_to_end, initialisation
 
 from .marks import slow_but
 from .test_training_runtime import loaded
@@ -173,11 +173,3 @@ def test_layers_that_do_harm_are_switched_off(tmp_path: Path) -> None:
     assert sorted(tuned) == [1, 2]
     assert measured.gains == pytest.approx({0: -0.3, 1: 0.5, 2: -0.1})
     assert (measured.less, measured.sparse, measured.sparse_bytes) == (0.7, 2.0, 1.0)
-
-
-def test_kernels_that_do_not_pay_are_named(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = job.LayerReport(0, 8, 0.5, 0.4, 0.3, True, 1.0, 0.01)
-    facts = {"end_to_end": {"divergence_after": 0.2, "divergence_sparse_bytes": 0.1}}
-    (line,) = job.doubts((report,), facts)
-    assert "does not pay: KL 0.2000 with it, 0.1000 if its bytes are spent on slots" in line
-    assert job.doubts((report,), {"end_to_end": {"divergence_after": 0.1, "divergence_sparse_bytes": 0.2}}) == []

@@ -55,7 +55,7 @@ def test_a_finished_layer_is_not_trained_again(text: Path, tmp_path: Path, monke
     trained(folder, text, steps=5)
     assert len(calls) == 3
     assert all(torch.equal(x, want[n]) for n, x in load_file(whole).items())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "model.safetensors", "model.safetensors.md"]
 
 
 def test_other_options_do_not_resume(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ def test_other_unfinished_trainings_are_named(text: Path, tmp_path: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(folder, text, steps=5)  # resumes its own
-    assert files_in(tmp_path) == ["model.safetensors"]
+    assert files_in(tmp_path) == ["model.safetensors", "model.safetensors.md"]
 
 
 # ------------------------------------------------------------------ memory

@@ -121,7 +121,7 @@ def resumed(folder: Path, name: str, damage: Callable[[bytes], bytes] | None, te
         file.write_bytes(damage(file.read_bytes()))
     progress = RecordedProgress()
     trained(folder / "model", text, **OPTIONS, progress=progress)
-    assert sorted(p.name for p in folder.iterdir()) == ["model", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["model", "model.safetensors", "model.safetensors.md"]
     said = [line for line in progress.lines if "is damaged: its work is done again" in line]
     assert said == ([f"{file} is damaged: its work is done again"] if damage and name != "collected.json" else [])
     return progress
@@ -247,7 +247,7 @@ def test_two_trainings_at_once(while_tuning: Path, text: Path, tmp_path: Path, r
         assert not [w for w in recwarn if "unfinished" in str(w.message)], "that one is running"
         process.stdin.close()
     trained(folder / "model", text, **OPTIONS)
-    assert sorted(p.name for p in folder.iterdir()) == ["model", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["model", "model.safetensors", "model.safetensors.md"]
 
 
 def test_a_folder_that_another_training_has_just_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from ..bundle.files import is_special
+from ..bundle.files import is_special, write_atomically
 from ..errors import LessExportError, UsageError
 from ..hf import calibration, running
 from ..hf.layerwise import LayerwiseDecoder
 from ..less.feature_maps import FeatureMap, Kernels
 from ..plan import sparse_layer
 from ..progress import AnyProgress, as_progress
-from . import allocate, collect, end_to_end, fit, work
+from . import allocate, card, collect, end_to_end, fit, work
 from .additions import Addition, additions
 from .options import DEFAULT_HIDDEN, DEFAULT_RANK, Processes, TrainConfig
 from .preparation import TrainJob, prepare
@@ -53,7 +53,7 @@ def train(
     model: str, out: str | Path, texts: Sequence[str] = (), config: TrainConfig | None = None, *,
     progress: AnyProgress | None = None, **options: Any,
 ) -> tuple[LayerReport, ...]:  # fmt: skip
-    """Train the kernels of a model and write them to ``out``.
+    """Train the kernels of a model and write them to ``out``, and a model card beside it, ``out`` with ``.md`` added.
 
     Args:
         model: recipe name, hub id, checkpoint folder or GGUF file.
@@ -262,9 +262,11 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
             gains = {int(i): gain for i, gain in tuning["gains"].items()}
             reports = tuple(replace(r, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports)
         facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
-        Kernels(dict(maps), facts, job.centring).save(out)
+        trained = Kernels(dict(maps), facts, job.centring)
+        trained.save(out)
         shutil.rmtree(job.work, ignore_errors=True)
-        for line in doubts(reports, facts):
+        write_atomically(card.file_of(out), card.card(trained).encode())
+        for line in card.doubts(facts):
             warnings.warn(line, stacklevel=3)
     job.processes.wait()
     return reports
@@ -278,20 +280,3 @@ def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, Feature
         end_to_end.Tuning(steps=job.config.tune_step_count), job.config.seed, job.progress,
         state_file=job.work / "end_to_end.pt", centring=job.centring, rotary=job.rotary,
     )  # fmt: skip
-
-
-def doubts(reports: tuple[LayerReport, ...], facts: dict[str, Any]) -> list[str]:
-    """What held-back text says against the kernels, one line each."""
-    found = []
-    unused = [r.layer for r in reports if not r.used]
-    if unused:
-        found.append(
-            f"layers {unused}: LESS does not beat plain eviction on validation text, so they have no low-rank term"
-        )
-    tuned = facts.get("end_to_end")
-    if isinstance(tuned, dict) and tuned["divergence_after"] >= tuned["divergence_sparse_bytes"]:
-        found.append(
-            f"on validation text the low-rank term does not pay: KL {tuned['divergence_after']:.4f} with it, "
-            f"{tuned['divergence_sparse_bytes']:.4f} if its bytes are spent on slots (a larger --budget, no --kernels)"
-        )
-    return found
