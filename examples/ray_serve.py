@@ -9,6 +9,7 @@ Sessions move between replicas through the folder, which all machines of the clu
 import argparse
 import os
 import signal
+import threading
 from pathlib import Path
 
 import ray
@@ -43,5 +44,8 @@ serve.run(
     )
 )
 print(f"serving {options.model_name} at http://{args.host}:{args.port}/v1 (Ctrl-C ends it)", flush=True)
-signal.sigwait({signal.SIGINT, signal.SIGTERM})
+ended = threading.Event()
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: ended.set())
+ended.wait()
 serve.shutdown()
