@@ -7,10 +7,12 @@ Runs in a virtual environment of its own with ``less-export[ray]`` and ``openai`
 
 import argparse
 import collections
+import contextlib
 import importlib.metadata
 import json
 import os
 import queue
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -46,6 +48,12 @@ def until(what: str, condition: Callable[[], Any]) -> float:
             raise SystemExit(f"it does not happen: {what}")
         time.sleep(0.2)
     return round(time.monotonic() - begin, 1)
+
+
+def listens() -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", PORT), timeout=10):
+        return True
+    return False
 
 
 def running() -> int:
@@ -189,7 +197,9 @@ def main() -> None:
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), **SLOW}}
     with tempfile.TemporaryDirectory() as folder:
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        with contextlib.suppress(TimeoutError):  # of a minute, for a proxy that may take longer
+            serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        until("Ray's proxy listens", listens)
         options = ServerOptions(
             bundle.name, state_dir=Path(folder) / "sessions", max_new_tokens=LONG_TOKENS, timeout=60
         )
