@@ -182,6 +182,49 @@ def test_several_answers_to_one_prompt_are_prefilled_once(rows: int) -> None:
     assert scheduler.timing.prefill_tokens == {1: 3, 2: 2, 3: 1}[rows] * 8 + 7
 
 
+def test_prompts_take_turns() -> None:
+    """Long ones get as many pieces each; a short one that comes later is not kept waiting by them."""
+    scheduler = Scheduler(HashBackend(contract()), rows=3, piece=2)
+    factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=2)
+    one, other, short = (factory.sequence(p, params, index=i) for i, p in enumerate(([1] * 20, [2] * 20, [3] * 3)))
+    scheduler.submit(one)
+    scheduler.submit(other)
+    for step in range(4):
+        scheduler.step()
+        assert (one.fed, other.fed) == (2 * (step // 2 + 1), 2 * ((step + 1) // 2))
+    scheduler.submit(short)
+    for _ in range(6):
+        scheduler.step()
+    assert short.token_ids
+    assert one.fed == other.fed == 8
+    run_all(scheduler, [])
+    assert [tuple(s.token_ids) for s in (one, other, short)] == [expected(s.prompt, 2) for s in (one, other, short)]
+
+
+def test_a_prompt_that_is_left_goes_on_for_its_twins() -> None:
+    scheduler = Scheduler(HashBackend(contract()), rows=3, piece=2)
+    factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=3)
+    first, second, third = (factory.sequence([4] * 9, params, index=i) for i in range(3))
+    for sequence in (first, second, third):
+        scheduler.submit(sequence)
+    scheduler.step()
+    assert (first.row, second.row, scheduler.running, scheduler.waiting) == (0, None, 3, 0)
+    assert scheduler.cancel(third)
+    assert scheduler.cancel(first)
+    assert (first.row, second.row, second.fed, scheduler.running) == (None, 0, 2, 1)
+    run_all(scheduler, [])
+    assert tuple(second.token_ids) == expected([4] * 9, 3)
+    assert scheduler.timing.prefill_tokens == 9
+
+
+def test_twins_of_a_prompt_that_fails_try_it_themselves() -> None:
+    scheduler = Scheduler(FaultyBackend(contract()), rows=3)
+    factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=3)
+    events = run_all(scheduler, [factory.sequence([1, RAISES], params, index=i) for i in range(3)])
+    assert all("out of something" in str(e.error) for i in range(3) for e in events[i])
+    assert [len(events[i]) for i in range(3)] == [1, 1, 1]
+
+
 def test_a_row_is_free_within_the_step() -> None:
     scheduler = Scheduler(HashBackend(contract()), rows=1)
     factory = SequenceFactory(scheduler.backend, None, ())
@@ -361,6 +404,23 @@ def test_a_row_that_cannot_be_moved_ends_only_its_sequence(cancelled: bool) -> N
     assert "out of something" in str(events[4][-1].error)
     assert tokens(events[4]) == expected([4] * 4, len(events[4]) - 1)
     assert tokens(events[2]) == expected([2] * 2, 9)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize(("method", "length", "bad"), [("read", 4, 0), ("copy", 6, 1), ("", 0, None)])
+def test_a_prompt_in_the_way_moves(method: str, length: int, bad: int | None, rows: int) -> None:
+    """The second prompt is fed first, and goes on in the row where the first one has seen as many tokens."""
+    backend = BrokenRows(method, length)
+    scheduler, lengths = Scheduler(backend, rows=rows, piece=2), (12, 6 if method == "copy" else 4)
+    factory, params = SequenceFactory(backend, None, ()), SamplingParams(max_new_tokens=5)
+    events = run_all(scheduler, [factory.sequence([i + 1] * n, params, index=i) for i, n in enumerate(lengths)])
+    assert backend.times == (bad is None)  # it did happen
+    for index, n in enumerate(lengths):
+        if index == bad:
+            (only,) = events[index]
+            assert "out of something" in str(only.error)
+        else:
+            assert tokens(events[index]) == expected([index + 1] * n, 5)
 
 
 def test_a_loaded_state_is_dropped_once_it_is_in_its_row() -> None:

@@ -100,7 +100,7 @@ def test_null_is_the_same_as_nothing(served: Served) -> None:
         ("/v1/completions", {"prompt": "a"}, CompletionRequest),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}, ChatRequest),
     ):
-        nulls = dict.fromkeys([*schema.model_fields, "functions", "guided_json"])
+        nulls = dict.fromkeys([*schema.model_fields, "functions", "structured_outputs"])
         replies = [served.http("POST", path, {**extra, **common, **needed}) for extra in ({}, nulls)]
         assert [status for status, _ in replies] == [200, 200], replies
         assert replies[0][1]["choices"] == replies[1][1]["choices"]
@@ -109,7 +109,7 @@ def test_null_is_the_same_as_nothing(served: Served) -> None:
 
 @pytest.mark.parametrize(
     "extra",
-    [{"functions": [{}]}, {"guided_json": {}}, {"min_tokens": 2}, {"use_beam_search": True}],
+    [{"functions": [{}]}, {"structured_outputs": {}}, {"min_tokens": 2}, {"use_beam_search": True}],
 )
 def test_what_would_change_the_answer_is_refused(extra: dict[str, Any], served: Served) -> None:
     status, reply = served.http("POST", "/v1/completions", {"prompt": "a", **extra})

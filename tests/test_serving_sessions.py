@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +14,9 @@ import pytest
 
 from less_export.errors import UsageError
 from less_export.runtime.backend import RowState
-from less_export.serving import sessions
+from less_export.serving import range_locks, sessions
 from less_export.serving.conversations import continuation
-from less_export.serving.sessions import SessionStore
+from less_export.serving.sessions import BusySessionError, SessionStore
 
 from .chat_templates import TEMPLATES
 from .serving_support import LONG, MODEL, Served, ids, serving, text_of
@@ -22,6 +24,11 @@ from .test_generate import HashBackend, contract, expected, letter_tokenizer
 from .test_service_engine import GatedBackend
 
 pytest_plugins = ["tests.serving_support"]
+
+
+def files(folder: Path) -> list[str]:
+    """What is in a folder of sessions, beside the file of their locks."""
+    return sorted(p.name for p in folder.iterdir() if p.name != ".locks")
 
 
 def test_a_session_goes_on_without_its_prompt(tmp_path: Path) -> None:
@@ -48,7 +55,7 @@ def test_a_session_goes_on_without_its_prompt(tmp_path: Path) -> None:
         )  # fmt: skip
         history += served.tokenizer.encode(".uf.a", special=False)  # after the answer, without bos
         assert third.choices[0].message.content == text_of(served, history, 4)
-        assert len(list(tmp_path.iterdir())) == 1
+        assert len(files(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "gemma", "mistral"])
@@ -80,7 +87,7 @@ def test_what_is_no_session(session: str, tmp_path: Path) -> None:
             served.client.completions.create(model=MODEL, prompt="a", extra_body={"session_id": session})
         assert caught.value.code == "session_not_found"
         assert str(tmp_path) not in str(caught.value)
-        assert list(store.iterdir()) == []
+        assert files(store) == []
 
 
 def test_sessions_are_offered_only_with_a_folder(served: Served) -> None:
@@ -123,9 +130,9 @@ def test_the_oldest_sessions_are_dropped(tmp_path: Path) -> None:
     store = SessionStore(tmp_path, 2 * size + 1, lambda state: None)
     for digit in "123":
         store.save(digit * 32, state)
-    assert sorted(p.stem[0] for p in tmp_path.iterdir()) == ["2", "3", "n"]
+    assert [name[0] for name in files(tmp_path)] == ["2", "3", "n"]
     SessionStore(tmp_path, 1, lambda state: None).save("4" * 32, state)  # too large alone: it stays
-    assert sorted(p.stem[0] for p in tmp_path.iterdir()) == ["4", "n"]
+    assert [name[0] for name in files(tmp_path)] == ["4", "n"]
 
 
 def test_a_session_is_claimed_until_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +173,7 @@ def test_the_folder_of_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     left.touch()
     other.touch()
     store = SessionStore(tmp_path, 10**9, lambda state: None)
-    assert list(tmp_path.iterdir()) == [other]
+    assert files(tmp_path) == [other.name]
     backend = HashBackend(contract())
     backend.open(1)
     store.save("b" * 32, backend.read_row(0))
@@ -204,4 +211,82 @@ def test_a_session_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.Monk
             with pytest.raises(openai.APIError, match="could not save the session") as caught:
                 list(served.client.completions.create(model=MODEL, prompt="a", **options))
             assert str(tmp_path) not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert files(tmp_path) == []
+
+
+# ------------------------------------------------------------------ servers that share a folder
+
+
+def test_a_session_is_busy_in_every_server_that_shares_the_folder(tmp_path: Path) -> None:
+    """Two requests of one session at a time would each go on from the same state, and one answer would be lost."""
+    backend = GatedBackend(free=True)
+    with serving(backend, state_dir=tmp_path) as one, serving(HashBackend(contract()), state_dir=tmp_path) as other:
+
+        def ask(served: Served, session: str, prompt: str) -> Any:
+            extra = {"session_id": session, "ignore_eos": True}
+            return served.client.completions.create(
+                model=MODEL, prompt=prompt, max_tokens=3, temperature=0, extra_body=extra
+            )
+
+        session = ask(one, "new", "a").session_id
+        backend.gate = threading.Semaphore(0)
+        backend.inside.clear()
+        with ThreadPoolExecutor() as pool:
+            first = pool.submit(ask, one, session, "b")
+            assert backend.inside.wait(LONG)
+            with pytest.raises(openai.ConflictError):
+                ask(other, session, "c")
+            assert ask(other, "new", "c").choices  # others are not
+            backend.gate.release(10**6)
+            first.result(LONG)
+        history = [*ids(one, "a")]
+        for prompt in ("b", "d"):
+            history += expected(history, 3)
+            history += one.tokenizer.encode(prompt, special=False)
+        assert ask(other, session, "d").choices[0].text == text_of(one, history, 3)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from less_export.serving.sessions import BusySessionError, SessionStore
+
+store = SessionStore(Path(sys.argv[1]), 10**9, lambda state: None)
+store.claim(sys.argv[2])
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_server_has_no_sessions(tmp_path: Path) -> None:
+    name, store = "3" * 32, SessionStore(tmp_path, 10**9, lambda state: None)
+    argv = [sys.executable, "-c", HOLDER, str(tmp_path), name]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(BusySessionError):
+            store.claim(name)
+        assert store.claim("4" * 32)
+        other.kill()
+        other.wait(LONG)
+    assert store.claim(name) == name
+    with pytest.raises(BusySessionError):
+        store.claim(name)
+    store.release(name)
+    assert SessionStore(tmp_path, 10**9, lambda state: None).claim(name) == name
+    assert files(tmp_path) == []
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each server then knows its own requests, and of two servers the latest one to save wins."""
+    store = SessionStore(tmp_path, 10**9, lambda state: None)
+
+    def unsupported(file: int, command: int, lock: bytes) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(range_locks.fcntl, "fcntl", unsupported)
+    assert store.claim("5" * 32)
+    with pytest.raises(BusySessionError):
+        store.claim("5" * 32)
+    store.release("5" * 32)
+    assert store.claim("5" * 32)

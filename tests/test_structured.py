@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +115,14 @@ def test_tokens_that_may_come_next_are_those_of_some_text(grammars: Grammars, te
         ("backreferences", lambda g: g.regex(r"(a)\1")),
         ("no text satisfies", lambda g: g.regex(r"[^\x00-\x{10FFFF}]")),
         ("8,193 characters", lambda g: g.regex("a" * 8193)),
+        ("choices is empty", lambda g: g.choice([])),
+        ("9,000 characters together", lambda g: g.choice(["a" * 3000, "b" * 6000])),
+        ("9,000 choices", lambda g: g.choice([""] * 9000)),
+        ("8,193 characters", lambda g: g.lark("a" * 8193)),
+        ("unknown name: .*missing", lambda g: g.lark("start: missing")),
+        ("circular", lambda g: g.lark('start: A\nA: A "a"')),
+        ("no text satisfies", lambda g: g.lark("start: start")),
+        ("etc/passwd", lambda g: g.lark('start: %json {"$ref": "file:///etc/passwd"}')),
         ("Invalid type: strnig", lambda g: g.json_schema({"type": "strnig"})),
         ("minimum .5. is greater", lambda g: g.json_schema({"type": "integer", "minimum": 5, "maximum": 3})),
         ("not", lambda g: g.json_schema({"not": {}})),
@@ -153,6 +162,60 @@ def test_a_grammar_that_grows_without_end_ends_its_sequence(grammars: Grammars, 
             processor.chosen(ids[rng.integers(2)])
 
     with pytest.raises(UsageError, match=r"cannot go on: .*too many states"):
+        go_on()
+
+
+def test_choices_are_texts_and_nothing_else(grammars: Grammars, text: Tokenizer) -> None:
+    """Signs that an expression would read otherwise; each text is reached, and what may follow is that of some text."""
+    texts = ["a.c", "abc", "a|b", "(", "\n", "a b", "\u00efb", "x{2}", "^", "\\d"]
+    grammar = grammars.choice(texts)
+    for wanted in texts:
+        processor, said = grammar.start(), []
+        for token in [*text.encode(wanted, special=False), EOS]:
+            logits = np.zeros(VOCAB, np.float32)
+            processor(said, logits)
+            assert np.isfinite(logits[token]), (wanted, said)
+            assert np.isfinite(logits[EOS]) == (text.decode(said) in texts)
+            assert not np.isfinite(logits).all()
+            processor.chosen(token)
+            said.append(token)
+
+
+DEEP_FORMS = """
+import sys
+from less_export.runtime.structured import Grammars
+from less_export.runtime.tokenizer import Tokenizer
+from tests.bundles import tokenizer
+
+grammars = Grammars(Tokenizer(tokenizer().backend_tokenizer, bos_id=0, eos_ids=(1,)), 310, [1])
+names = [chr(97 + i // 26) + chr(97 + i % 26) for i in range(170)]
+rules = [f"{a}:{'(' * 20}{b}{')' * 20}" for a, b in zip(names, names[1:])]
+grammars.lark("\\n".join(["start:aa", *rules, names[-1] + ':"a"']))
+items = {str(i): {"type": "array", "items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(800)}
+grammars.json_schema({"$ref": "#/$defs/0", "$defs": {**items, "800": {"type": "null"}}})
+"""
+
+
+def test_deep_forms_do_not_end_the_process() -> None:
+    """Near the bounds of their lengths, where the stacks of threads are small."""
+    command = ["bash", "-c", 'ulimit -s 1024 && exec "$0" -c "$1"', sys.executable, DEEP_FORMS]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_ambiguous_grammar_ends_its_sequence(grammars: Grammars, text: Tokenizer) -> None:
+    """The ways to read its texts grow with their length."""
+    names = [f"r{i}" for i in range(30)]
+    rules = [f"start: ({' | '.join(names)})*", *(f'{name}: "a" start | "a"' for name in names)]
+    processor = grammars.lark("\n".join(rules)).start()
+    (letter,) = text.encode("a", special=False)
+
+    def go_on() -> None:
+        for _ in range(2000):
+            processor([], np.zeros(VOCAB, np.float32))
+            processor.chosen(letter)
+
+    with pytest.raises(UsageError, match=r"cannot go on: .*[Tt]oo many items"):
         go_on()
 
 
@@ -229,6 +292,40 @@ def test_regex_and_stop_strings(ask: Callable[..., Any]) -> None:
     assert text.startswith(cut.text)
 
 
+def test_guided_json(ask: Callable[..., Any], served: Served) -> None:
+    """A schema, or its text, as vLLM's clients write it; in chats too."""
+    want = ask(json_schema(SCHEMA)).choices[0].text
+    for schema in (SCHEMA, json.dumps(SCHEMA)):
+        assert ask({"guided_json": schema}).choices[0].text == want
+    messages: Any = [{"role": "user", "content": "Alice has a cat."}]
+    chat = served.client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=300, seed=1, extra_body={"guided_json": SCHEMA}
+    )
+    Cat.model_validate_json(chat.choices[0].message.content or "")
+
+
+def test_guided_choice(ask: Callable[..., Any]) -> None:
+    texts = ["yes", "no (really)", "may be", "yes!"]
+    choices = ask({"guided_choice": texts}, n=16).choices
+    assert {c.finish_reason for c in choices} == {"stop"}
+    assert {c.text for c in choices} <= set(texts)
+    assert len({c.text for c in choices}) > 1
+
+
+def test_guided_grammar(ask: Callable[..., Any]) -> None:
+    """A language that no regular expression has."""
+    grammar = 'start: "(" inner ")" | "[" inner "]"\ninner: start | /[01]/'
+    choices = ask({"guided_grammar": grammar}, n=8, temperature=2).choices
+    for choice in choices:
+        text = choice.text
+        assert len(text) > 1
+        while len(text) > 1:
+            assert text[0] + text[-1] in ("()", "[]"), choice
+            text = text[1:-1]
+        assert text in ("0", "1")
+    assert len({c.text for c in choices}) > 1
+
+
 def test_sessions(ask: Callable[..., Any]) -> None:
     """The form is that of one answer; the next one has its own, or none."""
     first = ask({"guided_regex": "[xy]{5}", "session_id": "new"})
@@ -263,6 +360,14 @@ def test_others_beside_them_get_what_they_get_alone(ask: Callable[..., Any], ser
         ("schema", {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}),
         ("either", {"guided_regex": "a", "response_format": {"type": "json_object"}}),
         ("ignore_eos", {"guided_regex": "a", "ignore_eos": True}),
+        ("ignore_eos", {"guided_choice": ["a"], "ignore_eos": True}),
+        ("either guided_regex or guided_choice", {"guided_regex": "a", "guided_choice": ["a"]}),
+        ("guided_choice", {"guided_choice": []}),
+        ("guided_choice", {"guided_choice": "a"}),
+        ("guided_json is not JSON", {"guided_json": "{"}),
+        ("an object", {"guided_json": "[1]"}),
+        ("Invalid type", {"guided_json": {"type": "strnig"}}),
+        ("grammar is invalid", {"guided_grammar": "start: x"}),
     ],
 )
 def test_errors(match: str, form: dict[str, Any], ask: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from less_export import open_bundle
@@ -93,6 +94,61 @@ def test_refused(plain: Path, run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(run("triton", plain, "--out", tmp_path / "file"), "cannot write")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_implicit_state(plain: Path, run: Run, tmp_path: Path) -> None:
+    """Requests that run as the configuration says, each from the states after the one before, give the model's text."""
+    result = run("triton", plain, "--out", tmp_path, "--name", "steps", "--implicit-state")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'steps'}\n"), result.err
+    folder, model = tmp_path / "steps", open_bundle(plain)
+    text = (folder / "config.pbtxt").read_text(encoding="utf-8")
+    assert (text.count("{"), text.count("[")) == (text.count("}"), text.count("]"))
+    assert "max_batch_size: 2\n" in text
+    state = re.compile(
+        r'input_name: "(\S+)" output_name: "(\S+)" data_type: TYPE_(\w+) dims: \[ (.*) \]\s+'
+        r'initial_state \{ name: "empty" data_type: TYPE_\3 dims: \[ \4 \] (?:zero_data: true|data_file: "(.*)") \}'
+    )
+    pairs, values = {}, {}
+    for past, present, kind, dims, file in state.findall(text):
+        pairs[present] = past
+        dtype = {"FP32": np.float32, "INT32": np.int32, "INT8": np.int8}[kind]
+        shape = [1, *map(int, dims.split(", "))]
+        data = (folder / "initial_state" / file).read_bytes() if file else bytes(int(np.prod(shape)) * dtype().itemsize)
+        values[past] = np.frombuffer(data, dtype).reshape(shape)
+    assert [pairs[name] for name in sorted(pairs)] == sorted(pairs.values())  # as Triton's core pairs them
+    file = json.loads(re.search(r"default_model_filename: (.*)", text)[1])  # type: ignore[index]
+    session = onnxruntime.InferenceSession(folder / "1" / file)
+    assert {i.name for i in session.get_inputs()} == {"input_ids", "past_length", "new_length", *values}
+    assert {o.name for o in session.get_outputs()} == {"logits", *pairs}
+    names = [o.name for o in session.get_outputs()]
+
+    def step(ids: list[int], length: int) -> int:
+        sizes = {"past_length": np.array([length], np.int32), "new_length": np.array([len(ids)], np.int32)}
+        outputs = dict(zip(names, session.run(names, {"input_ids": np.array([ids]), **sizes, **values}), strict=True))
+        values.update({past: outputs[present] for present, past in pairs.items()})
+        return int(outputs["logits"][0, -1].argmax())
+
+    assert model.tokenizer is not None
+    prompt, length, answer = model.tokenizer.encode(PROMPT), 0, []
+    chunk = model.backend.contract.chunk
+    for begin in range(0, len(prompt), chunk):
+        token = step(prompt[begin : begin + chunk], length)
+        length += len(prompt[begin : begin + chunk])
+    for _ in range(8):
+        answer.append(token)
+        token = step([token], length)
+        length += 1
+    assert tuple(answer) == model.generate([PROMPT], max_new_tokens=8, ignore_eos=True)[0].token_ids
+
+
+def test_implicit_state_refused(plain: Path, run: Run, tmp_path: Path) -> None:
+    implicit = ("triton", plain, "--out", tmp_path, "--implicit-state")
+    refused(run(*implicit, "--sequences", 3), "--name and --backend only")
+    refused(run("triton", plain / "model.onnx", "--out", tmp_path, "--implicit-state"), "bundle folder")
+    refused(run(*implicit, "--name", "a/b"), "cannot be called")
+    assert not list(tmp_path.iterdir())
+    assert run(*implicit).code == 0
+    refused(run(*implicit), "exists")
 
 
 # ------------------------------------------------------------------ the model

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .._version import __version__
 from ..config import BACKENDS
+from ..errors import UsageError
 from .options import Parser, general_options, trust_option
 
 
@@ -19,6 +20,7 @@ def parser() -> Parser:
         (
             "less-export triton gemma --out repository",
             "less-export triton gemma --out repository --name chat --sequences 64",
+            "less-export triton gemma --out repository --name steps --implicit-state",
         ),
     )
     model = parser.add_argument_group("model")
@@ -48,6 +50,11 @@ def parser() -> Parser:
         metavar="N",
         help="requests belong to sequences, and the states of N are kept between them (default: 0, no sequences)",
     )
+    limits.add_argument(
+        "--implicit-state",
+        action="store_true",
+        help="a model without Python, whose state Triton keeps: a request is one step, and clients choose the tokens",
+    )
     general_options(parser)
     return parser
 
@@ -55,10 +62,18 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     from ..bundle.artifact import Bundle
     from ..runtime.open import backend_name
+    from ..serving.triton_implicit import write_implicit
     from ..serving.triton_repository import TritonOptions, write_repository
 
     opened = Bundle.open(args.bundle)
     path = Path(args.bundle).resolve()
+    if args.implicit_state:
+        taken = (args.threads, args.max_rows, args.prefill_chunk, args.sequences or None, args.trust_code or None)
+        if any(value is not None for value in taken):
+            raise UsageError("--implicit-state takes --name and --backend only: its rows are the bundle's --max-batch")
+        kind = backend_name(opened, args.backend)
+        print(write_implicit(args.out, args.name or path.name, path, kind, __version__))
+        return 0
     options = TritonOptions(
         path,
         backend_name(opened, args.backend),

@@ -1,10 +1,11 @@
 """Continuous batching: sequences come and go between steps over the rows of one backend.
 
 The sequences that decode have rows 0 to n - 1, so that a decode step runs exactly these; a row that becomes free
-is filled by the last of them. Beside them, one sequence at a time is prefilled, in pieces of ``piece`` tokens whatever
-else runs, because what a row evicts depends on how its prompt was cut. Pieces alternate with decode steps, so that
-those that decode wait for one piece at most between two tokens. Those that wait for a row wait for the whole prompts
-before theirs. Sequences with the same prompt that follow one another are prefilled once, and their rows copied.
+is filled by the last of them. In the rows behind them prompts are fed, in pieces of ``piece`` tokens whatever else
+runs, because what a row evicts depends on how its prompt was cut. Pieces alternate with decode steps, so that those
+that decode wait for one piece at most between two tokens. The prompts take turns, piece by piece: a short one does not
+wait for the whole of a long one. Sequences with the same prompt are prefilled once, if the later ones get a row in
+time, and the row is copied.
 
 A scheduler starts no thread, reads no clock but for its figures, and does the same at the same calls.
 """
@@ -22,6 +23,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from .backend import Backend
+from .prefill import Prefill
 from .sampler import choose_all
 from .sequence import Sequence, Token
 
@@ -91,7 +93,7 @@ class Scheduler:
             )
         self.timing = Timing()
         self._waiting: deque[Sequence] = deque()
-        self._prefilling: Sequence | None = None
+        self._prefilling: deque[Prefill] = deque()  # the next one to feed first
         self._decoding: list[Sequence] = []  # by row
         self._held: dict[Sequence, Token] = {}  # last tokens of sequences that are fed once more for their state
         self._lost: list[Event] = []  # errors of sequences whose row could not be moved
@@ -106,8 +108,8 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Sequences with a row."""
-        return len(self._decoding) + (self._prefilling is not None)
+        """Sequences with a row, or with one that waits for a prompt which they share."""
+        return len(self._decoding) + sum(len(p.sequences) for p in self._prefilling)
 
     @property
     def busy(self) -> bool:
@@ -128,8 +130,9 @@ class Scheduler:
         """End a sequence without further events, and free its row at once; False if it is not here (any more)."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
-        elif sequence is self._prefilling:
-            self._prefilling = None
+        elif (prefill := next((p for p in self._prefilling if sequence in p.sequences), None)) is not None:
+            if not prefill.drop(sequence):
+                self._prefilling.remove(prefill)
         elif sequence in self._decoding:
             self._undisturbed()
             self._release([sequence])
@@ -162,81 +165,116 @@ class Scheduler:
     def _advance(self) -> list[Event]:
         self.open()
         events = self._admit()
-        if self._prefilling is not None:
-            events += self._prefill(self._prefilling)
+        if self._prefilling:
+            events += self._prefill(self._prefilling.popleft())
         if self._decoding:
             events += self._decode()
         lost, self._lost = self._lost, []
         return events + lost
 
     def _admit(self) -> list[Event]:
-        """Give the next sequence the row behind those that decode, if nothing else is prefilled."""
-        while self._waiting and self._prefilling is None and len(self._decoding) < self.rows:
+        """Give every free row to the next sequence; one whose prompt is being fed waits for it, and has a row then."""
+        failed = []
+        while self._waiting and self.running < self.rows:
             sequence = self._waiting.popleft()
-            sequence.row = len(self._decoding)
+            same = next((p for p in self._prefilling if p.is_for(sequence)), None)
+            if same is not None:
+                same.sequences.append(sequence)
+                continue
+            row = self._free_row(len(self._decoding))
             try:
                 if sequence.prefix is None:
-                    self.backend.reset_rows([sequence.row])
+                    self.backend.reset_rows([row])
                 else:
-                    self.backend.write_row(sequence.row, sequence.prefix)
+                    self.backend.write_row(row, sequence.prefix)
             except Exception as error:  # a state that does not fit
-                sequence.row = None
-                return [Event(sequence, error=error)]
-            self._prefilling = sequence
-        return []
+                failed.append(Event(sequence, error=error))
+                continue
+            sequence.row = row
+            self._prefilling.append(Prefill(row, [sequence]))
+        return failed
 
-    def _prefill(self, sequence: Sequence) -> list[Event]:
+    def _free_row(self, first: int) -> int:
+        """The first row from ``first`` on in which no prompt is fed."""
+        taken = {p.row for p in self._prefilling}
+        return next(row for row in range(first, self.rows) if row not in taken)
+
+    def _prefill(self, prefill: Prefill) -> list[Event]:
         """Feed the next piece; the last one gives the first token and joins the row to those that decode."""
-        piece, row = sequence.prompt[sequence.fed : sequence.fed + self.piece], sequence.row
-        assert row is not None
+        sequence, row = prefill.leader, prefill.row
+        piece = sequence.prompt[sequence.fed : sequence.fed + self.piece]
         begin = time.perf_counter()
         try:
             logits = feed(self.backend, [piece], slice(row, row + 1))
         except Exception as error:
-            self._prefilling, sequence.row = None, None
-            return [Event(sequence, error=error)]
+            return [self._lose(prefill, error)]
         finally:
             self.timing.prefill_seconds += time.perf_counter() - begin
         sequence.fed += len(piece)
         self.timing.prefill_tokens += len(piece)
         if sequence.fed < len(sequence.prompt):
             event = _observed(self.backend, Event(sequence))
-            if event.error is None:
-                return []
-            self._prefilling, sequence.row = None, None
-            return [event]
-        self._prefilling = None
-        joined, failed = self._join(row, [sequence, *self._twins(sequence)])
+            if event.error is None or prefill.drop(sequence):
+                self._prefilling.append(prefill)
+            return [] if event.error is None else [event]
+        joined, failed = self._join(prefill)
         return failed + self._settle(accept(joined, np.repeat(logits, len(joined), 0)))
 
-    def _join(self, row: int, sequences: list[Sequence]) -> tuple[list[Sequence], list[Event]]:
-        """Let sequences decode from the state of ``row``; those that do, and the errors of the others."""
+    def _lose(self, prefill: Prefill, error: Exception) -> Event:
+        """The end of the sequence whose prompt was fed; its twins begin again."""
+        sequence, *twins = prefill.sequences
+        sequence.row = None
+        self._waiting.extendleft(reversed(twins))
+        return Event(sequence, error=error)
+
+    def _join(self, prefill: Prefill) -> tuple[list[Sequence], list[Event]]:
+        """Let the sequences of a prompt decode from its state; those that do, and the errors of the others."""
         joined: list[Sequence] = []
         failed: list[Event] = []
-        for sequence in sequences:
-            sequence.row, sequence.prefix = None, None  # a state takes memory, and this one is in the row
-            place = len(self._decoding)
+        source, fed = prefill.row, prefill.leader.fed
+        for sequence in prefill.sequences:
+            sequence.row, sequence.prefix, sequence.fed = (
+                None,
+                None,
+                fed,
+            )  # a state takes memory: this one is in the row
             try:
-                if place != row:
-                    self.backend.copy_row(row, place)
+                self._copy_to_last(source)
             except Exception as error:
                 failed.append(Event(sequence, error=error))
                 continue
-            sequence.row = place
+            source = sequence.row = len(self._decoding)
             self._decoding.append(sequence)
             joined.append(sequence)
         return joined, failed
 
-    def _twins(self, sequence: Sequence) -> list[Sequence]:
-        """Take the next sequences that wait and begin with the same tokens, as many as there are rows for."""
-        twins: list[Sequence] = []
-        while self._waiting and len(self._decoding) + 1 + len(twins) < self.rows:
-            other = self._waiting[0]
-            if other.prefix is not sequence.prefix or other.prompt != sequence.prompt:
-                break
-            other.fed = sequence.fed
-            twins.append(self._waiting.popleft())
-        return twins
+    def _copy_to_last(self, source: int) -> None:
+        """Copy a row to the one behind those that decode; a prompt that is fed there moves to another."""
+        place = len(self._decoding)
+        if source == place:
+            return
+        other = next((p for p in self._prefilling if p.row == place), None)
+        if other is None:
+            self.backend.copy_row(source, place)
+            return
+        # There may be no free row but `source`, so the state of the other one waits outside of the rows.
+        self._prefilling.remove(other)
+        try:
+            state = self.backend.read_row(place)
+        except Exception as error:
+            self._lost.append(self._lose(other, error))
+            self.backend.copy_row(source, place)
+            return
+        try:
+            self.backend.copy_row(source, place)
+            other.row = self._free_row(place + 1)
+        finally:
+            try:
+                self.backend.write_row(other.row, state)
+                other.leader.row = other.row
+                self._prefilling.appendleft(other)
+            except Exception as error:
+                self._lost.append(self._lose(other, error))
 
     def _decode(self) -> list[Event]:
         begin = time.perf_counter()

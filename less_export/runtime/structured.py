@@ -1,4 +1,4 @@
-"""Answers of a given form: JSON, JSON of a schema, or text that matches a regular expression; by llguidance.
+"""Answers of a given form: JSON, one of some texts, what a regular expression or a grammar takes; by llguidance.
 
 A grammar forbids, before every token, those that no text of its form goes on with. What is forbidden next is found in a
 thread of its own, without Python's lock, while the model runs on the token before it.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +23,12 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-#: Longest schema and regular expression, in characters; a schema counts as JSON.
-MAX_SCHEMA, MAX_REGEX = 65_536, 8_192
+#: Longest schema, regular expression (or list of choices) and grammar, in characters; a schema counts as JSON.
+MAX_SCHEMA, MAX_REGEX, MAX_GRAMMAR = 65_536, 8_192, 8_192
+#: Bytes of stack to compile on: llguidance recurses, and a stack that ends is the end of the process. The deepest
+#: forms within the bounds above take less than 8 MB.
+_STACK = 64 << 20
+_STACK_LOCK = threading.Lock()
 #: Bounds of llguidance, in its units: the worst grammars take tenths of a second to compile, a token some milliseconds.
 _LIMITS: Mapping[str, Any] = {
     "max_grammar_size": 50_000,
@@ -33,6 +38,8 @@ _LIMITS: Mapping[str, Any] = {
     "max_lexer_states": 20_000,
     "verbose_errors": False,
 }
+#: The same for grammars: an ambiguous one has many ways to read a text, and each token adds more.
+_GRAMMAR_LIMITS: Mapping[str, Any] = {**_LIMITS, "step_max_items": 2_000}
 #: How JSON is written, whatever the schema says. Whitespace has an end: a weak model would write nothing else.
 _JSON: Any = {
     "whitespace_flexible": True,
@@ -45,6 +52,7 @@ _JSON: Any = {
 _THREADS = 2
 
 Forbidden = npt.NDArray[np.bool_]
+_T = TypeVar("_T")
 
 
 class StructuredUnavailableError(LessExportError):
@@ -82,11 +90,11 @@ class Grammars:
             raise StructuredUnavailableError(
                 f"structured answers are not possible with this model's tokenizer: {one_line(error)}"
             ) from error
-        self._matcher = functools.partial(
-            llguidance.LLMatcher, self._tokenizer, log_level=0, limits=llguidance.LLParserLimits(**_LIMITS)
-        )
+        self._matcher = functools.partial(llguidance.LLMatcher, self._tokenizer, log_level=0)
+        self._limits, self._grammar_limits = (llguidance.LLParserLimits(**x) for x in (_LIMITS, _GRAMMAR_LIMITS))
         self._from_schema = functools.partial(llguidance.LLMatcher.grammar_from_json_schema, overrides=_JSON)
         self._from_regex = llguidance.LLMatcher.grammar_from_regex
+        self._from_lark = llguidance.LLMatcher.grammar_from_lark
         self._pool = ThreadPoolExecutor(_THREADS, "less-export grammar")
 
     def json_object(self) -> Grammar:
@@ -117,10 +125,39 @@ class Grammars:
             raise UsageError(f"the regular expression has {len(pattern):,} characters, at most {MAX_REGEX:,} are taken")
         return self._compile("regular expression", lambda: self._from_regex(pattern))
 
-    def _compile(self, what: str, source: Callable[[], str]) -> Grammar:
+    def choice(self, texts: Sequence[str]) -> Grammar:
+        """One of ``texts``, whole.
+
+        Raises:
+            UsageError: there are none, or they are too long together.
+        """
+        if not texts:
+            raise UsageError("the list of choices is empty: give at least one")
+        length = sum(map(len, texts))
+        if length > MAX_REGEX or len(texts) > MAX_REGEX:
+            raise UsageError(
+                f"the {len(texts):,} choices have {length:,} characters together, at most {MAX_REGEX:,} are taken"
+            )
+        pattern = "|".join("".join(c if c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text) for text in texts)
+        return self._compile("list of choices", lambda: self._from_regex(pattern))
+
+    def lark(self, grammar: str) -> Grammar:
+        """Text that a context-free grammar takes, in llguidance's variant of Lark's syntax; its rule is ``start``.
+
+        Raises:
+            UsageError: the grammar is invalid or too large, or no text satisfies it.
+        """
+        if len(grammar) > MAX_GRAMMAR:
+            raise UsageError(f"the grammar has {len(grammar):,} characters, at most {MAX_GRAMMAR:,} are taken")
+        return self._compile("grammar", lambda: self._from_lark(grammar), self._grammar_limits)
+
+    def _compile(self, what: str, source: Callable[[], str], limits: Any = None) -> Grammar:
+        def compiled() -> tuple[LLMatcher, Forbidden | None]:
+            matcher = self._matcher(source(), limits=self._limits if limits is None else limits)
+            return matcher, None if matcher.is_error() else _forbidden(matcher, self._vocab_size)
+
         try:
-            matcher = self._matcher(source())
-            first = None if matcher.is_error() else _forbidden(matcher, self._vocab_size)
+            matcher, first = _with_stack(compiled)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # a panic is no Exception
@@ -175,6 +212,25 @@ class GrammarProcessor:
         except BaseException as error:  # a panic is no Exception
             reason = one_line(error)
         raise UsageError(f"the answer's grammar cannot go on: {reason}")
+
+
+def _with_stack(call: Callable[[], _T]) -> _T:
+    """What ``call`` returns or raises on a thread with a stack of ``_STACK`` bytes."""
+    outcome: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # a panic is no Exception
+            outcome.set_exception(error)
+
+    with _STACK_LOCK:  # the size is one of the process, for threads that start from now on
+        before = threading.stack_size(_STACK)
+        try:
+            threading.Thread(target=run, name="less-export form", daemon=True).start()
+        finally:
+            threading.stack_size(before)
+    return outcome.result()
 
 
 def _forbidden(matcher: LLMatcher, vocab_size: int) -> Forbidden:

@@ -26,8 +26,8 @@ class ServerOptions:
     Args:
         model_name: the model's name in requests and replies.
         api_key: what clients must send as a bearer token; None takes everybody. Spaces around it do not count.
-        max_prompt_tokens: longest prompt; None leaves it to the artifact. Prompts are fed one after the other, so that
-            a long one keeps those behind it waiting.
+        max_prompt_tokens: longest prompt; None leaves it to the artifact. Prompts that are fed at the same time
+            take turns, so that a long one slows the others.
         max_new_tokens: longest answer, and that of a chat that states no length.
         timeout: seconds that a request may take in all.
         cors: origins whose pages may call the server; "*" is all.

@@ -6,12 +6,13 @@ answer and are not supported are refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ..errors import UsageError
+from ..errors import UsageError, one_line
 from ..runtime.sampling import SamplingParams
 from ..runtime.structured import Grammar, Grammars
 
@@ -32,13 +33,14 @@ _REFUSED = (
     "bad_words",
     "function_call",
     "functions",
-    "guided_choice",
-    "guided_grammar",
-    "guided_json",
     "min_tokens",
     "structured_outputs",
     "use_beam_search",
 )
+
+
+#: Fields that give the form of an answer, as vLLM's clients write them.
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class _Body(BaseModel):
@@ -93,7 +95,10 @@ class Request(_Body):
     stream_options: StreamOptions | None = None
     session_id: str | None = None
     response_format: ResponseFormat | None = None
+    guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
+    guided_grammar: str | None = None
     live_view: bool = False
 
     @model_validator(mode="before")
@@ -115,18 +120,26 @@ class Request(_Body):
 
     @model_validator(mode="after")
     def _one_form(self) -> Request:
-        has_format = self.response_format is not None and self.response_format.type != "text"
-        if has_format and self.guided_regex is not None:
-            raise ValueError("give either response_format or guided_regex")
-        if self.ignore_eos and (has_format or self.guided_regex is not None):
-            raise ValueError("ignore_eos is not possible with response_format or guided_regex: they end by eos")
+        forms = [name for name in _GUIDED if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type != "text":
+            forms.append("response_format")
+        if len(forms) > 1:
+            raise ValueError(f"give either {forms[0]} or {forms[1]}")
+        if forms and self.ignore_eos:
+            raise ValueError(f"ignore_eos is not possible with {forms[0]}: its answers end by eos")
         return self
 
     def grammar(self, grammars: Callable[[], Grammars]) -> Grammar | None:
         """The form of the answer, if it has to have one."""
         wanted = self.response_format
+        if self.guided_json is not None:
+            return grammars().json_schema(_schema(self.guided_json))
         if self.guided_regex is not None:
             return grammars().regex(self.guided_regex)
+        if self.guided_choice is not None:
+            return grammars().choice(self.guided_choice)
+        if self.guided_grammar is not None:
+            return grammars().lark(self.guided_grammar)
         if wanted is None or wanted.type == "text":
             return None
         return grammars().json_schema(wanted.json_schema.content) if wanted.json_schema else grammars().json_object()
@@ -220,6 +233,18 @@ class TokenizeRequest(_Body):
 
 class DetokenizeRequest(BaseModel):
     tokens: Ids
+
+
+def _schema(schema: dict[str, Any] | str) -> dict[str, Any]:
+    """A JSON schema that may be written as a text."""
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"guided_json is not JSON: {one_line(error)}") from None
+    if not isinstance(schema, dict):
+        raise UsageError("guided_json must be a JSON schema, an object")
+    return schema
 
 
 def _text(content: Any) -> str:

@@ -15,6 +15,7 @@ from ..bundle import temporary
 from ..bundle.files import replace
 from ..errors import BackendError, UsageError
 from ..runtime.backend import RowState
+from .range_locks import RangeLocks
 
 _LOG = logging.getLogger(__name__)
 _ID = re.compile(r"[0-9a-f]{32}")
@@ -22,6 +23,8 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _LEFT = re.compile(r"\.([0-9a-f]{32}\.safetensors)\.less-export-.*")
 #: What a request names to begin a session.
 NEW = "new"
+#: The file in which servers that share a folder lock the sessions of their requests.
+_LOCKS = ".locks"
 
 
 class NoSuchSessionError(UsageError):
@@ -36,8 +39,9 @@ class SessionStore:
     """States by ids that this class makes, one file each in ``folder``, the oldest dropped beyond ``limit`` bytes.
 
     A state is written whole or not at all, so a server that is killed loses nothing that was parked; nobody but the
-    user of the process can read it. Several servers may share a folder. ``check`` raises :class:`BackendError` for a
-    state of another model.
+    user of the process can read it. Several servers may share a folder: a session that a request of one of them has is
+    busy in the others, until it ends or its server does. ``check`` raises :class:`BackendError` for a state of another
+    model.
 
     Raises:
         UsageError: the folder cannot be created or written to.
@@ -54,6 +58,7 @@ class SessionStore:
         try:
             with temporary.file(folder / "probe"):
                 pass
+            self._locks = RangeLocks(folder / _LOCKS)
         except OSError as error:
             raise UsageError(f"cannot write into the folder {folder}: {error.strerror or error}") from error
         for name in {m[1] for m in map(_LEFT.fullmatch, os.listdir(folder)) if m}:
@@ -69,7 +74,7 @@ class SessionStore:
         if not _ID.fullmatch(session):
             raise NoSuchSessionError("no such session: begin one with the session_id 'new'")
         with self._lock:
-            if session in self._busy:
+            if session in self._busy or not self._locks.take(session):
                 raise BusySessionError("another request of this session has not ended: wait for it")
             self._busy.add(session)
         return session
@@ -77,7 +82,9 @@ class SessionStore:
     def release(self, session: str) -> None:
         """Let other requests claim a session."""
         with self._lock:
-            self._busy.discard(session)
+            if session in self._busy:
+                self._busy.remove(session)
+                self._locks.leave(session)
 
     def load(self, session: str) -> RowState:
         """The state of a session.

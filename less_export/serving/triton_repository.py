@@ -14,7 +14,7 @@ from ..errors import UsageError, one_line
 #: What a model may be called: its folder in the repository, and a part of its address.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 #: Microseconds after which Triton forgets a sequence that gets no request.
-_IDLE = 600 * 10**6
+IDLE = 600 * 10**6
 _MODEL = '''"""Written by less-export {version}: Triton's python backend finds the model here."""
 
 import os
@@ -111,8 +111,7 @@ def write_repository(repository: Path, name: str, options: TritonOptions, versio
     Raises:
         UsageError: a name that a model cannot have; the folder exists or cannot be written; a negative limit.
     """
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"a model cannot be called {one_line(name, 60)!r}: use letters, digits, '.', '_' and '-'")
+    check_name(name)
     if options.sequences < 0 or options.max_queue < 0:
         raise UsageError("--sequences and --max-queue must be at least 0")
     folder = repository / name
@@ -131,22 +130,28 @@ def write_repository(repository: Path, name: str, options: TritonOptions, versio
     return folder
 
 
+def check_name(name: str) -> None:
+    """Raise :class:`UsageError` unless a model can have this name."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"a model cannot be called {one_line(name, 60)!r}: use letters, digits, '.', '_' and '-'")
+
+
 def config(name: str, options: TritonOptions, version: str) -> str:
     """The content of ``config.pbtxt``."""
     parameters = "\n".join(
-        f"parameters {{ key: {_quoted(key)} value {{ string_value: {_quoted(value)} }} }}"
+        f"parameters {{ key: {quoted(key)} value {{ string_value: {quoted(value)} }} }}"
         for key, value in options.parameters().items()
     )
     return _CONFIG.format(
-        name=_quoted(name),
+        name=quoted(name),
         version=version,
         batch=1 if options.sequences else 0,
-        sequences=_SEQUENCES.format(most=options.sequences, idle=_IDLE) if options.sequences else "",
+        sequences=_SEQUENCES.format(most=options.sequences, idle=IDLE) if options.sequences else "",
         parameters=parameters,
     )
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A string of protobuf's text format."""
     if not text.isprintable():
         raise UsageError(f"the path {one_line(text)} has characters that a configuration cannot hold")

@@ -1,0 +1,241 @@
+"""Serve a bundle by Ray Serve on this machine, and compare what clients get with what the engine gives.
+
+    python scripts/ray_check.py BUNDLE [--out benchmarks/results/ray.json]
+
+Runs in a virtual environment of its own with ``less-export[ray]`` and ``openai``. Ends at the first difference.
+"""
+
+import argparse
+import collections
+import contextlib
+import importlib.metadata
+import json
+import os
+import queue
+import socket
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# A machine that is busy takes its time to start Ray's own processes.
+SLOW = {f"RAY_SERVE_PROXY_{kind}_TIMEOUT_S": "120" for kind in ("READY_CHECK", "HEALTH_CHECK")}
+os.environ.update(SLOW, RAY_USAGE_STATS_ENABLED="0")
+
+import openai
+import ray
+from ray import serve
+
+import less_export
+from less_export.runtime.engine import Engine
+from less_export.serving.options import ServerOptions
+from less_export.serving.ray_app import REPLICA_HEADER, application
+
+ROOT = Path(__file__).parents[1]
+SECONDS, PORT = 300, 8341
+ROWS, TOKENS = 2, 12
+PROMPTS = [f"Once upon a time, number {i}" for i in range(12)]
+LONG_TOKENS = 100_000
+
+
+def until(what: str, condition: Callable[[], Any]) -> float:
+    """Wait until something holds; the seconds that it took."""
+    begin = time.monotonic()
+    while not condition():
+        if time.monotonic() - begin > SECONDS:
+            raise SystemExit(f"it does not happen: {what}")
+        time.sleep(0.2)
+    return round(time.monotonic() - begin, 1)
+
+
+def listens() -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", PORT), timeout=10):
+        return True
+    return False
+
+
+def running() -> int:
+    """How many replicas take requests."""
+    deployment = serve.status().applications["default"].deployments["less-export"]
+    return int(deployment.replica_states.get("RUNNING", 0))
+
+
+class Client:
+    def __init__(self, model: str) -> None:
+        self._client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=SECONDS, max_retries=0
+        )
+        self._model = model
+
+    def ask(self, prompt: Any, count: int = TOKENS, session: str | None = None) -> tuple[str, str, str | None]:
+        """Text, replica and session of a completion."""
+        extra = {"ignore_eos": True, **({} if session is None else {"session_id": session})}
+        raw = self._client.completions.with_raw_response.create(
+            model=self._model, prompt=prompt, max_tokens=count, temperature=0, extra_body=extra
+        )
+        reply = raw.parse()
+        return reply.choices[0].text, raw.headers[REPLICA_HEADER], getattr(reply, "session_id", None)
+
+    def stream(self, prompt: str, count: int) -> Any:
+        return self._client.completions.create(
+            model=self._model,
+            prompt=prompt,
+            max_tokens=count,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+
+
+def check_requests(client: Client, wanted: list[str]) -> dict[str, int]:
+    """Twelve requests at a time over two replicas get what they get alone."""
+    with ThreadPoolExecutor(len(PROMPTS)) as pool:
+        answers = list(pool.map(client.ask, PROMPTS))
+    assert [text for text, _, _ in answers] == wanted
+    replicas = collections.Counter(replica for _, replica, _ in answers)
+    assert len(replicas) == 2, replicas
+    print(f"ok: {len(PROMPTS)} requests over {len(replicas)} replicas", flush=True)
+    return {"requests": len(PROMPTS), "replicas": len(replicas)}
+
+
+def check_stream(client: Client, wanted: str) -> None:
+    """Tokens come one by one."""
+    times, text = [], ""
+    for chunk in client.stream(PROMPTS[0], TOKENS):
+        times.append(time.perf_counter())
+        text += chunk.choices[0].text
+    assert text == wanted
+    assert len(times) > 1
+    print(f"ok: a stream of {len(times)} chunks", flush=True)
+
+
+def check_session(client: Client, engine: Engine) -> dict[str, int]:
+    """A session goes on in the other replica."""
+    used: list[str] = []
+    _, replica, session = client.ask(PROMPTS[0], session="new")
+    used.append(replica)
+    prompts = [PROMPTS[0]]
+    while len(set(used)) < 2 and len(used) < 60:
+        prompts.append(" and then")
+        text, replica, _ = client.ask(prompts[-1], session=session)
+        used.append(replica)
+    assert len(set(used)) == 2, "every request of the session went to the same replica"
+    state = None
+    for prompt in prompts:
+        want, state = answered(engine, prompt, TOKENS, state)
+    assert text == want
+    print(f"ok: a session moved at its request {len(used)}", flush=True)
+    return {"requests": len(used), "replicas": 2}
+
+
+def check_killed(client: Client, wanted: list[str]) -> float:
+    """A replica whose process is killed is replaced; a session that it had goes on."""
+    text, victim, session = client.ask(PROMPTS[1], session="new")
+    assert text == wanted[1]
+    actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if victim in a["name"]]
+    assert len(actors) == 1, actors
+    ray.kill(ray.get_actor(actors[0]["name"], namespace=actors[0]["namespace"]), no_restart=True)
+
+    def replaced() -> bool:
+        try:
+            with ThreadPoolExecutor(len(PROMPTS)) as pool:
+                replicas = {replica for _, replica, _ in pool.map(client.ask, PROMPTS)}
+        except openai.APIError:  # Ray had not noticed
+            return False
+        return len(replicas) == 2 and victim not in replicas
+
+    seconds = until("a killed replica is replaced", replaced)
+    assert client.ask(" and then", session=session)[0]
+    print(f"ok: a killed replica was replaced after {seconds} s, and its session went on", flush=True)
+    return seconds
+
+
+def check_scaling(client: Client) -> list[int]:
+    """With more requests than one replica has rows there is a second one; without, it goes again."""
+    seen = [running()]
+    assert seen == [1]
+    with ThreadPoolExecutor(2 * ROWS) as pool:
+        streams = [client.stream(PROMPTS[i], LONG_TOKENS) for i in range(2 * ROWS)]
+        readers = [pool.submit(lambda s=s: sum(1 for _ in s)) for s in streams]
+        until("a second replica", lambda: running() == 2)
+        seen.append(2)
+        for stream in streams:
+            stream.close()
+        for reader in readers:
+            reader.exception(SECONDS)
+    until("one replica again", lambda: running() == 1)
+    seen.append(1)
+    assert client.ask(PROMPTS[0], 1)
+    print(f"ok: replicas {' -> '.join(map(str, seen))}", flush=True)
+    return seen
+
+
+def answered(engine: Engine, prompt: str, count: int, prefix: Any = None) -> tuple[str, Any]:
+    """What the engine itself says, and the state after it."""
+    sequence = engine.sequence(prompt, prefix=prefix, keep_state=True, max_new_tokens=count, ignore_eos=True)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    engine.submit([sequence], events.put)
+    text = ""
+    while True:
+        event = events.get(timeout=SECONDS)
+        assert event.token is not None, event.error
+        text += event.token.text
+        if event.token.finish_reason is not None:
+            return text, sequence.state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve a bundle by Ray Serve on this machine")
+    parser.add_argument("bundle", type=Path, help="a bundle for ONNX Runtime with a tokenizer")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ray.json")
+    args = parser.parse_args()
+    bundle = args.bundle.resolve()
+    engine = Engine(less_export.open_bundle(bundle, "ort", threads=1))
+    wanted = [answered(engine, p, TOKENS)[0] for p in PROMPTS]
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT), **SLOW}}
+    with tempfile.TemporaryDirectory() as folder:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+        with contextlib.suppress(TimeoutError):  # of a minute, for a proxy that may take longer
+            serve.start(http_options={"host": "127.0.0.1", "port": PORT})
+        until("Ray's proxy listens", listens)
+        options = ServerOptions(
+            bundle.name, state_dir=Path(folder) / "sessions", max_new_tokens=LONG_TOKENS, timeout=60
+        )
+        client = Client(bundle.name)
+        common: dict[str, Any] = {
+            "rows": ROWS,
+            "max_replicas": 2,
+            "model": {"backend": "ort", "threads": 1},
+            "actor": {"num_cpus": 0.5},
+        }
+        fixed = {"downscale_delay_s": 600}
+        serve.run(application(bundle, options, min_replicas=2, autoscaling=fixed, **common))
+        try:
+            requests = check_requests(client, wanted)
+            check_stream(client, wanted[0])
+            session = check_session(client, engine)
+            replaced = check_killed(client, wanted)
+            quick = {"upscale_delay_s": 1, "downscale_delay_s": 2, "metrics_interval_s": 1, "look_back_period_s": 2}
+            serve.run(application(bundle, options, min_replicas=1, autoscaling=quick, **common))
+            until("one replica", lambda: running() == 1)
+            scaling = check_scaling(client)
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+    report = {
+        "model": bundle.name,
+        "versions": {n: importlib.metadata.version(n) for n in ("ray", "openai", "onnxruntime")},
+        "rows_of_a_replica": ROWS,
+        "requests": requests,
+        "session": session,
+        "seconds_until_a_killed_replica_is_replaced": replaced,
+        "replicas_under_load": scaling,
+        "also": ["streams come by chunks", "a session of the killed replica went on"],
+    }
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
