@@ -77,8 +77,12 @@ def checks(data: dict[str, Any]) -> Table:
     tools = ("memcheck", "racecheck", "synccheck")
     sanitizers = {t: data.get("sanitizers", {}).get(t, MISSING) for t in tools}
     rows += [[f"compute-sanitizer {tool}", result] for tool, result in sanitizers.items()]
-    engines = data.get("engine") or dict.fromkeys(("plugin", "no plugin"), MISSING)
-    rows += [[f"engine on TensorRT-RTX, {name}", result] for name, result in engines.items()]
+    engines = data.get("engine", {})
+    for name in ("plugin", "no plugin"):
+        steps, label = engines.get(f"{name}, steps", {}), f"engine on TensorRT-RTX, {name}"
+        rows.append([f"{label}: logits and state, step by step", steps.get("steps", MISSING)])
+        rows.append([f"{label}: layers that copy", str(steps.get("layers that copy", MISSING))])
+        rows.append([label, engines.get(name, MISSING)])
     return ["check", "result"], rows
 
 
