@@ -21,9 +21,11 @@ from typing import Any
 
 import gpu_bench
 import gpu_kernels
+import gpu_stress
 import torch
 from bench_common import RESULTS
 
+from less_export.tensorrt import plugin
 from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primitives, test_cuda_state16, test_ops
 from tests.emulation import DTYPES, kernel_layer, normal
 from tests.oracle import follow, scenario
@@ -170,6 +172,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.json (default: benchmarks/results)")
     parser.add_argument("--only", choices=("check", "time"), help="run only the checks, or only the timings")
     parser.add_argument("--dry-run", action="store_true", help="emulated kernels, tiny sizes, nothing written")
+    parser.add_argument("--library", type=Path, help="the plugin to check (default: built for all architectures)")
     parser.add_argument("--exercise", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -181,7 +184,7 @@ def main() -> int:
         return 1
     device = "cpu" if args.dry_run else "cuda"
     folder = Path(tempfile.mkdtemp(prefix="less-gpu-"))
-    library = None if args.dry_run else gpu_kernels.build(folder)
+    library = None if args.dry_run else gpu_kernels.build(folder, args.library or plugin.library())
     lib = gpu_kernels.use(library)
     path = args.out / "gpu.json"
     data: dict[str, Any] = {}
@@ -191,6 +194,8 @@ def main() -> int:
     parts: dict[str, Callable[[], Any]] = {}
     if args.only != "time":
         parts |= {"primitives": lambda: primitives(lib, device), "parity": lambda: parity(device, args.dry_run)}
+        parts |= {"rows": lambda: gpu_stress.rows(device, args.dry_run)}
+        parts |= {"stress": lambda: gpu_stress.stress(device, args.dry_run)}
     if args.only != "check":
         parts |= {n: lambda f=f: f(device, args.dry_run) for n, f in gpu_bench.BENCHMARKS.items()}
     if args.only != "time" and library is not None:

@@ -28,7 +28,18 @@ def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
     done = gpu_check("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    for part in ("primitives", "parity", "bandwidth", "decode", "eager", "full_cache", "prefill", "engine"):
+    for part in (
+        "primitives",
+        "parity",
+        "rows",
+        "stress",
+        "bandwidth",
+        "decode",
+        "eager",
+        "full_cache",
+        "prefill",
+        "engine",
+    ):
         assert f"\n{part}: " in f"\n{done.stdout}"
     assert done.stdout.endswith("nothing failed\n")
     assert list(tmp_path.iterdir()) == []  # times of an emulation are not results

@@ -163,11 +163,16 @@ class TrtPlan : public Plan {
 // The library registers the plugin when it is loaded. It is never closed, because engines may use it until the end.
 void loadPlugin(Bundle const& bundle) {
     if (!bundle.plugin || bundle.plugin->inside) return;
-    if (!::dlopen(findPlugin(*bundle.plugin, bundle.trustCode).c_str(), RTLD_NOW | RTLD_LOCAL)) {
+    std::string const path = bundle.plugin->library.string();
+    void* const library = ::dlopen(findPlugin(*bundle.plugin, bundle.trustCode).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
         char const* why = ::dlerror();
-        throw EngineError("cannot load the plugin " + bundle.plugin->library.string() + ": " +
-                          (why ? why : "no reason given"));
+        throw EngineError("cannot load the plugin " + path + ": " + (why ? why : "no reason given"));
     }
+    // Libraries of older versions do not say whether the driver is too old for them.
+    auto* const whyUnusable = reinterpret_cast<char const* (*)()>(::dlsym(library, "lessWhyUnusable"));
+    char const* const reason = whyUnusable ? whyUnusable() : nullptr;
+    if (reason) throw EngineError("cannot use the plugin " + path + ": " + reason);
 }
 
 }  // namespace

@@ -179,6 +179,10 @@ TEST(plugin_libraries) {
     rig.bundle.trustCode = true;
     openSession(rig.bundle);
     CHECK(loaded());
+    ::setenv("LESS_TEST_OLD_DRIVER", "1", 1);
+    REFUSES(EngineError, "stub.so: an old driver", openSession(rig.bundle));
+    ::unsetenv("LESS_TEST_OLD_DRIVER");
+    loaded();
     cache.folder.write("stub.so", "other");
     REFUSES(EngineError, "is not the plugin that this engine was built with", openSession(rig.bundle));
     rig.bundle.plugin = PluginFacts{rig.bundle.plan, sha256("plan"), false};
