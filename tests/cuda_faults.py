@@ -130,15 +130,6 @@ MERGE_FAULTS = {
     "counter not reset": Fault("decode_block.cuh", "if (last) atomicExch(counter, 0u);", ";"),
     "the last but one merges": Fault("decode_block.cuh", "== blocks - 1;", "== blocks - 2;"),
     "the first merges": Fault("decode_block.cuh", "== blocks - 1;", "== 0;"),
-    "merged from the own split on": Fault(
-        "decode_settle.cuh",
-        "for (int s = 0; s < block.p.splits; ++s) {",
-        "for (int n = 0; n < block.p.splits; ++n) {\n            int const s = (n + blockIdx.x) % block.p.splits;",
-    ),
-    "the last split left out": Fault("decode_settle.cuh", "s < block.p.splits;", "s < block.p.splits - 1;"),
-    "a split's weight forgotten": Fault(
-        "decode_settle.cuh", "sum += block.arrays().factors[", "sum += 1 + 0 * block.arrays().factors["
-    ),
     "size of splits by the batch": Fault(
         "less_attention_decode.cu", "std::max(kSlotsPerSplit, ", "std::max(kSlotsPerSplit / s.batch, "
     ),
