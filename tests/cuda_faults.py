@@ -130,6 +130,9 @@ MERGE_FAULTS = {
     "counter not reset": Fault("decode_block.cuh", "if (last) atomicExch(counter, 0u);", ";"),
     "the last but one merges": Fault("decode_block.cuh", "== blocks - 1;", "== blocks - 2;"),
     "the first merges": Fault("decode_block.cuh", "== blocks - 1;", "== 0;"),
+    "a split's weight forgotten": Fault(
+        "decode_settle.cuh", "sum += block.arrays().factors[", "sum += 1 + 0 * block.arrays().factors["
+    ),
     "size of splits by the batch": Fault(
         "less_attention_decode.cu", "std::max(kSlotsPerSplit, ", "std::max(kSlotsPerSplit / s.batch, "
     ),

@@ -154,7 +154,7 @@ def state16_cases() -> list[Case]:
 @functools.cache
 def merge_cases() -> list[Case]:
     """Decode with four splits, in a block each and in one."""
-    layer = kernel_layer("h2o", 200, 40, 3, 9, kv_heads=1)
+    layer = kernel_layer("h2o", 200, 40, 3, 1, kv_heads=1)
     steps = scenario(layer, [(150, 200), *[(1, 1)] * 3], 6, normal("float16"))
     return [case(layer, steps, blocks) for blocks in (512, 1)]
 
@@ -178,7 +178,7 @@ def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
                 if not all(e <= limits[n] for n, e in errors.items()):
                     return False
             if kind == "merge":
-                layer = kernel_layer("h2o", 256, 40, 3, 9, kv_heads=1)
+                layer = kernel_layer("h2o", 256, 40, 3, 1, kv_heads=1)
                 check_rows(layer, "float16", (1, 2, 5), path, cancelling=True)
             else:
                 compare_on_scattered_states("float16", path, *HOLDS.get(kind, ("model", 32)))
