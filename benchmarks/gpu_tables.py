@@ -71,14 +71,23 @@ def prefill(data: dict[str, Any]) -> Table:
 def checks(data: dict[str, Any]) -> Table:
     """Results of the checks on the GPU."""
     rows = []
-    for name, label in (("primitives", "tensor-core primitives"), ("parity", "parity through the plugin's interface")):
+    counted = {"primitives": "tensor-core primitives", "parity": "parity through the plugin's interface"}
+    counted |= {
+        "rows": "rows at B = 1, 7, 64, bit for bit",
+        "stress": "2 to 32 splits, two streams, 25,000 launches each",
+    }
+    for name, label in counted.items():
         result = data.get(name)
         rows.append([label, f"{result['cases'] - len(result['failed'])} of {result['cases']}" if result else MISSING])
     tools = ("memcheck", "racecheck", "synccheck")
     sanitizers = {t: data.get("sanitizers", {}).get(t, MISSING) for t in tools}
     rows += [[f"compute-sanitizer {tool}", result] for tool, result in sanitizers.items()]
-    engines = data.get("engine") or dict.fromkeys(("plugin", "no plugin"), MISSING)
-    rows += [[f"engine on TensorRT-RTX, {name}", result] for name, result in engines.items()]
+    engines = data.get("engine", {})
+    for name in ("plugin", "no plugin"):
+        steps, label = engines.get(f"{name}, steps", {}), f"engine on TensorRT-RTX, {name}"
+        rows.append([f"{label}: logits and state, step by step", steps.get("steps", MISSING)])
+        rows.append([f"{label}: layers that copy", str(steps.get("layers that copy", MISSING))])
+        rows.append([label, engines.get(name, MISSING)])
     return ["check", "result"], rows
 
 
@@ -88,6 +97,44 @@ def note(data: dict[str, Any]) -> str:
         return "no GPU yet: `scripts/gpu_check` measures it"
     m = data["machine"]
     return f"{m['gpu']}, driver {m['driver']}; {m['nvcc']}; torch {m['torch']}"
+
+
+def model(data: dict[str, Any], measured: dict[str, Any]) -> Table:
+    """Decode as gpu_model computes it, beside what gpu_check measured."""
+    header = ["batch", "slots", "KV heads", "query heads", "limit", "us", "of a copy", "of a copy, measured"]
+    copy = measured.get("bandwidth", {}).get("gb_per_s")
+    place = ("batch", "slots", "kv_heads", "query_heads")
+    shares = {
+        tuple(r[n] for n in place): f"{r['gb_per_s'] / copy:.0%}"
+        for r in (measured.get("decode", []) if copy else [])
+        if (r.get("slot_dtype", "model"), r.get("state_bits", 32)) == ("model", 32)
+    }
+    rows = [
+        [
+            *(str(r[n]) for n in place),
+            r["limit"],
+            f"{r['us']:.1f}",
+            f"{r['of_a_copy']:.0%}",
+            shares.get(tuple(r[n] for n in place), MISSING),
+        ]
+        for r in data["decode"]
+    ]
+    return header, rows
+
+
+def kernels(data: dict[str, Any]) -> Table:
+    """What the compiler made of the decode kernels of that model."""
+    header = ["query heads per KV head", "registers", "bytes spilled", "blocks per SM", "instructions per 8 slots"]
+    occupancy = {r["query_heads"] // r["kv_heads"]: r["occupancy"] for r in data["decode"]}
+    warps = data["chip"]["warps"]
+    return header, [
+        [
+            *(str(k[n]) for n in ("group", "registers", "spill_bytes")),
+            f"{occupancy[k['group']] * warps / 4:.0f}",
+            f"{k['instructions_per_8_slots']:,.0f}",
+        ]
+        for k in data["kernels"]
+    ]
 
 
 PARTS = {"decode": decode, "peers": peers, "prefill": prefill, "checks": checks}

@@ -242,9 +242,19 @@ def quality(part: str) -> str:
     )
 
 
+def gpu_results() -> Any:
+    """The results of gpu_check, which may not have run yet."""
+    return results("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").is_file() else {}
+
+
+def gpu_model() -> str:
+    """Decode as scripts/gpu_model.py computes it."""
+    return table(*gpu_tables.model(results("gpu_model"), gpu_results()))
+
+
 def gpu(part: str) -> str:
-    """A table of the results of gpu_check, which may not have run yet."""
-    data = results("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").is_file() else {}
+    """A table of the results of gpu_check."""
+    data = gpu_results()
     return table(*gpu_tables.PARTS[part](data)) + f"\n\n({gpu_tables.note(data)})"
 
 
@@ -323,6 +333,7 @@ def rendered(text: str) -> str:
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
+    makers |= {"gpu_model": gpu_model, "gpu_model_kernels": lambda: table(*gpu_tables.kernels(results("gpu_model")))}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}
 

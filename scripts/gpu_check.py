@@ -21,9 +21,11 @@ from typing import Any
 
 import gpu_bench
 import gpu_kernels
+import gpu_stress
 import torch
 from bench_common import RESULTS
 
+from less_export.tensorrt import plugin
 from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primitives, test_cuda_state16, test_ops
 from tests.emulation import DTYPES, kernel_layer, normal
 from tests.oracle import follow, scenario
@@ -138,33 +140,10 @@ def exercise(library: Path) -> None:
     torch.cuda.synchronize()
 
 
-def engine() -> dict[str, str]:
-    """Run plans, which TensorRT-RTX may not support on this GPU; returns tokens per second, or the error."""
-    from bench_common import random_checkpoint
-
-    import less_export
-
-    outcomes = {}
-    for name, plugin in (("plugin", True), ("no plugin", False)):
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                random_checkpoint(Path(folder) / "model", "float16", layers=2)
-                bundle = Path(folder) / "bundle"
-                options = {"target": "trt", "budget": "256", "chunk": 64, "validate": False, "plugin": plugin}
-                config = less_export.ExportConfig(**options)
-                less_export.export(str(Path(folder) / "model"), bundle, config, engine_plan=True)
-                model = less_export.open_bundle(bundle, backend="trt")
-                model.generate([[1, 2, 3] * 100], max_new_tokens=200)
-            outcomes[name] = f"{model.timing.decode_rate:.1f} tokens/s (2 layers of TinyLlama's shape, float16)"
-        except Exception as error:  # a library that does not support this GPU may raise anything
-            outcomes[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return outcomes
-
-
-def engine_isolated() -> dict[str, str]:
-    """:func:`engine` in its own process: TensorRT-RTX may abort on a GPU that it does not support."""
-    command = [sys.executable, __file__, "--engine"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+def engine(dry_run: bool) -> dict[str, Any]:
+    """gpu_engine.py in its own process: TensorRT-RTX may abort on a GPU that it does not support."""
+    command = [sys.executable, str(Path(__file__).with_name("gpu_engine.py")), *["--dry-run"] * dry_run]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return dict.fromkeys(("plugin", "no plugin"), f"exit code {done.returncode}: {done.stderr[-200:]}")
@@ -193,22 +172,19 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for gpu.json (default: benchmarks/results)")
     parser.add_argument("--only", choices=("check", "time"), help="run only the checks, or only the timings")
     parser.add_argument("--dry-run", action="store_true", help="emulated kernels, tiny sizes, nothing written")
+    parser.add_argument("--library", type=Path, help="the plugin to check (default: built for all architectures)")
     parser.add_argument("--exercise", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.exercise:
         exercise(args.exercise)
-        return 0
-    if args.engine:
-        print(json.dumps(engine()))
         return 0
     if not args.dry_run and not torch.cuda.is_available():
         print("gpu_check: no GPU found; --dry-run runs without one", file=sys.stderr)
         return 1
     device = "cpu" if args.dry_run else "cuda"
     folder = Path(tempfile.mkdtemp(prefix="less-gpu-"))
-    library = None if args.dry_run else gpu_kernels.build(folder)
+    library = None if args.dry_run else gpu_kernels.build(folder, args.library or plugin.library())
     lib = gpu_kernels.use(library)
     path = args.out / "gpu.json"
     data: dict[str, Any] = {}
@@ -218,10 +194,14 @@ def main() -> int:
     parts: dict[str, Callable[[], Any]] = {}
     if args.only != "time":
         parts |= {"primitives": lambda: primitives(lib, device), "parity": lambda: parity(device, args.dry_run)}
+        parts |= {"rows": lambda: gpu_stress.rows(device, args.dry_run)}
+        parts |= {"stress": lambda: gpu_stress.stress(device, args.dry_run)}
     if args.only != "check":
         parts |= {n: lambda f=f: f(device, args.dry_run) for n, f in gpu_bench.BENCHMARKS.items()}
     if args.only != "time" and library is not None:
-        parts |= {"sanitizers": lambda: sanitize(library), "engine": engine_isolated}
+        parts |= {"sanitizers": lambda: sanitize(library)}
+    if args.only != "time":
+        parts |= {"engine": lambda: engine(args.dry_run)}
     for name, run in parts.items():
         try:
             data[name] = run()

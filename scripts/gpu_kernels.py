@@ -1,11 +1,12 @@
 """The plugin's kernels on a GPU, driven through TensorRT's plugin interface from torch tensors.
 
-The plugin class, the kernels and the harness of the tests are compiled into one library that needs no TensorRT.
+The harness of the tests is linked with the plugin library as it ships, which needs no TensorRT.
 On a machine without a GPU the same code drives the emulated kernels on host memory (``gpu_check --dry-run``).
 """
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import subprocess
 from collections.abc import Sequence
@@ -20,14 +21,13 @@ from tests.emulation import DTYPES, PLUGIN
 from tests.oracle import table_of
 
 
-def build(folder: Path) -> Path:
-    """The plugin, its harness and the primitives for this machine's GPU; returns the library."""
+def build(folder: Path, shipped: Path) -> Path:
+    """The harness over the plugin library ``shipped``, and the primitives; returns the library."""
     out = folder / "libless_gpu_check.so"
-    sources = [PLUGIN / line for line in (PLUGIN / "sources.txt").read_text().splitlines() if line.startswith("src/")]
-    sources += [PLUGIN / "tests/plugin_harness.cpp", PLUGIN / "tests/primitives.cu"]
-    command = ["nvcc", "-std=c++17", "-O3", "-arch=native", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "-w"]
-    command += ["--threads", "0", "-DLESS_HARNESS_ON_DEVICE", f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
-    command += [f"-I{plugin.tensorrt_include()}", *map(str, sources), "-ldl", "-o", str(out)]
+    sources = [PLUGIN / "tests/plugin_harness.cpp", PLUGIN / "tests/primitives.cu"]
+    command = ["nvcc", "-std=c++17", "-O3", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-w"]
+    command += ["-DLESS_HARNESS_ON_DEVICE", f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
+    command += [f"-I{plugin.tensorrt_include()}", *map(str, sources), str(shipped.absolute()), "-ldl", "-o", str(out)]
     subprocess.run(command, check=True)
     return out
 
@@ -77,14 +77,26 @@ class Step:
             constants = [torch.full((layer.kv_heads, d), x, device=device) for x in (0.1, 0.7)]  # mean and std
         if layer.max_distance:
             constants.append(torch.from_numpy(table_of(layer)).to(device))
-        self.inputs = [*tokens, *state, past, torch.full_like(past, chunk), *constants]
-        self.results = [torch.empty_like(tokens[0]), *state]
-        self.layer, self.attributes = layer, layer.attributes()
-        self._described = plugin_host.described(layer, kind, batch, chunk)
-        self._plugin = plugin_host.Plugin.of(layer).attach()
+        self.layer, self.dtype, self.device = layer, dtype, device
+        self._attach([*tokens, *state, past, torch.full_like(past, chunk)], constants)
+
+    def part(self, count: int) -> Step:
+        """The first ``count`` rows as they are now, in memory of their own."""
+        rows = len(self.inputs) - self._constants
+        part = copy.copy(self)
+        part._attach([x[:count].clone() for x in self.inputs[:rows]], self.inputs[rows:])
+        return part
+
+    def _attach(self, tensors: list[torch.Tensor], constants: list[torch.Tensor]) -> None:
+        """Take these inputs, the state among them, and a plugin with counters of its own."""
+        batch, _, chunk, _ = tensors[0].shape
+        self.inputs, self._constants = [*tensors, *constants], len(constants)
+        self.results = [torch.empty_like(tensors[0]), *tensors[5:-2]]
+        self._described = plugin_host.described(self.layer, DTYPES[self.dtype], batch, chunk)
+        self._plugin = plugin_host.Plugin.of(self.layer).attach()
         assert self._plugin.tensors("shape_change", self._described) == 0, plugin_host.log()
         size = self._plugin.tensors("workspace", self._described)
-        self._workspace = torch.empty(size + 256, dtype=torch.uint8, device=device)
+        self._workspace = torch.empty(size + 256, dtype=torch.uint8, device=self.device)
 
     def launch(self, stream: int = 0) -> None:
         """Enqueue on a stream (a cudaStream_t; 0 is the default one)."""

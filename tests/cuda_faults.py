@@ -24,10 +24,14 @@ class Fault:
         return text[:at] + self.new + text[at + len(self.old) :]
 
 
+#: The kernel of decode steps.
+DECODE = ("decode_block.cuh", "decode_attend.cuh", "decode_merge.cuh", "decode_settle.cuh", "decode.cuh")
+
+
 def waits() -> dict[str, Fault]:
     """Every barrier and every wait for a copy, removed."""
     faults = {}
-    for file in ("decode_block.cuh", "decode.cuh", "attend.cuh", "score.cuh", "settle.cuh", "slots.cuh"):
+    for file in (*DECODE, "attend.cuh", "score.cuh", "settle.cuh", "slots.cuh"):
         text = (PLUGIN / "src" / file).read_text()
         for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
@@ -37,31 +41,32 @@ def waits() -> dict[str, Fault]:
 
 
 FAULTS = {
-    "decode: maximum not rescaled": Fault("decode.cuh", "mass[g] *= shrink;", ";"),
-    "decode: accumulator not rescaled": Fault("decode.cuh", "acc[g][i] *= shrink;", ";"),
+    "decode: maximum not rescaled": Fault("decode_attend.cuh", "mass[g] *= shrink;", ";"),
+    "decode: accumulator not rescaled": Fault("decode_attend.cuh", "sums[g][i] *= shrink;", ";"),
     "decode: low-rank term without its maximum": Fault(
-        "decode.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
+        "decode_merge.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
     ),
     "decode: victim not absorbed": Fault(
-        "decode.cuh", "if (update) h[r * D + d] = sum + leaverPsi[r] * leaverValue;", ";"
+        "decode_settle.cuh", "if (update) h[r * D + d] = sum + leaverPsi[r] * leaverValue;", ";"
     ),
-    "decode: z forgets the victim": Fault("decode.cuh", "z[r] += leaverPsi[r];", ";"),
+    "decode: z forgets the victim": Fault("decode_settle.cuh", "z[r] += leaverPsi[r];", ";"),
     "decode: new token one slot off": Fault(
-        "decode.cuh", "min(choice.free, victim);", "min(choice.free, victim) == 0 ? 1 : min(choice.free, victim) - 1;"
+        "decode_settle.cuh",
+        "{min(choice.free, victim), victim,",
+        "{min(choice.free, victim) == 0 ? 1 : min(choice.free, victim) - 1, victim,",
     ),
     "decode: ties evict the lower index": Fault(
-        "decode.cuh", "(0xffffffffu - static_cast<unsigned>(c)));", "static_cast<unsigned>(c));"
+        "decode_settle.cuh", "(0xffffffffu - static_cast<unsigned>(c)));", "static_cast<unsigned>(c));"
     ),
     "decode: a warp left out of the merge": Fault(
-        "decode.cuh",
+        "decode_attend.cuh",
         "for (int w = 0; w < kWarps; ++w) top = fmaxf(top",
         "for (int w = 1; w < kWarps; ++w) top = fmaxf(top",
     ),
-    "decode: counter not reset": Fault("decode.cuh", "if (tid == 0) p.counters[head] = 0;", ";"),
     "decode: parked row goes on": Fault(
-        "decode.cuh", "if (p.t.newLength[batch] <= 0) {", "if (p.t.newLength[batch] < 0) {"
+        "decode.cuh", "if (p.t.newLength[blockIdx.z] <= 0) {", "if (p.t.newLength[blockIdx.z] < 0) {"
     ),
-    "decode: unseen values not dropped": Fault("decode.cuh", "if (!seen) zero(value[u]);", ";"),
+    "decode: unseen values not dropped": Fault("decode_attend.cuh", "if (!seen) zero(flight.value[u]);", ";"),
     "rules: causal bound one too far": Fault("rules.cuh", "position <= now &&", "position <= now + 1 &&"),
     "rules: causal bound one too near": Fault("rules.cuh", "position <= now &&", "position < now &&"),
     "rules: window one too wide": Fault("rules.cuh", "position > now - rules.window", "position >= now - rules.window"),
@@ -109,8 +114,29 @@ FAULTS = {
     "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
     "prefill: scores of the chunk do not fade": Fault("score.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
     "prefill: scores of the chunk fade a token too long": Fault("score.cuh", "count - 1 - query", "count - query"),
-    "decode: scores do not fade": Fault("decode.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
+    "decode: scores do not fade": Fault("decode_settle.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
     "prefill: psi stays behind": Fault("settle.cuh", "target[to * R + r] = source[from * R + r];", ";"),
+}
+
+#: Faults in how the blocks of a head wait for one another, and in what depends on how many there are.
+MERGE_FAULTS = {
+    "no release": Fault("decode_block.cuh", "__threadfence();  // release", ";"),
+    "no acquire": Fault("decode_block.cuh", "__threadfence();  // acquire", ";"),
+    "released after the addition": Fault(
+        "decode_block.cuh",
+        "__threadfence();  // release\n        last = atomicAdd(counter, 1u) == blocks - 1;",
+        "last = atomicAdd(counter, 1u) == blocks - 1;\n        __threadfence();",
+    ),
+    "counter not reset": Fault("decode_block.cuh", "if (last) atomicExch(counter, 0u);", ";"),
+    "the last but one merges": Fault("decode_block.cuh", "== blocks - 1;", "== blocks - 2;"),
+    "the first merges": Fault("decode_block.cuh", "== blocks - 1;", "== 0;"),
+    "a split's weight forgotten": Fault(
+        "decode_settle.cuh", "sum += block.arrays().factors[", "sum += 1 + 0 * block.arrays().factors["
+    ),
+    "size of splits by the batch": Fault(
+        "less_attention_decode.cu", "std::max(kSlotsPerSplit, ", "std::max(kSlotsPerSplit / s.batch, "
+    ),
+    "a block skips its second split": Fault("decode.cuh", "++split) attention", "split += 2) attention"),
 }
 
 #: Faults in the rules of int8 slots.
@@ -142,10 +168,10 @@ INT8_FAULTS = {
     "zeros divided by zero": Fault("slots.cuh", "if (scale == 0.f) return 0.f;", ";"),
     "rounded twice": Fault("slots.cuh", "codeOf(token(d), scale)", "codeOf(toFloat(__float2half_rn(token(d))), scale)"),
     "decode: the new key attended rounded": Fault(
-        "decode.cuh", "q[g * D + d] * newKey[d];", "q[g * D + d] * rintf(newKey[d] * 50.f) / 50.f;"
+        "decode_merge.cuh", "q[g * D + d] * newKey[d];", "q[g * D + d] * rintf(newKey[d] * 50.f) / 50.f;"
     ),
     "decode: the new value attended rounded": Fault(
-        "decode.cuh", "newElement = newValue[d];", "newElement = rintf(newValue[d] * 50.f) / 50.f;"
+        "decode_settle.cuh", "newElement = newValue[d];", "newElement = rintf(newValue[d] * 50.f) / 50.f;"
     ),
     "prefill: values of the chunk attended rounded": Fault(
         "attend.cuh",
@@ -167,11 +193,11 @@ STATE16_FAULTS = {
     "prefill: dither of the position after the chunk": Fault(
         "settle.cuh", "mine, p.t.pastLength[batch]);", "mine, p.t.pastLength[batch] + count);"
     ),
-    "decode: dither of the next position": Fault("decode.cuh", "leaves, now);", "leaves, next);"),
-    "decode: scale forgotten": Fault("decode.cuh", "part * means.scales[r]", "part"),
+    "decode: dither of the next position": Fault("decode_settle.cuh", "block.now);", "next);"),
+    "decode: scale forgotten": Fault("decode_merge.cuh", "part * means.scales[r]", "part"),
     "prefill: scale forgotten": Fault("attend.cuh", "part * means.scales[f]", "part"),
     "decode: means divided by their mass": Fault(
-        "decode.cuh", "part * means.scales[r]", "part / z[r] * means.scales[r]"
+        "decode_merge.cuh", "part * means.scales[r]", "part / mass * means.scales[r]"
     ),
     "scale of the mean before forgotten": Fault("state.cuh", "before > 0.f ? scales[r] : 0.f", "1.f"),
     "scales of features without mass are read": Fault("state.cuh", "before > 0.f ? scales[r] : 0.f", "scales[r]"),
@@ -196,9 +222,11 @@ STATE16_FAULTS = {
         "settle.cuh", "if (lane == 0) p.psiSums[n] = sum;", "if (lane == 0 && from.chunk) p.psiSums[n] = sum;"
     ),
     "prefill: psi stays behind": Fault("settle.cuh", "move(static_cast<int8_t*>(p.t.presentPsi), p.psis);", ";"),
-    "decode: psi stays behind": Fault("decode.cuh", "if (warp == 2) storePsi(", "if (warp == 5) storePsi("),
-    "decode: the first of several absorbed": Fault("decode.cuh", "several ? C : leaver + 1", "leaver + 1"),
-    "decode: nothing absorbed": Fault("decode.cuh", "    if (moves) {", "    if (false) {"),
+    "decode: psi stays behind": Fault("decode_settle.cuh", "if (warp == 2) storePsi(", "if (warp == 5) storePsi("),
+    "decode: the first of several absorbed": Fault(
+        "decode_settle.cuh", "several ? C : moves.leaver + 1", "moves.leaver + 1"
+    ),
+    "decode: nothing absorbed": Fault("decode_settle.cuh", "if (any && inMeans) {", "if (false) {"),
 }
 
 #: Faults in what distances add.
@@ -217,10 +245,10 @@ DISTANCE_FAULTS = {
         "rotary.cuh", "float const sign = d < half ? -turn.sign : turn.sign;", "float const sign = turn.sign;"
     ),
     "the rest rotated too": Fault("rotary.cuh", "return d < 2 * half;", "return true;"),
-    "decode: slots not turned": Fault("decode.cuh", "if constexpr (Turns) {", "if constexpr (false) {"),
-    "decode: partners of the own lane": Fault("decode.cuh", "row * LPR + partners / 8", "lane"),
-    "decode: partners of another slot": Fault("decode.cuh", "row * LPR + partners / 8", "partners / 8"),
-    "decode: partners with others' mean": Fault("decode.cuh", "partners, others);", "column, others);"),
+    "decode: slots not turned": Fault("decode_attend.cuh", "if constexpr (Turns) {", "if constexpr (false) {"),
+    "decode: partners of the own lane": Fault("decode_attend.cuh", "row * LPR + partners / 8", "lane"),
+    "decode: partners of another slot": Fault("decode_attend.cuh", "row * LPR + partners / 8", "partners / 8"),
+    "decode: partners with others' mean": Fault("decode_attend.cuh", "partners, others);", "column, others);"),
     "prefill: queries not turned": Fault("turn.cuh", "rotary.ahead(query)", "rotary.ahead(0)"),
     "prefill: tokens not turned": Fault("turn.cuh", "rotary.ahead(row)", "rotary.ahead(0)"),
     "prefill: slots not turned": Fault("turn.cuh", "rotary.back(positions[row], past)", "rotary.back(past, past)"),
@@ -237,7 +265,7 @@ DISTANCE_FAULTS = {
         "score.cuh", "Turn const turn = from.chunk ?", "Turn const turn = false ?"
     ),
     "decode: a turned key takes the slot": Fault(
-        "decode.cuh",
+        "decode_settle.cuh",
         "centring.centred(newKey[d], d);",
         "centring.centred(newKey[d] * p.t.rotary[p.shape.rotary], d);",
     ),

@@ -35,7 +35,7 @@ LENGTHS = ("past_length", "new_length")
 WIDE = ("log_phi_q", "score", "h", "z", *SCALES, *STATE_SCALES, *CENTRING, *TURNING)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 #: Thread orders of the emulation: see cuda_emu.h.
-ORDERS = range(6)
+ORDERS = range(7)
 
 
 class _Shape(ctypes.Structure):

@@ -200,7 +200,7 @@ def check_thread_order(layer: LayerSpec, dtype: str, blocks: int, order: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", exhaustive_but(ORDERS, 1, 4))
+@pytest.mark.parametrize("order", exhaustive_but(ORDERS, 1, 4, 6))
 @pytest.mark.parametrize(("policy", "blocks"), [("h2o", 1), ("h2o", 512), ("tova", 512), ("sink", 1), ("window", 512)])
 def test_thread_orders(policy: str, blocks: int, order: int) -> None:
     check_thread_order(kernel_layer(policy, 70, 64, 4, 8), "float16", blocks, order)

@@ -25,12 +25,13 @@ import torch
 from less_export.contract import LayerSpec, SlotDtype, StateBits
 
 from . import emulation
-from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, STATE16_FAULTS, Fault, waits
+from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, MERGE_FAULTS, STATE16_FAULTS, Fault, waits
 from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import Arrays, OneHot, Step, follow, scenario
 from .test_cuda import allowed, compare_on_scattered_states
 from .test_cuda_distance import LARGE, large_elements
+from .test_cuda_rows import check_rows
 from .test_int8 import far
 from .test_ops import DECODE, MIXED, empty, tied, torch_run
 
@@ -150,8 +151,16 @@ def state16_cases() -> list[Case]:
     return made
 
 
+@functools.cache
+def merge_cases() -> list[Case]:
+    """Decode with four splits, in a block each and in one."""
+    layer = kernel_layer("h2o", 200, 40, 3, 1, kv_heads=1)
+    steps = scenario(layer, [(150, 200), *[(1, 1)] * 3], 6, normal("float16"))
+    return [case(layer, steps, blocks) for blocks in (512, 1)]
+
+
 #: The cases of a kind of faults, and what their slots and their state hold.
-CASES = {"rules": cases, "int8": int8_cases, "distance": distance_cases, "state16": state16_cases}
+CASES = {"rules": cases, "merge": merge_cases, "int8": int8_cases, "distance": distance_cases, "state16": state16_cases}
 HOLDS: dict[str, tuple[SlotDtype, StateBits]] = {"int8": ("int8", 32), "state16": ("int8", 16)}
 
 
@@ -168,7 +177,11 @@ def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
                 )
                 if not all(e <= limits[n] for n, e in errors.items()):
                     return False
-            compare_on_scattered_states("float16", path, *HOLDS.get(kind, ("model", 32)))
+            if kind == "merge":
+                layer = kernel_layer("h2o", 256, 40, 3, 1, kv_heads=1)
+                check_rows(layer, "float16", (1, 2, 5), path, cancelling=True)
+            else:
+                compare_on_scattered_states("float16", path, *HOLDS.get(kind, ("model", 32)))
         except AssertionError:
             return False
     return True
@@ -224,6 +237,7 @@ def one_thread() -> None:
 
 def test_kernels_without_a_fault_pass() -> None:
     assert not caught(sound(), ORDERS)
+    assert not caught(sound(), ORDERS, "merge")
     assert not caught(sound(), ORDERS[:2], "int8")
     assert not caught(sound(), ORDERS[:2], "distance")
     assert not caught(sound(), ORDERS[:2], "state16")
@@ -241,6 +255,11 @@ def test_fault_is_caught(name: str, tmp_path: Path) -> None:
     orders = ORDERS if name in waits() else ORDERS[:1]
     kind = "int8" if name.startswith("slots.cuh") else "rules"
     assert caught(library, orders, kind) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
+
+
+@pytest.mark.parametrize("name", exhaustive_but(MERGE_FAULTS, *[*MERGE_FAULTS][::3]))
+def test_fault_of_the_merge_is_caught(name: str, tmp_path: Path) -> None:
+    assert caught(broken(tmp_path, MERGE_FAULTS[name]), (0, 3, 6), "merge")
 
 
 @pytest.mark.parametrize("name", exhaustive_but(INT8_FAULTS, *[*INT8_FAULTS][5::9]))

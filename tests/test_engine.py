@@ -35,7 +35,7 @@ from less_export.runtime.ort import OrtBackend
 from less_export.runtime.trt import TrtBackend, inspect_plan, load_plan
 from less_export.tensorrt import engine
 
-from .trt_support import HEADER, Fake, contract_of, decoder, serialised
+from .trt_support import HEADER, Fake, FakeEngine, contract_of, decoder, serialised
 
 HAS_GPU = (cudart.cudaGetDeviceCount()[1] or 0) > 0
 
@@ -413,6 +413,42 @@ def test_what_the_backend_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused(BackendError, "the driver supports CUDA up to 12.4, cuda-bindings needs 13.5: update the driver")
     fake.cuda.devices, fake.cuda.version = (100, 0), 13050
     refused(BackendError, r"no CUDA GPU \(error 100\)")
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["says nothing", "cannot be asked"])
+def test_the_manifest_says_where_the_state_is(asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT reports no alias of a plugin, and before 10.15 has no call to ask: the plugin still works in place."""
+    if not asked:
+        monkeypatch.delattr(FakeEngine, "get_aliased_input_tensor")
+    contract = contract_of("float16")
+    outputs = contract.outputs()
+
+    def graph(feed: dict[str, Any]) -> list[Any]:
+        return [np.zeros(outputs[0].sized(1), np.float32), *(feed[s.past.name] + 1 for s in contract.state())]
+
+    for in_place in (True, False):
+        fake = Fake(contract, tmp_path, monkeypatch, graph)
+        assert fake.engine is not None
+        fake.engine.in_place = in_place
+        backend = fake.backend()
+        backend.open(1)
+        backend.step([[1]])  # the double checks the addresses
+        backend.step([[1]])
+        assert fake.engine.used == [0, 0]
+        backend.close()
+
+
+def test_an_engine_that_contradicts_the_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake(contract_of("float16"), tmp_path, monkeypatch, lambda feed: [])
+    assert fake.engine is not None
+    fake.engine.reports = {"present.0.key": "past.0.key"}
+    with pytest.raises(EngineError, match=r"present\.0\.key into past\.0\.key, but its manifest names no plugin"):
+        fake.backend()
+    fake.engine.in_place = True
+    fake.backend()
+    fake.engine.reports = {"present.0.key": "past.1.z"}
+    with pytest.raises(EngineError, match=r"the plan writes present\.0\.key into past\.1\.z: build it again"):
+        fake.backend()
 
 
 def test_a_failed_step_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from less_export.runtime.ort import OrtBackend
+
+from .trt_support import contract_of, decoder, serialised
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -24,7 +28,18 @@ def gpu_check(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
     done = gpu_check("--dry-run", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    for part in ("primitives", "parity", "bandwidth", "decode", "eager", "full_cache", "prefill"):
+    for part in (
+        "primitives",
+        "parity",
+        "rows",
+        "stress",
+        "bandwidth",
+        "decode",
+        "eager",
+        "full_cache",
+        "prefill",
+        "engine",
+    ):
         assert f"\n{part}: " in f"\n{done.stdout}"
     assert done.stdout.endswith("nothing failed\n")
     assert list(tmp_path.iterdir()) == []  # times of an emulation are not results
@@ -64,6 +79,23 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpu_tables.peers(data)[1][1][-1] == "5.0x"
     assert ["parity through the plugin's interface", "89 of 90"] in gpu_tables.checks(data)[1]
     assert "a GPU" in gpu_tables.note(data)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("fault", ["", "copied", "swapped"])
+def test_engine_that_loses_the_state_is_caught(
+    fault: str, in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison fails if the engine updates a copy, or reads the state of the step before the last."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import gpu_engine
+
+    contract, path = contract_of("float32"), tmp_path / "model.onnx"
+    path.write_bytes(serialised(decoder(contract, tmp_path)))
+    backend = gpu_engine.on_double(contract, tmp_path, monkeypatch, in_place, fault)
+    reference = OrtBackend(contract, path, threads=1)
+    assert bool(gpu_engine.difference(backend, reference)) is bool(fault)
 
 
 @pytest.mark.slow

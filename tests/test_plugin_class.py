@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import torch
 
 from less_export.contract import OP_NAME, PLUGIN_VERSION, LayerSpec, SlotDtype, StateBits
 from less_export.exporter import onnx_op
+from less_export.tensorrt import plugin as plugin_module
 
 from . import plugin_host
 from .emulation import DTYPES, kernel_layer, normal
@@ -313,6 +315,23 @@ def test_without_a_driver_it_attaches_all_the_same() -> None:
     assert plugin.handle
     assert harness().harness_allocations() == 0
     check_accuracy(LAYER, "float16", plugin_run(plugin, LAYER, "float16"))
+
+
+def test_a_driver_that_is_too_old_is_said() -> None:
+    """No driver is no reason: engines are built without one."""
+    try:
+        harness().harness_driver_version(10020)
+        said = plugin_module.why_unusable(harness())
+        harness().harness_driver_version(99000)
+        assert plugin_module.why_unusable(harness()) is None
+    finally:
+        harness().harness_driver_version(0)
+    assert re.fullmatch(
+        r"the driver supports CUDA up to 10\.2, and the plugin was built with CUDA \d+\.\d: "
+        r"update the driver, or build the plugin with an older CUDA",
+        said or "",
+    )
+    assert plugin_module.why_unusable(harness()) is None
 
 
 def test_every_context_has_counters_of_its_own() -> None:

@@ -72,7 +72,7 @@ def python(code: str, *arguments: object) -> str:
 def test_symbols(plugin_library: Path) -> None:
     """Only the entry points are exported; neither TensorRT nor a driver is linked."""
     defined = subprocess.check_output(["nm", "-D", "--defined-only", plugin_library], text=True)
-    entries = {"getCreators", "setLoggerFinder", "lessOnError", "lessWhyUnsupported"}
+    entries = {"getCreators", "setLoggerFinder", "lessOnError", "lessWhyUnsupported", "lessWhyUnusable"}
     assert {x.split()[-1] for x in defined.splitlines()} == entries
     needed = re.findall(r"NEEDED.*\[(\S+)\]", subprocess.check_output(["readelf", "-d", plugin_library], text=True))
     assert "libc.so.6" in needed

@@ -25,6 +25,7 @@ from less_export.exporter import onnx_nodes, onnx_op
 from less_export.runtime import trt
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
+from less_export.tensorrt.trust import PluginFacts
 
 from .oracle import table_of
 
@@ -126,6 +127,8 @@ def serialised(model: ir.Model) -> bytes:
 
 
 HEADER = struct.Struct("<4s12xQ4B").pack
+#: The plugin of a plan that contains it.
+INSIDE = PluginFacts("libless_plugins.so", "0" * 64, "1", inside=True)
 
 
 class FakeCuda:
@@ -196,10 +199,14 @@ class FakeCuda:
 
 
 class FakeEngine:
-    """An engine and its execution contexts: ``graph`` maps inputs to outputs by name."""
+    """An engine and its execution contexts: ``graph`` maps inputs to outputs by name.
+
+    Its plugin works in place if ``in_place``; as engines do, it does not tell unless ``reports`` says of which output.
+    """
 
     def __init__(self, contract: Contract, cuda: FakeCuda, graph: Callable[[dict[str, Any]], list[Any]]) -> None:
         self.contract, self.cuda, self.graph, self.in_place = contract, cuda, graph, False
+        self.reports: dict[str, str] = {}
         self.specs = {s.name: s for s in (*contract.inputs(), *contract.outputs())}
         self.num_io_tensors = len(self.specs)
         self.num_optimization_profiles = len(engine.profiles(contract))
@@ -221,7 +228,7 @@ class FakeEngine:
         return engine.profiles(self.contract)[index].shapes[name]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
-        return name.replace("present", "past") if self.in_place and "present" in name else None
+        return self.reports.get(name)
 
     def create_execution_context(self, strategy: str) -> FakeContext:
         assert strategy == "on profile change"
@@ -265,8 +272,9 @@ class FakeContext:
 
         given = [s.name for s in owner.contract.inputs()]
         for spec in owner.contract.outputs():
-            alias = owner.get_aliased_input_tensor(spec.name)
-            assert [n for n in given if at[n] == at[spec.name]] == ([alias] if alias else [])
+            shared = owner.in_place and spec.name.startswith("present")
+            past = spec.name.replace("present", "past")
+            assert [n for n in given if at[n] == at[spec.name]] == ([past] if shared else [])
         results = owner.graph({n: tensor(n).copy() for n in given})
         for spec, result in zip(owner.contract.outputs(), results, strict=True):
             tensor(spec.name)[...] = result
@@ -302,4 +310,6 @@ class Fake:
         return self.engine
 
     def backend(self) -> TrtBackend:
-        return TrtBackend(self.contract, self.plan)
+        """Of a plan with the plugin inside if the engine works in place."""
+        in_place = self.engine is not None and self.engine.in_place
+        return TrtBackend(self.contract, self.plan, INSIDE if in_place else None, trust_code=True)

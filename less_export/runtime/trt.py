@@ -239,10 +239,11 @@ class _Device:
 class TrtBackend(Backend):
     """An ``engine.plan`` on the first GPU.
 
-    One execution context per profile (decode, prefill). The state stays on the device: in one buffer where
-    the engine aliases an output to its input (the plugin does), otherwise in two, and a row is in one or the other.
+    One execution context per profile (decode, prefill). The state stays on the device: in one buffer if the plan has
+    the plugin, which updates it in place, otherwise in two, and a row is in one or the other.
     A range of rows is bound by its address, or staged in aligned memory where TensorRT cannot take that address.
-    If a step fails on the GPU, aliased state of its rows is undefined: write, reset or copy over them.
+    If a step of a plan with the plugin fails on the GPU, the state of its rows is undefined: write, reset or copy over
+    them.
     """
 
     name = "trt"
@@ -254,14 +255,15 @@ class TrtBackend(Backend):
 
         Raises:
             BackendError: no cuda-bindings, no driver or no GPU.
-            EngineError: see :func:`load_plan`.
+            EngineError: see :func:`load_plan`, or the engine contradicts the manifest about the plugin.
         """
         super().__init__(contract)
         self._device = _Device()  # first: its message about a missing driver is the clearest
         self._plan = load_plan(plan_path, contract, plugin, trust_code)
         self._log = log_of(self._plan.flavour.module)
         self._profiles = profiles(contract)
-        self._in_place = self._aliases()
+        self._in_place = plugin is not None
+        self._check_aliases()
         self._contexts = [self._context(index) for index in range(len(self._profiles))]
         self._shaped: list[tuple[int, int] | None] = [None] * len(self._profiles)
         #: Addresses of the token inputs and logits, of the state (two sets, which share what is updated in place),
@@ -271,16 +273,21 @@ class TrtBackend(Backend):
         self._staged: dict[str, tuple[int, int]] = {}
         self._sides = RowSides(0)
 
-    def _aliases(self) -> set[str]:
-        """Past names of the state tensors that the engine updates in place."""
-        in_place = set()
+    def _check_aliases(self) -> None:
+        """Refuse a plan that says otherwise about memory that outputs share with inputs.
+
+        The manifest decides: engines need not report what a plugin does, and cannot before TensorRT 10.15.
+        """
+        ask = getattr(self._plan.engine, "get_aliased_input_tensor", None)
+        if ask is None:
+            return
         for tensor in self.contract.state():
-            alias = self._plan.engine.get_aliased_input_tensor(tensor.present.name)
+            alias = ask(tensor.present.name)
+            what = f"the plan writes {tensor.present.name} into {alias}"
+            if alias and not self._in_place:
+                raise EngineError(f"{what}, but its manifest names no plugin: build it again")
             if alias and alias != tensor.past.name:
-                raise EngineError(f"the plan writes {tensor.present.name} into {alias}: build it again")
-            if alias:
-                in_place.add(alias)
-        return in_place
+                raise EngineError(f"{what}: build it again")
 
     def _context(self, profile: int) -> Any:
         strategy = self._plan.flavour.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
@@ -310,7 +317,7 @@ class TrtBackend(Backend):
             name, size = tensor.past.name, batch * tensor.row_bytes
             past = self._device.allocate(size)
             self._sets[0][name] = past
-            self._sets[1][name] = past if name in self._in_place else self._device.allocate(size)
+            self._sets[1][name] = past if self._in_place else self._device.allocate(size)
             self._device.upload(past, empty(tensor, batch))
             self._device.wait()
         self._sides = RowSides(batch)
@@ -383,7 +390,7 @@ class TrtBackend(Backend):
         name, size = tensor.past.name, self.batch * tensor.row_bytes
         if name not in self._staged:
             past = self._device.allocate(size)
-            self._staged[name] = (past, past if name in self._in_place else self._device.allocate(size))
+            self._staged[name] = (past, past if self._in_place else self._device.allocate(size))
         return self._staged[name]
 
     def _address(self, tensor: StateTensor, row: int, side: int) -> int:

@@ -214,9 +214,9 @@ def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progre
     """
     base, progress = sources(), progress or Silent()
     numbers = [a.removeprefix("sm_") for a in archs]
-    newest = max(numbers, key=int)
     targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    ends = sorted({min(numbers, key=int), max(numbers, key=int)}, key=int)  # PTX: see architectures.txt
+    targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ends]
     nvcc = [str(tools.nvcc), "-ccbin", tools.host, *_COMPILE]
     paths = ["-I", str(base / "include"), "-isystem", str(tools.tensorrt_include)]
     names, cores = _listed("sources.txt"), os.cpu_count() or 1
@@ -268,6 +268,15 @@ def why_unsupported(path: Path, layer: LayerSpec, dtype: str) -> str | None:
     return reason.decode() if reason else None
 
 
+def why_unusable(library: ctypes.CDLL) -> str | None:
+    """Why an open plugin library cannot run on this machine's driver; ``None`` if it can, or there is no driver."""
+    if not hasattr(library, "lessWhyUnusable"):  # built by an older version
+        return None
+    library.lessWhyUnusable.restype = ctypes.c_char_p
+    reason = library.lessWhyUnusable()
+    return reason.decode() if reason else None
+
+
 def check_layers(path: Path, contract: Contract) -> None:
     """Raise :class:`EngineError` for a contract with a layer that the plugin in ``path`` cannot run."""
     for index, layer in enumerate(contract.layers):
@@ -292,14 +301,18 @@ def load(module: Any, path: Path) -> None:
     Their errors go to the flavour's log. ``path`` is absolute: see :func:`less_export.tensorrt.trust.find`.
 
     Raises:
-        EngineError: the library cannot be loaded, or operators of that name are registered already.
+        EngineError: the library cannot be loaded, the driver is too old for it, or operators of that name are
+            registered already.
     """
     if module.__name__ not in _sinks:
         _sinks[module.__name__] = _ErrorSink(lambda text: log_of(module).error(text.decode(errors="replace")))
     try:
-        ctypes.CDLL(os.fspath(path)).lessOnError(_sinks[module.__name__])
+        opened = ctypes.CDLL(os.fspath(path))
+        opened.lessOnError(_sinks[module.__name__])
     except (OSError, AttributeError) as error:
         raise EngineError(f"cannot load the plugin {path}: {one_line(error)}") from None
+    if reason := why_unusable(opened):
+        raise EngineError(f"cannot use the plugin {path}: {reason}")
     registry, held = module.get_plugin_registry(), _loaded.get(module.__name__)
     if held is not None:
         if held[0] == path:

@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the host: one fiber per CUDA thread, one block after another, in a selectable order.
+// Runs CUDA kernels on the host: one fiber per CUDA thread, blocks one after another or at once, in a selectable order.
 //
 // Use it to compile a .cu file without nvcc (CUDA's headers are needed for their types; nvcc and a driver are not):
 //     g++ -std=c++17 -x c++ -include plugins_trt/emulation/cuda_emu.h -I$CUDA_HOME/include kernel.cu
@@ -7,11 +7,13 @@
 // - missing barriers and waits: a thread runs until it has to wait, so in some order the data is not there yet;
 // - reads of shared memory that has not been written: it is initialised to NaN;
 // - accesses out of bounds: shared memory is a heap block of the exact size (build with -fsanitize=address);
-// - barriers that not all threads reach: reported as a deadlock.
-// It cannot find races between blocks, or measure time.
+// - barriers that not all threads reach: reported as a deadlock;
+// - missing fences between blocks, for memory that is written with publish and read with __ldcg: see weak_memory.h.
+// It cannot find other races between blocks, or measure time.
 //
 // EMU_ORDER: 0 threads and blocks in ascending order, 1 in descending order, 2 and 3 shuffled each time; with 4
-// (ascending) and 5 (descending), each warp runs as far as possible before the next one starts.
+// (ascending) and 5 (descending), each warp runs as far as possible before the next one starts. With 3 and 6 (otherwise
+// like 0), several blocks run at once, in turn.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,7 +28,10 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
+
+#include "weak_memory.h"
 
 #define LESS_EMULATION 1
 
@@ -45,6 +50,7 @@ namespace emu {
 
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 128 * 1024;
+constexpr int kResident = 4;  // blocks that run at once, if more than one does
 
 struct Barrier {
     int size = 0;
@@ -60,6 +66,7 @@ struct Fiber {
     bool started = false;
     bool running = false;  // inside the kernel
     unsigned exchanges = 0;
+    View view;
     // Asynchronous copies: `open` until committed, then one group each.
     std::vector<std::function<void()>> open;
     std::vector<std::vector<std::function<void()>>> groups;
@@ -70,18 +77,26 @@ struct Exchange {
     alignas(16) unsigned char bytes[2][kWarp][64];
 };
 
-struct Machine {
+// A place for a CUDA block.
+struct Block {
     std::vector<Fiber> fibers;
     std::vector<Barrier> warps;
     std::vector<Exchange> exchanges;
-    Barrier block;
-    std::function<void()> kernel;
+    Barrier barrier;
+    long arrived = 0, acquired = 0;  // what threads that arrive at the barrier, and that have passed it, have acquired
     std::unique_ptr<unsigned char[]> shared;
     size_t sharedBytes = 0;
+    int number = 0;
+    uint3 index{};
+};
+
+struct Machine {
+    std::vector<Block> blocks;
+    std::function<void()> kernel;
     void* scheduler[5];
-    int current = 0;
-    long progress = 0;  // increases whenever a thread makes progress
-    uint3 blockIndex{};
+    int block = 0, current = 0;  // of blocks, and of its fibers
+    long progress = 0;           // increases whenever a thread makes progress
+    WeakMemory memory;
     dim3 blockSize, gridSize;
 };
 
@@ -102,7 +117,9 @@ inline int& blocksWanted() {
     return wanted;
 }
 
-inline Fiber& self() { return machine().fibers[machine().current]; }
+inline bool interleaved() { return order() == 3 || order() == 6; }
+inline Block& here() { return machine().blocks[machine().block]; }
+inline Fiber& self() { return here().fibers[machine().current]; }
 inline int lane() { return machine().current % kWarp; }
 
 // The two halves of a context switch. They use built-ins because the sanitizers report longjmp between stacks as an
@@ -124,7 +141,23 @@ inline void wait(Barrier& barrier) {
     while (barrier.generation == generation) yield();
 }
 
-inline Barrier& warpBarrier() { return machine().warps[machine().current / kWarp]; }
+inline Barrier& warpBarrier() { return here().warps[machine().current / kWarp]; }
+
+inline void waitForBlock() {
+    Block& block = here();
+    block.arrived = std::max(block.arrived, self().view.acquired);
+    if (block.barrier.arrived + 1 == block.barrier.size) block.acquired = block.arrived;
+    wait(block.barrier);
+    self().view.acquired = std::max(self().view.acquired, block.acquired);
+}
+
+inline WeakMemory::Who who() { return {here().number, machine().current, here().barrier.generation}; }
+
+// Lets other blocks run between two accesses to what blocks share.
+inline void pause() {
+    ++machine().progress;
+    if (interleaved()) yield();
+}
 
 inline void fiberMain() {
     for (;;) {
@@ -135,12 +168,13 @@ inline void fiberMain() {
     }
 }
 
-// Runs thread `index` until it has to wait.
-__attribute__((noinline, no_sanitize("address"))) inline void resume(int index) {
+// Runs thread `index` of a block until it has to wait.
+__attribute__((noinline, no_sanitize("address"))) inline void resume(int block, int index) {
     Machine& m = machine();
+    m.block = block;
     m.current = index;
     if (__builtin_setjmp(m.scheduler) != 0) return;
-    Fiber& fiber = m.fibers[index];
+    Fiber& fiber = self();
     if (fiber.started) leave(fiber.resume);
     fiber.started = true;
     getcontext(&fiber.start);
@@ -169,72 +203,93 @@ inline std::vector<int> indices(int n, bool descending) {
     return items;
 }
 
-inline void runBlock(int threads, Shuffle& shuffle) {
-    Machine& m = machine();
+inline void begin(Block& block, int number, int threads, size_t sharedBytes) {
+    dim3 const grid = machine().gridSize;
     int const warps = (threads + kWarp - 1) / kWarp;
-    m.warps.assign(warps, Barrier{});
-    for (int w = 0; w < warps; ++w) m.warps[w].size = std::min(kWarp, threads - w * kWarp);
-    m.block = Barrier{threads};
-    std::memset(m.shared.get(), 0xff, m.sharedBytes);  // NaN
+    block.number = number;
+    block.index = make_uint3(number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y));
+    block.warps.assign(warps, Barrier{});
+    for (int w = 0; w < warps; ++w) block.warps[w].size = std::min(kWarp, threads - w * kWarp);
+    block.exchanges.resize(warps);
+    block.barrier = Barrier{threads};
+    block.arrived = block.acquired = 0;
+    block.shared.reset(new unsigned char[sharedBytes]);
+    block.sharedBytes = sharedBytes;
+    std::memset(block.shared.get(), 0xff, sharedBytes);  // NaN
+    if (static_cast<int>(block.fibers.size()) < threads) block.fibers.resize(threads);
     for (int t = 0; t < threads; ++t) {
-        m.fibers[t].running = true;
-        m.fibers[t].exchanges = 0;
+        block.fibers[t].running = true;
+        block.fibers[t].exchanges = 0;
+        block.fibers[t].view = {};
     }
-    bool const greedy = order() >= 4;
+}
+
+inline bool alive(Block const& block) {
+    return std::any_of(block.fibers.begin(), block.fibers.end(), [](Fiber const& f) { return f.running; });
+}
+
+// Runs every thread of a block until it has to wait.
+inline void round(int place, int threads, std::vector<int>& turn, Shuffle& shuffle) {
+    Machine& m = machine();
+    auto const run = [&](int thread) {
+        if (m.blocks[place].fibers[thread].running) resume(place, thread);
+    };
+    if (order() < 4 || order() == 6) {
+        if (order() == 2 || order() == 3) shuffle(turn);
+        for (int t : turn) run(t);
+        return;
+    }
+    for (int w : indices((threads + kWarp - 1) / kWarp, order() == 5)) {
+        for (long before = -1; before != m.progress;) {
+            before = m.progress;
+            for (int t = w * kWarp; t < std::min(threads, (w + 1) * kWarp); ++t) run(t);
+        }
+    }
+}
+
+// Runs the first `count` places' blocks to their end, in turn.
+inline void runBlocks(int count, int threads, Shuffle& shuffle) {
+    Machine& m = machine();
     std::vector<int> turn = indices(threads, order() == 1);
-    std::vector<int> const warpTurn = indices(warps, order() == 5);
-    auto round = [&] {
-        if (!greedy) {
-            if (order() >= 2) shuffle(turn);
-            for (int t : turn) {
-                if (m.fibers[t].running) resume(t);
-            }
-            return;
-        }
-        for (int w : warpTurn) {
-            for (long before = -1; before != m.progress;) {
-                before = m.progress;
-                for (int t = w * kWarp; t < std::min(threads, (w + 1) * kWarp); ++t) {
-                    if (m.fibers[t].running) resume(t);
-                }
-            }
-        }
-    };
-    auto alive = [&] {
-        return std::any_of(m.fibers.begin(), m.fibers.begin() + threads, [](Fiber const& f) { return f.running; });
-    };
-    while (alive()) {
+    for (bool running = true; running;) {
         long const before = m.progress;
-        round();
-        if (m.progress == before) {
+        running = false;
+        for (int place = 0; place < count; ++place) {
+            if (!alive(m.blocks[place])) continue;
+            running = true;
+            round(place, threads, turn, shuffle);
+        }
+        if (running && m.progress == before) {
             std::fprintf(stderr, "emulation: deadlock: not every thread reaches a barrier\n");
             std::abort();
         }
     }
-    for (int t = 0; t < threads; ++t) {
-        m.fibers[t].open.clear();
-        m.fibers[t].groups.clear();
+    for (int place = 0; place < count; ++place) {
+        for (Fiber& fiber : m.blocks[place].fibers) {
+            fiber.open.clear();
+            fiber.groups.clear();
+        }
     }
 }
 
 template <class Kernel>
 cudaError_t launch(dim3 grid, int threads, size_t sharedBytes, Kernel&& kernel) {
     Machine& m = machine();
-    if (static_cast<int>(m.fibers.size()) < threads) m.fibers.resize(threads);
-    m.exchanges.resize((threads + kWarp - 1) / kWarp);
     m.kernel = kernel;
-    m.shared.reset(new unsigned char[sharedBytes]);
-    m.sharedBytes = sharedBytes;
     m.gridSize = grid;
     m.blockSize = dim3(threads);
+    size_t const resident = interleaved() ? kResident : 1;
+    if (m.blocks.size() < resident) m.blocks.resize(resident);
     Shuffle shuffle{12345u + static_cast<uint32_t>(order())};
     int const blocks = static_cast<int>(grid.x * grid.y * grid.z);
     std::vector<int> turn = indices(blocks, order() == 1 || order() == 5);
     if (order() == 2 || order() == 3) shuffle(turn);
-    for (int block : turn) {
-        m.blockIndex = make_uint3(block % grid.x, block / grid.x % grid.y, block / (grid.x * grid.y));
-        runBlock(threads, shuffle);
+    for (size_t first = 0; first < turn.size(); first += resident) {
+        size_t const count = std::min(resident, turn.size() - first);
+        for (size_t i = 0; i < count; ++i) begin(m.blocks[i], turn[first + i], threads, sharedBytes);
+        runBlocks(static_cast<int>(count), threads, shuffle);
     }
+    m.memory.settle();
     return cudaSuccess;
 }
 
@@ -244,7 +299,7 @@ template <class T>
 T const& exchanged(T const& mine, int from) {
     static_assert(sizeof(T) <= sizeof(Exchange::bytes[0][0]), "too large for the exchange");
     Machine& m = machine();
-    auto& bytes = m.exchanges[m.current / kWarp].bytes[self().exchanges++ & 1];
+    auto& bytes = here().exchanges[m.current / kWarp].bytes[self().exchanges++ & 1];
     std::memcpy(bytes[lane()], &mine, sizeof(T));
     wait(warpBarrier());
     return *reinterpret_cast<T const*>(bytes[from & (kWarp - 1)]);
@@ -255,11 +310,11 @@ inline uint3 threadIndex() { return make_uint3(static_cast<unsigned>(machine().c
 }  // namespace emu
 
 #define threadIdx (emu::threadIndex())
-#define blockIdx (emu::machine().blockIndex)
+#define blockIdx (emu::here().index)
 #define blockDim (emu::machine().blockSize)
 #define gridDim (emu::machine().gridSize)
 
-inline void __syncthreads() { emu::wait(emu::machine().block); }
+inline void __syncthreads() { emu::waitForBlock(); }
 inline void __syncwarp(unsigned = ~0u) { emu::wait(emu::warpBarrier()); }
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -280,17 +335,40 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
     return bits;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
-inline void __threadfence() {}
+inline void __threadfence() {
+    emu::machine().memory.fence(emu::who(), emu::self().view);
+    emu::pause();
+}
 template <class T>
 T atomicAdd(T* target, T value) {
+    emu::machine().memory.atomic(emu::who(), emu::self().view);
     T const before = *target;
     *target += value;
+    emu::pause();
     return before;
 }
 template <class T>
-T __ldcg(T const* source) {
-    return *source;
+T atomicExch(T* target, T value) {
+    emu::machine().memory.atomic(emu::who(), emu::self().view);
+    emu::pause();
+    return std::exchange(*target, value);
 }
+template <class T>
+T __ldcg(T const* source) {
+    return emu::machine().memory.load(emu::who(), emu::self().view, source);
+}
+namespace emu {
+template <class T>
+void publish(T* target, T value) {
+    auto const* const at = reinterpret_cast<unsigned char const*>(target);
+    bool const shared = at >= here().shared.get() && at < here().shared.get() + here().sharedBytes;
+    if (shared) {
+        *target = value;
+    } else {
+        machine().memory.store(who(), target, value);
+    }
+}
+}  // namespace emu
 template <class T>
 T __ldcs(T const* source) {
     return *source;
@@ -309,21 +387,4 @@ inline float __logf(float x) { return std::log(x); }
 using std::max;
 using std::min;
 
-// ---- runtime calls of the launcher and the plugin, on host memory
-
-namespace emu {
-inline cudaError_t copy(void* target, void const* source, size_t bytes) {
-    std::memcpy(target, source, bytes);
-    return cudaSuccess;
-}
-template <class T>
-cudaError_t allocate(T** address, size_t bytes) {
-    *address = static_cast<T*>(std::malloc(bytes));
-    return *address != nullptr ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-}  // namespace emu
-#define cudaMemcpyAsync(target, source, bytes, kind, stream) \
-    ((void)(kind), (void)(stream), emu::copy(target, source, bytes))
-#define cudaMemset(target, value, bytes) (std::memset(target, value, bytes), cudaSuccess)
-#define cudaMalloc(address, bytes) emu::allocate(address, bytes)
-#define cudaFree(address) (std::free(address), cudaSuccess)
+#include "host_runtime.h"

@@ -1,4 +1,9 @@
-// Parameters of the decode kernel, the layout of its shared memory, and what a block determines about its slots.
+// What a block of the decode kernel works on: parameters, shared memory, its KV head, and how blocks wait for one
+// another.
+//
+// The slots of a head are cut into splits, whose size depends on C alone, so that a row's result does not depend on the
+// batch. A block reads one split or several, as many as leave enough blocks for the GPU, each with a softmax of its
+// own.
 #pragma once
 
 #include "rotary.cuh"
@@ -7,55 +12,24 @@
 
 namespace less {
 
+constexpr int kMaxSplits = kWarpSize;  // one lane for each when they are merged
+
+// A softmax over a part of the keys: the largest logit, and the sum of exp(logit - peak).
+struct Softmax {
+    float peak, mass;
+};
+
 struct DecodeParams {
     AttentionRules rules;
     AttentionShape shape;
     AttentionTensors t;
-    int splits;
+    int splits, slotsPerSplit;  // splits * slotsPerSplit >= C
+    int splitsPerBlock;
     float* logits;       // [B,Hk,G,C]; nullptr: they are in shared memory
-    float* partials;     // [B,Hk,splits,G,D+2] accumulator, maximum, sum; nullptr for one split and one tile of heads
-    uint32_t* counters;  // [B*Hk], used if splits > 1
+    float* sums;         // [B,Hk,splits,G,D] of each split, exp(logit - peak) times value; nullptr: in shared memory
+    float2* softmaxes;   // [B,Hk,splits,G] Softmax of each split
+    uint32_t* counters;  // [B*Hk], used if several blocks share a head
 };
-
-// Shared memory of a block, in floats.
-template <class S, int LPR, int GT>
-struct DecodeLayout {
-    static constexpr int kWidth = LPR * 8;                     // D, rounded up
-    static constexpr int kAcc = 0;                             // [kWarps][GT][kWidth]
-    static constexpr int kPeak = kAcc + kWarps * GT * kWidth;  // [kWarps][GT]
-    static constexpr int kMass = kPeak + kWarps * GT;          // [kWarps][GT]
-    static constexpr int kCentring = kMass + kWarps * GT;      // [2][kWidth], with int8 slots
-    static constexpr int kReduce =
-        kCentring + (kCoded<S> ? 2 * kWidth : 0);            // Choice[kWarps], 24 bytes each, and a flag
-    static constexpr int kHeads = kReduce + kWarps * 6 + 2;  // per head: kHeadStats, then weights of H
-    static constexpr int kHeadStats = 6;
-    static int floats(int group, int rank, int logits) {
-        return kHeads + group * (kHeadStats + rank) + rank + group * logits;
-    }
-};
-
-// Moves the means to those after a step at position `past` in which the slots c in [first, end) with leaves(c) lose
-// their tokens; called by all threads. W is D, rounded up.
-template <int W, class S, class Leaves>
-__device__ __forceinline__ void absorbInMeans(Means const& means, SlotRows<S> const& values, int first, int end,
-                                              Leaves const& leaves, int past) {
-    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-    for (int r = warp; r < means.R; r += kWarps) {
-        float total[W / kWarpSize] = {}, mass = 0.f;
-        for (int c = first; c < end; ++c) {
-            if (!leaves(c)) continue;
-            int8_t const* const codes = means.psiOf(c);
-            float const share = shareOf(codes[r], warpCodeSum(codes, means.R));
-            mass += share;
-#pragma unroll
-            for (int i = 0; i < W / kWarpSize; ++i) {
-                int const d = lane + i * kWarpSize;
-                if (d < means.D) total[i] += share * values.at(c, d);
-            }
-        }
-        means.absorb<W>(r, mass, [&](int i) { return total[i]; }, past);
-    }
-}
 
 // What a block determines about the slots of its head.
 struct Choice {
@@ -66,21 +40,112 @@ struct Choice {
     int stayers;                // number of tokens that may stay
 };
 
-__device__ __forceinline__ Choice combined(Choice const& a, Choice const& b) {
-    return {min(a.victim, b.victim), min(a.free, b.free), min(a.leaving, b.leaving), a.leavers + b.leavers,
-            a.stayers + b.stayers};
-}
+// What becomes of a query head's logits.
+struct HeadWeights {
+    float exactPeak;   // maximum logit over the slots and the new token
+    float exactScale;  // 1 / sum of exp(logit - maximum) over those
+    float oldWeight;   // weight of the slots' sums in the output
+    float newWeight;   // weight of the new value in the output
+    float newShare;    // score of the new token
+};
 
-// Call this only once: nothing protects the scratch memory from being overwritten.
-__device__ __forceinline__ Choice blockCombined(Choice mine, Choice* scratch) {
-    mine = {warpMin(mine.victim), warpMin(mine.free), warpMin(mine.leaving), warpSum(mine.leavers),
-            warpSum(mine.stayers)};
-    int const tid = threadIdx.x;
-    if (tid % kWarpSize == 0) scratch[tid / kWarpSize] = mine;
+// Shared memory of a block whose size is known at compile time. W is D, rounded up.
+template <class S, int W, int GT>
+struct alignas(16) DecodeShared {
+    Choice choices[kWarps];
+    float sums[kWarps][GT][W];  // of each warp
+    Softmax softmaxes[kWarps][GT];
+    alignas(16) float centring[kCoded<S> ? 2 * W : 1];
+    bool last;  // whether this block is the last one of its head
+};
+
+// The rest of it.
+struct DecodeArrays {
+    HeadWeights* heads;  // [G]
+    float* factors;      // [G,splits] weight of a split's sums among those of all; one split has none
+    float* lowWeights;   // [G,R] weights of H
+    float* leaverPsi;    // [R]
+    float* logits;       // [G,C] if they are in shared memory
+
+    static size_t bytes(int G, int R, int splits, int logits) {
+        return sizeof(HeadWeights) * G + sizeof(float) * (static_cast<size_t>(G) * (splits + R + logits) + R);
+    }
+    __device__ __forceinline__ static DecodeArrays at(void* memory, int G, int R, int splits) {
+        auto* const heads = static_cast<HeadWeights*>(memory);
+        auto* const factors = reinterpret_cast<float*>(heads + G);
+        float *const lowWeights = factors + G * splits, *const leaverPsi = lowWeights + G * R;
+        return {heads, factors, lowWeights, leaverPsi, leaverPsi + R};
+    }
+};
+
+template <class S, int LPR, int GT>
+struct DecodeBlock {
+    using T = std::conditional_t<kCoded<S>, AnyType, S>;  // of the tensors that are not slots
+    static constexpr int kWidth = LPR * 8;
+    using Shared = DecodeShared<S, kWidth, GT>;
+
+    DecodeParams const& p;
+    Shared& shared;
+    int const G, C, D, R, now;
+    long const head;  // of the keys and values
+    SlotRows<S> const keys, values;
+    int* const positions;
+    float* const logits;  // [G,C]
+
+    __device__ __forceinline__ DecodeBlock(DecodeParams const& params, unsigned char* memory)
+        : p(params),
+          shared(*reinterpret_cast<Shared*>(memory)),
+          G(p.shape.queryHeads / p.shape.kvHeads),
+          C(p.shape.slots),
+          D(p.shape.headDim),
+          R(p.shape.rank),
+          now(p.t.pastLength[blockIdx.z]),
+          head(static_cast<long>(blockIdx.z) * p.shape.kvHeads + blockIdx.y),
+          keys(p.t.presentKey, p.t.presentKeyScale, head, C, D),
+          values(p.t.presentValue, p.t.presentValueScale, head, C, D),
+          positions(p.t.presentPosition + head * C),
+          logits(p.logits != nullptr ? p.logits + head * G * C : arrays().logits) {}
+
+    // Computed anew where it is used, for the sake of registers.
+    __device__ __forceinline__ DecodeArrays arrays() const {
+        return DecodeArrays::at(reinterpret_cast<unsigned char*>(&shared) + sizeof(Shared), G, R, p.splits);
+    }
+    // A tensor of the compute dtype with `perHead` elements for each KV head.
+    __device__ __forceinline__ Elements<T> elements(void const* tensor, long perHead) const {
+        return Elements<T>(tensor, p.shape.dtype, head * perHead);
+    }
+    // Whether the sums of the only split and the only tile of heads stay in shared memory.
+    __device__ __forceinline__ bool direct() const { return p.sums == nullptr; }
+    __device__ __forceinline__ float* sumsOf(int split, int g) const {
+        return p.sums + ((head * p.splits + split) * G + g) * D;
+    }
+    __device__ __forceinline__ float2* softmaxOf(int split, int g) const {
+        return p.softmaxes + (head * p.splits + split) * G + g;
+    }
+    __device__ __forceinline__ void keepLogit(int g, int slot, float logit) const {
+        publish(logits + g * C + slot, logit);
+    }
+    __device__ __forceinline__ float logit(int g, int slot) const {
+        float const* const source = logits + g * C + slot;
+        return p.logits != nullptr ? __ldcg(source) : *source;
+    }
+};
+
+// Whether this block is the last of `blocks` that get here; called by all threads. What any thread of the others wrote
+// before is then visible to all threads of the last one: the barrier orders a block's writes before the fence of its
+// first thread, which makes them visible, whoever wrote them, before the addition (release); in the last block the
+// second fence comes after its addition, which has seen all others, and before what its threads read (acquire).
+// The counter is zero again for the next launch: no other block touches it any more.
+__device__ __forceinline__ bool lastToArrive(uint32_t* counter, uint32_t blocks, bool& last) {
     __syncthreads();
-    Choice all = scratch[0];
-    for (int w = 1; w < kWarps; ++w) all = combined(all, scratch[w]);
-    return all;
+    if (threadIdx.x == 0) {
+        __threadfence();  // release
+        last = atomicAdd(counter, 1u) == blocks - 1;
+        if (last) atomicExch(counter, 0u);
+        __threadfence();  // acquire
+    }
+    __syncthreads();
+    return last;
 }
 
 }  // namespace less

@@ -23,7 +23,7 @@ constexpr float kInfinity = INFINITY;
 
 // All shared memory is dynamic, so that the emulation can poison it and check its bounds.
 #ifdef LESS_EMULATION
-#define LESS_SHARED_MEMORY(name) unsigned char* const name = emu::machine().shared.get()
+#define LESS_SHARED_MEMORY(name) unsigned char* const name = emu::here().shared.get()
 #else
 #define LESS_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
 #endif
@@ -96,6 +96,16 @@ __device__ __forceinline__ void storePair(T* target, float first, float second) 
         T first, second;
     };
     *reinterpret_cast<Pair*>(target) = {fromFloat<T>(first), fromFloat<T>(second)};
+}
+
+// Stores what other blocks may read, with __ldcg, after fences. The emulation has to know which memory that is.
+template <class T>
+__device__ __forceinline__ void publish(T* target, T value) {
+#ifdef LESS_EMULATION
+    emu::publish(target, value);
+#else
+    *target = value;
+#endif
 }
 
 // ---- tensors of the compute dtype

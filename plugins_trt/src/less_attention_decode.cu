@@ -8,7 +8,7 @@ namespace less {
 namespace {
 
 constexpr size_t kSharedLogitBytes = 16 * 1024;  // larger logits are stored in the workspace
-constexpr int kMinSlotsPerBlock = 32;            // fewer are not worth the merge
+constexpr int kSlotsPerSplit = 64;               // at least: fewer are not worth the merge
 
 bool turns(AttentionRules const& rules) { return rules.maxDistance > 0; }
 
@@ -22,56 +22,59 @@ int tileOf(int group, bool turning) {
 #endif
 }
 
-// Blocks per KV head.
-int splitsOf(AttentionShape const& s) {
-    long const heads = static_cast<long>(s.batch) * s.kvHeads;
-    long const wanted = blocksWanted() / heads, useful = (s.slots + kMinSlotsPerBlock - 1) / kMinSlotsPerBlock;
-    return static_cast<int>(std::max(1L, std::min(wanted, useful)));
-}
-
 struct Plan {
-    int splits;
+    int splits, slotsPerSplit;  // of C slots, whatever the batch is
+    int splitsPerBlock, blocks;
     bool logitsShared, direct;
-    size_t logitBytes, partialBytes;  // in the workspace
+    size_t logitBytes, sumBytes, softmaxBytes;  // in the workspace
 };
+
+int divided(long x, long by) { return static_cast<int>((x + by - 1) / by); }
 
 Plan planOf(AttentionShape const& s, AttentionRules const& rules) {
     size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, group = s.queryHeads / s.kvHeads;
     Plan plan{};
-    plan.splits = splitsOf(s);
+    plan.slotsPerSplit = std::max(kSlotsPerSplit, divided(s.slots, kMaxSplits));
+    plan.splits = divided(s.slots, plan.slotsPerSplit);
+    long const wanted = std::max(1L, blocksWanted() / static_cast<long>(heads));  // blocks per head
+    plan.splitsPerBlock = divided(plan.splits, wanted);
+    plan.blocks = divided(plan.splits, plan.splitsPerBlock);
     size_t const logitBytes = keepsScores(rules) ? group * s.slots * sizeof(float) : 0;
-    plan.logitsShared = plan.splits == 1 && logitBytes <= kSharedLogitBytes;
+    plan.logitsShared = plan.blocks == 1 && logitBytes <= kSharedLogitBytes;
     plan.direct = plan.splits == 1 && static_cast<int>(group) <= tileOf(static_cast<int>(group), turns(rules));
     plan.logitBytes = plan.logitsShared ? 0 : heads * logitBytes;
-    plan.partialBytes = plan.direct ? 0 : heads * plan.splits * group * (s.headDim + 2) * sizeof(float);
+    size_t const softmaxes = plan.direct ? 0 : heads * plan.splits * group;
+    plan.sumBytes = softmaxes * s.headDim * sizeof(float);
+    plan.softmaxBytes = softmaxes * sizeof(float2);
     return plan;
 }
 
 template <class S, int LPR, int GT, bool Turns>
-cudaError_t runDecode(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
+cudaError_t runDecode(Mode mode, DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     int const group = s.queryHeads / s.kvHeads;
-    int const sharedLogits = logitsShared && keepsScores(params.rules) ? s.slots : 0;
-    size_t const bytes = sizeof(float) * DecodeLayout<S, LPR, GT>::floats(group, s.rank, sharedLogits);
-    dim3 const grid(params.splits, s.kvHeads, s.batch);
+    int const sharedLogits = plan.logitsShared && keepsScores(params.rules) ? s.slots : 0;
+    size_t const bytes = sizeof(typename DecodeBlock<S, LPR, GT>::Shared) +
+                         DecodeArrays::bytes(group, s.rank, params.splits, sharedLogits);
+    dim3 const grid(plan.blocks, s.kvHeads, s.batch);
     return run(mode, decodeKernel<S, LPR, GT, Turns>, grid, bytes, params, stream);
 }
 
 template <class S, int LPR>
-cudaError_t withTile(Mode mode, DecodeParams const& params, bool logitsShared, cudaStream_t stream) {
+cudaError_t withTile(Mode mode, DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
     bool const turning = turns(params.rules);
     switch (tileOf(params.shape.queryHeads / params.shape.kvHeads, turning)) {
         case 2:
-            if (turning) return runDecode<S, LPR, 2, true>(mode, params, logitsShared, stream);
-            return runDecode<S, LPR, 2, false>(mode, params, logitsShared, stream);
+            if (turning) return runDecode<S, LPR, 2, true>(mode, params, plan, stream);
+            return runDecode<S, LPR, 2, false>(mode, params, plan, stream);
 #ifndef LESS_TRIAL
         case 1:
-            return runDecode<S, LPR, 1, false>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 1, false>(mode, params, plan, stream);
         case 4:
-            if (turning) return runDecode<S, LPR, 4, true>(mode, params, logitsShared, stream);
-            return runDecode<S, LPR, 4, false>(mode, params, logitsShared, stream);
+            if (turning) return runDecode<S, LPR, 4, true>(mode, params, plan, stream);
+            return runDecode<S, LPR, 4, false>(mode, params, plan, stream);
         case 8:
-            return runDecode<S, LPR, 8, false>(mode, params, logitsShared, stream);
+            return runDecode<S, LPR, 8, false>(mode, params, plan, stream);
 #endif
         default:
             return cudaErrorNotSupported;
@@ -82,24 +85,28 @@ cudaError_t withTile(Mode mode, DecodeParams const& params, bool logitsShared, c
 
 size_t decodeWorkspaceBytes(AttentionShape const& shape, AttentionRules const& rules) {
     Plan const plan = planOf(shape, rules);
-    return aligned(plan.logitBytes) + aligned(plan.partialBytes);
+    return aligned(plan.logitBytes) + aligned(plan.sumBytes) + aligned(plan.softmaxBytes);
 }
 
 cudaError_t decode(Mode mode, AttentionShape const& shape, AttentionRules const& rules, AttentionTensors const& tensors,
                    void* workspace, uint32_t* counters, cudaStream_t stream) {
     Plan const plan = planOf(shape, rules);
     char* const memory = static_cast<char*>(workspace);
-    DecodeParams params{rules, shape, tensors, plan.splits, nullptr, nullptr, counters};
+    DecodeParams params{rules,   shape,   tensors, plan.splits, plan.slotsPerSplit, plan.splitsPerBlock,
+                        nullptr, nullptr, nullptr, counters};
     if (plan.logitBytes > 0) params.logits = reinterpret_cast<float*>(memory);
-    if (!plan.direct) params.partials = reinterpret_cast<float*>(memory + aligned(plan.logitBytes));
+    if (!plan.direct) {
+        params.sums = reinterpret_cast<float*>(memory + aligned(plan.logitBytes));
+        params.softmaxes = reinterpret_cast<float2*>(memory + aligned(plan.logitBytes) + aligned(plan.sumBytes));
+    }
     return withSlots(shape, [&](auto type) {
         using S = decltype(type);
-        if (shape.headDim <= 64) return withTile<S, 8>(mode, params, plan.logitsShared, stream);
+        if (shape.headDim <= 64) return withTile<S, 8>(mode, params, plan, stream);
 #ifdef LESS_TRIAL
         return cudaErrorNotSupported;
 #else
-        if (shape.headDim <= 128) return withTile<S, 16>(mode, params, plan.logitsShared, stream);
-        return withTile<S, 32>(mode, params, plan.logitsShared, stream);
+        if (shape.headDim <= 128) return withTile<S, 16>(mode, params, plan, stream);
+        return withTile<S, 32>(mode, params, plan, stream);
 #endif
     });
 }

@@ -14,6 +14,21 @@
 
 #define LESS_EXPORT extern "C" __attribute__((visibility("default")))
 
+// Why the kernels cannot run with this machine's driver: the reason, or nullptr, also without a driver (engines are
+// built there). A driver runs what is built with its major version of CUDA or an older one.
+LESS_EXPORT char const* lessWhyUnusable() noexcept {
+    static char reason[200];
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return nullptr;
+    if (driver / 1000 >= CUDART_VERSION / 1000) return nullptr;
+    std::snprintf(
+        reason, sizeof reason,
+        "the driver supports CUDA up to %d.%d, and the plugin was built with CUDA %d.%d: update the driver, or "
+        "build the plugin with an older CUDA",
+        driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
+    return reason;
+}
+
 namespace less {
 
 // The plugin registry of TensorRT-RTX 1: that of TensorRT without the functions for IPluginCreator, which no longer
@@ -86,6 +101,7 @@ Function* symbolOf(std::string const& path, char const* name) {
 class Registration {
  public:
     Registration() noexcept {
+        if (char const* reason = lessWhyUnusable()) logError((std::string("LessAttention: ") + reason).c_str());
         try {
             for (std::string const& path : loadedTensorRT()) {
                 char const* const name = baseName(path.c_str());

@@ -18,6 +18,7 @@ using namespace nvinfer1;
 
 std::set<void*> allocated;
 bool driver = true;
+[[maybe_unused]] int driverVersion = 0;
 
 struct Log final : ILogger, ILoggerFinder {
     void log(Severity, AsciiChar const* message) noexcept override { messages += std::string(message) + "\n"; }
@@ -51,6 +52,10 @@ cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t
     return cudaMemset(address, value, bytes);
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = driverVersion;
+    return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 char const* cudaGetErrorString(cudaError_t error) { return error == cudaErrorInvalidValue ? "invalid" : "failed"; }
 }
@@ -89,6 +94,7 @@ struct Tensor {
 
 void harness_start() { setLoggerFinder(&logger); }
 void harness_driver(int32_t present) { driver = present != 0; }
+void harness_driver_version(int32_t version) { driverVersion = version; }
 int32_t harness_allocations() { return static_cast<int32_t>(allocated.size()); }
 char const* harness_log() {
     logger.returned.swap(logger.messages);

@@ -5,17 +5,17 @@
 
 namespace less {
 
-// The input that `output` is aliased to, or "". Engines of headers before TensorRT 10.15 cannot report it; there the
-// manifest decides (`stated`), because only the plugin works in place.
+// The input that the engine says `output` is aliased to, or "". Engines need not report what a plugin does, and cannot
+// with headers before TensorRT 10.15.
 template <class Engine>
-auto aliasOf(Engine const& engine, std::string const& output, std::string const&, int)
+auto aliasOf(Engine const& engine, std::string const& output, int)
     -> decltype(engine.getAliasedInputTensor(output.c_str()), std::string()) {
     char const* input = engine.getAliasedInputTensor(output.c_str());
     return input ? input : "";
 }
 template <class Engine>
-std::string aliasOf(Engine const&, std::string const&, std::string const& stated, long) {
-    return stated;
+std::string aliasOf(Engine const&, std::string const&, long) {
+    return "";
 }
 
 }  // namespace less

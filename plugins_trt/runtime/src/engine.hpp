@@ -54,7 +54,7 @@ class Plan {
     virtual int profiles() const = 0;
     // Minimum and maximum of an input's shape in a profile.
     virtual std::pair<Shape, Shape> range(std::string const& input, int profile) const = 0;
-    // The input whose memory an output shares, or "".
+    // The input whose memory an output shares if the engine says so, or "".
     virtual std::string aliasedInput(std::string const& output) const = 0;
     virtual bool setShape(int profile, std::string const& input, Shape const& shape) = 0;
     virtual Shape shape(int profile, std::string const& tensor) const = 0;

@@ -24,16 +24,25 @@ bool fits(Shape const& actual, Shape const& declared) {
 
 }  // namespace
 
-PlanRunner::PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool graphs)
-    : contract_(std::move(contract)), device_(std::move(device)), plan_(std::move(plan)), graphs_(graphs) {
+PlanRunner::PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool inPlace,
+                       bool graphs)
+    : contract_(std::move(contract)),
+      device_(std::move(device)),
+      plan_(std::move(plan)),
+      inPlace_(inPlace),
+      graphs_(graphs) {
     checkPlan();
-    for (StateTensor& tensor : contract_.state()) {
+    checkAliases();
+    for (StateTensor& tensor : contract_.state()) slots_.push_back({std::move(tensor), 0});
+}
+
+void PlanRunner::checkAliases() const {
+    for (StateTensor const& tensor : contract_.state()) {
         std::string const alias = plan_->aliasedInput(tensor.present.name);
-        if (!alias.empty() && alias != tensor.past.name) {
-            throw EngineError("the plan writes " + tensor.present.name + " into " + alias + ": build it again");
-        }
-        swaps_ |= alias.empty();
-        slots_.push_back({std::move(tensor), !alias.empty(), {}});
+        if (alias.empty()) continue;
+        std::string const what = "the plan writes " + tensor.present.name + " into " + alias;
+        if (!inPlace_) throw EngineError(what + ", but its manifest names no plugin: build it again");
+        if (alias != tensor.past.name) throw EngineError(what + ": build it again");
     }
 }
 
@@ -88,10 +97,7 @@ void PlanRunner::checkTensors(std::vector<TensorSpec> const& specs, bool input) 
     }
 }
 
-std::byte* PlanRunner::at(Slot const& slot, int side) const {
-    int const block = slot.inPlace ? 0 : side;
-    return state_[block].get() + slot.offset[block];
-}
+std::byte* PlanRunner::at(Slot const& slot, int side) const { return state_[inPlace_ ? 0 : side].get() + slot.offset; }
 
 void PlanRunner::open(int64_t batch) {
     device_->activate();
@@ -104,14 +110,12 @@ void PlanRunner::open(int64_t batch) {
 
 void PlanRunner::allocate(int64_t batch) try {
     close();
-    std::array<size_t, 2> total{};
+    size_t total = 0;
     for (Slot& slot : slots_) {
-        for (int block = 0; block < (slot.inPlace ? 1 : 2); ++block) {
-            slot.offset[block] = total[block];
-            total[block] += aligned(batch * slot.tensor.rowBytes);
-        }
+        slot.offset = total;
+        total += aligned(batch * slot.tensor.rowBytes);
     }
-    for (int block = 0; block < (swaps_ ? 2 : 1); ++block) state_[block] = Memory(*device_, total[block]);
+    for (int block = 0; block < (inPlace_ ? 1 : 2); ++block) state_[block] = Memory(*device_, total);
     // past_length, new_length and input_ids, in this order, so that a decode step copies only the first bytes.
     newOffset_ = aligned(contract_.pastLength().bytes(batch, 1));
     idsOffset_ = newOffset_ + aligned(contract_.newLength().bytes(batch, 1));
@@ -169,7 +173,7 @@ float const* PlanRunner::step(int64_t const* ids, int64_t tokens, int32_t const*
         run(profile, tokens);
     }
     device_->wait();
-    if (swaps_) side_ = 1 - side_;
+    if (!inPlace_) side_ = 1 - side_;
     return reinterpret_cast<float const*>(hostLogits_.get());
 }
 

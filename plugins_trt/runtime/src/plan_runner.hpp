@@ -8,13 +8,15 @@
 
 namespace less {
 
-// State is allocated once per batch size. A tensor whose output is aliased to its input has one copy; others have two,
+// State is allocated once per batch size. A plan with the plugin updates it in place; otherwise there are two copies,
 // which swap roles after every step. The decode step is captured into a graph (one for each assignment of the roles)
 // that copies tokens and lengths from pinned memory, runs the engine and copies the logits back.
 class PlanRunner {
  public:
-    // Throws EngineError if the plan does not match the contract.
-    PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool graphs);
+    // `inPlace`: the plan has the plugin, as the manifest says; the engine need not say so. Throws EngineError if the
+    // plan does not match the contract, or the engine contradicts the manifest.
+    PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool inPlace,
+               bool graphs);
 
     ~PlanRunner();
     PlanRunner(PlanRunner const&) = delete;
@@ -32,14 +34,14 @@ class PlanRunner {
     void writeRow(int64_t row, std::byte const* data);
 
  private:
-    // One state tensor and its offsets in the two blocks of memory (only the first if `inPlace`).
+    // One state tensor and its offset in a block of memory.
     struct Slot {
         StateTensor tensor;
-        bool inPlace;
-        std::array<size_t, 2> offset;
+        size_t offset;
     };
 
     void checkPlan() const;
+    void checkAliases() const;
     void checkTensors(std::vector<TensorSpec> const& specs, bool input) const;
     void allocate(int64_t batch);
     void drain() noexcept;
@@ -51,13 +53,12 @@ class PlanRunner {
     Contract contract_;
     std::unique_ptr<Device> device_;
     std::unique_ptr<Plan> plan_;  // must outlive the graphs and memory below
-    bool graphs_;
-    bool swaps_ = false;  // whether some state is not in place
+    bool inPlace_, graphs_;
     std::vector<Slot> slots_;
 
     int64_t batch_ = 0;
-    int side_ = 0;  // which block holds the past state
-    std::array<Memory, 2> state_;
+    int side_ = 0;                 // which block holds the past state
+    std::array<Memory, 2> state_;  // only the first if `inPlace_`
     // Lengths and ids, and the logits, on the device and on the host.
     Memory input_, hostInput_, logits_, hostLogits_;
     size_t newOffset_ = 0, idsOffset_ = 0;

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <map>
 #include <mutex>
 
 #include "aliases.hpp"
@@ -86,9 +85,6 @@ std::string typeName(trt::DataType type) {
 class TrtPlan : public Plan {
  public:
     TrtPlan(Bundle const& bundle, cudaStream_t stream) : stream_(stream) {
-        if (bundle.plugin) {
-            for (StateTensor const& t : bundle.contract.state()) inPlace_[t.present.name] = t.past.name;
-        }
         runtime_.reset(trt::createInferRuntime(sharedLog()));
         if (!runtime_) throw EngineError("TensorRT cannot start: " + sharedLog().reason());
         MappedFile const file(bundle.plan);
@@ -132,10 +128,7 @@ class TrtPlan : public Plan {
         return {shape(trt::OptProfileSelector::kMIN), shape(trt::OptProfileSelector::kMAX)};
     }
 
-    std::string aliasedInput(std::string const& output) const override {
-        auto const stated = inPlace_.find(output);
-        return aliasOf(*engine_, output, stated == inPlace_.end() ? "" : stated->second, 0);
-    }
+    std::string aliasedInput(std::string const& output) const override { return aliasOf(*engine_, output, 0); }
 
     bool setShape(int profile, std::string const& input, Shape const& shape) override {
         trt::Dims dims{};
@@ -162,20 +155,24 @@ class TrtPlan : public Plan {
     [[noreturn]] static void fail() { throw BackendError("TensorRT cannot run this step: " + sharedLog().reason()); }
 
     cudaStream_t stream_;
-    std::map<std::string, std::string> inPlace_;  // present name -> past name
-    std::unique_ptr<trt::IRuntime> runtime_;      // must outlive the engine
-    std::unique_ptr<trt::ICudaEngine> engine_;    // must outlive its contexts
+    std::unique_ptr<trt::IRuntime> runtime_;    // must outlive the engine
+    std::unique_ptr<trt::ICudaEngine> engine_;  // must outlive its contexts
     std::vector<std::unique_ptr<trt::IExecutionContext>> contexts_;
 };
 
 // The library registers the plugin when it is loaded. It is never closed, because engines may use it until the end.
 void loadPlugin(Bundle const& bundle) {
     if (!bundle.plugin || bundle.plugin->inside) return;
-    if (!::dlopen(findPlugin(*bundle.plugin, bundle.trustCode).c_str(), RTLD_NOW | RTLD_LOCAL)) {
+    std::string const path = bundle.plugin->library.string();
+    void* const library = ::dlopen(findPlugin(*bundle.plugin, bundle.trustCode).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
         char const* why = ::dlerror();
-        throw EngineError("cannot load the plugin " + bundle.plugin->library.string() + ": " +
-                          (why ? why : "no reason given"));
+        throw EngineError("cannot load the plugin " + path + ": " + (why ? why : "no reason given"));
     }
+    // Libraries of older versions do not say whether the driver is too old for them.
+    auto* const whyUnusable = reinterpret_cast<char const* (*)()>(::dlsym(library, "lessWhyUnusable"));
+    char const* const reason = whyUnusable ? whyUnusable() : nullptr;
+    if (reason) throw EngineError("cannot use the plugin " + path + ": " + reason);
 }
 
 }  // namespace
@@ -188,7 +185,8 @@ Session openSession(Bundle const& bundle, SessionOptions const& options) {
     sharedLog().reset(options.verbose);
     loadPlugin(bundle);
     auto plan = std::make_unique<TrtPlan>(bundle, device->stream());
-    auto runner = std::make_unique<PlanRunner>(bundle.contract, std::move(device), std::move(plan), options.cudaGraphs);
+    auto runner = std::make_unique<PlanRunner>(bundle.contract, std::move(device), std::move(plan),
+                                               bundle.plugin.has_value(), options.cudaGraphs);
     return Session(bundle.contract, bundle.identity, std::move(runner));
 }
 

@@ -43,8 +43,7 @@ inline float logit(uint64_t hash, int64_t token) {
 struct Machine {
     size_t freeBytes = size_t{1} << 30;
     bool captures = true, runs = true;  // whether capturing and running a step succeed
-    std::set<std::string> separate;     // state fields that the engine does not update in place
-    bool inPlace = true;
+    bool inPlace = true;                // the plan has the plugin
     int launches = 0, captured = 0, captureAttempts = 0;
     std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
     std::map<char*, size_t> memory;
@@ -146,7 +145,7 @@ class HostPlan : public Plan {
     std::vector<PlanTensor> io;
     int profileCount;
     int64_t maxChunk;
-    std::string alias;
+    std::string alias;  // of present.0.key, if the engine tells; engines do not tell what a plugin does
 
     std::vector<PlanTensor> tensors() const override { return io; }
     int profiles() const override { return profileCount; }
@@ -157,9 +156,7 @@ class HostPlan : public Plan {
         bug("no such input");
     }
     std::string aliasedInput(std::string const& output) const override {
-        std::string const field = output.substr(output.rfind('.') + 1);
-        if (!machine_.inPlace || machine_.separate.count(field)) return "";
-        return alias.empty() ? "past" + output.substr(output.find('.')) : alias;
+        return output == "present.0.key" ? alias : "";
     }
     bool setShape(int profile, std::string const& input, Shape const& shape) override {
         auto const [minimum, maximum] = range(input, profile);
@@ -213,9 +210,7 @@ class HostPlan : public Plan {
                 auto const bytes = static_cast<size_t>(tensors[i].rowBytes);
                 unsigned char const* from = at.at(tensors[i].past.name);
                 unsigned char* to = at.at(tensors[i].present.name);
-                if ((from == to) != (aliasedInput(tensors[i].present.name) == tensors[i].past.name)) {
-                    bug("memory is shared where the engine does not alias it, or the reverse");
-                }
+                if ((from == to) != machine_.inPlace) bug("memory is shared without a plugin, or the reverse");
                 std::memmove(to + row * bytes, from + row * bytes, bytes);
                 unsigned char* state = to + row * bytes;
                 for (int64_t t = 0; t < newLength[row]; ++t) {
@@ -244,7 +239,7 @@ class HostPlan : public Plan {
 // The engine of a contract on a host machine, run through graphs.
 inline std::unique_ptr<PlanRunner> runnerOn(Machine& machine, Contract const& contract) {
     return std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine),
-                                        std::make_unique<HostPlan>(contract, machine), true);
+                                        std::make_unique<HostPlan>(contract, machine), machine.inPlace, true);
 }
 
 }  // namespace less::testing

@@ -15,11 +15,12 @@ namespace {
 using namespace less;
 using namespace less::testing;
 
-// A bundle with a dummy plan.
+// A bundle with a dummy plan, without a plugin.
 struct Rig {
     explicit Rig(Contract contract = twoLayers()) {
         bundle.contract = std::move(contract);
         resetMockSdk(bundle.contract);
+        mockSdk().machine.inPlace = false;
         std::ofstream(bundle.plan) << "plan";
     }
     ~Rig() { std::filesystem::remove(bundle.plan); }
@@ -45,12 +46,14 @@ TEST(runs_as_on_the_host_machine) {
         for (bool captures : {true, false}) {
             for (bool graphs : {true, false}) {
                 Rig rig;
-                mockSdk().machine.inPlace = inPlace;
+                mockSdk().machine.inPlace = inPlace;  // which the engine does not tell
+                if (inPlace) rig.bundle.plugin = PluginFacts{{}, "", true};
+                rig.bundle.trustCode = true;
                 mockSdk().captures = captures;
                 SessionOptions options;
                 options.cudaGraphs = graphs;
                 Session session = openSession(rig.bundle, options);
-                CHECK(mockSdk().current == 0 && !mockSdk().hostCode && session.identity() == "this one");
+                CHECK(mockSdk().current == 0 && mockSdk().hostCode == inPlace && session.identity() == "this one");
                 std::vector<std::vector<int64_t>> tokens;
                 for (Generation const& g : generate(session, prompts, maxTokens(9), {})) tokens.push_back(g.tokens);
                 if (first.empty()) first = tokens;
@@ -104,8 +107,9 @@ TEST(plans_of_another_contract) {
     mockSdk().plan->io[3].dtype = "fp8";
     REFUSES(EngineError, "past.0.key as TensorRT type 6 [-1, 2, 6, 8]", openSession(rig.bundle));
     mockSdk().plan->io[3].dtype = "float16";
-    mockSdk().plan->alias = "past.1.z";
-    REFUSES(EngineError, "writes present.0.key into past.1.z", openSession(rig.bundle));
+    mockSdk().plan->alias = "past.0.key";
+    REFUSES(EngineError, "writes present.0.key into past.0.key, but its manifest names no plugin",
+            openSession(rig.bundle));
     CHECK(mockSdk().streams == 0);
 }
 
@@ -175,6 +179,10 @@ TEST(plugin_libraries) {
     rig.bundle.trustCode = true;
     openSession(rig.bundle);
     CHECK(loaded());
+    ::setenv("LESS_TEST_OLD_DRIVER", "1", 1);
+    REFUSES(EngineError, "stub.so: an old driver", openSession(rig.bundle));
+    ::unsetenv("LESS_TEST_OLD_DRIVER");
+    loaded();
     cache.folder.write("stub.so", "other");
     REFUSES(EngineError, "is not the plugin that this engine was built with", openSession(rig.bundle));
     rig.bundle.plugin = PluginFacts{rig.bundle.plan, sha256("plan"), false};

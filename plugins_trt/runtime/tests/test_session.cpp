@@ -18,9 +18,10 @@ struct Rig {
     Session session(std::function<void(HostPlan&)> const& change = {}) {
         auto plan = std::make_unique<HostPlan>(contract, machine);
         if (change) change(*plan);
+        auto device = std::make_unique<HostDevice>(machine);
         return Session(
             contract, "this one",
-            std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine), std::move(plan), graphs));
+            std::make_unique<PlanRunner>(contract, std::move(device), std::move(plan), machine.inPlace, graphs));
     }
 };
 
@@ -152,13 +153,6 @@ TEST(bytes_of_int8_slots) {
     CHECK(int8.state().size() == half.state().size() + 2 && int8.layout() != half.layout());
     CHECK(int8.state()[7].past.name == "past.0.key_scale" && int8.state()[9].past.name == "past.1.key");
     for (StateTensor const& tensor : int8.state()) CHECK(tensor.rowBytes % bytesOf(tensor.past.type) == 0);
-}
-
-TEST(state_partly_in_place) {
-    Rig rig(twoLayers(ElementType::kFloat32));
-    rig.machine.separate = {"score", "position", "z"};
-    drive(rig, 2);
-    CHECK(rig.machine.captured == 2);
 }
 
 TEST(without_graphs) {
@@ -301,7 +295,11 @@ TEST(plans_of_another_contract) {
     refused("has 1 profiles instead of 2", [](HostPlan& p) { p.profileCount = 1; });
     refused("profile 1 takes input_ids from [1, 1] to [3, 3], the contract needs [1, 1] to [3, 4]",
             [](HostPlan& p) { p.maxChunk = 3; });
-    refused("writes present.0.key into past.1.z", [](HostPlan& p) { p.alias = "past.1.z"; });
+    refused("writes present.0.key into past.1.z: build it again", [](HostPlan& p) { p.alias = "past.1.z"; });
+    rig.session([](HostPlan& p) { p.alias = "past.0.key"; });
+    rig.machine.inPlace = false;
+    refused("writes present.0.key into past.0.key, but its manifest names no plugin",
+            [](HostPlan& p) { p.alias = "past.0.key"; });
     CHECK(rig.machine.memory.empty());
 }
 

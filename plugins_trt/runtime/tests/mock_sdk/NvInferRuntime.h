@@ -1,5 +1,5 @@
-// The part of TensorRT that trt_plan.cpp uses, on top of the host machine. Like TensorRT from 10.15 on, it reports
-// aliases.
+// The part of TensorRT that trt_plan.cpp uses, on top of the host machine. Like TensorRT from 10.15 on, it can be asked
+// for aliases.
 #pragma once
 
 #include <cstddef>
