@@ -1,12 +1,13 @@
 """less-export against optimum-onnx and ONNX Runtime GenAI's model builder, on one checkpoint.
 
 Each exports a random Llama of TinyLlama-1.1B's shape, fp16; the parent measures wall time, peak RSS and bytes
-written. Then every model decodes on this environment's ONNX Runtime, each in its own process: less-export's through
-its backend, with its 256 slots full and its position set to the context; the peers' graphs with a past of that length
-(random numbers, bound once; GenAI's attention writes into the buffer it reads, as in its runtime). Each has its
-own int4: ours has blocks of 64, an int8 output embedding and the checkpoint's input embedding; GenAI's has blocks of
-32, an int4 output embedding and an f32 input embedding. Each peer is installed into its own environment under
-``--environments``; if one cannot be installed or fails, the reason is recorded.
+written. Then all models decode on this environment's ONNX Runtime, in rounds: each has its turn at each context, in a
+process of its own. less-export's run through its backend, with 256 slots full and the position set to the context; the
+peers' graphs with a past of that length (random numbers, bound once; GenAI's attention writes into the buffer it reads,
+as in its runtime). Each has its own int4: ours has blocks of 64, an int8 output embedding and the checkpoint's input
+embedding; GenAI's has blocks of 32, an int4 output embedding and an f32 input embedding. ``int4, 32`` is ours in blocks
+of 32 with an int4 output embedding. Each peer is installed into its own environment under ``--environments``; if one
+cannot be installed or fails, the reason is recorded.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict
     exports: dict[tuple[str, str], Any] = {
         ("less-export", "f32"): ours,
         ("less-export", "int4"): [*ours, "--weights", "int4"],
+        ("less-export", "int4, 32"): [*ours, "--weights", "int4", "--block", "32", "--head", "int4"],
     }
     for peer in PEERS:
         try:
@@ -161,21 +163,28 @@ def child(who: str, out: Path, context: int) -> None:
     print(json.dumps({"tokens_per_second": rate, **resident()}))
 
 
-def decoded(who: str, out: Path, contexts: list[int]) -> list[dict[str, Any]]:
-    """Results of each context, every one from its own process."""
-    results: dict[int, list[dict[str, Any]]] = {c: [] for c in contexts}
-    for context in contexts * ROUNDS:
-        command = [sys.executable, __file__, "--child", who, str(out), str(context)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        results[context].append({"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout))
-    rows = []
-    for context, runs in results.items():
-        failed = next((r for r in runs if "failed" in r), None)
-        if failed is None:
-            rates = [r["tokens_per_second"] for r in runs]
-            runs[0] |= {"tokens_per_second": statistics.median(rates), "rates": rates}
-        rows.append({"context": context, **(failed or runs[0])})
-    return rows
+def decode(models: list[tuple[dict[str, Any], Path]], contexts: list[int]) -> None:
+    """Give the row of each exported model its ``contexts``: rates and memory, measured in turn with the others."""
+    runs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for _ in range(ROUNDS):
+        for index, (row, out) in enumerate(models):
+            for context in contexts:
+                command = [sys.executable, __file__, "--child", row["who"], str(out), str(context)]
+                done = subprocess.run(command, capture_output=True, text=True)
+                run = {"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout)
+                runs.setdefault((index, context), []).append(run)
+    for index, (row, _) in enumerate(models):
+        row["contexts"] = [{"context": c, **summary(runs[index, c])} for c in contexts]
+        print(row, flush=True)
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median rate of a model at one context, or why it failed."""
+    failed = next((r for r in runs if "failed" in r), None)
+    if failed is not None:
+        return failed
+    rates = [r["tokens_per_second"] for r in runs]
+    return {**runs[0], "tokens_per_second": statistics.median(rates), "rates": rates}
 
 
 def reason(error: BaseException | str) -> str:
@@ -195,6 +204,7 @@ def main() -> None:
         return child(args.child[0], Path(args.child[1]), int(args.child[2]))
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []
+    models: list[tuple[dict[str, Any], Path]] = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         scratch = Path(folder)
         checkpoint = scratch / "checkpoint"
@@ -206,7 +216,7 @@ def main() -> None:
             if isinstance(command, str):
                 row["failed"] = command
                 continue
-            out = scratch / "out"
+            out = scratch / f"out-{len(rows)}"
             target = {"less-export": ["--out", str(out)], "onnxruntime-genai": ["-o", str(out)]}.get(who, [str(out)])
             run = measure([*command, *target])
             if run.why:
@@ -215,9 +225,8 @@ def main() -> None:
                 continue
             figures = {"seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb, "written_mb": written(out) / 1e6}
             row |= {n: round(x, 1) for n, x in figures.items()}
-            row["contexts"] = decoded(who, out, args.contexts)
-            print(row, flush=True)
-            shutil.rmtree(out)
+            models.append((row, out))
+        decode(models, args.contexts)
     facts = {
         "model": "random Llama, TinyLlama-1.1B shape",
         "layers": args.layers,

@@ -15,6 +15,12 @@ Target = Literal["ort", "trt", "both"]
 TARGETS: tuple[Target, ...] = ("ort", "trt", "both")
 Weights = Literal["int8", "int4"]
 WEIGHTS: tuple[Weights, ...] = ("int8", "int4")
+Block = Literal[32, 64, 128]
+#: Input features of a quantised matrix that share a scale.
+BLOCKS: tuple[Block, ...] = (32, 64, 128)
+DEFAULT_BLOCK: Block = 64
+#: The output embedding's errors reach the logits undamped.
+DEFAULT_HEAD: Weights = "int8"
 #: Runtimes of exported graphs, and all of them: torch is the reference of the others.
 GRAPH_BACKENDS = ("ort", "trt")
 BACKENDS = (*GRAPH_BACKENDS, "torch")
@@ -70,6 +76,9 @@ class ExportConfig:
         kernels: file of trained kernels.
         dtype: compute dtype; default float32 for ONNX Runtime, the model's own for TensorRT.
         weights: quantise the weights of linear layers to ``"int8"`` or ``"int4"``.
+        block: with ``weights``, input features that share a scale: 32, 64 (the default) or 128; fewer where that does
+            not divide a layer's width.
+        head: with ``weights``, what the output embedding is quantised to; default ``"int8"`` in either case.
         max_batch: most rows at a time.
         chunk: most tokens per step.
         num_hidden_layers: keep only the first layers, for trials.
@@ -100,6 +109,8 @@ class ExportConfig:
     kernels: Path | None = None
     dtype: str | None = None
     weights: Weights | None = None
+    block: Block | None = None
+    head: Weights | None = None
     max_batch: int = 8
     chunk: int | None = None
     num_hidden_layers: int | None = None
@@ -118,6 +129,13 @@ class ExportConfig:
             raise UsageError(f"unknown dtype '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}")
         if self.weights is not None and self.weights not in WEIGHTS:
             raise UsageError(f"unknown weights '{self.weights}': choose one of {', '.join(WEIGHTS)}")
+        if self.block is not None and self.block not in BLOCKS:
+            raise UsageError(f"--block must be {', '.join(map(str, BLOCKS[:-1]))} or {BLOCKS[-1]}, not {self.block}")
+        if self.head is not None and self.head not in WEIGHTS:
+            raise UsageError(f"unknown head '{self.head}': choose one of {', '.join(WEIGHTS)}")
+        for name in ("block", "head"):
+            if getattr(self, name) is not None and self.weights is None:
+                raise UsageError(f"--{name} is for quantised weights: add --weights, or drop --{name}")
         if self.policy is not None and not by_name(self.policy).choosable:
             raise UsageError(f"policy '{self.policy}' cannot be chosen: choose one of {', '.join(choosable())}")
         if self.slots is not None and self.slots not in SLOT_DTYPES:

@@ -124,7 +124,7 @@ def test_every_option_in_both_spellings(run: Run, exports: list[Any]) -> None:
     ]
     kebab += ["--rank", "3", "--dtype", "bfloat16", "--max-batch", "5", "--chunk=17", "--logits", "all"]
     kebab += ["--num-hidden-layers=2", "--gpu-arch", "sm_89", "--no-plugin", "--no-validate"]
-    kebab += ["--random-weights", "--seed", "7", "--weights", "int4"]
+    kebab += ["--random-weights", "--seed", "7", "--weights", "int4", "--block", "128", "--head", "int4"]
     snake = [w.replace("-", "_").replace("__", "--", 1) if w.startswith("--") else w for w in kebab]
     assert snake != kebab
     want = ExportConfig(
@@ -132,7 +132,7 @@ def test_every_option_in_both_spellings(run: Run, exports: list[Any]) -> None:
         state=32, max_distance=3000, context=99, heavy=1, recent=6, compress_sliding=True, rank=3,
         kernels=Path("k_1.st"),
         dtype="bfloat16", max_batch=5, chunk=17, logits="all", num_hidden_layers=2, gpu_arch="sm_89",
-        plugin=False, validate=False, random_weights=True, seed=7, weights="int4",
+        plugin=False, validate=False, random_weights=True, seed=7, weights="int4", block=128, head="int4",
     )  # fmt: skip
     assert run(*kebab).code == run(*snake).code == 0
     assert exports == [("org/a_b", "o_u-t", want, True)] * 2
@@ -152,6 +152,8 @@ def test_every_option_in_both_spellings(run: Run, exports: list[Any]) -> None:
         (["m", "--out", "x", "--chunk", "0"], "--chunk must be at least 1"),
         (["m", "--out", "x", "--budget", "-5%"], "--budget"),
         (["m", "--out", "x", "--seed", "1"], "--seed is for --random-weights"),
+        (["m", "--out", "x", "--block", "32"], "--block is for quantised weights: add --weights, or drop --block"),
+        (["m", "--out", "x", "--head", "int4"], "--head is for quantised weights: add --weights, or drop --head"),
         (["m", "--out", "x", "--random-weights", "--seed", "-1"], "--seed must be at least 0"),
         (["lama2-7b", "--out", "x"], "unknown model 'lama2-7b': did you mean llama2-7b?"),
         (["generate", "b"], "one of the arguments --prompt --prompt-file --chat --token-ids is required"),

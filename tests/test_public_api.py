@@ -111,6 +111,8 @@ def test_signatures(function: Any, expected: str) -> None:
                 "kernels": None,
                 "dtype": None,
                 "weights": None,
+                "block": None,
+                "head": None,
                 "max_batch": 8,
                 "chunk": None,
                 "num_hidden_layers": None,

@@ -270,6 +270,33 @@ def test_block_divides_the_inputs(matrix: tuple[int, int], bits: int, block: int
     assert quantise.block_of(matrix, bits) == block
 
 
+@pytest.mark.parametrize(("largest", "block"), [(32, 32), (64, 64), (128, 128)])
+def test_block_is_the_option_where_it_divides(largest: int, block: int) -> None:
+    assert quantise.block_of((256, 8), 4, largest) == block
+    assert quantise.block_of((96, 8), 4, largest) == 32
+    assert quantise.block_of((48, 8), 4, largest) == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("weights", "block", "head"), [("int4", 32, "int4"), ("int4", 128, "int8")])
+def test_block_and_head_are_the_options(weights: str, block: int, head: str, tmp_path: Path) -> None:
+    checkpoint = families.save(
+        families.small(hidden_size=256, intermediate_size=384, vocab_size=98), tmp_path / "model"
+    )
+    options = {"weights": weights, "block": block, "head": head, "policy": "full", "context": 32, "logits": "all"}
+    tiny = families.export(checkpoint, tmp_path / "bundle", **options)
+    stored = linear(tiny.bundle)
+    assert {t.block for t in stored.values()} == {block}
+    assert stored.pop("lm_head.weight").packed == (head == "int4")
+    assert all(t.packed for t in stored.values())
+    assert optimised(tiny.bundle, tmp_path / "optimised.onnx")["MatMulNBits"] == 8
+    ids = text(1, 12)
+    expected, own_error = families.truth(bundle_model(tiny.opened), ids)
+    exact = load_backend(tiny.opened, "ort", threads=1, accuracy_level=1)
+    exact.open(1)
+    assert relative(np.concatenate(feed(exact, ids, [11, 1]), 1), expected) <= 4 * own_error
+
+
 @pytest.mark.slow
 def test_matrices_are_quantised_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = families.save(families.small(), tmp_path / "model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..config import TARGETS, WEIGHTS, ExportConfig
+from ..config import BLOCKS, DEFAULT_BLOCK, DEFAULT_HEAD, TARGETS, WEIGHTS, ExportConfig
 from ..dtypes import COMPUTE_DTYPES
 from ..hf import recipes
 from .options import MODEL_HELP, Parser, cache_options, general_options
@@ -47,6 +47,15 @@ def parser() -> Parser:
         "--dtype", choices=COMPUTE_DTYPES, help="compute dtype (default: float32 for ort, the model's for trt)"
     )
     graph.add_argument("--weights", choices=WEIGHTS, help="quantise the weights of linear layers (default: no)")
+    graph.add_argument(
+        "--block",
+        type=int,
+        choices=BLOCKS,
+        help=f"with --weights: input features that share a scale (default: {DEFAULT_BLOCK})",
+    )
+    graph.add_argument(
+        "--head", choices=WEIGHTS, help=f"with --weights: quantise the output embedding to (default: {DEFAULT_HEAD})"
+    )
     graph.add_argument("--max-batch", type=int, default=8, metavar="N", help="most sequences per batch (default: 8)")
     graph.add_argument(
         "--chunk", type=int, metavar="N", help="most tokens per prefill step (default: recipe's, or 256)"

@@ -26,7 +26,7 @@ from ..hf.sources import ModelSource, resolve
 from ..hf.special_tokens import eos_ids
 from ..progress import AnyProgress, Progress, as_progress, prefixed
 from ..tensorrt import cache, engine
-from . import graphs, onnx_op, package
+from . import fuse, graphs, onnx_op, package
 from .check import require_runtime, self_check
 from .job import ExportJob, prepare
 from .targets import contract, plan_targets
@@ -133,6 +133,8 @@ def _write(job: ExportJob, scratch: Path, progress: Progress) -> Manifest:
             hashes = {n: hashed(scratch / n) for n in names.values() if targets.with_weights}
         for kind, graph in models.items():
             graphs.bind_weights(job, graph, names, scratch / layout.companion(artifact.KERNELS))
+            if kind == "ort":
+                fuse.fuse(graph)
             if kind in targets.kinds:
                 artifacts.append(_save_graph(job, kind, graph, scratch))
         if "plan" in targets.kinds:

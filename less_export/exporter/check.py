@@ -30,7 +30,7 @@ from ..hf.surgery import discover
 from ..less import state16
 from ..less.feature_maps import Kernels, random_kernels
 from ..less.int8 import ONE_CODE
-from . import onnx_op
+from . import fuse, onnx_op
 from .bind import bind
 from .trace import trace
 
@@ -227,7 +227,7 @@ def _twin_contract(model: PreTrainedModel, contract: Contract, indices: list[int
 
 
 def twin_graph(model: PreTrainedModel, config: Any, twin: Contract, kernels: Kernels, folder: Path) -> ir.Model:
-    """Trace the twin exactly as an export is traced, its weights in a file of their own."""
+    """Trace and rewrite the twin exactly as an export for ONNX Runtime, its weights in a file of their own."""
     path, kernel_path = folder / "twin.safetensors", folder / "kernels.safetensors"
     save_file({n: p.contiguous() for n, p in model.named_parameters()}, path)
     bare = weights.bare_model(config, torch.float32)
@@ -240,5 +240,6 @@ def twin_graph(model: PreTrainedModel, config: Any, twin: Contract, kernels: Ker
         tensors |= {parameter_of(n): t for n, t in header.items()}
     graph = trace(LessDecoder(bare, twin, kernels).eval(), twin, tensors)
     bind(graph, tensors, {path: path.name, kernel_path: kernel_path.name}, folder)
+    fuse.fuse(graph)
     onnx_op.add_bodies(graph)
     return graph

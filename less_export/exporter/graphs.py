@@ -39,7 +39,7 @@ def quantise_weights(job: ExportJob, graph: ir.Model, path: Path) -> None:
         UnsupportedModelError: the file lacks a parameter.
     """
     bare = _bare(job, "float32")
-    unquantised = quantise.write(path, bare, graph.graph, job.tensors, str(job.model.config.weights))
+    unquantised = quantise.write(path, bare, graph.graph, job.tensors, job.model.config)
     if unquantised:
         warnings.warn(
             f"not quantised: {unquantised[0]} (and {len(unquantised) - 1} more); experts of mixtures, and linear "

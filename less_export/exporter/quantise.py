@@ -2,10 +2,10 @@
 
 Codes are symmetric (zero point 0) with a positive scale for every block of input features, as TensorRT requires.
 They are stored [in, out] with blocks along the first axis, so that ONNX Runtime fuses DequantizeLinear and MatMul
-into MatMulNBits, which reads the codes directly. A block has 64 features (TensorRT documents int4 blocks of 64 and
-128; 64 divides the widths of all families here), or 32 or 16 where 64 does not divide the width. ONNX Runtime's
-round-to-nearest computes the codes. The output embedding is int8 even with int4, because its errors reach the logits
-undamped.
+into MatMulNBits, which reads the codes directly. A block has as many features as the options say (by default 64, which
+divides the widths of all families here; TensorRT documents int4 blocks of 64 and 128), or half of them, and so on down
+to 16, where that does not divide the width. ONNX Runtime's round-to-nearest computes the codes. The output embedding is
+int8 by default even with int4, because its errors reach the logits undamped.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import onnx_ir as ir
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..config import DEFAULT_BLOCK, DEFAULT_HEAD, ExportConfig
 from ..errors import UsageError, install_hint
 from ..hf.compat import Conv1D
 from ..hf.weights import CODES, DTYPES, SCALES, Stored, StoredTensor
 
-BLOCKS = (64, 32, 16)
+#: Smallest block.
+_SMALLEST = 16
 BITS = {"int8": 8, "int4": 4}
 #: Number of weights quantised at a time; round-to-nearest works in float64.
 _PIECE = 1 << 22
@@ -58,14 +60,19 @@ def _multiplies(node: ir.Node) -> bool:
     return node.op_type in ("MatMul", "Gemm") and (turned is None or not turned.as_int())
 
 
-def block_of(matrix: tuple[int, ...], bits: int) -> int | None:
-    """Block size for a matrix [in, out], None where it cannot be quantised.
+def block_of(matrix: tuple[int, ...], bits: int, largest: int = DEFAULT_BLOCK) -> int | None:
+    """Block size for a matrix [in, out], ``largest`` or less; None where it cannot be quantised.
 
     At least two blocks: TensorRT-RTX 1.7.1 fails on several int8 products of one input with a single block.
     """
     if bits == 4 and matrix[1] % 2:  # two codes to a byte, within a row
         return None
-    return next((b for b in BLOCKS if matrix[0] % b == 0 and matrix[0] > b), None)
+    block = largest
+    while matrix[0] % block or matrix[0] <= block:
+        block //= 2
+        if block < _SMALLEST:
+            return None
+    return block
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ def load_quantiser() -> Callable[..., Any]:
 
 
 def write(
-    path: Path, model: PreTrainedModel, graph: ir.Graph, tensors: Mapping[str, Stored], weights: str
+    path: Path, model: PreTrainedModel, graph: ir.Graph, tensors: Mapping[str, Stored], config: ExportConfig
 ) -> list[str]:
     """Write the parameters of ``model`` to a safetensors file, the matrices of linear layers quantised.
 
@@ -124,18 +131,19 @@ def write(
     Args:
         path: the file.
         model: the bare model, its output embedding untied. graph: its traced graph.
-        tensors: the checkpoint's, by parameter name. weights: "int8" or "int4".
+        tensors: the checkpoint's, by parameter name. config: its ``weights``, ``block`` and ``head``.
 
     Returns:
         Names of the matrices that are not quantised, embeddings excepted.
     """
     head, linear = model.get_output_embeddings(), linear_weights(model, graph)
-    int8 = {f"{n}.weight" for n, m in model.named_modules() if m is head}
+    outputs = {f"{n}.weight" for n, m in model.named_modules() if m is head}
+    kinds = {False: str(config.weights), True: config.head or DEFAULT_HEAD}
     tables = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     matrices: dict[str, _Matrix] = {}
     for name, transposed in linear.items():
-        stored, bits = tensors[name], 8 if name in int8 else BITS[weights]
-        block = block_of(stored.shape[:: -1 if transposed else 1], bits)
+        stored, bits = tensors[name], BITS[kinds[name in outputs]]
+        block = block_of(stored.shape[:: -1 if transposed else 1], bits, config.block or DEFAULT_BLOCK)
         if block is not None:
             matrices[name] = _Matrix(stored, transposed, bits, block)
     plain: dict[Stored, str] = {}

@@ -66,8 +66,8 @@ class LessDecoder(nn.Module):
 
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position = past_length[:, None].long() + steps
-        if limits_distances(self.contract.layers):  # the operator rotates
-            position = torch.zeros_like(position)
+        if limits_distances(self.contract.layers):  # the operator rotates; one position makes cos and sin constants
+            position = torch.zeros_like(position[:1, :1])
         elif self.contract.position_limit is not None:  # padding may exceed the learned table
             position = position.clamp(max=self.contract.position_limit - 1)
         head = self.model.get_output_embeddings()
