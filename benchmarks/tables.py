@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import kernels_tables
 import long_tables
 import model_tables
 import plan_tables
@@ -299,6 +300,13 @@ def int4() -> str:
     return table(*slots_tables.int4(data)) + f"\n\n({note}; {where(data)})"
 
 
+def kernels_kl() -> str:
+    """What kernels add to int8 slots."""
+    data = results("kernels")
+    note = f"contexts of {data['length']:,} tokens, one token a step, every {data['stride']}th position past the slots"
+    return table(*kernels_tables.kernels_kl(data)) + f"\n\n({note}; {where(data)})"
+
+
 def state_drift() -> str:
     """Drift of a 16-bit state."""
     data = results("state")
@@ -330,6 +338,7 @@ def rendered(text: str) -> str:
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4, "plan": plan}
+    makers |= {"kernels_kl": kernels_kl}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
