@@ -155,7 +155,7 @@ def eager(device: str, dry: bool) -> list[dict[str, Any]]:
         step = Step(layer, DTYPE, batch, 1, device)
 
         def run(step: Step = step) -> object:
-            return reference.less_attention(*step.inputs, **step.attributes)
+            return reference.less_attention(*step.inputs, **step.layer.attributes())
 
         captured = replayed([run], device)
         theirs = captured if dry else timed(run, REPLAYS)

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from less_export import testing
 from less_export.contract import LayerSpec
 
 from . import emulation
-from .emulation import emulated, kernel_layer, normal
+from .emulation import DTYPES, emulated, kernel_layer, normal
 from .oracle import TOKENS, centring_of, table_of
+from .test_ops import torch_run
 
 BATCHES = (1, 7, 64)
 #: Of the kernels, for up to 2,048 slots.
@@ -87,6 +89,23 @@ def check_rows(
         ):
             for index, (x, y) in enumerate(zip(got, all_, strict=True)):
                 assert x.tobytes() == y[:batch].tobytes(), (batch, step, index)
+
+
+def check_many_slots(dtype: str, path: Path | None = None) -> None:
+    """Compare a step with the reference where a split takes a block more than one pass: its peak may rise in each."""
+    layer = kernel_layer("h2o", 4200, 64, 2, 8, kv_heads=1)
+    rng, past = np.random.default_rng(2), np.full(1, layer.capacity, np.int32)
+    state, tokens = full_state(layer, dtype, 1, rng, False), normal(dtype)(rng, layer, past[:, None])
+    inputs = [*(tokens[n] for n in TOKENS), *state, past, np.ones(1, np.int32)]
+    want, got = torch_run(layer, dtype=DTYPES[dtype])(inputs), emulated(layer, dtype, path=path)(inputs)
+    np.testing.assert_array_equal(got[5], want[5])
+    np.testing.assert_allclose(got[0], want[0], rtol=2e-5, atol=2 * torch.finfo(DTYPES[dtype]).eps)
+    np.testing.assert_allclose(got[4], want[4], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_more_slots_than_one_pass() -> None:
+    check_many_slots("float16")
 
 
 @pytest.mark.slow

@@ -18,7 +18,6 @@ def parser() -> Parser:
         "Write a model repository for Triton Inference Server: its python backend over the engine of less-export "
         "serve. Every token of an answer is a response of its own. less-export must be installed for Triton's Python.",
         (
-            "less-export triton gemma --out repository",
             "less-export triton gemma --out repository --name chat --sequences 64",
             "less-export triton gemma --out repository --name steps --implicit-state",
         ),
