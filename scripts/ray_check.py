@@ -11,7 +11,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import queue
 import socket
 import tempfile
 import time
@@ -26,6 +25,7 @@ os.environ.update(SLOW, RAY_USAGE_STATS_ENABLED="0")
 
 import openai
 import ray
+from engine_answers import answered
 from ray import serve
 
 import less_export
@@ -170,20 +170,6 @@ def check_scaling(client: Client) -> list[int]:
     assert client.ask(PROMPTS[0], 1)
     print(f"ok: replicas {' -> '.join(map(str, seen))}", flush=True)
     return seen
-
-
-def answered(engine: Engine, prompt: str, count: int, prefix: Any = None) -> tuple[str, Any]:
-    """What the engine itself says, and the state after it."""
-    sequence = engine.sequence(prompt, prefix=prefix, keep_state=True, max_new_tokens=count, ignore_eos=True)
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    engine.submit([sequence], events.put)
-    text = ""
-    while True:
-        event = events.get(timeout=SECONDS)
-        assert event.token is not None, event.error
-        text += event.token.text
-        if event.token.finish_reason is not None:
-            return text, sequence.state
 
 
 def main() -> None:

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 import pytriton
 import tritonclient.grpc as grpc
+from engine_answers import answered
 
 import less_export
 from less_export._version import __version__
 from less_export.runtime.engine import Engine
-from less_export.runtime.scheduler import Event
 from less_export.serving.triton_repository import TritonOptions, write_repository
 
 ROOT = Path(__file__).parents[1]
@@ -50,21 +50,6 @@ def backends(folder: Path) -> Path:
         source / "python_backend_stubs" / version / "triton_python_backend_stub", folder / "backends" / "python"
     )
     return folder / "backends"
-
-
-def answered(engine: Engine, prompt: str, count: int, prefix: Any = None) -> tuple[str, Any]:
-    """What the engine itself says, and the state after it: one that was cut differently would evict other tokens."""
-    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    options = {"max_new_tokens": count, "ignore_eos": True}
-    sequence = engine.sequence(prompt, prefix=prefix, keep_state=True, **options)
-    engine.submit([sequence], events.put)
-    text = ""
-    while True:
-        event = events.get(timeout=SECONDS)
-        assert event.token is not None, event.error
-        text += event.token.text
-        if event.token.finish_reason is not None:
-            return text, sequence.state
 
 
 def free_ports(count: int) -> list[int]:

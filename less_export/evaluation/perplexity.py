@@ -132,11 +132,11 @@ def _logits(
 
 def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """KL of the next token from logits [N,V] to others, [N], in f32 without a copy of all of them."""
-    found = []
+    parts = []
     for a, b in zip(reference.split(_ROWS), logits.split(_ROWS), strict=True):
         a, b = torch.log_softmax(a.float(), -1), torch.log_softmax(b.float(), -1)
-        found.append((a.exp() * (a - b)).sum(-1))
-    return torch.cat(found)
+        parts.append((a.exp() * (a - b)).sum(-1))
+    return torch.cat(parts)
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:

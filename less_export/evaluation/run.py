@@ -149,7 +149,7 @@ def _scores(
     text: str,
 ) -> dict[Kind, tuple[Scores, str]]:
     """What each variant does on a text, and how that was computed."""
-    found: dict[Kind, tuple[Scores, str]] = {}
+    measured: dict[Kind, tuple[Scores, str]] = {}
     simulated = [v for v in variants if not _streams(subject, v, config)]
     if simulated:
         with progress.phase(text, len(ids) * len(simulated)) as step:
@@ -157,9 +157,9 @@ def _scores(
                 subject.model, ids, simulated, config.chunk, positions, lambda rows: step("", rows),
                 lambda variant: subject.rotary_tables(variant.plan, ids.shape[1]),
             )  # fmt: skip
-        found = {v.kind: (x, "simulated") for v, x in zip(simulated, scores, strict=True)}
+        measured = {v.kind: (x, "simulated") for v, x in zip(simulated, scores, strict=True)}
     for variant in variants:
-        if variant.kind in found:
+        if variant.kind in measured:
             continue
         assert config.backend is not None
         backend = subject.backend(variant, config.backend, min(BATCH, len(ids)), config.chunk)
@@ -167,8 +167,8 @@ def _scores(
         with progress.phase(f"{text}: {variant.kind}", steps) as step:
             nll = perplexity.streamed(backend, ids.numpy(), config.chunk, positions.tolist(), step)
         backend.close()
-        found[variant.kind] = Scores(nll), f"streamed, {config.backend}"
-    return found
+        measured[variant.kind] = Scores(nll), f"streamed, {config.backend}"
+    return measured
 
 
 def _streams(subject: Subject, variant: Variant, config: EvalConfig) -> bool:

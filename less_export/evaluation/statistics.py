@@ -59,14 +59,14 @@ COPY_DISTANCE = 30
 def copied(ids: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
     """Which of the tokens after ``positions`` [P] of sequences [N,L] repeat the end of a pair of tokens that began
     :data:`COPY_DISTANCE` or more tokens before: [N,P]. What a cache forgets shows there first."""
-    found = np.zeros((len(ids), len(positions)), bool)
+    repeats = np.zeros((len(ids), len(positions)), bool)
     for row, tokens in enumerate(ids.tolist()):
         pairs = list(itertools.pairwise(tokens))
         seen: dict[tuple[int, int], int] = {}
         for at, pair in enumerate(pairs):
             seen.setdefault(pair, at)
-        found[row] = [at - seen[pairs[at]] >= COPY_DISTANCE for at in positions.tolist()]
-    return found
+        repeats[row] = [at - seen[pairs[at]] >= COPY_DISTANCE for at in positions.tolist()]
+    return repeats
 
 
 def share_of_gap(full: Nll, baseline: Nll, less: Nll, seed: int = 0) -> Interval | None:

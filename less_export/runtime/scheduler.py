@@ -233,11 +233,8 @@ class Scheduler:
         failed: list[Event] = []
         source, fed = prefill.row, prefill.leader.fed
         for sequence in prefill.sequences:
-            sequence.row, sequence.prefix, sequence.fed = (
-                None,
-                None,
-                fed,
-            )  # a state takes memory: this one is in the row
+            sequence.row, sequence.fed = None, fed
+            sequence.prefix = None  # a state takes memory: this one is in the row
             try:
                 self._copy_to_last(source)
             except Exception as error:

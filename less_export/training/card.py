@@ -52,19 +52,19 @@ def card(kernels: Kernels) -> str:
 
 def doubts(facts: Mapping[str, Any]) -> list[str]:
     """What held-back text says against the kernels, one line each."""
-    found = []
+    lines = []
     unused = [int(i) for i, x in _dicts(facts.get("layers")) if x.get("used") is False]
     if unused:
-        found.append(
+        lines.append(
             f"layers {unused}: LESS does not beat plain eviction on validation text, so they have no low-rank term"
         )
     tuned = _numbers(facts.get("end_to_end"))
     if tuned.get("divergence_after", 0.0) >= tuned.get("divergence_sparse_bytes", 1e30):
-        found.append(
+        lines.append(
             f"on validation text the low-rank term does not pay: KL {tuned['divergence_after']:.4f} with it, "
             f"{tuned['divergence_sparse_bytes']:.4f} if its bytes are spent on slots (a larger --budget, no --kernels)"
         )
-    return found
+    return lines
 
 
 def _cache(facts: Mapping[str, Any]) -> Iterator[str]:
