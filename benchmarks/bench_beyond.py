@@ -1,8 +1,8 @@
-"""Streams past the length that a model was trained for: loss by position, what slots hold at the end, and recall.
+"""Streams past the length that a model was trained for: loss by position, and what slots hold at the end.
 
-Streams of the texts that ``--text`` names run through the torch backend, 64 tokens a step, without kernels, with 256
-slots. For recall, a sentence is planted in each text and asked for again after some distance: the loss of its last
-words, once planted and once not. With ``--rotations``, every text becomes as many streams, each of which begins where
+Streams of the texts that ``--text`` names run through the torch backend, 64 tokens a step, with 256 slots. With
+``--kernels``, two caches are compared instead: LESS with the slots that its kernels were trained with, and the slots
+alone that take the same bytes. With ``--rotations``, every text becomes as many streams, each of which begins where
 another has one part less, so that every part of the positions holds the same text. The result is
 ``benchmarks/results/beyond.json``, written after every cache; what it holds of the same model, length, texts and
 rotations is kept.
@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 from less_export.bundle.files import write_atomically
 from less_export.cli.progress import Bars
 from less_export.config import ExportConfig, HalfLife
-from less_export.contract import Contract, SlotDtype
+from less_export.contract import Contract, LayerSpec, SlotDtype
 from less_export.evaluation import perplexity, variants
 from less_export.hf import data
-from less_export.hf.model import OpenModel, open_model
+from less_export.hf.model import open_model
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
 from less_export.progress import Progress, Step
@@ -38,9 +38,8 @@ from less_export.runtime.torch import ModelBackend
 
 FILE = RESULTS / "beyond.json"
 SLOTS, CHUNK = 256, 64
-#: Where the sentence is planted, and the tokens until it is asked for.
-PLANTED, DISTANCES = 1000, (500, 2000, 6000)
-QUESTION, ANSWER = " The password of the northern gate is", " amber falcon seventeen quiet harbour."
+#: The dtype in which bytes are compared.
+BYTES = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ class Cache:
         parts = [self.policy] if self.half_life == "none" else [self.policy, f"half-life {self.half_life}"]
         return ", ".join([*parts, *["clamped"] * self.clamped, *["int8"] * (self.slots == "int8")])
 
-    def open(self, model: str, length: int) -> OpenModel:
+    def open(self, model: str, length: int) -> Opened:
         source = resolve(model)
         trained = open_model(source, ExportConfig(policy="full", context=1)).trained_length or length
-        return open_model(
+        opened = open_model(
             source,
             ExportConfig(
                 policy=self.policy,
@@ -72,6 +71,7 @@ class Cache:
                 chunk=CHUNK,
             ),
         )
+        return Opened(self.name, opened.plan, opened.kernels)
 
 
 CACHES = (
@@ -88,20 +88,48 @@ CACHES = (
 )
 
 
-def backend_of(model: PreTrainedModel, opened: OpenModel, rows: int) -> ModelBackend:
-    contract = Contract(opened.plan, opened.text_config.vocab_size, "float32", CHUNK, rows, logits="all")
-    return ModelBackend(model, contract, opened.kernels)
+@dataclass(frozen=True)
+class Opened:
+    """A cache of a model: its name, the plan of its layers, and kernels with constants and tables."""
+
+    name: str
+    plan: tuple[LayerSpec, ...]
+    kernels: Kernels
 
 
-def losses(model: PreTrainedModel, opened: OpenModel, ids: np.ndarray, step: Step) -> tuple[np.ndarray, dict[str, Any]]:
+def with_kernels(model: str, file: Path, length: int) -> list[Opened]:
+    """LESS as its kernels were trained, and slots alone that take the same bytes, in the defaults of an export."""
+    slots = Kernels.load(file).provenance["slots"]
+    config = ExportConfig(
+        kernels=file, budget=str(max(map(sum, slots.values()))), context=length, chunk=CHUNK,
+        layer_budgets=",".join(f"{i}:{sum(x)}" for i, x in slots.items()),
+    )  # fmt: skip
+    opened = open_model(resolve(model), config)
+    built = variants.build(("sparse+bytes", "less"), opened.plan, opened.kernels, length, BYTES)
+    return [
+        Opened(
+            f"{v.kind}, {max(s.capacity for s in v.plan if s.policy.evicts)} slots",
+            v.plan,
+            replace(opened.kernels, layers=v.kernels.layers),
+        )
+        for v in built
+    ]
+
+
+def backend_of(model: PreTrainedModel, cache: Opened, rows: int) -> ModelBackend:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return ModelBackend(model, Contract(cache.plan, vocabulary, "float32", CHUNK, rows, logits="all"), cache.kernels)
+
+
+def losses(model: PreTrainedModel, cache: Opened, ids: np.ndarray, step: Step) -> tuple[np.ndarray, dict[str, Any]]:
     """[N, length - 1] losses in nats, and how old the tokens are that slots of evicting layers hold at the end."""
     last = ids.shape[1] - 1
-    if not any(s.policy.evicts for s in opened.plan):
-        exact = variants.Variant("full", opened.plan, Kernels({}, {}))
+    if not any(s.policy.evicts for s in cache.plan):
+        exact = variants.Variant("full", cache.plan, Kernels({}, {}))
         return perplexity.simulated(model, torch.from_numpy(ids), exact, CHUNK, torch.arange(last)), {}
-    backend = backend_of(model, opened, len(ids))
+    backend = backend_of(model, cache, len(ids))
     nll = perplexity.streamed(backend, ids, CHUNK, range(last), step)
-    evicting = [i for i, s in enumerate(opened.plan) if s.policy.evicts]
+    evicting = [i for i, s in enumerate(cache.plan) if s.policy.evicts]
     held = [backend.read_row(row).tensors[f"past.{i}.position"] for row in range(len(ids)) for i in evicting]
     positions = np.concatenate([x[x >= 0] for x in held])
     ages = last - positions
@@ -109,34 +137,24 @@ def losses(model: PreTrainedModel, opened: OpenModel, ids: np.ndarray, step: Ste
     return nll, {"age_quantiles": quantiles, "first_1024": round(float((positions < 1024).mean()), 4)}
 
 
-def recall(model: PreTrainedModel, opened: OpenModel, texts: list[list[int]], encode: data.Encode) -> dict[str, Any]:
-    """Mean loss of the answer's tokens by distance, planted and never planted."""
-    question, answer = encode(QUESTION), encode(ANSWER)
-    sentence, results = question + answer, {}
-    for distance in DISTANCES:
-        rows = []
-        for ids in texts:
-            before, after = ids[:PLANTED], ids[PLANTED : PLANTED + distance]
-            rows += [before + sentence + after + sentence, before + ids[-len(sentence) :] + after + sentence]
-        stream = np.array(rows, np.int64)
-        asked = range(stream.shape[1] - len(answer) - 1, stream.shape[1] - 1)
-        backend = backend_of(model, opened, len(rows))
-        nll = perplexity.streamed(backend, stream, CHUNK, list(asked)).mean(1)
-        results[str(distance)] = {"planted": round(float(nll[::2].mean()), 3), "not": round(float(nll[1::2].mean()), 3)}
-    return results
-
-
-def measure(model: PreTrainedModel, opened: OpenModel, cache: Cache, ids: np.ndarray, encode: data.Encode,
-            with_recall: bool, progress: Progress) -> dict[str, Any]:  # fmt: skip
+def measure(model: PreTrainedModel, cache: Opened, ids: np.ndarray, progress: Progress) -> dict[str, Any]:
     start = time.perf_counter()
     with progress.phase(cache.name, ids.shape[1] // CHUNK) as step:
-        nll, held = losses(model, opened, ids, step)
+        nll, held = losses(model, cache, ids, step)
     # One number a step; the last step lacks the token after the stream.
     steps = [[round(float(row[i : i + CHUNK].mean()), 4) for i in range(0, len(row), CHUNK)] for row in nll]
-    row = {"cache": cache.name, "length": ids.shape[1], "nll": steps, **held}
-    if with_recall:
-        row["recall"] = recall(model, opened, ids.tolist(), encode)
-    return {**row, "seconds": round(time.perf_counter() - start)}
+    seconds = round(time.perf_counter() - start)
+    return {"cache": cache.name, "length": ids.shape[1], "nll": steps, **held, "seconds": seconds}
+
+
+def entry_of(file: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The entry of ``file`` with these facts, which is made if there is none."""
+    entries: list[dict[str, Any]] = file.setdefault("streams", [])
+    for entry in entries:
+        if {n: entry[n] for n in facts} == facts:
+            return entry
+    entries.append({**facts, "rows": []})
+    return entries[-1]
 
 
 def main() -> None:
@@ -144,9 +162,10 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m", help="MODEL (default: smollm2-135m)")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="a stream; give several")
     parser.add_argument("--length", type=int, default=16384, metavar="N", help="tokens of a stream (default: 16384)")
-    parser.add_argument("--caches", nargs="+", metavar="NAME", help="some of the caches, by name (default: all)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--caches", nargs="+", metavar="NAME", help="some of the caches, by name (default: all)")
+    group.add_argument("--kernels", type=Path, metavar="FILE", help="LESS with these, and the same bytes in slots")
     parser.add_argument("--rotations", type=int, default=1, metavar="N", help="streams of every text (default: 1)")
-    parser.add_argument("--no-recall", action="store_true", help="streams alone")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     source = resolve(args.model)
@@ -156,25 +175,38 @@ def main() -> None:
     rows = [([] if bos is None else [bos]) + encode(text[: 8 * args.length]) for text in contents.values()]
     part = args.length // args.rotations
     ids = np.array([np.roll(row[: args.length], -part * i) for row in rows for i in range(args.rotations)], np.int64)
-    hashes = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()}
+    trained = open_model(source, ExportConfig(policy="full", context=1)).trained_length or args.length
+    digest = hashlib.sha256(args.kernels.read_bytes()).hexdigest()[:12] if args.kernels else None
     file = json.loads(FILE.read_text()) if FILE.exists() else {}
-    facts = {"length": args.length, "texts": hashes} | ({"rotations": args.rotations} if args.rotations > 1 else {})
-    models = file.setdefault("models" if args.rotations == 1 else "rotated", {})
-    entry = models.get(source.name, {})
-    done = {r["cache"]: r for r in entry.get("rows", [])} if {n: entry.get(n) for n in facts} == facts else {}
+    file |= {"slots": SLOTS, "chunk": CHUNK}
+    entry = entry_of(
+        file,
+        {
+            "model": source.name,
+            "length": args.length,
+            "texts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()},
+            "rotations": args.rotations,
+            "kernels": digest,
+            "trained_length": trained,
+        },
+    )
+    done = {r["cache"] for r in entry["rows"]}
+    order = [c.name for c in CACHES]
+    wanted = [c for c in CACHES if not args.caches or c.name in args.caches]
+    if args.kernels:
+        caches = with_kernels(args.model, args.kernels, args.length)
+    else:
+        caches = [c.open(args.model, args.length) for c in wanted if c.name not in done]
     model, progress = source.load(torch.float32), Bars()
-    for cache in CACHES:
-        if cache.name in done or (args.caches and cache.name not in args.caches):
+    for cache in caches:
+        if cache.name in done:
             continue
-        whole = cache.policy == "full"
-        opened = cache.open(args.model, args.length)
-        trained = opened.trained_length or args.length
-        mine = ids[:, : min(args.length, trained, 8192)] if whole else ids
-        done[cache.name] = measure(model, opened, cache, mine, encode, not (args.no_recall or whole), progress)
-        order = [c.name for c in CACHES]
-        measured = sorted(done.values(), key=lambda r: order.index(r["cache"]))
-        models[source.name] = {**facts, "trained_length": trained, "machine": machine(), "rows": measured}
-        file |= {"slots": SLOTS, "chunk": CHUNK}
+        whole = not any(s.policy.evicts for s in cache.plan)
+        row = measure(model, cache, ids[:, : min(args.length, trained, 8192)] if whole else ids, progress)
+        entry["rows"].append(row)
+        if not args.kernels:
+            entry["rows"].sort(key=lambda r: order.index(r["cache"]))
+        entry["machine"] = machine()
         write_atomically(FILE, (json.dumps(file, separators=(",", ":")) + "\n").encode())
     print(f"wrote {FILE}")
 

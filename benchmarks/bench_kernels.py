@@ -63,7 +63,7 @@ def measure(
     """
     source, progress = resolve(name), Bars()
     config = ExportConfig(policy=args.policy, budget=args.budget, context=LENGTH, kernels=kernels)
-    opened = open_model(source, config, rank=DEFAULT_RANK if kernels is None else None, equal_budgets=True)
+    opened = open_model(source, config, rank=args.rank if kernels is None else None, equal_budgets=True)
     loaded = opened.kernels
     evicting = [i for i, s in enumerate(opened.plan) if s.policy.evicts]
     ranks = {i: opened.plan[i].rank for i in evicting if opened.plan[i].absorb}
@@ -94,7 +94,7 @@ def measure(
         key = (name, opened.plan[evicting[0]].policy.name, text, digest)
         if key in rows or (args.only and text not in args.only):
             continue
-        ids = sequences(content, encode, bos)[: args.sequences]
+        ids = sequences(content, encode, bos, args.sequences)
         progress.say(f"{name} on {text}: {len(ids)} sequences")
         compared = Comparison(decoder, ids, opened.plan, min(evicting), loaded.centring, opened.rotary_tables(LENGTH))
         found: dict[str, list[list[float]]] = {kind: [] for kind in plans}
@@ -115,11 +115,12 @@ def main() -> None:
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--kernels", type=Path, metavar="FILE", help="kernels that less-export train wrote")
     group.add_argument("--print-slots", action="store_true", help="show the slots of every cache, and measure nothing")
+    parser.add_argument("--rank", type=int, default=DEFAULT_RANK, help="for --print-slots (default: %(default)s)")
     parser.add_argument("--policy", default="h2o", help="as in training (default: h2o)")
     parser.add_argument("--budget", default="5%", metavar="N|P%%", help="of the 16-bit slots (default: 5%%)")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="measure its last fifth too")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="of these texts (default: all)")
-    parser.add_argument("--sequences", type=int, default=4, metavar="N", help="of each text, at most 4 (default: 4)")
+    parser.add_argument("--sequences", type=int, default=8, metavar="N", help="of each text (default: 8)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="(default: results/kernels.json)")
     args = parser.parse_args()

@@ -47,25 +47,30 @@ def _mean(row: dict[str, Any], begin: int, end: int, chunk: int) -> float:
     return float(np.mean([losses[begin // chunk : end // chunk] for losses in row["nll"]]))
 
 
+def _streams(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Runs over texts whose parts are not rotated."""
+    return [e for e in data["streams"] if e["rotations"] == 1]
+
+
 #: The cache of an export's defaults.
 DEFAULT = "h2o, half-life 512, clamped, int8"
 
 
 def beyond(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Mean loss of every model and cache by position, and its difference to the default cache in the last window."""
-    rows, chunk = [], data["chunk"]
-    longest = max(m["length"] for m in data["models"].values())
+    rows, chunk, entries = [], data["chunk"], _streams(data)
+    longest = max(e["length"] for e in entries)
     spans = [(a, b) for a, b in pairwise(BEYOND) if b <= longest]
     begin, end = (x // chunk for x in spans[-1])
-    for name, model in data["models"].items():
-        default = next(np.array(r["nll"]) for r in model["rows"] if r["cache"] == DEFAULT)
-        for row in model["rows"]:
+    for entry in entries:
+        default = next(np.array(r["nll"]) for r in entry["rows"] if r["cache"] == DEFAULT)
+        for row in entry["rows"]:
             cells = [f"{_mean(row, a, b, chunk):.3f}" if b <= row["length"] else "" for a, b in spans]
             change = ""
             if row["length"] == longest and row["cache"] != DEFAULT:
                 x = statistics.mean((np.array(row["nll"]) - default)[:, begin:end].ravel())
                 change = f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
-            rows.append([name, row["cache"], *cells, change])
+            rows.append([entry["model"], row["cache"], *cells, change])
     names = [f"{a:,} to {b:,}" for a, b in spans]
     return ["model", "cache", *names, f"difference to the default, {names[-1]}"], rows
 
@@ -73,24 +78,12 @@ def beyond(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def held(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """How old the tokens are that slots hold at the end of the streams."""
     rows = []
-    for name, model in data["models"].items():
-        for row in model["rows"]:
+    for entry in _streams(data):
+        for row in entry["rows"]:
             if "age_quantiles" in row:
                 ages = [f"{row['age_quantiles'][q]:,}" for q in ("0.25", "0.5", "0.75", "0.95")]
-                rows.append([name, row["cache"], *ages, f"{row['first_1024']:.1%}"])
+                rows.append([entry["model"], row["cache"], *ages, f"{row['first_1024']:.1%}"])
     return ["model", "cache", "age: first quartile", "median", "third quartile", "95%", "of the first 1,024"], rows
-
-
-def recall(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Loss of the answer to a planted sentence by distance, and without the sentence."""
-    rows, distances = [], list[str]()
-    for name, model in data["models"].items():
-        for row in model["rows"]:
-            if "recall" in row:
-                distances = list(row["recall"])
-                cells = [f"{x['planted']:.2f} ({x['not']:.2f})" for x in row["recall"].values()]
-                rows.append([name, row["cache"], *cells])
-    return ["model", "cache", *(f"{int(d):,} tokens" for d in distances)], rows
 
 
 #: Tokens at the beginning of a part of a rotated stream that are left out, where another text may have gone before.
@@ -98,22 +91,39 @@ _SETTLING = 1024
 
 
 def same(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Mean loss by position in streams whose parts hold the same text, and the change from the first part to the last,
-    paired by text."""
-    rows, names, chunk = [], list[str](), data["chunk"]
-    for name, model in data["rotated"].items():
-        count, part = model["rotations"], model["length"] // model["rotations"]
-        names = [f"{i * part + _SETTLING:,} to {(i + 1) * part:,}" for i in range(count)]
-        for row in model["rows"]:
+    """Mean loss in the first and the last part of streams whose parts hold the same text, and the change, paired by
+    text."""
+    rows, chunk = [], data["chunk"]
+    for entry in data["streams"]:
+        count = entry["rotations"]
+        if count == 1:
+            continue
+        part, spans = entry["length"] // count, []
+        for i in (0, count - 1):
+            spans.append(f"{i * part + _SETTLING:,} to {(i + 1) * part:,}")
+        for row in entry["rows"]:
             # [text, rotation, part, step]; rotation r has text r + i in its part i
             nll = np.array(row["nll"]).reshape(-1, count, count, part // chunk)[..., _SETTLING // chunk :]
             last = np.roll(nll[:, :, -1], -1, 1)
             change = statistics.mean(((last - nll[:, :, 0]) / nll[:, :, 0].mean()).ravel())
-            cells = [f"{nll[:, :, i].mean():.3f}" for i in range(count)]
+            losses = [f"{nll[:, :, i].mean():.3f} ({span})" for i, span in zip((0, -1), spans, strict=True)]
             change_cell = f"{change.value:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
-            rows.append([name, row["cache"], ", ".join(model["texts"]), *cells, change_cell])
-    return ["model", "cache", "texts", *names, "from first to last"], rows
+            rows.append([entry["model"], row["cache"], ", ".join(entry["texts"]), *losses, change_cell])
+    return ["model", "cache", "texts", "first part", "last part", "change"], rows
+
+
+def recall(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Loss of the answer to a planted sentence by distance, and by how much the sentence lowers it."""
+    rows = []
+    for row in data["rows"]:
+        cells = []
+        for pairs in row["losses"].values():
+            told, untold = np.array(pairs).T
+            gain = statistics.mean(untold - told)
+            cells.append(f"{told.mean():.2f} ({gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}])")
+        rows.append([row["model"], row["cache"], *cells])
+    return ["model", "cache", *(f"{int(d):,} tokens" for d in data["rows"][0]["losses"])], rows
 
 
 #: Tables of ``beyond.json`` by name.
-PARTS = {"beyond": beyond, "beyond_held": held, "beyond_recall": recall, "beyond_same": same}
+PARTS = {"beyond": beyond, "beyond_held": held, "beyond_same": same}

@@ -68,5 +68,16 @@ def state_drift(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return header, [[shown, *(f"{x:.4f}" for x in rows[name].values())] for name, shown in names.items()]
 
 
+def state_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """KL with a state of 32 and of 16 bits, and what the 16 bits add, paired by token."""
+    rows = []
+    for row in data["rows"]:
+        wide, narrow = (np.array(row["kl"][bits]).ravel() for bits in ("32", "16"))
+        change = statistics.mean((narrow - wide) / wide.mean())
+        shown = f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
+        rows.append([row["model"], row["text"], f"{wide.mean():.4f}", f"{narrow.mean():.4f}", shown])
+    return ["model", "text", "32 bits", "16 bits", "change"], rows
+
+
 #: Tables by name.
 PARTS = {"slots_kl": slots_kl, "slots_rounding": slots_rounding}

@@ -269,9 +269,22 @@ def long() -> str:
 def beyond(part: str) -> str:
     """A table about streams past the trained length."""
     data = results("beyond")
-    note = f"{data['slots']} slots, {data['chunk']} tokens a step, without kernels"
-    machine = next(iter(data["models"].values()))
-    return table(*long_tables.PARTS[part](data)) + f"\n\n({note}; {where(machine)})"
+    note = f"{data['slots']} slots unless said otherwise, {data['chunk']} tokens a step"
+    return table(*long_tables.PARTS[part](data)) + f"\n\n({note}; {where(data['streams'][-1])})"
+
+
+def recall() -> str:
+    """Recall of a planted sentence."""
+    data = results("recall")
+    note = f"{data['slots']} slots, {data['chunk']} tokens a step, {data['pairs']} pairs of streams, without kernels"
+    return table(*long_tables.recall(data)) + f"\n\n({note}; {where(data)})"
+
+
+def state_kl() -> str:
+    """KL with 16-bit and 32-bit states."""
+    data = results("state_kl")
+    note = f"contexts of {data['length']:,} tokens, one token a step, {data['rows'][0]['sequences']} sequences a text"
+    return table(*slots_tables.state_kl(data)) + f"\n\n({note}; {where(data)})"
 
 
 def slots(part: str) -> str:
@@ -338,7 +351,7 @@ def rendered(text: str) -> str:
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4, "plan": plan}
-    makers |= {"kernels_kl": kernels_kl}
+    makers |= {"kernels_kl": kernels_kl, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}

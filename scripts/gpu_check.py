@@ -28,8 +28,8 @@ from bench_common import RESULTS
 from less_export.tensorrt import plugin
 from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primitives, test_cuda_state16, test_ops
 from tests.emulation import DTYPES, kernel_layer, normal
-from tests.oracle import follow, scenario
 from tests.plugin_host import Plugin, plugin_run
+from tests.scenarios import follow, scenario
 from tests.test_state16 import SMALL, STATE16_VARIANTS
 
 TOOLS = ("memcheck", "racecheck", "synccheck")

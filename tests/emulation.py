@@ -25,7 +25,8 @@ import torch
 
 from less_export.contract import LayerSpec
 
-from .oracle import CENTRING, SCALES, STATE, STATE_SCALES, TOKENS, TURNING, Normal, Run, layer_of, table_of
+from .oracle import CENTRING, SCALES, STATE, STATE_SCALES, TOKENS, TURNING, layer_of, table_of
+from .scenarios import Normal, Run
 from .sharing import once
 
 PLUGIN = Path(__file__).parents[1] / "plugins_trt"

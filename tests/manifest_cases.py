@@ -30,7 +30,7 @@ from less_export.bundle.artifact import (
     header_sha256,
 )
 from less_export.bundle.files import sha256
-from less_export.bundle.schema import MAX_BYTES, MAX_DEPTH
+from less_export.bundle.strict_json import MAX_BYTES, MAX_DEPTH
 from less_export.config import DISTANCE_LIMIT, MAX_HALF_LIFE
 from less_export.contract import Contract, LayerSpec, Policy
 

@@ -23,7 +23,8 @@ from less_export.tensorrt import plugin
 
 from . import emulation
 from .emulation import DTYPES, PLUGIN, WIDE
-from .oracle import TOKENS, Run, table_of
+from .oracle import TOKENS, table_of
+from .scenarios import Run
 from .sharing import once
 
 FIELDS = (

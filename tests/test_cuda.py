@@ -17,20 +17,8 @@ from less_export.contract import LayerSpec, SlotDtype, StateBits
 from . import emulation, test_ops
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
-from .oracle import (
-    DIFFERENT,
-    IN_SLOTS,
-    TOKENS,
-    Normal,
-    Step,
-    centring_of,
-    codes_of,
-    compare,
-    follow,
-    layer_of,
-    play,
-    scenario,
-)
+from .oracle import TOKENS, centring_of, layer_of
+from .scenarios import DIFFERENT, IN_SLOTS, Normal, Step, codes_of, compare, follow, play, scenario
 from .test_ops import EDGES, VARIANTS, empty, moved, ordinary, shaped, tie_steps, tied, torch_run
 from .test_state16 import CODES
 

@@ -12,7 +12,8 @@ from less_export.contract import LayerSpec, SlotDtype
 from . import emulation, test_distance
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
-from .oracle import ROTATED, Arrays, Step, play, scenario
+from .oracle import ROTATED, Arrays
+from .scenarios import Step, play, scenario
 from .test_cuda import CHUNKS, check_accuracy, check_thread_order, upwards
 from .test_ops import empty, ordinary
 

@@ -28,7 +28,8 @@ from . import emulation
 from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, MERGE_FAULTS, STATE16_FAULTS, Fault, waits
 from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
 from .marks import exhaustive_but
-from .oracle import Arrays, OneHot, Step, follow, scenario
+from .oracle import Arrays
+from .scenarios import OneHot, Step, follow, scenario
 from .test_cuda import allowed, compare_on_scattered_states
 from .test_cuda_distance import LARGE, large_elements
 from .test_cuda_rows import check_many_slots, check_rows

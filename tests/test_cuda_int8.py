@@ -12,7 +12,8 @@ from less_export.contract import LayerSpec
 from . import emulation
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
-from .oracle import SCALES, Arrays, OneHot, layer_of, play, scenario
+from .oracle import SCALES, Arrays, layer_of
+from .scenarios import OneHot, play, scenario
 from .test_cuda import CHUNKS, HEAD_DIMS, check_accuracy, check_thread_order, compare_on_scattered_states, upwards
 from .test_int8 import INT8_EDGES, far
 from .test_ops import DECODE, INT8_VARIANTS, MIXED, empty, ordinary, tie_steps, tied

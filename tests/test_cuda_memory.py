@@ -14,7 +14,7 @@ from less_export.contract import SlotDtype, StateBits
 
 from . import emulation
 from .emulation import PLUGIN, emulated, kernel_layer, normal
-from .oracle import play, scenario
+from .scenarios import play, scenario
 from .test_ops import empty
 
 pytestmark = pytest.mark.slow

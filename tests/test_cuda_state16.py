@@ -13,7 +13,8 @@ from less_export.less import state16
 from . import emulation
 from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
-from .oracle import DIFFERENT, Arrays, Normal, codes_of, compare, play, scenario
+from .oracle import Arrays
+from .scenarios import DIFFERENT, Normal, codes_of, compare, play, scenario
 from .test_cuda import CHUNKS, HEAD_DIMS, check_accuracy, check_thread_order, compare_on_scattered_states, upwards
 from .test_ops import MIXED, empty, moved, ordinary, torch_run
 from .test_state16 import CODES, SMALL, STATE16_VARIANTS

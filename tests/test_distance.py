@@ -14,7 +14,8 @@ from less_export.contract import LayerSpec
 from less_export.errors import UsageError
 from less_export.less import rotary
 
-from .oracle import Arrays, Normal, OneHot, Run, Step, follow, frequencies_of, layer_of, play, scenario, table_of
+from .oracle import Arrays, frequencies_of, layer_of, table_of
+from .scenarios import Normal, OneHot, Run, Step, follow, play, scenario
 from .test_int8 import centring
 from .test_ops import F32, F32_EXTREME, HEADS, MIXED, empty, onnx_run, ordinary, shaped, torch_run
 

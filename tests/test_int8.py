@@ -14,8 +14,9 @@ from less_export import testing
 from less_export.contract import LayerSpec
 from less_export.less import int8, operators
 
-from .oracle import SCALES, Arrays, Normal, Run, Step, centring_of, compare, follow, play, scenario
+from .oracle import SCALES, Arrays, centring_of
 from .oracle_rounding import rounded_to_int8
+from .scenarios import Normal, Run, Step, compare, follow, play, scenario
 from .test_ops import (
     DECODE,
     EDGES,

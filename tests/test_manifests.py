@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from less_export.bundle import schema
+from less_export.bundle import schema, strict_json
 from less_export.bundle.artifact import (
     MANIFEST,
     Bundle,
@@ -102,8 +102,8 @@ def test_numbers_that_json_lacks(bundle: Path) -> None:
     manifest = dataclasses.replace(Bundle.open(bundle).manifest, model={**MODEL, "config": config})
     parsed = Manifest.parse(manifest.dump(), "x").model["config"]
     assert parsed["x"] == {"y": {"__float__": "-Infinity"}}
-    assert schema.untag_floats(parsed) == config
-    assert schema.untag_floats({"__float__": "x"}) == {"__float__": "x"}
+    assert strict_json.untag_floats(parsed) == config
+    assert strict_json.untag_floats({"__float__": "x"}) == {"__float__": "x"}
 
 
 # ------------------------------------------------------------------ files outside

@@ -10,7 +10,8 @@ from less_export import testing
 from less_export.contract import LayerSpec
 from less_export.less import state16
 
-from .oracle import frequencies_of, scenario
+from .oracle import frequencies_of
+from .scenarios import scenario
 from .test_ops import INT8_VARIANTS, VARIANTS, empty, onnx_run
 from .test_state16 import CODES, STATE16_VARIANTS
 

@@ -18,21 +18,8 @@ from less_export.contract import LayerSpec
 from less_export.errors import BackendError
 from less_export.less import int8, operators
 
-from .oracle import (
-    OUTPUTS,
-    TOKENS,
-    Arrays,
-    Normal,
-    OneHot,
-    Run,
-    Step,
-    compare,
-    follow,
-    frequencies_of,
-    layer_of,
-    play,
-    scenario,
-)
+from .oracle import OUTPUTS, TOKENS, Arrays, frequencies_of, layer_of
+from .scenarios import Normal, OneHot, Run, Step, compare, follow, play, scenario
 
 #: Error relative to the largest value that float32 may make: logits around 5, or around 200.
 F32, F32_EXTREME = 2e-6, 1e-5

@@ -16,8 +16,8 @@ from less_export.tensorrt import plugin as plugin_module
 
 from . import plugin_host
 from .emulation import DTYPES, kernel_layer, normal
-from .oracle import follow, scenario
 from .plugin_host import FIELDS, INPUTS, OUTPUTS, Plugin, describe, described, enqueue, harness, log, plugin_run
+from .scenarios import follow, scenario
 from .test_cuda import allowed
 from .test_ops import empty, torch_run
 

@@ -19,8 +19,9 @@ from less_export.less.feature_maps import state_for
 from less_export.plan import AttentionLayer, plan_layers
 from less_export.training.options import TrainConfig
 
-from .oracle import Arrays, Normal, Run, Step, follow, play, scenario
+from .oracle import Arrays
 from .oracle_rounding import LARGEST, dither, rounded_means, rounded_psi
+from .scenarios import Normal, Run, Step, follow, play, scenario
 from .test_int8 import centring
 from .test_ops import (
     EDGES,

@@ -22,7 +22,7 @@ import pytest
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype, StateBits
 from less_export.dtypes import DTYPES, numpy_dtype
 from less_export.exporter import onnx_nodes, onnx_op
-from less_export.runtime import trt
+from less_export.runtime import trt_device
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
 from less_export.tensorrt.trust import PluginFacts
@@ -301,7 +301,7 @@ class Fake:
         )
         self.error = lambda log, text: log.log(severity.ERROR, text)
         patch.setitem(sys.modules, "tensorrt_rtx", module)
-        patch.setattr(trt, "_cuda", lambda: self.cuda)
+        patch.setattr(trt_device, "_cuda", lambda: self.cuda)
 
     def load(self, log: Any, data: Any) -> FakeEngine | None:
         assert len(data) == 99

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..contract import Contract
 from ..errors import BundleError
-from . import schema
+from . import schema, strict_json
 from .files import sha256
 
 FORMAT_VERSION = 2
@@ -41,7 +41,7 @@ def is_manifest(path: Path) -> bool:
     if not path.is_file():
         return False
     with open(path, "rb") as file:
-        return b'"manifest_sha256"' in file.read(schema.MAX_BYTES)
+        return b'"manifest_sha256"' in file.read(strict_json.MAX_BYTES)
 
 
 def is_bundle(path: str | Path) -> bool:
@@ -65,9 +65,9 @@ def foreign_files(layout: Layout) -> list[str]:
 def _listed(file: Path) -> set[str]:
     """The files that a manifest lists, even one whose hash is wrong; none if it cannot be read."""
     try:
-        data = schema.read_json(file.read_bytes())
+        data = strict_json.read_json(file.read_bytes())
         schema.MANIFEST.check(data, "")
-    except (OSError, schema.SchemaError):
+    except (OSError, strict_json.SchemaError):
         return set()
     entries = [*data["artifacts"], *data["weights"], data["tokenizer"], data["kernels"]]
     return {entry["file"] for entry in entries if entry is not None} - {""}
@@ -215,14 +215,14 @@ class Manifest:
         }
         if self.on_disk is not None:
             data["on_disk"] = vars(self.on_disk)
-        data = json.loads(json.dumps(schema.tag_floats(data)))
+        data = json.loads(json.dumps(strict_json.tag_floats(data)))
         return json.dumps({"manifest_sha256": _digest(data), **data}, indent=1).encode()
 
     @classmethod
     def parse(cls, text: bytes, where: str) -> Manifest:
         """Manifest of a file's contents; raises :class:`BundleError` when damaged or too new."""
         try:
-            data = schema.read_json(text)
+            data = strict_json.read_json(text)
             schema.HEAD.check(data, "")
             version = data["format_version"]
             if version > FORMAT_VERSION:
@@ -230,7 +230,7 @@ class Manifest:
             if data.pop("manifest_sha256") != _digest(data):
                 raise BundleError(f"{where} was changed after the export (its hash differs): export again")
             schema.MANIFEST.check(data, "")
-        except schema.SchemaError as error:
+        except strict_json.SchemaError as error:
             raise BundleError(f"{where} is not a usable manifest ({error}): export again") from error
         return cls(
             model=data["model"],
@@ -283,7 +283,7 @@ class Bundle:
             raise BundleError(f"{what}: give a bundle folder, or an .onnx or .plan made by less-export")
         try:
             with open(manifest_file, "rb") as file:
-                manifest = Manifest.parse(file.read(schema.MAX_BYTES + 1), str(manifest_file))
+                manifest = Manifest.parse(file.read(strict_json.MAX_BYTES + 1), str(manifest_file))
             bundle = cls(layout, manifest)
             for problem in bundle._problems(full):
                 raise BundleError(f"{problem}: export again, or copy the bundle again")

@@ -1,133 +1,24 @@
-"""The form of a manifest: one table of its fields, and the JSON that holds them.
+"""The form of a manifest: one table of its fields.
 
-A manifest comes from strangers: it is bounded in size, depth and numbers before anything reads it. The C++ runtime
-follows the same rules, and tests/manifest_cases.py lists manifests that break them.
+The C++ runtime follows the same rules, and tests/manifest_cases.py lists manifests that break them.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 from ..config import DISTANCE_LIMIT, MAX_HALF_LIFE
 from ..contract import SLOT_DTYPES
 from ..dtypes import COMPUTE_DTYPES
+from .strict_json import SchemaError, shown
 
-#: Largest manifest in bytes, and the most objects and lists that may be nested in one another.
-MAX_BYTES = 16 << 20
-MAX_DEPTH = 64
 #: Most layers, files or other entries of a list.
 MAX_ENTRIES = 4096
-_MAX_DIGITS = 100
 INT32_MAX = 2**31 - 1
 INT64_MAX = 2**63 - 1
-
-#: How transformers writes numbers that JSON lacks, and this package too: as an object with one of these names.
-_FLOAT_TAG = "__float__"
-_SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-class SchemaError(ValueError):
-    """A manifest that is not of the right form; the message names the field."""
-
-
-# ------------------------------------------------------------------ JSON
-
-
-def read_json(text: bytes) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        SchemaError: not JSON in UTF-8, too large, nested too deeply, a key twice in an object, or a number that is not
-            finite.
-    """
-    if len(text) > MAX_BYTES:
-        raise SchemaError(f"it has more than {MAX_BYTES >> 20} MB")
-    try:
-        value = json.loads(
-            text.decode(),
-            object_pairs_hook=_unique,
-            parse_int=_bounded,
-            parse_float=_finite,
-            parse_constant=_refuse_constant,
-        )
-        if _depth_exceeds(value, MAX_DEPTH):
-            raise RecursionError
-    except RecursionError:
-        raise SchemaError(f"it is nested too deeply: {MAX_DEPTH} levels are allowed") from None
-    except UnicodeDecodeError:
-        raise SchemaError("it is not UTF-8") from None
-    except SchemaError:
-        raise
-    except ValueError as error:
-        raise SchemaError(f"it is not JSON: {error}") from None
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise SchemaError(f"duplicate key {_shown(next(k for k in keys if keys.count(k) > 1))}")
-    return value
-
-
-def _bounded(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        raise SchemaError(f"{_shown(text)} has more than {_MAX_DIGITS} digits")
-    return int(text)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise SchemaError(f"{_shown(text)} is not a finite number")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise SchemaError(f"{name} is not a finite number")
-
-
-def _depth_exceeds(value: Any, limit: int) -> bool:
-    level = [value]
-    for _ in range(limit + 1):
-        level = [v for v in level if isinstance(v, dict | list)]
-        if not level:
-            return False
-        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
-    return True
-
-
-def tag_floats(value: Any) -> Any:
-    """A JSON value in which NaN and infinities are objects, as transformers writes them into config.json."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {_FLOAT_TAG: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, Mapping):
-        return {k: tag_floats(v) for k, v in value.items()}
-    return [tag_floats(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def untag_floats(value: Any) -> Any:
-    """The value that :func:`tag_floats` was given."""
-    if isinstance(value, dict):
-        if value.keys() == {_FLOAT_TAG}:
-            return _SPECIAL_FLOATS.get(str(value[_FLOAT_TAG]), value)
-        return {k: untag_floats(v) for k, v in value.items()}
-    return [untag_floats(v) for v in value] if isinstance(value, list) else value
-
-
-def _shown(value: Any) -> str:
-    """A value for a message: ASCII on one line, cut where it is long."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-# ------------------------------------------------------------------ rules
 
 
 class Rule(Protocol):
@@ -139,7 +30,7 @@ class Rule(Protocol):
 
 def _require(ok: bool, place: str, what: str, value: Any) -> None:
     if not ok:
-        raise SchemaError(f"{place} must be {what}, not {_shown(value)}")
+        raise SchemaError(f"{place} must be {what}, not {shown(value)}")
 
 
 def _is_text(value: Any) -> bool:
@@ -277,7 +168,7 @@ class Record:
                 raise SchemaError(f"{prefix}{key} is missing")
         for key, item in value.items():
             rule = self.required.get(key) or self.optional.get(key) or self.others
-            name = key if key.isidentifier() and key.isascii() else _shown(key)
+            name = key if key.isidentifier() and key.isascii() else shown(key)
             if rule is None:
                 raise SchemaError(f"{prefix}{name} is unknown")
             rule.check(item, prefix + name)

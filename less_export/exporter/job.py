@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import schema
+from ..bundle import strict_json
 from ..config import DEFAULT_POLICY, ExportConfig
 from ..contract import Contract
 from ..errors import ModelError
@@ -87,8 +87,8 @@ def _as_json(hf_config: Any, source: ModelSource) -> Any:
     """
     try:
         config = json.loads(json.dumps(hf_config.to_dict(), default=str))
-        schema.read_json(json.dumps({"model": {"config": schema.tag_floats(config)}}).encode())
-    except (RecursionError, schema.SchemaError) as error:
+        strict_json.read_json(json.dumps({"model": {"config": strict_json.tag_floats(config)}}).encode())
+    except (RecursionError, strict_json.SchemaError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ModelError(f"the configuration of {source.name} does not fit into a manifest: {reason}") from None
     return config

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from ..bundle.artifact import Artifact, Bundle
-from ..bundle.schema import untag_floats
+from ..bundle.strict_json import untag_floats
 from ..contract import Contract
 from ..errors import BackendError
 from ..hf import weights

@@ -1,0 +1,89 @@
+"""Recall of a sentence after some distance: the loss of its last words, once planted in the text and once not.
+
+Streams of the texts that ``--text`` names run through the torch backend, 64 tokens a step, with 256 slots and without
+kernels. Each has a sentence planted, goes on for some distance, and then asks for it; its twin has other text in the
+sentence's place. The result is ``benchmarks/results/recall.json``, written after every cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_beyond import CACHES, CHUNK, SLOTS, Opened, backend_of
+from bench_common import RESULTS, machine
+from transformers import PreTrainedModel
+
+from less_export.bundle.files import write_atomically
+from less_export.cli.progress import Bars
+from less_export.evaluation import perplexity
+from less_export.hf import data
+from less_export.hf.sources import resolve
+
+FILE = RESULTS / "recall.json"
+#: Where the sentence is planted, and the tokens until it is asked for.
+PLANTED, DISTANCES = 1000, (500, 2000, 6000)
+#: Questions and their answers.
+SENTENCES = (
+    (" The password of the northern gate is", " amber falcon seventeen quiet harbour."),
+    (" The secret ingredient of the old recipe is", " three grams of crushed juniper bark."),
+    (" The number of the locker at the station is", " nine hundred forty two, second row."),
+)
+
+
+def pair(ids: list[int], sentence: list[int], distance: int) -> list[list[int]]:
+    """A stream with the sentence planted, and one with text in its place; both end with the sentence."""
+    before, after = ids[:PLANTED], ids[PLANTED : PLANTED + distance]
+    return [before + told + after + sentence for told in (sentence, ids[-len(sentence) :])]
+
+
+def recall(
+    model: PreTrainedModel, cache: Opened, texts: list[list[int]], encode: data.Encode
+) -> dict[str, list[list[float]]]:
+    """Mean loss of the answers' tokens, [told, not told] for every text and sentence, by distance."""
+    found: dict[str, list[list[float]]] = {}
+    for distance in DISTANCES:
+        found[str(distance)] = []
+        for question, answer in SENTENCES:
+            asked = len(encode(answer))
+            stream = np.array([row for ids in texts for row in pair(ids, encode(question) + encode(answer), distance)])
+            positions = list(range(stream.shape[1] - asked - 1, stream.shape[1] - 1))
+            nll = perplexity.streamed(backend_of(model, cache, len(stream)), stream, CHUNK, positions).mean(1)
+            found[str(distance)] += [[round(float(x), 3) for x in nll[i : i + 2]] for i in range(0, len(nll), 2)]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m", help="MODEL (default: smollm2-135m)")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="a stream; give several")
+    parser.add_argument("--caches", nargs="+", metavar="NAME", help="caches of bench_beyond.py, by name (default: all)")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    source, length = resolve(args.model), PLANTED + max(DISTANCES) + 256
+    encode, bos = data.encoder(source.tokenizer())
+    texts = [Path(text.partition("=")[2]).read_text(encoding="utf-8")[: 8 * length] for text in args.text]
+    ids = [(([] if bos is None else [bos]) + encode(text))[:length] for text in texts]
+    file: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
+    file |= {"slots": SLOTS, "chunk": CHUNK, "pairs": len(ids) * len(SENTENCES), "machine": machine()}
+    model, progress = source.load(torch.float32), Bars()
+    for cache in CACHES:
+        if args.caches and cache.name not in args.caches:
+            continue
+        if any((r["model"], r["cache"]) == (source.name, cache.name) for r in file["rows"]):
+            continue
+        progress.say(f"{source.name}, {cache.name}")
+        opened = cache.open(args.model, length)
+        row = {"model": source.name, "cache": cache.name, "losses": recall(model, opened, ids, encode)}
+        file["rows"].append(row)
+        write_atomically(FILE, (json.dumps(file, separators=(",", ":")) + "\n").encode())
+    print(f"wrote {FILE}")
+
+
+if __name__ == "__main__":
+    main()
