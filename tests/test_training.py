@@ -83,7 +83,7 @@ def test_layers_that_lose_are_switched_off(text: Path, tmp_path: Path, monkeypat
         return feature_map, replace(errors, less=errors.sparse + 0.1) if len(fitted) == 2 else errors  # layer 1
 
     monkeypatch.setattr(fit, "fit", worse)
-    with pytest.warns(UserWarning, match=r"layers \[1\]: LESS does not beat"):
+    with pytest.warns(UserWarning, match=r"layers \[1\]: the low-rank term does not pay"):
         file, reports = trained(folder, text)
     kernels = Kernels.load(file)
     assert [r.used for r in reports] == [True, False]

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     reports = job.train(model, out, texts, config, progress=Bars())
     if Processes.here().first:
         _print_layers(reports)
-        if config.divided:
+        if config.divided or not all(r.used for r in reports):
             budgets = ",".join(f"{r.layer}:{r.slots}" for r in reports)
             print(f"pass the same budgets to export and eval: --layer-budgets {budgets}")
         print(out)
@@ -96,5 +96,5 @@ def _print_layers(reports: Sequence[LayerReport]) -> None:
     for r in reports:
         errors = (f"{x:.4f}" for x in (r.sparse, r.start, r.less))
         gain = "" if r.gain is None else f"{r.gain:+.4f}"
-        layers.add_row(str(r.layer), str(r.slots), *errors, f"{r.seconds:.0f}", gain, "" if r.used else "switched off")
+        layers.add_row(str(r.layer), str(r.slots), *errors, f"{r.seconds:.0f}", gain, "" if r.used else "slots instead")
     show(layers)

@@ -8,6 +8,7 @@ assumption; ``benchmarks`` measures the result.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,14 @@ def divide(costs: Costs, plan: Sequence[LayerSpec]) -> dict[int, int]:
 def option(slots: Mapping[int, int]) -> str:
     """The value of ``--layer-budgets`` for those slots."""
     return ",".join(f"{i}:{n}" for i, n in sorted(slots.items()))
+
+
+def stated(layers: Mapping[int, LayerSpec]) -> dict[str, Any]:
+    """Provenance of layers with budgets of their own."""
+    return {
+        "layer_budgets": option({i: s.capacity for i, s in layers.items()}),
+        "slots": {str(i): [s.heavy, s.recent] for i, s in layers.items()},
+    }
 
 
 def _slots(layer: LayerSpec, share: float, length: int) -> int:

@@ -55,14 +55,12 @@ def doubts(facts: Mapping[str, Any]) -> list[str]:
     lines = []
     unused = [int(i) for i, x in _dicts(facts.get("layers")) if x.get("used") is False]
     if unused:
-        lines.append(
-            f"layers {unused}: LESS does not beat plain eviction on validation text, so they have no low-rank term"
-        )
+        lines.append(f"layers {unused}: the low-rank term does not pay on held-back text, so they have none")
     tuned = _numbers(facts.get("end_to_end"))
     if tuned.get("divergence_after", 0.0) >= tuned.get("divergence_sparse_bytes", 1e30):
         lines.append(
-            f"on validation text the low-rank term does not pay: KL {tuned['divergence_after']:.4f} with it, "
-            f"{tuned['divergence_sparse_bytes']:.4f} if its bytes are spent on slots (a larger --budget, no --kernels)"
+            "on held-back text the low-rank term pays in no layer: KL "
+            f"{tuned['divergence_sparse_bytes']:.4f} if its bytes are spent on slots"
         )
     return lines
 
@@ -96,9 +94,9 @@ def _layers(facts: Mapping[str, Any]) -> Iterator[str]:
         numbers = _numbers(stated)
         errors = [f"{numbers[n]:.4f}" if n in numbers else "" for n in _ERRORS]
         gain = f"{numbers['gain']:+.4f}" if "gain" in numbers else ""
-        rows.append((layer, *errors, gain, "" if stated.get("used", True) else "switched off"))
+        rows.append((layer, *errors, gain, "" if stated.get("used", True) else "slots instead"))
     if rows:
-        yield "Relative errors on held-back text; the gain is by how much KL is larger without the layer's kernels."
+        yield "Relative errors on held-back text; the gain is by how much KL is larger with the bytes in slots."
         yield ""
         yield from _table(("layer", "sparse", "untrained", "trained", "gain, nats", ""), rows)
 
@@ -108,7 +106,8 @@ def _together(facts: Mapping[str, Any]) -> Iterator[str]:
     tuned = _numbers(facts.get("end_to_end"))
     names = {
         "divergence_before": "kernels as the layers were fitted",
-        "divergence_after": "kernels tuned together",
+        "divergence_tuned": "kernels tuned together",
+        "divergence_after": "the file's kernels and slots",
         "divergence_sparse": "no low-rank state",
         "divergence_sparse_bytes": "no low-rank state, its bytes in slots",
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Tuning:
     clip: float = 1.0
     average: float = 0.97
     measurements: int = 4
-    spread: int = 96
+    spread: int = 240
     save: int = 10
 
     def rate_at(self, step: int) -> float:
@@ -133,13 +133,17 @@ class Comparison:
 
 @dataclass
 class Measured:
-    """Mean divergences in nats on held-back text: with kernels, without, with the same bytes in slots instead, and by
-    how much it would be larger without one layer's kernels."""
+    """Mean divergences in nats on held-back text: with kernels; without, in as many slots; with all their bytes in
+    slots instead; and by how much it would be larger with one layer's bytes in slots.
+
+    plan: the caches, where layers whose bytes are worth more in slots have those slots.
+    """
 
     less: float
     sparse: float
     sparse_bytes: float
     gains: dict[int, float]
+    plan: tuple[LayerSpec, ...]
 
 
 def tune(
@@ -155,7 +159,7 @@ def tune(
     state_file: Path | None = None,
     centring: Mapping[int, Centring] | None = None,
     rotary: Sequence[RotaryTable] = (),
-) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
+) -> tuple[dict[int, FeatureMap], tuple[LayerSpec, ...], dict[str, Any]]:
     """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
 
     Args:
@@ -164,8 +168,9 @@ def tune(
         centring: of keys in int8 slots, by layer. rotary: tables of distances below T, for plans that limit distances.
 
     Returns:
-        The best maps, without those of layers in which the low-rank term does harm, and provenance: divergences on
-        ``validation`` (nats per token), and the gain of every layer.
+        The best maps, without those of layers in which the bytes of the low-rank term are worth more in slots; the
+        plan, with these slots; and provenance: divergences on ``validation`` (nats per token) before tuning, after it,
+        and of the result, and the gain of every layer.
     """
     decoder.model.requires_grad_(False)
     first = max(plan[i].capacity for i in maps) + 1
@@ -223,44 +228,54 @@ def tune(
     measured = switch_off(tuned, plan, measure, len(validation), progress)
     facts = {
         **asdict(recipe), "steps": state.step, "lengths": lengths, "divergence_before": state.before,
-        "divergence_after": measured.less, "divergence_sparse": measured.sparse,
-        "divergence_sparse_bytes": measured.sparse_bytes, "gains": {str(i): x for i, x in measured.gains.items()},
+        "divergence_tuned": state.best_divergence, "divergence_after": measured.less,
+        "divergence_sparse": measured.sparse, "divergence_sparse_bytes": measured.sparse_bytes,
+        "gains": {str(i): x for i, x in measured.gains.items()},
     }  # fmt: skip
-    return {i: m.cpu() for i, m in tuned.items()}, facts
+    return {i: m.cpu() for i, m in tuned.items()}, measured.plan, facts
+
+
+def slots_instead(layer: LayerSpec) -> LayerSpec:
+    """The layer without a low-rank term, whose bytes are slots."""
+    return sparse_layer(layer, layer.capacity + extra_tokens(layer, "bfloat16"))
 
 
 def switch_off(
     tuned: dict[int, FeatureMap], plan: Sequence[LayerSpec], measure: Callable[..., float], rows: int,
     progress: Progress,
 ) -> Measured:  # fmt: skip
-    """Remove from ``tuned`` the layers without whose kernels the divergence is no larger, the worst first.
+    """Remove from ``tuned`` the layers whose low-rank term is worth less than its bytes in slots, the worst first.
 
     ``measure(maps, plan, rows)`` is the divergence on the first ``rows`` of the held-back sequences.
     """
-    few = min(rows, max(2, _GAIN_ROWS // len(tuned)))
-    gains = {}
-    with progress.phase("what each layer's low-rank term gains", len(tuned) + 2) as step:
-        less, some = measure(tuned, plan, rows), measure(tuned, plan, few)
-        for layer in tuned:
-            gains[layer] = measure(_without(tuned, layer), plan, few) - some
+    layers = list(tuned)
+    few = min(rows, max(2, _GAIN_ROWS // len(layers)))
+
+    def caches(kept: Collection[int]) -> tuple[LayerSpec, ...]:
+        return tuple(slots_instead(s) if i in layers and i not in kept else s for i, s in enumerate(plan))
+
+    def without(layer: int, rows: int) -> float:
+        kept = {i: m for i, m in tuned.items() if i != layer}
+        return measure(kept, caches(kept), rows)
+
+    with progress.phase("what each layer's low-rank term gains", len(layers) + 2) as step:
+        less, some, gains = measure(tuned, plan, rows), measure(tuned, plan, few), {}
+        for layer in layers:
+            gains[layer] = without(layer, few) - some
             step(f"layer {layer}: {gains[layer]:+.4f}")
         for layer in sorted((i for i in gains if gains[i] <= 0), key=gains.__getitem__):
-            without = measure(_without(tuned, layer), plan, rows)
-            if without <= less:
+            other = without(layer, rows)
+            if other <= less:
                 del tuned[layer]
-                less = without
+                less = other
         sparse = measure({}, plan, rows)
         step(f"without any: {sparse:.4f}")
-        wider = list(plan)
-        for i in gains:
-            wider[i] = sparse_layer(plan[i], plan[i].capacity + extra_tokens(plan[i], "bfloat16"))
-        same_bytes = measure({}, wider, rows)
+        same_bytes = measure({}, caches(()), rows)
         step(f"their bytes in slots instead: {same_bytes:.4f}")
-    return Measured(less, sparse, same_bytes, gains)
-
-
-def _without(maps: Mapping[int, FeatureMap], layer: int) -> dict[int, FeatureMap]:
-    return {i: m for i, m in maps.items() if i != layer}
+    if same_bytes <= less:
+        tuned.clear()
+        less = same_bytes
+    return Measured(less, sparse, same_bytes, gains, caches(tuned))
 
 
 def _finite(x: float) -> float:

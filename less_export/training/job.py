@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..bundle.files import is_special, write_atomically
+from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
 from ..hf import calibration, running
 from ..hf.layerwise import LayerwiseDecoder
@@ -35,8 +36,10 @@ from .preparation import TrainJob, prepare
 class LayerReport:
     """One layer: its errors when it was fitted, see :class:`~less_export.training.fit.Errors`.
 
-    used: whether the file has kernels for it. gain: how much larger the divergence of the model on held-back text is
-    without them, in nats per token, once all layers have been tuned together; None if they were not.
+    slots: those to serve it with: more than it was fitted with if the file has no kernels for it because the bytes of
+    its low-rank term are worth more in slots. used: whether the file has kernels for it. gain: how much larger the
+    divergence of the model on held-back text is with these bytes in slots, in nats per token, once all layers have
+    been tuned together; None if they were not.
     """
 
     layer: int
@@ -133,8 +136,7 @@ def _divide(job: TrainJob) -> None:
         plan[i] = replace(sparse_layer(plan[i], slots), absorb=True, rank=plan[i].rank, state_bits=plan[i].state_bits)
     job.plan = tuple(plan)
     job.facts |= {
-        "layer_budgets": allocate.option(divided),
-        "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in divided},
+        **allocate.stated({i: plan[i] for i in divided}),
         "eviction_costs": {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()},
     }
     job.progress.say(f"budgets of the layers: {job.facts['layer_budgets']}")
@@ -257,10 +259,14 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     facts = {**job.facts, "torch": torch.__version__, "device": device}
     if job.processes.first:
         if job.config.tuned and maps:
-            maps, tuning = _tune(job, maps)
+            maps, plan, tuning = _tune(job, maps)
             facts["end_to_end"] = tuning
+            if plan != job.plan:
+                facts |= allocate.stated({i: plan[i] for i in files})
             gains = {int(i): gain for i, gain in tuning["gains"].items()}
-            reports = tuple(replace(r, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports)
+            reports = tuple(
+                replace(r, slots=plan[r.layer].capacity, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports
+            )
         facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
         trained = Kernels(dict(maps), facts, job.centring)
         trained.save(out)
@@ -272,11 +278,14 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     return reports
 
 
-def _tune(job: TrainJob, maps: dict[int, FeatureMap]) -> tuple[dict[int, FeatureMap], dict[str, Any]]:
-    """Tune the layers' kernels together; returns those that pay, and their provenance."""
+def _tune(
+    job: TrainJob, maps: dict[int, FeatureMap]
+) -> tuple[dict[int, FeatureMap], tuple[LayerSpec, ...], dict[str, Any]]:
+    """Tune the layers' kernels together; returns those that pay, the plan, and their provenance."""
     training, validation = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
+    plan = [end_to_end.slots_instead(s) if i in job.layers and i not in maps else s for i, s in enumerate(job.plan)]
     return end_to_end.tune(
-        LayerwiseDecoder(job.model(), job.plan), training, validation, job.length, job.plan, maps,
+        LayerwiseDecoder(job.model(), plan), training, validation, job.length, plan, maps,
         end_to_end.Tuning(steps=job.config.tune_step_count), job.config.seed, job.progress,
         state_file=job.work / "end_to_end.pt", centring=job.centring, rotary=job.rotary,
     )  # fmt: skip
