@@ -203,7 +203,12 @@ struct RowState {
 
 constexpr int64_t kMaxLength = INT32_MAX;  // of a sequence
 
-// Logits of a step, in memory owned by the session that the next step overwrites.
+// `count` adjacent rows from row `first`.
+struct RowRange {
+    int64_t first, count;
+};
+
+// Logits of a step, in memory owned by the session that the next step overwrites. Row 0 is the first that ran.
 struct Logits {
     float const* data;
     int64_t tokens, vocab;  // tokens: 1, or those of the chunk with Contract::allLogits
@@ -215,7 +220,8 @@ class PlanRunner;
 // Holds the state of `batch` independent rows and runs their steps.
 //
 // A row with new length 0 is parked: its state does not change. For continuous batching, reset or overwrite a row that
-// has finished. If a step fails on the GPU, the state is undefined: call open() again.
+// has finished, or use a Scheduler (less_scheduler.hpp). If a step, copy or write fails on the GPU, the state of the
+// rows that it changes is undefined: a session refuses them until they are reset, overwritten or opened again.
 class Session {
  public:
     // Use openSession; this constructor is for other devices and engines (runtime/src/plan_runner.hpp).
@@ -228,14 +234,18 @@ class Session {
     std::string const& identity() const noexcept { return identity_; }
     int64_t batch() const noexcept { return static_cast<int64_t>(lengths_.size()); }
     int32_t length(int64_t row) const;  // tokens the row has seen
+    // Counts the changes of the state, so that a scheduler notices when something else used its rows.
+    uint64_t revision() const noexcept { return revision_; }
 
     // Allocates `batch` empty rows, 1..maxBatch. Opening again resets all rows.
     void open(int64_t batch);
     void close();
 
     // Feeds one chunk and advances the state. `inputIds` [B,T], right padded, 1 <= T <= chunk; `newLength` [B]:
-    // valid tokens of each row, 0..T. Logits of a parked row are meaningless.
+    // valid tokens of each row, 0..T. Logits of a parked row are meaningless. With `rows`, B = rows.count: only these
+    // rows run, and the others neither change nor cost anything. Throws BackendError.
     Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength);
+    Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength, RowRange rows);
 
     void resetRow(int64_t row);
     void copyRow(int64_t from, int64_t to);
@@ -247,14 +257,18 @@ class Session {
 
  private:
     void checkRow(int64_t row) const;
-    void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength) const;
+    void checkDefined(RowRange rows) const;
+    void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength,
+                   RowRange rows) const;
+    void change(RowRange rows, std::function<void()> const& action);
 
     Contract contract_;
     std::string identity_, layout_;
     std::unique_ptr<PlanRunner> runner_;
     std::vector<int32_t> lengths_;
     std::vector<int64_t> padded_;  // the ids of a step, padding replaced by 0
-    bool failed_ = false;
+    std::vector<bool> undefined_;  // rows whose state a failure has left undefined
+    uint64_t revision_ = 0;
 };
 
 struct SessionOptions {
