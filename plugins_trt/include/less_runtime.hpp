@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -166,6 +168,12 @@ struct SamplingParams {
     std::optional<uint64_t> seed;  // same seed, prompt and row: same tokens; unset: random
     int64_t maxNewTokens = 128;
     bool ignoreEos = false;
+    double minP = 0;  // drop tokens less likely than this share of the most likely one's probability; 0: off
+    double repetitionPenalty = 1;              // of tokens of the prompt and the text so far; 1: off
+    double presencePenalty = 0;                // subtracted from the logits of tokens of the text so far
+    double frequencyPenalty = 0;               // the same, once for each time they occur
+    std::map<int64_t, double> logitBias = {};  // added to the logits of these ids
+    std::vector<int64_t> stopTokenIds = {};    // these end a text (kStop); not affected by ignoreEos
 
     void validate() const;  // throws UsageError
 };
@@ -174,15 +182,23 @@ struct SamplingParams {
 // temperature > 0.
 int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& params, double uniform);
 
-// Samples the tokens of one row. The random numbers (mt19937_64) are the same on every platform, but not Python's.
+// Samples the tokens of one row, one after the other: penalties and bias, then the choice. The random numbers
+// (mt19937_64) are the same on every platform, but not Python's.
 class Sampler {
  public:
-    Sampler(SamplingParams const& params, uint64_t row);
+    // `prompt`: tokens before the first choice, which the repetition penalty counts.
+    Sampler(SamplingParams const& params, uint64_t row, std::vector<int64_t> const& prompt = {});
+    // Throws BackendError if the highest of `logits` [vocab] is no number, UsageError if no token is left to choose.
     int64_t operator()(float const* logits, int64_t vocab);
 
  private:
+    void adjust(std::vector<float>& logits) const;
+
     SamplingParams params_;
     std::mt19937_64 random_;
+    bool penalises_;
+    std::set<int64_t> prompt_;           // empty without a repetition penalty
+    std::map<int64_t, int64_t> counts_;  // of the tokens so far, if something is penalised
 };
 
 // ------------------------------------------------------------------ session
@@ -282,7 +298,9 @@ Session openSession(Bundle const& bundle, SessionOptions const& options = {});
 
 // ------------------------------------------------------------------ generation
 
-enum class FinishReason { kEos, kLength };
+// An end-of-sequence token, one of SamplingParams::stopTokenIds, or the longest text.
+enum class FinishReason { kEos, kStop, kLength };
+char const* nameOf(FinishReason reason) noexcept;  // "eos", "stop", "length"
 
 // One new token of prompt `row`; `finish` is set for the last one.
 struct Token {
@@ -292,7 +310,7 @@ struct Token {
 };
 
 struct Generation {
-    std::vector<int64_t> tokens;  // new tokens only, including the eos token
+    std::vector<int64_t> tokens;  // new tokens only, including one that ended them
     FinishReason finish;
 };
 
