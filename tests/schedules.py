@@ -56,18 +56,20 @@ def schedule(seed: int, contract: Contract, faults: bool) -> list[str]:
     rows, piece = rng.randint(1, contract.max_batch), rng.randint(1, contract.chunk)
     lines = [f"begin rows={rows} piece={piece} queue={rng.randint(1, 4)}"]
     names = [str(i) for i in range(10)]
-    prompts = [_prompt(rng, contract) for _ in range(4)]
-    arrivals = sorted((rng.randint(0, 14), name) for name in names)
+    burst = rng.random() < 0.3  # most ask for answers to one prompt, at once
+    prompts = [_prompt(rng, contract) for _ in range(1 if burst else 3)]
+    arrivals = sorted((rng.randint(0, 1 if burst else 14), name) for name in names)
     last = arrivals[-1][0]
     cancels = [(rng.randint(0, 22), rng.choice(names)) for _ in range(4)]
     for now in range(last + 120):
         for arrives, name in arrivals:
             if arrives == now:
-                prompt = rng.choice(prompts) if rng.random() < 0.5 else _prompt(rng, contract)
+                prompt = rng.choice(prompts) if rng.random() < (0.9 if burst else 0.5) else _prompt(rng, contract)
                 lines.append(_submit(rng, contract, name, prompt))
         lines += [f"cancel name={name}" for leaves, name in cancels if leaves == now]
-        if faults and now < last and rng.random() < 0.3:
-            lines.append(f"fail what={rng.choice(FAULTS)} nth={rng.randint(1, 4)}")
+        if faults and now < last + 4 and rng.random() < (0.8 if burst else 0.3):
+            what = "run" if burst and rng.random() < 0.5 else rng.choice(FAULTS)
+            lines.append(f"fail what={what} nth={rng.randint(1, 3)}")
         lines.append("step")
     return [*lines, "end"]
 
