@@ -245,10 +245,15 @@ def test_sampling(tools: Path) -> None:
             logits[random.random(size) < 0.3] = -np.inf
             logits[0] = 0
         temperature = float(random.choice([0, 0.3, 1, 2.5]))
-        params = SamplingParams(temperature, int(random.integers(0, 8)), float(random.choice([1, 0.9, 0.5, 0.01])))
+        params = SamplingParams(
+            temperature,
+            int(random.integers(0, 8)),
+            float(random.choice([1, 0.9, 0.5, 0.01])),
+            min_p=float(random.choice([0, 0, 0.1, 0.5, 1])),
+        )
         uniform = float(random.choice([0, random.random(), 1 - 2.0**-53]))
         expected.append(sample(logits, params, Fixed(uniform)))  # type: ignore[arg-type]
-        numbers = [params.temperature, params.top_k, params.top_p, uniform, *map(float, logits)]
+        numbers = [params.temperature, params.top_k, params.top_p, params.min_p, uniform, *map(float, logits)]
         cases += " ".join(map(repr, numbers)) + "\n"
     done = call(tools / "less_runtime_probe", "sample", feed=cases)
     assert done.code == 0, done.err

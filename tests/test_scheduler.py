@@ -446,6 +446,23 @@ def test_somebody_else_in_the_rows_is_noticed() -> None:
         scheduler.step()
 
 
+def test_rows_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing ends by that: a later step may find the memory."""
+
+    def full(self: HashBackend, batch: int) -> None:
+        raise BackendError("out of something")
+
+    scheduler = Scheduler(HashBackend(contract()))
+    sequence = SequenceFactory(scheduler.backend, None, ()).sequence([1, 2], SamplingParams(max_new_tokens=3))
+    scheduler.submit(sequence)
+    with monkeypatch.context() as patch:
+        patch.setattr(HashBackend, "_open", full)
+        for _ in range(2):
+            with pytest.raises(BackendError, match="out of something"):
+                scheduler.step()
+    assert tokens(run_all(scheduler, [])[0]) == expected([1, 2], 3)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"rows": 4}, "1 to 3 rows"), ({"rows": 0}, "1 to 3"), ({"piece": 5}, "1 to 4 tokens"), ({"piece": 0}, "1 to 4")],

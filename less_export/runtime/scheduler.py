@@ -148,9 +148,10 @@ class Scheduler:
         What fails ends the sequences that it touches, with an error event each, and no others.
 
         Raises:
-            UsageError: something else has used the backend's rows.
+            UsageError: something else has used the backend's rows. BackendError: they cannot be opened.
         """
         self._undisturbed()
+        self.open()
         try:
             return self._advance()
         finally:
@@ -163,7 +164,6 @@ class Scheduler:
             raise UsageError("another run has started on this backend: finish a stream before the next")
 
     def _advance(self) -> list[Event]:
-        self.open()
         events = self._admit()
         if self._prefilling:
             events += self._prefill(self._prefilling.popleft())

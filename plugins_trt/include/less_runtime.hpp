@@ -9,9 +9,11 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -166,6 +168,12 @@ struct SamplingParams {
     std::optional<uint64_t> seed;  // same seed, prompt and row: same tokens; unset: random
     int64_t maxNewTokens = 128;
     bool ignoreEos = false;
+    double minP = 0;  // drop tokens less likely than this share of the most likely one's probability; 0: off
+    double repetitionPenalty = 1;              // of tokens of the prompt and the text so far; 1: off
+    double presencePenalty = 0;                // subtracted from the logits of tokens of the text so far
+    double frequencyPenalty = 0;               // the same, once for each time they occur
+    std::map<int64_t, double> logitBias = {};  // added to the logits of these ids
+    std::vector<int64_t> stopTokenIds = {};    // these end a text (kStop); not affected by ignoreEos
 
     void validate() const;  // throws UsageError
 };
@@ -174,15 +182,23 @@ struct SamplingParams {
 // temperature > 0.
 int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& params, double uniform);
 
-// Samples the tokens of one row. The random numbers (mt19937_64) are the same on every platform, but not Python's.
+// Samples the tokens of one row, one after the other: penalties and bias, then the choice. The random numbers
+// (mt19937_64) are the same on every platform, but not Python's.
 class Sampler {
  public:
-    Sampler(SamplingParams const& params, uint64_t row);
+    // `prompt`: tokens before the first choice, which the repetition penalty counts.
+    Sampler(SamplingParams const& params, uint64_t row, std::vector<int64_t> const& prompt = {});
+    // Throws BackendError if the highest of `logits` [vocab] is no number, UsageError if no token is left to choose.
     int64_t operator()(float const* logits, int64_t vocab);
 
  private:
+    void adjust(std::vector<float>& logits) const;
+
     SamplingParams params_;
     std::mt19937_64 random_;
+    bool penalises_;
+    std::set<int64_t> prompt_;           // empty without a repetition penalty
+    std::map<int64_t, int64_t> counts_;  // of the tokens so far, if something is penalised
 };
 
 // ------------------------------------------------------------------ session
@@ -203,7 +219,12 @@ struct RowState {
 
 constexpr int64_t kMaxLength = INT32_MAX;  // of a sequence
 
-// Logits of a step, in memory owned by the session that the next step overwrites.
+// `count` adjacent rows from row `first`.
+struct RowRange {
+    int64_t first, count;
+};
+
+// Logits of a step, in memory owned by the session that the next step overwrites. Row 0 is the first that ran.
 struct Logits {
     float const* data;
     int64_t tokens, vocab;  // tokens: 1, or those of the chunk with Contract::allLogits
@@ -215,7 +236,8 @@ class PlanRunner;
 // Holds the state of `batch` independent rows and runs their steps.
 //
 // A row with new length 0 is parked: its state does not change. For continuous batching, reset or overwrite a row that
-// has finished. If a step fails on the GPU, the state is undefined: call open() again.
+// has finished, or use a Scheduler (less_scheduler.hpp). If a step, copy or write fails on the GPU, the state of the
+// rows that it changes is undefined: a session refuses them until they are reset, overwritten or opened again.
 class Session {
  public:
     // Use openSession; this constructor is for other devices and engines (runtime/src/plan_runner.hpp).
@@ -228,14 +250,18 @@ class Session {
     std::string const& identity() const noexcept { return identity_; }
     int64_t batch() const noexcept { return static_cast<int64_t>(lengths_.size()); }
     int32_t length(int64_t row) const;  // tokens the row has seen
+    // Counts the changes of the state, so that a scheduler notices when something else used its rows.
+    uint64_t revision() const noexcept { return revision_; }
 
     // Allocates `batch` empty rows, 1..maxBatch. Opening again resets all rows.
     void open(int64_t batch);
     void close();
 
     // Feeds one chunk and advances the state. `inputIds` [B,T], right padded, 1 <= T <= chunk; `newLength` [B]:
-    // valid tokens of each row, 0..T. Logits of a parked row are meaningless.
+    // valid tokens of each row, 0..T. Logits of a parked row are meaningless. With `rows`, B = rows.count: only these
+    // rows run, and the others neither change nor cost anything. Throws BackendError.
     Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength);
+    Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength, RowRange rows);
 
     void resetRow(int64_t row);
     void copyRow(int64_t from, int64_t to);
@@ -247,14 +273,18 @@ class Session {
 
  private:
     void checkRow(int64_t row) const;
-    void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength) const;
+    void checkDefined(RowRange rows) const;
+    void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength,
+                   RowRange rows) const;
+    void change(RowRange rows, std::function<void()> const& action);
 
     Contract contract_;
     std::string identity_, layout_;
     std::unique_ptr<PlanRunner> runner_;
     std::vector<int32_t> lengths_;
     std::vector<int64_t> padded_;  // the ids of a step, padding replaced by 0
-    bool failed_ = false;
+    std::vector<bool> undefined_;  // rows whose state a failure has left undefined
+    uint64_t revision_ = 0;
 };
 
 struct SessionOptions {
@@ -268,7 +298,9 @@ Session openSession(Bundle const& bundle, SessionOptions const& options = {});
 
 // ------------------------------------------------------------------ generation
 
-enum class FinishReason { kEos, kLength };
+// An end-of-sequence token, one of SamplingParams::stopTokenIds, or the longest text.
+enum class FinishReason { kEos, kStop, kLength };
+char const* nameOf(FinishReason reason) noexcept;  // "eos", "stop", "length"
 
 // One new token of prompt `row`; `finish` is set for the last one.
 struct Token {
@@ -278,7 +310,7 @@ struct Token {
 };
 
 struct Generation {
-    std::vector<int64_t> tokens;  // new tokens only, including the eos token
+    std::vector<int64_t> tokens;  // new tokens only, including one that ended them
     FinishReason finish;
 };
 

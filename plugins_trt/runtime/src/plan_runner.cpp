@@ -33,7 +33,7 @@ PlanRunner::PlanRunner(Contract contract, std::unique_ptr<Device> device, std::u
       graphs_(graphs) {
     checkPlan();
     checkAliases();
-    for (StateTensor& tensor : contract_.state()) slots_.push_back({std::move(tensor), 0});
+    for (StateTensor& tensor : contract_.state()) slots_.push_back({std::move(tensor)});
 }
 
 void PlanRunner::checkAliases() const {
@@ -97,14 +97,15 @@ void PlanRunner::checkTensors(std::vector<TensorSpec> const& specs, bool input) 
     }
 }
 
-std::byte* PlanRunner::at(Slot const& slot, int side) const { return state_[inPlace_ ? 0 : side].get() + slot.offset; }
+std::byte* PlanRunner::at(Slot const& slot, int64_t row, int side) const {
+    return state_[inPlace_ ? 0 : side].get() + slot.offset + row * slot.tensor.rowBytes;
+}
 
 void PlanRunner::open(int64_t batch) {
     device_->activate();
     if (batch != batch_) allocate(batch);
-    for (Slot const& slot : slots_) {
-        device_->fill(at(slot, side_), slot.tensor.empty, batch_ * slot.tensor.rowBytes);
-    }
+    sides_.assign(static_cast<size_t>(batch), 0);
+    for (Slot const& slot : slots_) device_->fill(at(slot, 0, 0), slot.tensor.empty, batch_ * slot.tensor.rowBytes);
     device_->wait();
 }
 
@@ -125,7 +126,7 @@ void PlanRunner::allocate(int64_t batch) try {
     hostInput_ = Memory(*device_, input, true);
     logits_ = Memory(*device_, logits);
     hostLogits_ = Memory(*device_, logits, true);
-    shaped_.assign(static_cast<size_t>(plan_->profiles()), 0);
+    shaped_.assign(static_cast<size_t>(plan_->profiles()), {0, 0});
     batch_ = batch;
 } catch (BackendError const& error) {
     close();
@@ -149,65 +150,115 @@ void PlanRunner::close() {
     decode_ = {};
     for (Memory& block : state_) block = Memory();
     for (Memory* memory : {&input_, &hostInput_, &logits_, &hostLogits_}) *memory = Memory();
+    for (Slot& slot : slots_) {
+        slot.staged = {};
+        slot.stagedRows = 0;
+    }
     batch_ = 0;
-    side_ = 0;
+    sides_.clear();
 }
 
-float const* PlanRunner::step(int64_t const* ids, int64_t tokens, int32_t const* pastLength, int32_t const* newLength) {
+float const* PlanRunner::step(RowRange rows, int64_t const* ids, int64_t tokens, int32_t const* pastLength,
+                              int32_t const* newLength) {
     device_->activate();
-    std::memcpy(hostInput_.get(), pastLength, batch_ * sizeof *pastLength);
-    std::memcpy(hostInput_.get() + newOffset_, newLength, batch_ * sizeof *newLength);
-    std::memcpy(hostInput_.get() + idsOffset_, ids, batch_ * tokens * sizeof *ids);
+    std::memcpy(hostInput_.get(), pastLength, rows.count * sizeof *pastLength);
+    std::memcpy(hostInput_.get() + newOffset_, newLength, rows.count * sizeof *newLength);
+    std::memcpy(hostInput_.get() + idsOffset_, ids, rows.count * tokens * sizeof *ids);
     int const profile = tokens == 1 ? 0 : 1;
+    int const side = meet(rows);
     // After a change of shapes, an engine has to run once before it can be captured.
-    bool const warm = shaped_[profile] == tokens;
-    if (!warm) reshape(profile, tokens);
-    std::unique_ptr<Graph>& graph = decode_[side_];
-    if (graphs_ && warm && profile == 0 && !graph) {
-        graph = device_->capture([&] { run(profile, tokens); });
+    bool const warm = shaped_[profile] == std::pair(rows.count, tokens);
+    if (!warm) reshape(profile, rows.count, tokens);
+    bool const captures = profile == 0 && rows.first == 0;
+    std::unique_ptr<Graph>& graph = decode_[side];
+    if (graphs_ && warm && captures && !graph) {
+        graph = device_->capture([&] { run(profile, rows, side, tokens); });
         graphs_ = graph != nullptr;
     }
-    if (profile == 0 && graph) {
+    if (captures && graph) {
         graph->launch();
     } else {
-        run(profile, tokens);
+        run(profile, rows, side, tokens);
     }
     device_->wait();
-    if (!inPlace_) side_ = 1 - side_;
+    for (int64_t row = rows.first; !inPlace_ && row < rows.first + rows.count; ++row) sides_[row] = 1 - side;
     return reinterpret_cast<float const*>(hostLogits_.get());
 }
 
-void PlanRunner::reshape(int profile, int64_t tokens) {
-    shaped_[profile] = 0;
+// Brings rows into the block where most of them are; returns that block.
+int PlanRunner::meet(RowRange rows) {
+    auto const begin = sides_.begin() + rows.first;
+    int const side = 2 * std::count(begin, begin + rows.count, 1) > rows.count;
+    for (int64_t row = rows.first; row < rows.first + rows.count; ++row) {
+        if (sides_[row] == side) continue;
+        for (Slot const& slot : slots_) {
+            device_->copy(at(slot, row, side), rowOf(slot, row), slot.tensor.rowBytes);
+        }
+        sides_[row] = side;
+    }
+    return side;
+}
+
+void PlanRunner::reshape(int profile, int64_t count, int64_t tokens) {
+    shaped_[profile] = {0, 0};
+    if (profile == 0 && (decode_[0] || decode_[1])) {
+        device_->wait();
+        decode_ = {};  // they run other shapes
+    }
     for (TensorSpec const& spec : contract_.inputs()) {
-        Shape const shape = spec.sized(batch_, tokens);
+        Shape const shape = spec.sized(count, tokens);
         if (!plan_->setShape(profile, spec.name, shape)) {
             throw BackendError("the plan does not accept " + spec.name + " " + text(shape) + ": build it again");
         }
     }
     // The outputs must fit the memory allocated for them.
     for (TensorSpec const& spec : contract_.outputs()) {
-        Shape const shape = spec.sized(batch_, tokens), actual = plan_->shape(profile, spec.name);
+        Shape const shape = spec.sized(count, tokens), actual = plan_->shape(profile, spec.name);
         if (actual != shape) {
             throw BackendError("the plan returns " + spec.name + " " + text(actual) + ", not " + text(shape) +
                                ": build it again");
         }
     }
-    shaped_[profile] = tokens;
+    shaped_[profile] = {count, tokens};
 }
 
-void PlanRunner::run(int profile, int64_t tokens) {
+// Makes aligned memory for at least `count` rows of a tensor.
+void PlanRunner::stage(Slot& slot, int64_t count) {
+    if (slot.stagedRows >= count) return;
+    device_->wait();
+    slot.stagedRows = 0;
+    for (int side = 0; side < (inPlace_ ? 1 : 2); ++side) {
+        slot.staged[side] = Memory();
+        slot.staged[side] = Memory(*device_, count * slot.tensor.rowBytes);
+    }
+    slot.stagedRows = count;
+}
+
+void PlanRunner::run(int profile, RowRange rows, int side, int64_t tokens) {
     plan_->bind(profile, contract_.pastLength().name, input_.get());
     plan_->bind(profile, contract_.newLength().name, input_.get() + newOffset_);
     plan_->bind(profile, contract_.inputIds().name, input_.get() + idsOffset_);
     plan_->bind(profile, contract_.logits().name, logits_.get());
-    for (Slot const& slot : slots_) {
-        plan_->bind(profile, slot.tensor.past.name, at(slot, side_));
-        plan_->bind(profile, slot.tensor.present.name, at(slot, 1 - side_));
+    std::vector<Slot const*> staged;
+    for (Slot& slot : slots_) {
+        std::byte *past = at(slot, rows.first, side), *present = at(slot, rows.first, 1 - side);
+        if (rows.first * slot.tensor.rowBytes % kAlignment) {
+            stage(slot, rows.count);
+            staged.push_back(&slot);
+            device_->copy(slot.staged[0].get(), past, rows.count * slot.tensor.rowBytes);
+            past = slot.staged[0].get();
+            present = slot.staged[inPlace_ ? 0 : 1].get();
+        }
+        plan_->bind(profile, slot.tensor.past.name, past);
+        plan_->bind(profile, slot.tensor.present.name, present);
     }
-    device_->copy(input_.get(), hostInput_.get(), idsOffset_ + contract_.inputIds().bytes(batch_, tokens));
+    device_->copy(input_.get(), hostInput_.get(), idsOffset_ + contract_.inputIds().bytes(rows.count, tokens));
     plan_->enqueue(profile);
-    device_->copy(hostLogits_.get(), logits_.get(), contract_.logits().bytes(batch_, tokens));
+    for (Slot const* slot : staged) {
+        device_->copy(at(*slot, rows.first, 1 - side), slot->staged[inPlace_ ? 0 : 1].get(),
+                      rows.count * slot->tensor.rowBytes);
+    }
+    device_->copy(hostLogits_.get(), logits_.get(), contract_.logits().bytes(rows.count, tokens));
 }
 
 void PlanRunner::resetRow(int64_t row) {
@@ -218,8 +269,10 @@ void PlanRunner::resetRow(int64_t row) {
 
 void PlanRunner::copyRow(int64_t from, int64_t to) {
     device_->activate();
-    for (Slot const& slot : slots_) device_->copy(rowOf(slot, to), rowOf(slot, from), slot.tensor.rowBytes);
+    int const side = sides_[static_cast<size_t>(from)];
+    for (Slot const& slot : slots_) device_->copy(at(slot, to, side), at(slot, from, side), slot.tensor.rowBytes);
     device_->wait();
+    sides_[static_cast<size_t>(to)] = side;
 }
 
 void PlanRunner::readRow(int64_t row, std::byte* data) {

@@ -8,9 +8,13 @@
 
 namespace less {
 
-// State is allocated once per batch size. A plan with the plugin updates it in place; otherwise there are two copies,
-// which swap roles after every step. The decode step is captured into a graph (one for each assignment of the roles)
-// that copies tokens and lengths from pinned memory, runs the engine and copies the logits back.
+// State is allocated once per batch size. A plan with the plugin updates it in place; otherwise there are two blocks of
+// it, a step reads one and writes the other, and each row is in one of them. Rows that are stepped together must be in
+// the same block, so those in the minority move by a copy of their state: once, when a row joins others. A range of
+// rows is bound by its address, or copied to aligned memory where TensorRT cannot take that address.
+//
+// The decode step of a range that begins at row 0 is captured into a graph (one for each block) that copies tokens and
+// lengths from pinned memory, runs the engine and copies the logits back; another number of rows is captured again.
 class PlanRunner {
  public:
     // `inPlace`: the plan has the plugin, as the manifest says; the engine need not say so. Throws EngineError if the
@@ -24,8 +28,9 @@ class PlanRunner {
 
     void open(int64_t batch);  // empties all rows; memory and graphs are reused if the batch is the same
     void close();
-    // Returns the logits in pinned memory, valid until the next step.
-    float const* step(int64_t const* inputIds, int64_t tokens, int32_t const* pastLength, int32_t const* newLength);
+    // Runs `rows` alone; the arrays hold these rows. Returns their logits in pinned memory, valid until the next step.
+    float const* step(RowRange rows, int64_t const* inputIds, int64_t tokens, int32_t const* pastLength,
+                      int32_t const* newLength);
 
     // Rows in the layout of RowState::data.
     void resetRow(int64_t row);
@@ -34,10 +39,13 @@ class PlanRunner {
     void writeRow(int64_t row, std::byte const* data);
 
  private:
-    // One state tensor and its offset in a block of memory.
+    // One state tensor, its offset in a block of memory, and aligned memory for rows of it (past and present; only the
+    // first if `inPlace_`).
     struct Slot {
         StateTensor tensor;
-        size_t offset;
+        size_t offset = 0;
+        std::array<Memory, 2> staged{};
+        int64_t stagedRows = 0;
     };
 
     void checkPlan() const;
@@ -45,10 +53,12 @@ class PlanRunner {
     void checkTensors(std::vector<TensorSpec> const& specs, bool input) const;
     void allocate(int64_t batch);
     void drain() noexcept;
-    std::byte* at(Slot const& slot, int side) const;
-    std::byte* rowOf(Slot const& slot, int64_t row) const { return at(slot, side_) + row * slot.tensor.rowBytes; }
-    void reshape(int profile, int64_t tokens);
-    void run(int profile, int64_t tokens);
+    std::byte* at(Slot const& slot, int64_t row, int side) const;
+    std::byte* rowOf(Slot const& slot, int64_t row) const { return at(slot, row, sides_[static_cast<size_t>(row)]); }
+    int meet(RowRange rows);
+    void stage(Slot& slot, int64_t count);
+    void reshape(int profile, int64_t count, int64_t tokens);
+    void run(int profile, RowRange rows, int side, int64_t tokens);
 
     Contract contract_;
     std::unique_ptr<Device> device_;
@@ -57,12 +67,12 @@ class PlanRunner {
     std::vector<Slot> slots_;
 
     int64_t batch_ = 0;
-    int side_ = 0;                 // which block holds the past state
+    std::vector<int> sides_;       // which block holds each row: 0 or 1, always 0 if `inPlace_`
     std::array<Memory, 2> state_;  // only the first if `inPlace_`
     // Lengths and ids, and the logits, on the device and on the host.
     Memory input_, hostInput_, logits_, hostLogits_;
     size_t newOffset_ = 0, idsOffset_ = 0;
-    std::vector<int64_t> shaped_;  // tokens per row that each profile's shapes are set to; 0: not set
+    std::vector<std::pair<int64_t, int64_t>> shaped_;  // [B, T] that each profile's shapes are set to; 0, 0: not set
     std::array<std::unique_ptr<Graph>, 2> decode_;
 };
 

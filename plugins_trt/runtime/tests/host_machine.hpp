@@ -39,6 +39,13 @@ inline float logit(uint64_t hash, int64_t token) {
     return static_cast<float>(x >> 40) * 0x1p-20f;
 }
 
+// What one run of the engine was given, row by row.
+struct Feed {
+    int64_t first;  // row that it began with, if the first state tensor was bound where it lies
+    std::vector<std::vector<int64_t>> ids;
+    std::vector<int32_t> past;
+};
+
 // What a test configures and observes; must outlive the session.
 struct Machine {
     size_t freeBytes = size_t{1} << 30;
@@ -46,6 +53,11 @@ struct Machine {
     bool inPlace = true;                // the plan has the plugin
     int launches = 0, captured = 0, captureAttempts = 0;
     std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
+    std::vector<Feed> feeds;
+    // Called with "run" before the engine runs, and with "copy", "read", "write" or "reset" before a row's state is;
+    // may throw. It needs the bytes of the first state tensor: those of a row, and those of all.
+    std::function<void(char const*)> before;
+    size_t firstRowBytes = 0, firstBytes = 0;
     std::map<char*, size_t> memory;
     std::vector<std::function<void()>> stream;
     std::vector<std::function<void()>>* sink = &stream;
@@ -56,6 +68,26 @@ struct Machine {
             if (begin >= base && begin + bytes <= base + size) return;
         }
         bug("an access outside of the allocations");
+    }
+    // Where the allocation begins in which an address lies, or nullptr.
+    char const* base(void const* at) const {
+        auto const next = memory.upper_bound(static_cast<char*>(const_cast<void*>(at)));
+        if (next == memory.begin()) return nullptr;
+        auto const& [begin, bytes] = *std::prev(next);
+        return at < begin + bytes ? begin : nullptr;
+    }
+    void about(char const* what) {
+        if (before && sink == &stream) before(what);
+    }
+    // Tells of a copy of a row's state, by its first tensor: within a block, out of one, or into one.
+    void aboutCopy(void const* to, void const* from) {
+        char const *target = base(to), *source = base(from);
+        auto const first = [&](void const* at, char const* block) {
+            return static_cast<char const*>(at) < block + firstBytes;
+        };
+        if (source && source == target && first(to, target)) about("copy");
+        if (source && !target && first(from, source)) about("read");
+        if (!source && target && first(to, target)) about("write");
     }
 };
 
@@ -84,10 +116,12 @@ class HostDevice : public Device {
     }
     void releaseHost(void* memory) noexcept override { release(memory); }
     void copy(void* to, void const* from, size_t bytes) override {
+        machine_.aboutCopy(to, from);
         machine_.sink->push_back([=] { std::memcpy(to, from, bytes); });
     }
     void fill(void* at, int byte, size_t bytes) override {
         machine_.check(at, bytes);
+        if (bytes == machine_.firstRowBytes && at < machine_.base(at) + machine_.firstBytes) machine_.about("reset");
         machine_.sink->push_back([=] { std::memset(at, byte, bytes); });
     }
     void wait() override {
@@ -104,6 +138,7 @@ class HostGraph : public Graph {
  public:
     explicit HostGraph(Machine& machine) : machine_(machine) {}
     void launch() override {
+        machine_.about("run");
         ++machine_.launches;
         machine_.stream.insert(machine_.stream.end(), work.begin(), work.end());
     }
@@ -178,6 +213,7 @@ class HostPlan : public Plan {
         bound_[{profile, tensor}] = static_cast<unsigned char*>(memory);
     }
     void enqueue(int profile) override {
+        machine_.about("run");
         if (!machine_.runs) throw BackendError("TensorRT cannot run this step: the test forbids it");
         Shape const ids = shapes_.at({profile, contract_.inputIds().name});
         std::map<std::string, unsigned char*> at;
@@ -200,6 +236,14 @@ class HostPlan : public Plan {
         auto const* newLength = reinterpret_cast<int32_t const*>(at.at(contract_.newLength().name));
         auto* logits = reinterpret_cast<float*>(at.at(contract_.logits().name));
         std::vector<StateTensor> const tensors = contract_.state();
+        unsigned char const* firstPast = at.at(tensors[0].past.name);
+        auto const* block = reinterpret_cast<unsigned char const*>(machine_.base(firstPast));
+        Feed feed{(firstPast - block) / tensors[0].rowBytes, {}, {past, past + shape[0]}};
+        for (int64_t row = 0; row < shape[0]; ++row) {
+            int64_t const* begin = ids + row * shape[1];
+            feed.ids.emplace_back(begin, begin + newLength[row]);
+        }
+        machine_.feeds.push_back(std::move(feed));
         int64_t const logitTokens = contract_.allLogits ? shape[1] : 1;
         for (int64_t row = 0; row < shape[0]; ++row) {
             std::vector<uint64_t> hash(static_cast<size_t>(shape[1]), 0);

@@ -9,6 +9,7 @@
 #include "host_machine.hpp"
 #include "json.hpp"
 #include "plan_runner.hpp"
+#include "replay.hpp"
 #include "sha256.hpp"
 #include "text.hpp"
 
@@ -78,7 +79,7 @@ void printableCodes() {
     }
 }
 
-// Reads one case per line: temperature, top_k, top_p, uniform, then the logits.
+// Reads one case per line: temperature, top_k, top_p, min_p, uniform, then the logits.
 void sample() {
     for (std::string line; std::getline(std::cin, line);) {
         std::istringstream fields(line);
@@ -88,6 +89,7 @@ void sample() {
         params.temperature = next();
         params.topK = static_cast<int64_t>(next());
         params.topP = next();
+        params.minP = next();
         double const uniform = next();
         std::vector<float> logits;
         while (fields >> field) logits.push_back(std::strtof(field.c_str(), nullptr));
@@ -110,7 +112,7 @@ void generateOn(Bundle const& bundle, bool inPlace, int64_t maxNewTokens, Prompt
     std::optional<RowState> state;
     if (!prefix.empty()) state = prefill(session, prefix);
     for (Generation const& g : generate(session, prompts, params, bundle.eosIds, state ? &*state : nullptr)) {
-        std::cout << list(g.tokens) << (g.finish == FinishReason::kEos ? " eos" : " length") << '\n';
+        std::cout << list(g.tokens) << ' ' << nameOf(g.finish) << '\n';
     }
 }
 
@@ -142,6 +144,10 @@ int main(int argc, char** argv) try {
         std::istringstream prefix(args.at(4));
         generateOn(Bundle::open(args.at(1)), args.at(2) == "in-place", std::stoll(args.at(3)),
                    Prompt(std::istream_iterator<int64_t>(prefix), std::istream_iterator<int64_t>()));
+    }
+    if (command == "schedules") {
+        Bundle const bundle = Bundle::open(args.at(1));
+        testing::replay(std::cin, std::cout, bundle.contract, bundle.eosIds, args.at(2) == "in-place");
     }
     return 0;
 } catch (Error const& error) {
