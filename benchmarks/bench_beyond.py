@@ -2,10 +2,11 @@
 
 Streams of the texts that ``--text`` names run through the torch backend, 64 tokens a step, with 256 slots. With
 ``--kernels``, two caches are compared instead: LESS with the slots that its kernels were trained with, and the slots
-alone that take the same bytes. With ``--rotations``, every text becomes as many streams, each of which begins where
+alone that take the same bytes. With ``--simulate``, the simulation computes every 8th loss of streams of one token a
+step, many times faster. With ``--rotations``, every text becomes as many streams, each of which begins where
 another has one part less, so that every part of the positions holds the same text. The result is
 ``benchmarks/results/beyond.json``, written after every cache; what it holds of the same model, length, texts and
-rotations is kept.
+options is kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import hashlib
 import json
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_common import RESULTS, machine
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from less_export.bundle.files import write_atomically
@@ -33,11 +36,14 @@ from less_export.hf import data
 from less_export.hf.model import open_model
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
+from less_export.less.rotary import RotaryTable
 from less_export.progress import Progress, Step
 from less_export.runtime.torch import ModelBackend
 
 FILE = RESULTS / "beyond.json"
 SLOTS, CHUNK = 256, 64
+#: Every how many positions the simulation gives a loss.
+STRIDE = 8
 #: The dtype in which bytes are compared.
 BYTES = "bfloat16"
 
@@ -71,7 +77,7 @@ class Cache:
                 chunk=CHUNK,
             ),
         )
-        return Opened(self.name, opened.plan, opened.kernels)
+        return Opened(self.name, opened.plan, opened.kernels, opened.rotary_tables(length))
 
 
 CACHES = (
@@ -90,11 +96,13 @@ CACHES = (
 
 @dataclass(frozen=True)
 class Opened:
-    """A cache of a model: its name, the plan of its layers, and kernels with constants and tables."""
+    """A cache of a model: its name, the plan of its layers, kernels with constants and tables, and tables of all
+    distances in a stream."""
 
     name: str
     plan: tuple[LayerSpec, ...]
     kernels: Kernels
+    tables: Sequence[RotaryTable]
 
 
 def with_kernels(model: str, file: Path, length: int) -> list[Opened]:
@@ -111,6 +119,7 @@ def with_kernels(model: str, file: Path, length: int) -> list[Opened]:
             f"{v.kind}, {max(s.capacity for s in v.plan if s.policy.evicts)} slots",
             v.plan,
             replace(opened.kernels, layers=v.kernels.layers),
+            opened.rotary_tables(length),
         )
         for v in built
     ]
@@ -137,12 +146,26 @@ def losses(model: PreTrainedModel, cache: Opened, ids: np.ndarray, step: Step) -
     return nll, {"age_quantiles": quantiles, "first_1024": round(float((positions < 1024).mean()), 4)}
 
 
-def measure(model: PreTrainedModel, cache: Opened, ids: np.ndarray, progress: Progress) -> dict[str, Any]:
-    start = time.perf_counter()
-    with progress.phase(cache.name, ids.shape[1] // CHUNK) as step:
-        nll, held = losses(model, cache, ids, step)
-    # One number a step; the last step lacks the token after the stream.
-    steps = [[round(float(row[i : i + CHUNK].mean()), 4) for i in range(0, len(row), CHUNK)] for row in nll]
+def simulated(model: PreTrainedModel, cache: Opened, ids: np.ndarray, step: Step, positions: Tensor) -> np.ndarray:
+    """[N,P] losses in nats at ``positions``, one token a step."""
+    variant = variants.Variant("less" if cache.kernels.layers else "sparse", cache.plan, cache.kernels)
+    rows = torch.from_numpy(ids)
+    found = [perplexity.simulated(model, row[None], variant, 1, positions, step, cache.tables) for row in rows]
+    return np.concatenate(found)
+
+
+def measure(
+    model: PreTrainedModel, cache: Opened, ids: np.ndarray, simulate: bool, progress: Progress
+) -> dict[str, Any]:
+    start, held = time.perf_counter(), dict[str, Any]()
+    with progress.phase(cache.name, len(ids) if simulate else ids.shape[1] // CHUNK) as step:
+        if simulate:
+            at = torch.arange(STRIDE - 1, ids.shape[1] - 1, STRIDE)
+            nll, size = simulated(model, cache, ids, lambda rows: step("", rows), at), CHUNK // STRIDE
+        else:
+            (nll, held), size = losses(model, cache, ids, step), CHUNK
+    # One number for every CHUNK tokens; the last lacks the token after the stream.
+    steps = [[round(float(row[i : i + size].mean()), 4) for i in range(0, len(row), size)] for row in nll]
     seconds = round(time.perf_counter() - start)
     return {"cache": cache.name, "length": ids.shape[1], "nll": steps, **held, "seconds": seconds}
 
@@ -166,6 +189,7 @@ def main() -> None:
     group.add_argument("--caches", nargs="+", metavar="NAME", help="some of the caches, by name (default: all)")
     group.add_argument("--kernels", type=Path, metavar="FILE", help="LESS with these, and the same bytes in slots")
     parser.add_argument("--rotations", type=int, default=1, metavar="N", help="streams of every text (default: 1)")
+    parser.add_argument("--simulate", action="store_true", help="one token a step, by simulation")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     source = resolve(args.model)
@@ -187,6 +211,7 @@ def main() -> None:
             "texts": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in contents.items()},
             "rotations": args.rotations,
             "kernels": digest,
+            "simulated": args.simulate,
             "trained_length": trained,
         },
     )
@@ -202,7 +227,8 @@ def main() -> None:
         if cache.name in done:
             continue
         whole = not any(s.policy.evicts for s in cache.plan)
-        row = measure(model, cache, ids[:, : min(args.length, trained, 8192)] if whole else ids, progress)
+        mine = ids[:, : min(args.length, trained, 8192)] if whole else ids
+        row = measure(model, cache, mine, args.simulate, progress)
         entry["rows"].append(row)
         if not args.kernels:
             entry["rows"].sort(key=lambda r: order.index(r["cache"]))

@@ -31,6 +31,7 @@ from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.model import open_model
 from less_export.hf.running import compute_dtype
 from less_export.hf.sources import resolve
+from less_export.less.feature_maps import Kernels
 from less_export.less.memory import layer_bytes
 from less_export.plan import sparse_layer
 from less_export.training.end_to_end import Comparison
@@ -52,6 +53,13 @@ def caches(layer: LayerSpec, slots: int) -> dict[str, LayerSpec]:
 
     less = replace(sparse_layer(layer, most(layer)), absorb=True, rank=layer.rank, state_bits=layer.state_bits)
     return dict(zip(KINDS, (wide, sparse_layer(layer, most(plain)), less), strict=True))
+
+
+def training(kernels: Kernels) -> dict[str, Any]:
+    """On what kernels were trained: their texts, and the sequences that they were fitted and judged on."""
+    facts = kernels.provenance
+    names = sorted({str(source["name"]).partition(".")[0] for source in facts["data"]})
+    return {"texts": names, "sequences": facts["sequences"]["count"]}
 
 
 def measure(
@@ -104,7 +112,10 @@ def measure(
                     maps = used if kind == "less" else {}
                     kl = compared.divergence(row, LENGTH, at, maps, plan)
                     found[kind].append([round(x, 5) for x in kl.tolist()])
-        rows[key] = {"model": name, "policy": key[1], "text": text, "kernels": digest, "slots": counts, "kl": found}
+        rows[key] = {
+            "model": name, "policy": key[1], "text": text, "kernels": digest, "rank": max(ranks.values()),
+            "trained": training(loaded), "slots": counts, "kl": found,
+        }  # fmt: skip
         facts = {"machine": machine(), "length": LENGTH, "stride": STRIDE, "rows": list(rows.values())}
         write_atomically(args.out, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
 

@@ -1,6 +1,6 @@
 """Recall of a sentence after some distance: the loss of its last words, once planted in the text and once not.
 
-Streams of the texts that ``--text`` names run through the torch backend, 64 tokens a step, with 256 slots and without
+Streams of the texts that ``--text`` names run through the simulation, one token a step, with 256 slots and without
 kernels. Each has a sentence planted, goes on for some distance, and then asks for it; its twin has other text in the
 sentence's place. The result is ``benchmarks/results/recall.json``, written after every cache.
 """
@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_beyond import CACHES, CHUNK, SLOTS, Opened, backend_of
+from bench_beyond import CACHES, SLOTS, Opened, simulated
 from bench_common import RESULTS, machine
 from transformers import PreTrainedModel
 
 from less_export.bundle.files import write_atomically
 from less_export.cli.progress import Bars
-from less_export.evaluation import perplexity
 from less_export.hf import data
 from less_export.hf.sources import resolve
 
@@ -32,7 +31,6 @@ PLANTED, DISTANCES = 1000, (500, 2000, 6000)
 SENTENCES = (
     (" The password of the northern gate is", " amber falcon seventeen quiet harbour."),
     (" The secret ingredient of the old recipe is", " three grams of crushed juniper bark."),
-    (" The number of the locker at the station is", " nine hundred forty two, second row."),
 )
 
 
@@ -52,8 +50,8 @@ def recall(
         for question, answer in SENTENCES:
             asked = len(encode(answer))
             stream = np.array([row for ids in texts for row in pair(ids, encode(question) + encode(answer), distance)])
-            positions = list(range(stream.shape[1] - asked - 1, stream.shape[1] - 1))
-            nll = perplexity.streamed(backend_of(model, cache, len(stream)), stream, CHUNK, positions).mean(1)
+            positions = torch.arange(stream.shape[1] - asked - 1, stream.shape[1] - 1)
+            nll = simulated(model, cache, stream, lambda rows: None, positions).mean(1)
             found[str(distance)] += [[round(float(x), 3) for x in nll[i : i + 2]] for i in range(0, len(nll), 2)]
     return found
 
@@ -70,7 +68,7 @@ def main() -> None:
     texts = [Path(text.partition("=")[2]).read_text(encoding="utf-8")[: 8 * length] for text in args.text]
     ids = [(([] if bos is None else [bos]) + encode(text))[:length] for text in texts]
     file: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
-    file |= {"slots": SLOTS, "chunk": CHUNK, "pairs": len(ids) * len(SENTENCES), "machine": machine()}
+    file |= {"slots": SLOTS, "pairs": len(ids) * len(SENTENCES), "machine": machine()}
     model, progress = source.load(torch.float32), Bars()
     for cache in CACHES:
         if args.caches and cache.name not in args.caches:

@@ -108,8 +108,9 @@ def same(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             change = statistics.mean(((last - nll[:, :, 0]) / nll[:, :, 0].mean()).ravel())
             losses = [f"{nll[:, :, i].mean():.3f} ({span})" for i, span in zip((0, -1), spans, strict=True)]
             change_cell = f"{change.value:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
-            rows.append([entry["model"], row["cache"], ", ".join(entry["texts"]), *losses, change_cell])
-    return ["model", "cache", "texts", "first part", "last part", "change"], rows
+            tokens = "1" if entry["simulated"] else str(chunk)
+            rows.append([entry["model"], row["cache"], ", ".join(entry["texts"]), tokens, *losses, change_cell])
+    return ["model", "cache", "texts", "tokens a step", "first part", "last part", "change"], rows
 
 
 def recall(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -119,28 +119,27 @@ def decode_cost() -> str:
 
 def headline() -> str:
     """The figures at the top of the README, with links to their pages."""
-    decode, data = results("decode_cost"), results("quality")
+    decode = results("decode_cost")
     by_context = {r["context"]: r for r in decode["rows"]}
     long, step, short = by_context[32768], by_context[16384], decode["rows"][0]
     state, cache = (size(long[n]) for n in ("less_state_bytes", "full_cache_bytes"))
     slower = f"at {short['context']}: {short['less_ms']:.0f} and {short['full_ms']:.0f} ms"
-    cost = "[Decoding](docs/results/decoding.md)"
+    cost, quality_page = "[Decoding](docs/results/decoding.md)", "[Quality](docs/results/quality.md)"
     times = (f"{step[n]:.0f} ms" for n in ("less_ms", "full_ms"))
     rows = [
         [f"cache of one sequence at {long['context']:,} tokens", state, "", cache, cost],
         [f"decode step at {step['context']:,} tokens ({slower})", next(times), "", next(times), cost],
     ]
-    measured = quality_tables.Quality(data)
-    setting = measured.settings()[0]
-    for domain, text in (("in", "WikiText-2"), ("shipped", "later passages of the training texts")):
-        less = [f.row["perplexity"] for f in measured.less(domain, setting)]
-        rest = (measured.one(domain, setting, "sparse+bytes R8"), measured.one(domain, "", "full"))
-        figures = [sum(less) / len(less), *(f.row["perplexity"] for f in rest if f)]
-        quality_page = "[Quality](docs/results/quality.md)"
-        rows.append([f"perplexity on {text}", *(f"{x:.2f}" for x in figures), quality_page])
-    description = f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots; "
-    description += f"perplexity: Gemma 3 270M, contexts of 1,024 tokens, {setting}; "
-    description += "both with slots in the compute dtype, absolute positions and scores that never fade"
+    kernels = results("kernels")
+    for model, less, sparse in kernels_tables.headline(kernels):
+        rows.append([f"KL from the full cache, {model}", f"{less:.3f}", f"{sparse:.3f}", "0", quality_page])
+    description = (
+        f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots in the compute "
+    )
+    description += (
+        f"dtype; KL in nats: mean of six texts, contexts of {kernels['length']:,} tokens, int8 slots in the bytes "
+    )
+    description += "of 5% of the context in 16 bits"
     return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({description})"
 
 
@@ -269,14 +268,14 @@ def long() -> str:
 def beyond(part: str) -> str:
     """A table about streams past the trained length."""
     data = results("beyond")
-    note = f"{data['slots']} slots unless said otherwise, {data['chunk']} tokens a step"
+    note = f"{data['slots']} slots unless said otherwise"
     return table(*long_tables.PARTS[part](data)) + f"\n\n({note}; {where(data['streams'][-1])})"
 
 
 def recall() -> str:
     """Recall of a planted sentence."""
     data = results("recall")
-    note = f"{data['slots']} slots, {data['chunk']} tokens a step, {data['pairs']} pairs of streams, without kernels"
+    note = f"{data['slots']} slots, one token a step, {data['pairs']} pairs of streams, without kernels"
     return table(*long_tables.recall(data)) + f"\n\n({note}; {where(data)})"
 
 

@@ -20,6 +20,7 @@ from less_export.contract import Contract
 from less_export.dtypes import numpy_dtype
 from less_export.runtime.backend import Array, Backend, State, empty
 
+from .sharing import once, shared_folder
 from .trt_support import HEADER
 
 ROOT = Path(__file__).parents[1]
@@ -58,15 +59,17 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all"
     options = ["-DLESS_RUNTIME_TENSORRT=OFF", "-DLESS_RUNTIME_TESTS=ON", "-DLESS_RUNTIME_FUZZ=ON"]
     options.append("-DCMAKE_BUILD_TYPE=None")
-    return cmake(RUNTIME, tmp_path_factory.mktemp("cpp") / "tools", *options, f"-DCMAKE_CXX_FLAGS={flags}")
+    options.append(f"-DCMAKE_CXX_FLAGS={flags}")
+    return once(shared_folder(tmp_path_factory, "cpp") / "tools", lambda folder: cmake(RUNTIME, folder, *options))
 
 
 @pytest.fixture(scope="session")
 def less_generate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, linked against TensorRT-RTX's library and the static CUDA runtime."""
-    folder = tmp_path_factory.mktemp("cpp") / "example"
     options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1"]
-    return cmake(ROOT / "examples" / "cpp", folder, *options) / "less_generate"
+    example = ROOT / "examples" / "cpp"
+    folder = once(shared_folder(tmp_path_factory, "cpp") / "example", lambda folder: cmake(example, folder, *options))
+    return folder / "less_generate"
 
 
 # ------------------------------------------------------------------ bundles

@@ -33,7 +33,7 @@ def parser() -> Parser:
     paths.add_argument("--data", nargs="+", default=[], metavar="TEXT", help=DATA_HELP)
     cache_options(parser, layer_budgets_note="; auto divides the budget by what eviction costs in each layer")
     kernels = parser.add_argument_group("kernels")
-    kernels.add_argument("--rank", type=int, metavar="R", help="number of features (default: recipe's, or 8)")
+    kernels.add_argument("--rank", type=int, metavar="R", help="number of features (default: recipe's, or 4)")
     kernels.add_argument("--hidden", type=int, metavar="N", help="hidden width (default: recipe's, or 128)")
     kernels.add_argument(
         "--parametrisation",

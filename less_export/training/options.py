@@ -19,7 +19,7 @@ from ..less.policies import by_name, choosable
 Quality = Literal["fast", "high"]
 #: Steps per layer, training sequences, and steps in which all kernels are tuned together, of each quality.
 QUALITIES: dict[str, tuple[int, int, int]] = {"fast": (200, 48, 120), "high": (500, 192, 480)}
-DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 8, 128, 1024
+DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 4, 128, 1024
 #: Value of ``layer_budgets`` that divides the budget by measured costs.
 AUTO = "auto"
 #: Largest seed: layers add their number to it, and torch takes 64 bits.
