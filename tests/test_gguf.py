@@ -289,16 +289,23 @@ def test_chat_templates(templates: Any, want: Any, file: Callable[..., Path]) ->
     assert tokenizer.chat_template == want
 
 
-def test_an_unknown_pre_tokenizer_is_named(
+def test_pre_tokenizers(
     file: Callable[..., Path], recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for kind in ("llama-bpe", "gpt-2", "default", "smollm"):
+    """Some take digits apart; one that nobody knows is named."""
+    pieces = {}
+    for kind in ("llama-bpe", "gpt-2", "default", "smollm", "new"):
         monkeypatch.setattr(
             gguf.GGUFWriter, "add_tokenizer_pre", lambda w, _, kind=kind: w.add_string("tokenizer.ggml.pre", kind)
         )
-        assert sources.resolve(str(file())).tokenizer() is not None
+        tokenizer = sources.resolve(str(file())).tokenizer()
+        assert tokenizer is not None
+        split = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in 2024, it's")
+        pieces[kind] = [piece for piece, _ in split]
+    assert pieces["gpt-2"] == pieces["default"] == pieces["new"] == ["in", "Ġ2024", ",", "Ġit", "'s"]
+    assert pieces["smollm"] == ["in", "Ġ", "2", "0", "2", "4", ",", "Ġit", "'s"]
     (warning,) = [str(w.message) for w in recwarn if "pre-tokenizer" in str(w.message)]
-    assert "'smollm'" in warning
+    assert "'new'" in warning
 
 
 @pytest.mark.slow

@@ -54,6 +54,8 @@ _KNOWN = {
 _USUAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1, "yarn_log_multiplier": 0}
 #: Pre-tokenizers that split as GPT-2's does, which transformers uses for all that it does not know.
 _AS_GPT2 = {"default", "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"}
+#: Pre-tokenizers that take digits apart and then split as GPT-2's does (llama.cpp, src/llama-vocab.cpp).
+_DIGITS_APART = {"codeshell", "command-r", "exaone", "minerva-7b", "refact", "smollm", "starcoder"}
 #: Llama 3's constants, for tables that several of them would explain.
 _LLAMA3_LENGTH, _LLAMA3_LOW, _LLAMA3_HIGH = 8192, 1.0, 4.0
 #: Largest relative difference of a table that a scaling explains, to one that it makes.
@@ -121,11 +123,13 @@ class GgufFile:
         found = {key.removeprefix(prefix): self.value(key) for key in self._fields if key.startswith(prefix)}
         return {name: text for name, text in found.items() if isinstance(text, str)}
 
-    def unknown_splits(self) -> str | None:
-        """The name of a pre-tokenizer that transformers does not know; None if it knows it, or needs none."""
+    def splits(self) -> tuple[bool, str | None]:
+        """Whether the tokenizer takes digits apart before it splits as GPT-2's does, which transformers does not know;
+        and the name of a pre-tokenizer that nobody knows."""
         kind = self.value("tokenizer.ggml.pre")
-        byte_level = self.value("tokenizer.ggml.model") == "gpt2"
-        return str(kind) if byte_level and kind is not None and kind not in _AS_GPT2 | gguf_splits() else None
+        if self.value("tokenizer.ggml.model") != "gpt2" or kind is None or kind in _AS_GPT2 | gguf_splits():
+            return False, None
+        return (True, None) if kind in _DIGITS_APART else (False, str(kind))
 
     def unread_tensors(self, names: Collection[str]) -> list[str]:
         """Tensors that are not loaded, by the ``names`` that are, with or without their last part."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.pre_tokenizers import Digits, Sequence
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .. import panics
@@ -164,7 +165,10 @@ class ModelSource:
         if named:  # transformers reads the one without a name
             default = {"default": tokenizer.chat_template} if isinstance(tokenizer.chat_template, str) else {}
             tokenizer.chat_template = {**default, **named}
-        unknown = file.unknown_splits()
+        digits_apart, unknown = file.splits()
+        if digits_apart:
+            fast = tokenizer.backend_tokenizer
+            fast.pre_tokenizer = Sequence([Digits(individual_digits=True), fast.pre_tokenizer])
         if unknown is not None:
             warnings.warn(
                 f"transformers does not know the pre-tokenizer '{one_line(unknown, 40)}' that {path.name} states: "
