@@ -38,7 +38,9 @@ from less_export.training.end_to_end import Comparison
 from less_export.training.options import DEFAULT_RANK
 
 FILE = RESULTS / "kernels.json"
-LENGTH, STRIDE, DTYPE = 1024, 8, "bfloat16"
+#: Context that a budget in percent refers to.
+CONTEXT = 1024
+STRIDE, DTYPE = 8, "bfloat16"
 KINDS = ("16-bit", "sparse", "less")
 
 
@@ -63,14 +65,14 @@ def training(kernels: Kernels) -> dict[str, Any]:
 
 
 def measure(
-    name: str, kernels: Path | None, args: argparse.Namespace, rows: dict[tuple[str, ...], dict[str, Any]]
+    name: str, kernels: Path | None, args: argparse.Namespace, rows: dict[tuple[Any, ...], dict[str, Any]]
 ) -> None:
     """Measure a model and its kernels on every text that ``rows`` lacks, writing them all after each.
 
     Without kernels, print the slots of the caches.
     """
     source, progress = resolve(name), Bars()
-    config = ExportConfig(policy=args.policy, budget=args.budget, context=LENGTH, kernels=kernels)
+    config = ExportConfig(policy=args.policy, budget=args.budget, context=CONTEXT, kernels=kernels)
     opened = open_model(source, config, rank=args.rank if kernels is None else None, equal_budgets=True)
     loaded = opened.kernels
     evicting = [i for i, s in enumerate(opened.plan) if s.policy.evicts]
@@ -97,26 +99,27 @@ def measure(
     model = source.load(compute_dtype(opened.hf_config, "cpu")).requires_grad_(False)
     used = {i: loaded.layers[i] for i in ranks}
     decoder = LayerwiseDecoder(model, opened.plan)
-    at = torch.arange(max(map(max, counts.values())) + 1, LENGTH - 1, STRIDE)
+    length = args.length
+    at = torch.arange(max(map(max, counts.values())) + 1, length - 1, STRIDE)
     for text, content in texts(args.text):
-        key = (name, opened.plan[evicting[0]].policy.name, text, digest)
+        key = (name, opened.plan[evicting[0]].policy.name, text, length, digest)
         if key in rows or (args.only and text not in args.only):
             continue
-        ids = sequences(content, encode, bos, args.sequences)
+        ids = sequences(content, encode, bos, args.sequences, length)
         progress.say(f"{name} on {text}: {len(ids)} sequences")
-        compared = Comparison(decoder, ids, opened.plan, min(evicting), loaded.centring, opened.rotary_tables(LENGTH))
+        compared = Comparison(decoder, ids, opened.plan, min(evicting), loaded.centring, opened.rotary_tables(length))
         found: dict[str, list[list[float]]] = {kind: [] for kind in plans}
         with torch.no_grad():
             for row in range(len(ids)):
                 for kind, plan in plans.items():
                     maps = used if kind == "less" else {}
-                    kl = compared.divergence(row, LENGTH, at, maps, plan)
+                    kl = compared.divergence(row, length, at, maps, plan)
                     found[kind].append([round(x, 5) for x in kl.tolist()])
         rows[key] = {
-            "model": name, "policy": key[1], "text": text, "kernels": digest, "rank": max(ranks.values()),
-            "trained": training(loaded), "slots": counts, "kl": found,
+            "model": name, "policy": key[1], "text": text, "length": length, "kernels": digest,
+            "rank": max(ranks.values()), "trained": training(loaded), "slots": counts, "kl": found,
         }  # fmt: skip
-        facts = {"machine": machine(), "length": LENGTH, "stride": STRIDE, "rows": list(rows.values())}
+        facts = {"machine": machine(), "stride": STRIDE, "rows": list(rows.values())}
         write_atomically(args.out, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
 
 
@@ -132,6 +135,9 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="measure its last fifth too")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="of these texts (default: all)")
     parser.add_argument("--sequences", type=int, default=8, metavar="N", help="of each text (default: 8)")
+    parser.add_argument(
+        "--length", type=int, default=CONTEXT, metavar="N", help="tokens of a sequence (default: %(default)s)"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
     parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="(default: results/kernels.json)")
     args = parser.parse_args()
@@ -139,7 +145,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     written = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows = {(r["model"], r["policy"], r["text"], r["kernels"]): r for r in written}
+    rows = {(r["model"], r["policy"], r["text"], r["length"], r["kernels"]): r for r in written}
     measure(args.model, args.kernels, args, rows)
     if args.print_slots:
         return

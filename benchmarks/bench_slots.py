@@ -54,10 +54,10 @@ def texts(extra: list[str]) -> Iterator[tuple[str, str]]:
         yield name, text[len(text) * 4 // 5 :]
 
 
-def sequences(text: str, encode: data.Encode, bos: int | None, most: int = SEQUENCES) -> Tensor:
-    """[N, LENGTH] token ids, spread over the text; N is at most ``most``."""
+def sequences(text: str, encode: data.Encode, bos: int | None, most: int = SEQUENCES, length: int = LENGTH) -> Tensor:
+    """[N, length] token ids, spread over the text; N is at most ``most``."""
     start, body = ([] if bos is None else [bos]), encode(text)
-    size = LENGTH - len(start)
+    size = length - len(start)
     count = min(most, len(body) // size)
     gap = (len(body) - size) // max(count - 1, 1)
     return torch.tensor([start + body[i * gap : i * gap + size] for i in range(count)])

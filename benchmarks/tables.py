@@ -135,11 +135,9 @@ def headline() -> str:
         rows.append([f"KL from the full cache, {model}", f"{less:.3f}", f"{sparse:.3f}", "0", quality_page])
     description = (
         f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots in the compute "
+        f"dtype; KL in nats: mean of six texts, contexts of {kernels_tables.HEADLINE_LENGTH:,} tokens, int8 slots in the "
+        "bytes of 5% of the context in 16 bits"
     )
-    description += (
-        f"dtype; KL in nats: mean of six texts, contexts of {kernels['length']:,} tokens, int8 slots in the bytes "
-    )
-    description += "of 5% of the context in 16 bits"
     return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({description})"
 
 
@@ -315,7 +313,7 @@ def int4() -> str:
 def kernels_kl() -> str:
     """What kernels add to int8 slots."""
     data = results("kernels")
-    note = f"contexts of {data['length']:,} tokens, one token a step, every {data['stride']}th position past the slots"
+    note = f"one token a step, every {data['stride']}th position past the slots"
     return table(*kernels_tables.kernels_kl(data)) + f"\n\n({note}; {where(data)})"
 
 
