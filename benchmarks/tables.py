@@ -135,8 +135,8 @@ def headline() -> str:
         rows.append([f"KL from the full cache, {model}", f"{less:.3f}", f"{sparse:.3f}", "0", quality_page])
     description = (
         f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots in the compute "
-        f"dtype; KL in nats: mean of six texts, contexts of {kernels_tables.HEADLINE_LENGTH:,} tokens, int8 slots in the "
-        "bytes of 5% of the context in 16 bits"
+        f"dtype; KL in nats: mean of six texts, contexts of {kernels_tables.HEADLINE_LENGTH:,} tokens, int8 slots "
+        "in the bytes of 5% of the context in 16 bits"
     )
     return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({description})"
 
