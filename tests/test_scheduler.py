@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import BackendError, UsageError
-from less_export.runtime.backend import Array, Backend, RowState, State
+from less_export.runtime.backend import Backend, RowState
 from less_export.runtime.generate import Generator
 from less_export.runtime.ort import OrtBackend
 from less_export.runtime.sampling import SamplingParams
-from less_export.runtime.scheduler import Event, Scheduler
+from less_export.runtime.scheduler import Scheduler
 from less_export.runtime.sequence import Sequence, SequenceFactory
 
+from .scheduling import RAISES, FaultyBackend, Request, assert_as_alone, play, run_all, tokens
 from .test_generate import HashBackend, contract, expected, ids, letter_tokenizer
 from .tiny_decoder import CONTRACT, onnx_decoder
 
@@ -35,16 +33,6 @@ POLICIES = {
 POLICIES["h2o, int8 slots"] = dataclasses.replace(POLICIES["h2o"], slot_dtype="int8")
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """``arrives`` and ``leaves`` are steps; it leaves only if it has not finished before."""
-
-    prompt: tuple[int, ...]
-    tokens: int
-    arrives: int
-    leaves: int | None = None
-
-
 REQUESTS = st.lists(
     st.builds(
         Request,
@@ -56,46 +44,6 @@ REQUESTS = st.lists(
     min_size=8,
     max_size=8,
 )
-
-
-def play(scheduler: Scheduler, requests: list[Request], **params: Any) -> dict[int, list[Event]]:
-    """Submit, cancel and step as the requests say; their events by index."""
-    factory = SequenceFactory(scheduler.backend, None, ())
-    sequences: dict[int, Sequence] = {}
-    events: dict[int, list[Event]] = defaultdict(list)
-    for step in range(400):
-        for index, request in enumerate(requests):
-            if request.arrives == step:
-                options = factory.params(None, {"max_new_tokens": request.tokens, **params})
-                sequences[index] = factory.sequence(request.prompt, options, index=index)
-                scheduler.submit(sequences[index])
-            if request.leaves == step and index in sequences:
-                ended = bool(events[index]) and (events[index][-1].token is None or not sequences[index].active)
-                assert scheduler.cancel(sequences[index]) == (not ended)
-                assert not scheduler.cancel(sequences[index])
-        for event in scheduler.step() if scheduler.busy else ():
-            events[event.sequence.index].append(event)
-        assert scheduler.running <= scheduler.rows
-        if not scheduler.busy and step > max(r.arrives for r in requests):
-            break
-    assert not scheduler.busy
-    return events
-
-
-def tokens(events: list[Event]) -> tuple[int, ...]:
-    return tuple(e.token.token_id for e in events if e.token is not None)
-
-
-def assert_as_alone(requests: list[Request], events: dict[int, list[Event]], alone: list[tuple[int, ...]]) -> None:
-    """A request that was cancelled has the first of the tokens that it gets alone, the others have all."""
-    for index, (request, want) in enumerate(zip(requests, alone, strict=True)):
-        got = tokens(events[index])
-        assert got == want[: len(got)], f"request {index}"
-        if request.leaves is None or request.leaves < request.arrives:
-            assert len(got) == request.tokens
-            last = events[index][-1].token
-            assert last is not None
-            assert last.finish_reason == "length"
 
 
 @given(REQUESTS, st.integers(1, 3), st.integers(1, 4))
@@ -240,187 +188,6 @@ def test_a_row_is_free_within_the_step() -> None:
 
 
 # ------------------------------------------------------------------ what fails
-
-
-#: Prompts of the tests below, which go on for at most nine tokens, and two tokens that none of them comes to.
-PROMPTS = [(1, 2), (4,), (6, 7), (3, 1), (5,) * 12]
-RAISES, SPOILS = sorted({*range(40)} - {t for p in PROMPTS for t in (*p, *expected(p, 9))})[:2]
-
-
-class FaultyBackend(HashBackend):
-    """A step that feeds token ``RAISES`` raises; after token ``SPOILS`` the logits of that row are NaN."""
-
-    def _step(self, input_ids: Array, past_length: Array, new_length: Array, first: int) -> np.ndarray:
-        valid = np.arange(input_ids.shape[1]) < new_length[:, None]
-        if ((input_ids == RAISES) & valid).any():
-            raise BackendError("out of something")
-        logits = super()._step(input_ids, past_length, new_length, first)
-        logits[((input_ids == SPOILS) & valid).any(1)] = np.nan
-        return logits
-
-
-@pytest.mark.parametrize(("bad", "message"), [(RAISES, "out of something"), (SPOILS, "nan logits")])
-def test_a_bad_prompt_ends_only_its_request(bad: int, message: str) -> None:
-    requests = [Request((1, 2), 9, 0), Request((1, bad, 3), 9, 1), Request((4,), 9, 2), Request((6, 7), 5, 4)]
-    alone = [expected(r.prompt, r.tokens) for r in requests]
-    events = play(Scheduler(FaultyBackend(contract())), requests)
-    (end,) = events[1]
-    assert message in str(end.error)
-    for index in (0, 2, 3):
-        assert tokens(events[index]) == alone[index]
-
-
-def test_logits_that_fail_in_decode_end_only_their_request() -> None:
-    """The processor makes request 1 take a bad token as its third; the others, which run in the same step, go on."""
-    requests = [Request((1, 2), 9, 0), Request((3, 1), 9, 0), Request((4,), 9, 0)]
-    scheduler = Scheduler(FaultyBackend(contract()))
-    factory = SequenceFactory(scheduler.backend, None, ())
-
-    def third(token_ids: list[int], logits: np.ndarray) -> None:
-        if len(token_ids) == 2:
-            logits[SPOILS] = 1e9
-
-    for index, request in enumerate(requests):
-        options = SamplingParams(max_new_tokens=9, processors=(third,) if index == 1 else ())
-        scheduler.submit(factory.sequence(request.prompt, options, index=index))
-    events = defaultdict(list)
-    while scheduler.busy:
-        for event in scheduler.step():
-            events[event.sequence.index].append(event)
-    assert tokens(events[1]) == (*expected((3, 1), 2), SPOILS)
-    assert "nan logits" in str(events[1][-1].error)
-    for index in (0, 2):
-        assert tokens(events[index]) == expected(requests[index].prompt, 9)
-
-
-def test_a_step_that_raises_ends_those_that_run_and_nobody_else() -> None:
-    def take_a_bad_one(token_ids: list[int], logits: np.ndarray) -> None:
-        if len(token_ids) == 1:
-            logits[RAISES] = 1e9
-
-    scheduler = Scheduler(FaultyBackend(contract()), rows=3, piece=4)
-    factory = SequenceFactory(scheduler.backend, None, ())
-    plain = SamplingParams(max_new_tokens=6)
-    options = [plain, plain.with_overrides(processors=(take_a_bad_one,)), plain, plain]
-    prompts = [(1, 2), (3, 1), (5,) * 12, (4,)]
-    for index, (prompt, params) in enumerate(zip(prompts, options, strict=True)):
-        scheduler.submit(factory.sequence(prompt, params, index=index))
-    events = defaultdict(list)
-    while scheduler.busy:
-        for event in scheduler.step():
-            events[event.sequence.index].append(event)
-    for index in (0, 1):  # decoded in the step that raised
-        assert "out of something" in str(events[index][-1].error)
-    for index in (2, 3):  # in prefill, and waiting
-        assert tokens(events[index]) == expected(prompts[index], 6)
-
-
-def test_a_state_that_does_not_fit_ends_its_request() -> None:
-    scheduler = Scheduler(HashBackend(contract()))
-    factory = SequenceFactory(scheduler.backend, None, ())
-    params = SamplingParams(max_new_tokens=2)
-    scheduler.submit(factory.sequence([1], params, index=0, prefix=RowState(1, {})))
-    scheduler.submit(factory.sequence([2], params, index=1))
-    events = [e for _ in range(5) if scheduler.busy for e in scheduler.step()]
-    assert "belongs to another export" in str(events[0].error)
-    assert tokens(events[1:]) == expected([2], 2)
-
-
-class BrokenRows(HashBackend):
-    """Copying or reading the row of a state that has seen ``length`` tokens raises, ``times`` times."""
-
-    def __init__(self, method: str, length: int, times: int = 1) -> None:
-        super().__init__(contract())
-        self.method, self.length, self.times = method, length, times
-
-    def _fail(self, method: str, row: int) -> None:
-        if method == self.method and self.past_length[row] == self.length and self.times:
-            self.times -= 1
-            raise BackendError("out of something")
-
-    def _copy_row(self, source: int, target: int) -> None:
-        self._fail("copy", source)
-        super()._write_row(target, super()._read_row(source))
-
-    def _read_row(self, row: int) -> State:
-        self._fail("read", row)
-        return super()._read_row(row)
-
-
-def run_all(
-    scheduler: Scheduler, sequences: list[Sequence], after_step: Callable[[], None] = lambda: None
-) -> dict[int, list[Event]]:
-    for sequence in sequences:
-        scheduler.submit(sequence)
-    events: dict[int, list[Event]] = defaultdict(list)
-    while scheduler.busy:
-        for event in scheduler.step():
-            events[event.sequence.index].append(event)
-        after_step()
-    assert (scheduler.running, scheduler.waiting) == (0, 0)
-    assert all(s.row is None for s in sequences)
-    return events
-
-
-def test_a_state_that_cannot_be_read_ends_only_its_sequence() -> None:
-    scheduler = Scheduler(BrokenRows("read", 2 + 4))
-    factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=4)
-    sequences = [factory.sequence([i] * i, params, index=i, keep_state=True) for i in (1, 2, 3)]
-    events = run_all(scheduler, sequences)
-    assert "out of something" in str(events[2][-1].error)
-    assert all(e.token is None or e.token.finish_reason is None for e in events[2])  # the error alone ends it
-    assert [s.state is not None for s in sequences] == [True, False, True]
-    assert [tokens(events[i]) for i in (1, 3)] == [expected([i] * i, 4) for i in (1, 3)]
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_row_that_cannot_be_copied_to_twins_ends_them(times: int) -> None:
-    scheduler = Scheduler(BrokenRows("copy", 5, times))
-    factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=4)
-    events = run_all(scheduler, [factory.sequence([6] * 5, params, index=i) for i in range(3)])
-    for index in range(3):
-        if 1 <= index <= times:
-            (only,) = events[index]
-            assert "out of something" in str(only.error)
-        else:
-            assert tokens(events[index]) == expected([6] * 5, 4)
-
-
-@pytest.mark.parametrize("cancelled", [False, True])
-def test_a_row_that_cannot_be_moved_ends_only_its_sequence(cancelled: bool) -> None:
-    """The first sequence ends, or is cancelled, when the last one, whose row is to fill its place, has seen 4 + 3."""
-    scheduler = Scheduler(BrokenRows("copy", 4 + 3))
-    factory = SequenceFactory(scheduler.backend, None, ())
-    counts = {1: 90 if cancelled else 6, 2: 9, 4: 9}
-    sequences = [factory.sequence([i] * i, SamplingParams(max_new_tokens=n), index=i) for i, n in counts.items()]
-    cancels = []
-
-    def cancel() -> None:
-        if cancelled and not cancels and len(sequences[2].token_ids) == 4:
-            cancels.append(scheduler.cancel(sequences[0]))
-
-    events = run_all(scheduler, sequences, cancel)
-    assert cancels == [True] * cancelled
-    assert "out of something" in str(events[4][-1].error)
-    assert tokens(events[4]) == expected([4] * 4, len(events[4]) - 1)
-    assert tokens(events[2]) == expected([2] * 2, 9)
-
-
-@pytest.mark.parametrize("rows", [2, 3])
-@pytest.mark.parametrize(("method", "length", "bad"), [("read", 4, 0), ("copy", 6, 1), ("", 0, None)])
-def test_a_prompt_in_the_way_moves(method: str, length: int, bad: int | None, rows: int) -> None:
-    """The second prompt is fed first, and goes on in the row where the first one has seen as many tokens."""
-    backend = BrokenRows(method, length)
-    scheduler, lengths = Scheduler(backend, rows=rows, piece=2), (12, 6 if method == "copy" else 4)
-    factory, params = SequenceFactory(backend, None, ()), SamplingParams(max_new_tokens=5)
-    events = run_all(scheduler, [factory.sequence([i + 1] * n, params, index=i) for i, n in enumerate(lengths)])
-    assert backend.times == (bad is None)  # it did happen
-    for index, n in enumerate(lengths):
-        if index == bad:
-            (only,) = events[index]
-            assert "out of something" in str(only.error)
-        else:
-            assert tokens(events[index]) == expected([index + 1] * n, 5)
 
 
 def test_a_loaded_state_is_dropped_once_it_is_in_its_row() -> None:
