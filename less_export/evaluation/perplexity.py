@@ -41,8 +41,7 @@ def attention(variant: Variant, chunk: int, rotary: Sequence[RotaryTable] = ()) 
     def attend(call: AttentionCall) -> Tensor:
         features, (call, angles) = None, arranged(call, rotary)
         if call.layer in variant.kernels.layers:
-            feature_map = variant.kernels.layers[call.layer]
-            features = feature_map.log_phi(call.q), feature_map.psi(call.k)
+            features = variant.kernels.layers[call.layer].features(call.q, call.k)
         centring = variant.kernels.centring.get(call.layer)
         return simulate.attend(call.q, call.k, call.v, variant.plan[call.layer], features, chunk, centring, angles)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..contract import Contract, limits_distances
 from ..dtypes import torch_dtype
 from ..less import operators
-from ..less.feature_maps import FeatureMap, Kernels
+from ..less.feature_maps import FeatureMap, Kernels, limited
 from ..less.int8 import Centring
 from .surgery import AttentionCall, less_attention
 
@@ -42,6 +42,7 @@ class LessDecoder(nn.Module):
         for kind, t in enumerate(tables):
             if t.order is not None:
                 self.register_buffer(f"order_{kind}", torch.tensor(t.order), persistent=False)
+        self._lengths = sorted({m.length for m in kernels.layers.values() if m.length is not None})
         self._kind = {layer: kind for kind, t in enumerate(tables) for layer in t.layers}
 
     def forward(
@@ -52,11 +53,15 @@ class LessDecoder(nn.Module):
         begin = [0, *itertools.accumulate(fields)]
         present: list[list[Tensor]] = [[] for _ in fields]
 
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        position = past_length[:, None].long() + steps
+        limits = {n: limited(position, n) for n in self._lengths}
+
         def attend(call: AttentionCall) -> Tensor:
             i, call = call.layer, self._arranged(call)
             out, *present[i] = operators.run(
                 self.contract.layers[i],
-                (call.q, call.k, call.v, *self._features(call)),
+                (call.q, call.k, call.v, *self._features(call, limits)),
                 state[begin[i] : begin[i + 1]],
                 (past_length, new_length),
                 self._constants(i),
@@ -64,8 +69,6 @@ class LessDecoder(nn.Module):
             )
             return out
 
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
-        position = past_length[:, None].long() + steps
         if limits_distances(self.contract.layers):  # the operator rotates; one position makes cos and sin constants
             position = torch.zeros_like(position[:1, :1])
         elif self.contract.position_limit is not None:  # padding may exceed the learned table
@@ -86,13 +89,15 @@ class LessDecoder(nn.Module):
         order = getattr(self, f"order_{self._kind.get(call.layer)}", None)
         return call if order is None else replace(call, q=call.q[..., order], k=call.k[..., order])
 
-    def _features(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    def _features(self, call: AttentionCall, limits: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """log phi and psi; ``limits``: what log phi loses, by the length that kernels were trained at."""
         key = str(call.layer)
         if key not in self.maps:  # rank 1, psi = 0: the op skips the low-rank term
             return torch.zeros_like(call.q[..., :1], dtype=torch.float32), torch.zeros_like(call.k[..., :1])
         features = self.maps[key]
         assert isinstance(features, FeatureMap)
-        return features.log_phi(call.q), features.psi(call.k)
+        log_phi = features.log_phi(call.q)
+        return log_phi if features.length is None else log_phi + limits[features.length], features.psi(call.k)
 
     def _constants(self, layer: int) -> Centring | None:
         """With which the layer's int8 slots centre keys."""

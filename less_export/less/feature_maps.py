@@ -29,7 +29,7 @@ from .kernel_shapes import exp_shapes
 from .rotary import RotaryTable
 
 #: Newest version of the file. Version 2 added centring, version 3 rotary tables; the oldest that suffices is written.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _HEADER = "less_kernels"
 #: Dtypes of stored parameters that graphs can point at.
 _DTYPES = tuple(map(torch_dtype, COMPUTE_DTYPES))
@@ -39,12 +39,25 @@ _REACH = 4
 _RANDOM = "random"
 
 
+def limited(position: Tensor, length: int) -> Tensor:
+    """What log phi of queries at ``position`` [...,T] loses past ``length`` tokens, f32 [...,1,T,1].
+
+    The mass of the state grows with every token that it absorbs. Kernels have learned how much it should weigh against
+    the slots in sequences of ``length`` tokens; later it weighs as much as it would there.
+    """
+    return torch.log(length / (position.float() + 1.0).clamp(min=float(length)))[..., None, :, None]
+
+
 class FeatureMap(nn.Module, abc.ABC):
-    """phi and psi of one layer; hidden layers run in the compute dtype, the R-wide ones in float32."""
+    """phi and psi of one layer; hidden layers run in the compute dtype, the R-wide ones in float32.
+
+    ``length``: tokens of the sequences that it was trained on, see :func:`limited`; None where nobody knows.
+    """
 
     parametrisation: ClassVar[str]
     #: Whether psi sums to one over R, as a state of 16 bits needs.
     normalised: ClassVar[bool]
+    length: int | None = None
 
     def __init__(self, heads: Heads, rank: int, hidden: int) -> None:
         super().__init__()
@@ -64,6 +77,13 @@ class FeatureMap(nn.Module, abc.ABC):
     @abc.abstractmethod
     def psi(self, k: Tensor) -> Tensor:
         """[B,Hk,T,D] keys -> psi [B,Hk,T,R] in the dtype of ``k``, non-negative."""
+
+    def features(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """log phi, limited, and psi of whole sequences, whose first token is at position 0."""
+        log_phi = self.log_phi(q)
+        if self.length is not None and q.shape[2] > self.length:
+            log_phi = log_phi + limited(torch.arange(q.shape[2], device=q.device), self.length)
+        return log_phi, self.psi(k)
 
 
 class ExpMap(FeatureMap):
@@ -259,9 +279,18 @@ class Kernels:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the layers' shapes and the provenance in its header."""
-        layers = {str(i): {"heads": vars(m.heads), "rank": m.rank, "hidden": m.hidden} for i, m in self.layers.items()}
+        layers = {
+            str(i): {
+                "heads": vars(m.heads),
+                "rank": m.rank,
+                "hidden": m.hidden,
+                **({} if m.length is None else {"length": m.length}),
+            }
+            for i, m in self.layers.items()
+        }
+        limited = any(m.length is not None for m in self.layers.values())
         header = {
-            "format_version": FORMAT_VERSION if self.rotary else 2 if self.centring else 1,
+            "format_version": FORMAT_VERSION if limited else 3 if self.rotary else 2 if self.centring else 1,
             "parametrisation": self.parametrisation,
             "layers": layers,
             **({"centring": sorted(self.centring)} if self.centring else {}),
@@ -293,6 +322,7 @@ class Kernels:
                         if not bool(tensor.isfinite().all()):
                             raise KernelError(f"{path}: layers.{index}.{name} holds NaN or inf; train it again")
                         parameter.data = tensor
+                    layer.length = _load_length(facts.get("length"), f"{path}: layer {index}")
                     layers[int(index)] = layer
                 centring = {int(i): _load_centring(file, int(i), path) for i in header.get("centring", [])}
                 kinds = enumerate(header.get("rotary", []))
@@ -305,6 +335,12 @@ class Kernels:
         except Exception as error:  # whatever safetensors and torch raise for a damaged header
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise KernelError(f"{path} is not a usable kernel file ({reason})") from error
+
+
+def _load_length(stated: Any, place: str) -> int | None:
+    if stated is not None and not (type(stated) is int and 1 <= stated < 2**31):
+        raise KernelError(f"{place} was trained on sequences of an impossible length: train it again")
+    return stated
 
 
 def _load_centring(file: Any, layer: int, path: str | Path) -> Centring:

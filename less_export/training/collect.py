@@ -154,7 +154,7 @@ def served(
         layer, feature_map = plan[call.layer], maps.get(call.layer)
         if not layer.policy.evicts:
             return simulate.full(call.q, call.k, call.v, layer, angles)
-        features = None if feature_map is None else (feature_map.log_phi(call.q), feature_map.psi(call.k))
+        features = None if feature_map is None else feature_map.features(call.q, call.k)
         return simulate.attend(call.q, call.k, call.v, layer, features, 1, centring.get(call.layer), angles)
 
     return attend

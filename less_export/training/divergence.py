@@ -64,7 +64,7 @@ def attend(
     layer, feature_map, own = plan[call.layer], maps.get(call.layer), centring.get(call.layer)
     if simulate.exact(layer, call.q.shape[2]):
         return simulate.full(call.q, call.k, call.v, layer, angles)
-    features = (feature_map.log_phi(call.q), feature_map.psi(call.k)) if feature_map is not None else None
+    features = None if feature_map is None else feature_map.features(call.q, call.k)
     if stream.takes(layer, call.q.device):
         return simulate.attend(call.q, call.k, call.v, layer, features, 1, own, angles)
     left = simulate.departures(call.q.detach(), call.k.detach(), layer, own, 1, angles)

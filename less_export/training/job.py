@@ -255,6 +255,8 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     job.processes.wait()  # all must have read them before the first deletes them
     reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
     maps = {r.layer: loaded[r.layer].layers[r.layer] for r in reports if r.used}
+    for feature_map in maps.values():
+        feature_map.length = job.length
     device = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
     facts = {**job.facts, "torch": torch.__version__, "device": device}
     if job.processes.first:
