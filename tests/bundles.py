@@ -134,7 +134,7 @@ _graphs: dict[str, ir.Model] = {}
 
 def trace_once(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ()) -> ir.Model:
     """:func:`less_export.exporter.trace.trace`, which takes seconds, cached for equal models."""
-    maps = [(n, type(m).__name__, m.rank, m.hidden) for n, m in decoder.maps.items()]
+    maps = [(n, type(m).__name__, m.rank, m.hidden, m.length) for n, m in decoder.maps.items()]
     config = {n: v for n, v in decoder.model.config.to_dict().items() if n != "_name_or_path"}
     names = sorted(unbound)
     key = json.dumps([contract.to_dict(), config, maps, names], default=str)

@@ -125,7 +125,7 @@ Damage = Callable[[dict[str, Any], dict[str, torch.Tensor]], Any]
 ONE, STD = "layers.0.k_in", "centring.2.std"
 #: Changes to the header and the tensors, and the error message.
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "newer": (lambda h, t: h.update(format_version=4), "newer less-export"),
+    "newer": (lambda h, t: h.update(format_version=5), "newer less-export"),
     "no version": (lambda h, t: h.pop("format_version"), "format_version"),
     "unknown family": (lambda h, t: h.update(parametrisation="rbf"), "rbf"),
     "no provenance": (lambda h, t: h.pop("provenance"), "provenance"),
@@ -147,6 +147,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "centring of no layer": (lambda h, t: h.update(centring=["x"]), "not a usable kernel file"),
     "centring of two shapes": (lambda h, t: t.update({STD: t[STD][:, :1].contiguous()}), f"{STD} has the wrong shape"),
     "centring in float16": (lambda h, t: t.update({STD: t[STD].half()}), f"{STD} has the wrong shape or dtype"),
+    "a length of 0": (
+        lambda h, t: h["layers"]["0"].update(length=0),
+        "layer 0 was trained on sequences of an impossible",
+    ),
+    "a length in words": (lambda h, t: h["layers"]["0"].update(length="long"), "impossible length: train it again"),
     "a std of 0": (lambda h, t: t[STD][0, 0].fill_(0), "the centring of layer 2 is not finite, or has a std of 0"),
     "a std of inf": (lambda h, t: t[STD][0, 0].fill_(math.inf), "calibrate again"),
     "a mean of NaN": (lambda h, t: t["centring.2.mean"][0, 0].fill_(math.nan), "calibrate again"),
