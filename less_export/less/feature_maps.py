@@ -51,7 +51,8 @@ def limited(position: Tensor, length: int) -> Tensor:
 class FeatureMap(nn.Module, abc.ABC):
     """phi and psi of one layer; hidden layers run in the compute dtype, the R-wide ones in float32.
 
-    ``length``: tokens of the sequences that it was trained on, see :func:`limited`; None where nobody knows.
+    ``length``: tokens of the sequences that it was trained on, past which the state weighs no more; None where nobody
+    knows.
     """
 
     parametrisation: ClassVar[str]
