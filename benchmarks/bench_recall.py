@@ -26,12 +26,8 @@ from less_export.hf.sources import resolve
 
 FILE = RESULTS / "recall.json"
 #: Where the sentence is planted, and the tokens until it is asked for.
-PLANTED, DISTANCES = 1000, (500, 2000, 6000)
-#: Questions and their answers.
-SENTENCES = (
-    (" The password of the northern gate is", " amber falcon seventeen quiet harbour."),
-    (" The secret ingredient of the old recipe is", " three grams of crushed juniper bark."),
-)
+PLANTED, DISTANCES = 300, (500, 2000, 6000)
+QUESTION, ANSWER = " The password of the northern gate is", " amber falcon seventeen quiet harbour."
 
 
 def pair(ids: list[int], sentence: list[int], distance: int) -> list[list[int]]:
@@ -43,16 +39,14 @@ def pair(ids: list[int], sentence: list[int], distance: int) -> list[list[int]]:
 def recall(
     model: PreTrainedModel, cache: Opened, texts: list[list[int]], encode: data.Encode
 ) -> dict[str, list[list[float]]]:
-    """Mean loss of the answers' tokens, [told, not told] for every text and sentence, by distance."""
+    """Mean loss of the answer's tokens, [told, not told] for every text, by distance."""
     found: dict[str, list[list[float]]] = {}
+    sentence, asked = encode(QUESTION + ANSWER), len(encode(ANSWER))
     for distance in DISTANCES:
-        found[str(distance)] = []
-        for question, answer in SENTENCES:
-            asked = len(encode(answer))
-            stream = np.array([row for ids in texts for row in pair(ids, encode(question) + encode(answer), distance)])
-            positions = torch.arange(stream.shape[1] - asked - 1, stream.shape[1] - 1)
-            nll = simulated(model, cache, stream, lambda rows: None, positions).mean(1)
-            found[str(distance)] += [[round(float(x), 3) for x in nll[i : i + 2]] for i in range(0, len(nll), 2)]
+        stream = np.array([row for ids in texts for row in pair(ids, sentence, distance)])
+        positions = torch.arange(stream.shape[1] - asked - 1, stream.shape[1] - 1)
+        nll = simulated(model, cache, stream, lambda rows: None, positions).mean(1)
+        found[str(distance)] = [[round(float(x), 3) for x in nll[i : i + 2]] for i in range(0, len(nll), 2)]
     return found
 
 
@@ -68,7 +62,7 @@ def main() -> None:
     texts = [Path(text.partition("=")[2]).read_text(encoding="utf-8")[: 8 * length] for text in args.text]
     ids = [(([] if bos is None else [bos]) + encode(text))[:length] for text in texts]
     file: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
-    file |= {"slots": SLOTS, "pairs": len(ids) * len(SENTENCES), "machine": machine()}
+    file |= {"slots": SLOTS, "pairs": len(ids), "machine": machine()}
     model, progress = source.load(torch.float32), Bars()
     for cache in CACHES:
         if args.caches and cache.name not in args.caches:

@@ -62,8 +62,8 @@ def tokenizer(bundle: Path, folder: Path) -> Path:
 
 
 def run(argv: list[str], folder: Path) -> None:
-    """Run a program in ``folder``, without a hub."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    """Run a program in ``folder``. (aiperf refuses folders of tokenizers where HF_HUB_OFFLINE is set.)"""
+    environment = {n: v for n, v in os.environ.items() if n != "HF_HUB_OFFLINE"} | {"HF_HOME": str(folder / "home")}
     done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
     if done.returncode:
         raise SystemExit(f"{Path(argv[0]).name} failed: {(done.stdout + done.stderr)[-3000:]}")
@@ -78,10 +78,15 @@ def version(program: str) -> str:
 
 def guidellm(program: str, url: str, names: Path, folder: Path) -> tuple[int, int]:
     """Requests that succeeded, and that did not."""
-    data = f"prompt_tokens={PROMPT_TOKENS},output_tokens={NEW_TOKENS}"
-    argv = [program, "benchmark", "run", "--target", url, "--model", MODEL, "--profile", "concurrent"]
-    argv += ["--rate", str(AT_A_TIME), "--max-requests", str(REQUESTS), "--data", data, "--processor", str(names)]
-    run([*argv, "--output-path", str(folder / "guidellm.json")], folder)
+    options = {
+        "backend": f"kind=openai_http,target={url},model={MODEL},request_format=/v1/completions",
+        "profile": f"kind=concurrent,streams={AT_A_TIME}",
+        "constraint": f"kind=max_requests,count={REQUESTS}",
+        "tokenizer": f"kind=huggingface_auto,model={names}",
+        "data": f"kind=synthetic_text,prompt_tokens={PROMPT_TOKENS},output_tokens={NEW_TOKENS}",
+        "output": f"kind=json,path={folder / 'guidellm.json'}",
+    }
+    run([program, "run", "--disable-console", *(x for n, v in options.items() for x in (f"--{n}", v))], folder)
     (benchmark,) = json.loads((folder / "guidellm.json").read_text())["benchmarks"]
     totals = benchmark["metrics"]["request_totals"]
     return totals["successful"], totals["total"] - totals["successful"]
