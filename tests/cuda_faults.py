@@ -137,12 +137,6 @@ MERGE_FAULTS = {
         "less_attention_decode.cu", "std::max(kSlotsPerSplit, ", "std::max(kSlotsPerSplit / s.batch, "
     ),
     "a block skips its second split": Fault("decode.cuh", "++split) attention", "split += 2) attention"),
-    "merged from the own split on": Fault(
-        "decode_settle.cuh",
-        "for (int s = 0; s < block.p.splits; ++s) {",
-        """int s = blockIdx.x * block.p.splitsPerBlock;
-        for (int i = 0; i < block.p.splits; ++i, s = (s + 1) % block.p.splits) {""",
-    ),
     "the last split left out": Fault("decode_settle.cuh", "s < block.p.splits; ++s", "s < block.p.splits - 1; ++s"),
     "splits with one another's factors": Fault(
         "decode_settle.cuh", "block.p.splits + s] *", "block.p.splits + (block.p.splits - 1 - s)] *"

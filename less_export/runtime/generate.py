@@ -180,6 +180,9 @@ class GroupScheduler(Scheduler):
     but the first token of a group waits for its longest prompt.
     """
 
+    def open(self) -> None:
+        """Nothing: every group opens its rows."""
+
     def _advance(self) -> list[Event]:
         if any(s.active for s in self._decoding):
             return self._end(self._decode_active())
