@@ -26,6 +26,7 @@ from less_export.progress import Silent
 from less_export.testing import empty_state
 from less_export.training import end_to_end, initialisation
 
+from . import bundles
 from .marks import slow_but
 from .test_training_runtime import loaded
 from .training_support import LENGTH, model_folder, trained
@@ -129,14 +130,15 @@ def test_the_best_state_is_kept(text: Path, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.slow
 def test_tuning_helps(text: Path, tmp_path: Path) -> None:
-    file, reports = trained(model_folder(tmp_path / "model"), text, **TUNED | {"tune_steps": 40})
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = bundles.checkpoint(tmp_path / "model", initializer_range=0.2, **heads)  # a milder model: tuning can help
+    file, reports = trained(folder, text, **TUNED | {"tune_steps": 40})
     facts = Kernels.load(file).provenance["end_to_end"]
     assert 0 < facts["divergence_tuned"] < facts["divergence_before"]
-    assert facts["divergence_after"] <= facts["divergence_tuned"] < facts["divergence_sparse"]
+    assert facts["divergence_after"] <= facts["divergence_tuned"] < facts["divergence_sparse_bytes"]
     assert facts["lengths"] == [LENGTH // 2, LENGTH // 2, LENGTH, LENGTH // 2, LENGTH // 2, 2 * LENGTH]
     assert {r.layer: r.gain for r in reports} == {int(i): x for i, x in facts["gains"].items()}
-    pays = facts["divergence_after"] < facts["divergence_sparse_bytes"]
-    assert all(r.used for r in reports if r.gain > 0) if pays else not any(r.used for r in reports)
+    assert all(r.used for r in reports if r.gain > 0)
 
 
 def test_a_run_resumes_where_it_was_interrupted(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

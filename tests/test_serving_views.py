@@ -116,12 +116,18 @@ def test_a_view_of_a_session_begins_where_the_request_does(tmp_path: Path) -> No
 def test_a_request_that_is_cancelled_closes_its_view() -> None:
     backend = GatedBackend()
     with serving(backend) as served:
-        stream = served.client.completions.create(model=MODEL, prompt="abc", stream=True, extra_body=VIEW)
+        stream = served.client.completions.create(
+            model=MODEL, prompt="abc", max_tokens=500, stream=True, extra_body=VIEW
+        )
         backend.gate.release(2)
         name = next(iter(stream)).id
         stream.close()
-        backend.gate.release()
-        served.until(lambda: served.http("GET", f"/v1/views/{name}")[1]["final"])
+
+        def closed() -> bool:
+            backend.gate.release()  # the server notices between two steps
+            return bool(served.http("GET", f"/v1/views/{name}")[1]["final"])
+
+        served.until(closed)
         served.until(lambda: served.engine.running == 0)
 
 
