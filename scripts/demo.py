@@ -20,7 +20,7 @@ OUT = Path("demo-out")
 BUNDLE = OUT / "gemma3-270m"
 KERNELS = OUT / "kernels.safetensors"
 #: Less than --quality fast takes: the demo ends within minutes.
-QUICK = ("--seqs", "24", "--steps", "150", "--tune-steps", "60")
+QUICK = ("--seqs", "20", "--steps", "150", "--tune-steps", "40")
 NEW_TOKENS = 80
 GPU_ARCH = "sm_89"  # one architecture: the first run compiles the plugin for it
 
