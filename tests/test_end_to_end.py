@@ -1,4 +1,4 @@
-"""Tuning all kernels together: its gradients, what it keeps, what it switches off."""
+"""Tuning all kernels together: its gradients, what it keeps, which layers get slots instead."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_bytes_that_are_worth_more_in_slots_become_slots(everything: float, tmp_
         return costs[tuple(maps)]
 
     tuned: dict[int, Any] = dict.fromkeys(range(3))
-    measured = end_to_end.switch_off(tuned, plan, measure, 6, Silent())
+    measured = end_to_end.choose(tuned, plan, measure, 6, Silent())
     left = [] if everything < 0.7 else [1, 2]
     assert sorted(tuned) == left
     assert measured.plan == tuple(plan[i] if i in left else more for i in range(3))

@@ -13,7 +13,7 @@ from less_export.config import ExportConfig
 from less_export.contract import Heads
 from less_export.evaluation import perplexity, variants
 from less_export.evaluation.subject import open_subject
-from less_export.less.feature_maps import Kernels, limited, random_kernels
+from less_export.less.feature_maps import Kernels, random_kernels, weight_limit
 
 from . import bundles
 from .bundles import Run
@@ -34,7 +34,7 @@ def kernels(kernel_file: Path, tmp_path: Path) -> Path:
 
 
 def test_what_log_phi_loses() -> None:
-    lost = limited(torch.tensor([[0, 19, 39], [2**31 - 1, 20, 79]], dtype=torch.int32), 20)
+    lost = weight_limit(torch.tensor([[0, 19, 39], [2**31 - 1, 20, 79]], dtype=torch.int32), 20)
     assert (lost.dtype, lost.shape) == (torch.float32, (2, 1, 3, 1))
     want = [[0, 0, -math.log(2)], [-math.log(2**31 / 20), -math.log(21 / 20), -math.log(4)]]
     torch.testing.assert_close(lost[:, 0, :, 0], torch.tensor(want), rtol=1e-6, atol=0)

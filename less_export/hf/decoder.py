@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..contract import Contract, limits_distances
 from ..dtypes import torch_dtype
 from ..less import operators
-from ..less.feature_maps import FeatureMap, Kernels, limited
+from ..less.feature_maps import FeatureMap, Kernels, weight_limit
 from ..less.int8 import Centring
 from .surgery import AttentionCall, less_attention
 
@@ -55,7 +55,7 @@ class LessDecoder(nn.Module):
 
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position = past_length[:, None].long() + steps
-        limits = {n: limited(position, n) for n in self._lengths}
+        limits = {n: weight_limit(position, n) for n in self._lengths}
 
         def attend(call: AttentionCall) -> Tensor:
             i, call = call.layer, self._arranged(call)

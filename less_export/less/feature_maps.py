@@ -39,11 +39,11 @@ _REACH = 4
 _RANDOM = "random"
 
 
-def limited(position: Tensor, length: int) -> Tensor:
+def weight_limit(position: Tensor, length: int) -> Tensor:
     """What log phi of queries at ``position`` [...,T] loses past ``length`` tokens, f32 [...,1,T,1].
 
     The mass of the state grows with every token that it absorbs. Kernels have learned how much it should weigh against
-    the slots in sequences of ``length`` tokens; later it weighs as much as it would there.
+    the slots in sequences of ``length`` tokens; past that, its weight is held at what it would be there.
     """
     return torch.log(length / (position.float() + 1.0).clamp(min=float(length)))[..., None, :, None]
 
@@ -83,7 +83,7 @@ class FeatureMap(nn.Module, abc.ABC):
         """log phi, limited, and psi of whole sequences, whose first token is at position 0."""
         log_phi = self.log_phi(q)
         if self.length is not None and q.shape[2] > self.length:
-            log_phi = log_phi + limited(torch.arange(q.shape[2], device=q.device), self.length)
+            log_phi = log_phi + weight_limit(torch.arange(q.shape[2], device=q.device), self.length)
         return log_phi, self.psi(k)
 
 
@@ -289,9 +289,9 @@ class Kernels:
             }
             for i, m in self.layers.items()
         }
-        limited = any(m.length is not None for m in self.layers.values())
+        knows_length = any(m.length is not None for m in self.layers.values())
         header = {
-            "format_version": FORMAT_VERSION if limited else 3 if self.rotary else 2 if self.centring else 1,
+            "format_version": FORMAT_VERSION if knows_length else 3 if self.rotary else 2 if self.centring else 1,
             "parametrisation": self.parametrisation,
             "layers": layers,
             **({"centring": sorted(self.centring)} if self.centring else {}),
@@ -339,6 +339,7 @@ class Kernels:
 
 
 def _load_length(stated: Any, place: str) -> int | None:
+    """The length that a layer of a kernel file states."""
     if stated is not None and not (type(stated) is int and 1 <= stated < 2**31):
         raise KernelError(f"{place} was trained on sequences of an impossible length: train it again")
     return stated

@@ -98,7 +98,7 @@ def option(slots: Mapping[int, int]) -> str:
     return ",".join(f"{i}:{n}" for i, n in sorted(slots.items()))
 
 
-def stated(layers: Mapping[int, LayerSpec]) -> dict[str, Any]:
+def provenance(layers: Mapping[int, LayerSpec]) -> dict[str, Any]:
     """Provenance of layers with budgets of their own."""
     return {
         "layer_budgets": option({i: s.capacity for i, s in layers.items()}),

@@ -225,7 +225,7 @@ def tune(
     state.restore_best()
     for feature_map in tuned.values():
         feature_map.requires_grad_(False)
-    measured = switch_off(tuned, plan, measure, len(validation), progress)
+    measured = choose(tuned, plan, measure, len(validation), progress)
     facts = {
         **asdict(recipe), "steps": state.step, "lengths": lengths, "divergence_before": state.before,
         "divergence_tuned": state.best_divergence, "divergence_after": measured.less,
@@ -240,11 +240,12 @@ def slots_instead(layer: LayerSpec) -> LayerSpec:
     return sparse_layer(layer, layer.capacity + extra_tokens(layer, "bfloat16"))
 
 
-def switch_off(
+def choose(
     tuned: dict[int, FeatureMap], plan: Sequence[LayerSpec], measure: Callable[..., float], rows: int,
     progress: Progress,
 ) -> Measured:  # fmt: skip
-    """Remove from ``tuned`` the layers whose low-rank term is worth less than its bytes in slots, the worst first.
+    """Choose between state and slots: remove from ``tuned`` the layers whose low-rank term is worth less than its bytes
+    in slots, the worst first.
 
     ``measure(maps, plan, rows)`` is the divergence on the first ``rows`` of the held-back sequences.
     """

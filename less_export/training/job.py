@@ -1,4 +1,4 @@
-"""A training run: fit layer by layer from the lowest, tune all together, switch off what does not pay, write the file.
+"""A training run: fit layer by layer from the lowest, tune all together, choose state or slots, write the file.
 
 Until the file is written, finished work stays beside the output in a hidden folder whose name is a fingerprint of
 model, data and options. Rerunning the same command resumes; other options start from the beginning.
@@ -136,7 +136,7 @@ def _divide(job: TrainJob) -> None:
         plan[i] = replace(sparse_layer(plan[i], slots), absorb=True, rank=plan[i].rank, state_bits=plan[i].state_bits)
     job.plan = tuple(plan)
     job.facts |= {
-        **allocate.stated({i: plan[i] for i in divided}),
+        **allocate.provenance({i: plan[i] for i in divided}),
         "eviction_costs": {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()},
     }
     job.progress.say(f"budgets of the layers: {job.facts['layer_budgets']}")
@@ -264,7 +264,7 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
             maps, plan, tuning = _tune(job, maps)
             facts["end_to_end"] = tuning
             if plan != job.plan:
-                facts |= allocate.stated({i: plan[i] for i in files})
+                facts |= allocate.provenance({i: plan[i] for i in files})
             gains = {int(i): gain for i, gain in tuning["gains"].items()}
             reports = tuple(
                 replace(r, slots=plan[r.layer].capacity, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports
