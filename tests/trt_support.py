@@ -9,7 +9,7 @@ import math
 import struct
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, Layer
 from less_export.dtypes import DTYPES, numpy_dtype
 from less_export.exporter import onnx_nodes, onnx_op
 from less_export.runtime import trt_device
+from less_export.runtime.backend import Backend
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
 from less_export.tensorrt.trust import PluginFacts
@@ -313,3 +314,30 @@ class Fake:
         """Of a plan with the plugin inside if the engine works in place."""
         in_place = self.engine is not None and self.engine.in_place
         return TrtBackend(self.contract, self.plan, INSIDE if in_place else None, trust_code=True)
+
+
+def play(backend: Backend) -> Iterator[tuple[str, np.ndarray]]:
+    """Results of ragged prefill, decode, parked, reset and copied rows, and reopening."""
+    random = np.random.default_rng(1)
+    with backend:
+        for rows in (3, 2):
+            backend.open(rows)
+            for step in range(12):
+                chunk = 1 if step % 3 == 2 else int(random.integers(1, 5))
+                if step == 5:
+                    backend.reset_rows([1])
+                if step == 7:
+                    backend.copy_row(1, 0)
+                new = random.integers(0, chunk + 1, rows)
+                logits = backend.step(random.integers(0, 32, (rows, chunk)), new)
+                yield f"logits {step}", logits[new > 0]
+                for row in range(rows):
+                    yield from ((f"{n} {step}", x) for n, x in backend.read_row(row).tensors.items())
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """An empty folder for a graph's weights."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    return folder
