@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -16,21 +16,44 @@ from onnx_ir.passes import common
 from ..contract import BATCH, CHUNK, Contract
 from ..errors import UnsupportedModelError
 from ..hf.decoder import LessDecoder, fresh_state
-from . import onnx_op
+from . import onnx_op, repeat
 
 #: Example sizes; not 0 or 1, which torch.export would treat as constants.
 _BATCH, _CHUNK = 2, 7
 
 
-def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ()) -> ir.Model:
+def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = (), repeating: bool = True) -> ir.Model:
     """Trace ``decoder`` with dynamic batch and chunk.
 
     ``unbound`` names initializers whose values are bound to files afterwards: they are emptied before
-    optimisation, so that no pass folds a placeholder. Bodies are not added.
+    optimisation, so that no pass folds a placeholder. Bodies are not added. ``repeating``: trace one layer of each kind
+    and repeat it, where that is possible.
 
     Raises:
         UnsupportedModelError: the model cannot be traced, or nodes and layers do not match.
     """
+    unbound = frozenset(unbound)
+    repetition = repeat.find(decoder, unbound) if repeating else None
+    model = None
+    if repetition is not None:
+        try:
+            with repeat.marked(decoder, repetition):
+                model = _traced(decoder, contract, unbound)
+            repeat.unroll(model, repetition, [s.name for s in contract.inputs()], unbound)
+            with _silent("onnx_ir"):
+                _finish(model)
+        except repeat.UnrepeatableError as error:
+            logging.getLogger(__name__).info("tracing all layers: %s", error)
+            model = None
+    model = _traced(decoder, contract, unbound) if model is None else model
+    _tidy(model)
+    count = len(onnx_op.less_nodes(model))
+    if count != len(contract.layers):
+        raise UnsupportedModelError(f"the graph has {count} LessAttention nodes for {len(contract.layers)} layers")
+    return model
+
+
+def _traced(decoder: LessDecoder, contract: Contract, unbound: Collection[str]) -> ir.Model:
     name = type(decoder.model).__name__
     batch = torch.export.Dim(BATCH, min=1, max=4096)
     chunk = torch.export.Dim(CHUNK, min=1, max=1 << 20)
@@ -60,7 +83,7 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
             result = torch.onnx.export(
                 program,
                 dynamo=True,
-                custom_translation_table=onnx_op.translation_table(),
+                custom_translation_table={**onnx_op.translation_table(), **repeat.translation()},
                 input_names=[s.name for s in contract.inputs()],
                 output_names=[s.name for s in contract.outputs()],
                 opset_version=onnx_op.OPSET,
@@ -77,18 +100,18 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = ())
         for initializer in unbound:
             if initializer in result.model.graph.initializers:
                 result.model.graph.initializers[initializer].const_value = None
-        model = _optimise(result.model)
-    _tidy(model)
-    count = len(onnx_op.less_nodes(model))
-    if count != len(contract.layers):
-        raise UnsupportedModelError(f"the graph has {count} LessAttention nodes for {len(contract.layers)} layers")
-    return model
+        return _optimise(result.model)
 
 
 def _optimise(model: ir.Model) -> ir.Model:
     """Inline, fold constants, merge equal nodes; pattern rewrites are left to the runtimes (and are slow)."""
     common.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
+    return _finish(model)
+
+
+def _finish(model: ir.Model) -> ir.Model:
+    """Remove what is unused, merge what is equal, and make names unique."""
     finish = ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.RemoveUnusedNodesPass(),

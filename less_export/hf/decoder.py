@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,11 +22,14 @@ class LessDecoder(nn.Module):
     """``forward(input_ids, past_length, new_length, state) -> (logits, *state)`` as the contract says.
 
     The Hugging Face model is not changed: LESS is put in for the duration of one forward pass.
+
+    absent: layers that do not run, as something stands in for them; their state comes out as it went in.
     """
 
     def __init__(self, model: PreTrainedModel, contract: Contract, kernels: Kernels) -> None:
         super().__init__()
         self.model, self.contract = model, contract
+        self.absent: Collection[int] = ()
         self.maps = nn.ModuleDict(
             {str(i): m for i, m in kernels.layers.items() if i < len(contract.layers) and contract.layers[i].absorb}
         )
@@ -45,6 +48,11 @@ class LessDecoder(nn.Module):
         self._lengths = sorted({m.length for m in kernels.layers.values() if m.length is not None})
         self._kind = {layer: kind for kind, t in enumerate(tables) for layer in t.layers}
 
+    def parts_of(self, layer: int) -> tuple[int | None, dict[str, nn.Module]]:
+        """What a layer has beside the model: the number of its rotary table, and its own modules by where they are."""
+        own = {"maps": self.maps, "centring": self.centring}
+        return self._kind.get(layer), {n: m[str(layer)] for n, m in own.items() if str(layer) in m}
+
     def forward(
         self, input_ids: Tensor, past_length: Tensor, new_length: Tensor, state: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
@@ -52,6 +60,8 @@ class LessDecoder(nn.Module):
         fields = [len(layer.state_fields) for layer in self.contract.layers]
         begin = [0, *itertools.accumulate(fields)]
         present: list[list[Tensor]] = [[] for _ in fields]
+        for i in self.absent:
+            present[i] = list(state[begin[i] : begin[i + 1]])
 
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position = past_length[:, None].long() + steps

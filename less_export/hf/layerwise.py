@@ -52,7 +52,7 @@ class LayerwiseDecoder:
 
     def __init__(self, model: PreTrainedModel, attention: Sequence[AttentionLayer | LayerSpec]) -> None:
         self.model = model
-        self._decoder, self.layers = _decoder(model, len(attention))
+        self._decoder, self.layers = layer_list(model, len(attention))
         self._as_tuple = False
         self._output: type[Any] = object
         self._try(attention)
@@ -97,7 +97,7 @@ class LayerwiseDecoder:
                 assert hidden is not None, "layers that are skipped need a result"
                 result = (hidden,) if self._as_tuple else hidden
                 for layer in range(begin):
-                    stack.enter_context(_stand_in(self.layers[layer], lambda *args, **kwargs: result))
+                    stack.enter_context(stand_in(self.layers[layer], lambda *args, **kwargs: result))
             stack.enter_context(less_attention(self.model, attend))
             with contextlib.suppress(_Reached):
                 out = self._decoder(input_ids=ids, position_ids=position_ids(ids, rotates), use_cache=False)
@@ -110,11 +110,11 @@ class LayerwiseDecoder:
         output = self._output(last_hidden_state=hidden[None])
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_stand_in(self._decoder, lambda *args, **kwargs: output))
+            stack.enter_context(stand_in(self._decoder, lambda *args, **kwargs: output))
             if vocabulary is not None:
                 weight, bias = head.get_parameter("weight")[vocabulary], getattr(head, "bias", None)
                 few = None if bias is None else bias[vocabulary]
-                stack.enter_context(_stand_in(head, lambda x: F.linear(x, weight, few)))
+                stack.enter_context(stand_in(head, lambda x: F.linear(x, weight, few)))
             logits = self.model(input_ids=ids, position_ids=position_ids(ids), use_cache=False).logits[0]
         return torch.log_softmax(logits.float(), -1)
 
@@ -155,7 +155,7 @@ class LayerwiseDecoder:
             )
 
 
-def _decoder(model: PreTrainedModel, count: int) -> tuple[nn.Module, nn.ModuleList]:
+def layer_list(model: PreTrainedModel, count: int) -> tuple[nn.Module, nn.ModuleList]:
     """The part of a model that runs its ``count`` layers, and their list.
 
     Raises:
@@ -169,7 +169,7 @@ def _decoder(model: PreTrainedModel, count: int) -> tuple[nn.Module, nn.ModuleLi
 
 
 @contextlib.contextmanager
-def _stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let ``forward`` stand in for a module's own."""
     previous = vars(module).get("forward")
     module.forward = forward
