@@ -14,7 +14,7 @@ import pytest
 
 from less_export.errors import UsageError
 from less_export.runtime.backend import RowState
-from less_export.serving import range_locks, sessions
+from less_export.serving import range_locks, session_files
 from less_export.serving.conversations import continuation
 from less_export.serving.sessions import BusySessionError, SessionStore
 
@@ -183,7 +183,7 @@ def test_the_folder_of_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def refuse(path: Path) -> Any:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sessions.temporary, "file", refuse)
+    monkeypatch.setattr(session_files.temporary, "file", refuse)
     with pytest.raises(UsageError, match=r"cannot write into the folder .*: Permission denied"):
         SessionStore(tmp_path, 10**9, lambda state: None)
 
@@ -204,7 +204,7 @@ def test_a_session_that_cannot_be_saved(tmp_path: Path, monkeypatch: pytest.Monk
     def full(finished: Path, final: Path) -> None:
         raise OSError(28, "No space left on device", str(final))
 
-    monkeypatch.setattr(sessions, "replace", full)
+    monkeypatch.setattr(session_files, "replace", full)
     with serving(HashBackend(contract()), state_dir=tmp_path) as served:
         for stream in (False, True):
             options = {"max_tokens": 2, "stream": stream, "extra_body": {"session_id": "new"}}

@@ -79,7 +79,9 @@ def parser() -> Parser:
     )
     sessions = parser.add_argument_group("sessions")
     sessions.add_argument(
-        "--state-dir", type=Path, metavar="DIR", help="folder of saved sessions (default: no sessions)"
+        "--state-dir",
+        metavar="DIR",
+        help="folder of saved sessions, or a URL of fsspec such as s3://bucket/sessions (default: no sessions)",
     )
     sessions.add_argument(
         "--state-limit", type=float, default=10.0, metavar="GB", help="most that they may take (default: 10)"
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         from ..serving.options import ServerOptions
         from ..serving.server import Listening, Server, environment_key
+        from ..serving.session_files import place_of
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}: {install_hint('serve')}") from None
     from ..runtime.engine import Engine
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_new_tokens,
         args.timeout,
         tuple(args.cors),
-        args.state_dir,
+        None if args.state_dir is None else place_of(args.state_dir),
         int(args.state_limit * 10**9),
         args.log_prompts,
     )

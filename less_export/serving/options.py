@@ -31,7 +31,7 @@ class ServerOptions:
         max_new_tokens: longest answer, and that of a chat that states no length.
         timeout: seconds that a request may take in all.
         cors: origins whose pages may call the server; "*" is all.
-        state_dir: folder of saved sessions; None offers no sessions.
+        state_dir: folder of saved sessions, or a URL of fsspec; None offers no sessions.
         state_limit: bytes that saved sessions may take.
         log_prompts: whether the log shows prompts.
     """
@@ -42,7 +42,7 @@ class ServerOptions:
     max_new_tokens: int = 2048
     timeout: float = 600.0
     cors: tuple[str, ...] = ()
-    state_dir: Path | None = None
+    state_dir: Path | str | None = None
     state_limit: int = 10 * 10**9
     log_prompts: bool = False
 

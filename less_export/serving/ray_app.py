@@ -73,7 +73,8 @@ def application(
 
     Args:
         bundle: its path on every machine that may run a replica; less-export must be installed there.
-        options: as for the server. Sessions move between replicas that share the folder ``state_dir``.
+        options: as for the server. Sessions move between replicas that share ``state_dir``, a folder or a URL of
+            fsspec.
         rows: sequences that run at a time in a replica: Ray adds replicas where there are more for each.
         max_queue: sequences that may wait in a replica, and requests that may wait for one.
         piece: tokens of a prompt that are fed at a time; default the bundle's chunk.

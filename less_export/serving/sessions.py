@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import re
 import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ..bundle import temporary
-from ..bundle.files import replace
 from ..errors import BackendError, UsageError
 from ..runtime.backend import RowState
-from .range_locks import RangeLocks
+from .session_files import ID, session_files
 
 _LOG = logging.getLogger(__name__)
-_ID = re.compile(r"[0-9a-f]{32}")
-#: What a killed server leaves of a save.
-_LEFT = re.compile(r"\.([0-9a-f]{32}\.safetensors)\.less-export-.*")
 #: What a request names to begin a session.
 NEW = "new"
-#: The file in which servers that share a folder lock the sessions of their requests.
-_LOCKS = ".locks"
 
 
 class NoSuchSessionError(UsageError):
@@ -36,33 +27,21 @@ class BusySessionError(UsageError):
 
 
 class SessionStore:
-    """States by ids that this class makes, one file each in ``folder``, the oldest dropped beyond ``limit`` bytes.
+    """States by ids that this class makes, one file each at ``place``, the oldest dropped beyond ``limit`` bytes.
 
-    A state is written whole or not at all, so a server that is killed loses nothing that was parked; nobody but the
-    user of the process can read it. Several servers may share a folder: a session that a request of one of them has is
-    busy in the others, until it ends or its server does. ``check`` raises :class:`BackendError` for a state of another
-    model.
+    A state is written whole or not at all, so a server that is killed loses nothing that was parked. Several servers
+    may share a place: a session that a request of one of them has is busy in the others, until it ends or its server
+    does; but not in an object store, which has no locks. ``check`` raises :class:`BackendError` for a state of
+    another model.
 
     Raises:
-        UsageError: the folder cannot be created or written to.
+        UsageError: nothing can be written at ``place``.
     """
 
-    def __init__(self, folder: Path, limit: int, check: Callable[[RowState], None]) -> None:
-        self._folder, self._limit, self._check = folder, limit, check
+    def __init__(self, place: Path | str, limit: int, check: Callable[[RowState], None]) -> None:
+        self._files, self._limit, self._check = session_files(place), limit, check
         self._busy: set[str] = set()
         self._lock = threading.Lock()
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot make the folder {folder}: {error.strerror or error}") from error
-        try:
-            with temporary.file(folder / "probe"):
-                pass
-            self._locks = RangeLocks(folder / _LOCKS)
-        except OSError as error:
-            raise UsageError(f"cannot write into the folder {folder}: {error.strerror or error}") from error
-        for name in {m[1] for m in map(_LEFT.fullmatch, os.listdir(folder)) if m}:
-            temporary.remove_abandoned(folder / name)
 
     def claim(self, name: str) -> str:
         """The id of a session, for one request until :meth:`release`; ``new`` makes an id.
@@ -71,10 +50,10 @@ class SessionStore:
             NoSuchSessionError: not an id of this class. BusySessionError: another request has it.
         """
         session = secrets.token_hex(16) if name == NEW else name
-        if not _ID.fullmatch(session):
+        if not ID.fullmatch(session):
             raise NoSuchSessionError("no such session: begin one with the session_id 'new'")
         with self._lock:
-            if session in self._busy or not self._locks.take(session):
+            if session in self._busy or not self._files.take(session):
                 raise BusySessionError("another request of this session has not ended: wait for it")
             self._busy.add(session)
         return session
@@ -84,7 +63,7 @@ class SessionStore:
         with self._lock:
             if session in self._busy:
                 self._busy.remove(session)
-                self._locks.leave(session)
+                self._files.leave(session)
 
     def load(self, session: str) -> RowState:
         """The state of a session.
@@ -93,7 +72,7 @@ class SessionStore:
             NoSuchSessionError: there is none, it cannot be read, or it belongs to another model.
         """
         try:
-            state = RowState.load(self._path(session))
+            state = self._files.load(session)
             self._check(state)
             return state
         except BackendError:  # its message names a path
@@ -107,31 +86,26 @@ class SessionStore:
         Raises:
             BackendError: the file cannot be written.
         """
-        path = self._path(session)
         try:
-            with temporary.file(path) as part:  # which nobody else may read
-                part.write_bytes(state.content())
-                replace(part, path)
+            self._files.write(session, state.content())
         except OSError as error:
-            _LOG.error("a session was lost: cannot write %s: %s", path, error.strerror or error)
+            _LOG.error("a session was lost: cannot write %s: %s", session, error.strerror or error)
             raise BackendError("the server could not save the session: its disk may be full") from error
-        self._drop_oldest(path)
+        self._drop_oldest(session)
 
-    def _path(self, session: str) -> Path:
-        return self._folder / f"{session}.safetensors"
-
-    def _drop_oldest(self, latest: Path) -> None:
-        files = []
-        for path in self._folder.glob("*.safetensors"):
+    def _drop_oldest(self, latest: str) -> None:
+        try:
+            sizes = self._files.sizes()
+        except OSError as error:
+            _LOG.error("cannot list the sessions: %s", error.strerror or error)
+            return
+        total, times = sum(sizes.values()), {}
+        for session in sizes.keys() - {latest} if total > self._limit else ():
             with contextlib.suppress(OSError):  # dropped by another server meanwhile
-                facts = path.stat()
-                if _ID.fullmatch(path.stem):
-                    files.append((facts.st_mtime_ns, facts.st_size, path))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+                times[session] = self._files.time(session)
+        for session in sorted(times, key=times.__getitem__):
             if total <= self._limit:
                 return
-            if path != latest:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-                total -= size
+            with contextlib.suppress(OSError):
+                self._files.drop(session)
+            total -= sizes[session]
