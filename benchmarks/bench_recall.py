@@ -1,8 +1,9 @@
 """Recall of a sentence after some distance: the loss of its last words, once planted in the text and once not.
 
 Streams of the texts that ``--text`` names run through the simulation, one token a step, with 256 slots and without
-kernels. Each has a sentence planted, goes on for some distance, and then asks for it; its twin has other text in the
-sentence's place. The result is ``benchmarks/results/recall.json``, written after every cache.
+kernels; with ``--kernels``, LESS and the slots alone that take the same bytes. Each has a sentence planted, goes on for
+some distance, and then asks for it; its twin has other text in the sentence's place. The result is
+``benchmarks/results/recall.json``, written after every cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_beyond import CACHES, SLOTS, Opened, simulated
+from bench_beyond import CACHES, SLOTS, Opened, simulated, with_kernels
 from bench_common import RESULTS, machine
 from transformers import PreTrainedModel
 
@@ -54,7 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="MODEL (default: smollm2-135m)")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="a stream; give several")
-    parser.add_argument("--caches", nargs="+", metavar="NAME", help="caches of bench_beyond.py, by name (default: all)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--caches", nargs="+", metavar="NAME", help="caches of bench_beyond.py, by name (default: all)")
+    group.add_argument("--kernels", type=Path, metavar="FILE", help="LESS with these, and the same bytes in slots")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     source, length = resolve(args.model), PLANTED + max(DISTANCES) + 256
@@ -64,14 +67,17 @@ def main() -> None:
     file: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {"rows": []}
     file |= {"slots": SLOTS, "pairs": len(ids), "machine": machine()}
     model, progress = source.load(torch.float32), Bars()
-    for cache in CACHES:
-        if args.caches and cache.name not in args.caches:
-            continue
-        if any((r["model"], r["cache"]) == (source.name, cache.name) for r in file["rows"]):
+    done = {r["cache"] for r in file["rows"] if r["model"] == source.name}
+    if args.kernels:
+        caches = with_kernels(args.model, args.kernels, length)
+    else:
+        wanted = [c for c in CACHES if not args.caches or c.name in args.caches]
+        caches = [c.open(args.model, length) for c in wanted if c.name not in done]
+    for cache in caches:
+        if cache.name in done:
             continue
         progress.say(f"{source.name}, {cache.name}")
-        opened = cache.open(args.model, length)
-        row = {"model": source.name, "cache": cache.name, "losses": recall(model, opened, ids, encode)}
+        row = {"model": source.name, "cache": cache.name, "losses": recall(model, cache, ids, encode)}
         file["rows"].append(row)
         write_atomically(FILE, (json.dumps(file, separators=(",", ":")) + "\n").encode())
     print(f"wrote {FILE}")

@@ -1,4 +1,4 @@
-"""The table of ``benchmarks/results/kernels.json``: what kernels add to int8 slots at equal bytes."""
+"""The tables of ``results/kernels.json`` and ``results/tasks.json``: what kernels add to int8 slots at equal bytes."""
 
 from __future__ import annotations
 
@@ -36,6 +36,39 @@ def kernels_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         what = [row["model"], str(row["rank"]), trained, row["text"], str(len(kl["less"])), f"{row['length']:,}"]
         rows.append([*what, *cells, shown, left])
     return header, rows
+
+
+#: Caches of the tasks.
+TASK_CACHES = {"full": "full cache", "sparse+bytes": "int8 slots", "less": "LESS"}
+
+
+def tasks(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Accuracy by model, task and cache, and by how much LESS raises the log probability of the right answer."""
+    header = ["model", "task", "items", "examples", "tokens"]
+    header += [f"{name}, accuracy" for name in TASK_CACHES.values()]
+    header += [f"{name}, right answer" for name in TASK_CACHES.values()] + ["LESS to int8 slots"]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["model"], row["task"]), {})[row["kind"]] = row
+    rows = []
+    for (model, task), caches in found.items():
+        if caches.keys() != TASK_CACHES.keys():
+            continue
+        full, gold = caches["full"], {kind: np.array(caches[kind]["gold"]) for kind in TASK_CACHES}
+        change = statistics.mean(gold["less"] - gold["sparse+bytes"])
+        what = [model, task, str(len(gold["full"])), str(full["shots"]), str(full["tokens"])]
+        what += [_accuracy(caches[kind]["right"]) for kind in TASK_CACHES]
+        what += [f"{gold[kind].mean():.3f}" for kind in TASK_CACHES]
+        rows.append([*what, f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"])
+    return header, rows
+
+
+def _accuracy(right: list[int]) -> str:
+    """The share of right answers with its standard error; nothing for tasks without choices."""
+    if not right:
+        return ""
+    share = float(np.mean(right))
+    return f"{share:.0%} ± {(share * (1 - share) / len(right)) ** 0.5:.0%}"
 
 
 #: Rank of the kernels, and the context, that the README speaks of.

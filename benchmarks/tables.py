@@ -273,7 +273,7 @@ def beyond(part: str) -> str:
 def recall() -> str:
     """Recall of a planted sentence."""
     data = results("recall")
-    note = f"{data['slots']} slots, one token a step, {data['pairs']} pairs of streams, without kernels"
+    note = f"{data['slots']} slots unless said otherwise, one token a step, {data['pairs']} pairs of streams"
     return table(*long_tables.recall(data)) + f"\n\n({note}; {where(data)})"
 
 
@@ -317,6 +317,13 @@ def kernels_kl() -> str:
     return table(*kernels_tables.kernels_kl(data)) + f"\n\n({note}; {where(data)})"
 
 
+def tasks() -> str:
+    """Multiple-choice tasks."""
+    data = results("tasks")
+    note = "one token a step; right answer: mean log probability among the choices, or of the answer where there is one"
+    return table(*kernels_tables.tasks(data)) + f"\n\n({note}; {where(data)})"
+
+
 def state_drift() -> str:
     """Drift of a 16-bit state."""
     data = results("state")
@@ -348,7 +355,7 @@ def rendered(text: str) -> str:
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
     makers |= {"peers": peers, "large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4, "plan": plan}
-    makers |= {"kernels_kl": kernels_kl, "state_kl": state_kl, "recall": recall}
+    makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
