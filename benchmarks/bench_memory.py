@@ -5,7 +5,7 @@ of Qwen3-0.6B's shape, whose embeddings are tied, as bf16. Every bundle is opene
 options of the backend, and those of ``--variants`` also with each option that affects memory changed.
 Resident memory is read from /proc after loading, at its peak and at the end, after two chunks of prompt and several
 decode steps of four rows. It includes memory mapped from files (``mapped``), which the system can reclaim when
-memory is short.
+memory is short; ``loading_mb`` is the peak without it, sampled while the model is loaded.
 """
 
 from __future__ import annotations
@@ -48,9 +48,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+#: Prints the largest anonymous memory of a process in kB, from its start until its input is closed.
+_SAMPLER = """
+import select, sys
+peak = 0
+while not select.select([sys.stdin], [], [], 0.002)[0]:
+    for line in open(f"/proc/{sys.argv[1]}/status"):
+        if line.startswith("RssAnon:"):
+            peak = max(peak, int(line.split()[1]))
+print(peak)
+"""
+
+
 def resident() -> dict[str, float]:
-    """Resident memory of this process in MB: now, mapped from files, and at its peak."""
-    names = {"VmRSS": "resident_mb", "RssFile": "mapped_mb", "VmHWM": "peak_mb"}
+    """Resident memory of this process in MB: now, mapped from files, the rest, and at its peak."""
+    names = {"VmRSS": "resident_mb", "RssFile": "mapped_mb", "RssAnon": "anonymous_mb", "VmHWM": "peak_mb"}
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: round(int(fields[field].split()[0]) * 1024 / 1e6, 1) for field, name in names.items()}
 
@@ -78,10 +90,13 @@ def child(bundle: Path, variant: str) -> None:
 
     onnxruntime.InferenceSession = session
     before = resident()
-    start = time.perf_counter()
-    backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count()).backend
-    seconds = time.perf_counter() - start
-    loaded = resident()
+    command = [sys.executable, "-c", _SAMPLER, str(os.getpid())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as sampler:
+        start = time.perf_counter()
+        backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count()).backend
+        seconds = time.perf_counter() - start
+        peak, _ = sampler.communicate()
+    loaded = {**resident(), "loading_mb": round(int(peak) * 1024 / 1e6, 1)}
     if not shrink:
         backend._shrink_arena = None
     backend.open(BATCH)

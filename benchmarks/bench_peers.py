@@ -2,12 +2,13 @@
 
 Each exports a random Llama of TinyLlama-1.1B's shape, fp16; the parent measures wall time, peak RSS and bytes
 written. Then all models decode on this environment's ONNX Runtime, in rounds: each has its turn at each context, in a
-process of its own. less-export's run through its backend, with 256 slots full and the position set to the context; the
-peers' graphs with a past of that length (random numbers, bound once; GenAI's attention writes into the buffer it reads,
-as in its runtime). Each has its own int4: ours has blocks of 64, an int8 output embedding and the checkpoint's input
-embedding; GenAI's has blocks of 32, an int4 output embedding and an f32 input embedding. ``int4, 32`` is ours in blocks
-of 32 with an int4 output embedding. Each peer is installed into its own environment under ``--environments``; if one
-cannot be installed or fails, the reason is recorded.
+process of its own; and each takes prompts. less-export's run through its backend, with 256 slots full and the position
+set to the context; the peers' graphs with a past of that length (random numbers, bound once; GenAI's attention writes
+into the buffer it reads, as in its runtime). Prompts are fed in our chunks, and to the peers' graphs whole, which
+compute the logits of every token. Each has its own int4: ours has blocks of 64, an int8 output embedding and the
+checkpoint's input embedding; GenAI's has blocks of 32, an int4 output embedding and an f32 input embedding.
+``int4, 32`` is ours in blocks of 32 with an int4 output embedding. Each peer is installed into its own environment
+under ``--environments``; if one cannot be installed or fails, the reason is recorded.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ import numpy as np
 from bench_common import TINYLLAMA, kernels, measure, random_checkpoint, write_results, written
 from bench_memory import resident
 
-BUDGET, RANK, HIDDEN, STEPS = 256, 8, 128, 12
+from less_export.training.options import DEFAULT_RANK
+
+BUDGET, HIDDEN, STEPS = 256, 128, 12
+#: Tokens of prompts that are fed after the first one, which warms up; at least one prompt.
+PREFILLED = 1024
 #: Measurements of every context, in turn with the others; the median rate counts.
 ROUNDS = 3
 #: Packages of each peer. This version of torch has a CPU wheel wherever the benchmark runs.
@@ -67,7 +72,7 @@ def tokenizer(folder: Path) -> None:
 def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict[tuple[str, str], Any]:
     """Export commands by (who, precision), or the reason why there is none."""
     kernel_file = scratch / "kernels.safetensors"
-    kernels(layers, RANK, HIDDEN).save(kernel_file)
+    kernels(layers, DEFAULT_RANK, HIDDEN).save(kernel_file)
     ours = [sys.executable, "-m", "less_export.cli.main", str(checkpoint), "--no-validate", "--budget", str(BUDGET)]
     ours += ["--kernels", str(kernel_file), "--max-batch", "1"]
     exports: dict[tuple[str, str], Any] = {
@@ -93,12 +98,12 @@ def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict
 
 
 class Step:
-    """One decode step of a peer's graph at a fixed context, inputs bound once; the past does not advance.
+    """A run of a peer's graph over the last ``tokens`` of a context, inputs bound once; the past does not advance.
 
-    ``shared``: the graph writes the new token into the buffer that it reads the past from.
+    ``shared``: the graph writes the new tokens into the buffer that it reads the past from.
     """
 
-    def __init__(self, model: Path, context: int, shared: bool) -> None:
+    def __init__(self, model: Path, context: int, shared: bool, tokens: int) -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -110,12 +115,14 @@ class Step:
         rng, buffers = np.random.default_rng(0), {}
         for node in self.session.get_inputs():
             if node.name.startswith("past"):
-                length = context if shared else context - 1
+                length = context if shared else context - tokens
                 value = rng.standard_normal((1, heads, length, width), np.float32)
             elif node.name == "attention_mask":
                 value = np.ones((1, context), np.int64)
+            elif node.name == "position_ids":
+                value = np.arange(context - tokens, context)[None]
             else:
-                value = np.full((1, 1), context - 1 if node.name == "position_ids" else 5, np.int64)
+                value = rng.integers(3, 1000, (1, tokens))
             buffers[node.name] = ort.OrtValue.ortvalue_from_numpy(value)
             self.binding.bind_ortvalue_input(node.name, buffers[node.name])
         for node in self.session.get_outputs():
@@ -147,39 +154,55 @@ def less_step(bundle: Path, context: int) -> Any:
     return lambda: backend.step([[5]])
 
 
-def child(who: str, out: Path, context: int) -> None:
-    """Decode at one context and print the figures as JSON."""
-    step = (
-        less_step(out, context)
-        if who == "less-export"
-        else Step(out / "model.onnx", context, who == "onnxruntime-genai")
-    )
+def less_prefill(bundle: Path, tokens: int) -> Any:
+    """Feeding a prompt to a fresh row of a bundle, in its own chunks."""
+    import less_export
+
+    backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count()).backend
+    ids, chunk = np.random.default_rng(0).integers(3, 1000, (1, tokens)), backend.contract.chunk
+
+    def prefill() -> None:
+        backend.open(1)
+        for begin in range(0, tokens, chunk):
+            backend.step(ids[:, begin : begin + chunk])
+
+    return prefill
+
+
+def child(who: str, out: Path, context: int, tokens: int) -> None:
+    """Decode at one context, or feed a prompt as long as the context, and print the figures as JSON."""
+    if who == "less-export":
+        step = less_step(out, context) if tokens == 1 else less_prefill(out, tokens)
+    else:
+        step = Step(out / "model.onnx", context, who == "onnxruntime-genai", tokens)
     times = []
-    for _ in range(STEPS + 1):
+    for _ in range(STEPS + 1 if tokens == 1 else max(1, PREFILLED // tokens) + 1):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    rate = round(1 / statistics.median(times[1:]), 2)
+    rate = round(tokens / statistics.median(times[1:]), 2)
     print(json.dumps({"tokens_per_second": rate, **resident()}))
 
 
-def decode(models: list[tuple[dict[str, Any], Path]], contexts: list[int]) -> None:
-    """Give the row of each exported model its ``contexts``: rates and memory, measured in turn with the others."""
-    runs: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for _ in range(ROUNDS):
+def run(models: list[tuple[dict[str, Any], Path]], contexts: list[int], prompts: list[int]) -> None:
+    """Give the row of each exported model its ``contexts`` and ``prompts``: rates and memory, measured in turn with the
+    others; prompts once."""
+    cells = [(c, 1) for c in contexts] * ROUNDS + [(p, p) for p in prompts]
+    runs: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    for context, tokens in cells:
         for index, (row, out) in enumerate(models):
-            for context in contexts:
-                command = [sys.executable, __file__, "--child", row["who"], str(out), str(context)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                run = {"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout)
-                runs.setdefault((index, context), []).append(run)
+            command = [sys.executable, __file__, "--child", row["who"], str(out), str(context), str(tokens)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            figures = {"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout)
+            runs.setdefault((index, context, tokens), []).append(figures)
     for index, (row, _) in enumerate(models):
-        row["contexts"] = [{"context": c, **summary(runs[index, c])} for c in contexts]
+        row["contexts"] = [{"context": c, **summary(runs[index, c, 1])} for c in contexts]
+        row["prompts"] = [{"tokens": p, **summary(runs[index, p, p])} for p in prompts]
         print(row, flush=True)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median rate of a model at one context, or why it failed."""
+    """The median rate of a model, or why it failed."""
     failed = next((r for r in runs if "failed" in r), None)
     if failed is not None:
         return failed
@@ -197,11 +220,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=TINYLLAMA["num_hidden_layers"])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 16384])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[512, 4096], help="tokens (default: 512 4096)")
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "less-export-peers")
-    parser.add_argument("--child", nargs=3, metavar=("WHO", "OUT", "CONTEXT"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=4, metavar=("WHO", "OUT", "CONTEXT", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.child[0], Path(args.child[1]), int(args.child[2]))
+        return child(args.child[0], Path(args.child[1]), int(args.child[2]), int(args.child[3]))
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []
     models: list[tuple[dict[str, Any], Path]] = []
@@ -218,15 +242,19 @@ def main() -> None:
                 continue
             out = scratch / f"out-{len(rows)}"
             target = {"less-export": ["--out", str(out)], "onnxruntime-genai": ["-o", str(out)]}.get(who, [str(out)])
-            run = measure([*command, *target])
-            if run.why:
-                row["failed"] = run.why
+            exported = measure([*command, *target])
+            if exported.why:
+                row["failed"] = exported.why
                 shutil.rmtree(out, ignore_errors=True)
                 continue
-            figures = {"seconds": run.seconds, "peak_rss_mb": run.peak_rss_mb, "written_mb": written(out) / 1e6}
+            figures = {
+                "seconds": exported.seconds,
+                "peak_rss_mb": exported.peak_rss_mb,
+                "written_mb": written(out) / 1e6,
+            }
             row |= {n: round(x, 1) for n, x in figures.items()}
             models.append((row, out))
-        decode(models, args.contexts)
+        run(models, args.contexts, args.prompts)
     facts = {
         "model": "random Llama, TinyLlama-1.1B shape",
         "layers": args.layers,

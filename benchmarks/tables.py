@@ -182,6 +182,20 @@ def memory() -> str:
     return table(header, rows) + f"\n\n({description}; {where(data)})"
 
 
+def memory_loading() -> str:
+    """Memory while a bundle is loaded."""
+    data, rows = results("memory_loading"), []
+    for r in data["rows"]:
+        empty, loaded = r["empty"], r["loaded"]
+        held = loaded["anonymous_mb"] - empty["anonymous_mb"]
+        peak = loaded["loading_mb"] - empty["anonymous_mb"]
+        mapped = loaded["peak_mb"] - empty["resident_mb"]
+        name = f"`{r['model']}`, {r['layers']} layers"
+        rows.append([name, r["weights"], f"{held:,.0f}", f"{peak:,.0f}", f"{peak / held:.2f}", f"{mapped:,.0f}"])
+    header = ["model", "weights", "held, MB", "while loading, MB", "ratio", "with mapped files, MB"]
+    return table(header, rows) + f"\n\n(random weights, less the process before loading; {where(data)})"
+
+
 def memory_options() -> str:
     """The same with other session options, where measured."""
     data = results("memory")
@@ -212,6 +226,18 @@ def peers() -> str:
     header += [h for c in contexts for h in (f"tokens/s at {c:,}", f"resident at {c:,}, MB")]
     description = f"{data['layers']} layers, fp16 checkpoint of {data['checkpoint_mb']:,.0f} MB, {data['slots']} slots"
     return table(header, rows) + f"\n\n({description}, {data['threads']} threads; {where(data)})"
+
+
+def peers_prompts() -> str:
+    """Feeding prompts against other exporters."""
+    data = results("peers")
+    measured = [r for r in data["rows"] if r.get("prompts")]
+    sizes = [p["tokens"] for p in measured[0]["prompts"]] if measured else []
+    rows = []
+    for r in measured:
+        cells = [p["failed"] if "failed" in p else f"{p['tokens_per_second']:.1f}" for p in r["prompts"]]
+        rows.append([r["who"], r["precision"], *cells])
+    return table(["exporter", "weights", *(f"{n:,} tokens" for n in sizes)], rows) + f"\n\n(tokens/s; {where(data)})"
 
 
 def large() -> str:
@@ -352,8 +378,9 @@ def rendered(text: str) -> str:
         "export_cost": export_cost,
         "decode_cost": decode_cost,
     }
-    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory, "memory_options": memory_options}
-    makers |= {"peers": peers, "large": large, "long": long}
+    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory}
+    makers |= {"memory_loading": memory_loading, "memory_options": memory_options}
+    makers |= {"peers": peers, "peers_prompts": peers_prompts, "large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4, "plan": plan}
     makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
