@@ -1,11 +1,13 @@
-"""A table for planning a service: how many sequences fit into a GB, and from which length on LESS takes less."""
+"""Tables for planning: sequences per GB, the length from which LESS takes less, and division by KV heads."""
 
 from __future__ import annotations
 
 import bisect
+import math
 
 from less_export.cli.recipes import RECIPE_LENGTHS, full_caches
 from less_export.contract import SLOT_DTYPES, Contract
+from less_export.dtypes import item_bytes
 from less_export.hf.recipes import all_recipes
 
 _GB = 10**9
@@ -33,3 +35,22 @@ def _per_gb(count: int) -> str:
 def _equal_length(contract: Contract) -> int:
     """The shortest text whose full cache takes as much as the state."""
     return bisect.bisect_left(range(_LONGEST), contract.state_bytes(), key=contract.full_cache_bytes)
+
+
+#: Sums over all GPUs in a layer of a divided decoder: after attention and after the MLP.
+_SUMS = 2
+
+
+def divided() -> tuple[list[str], list[list[str]]]:
+    """On how many GPUs a decoder divides by KV heads, and what these exchange and hold."""
+    rows = []
+    for recipe in all_recipes():
+        contract = recipe.contract()
+        most = math.gcd(*(layer.kv_heads for layer in contract.layers))
+        if most == 1:
+            continue
+        exchanged = _SUMS * len(contract.layers) * recipe.architecture["hidden_size"] * item_bytes("float16")
+        state = contract.state_bytes()
+        cells = [str(len(contract.layers)), str(most), f"{exchanged / 1e3:,.0f} kB", f"{state / 1e6:.2f} MB"]
+        rows.append([f"`{recipe.name}`", *cells, f"{state / most / 1e6:.2f} MB"])
+    return ["recipe", "layers", "most GPUs", "summed a token", "state of a sequence", "on each of these GPUs"], rows

@@ -369,6 +369,11 @@ def plan() -> str:
     return table(*plan_tables.sessions())
 
 
+def divided() -> str:
+    """Division by KV heads."""
+    return table(*plan_tables.divided())
+
+
 def rendered(text: str) -> str:
     """A document with fresh tables between ``<!-- table NAME -->`` and ``<!-- end -->``."""
     makers: dict[str, Any] = {
@@ -381,7 +386,8 @@ def rendered(text: str) -> str:
     makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory}
     makers |= {"memory_loading": memory_loading, "memory_options": memory_options}
     makers |= {"peers": peers, "peers_prompts": peers_prompts, "large": large, "long": long}
-    makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4, "plan": plan}
+    makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
+    makers |= {"plan": plan, "divided": divided}
     makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
