@@ -32,7 +32,7 @@ from bench_memory import resident
 from less_export.training.options import DEFAULT_RANK
 
 BUDGET, HIDDEN, STEPS = 256, 128, 12
-#: Tokens of prompts that are fed after the first one, which warms up; at least one prompt.
+#: Tokens of prompts that are fed after the first one, which counts only where it is the only one.
 PREFILLED = 1024
 #: Measurements of every context, in turn with the others; the median rate counts.
 ROUNDS = 3
@@ -176,11 +176,11 @@ def child(who: str, out: Path, context: int, tokens: int) -> None:
     else:
         step = Step(out / "model.onnx", context, who == "onnxruntime-genai", tokens)
     times = []
-    for _ in range(STEPS + 1 if tokens == 1 else max(1, PREFILLED // tokens) + 1):
+    for _ in range(STEPS + 1 if tokens == 1 else 1 + PREFILLED // tokens):
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)
-    rate = round(tokens / statistics.median(times[1:]), 2)
+    rate = round(tokens / statistics.median(times[1:] or times), 2)  # the first one warms up
     print(json.dumps({"tokens_per_second": rate, **resident()}))
 
 

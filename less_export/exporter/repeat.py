@@ -21,7 +21,7 @@ import onnxscript
 import torch
 from torch import Tensor, nn
 
-from ..contract import OP_DOMAIN, OP_VERSION
+from ..contract import OP_DOMAIN, OP_VERSION, PAST_LENGTH, Contract
 from ..errors import UnsupportedModelError
 from ..hf.compat import on_interface
 from ..hf.decoder import LessDecoder
@@ -221,30 +221,36 @@ def _same(a: Any, b: Any) -> bool:
 # ------------------------------------------------------------------ in the graph
 
 
-def unroll(model: ir.Model, repetition: Repetition, inputs: Sequence[str], unbound: Collection[str]) -> None:
-    """Put a copy of its layer's nodes in place of every mark; ``inputs`` are the names of the graph's.
+def unroll(model: ir.Model, repetition: Repetition, contract: Contract, unbound: Collection[str]) -> None:
+    """Put a copy of its layer's nodes in place of every mark, and the state of the copies among inputs and outputs.
 
     Raises:
         UnrepeatableError: the nodes of a layer cannot be told from the others.
     """
     graph, copies = model.graph, repetition.copies
-    for value, name in zip(graph.inputs, inputs, strict=True):  # an input that is an output too has a name of its own
-        value.name = name
     found = [n for n in graph if n.op_type == _MARK and n.domain == OP_DOMAIN]
     marks = {_role(n): n for n in found}
+    _share_rows(graph)
     if len(marks) != len(found):
         raise UnrepeatableError("a layer runs more than once")
     parts = {layer: _part(graph, layer, repetition, marks) for layer in set(copies.values())}
     nodes = [id(n) for part in parts.values() for n in part]
     if len(set(nodes)) != len(nodes):
         raise UnrepeatableError("two layers share nodes")
+    inputs, outputs = ({x.name: x for x in values} for values in (graph.inputs, graph.outputs))
     for layer, first in copies.items():
         begin, end, mark = marks[first, _BEGIN], marks[first, _END], marks[layer, _WHOLE]
         values = _tensors(graph, parts[first], repetition, first, layer, unbound)
         values[begin.outputs[0]] = _input(mark)
+        for name in [n for n in inputs if n and n.startswith(f"past.{first}.")]:
+            other = _of_layer(name, first, layer)
+            inputs[other] = values[inputs[name]] = _like(inputs[name], other)
         copied = [copy_node(node, values, f".{layer}") for node in parts[first]]
         graph.insert_before(mark, copied)
-        _connect(graph, repetition, first, layer, values)
+        for name in [n for n in outputs if n and n.startswith(f"present.{first}.")]:
+            other = _of_layer(name, first, layer)
+            outputs[other] = values[outputs[name]]
+            outputs[other].name = other
         result = _input(end)
         ir.convenience.replace_all_uses_with(mark.outputs[0], values.get(result, result))
         graph.remove(mark, safe=True)
@@ -252,6 +258,31 @@ def unroll(model: ir.Model, repetition: Repetition, inputs: Sequence[str], unbou
         if role != _WHOLE:
             ir.convenience.replace_all_uses_with(mark.outputs[0], _input(mark))
             graph.remove(mark, safe=True)
+    for ours, all_values, specs in (
+        (graph.inputs, inputs, contract.inputs()),
+        (graph.outputs, outputs, contract.outputs()),
+    ):
+        ours.clear()
+        ours.extend(all_values[s.name] for s in specs)
+
+
+def _share_rows(graph: ir.Graph) -> None:
+    """Take the number of rows from an input that belongs to no layer."""
+    inputs = {x.name: x for x in graph.inputs}
+    for node in graph:
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        rows_only = node.attributes.get_int("start", 0) == 0 and node.attributes.get_int("end", -1) == 1
+        if value is not None and value.is_graph_input() and rows_only:
+            node.replace_input_with(0, inputs[PAST_LENGTH])
+
+
+def _of_layer(name: str, first: int, layer: int) -> str:
+    """The name of a tensor of the state, for another layer."""
+    return name.replace(f".{first}.", f".{layer}.", 1)
+
+
+def _like(value: ir.Value, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=value.type)
 
 
 def _input(mark: ir.Node) -> ir.Value:
@@ -293,26 +324,23 @@ def _joins(node: ir.Node, own: set[ir.Value | None]) -> bool:
 def _tensors(
     graph: ir.Graph, part: Sequence[ir.Node], repetition: Repetition, first: int, layer: int, unbound: Collection[str]
 ) -> dict[ir.Value, ir.Value]:
-    """The state and the weights of ``layer`` by those of ``first``."""
-    inputs = {x.name: x for x in graph.inputs}
+    """The weights of ``layer`` by those of ``first``."""
     values: dict[ir.Value, ir.Value] = {}
     for value in dict.fromkeys(x for node in part for x in node.inputs if x is not None):
         name = value.name or ""
-        if name.startswith(f"past.{first}.") and value.is_graph_input():
-            values[value] = inputs[f"past.{layer}.{name.removeprefix(f'past.{first}.')}"]
         prefix = next((p for p in repetition.prefixes(first) if name.startswith(p)), None)
         if prefix is None or name not in unbound or not value.is_initializer():
             continue
         other = repetition.prefixes(layer)[repetition.prefixes(first).index(prefix)] + name.removeprefix(prefix)
         if other not in graph.initializers:
-            graph.initializers[other] = ir.Value(name=other, shape=value.shape, type=value.type)
+            graph.initializers[other] = _like(value, other)
         values[value] = graph.initializers[other]
     return values
 
 
 def copy_node(node: ir.Node, values: dict[ir.Value, ir.Value], suffix: str) -> ir.Node:
     """A copy of a node that takes ``values`` instead of their keys, to which its own results are added."""
-    outputs = [ir.Value(name=f"{x.name}{suffix}", shape=x.shape, type=x.type) for x in node.outputs]
+    outputs = [_like(x, f"{x.name}{suffix}") for x in node.outputs]
     inputs = [x if x is None else values.get(x, x) for x in node.inputs]
     values.update(zip(node.outputs, outputs, strict=True))
     return ir.Node(
@@ -324,16 +352,3 @@ def copy_node(node: ir.Node, values: dict[ir.Value, ir.Value], suffix: str) -> i
         outputs=outputs,
         name=f"{node.name}{suffix}",
     )
-
-
-def _connect(graph: ir.Graph, repetition: Repetition, first: int, layer: int, values: dict[ir.Value, ir.Value]) -> None:
-    """Make the copy's state the graph's outputs of ``layer``."""
-    places = {x.name: i for i, x in enumerate(graph.outputs)}
-    for name, place in places.items():
-        prefix = f"present.{first}."
-        if not (name or "").startswith(prefix):
-            continue
-        target = f"present.{layer}.{(name or '').removeprefix(prefix)}"
-        stale, copied = graph.outputs[places[target]], values[graph.outputs[place]]
-        graph.outputs[places[target]] = copied
-        stale.name, copied.name = f"{target}.stale", target

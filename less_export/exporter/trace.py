@@ -39,7 +39,7 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = (),
         try:
             with repeat.marked(decoder, repetition):
                 model = _traced(decoder, contract, unbound)
-            repeat.unroll(model, repetition, [s.name for s in contract.inputs()], unbound)
+            repeat.unroll(model, repetition, contract, unbound)
             with _silent("onnx_ir"):
                 _finish(model)
         except repeat.UnrepeatableError as error:
@@ -54,10 +54,15 @@ def trace(decoder: LessDecoder, contract: Contract, unbound: Iterable[str] = (),
 
 
 def _traced(decoder: LessDecoder, contract: Contract, unbound: Collection[str]) -> ir.Model:
+    """The graph of the decoder, without the state of its absent layers."""
     name = type(decoder.model).__name__
     batch = torch.export.Dim(BATCH, min=1, max=4096)
     chunk = torch.export.Dim(CHUNK, min=1, max=1 << 20)
-    state = fresh_state(contract, _BATCH)
+    absent = [s for s in contract.state() if s.layer in decoder.absent]
+    unused = {s.past.name for s in absent} | {s.present.name for s in absent}
+    state = [
+        x for x, s in zip(fresh_state(contract, _BATCH), contract.state(), strict=True) if s.layer not in decoder.absent
+    ]
     example = (
         torch.zeros(_BATCH, _CHUNK, dtype=torch.long),
         torch.zeros(_BATCH, dtype=torch.int32),
@@ -84,8 +89,8 @@ def _traced(decoder: LessDecoder, contract: Contract, unbound: Collection[str]) 
                 program,
                 dynamo=True,
                 custom_translation_table={**onnx_op.translation_table(), **repeat.translation()},
-                input_names=[s.name for s in contract.inputs()],
-                output_names=[s.name for s in contract.outputs()],
+                input_names=[s.name for s in contract.inputs() if s.name not in unused],
+                output_names=[s.name for s in contract.outputs() if s.name not in unused],
                 opset_version=onnx_op.OPSET,
                 optimize=False,
                 verbose=False,

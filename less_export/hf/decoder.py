@@ -23,7 +23,7 @@ class LessDecoder(nn.Module):
 
     The Hugging Face model is not changed: LESS is put in for the duration of one forward pass.
 
-    absent: layers that do not run, as something stands in for them; their state comes out as it went in.
+    absent: layers that do not run, as something stands in for them; neither ``state`` nor the results have theirs.
     """
 
     def __init__(self, model: PreTrainedModel, contract: Contract, kernels: Kernels) -> None:
@@ -57,11 +57,9 @@ class LessDecoder(nn.Module):
         self, input_ids: Tensor, past_length: Tensor, new_length: Tensor, state: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """[B,T] i64, [B] i32, [B] i32, the contract's state -> logits f32 and the state after the chunk."""
-        fields = [len(layer.state_fields) for layer in self.contract.layers]
+        fields = [0 if i in self.absent else len(x.state_fields) for i, x in enumerate(self.contract.layers)]
         begin = [0, *itertools.accumulate(fields)]
         present: list[list[Tensor]] = [[] for _ in fields]
-        for i in self.absent:
-            present[i] = list(state[begin[i] : begin[i + 1]])
 
         steps = torch.arange(input_ids.shape[1], device=input_ids.device)
         position = past_length[:, None].long() + steps
@@ -90,7 +88,7 @@ class LessDecoder(nn.Module):
                 logits = self.model(input_ids=input_ids, position_ids=position, use_cache=False).logits
         finally:
             hook.remove()
-        missing = [i for i, after in enumerate(present) if not after]
+        missing = [i for i, after in enumerate(present) if not after and i not in self.absent]
         assert not missing, f"layer {missing[0]} never attended"
         return (logits.float(), *itertools.chain(*present))
 
