@@ -92,13 +92,17 @@ def test_layers_of_one_kind_are_found(name: str) -> None:
 def test_the_graph_is_that_of_a_whole_trace(
     name: str, slots: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, _ = REPEATING[name]
+    make, kinds = REPEATING[name]
     checkpoint = families.save(make, tmp_path / "checkpoint")
     kernels = families.kernels(families.load(checkpoint), tmp_path / "kernels.safetensors")
     options: dict[str, Any] = {"kernels": kernels, "budget": "8", "context": families.CONTEXT, "slots": slots}
     if slots == "int8":
         options |= {"max_distance": 32, "policy": "h2o"}
+    unrolled: list[Any] = []
+    original = repeat.unroll
+    monkeypatch.setattr(repeat, "unroll", lambda *args: unrolled.append(args[1].copies) or original(*args))
     repeated = families.export(checkpoint, tmp_path / "repeated", **options)
+    assert unrolled == [{i: first for i, first in enumerate(kinds) if i != first}]
     monkeypatch.setattr(graphs, "trace", functools.partial(trace.trace, repeating=False))
     whole = families.export(checkpoint, tmp_path / "whole", **options)
     ours, theirs = (onnx.load(x.bundle / "model.onnx", load_external_data=False) for x in (repeated, whole))

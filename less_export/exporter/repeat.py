@@ -10,6 +10,7 @@ The self-check of an export traces its twin, two layers of each kind with other 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ def _equal(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_equal(a[n], b[n]) for n in a)
     if isinstance(a, functools.partial):
         return _equal([a.func, a.args, a.keywords], [b.func, b.args, b.keywords])
-    return isinstance(a, str | int | float | torch.dtype | torch.device) and a == b
+    plain = isinstance(a, str | int | float | torch.dtype | torch.device) or dataclasses.is_dataclass(a)
+    return plain and bool(a == b)
 
 
 @contextlib.contextmanager
