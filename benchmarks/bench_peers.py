@@ -34,8 +34,6 @@ from less_export.training.options import DEFAULT_RANK
 BUDGET, HIDDEN, STEPS = 256, 128, 12
 #: Tokens of prompts that are fed after the first one, which counts only where it is the only one.
 PREFILLED = 1024
-#: Measurements of every context, in turn with the others; the median rate counts.
-ROUNDS = 3
 #: Packages of each peer. This version of torch has a CPU wheel wherever the benchmark runs.
 PEERS = {
     "optimum-onnx": ["torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0"],
@@ -184,10 +182,10 @@ def child(who: str, out: Path, context: int, tokens: int) -> None:
     print(json.dumps({"tokens_per_second": rate, **resident()}))
 
 
-def run(models: list[tuple[dict[str, Any], Path]], contexts: list[int], prompts: list[int]) -> None:
+def run(models: list[tuple[dict[str, Any], Path]], contexts: list[int], prompts: list[int], rounds: int) -> None:
     """Give the row of each exported model its ``contexts`` and ``prompts``: rates and memory, measured in turn with the
     others; prompts once."""
-    cells = [(c, 1) for c in contexts] * ROUNDS + [(p, p) for p in prompts]
+    cells = [(c, 1) for c in contexts] * rounds + [(p, p) for p in prompts]
     runs: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     for context, tokens in cells:
         for index, (row, out) in enumerate(models):
@@ -221,6 +219,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=TINYLLAMA["num_hidden_layers"])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 16384])
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 4096], help="tokens (default: 512 4096)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="measurements of a context; the median counts (default: 3)"
+    )
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "less-export-peers")
     parser.add_argument("--child", nargs=4, metavar=("WHO", "OUT", "CONTEXT", "TOKENS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -254,13 +255,16 @@ def main() -> None:
             }
             row |= {n: round(x, 1) for n, x in figures.items()}
             models.append((row, out))
-        run(models, args.contexts, args.prompts)
+        run(models, args.contexts, args.prompts, args.rounds)
     facts = {
         "model": "random Llama, TinyLlama-1.1B shape",
         "layers": args.layers,
         "checkpoint_mb": round(nbytes / 1e6, 1),
     }
-    write_results("peers", {**facts, "slots": BUDGET, "peers": PEERS, "threads": os.cpu_count(), "rows": rows})
+    write_results(
+        "peers",
+        {**facts, "slots": BUDGET, "rounds": args.rounds, "peers": PEERS, "threads": os.cpu_count(), "rows": rows},
+    )
 
 
 if __name__ == "__main__":
