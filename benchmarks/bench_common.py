@@ -9,7 +9,7 @@ import platform
 import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,13 +40,19 @@ def random_checkpoint(
 
 
 def kernels(layers: int, rank: int, hidden: int) -> Kernels:
-    """Random kernels of the same size as trained ones: the same work, without the quality."""
+    """Random kernels of the same size as trained ones, with constants of int8 slots: the same work, without the
+    quality."""
     from less_export.contract import Heads
     from less_export.less.feature_maps import random_kernels
+    from less_export.less.int8 import Centring
 
     heads, kv_heads = TINYLLAMA["num_attention_heads"], TINYLLAMA["num_key_value_heads"]
     shape = Heads(heads, kv_heads, TINYLLAMA["hidden_size"] // heads)
-    return random_kernels([shape] * layers, range(layers), rank, hidden)
+    found = random_kernels([shape] * layers, range(layers), rank, hidden)
+    provenance = {**found.provenance, "centring": {"rotated": False}}
+    return replace(
+        found, provenance=provenance, centring={i: Centring.none(kv_heads, shape.head_dim) for i in range(layers)}
+    )
 
 
 @dataclass(frozen=True)
