@@ -48,10 +48,10 @@ def kernels(layers: int, rank: int, hidden: int) -> Kernels:
 
     heads, kv_heads = TINYLLAMA["num_attention_heads"], TINYLLAMA["num_key_value_heads"]
     shape = Heads(heads, kv_heads, TINYLLAMA["hidden_size"] // heads)
-    found = random_kernels([shape] * layers, range(layers), rank, hidden)
-    provenance = {**found.provenance, "centring": {"rotated": False}}
+    maps = random_kernels([shape] * layers, range(layers), rank, hidden)
+    provenance = {**maps.provenance, "centring": {"rotated": False}}
     return replace(
-        found, provenance=provenance, centring={i: Centring.none(kv_heads, shape.head_dim) for i in range(layers)}
+        maps, provenance=provenance, centring={i: Centring.none(kv_heads, shape.head_dim) for i in range(layers)}
     )
 
 

@@ -4,11 +4,11 @@ Each exports a random Llama of TinyLlama-1.1B's shape, fp16; the parent measures
 written. Then all models decode on this environment's ONNX Runtime, in rounds: each has its turn at each context, in a
 process of its own; and each takes prompts. less-export's run through its backend, with 256 slots full and the position
 set to the context; the peers' graphs with a past of that length (random numbers, bound once; GenAI's attention writes
-into the buffer it reads, as in its runtime). Prompts are fed in our chunks, and to the peers' graphs whole, which
-compute the logits of every token. Each has its own int4: ours has blocks of 64, an int8 output embedding and the
-checkpoint's input embedding; GenAI's has blocks of 32, an int4 output embedding and an f32 input embedding.
-``int4, 32`` is ours in blocks of 32 with an int4 output embedding. Each peer is installed into its own environment
-under ``--environments``; if one cannot be installed or fails, the reason is recorded.
+into the buffer it reads, as in its runtime). Prompts are fed in our chunks, and to the peers' graphs whole. Each has
+its own int4: ours has blocks of 64, an int8 output embedding and the checkpoint's input embedding; GenAI's has blocks
+of 32, an int4 output embedding and an f32 input embedding. ``int4, 32`` is ours in blocks of 32 with an int4 output
+embedding. Each peer is installed into its own environment under ``--environments``; if one cannot be installed or
+fails, the reason is recorded.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from ray import serve
 
 from less_export.serving.options import ServerOptions
 from less_export.serving.ray_app import application
-from less_export.serving.session_files import place_of
 
 parser = argparse.ArgumentParser(description="Serve a bundle by Ray Serve")
 parser.add_argument("bundle", type=Path)
@@ -26,7 +25,7 @@ parser.add_argument("--port", type=int, default=8000)
 parser.add_argument("--rows", type=int, default=4, help="sequences that run at a time in a replica")
 parser.add_argument("--max-replicas", type=int, default=2)
 parser.add_argument("--cpus", type=float, default=1, help="of a replica")
-parser.add_argument("--state-dir", type=place_of, help="folder or URL of sessions that all replicas share")
+parser.add_argument("--state-dir", help="folder or URL of sessions that all replicas share")
 args = parser.parse_args()
 
 key = os.environ.get("LESS_EXPORT_API_KEY")

@@ -16,6 +16,7 @@ import transformers as tr
 from onnx import numpy_helper
 from torch import nn
 
+from less_export.config import ExportConfig
 from less_export.contract import Contract
 from less_export.errors import ValidationError
 from less_export.exporter import graphs, repeat, trace
@@ -72,8 +73,6 @@ REPEATING: dict[str, tuple[families.Make, list[int]]] = {
 
 
 def _decoder(model: Any) -> LessDecoder:
-    from less_export.config import ExportConfig
-
     config = ExportConfig(budget="8", slots="model", max_distance="none")
     plan = plan_layers(discover(model), config, 64, {})
     return LessDecoder(model, Contract(plan, families.VOCAB, "float32", 16, 2), Kernels({}, {})).eval()

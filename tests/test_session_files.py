@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from less_export.errors import BackendError, UsageError
 from less_export.runtime.backend import RowState
-from less_export.serving.session_files import Folder, ObjectStore, place_of, session_files
+from less_export.serving.session_files import Folder, ObjectStore, session_files
 from less_export.serving.sessions import NoSuchSessionError, SessionStore
 
 from .serving_support import MODEL, Served, ids, serving, text_of
@@ -44,10 +44,10 @@ def _names(url: str) -> list[str]:
     return sorted(Path(name).stem[0] for name in store.find(url))
 
 
-def test_what_an_argument_names(tmp_path: Path, url: str) -> None:
-    assert place_of("s3://bucket/sessions") == "s3://bucket/sessions"
-    assert place_of(str(tmp_path)) == tmp_path
+def test_what_a_place_names(tmp_path: Path, url: str) -> None:
+    """A folder has locks, however it is named."""
     assert isinstance(session_files(tmp_path), Folder)
+    assert isinstance(session_files(str(tmp_path)), Folder)
     assert isinstance(session_files(url), ObjectStore)
 
 

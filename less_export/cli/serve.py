@@ -97,7 +97,6 @@ def run(args: argparse.Namespace) -> int:
     try:
         from ..serving.options import ServerOptions
         from ..serving.server import Listening, Server, environment_key
-        from ..serving.session_files import place_of
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}: {install_hint('serve')}") from None
     from ..runtime.engine import Engine
@@ -113,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         args.max_new_tokens,
         args.timeout,
         tuple(args.cors),
-        None if args.state_dir is None else place_of(args.state_dir),
+        args.state_dir,
         int(args.state_limit * 10**9),
         args.log_prompts,
     )

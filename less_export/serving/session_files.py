@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,12 +55,7 @@ def session_files(place: Path | str) -> SessionFiles:
     Raises:
         UsageError: it cannot be written to, or what the URL needs is not installed.
     """
-    return ObjectStore(place) if isinstance(place, str) else Folder(place)
-
-
-def place_of(text: str) -> Path | str:
-    """The folder or the URL that a command's argument names."""
-    return text if "://" in text else Path(text)
+    return ObjectStore(place) if isinstance(place, str) and "://" in place else Folder(Path(place))
 
 
 class Folder:
@@ -131,8 +127,9 @@ class ObjectStore:
         try:
             self._store, self._root = url_to_fs(url)
             self._store.makedirs(self._root, exist_ok=True)
-            self._store.pipe_file(f"{self._root}/probe", b"")
-            self._store.rm_file(f"{self._root}/probe")
+            probe = f"{self._root}/probe-{secrets.token_hex(8)}"  # servers may start at the same time
+            self._store.pipe_file(probe, b"")
+            self._store.rm_file(probe)
         except Exception as error:  # stores raise what their libraries raise
             raise UsageError(f"cannot write to {url}: {one_line(error) or type(error).__name__}") from error
 
