@@ -128,10 +128,10 @@ def _slots(s: _Step) -> tuple[ir.Value, ir.Value, ir.Value | None]:
 def _rotated(s: _Step, keys: ir.Value) -> ir.Value:
     """Keys of the slots [B,Hk,C,D], turned back by their distances."""
     op, x, sizes = s.op, s.x, s.sizes
-    cos, sin = op.Split(op.Gather(x.rotary, ages(op, x)), num_outputs=2, axis=-1, _outputs=2)  # [B,Hk,C,rotated / 2]
-    rows, angles = op.ints(-1, 1, sizes.slots, sizes.head_dim), op.ints(-1, sizes.slots, sizes.rotated // 2)
+    cos, sin = op.Split(x.rotary, num_outputs=2, axis=-1, _outputs=2)  # constants, as is the negative sine
     turned = op.RotaryEmbedding(
-        op.Reshape(keys, rows), op.Reshape(cos, angles), op.Reshape(op.Neg(sin), angles),
+        op.Reshape(keys, op.ints(-1, 1, sizes.slots, sizes.head_dim)), cos, op.Neg(sin),
+        op.Cast(op.Reshape(ages(op, x), op.ints(-1, sizes.slots)), to=ir.DataType.INT64),
         rotary_embedding_dim=sizes.rotated,
     )  # fmt: skip
     return op.Reshape(turned, op.ints(-1, sizes.kv_heads, sizes.slots, sizes.head_dim))

@@ -239,33 +239,51 @@ def unroll(model: ir.Model, repetition: Repetition, contract: Contract, unbound:
     nodes = [id(n) for part in parts.values() for n in part]
     if len(set(nodes)) != len(nodes):
         raise UnrepeatableError("two layers share nodes")
-    inputs, outputs = ({x.name: x for x in values} for values in (graph.inputs, graph.outputs))
+    inputs, outputs = ({x.name or "": x for x in values} for values in (graph.inputs, graph.outputs))
     for layer, first in copies.items():
-        begin, end, mark = marks[first, _BEGIN], marks[first, _END], marks[layer, _WHOLE]
+        mark, result = marks[layer, _WHOLE], _input(marks[first, _END])
         values = _tensors(graph, parts[first], repetition, first, layer, unbound)
-        values[begin.outputs[0]] = _input(mark)
-        for name in [n for n in inputs if n and n.startswith(f"past.{first}.")]:
-            other = _of_layer(name, first, layer)
-            inputs[other] = values[inputs[name]] = _like(inputs[name], other)
-        copied = [copy_node(node, values, f".{layer}") for node in parts[first]]
-        graph.insert_before(mark, copied)
-        for name in [n for n in outputs if n and n.startswith(f"present.{first}.")]:
-            other = _of_layer(name, first, layer)
-            outputs[other] = values[outputs[name]]
-            outputs[other].name = other
-        result = _input(end)
-        ir.convenience.replace_all_uses_with(mark.outputs[0], values.get(result, result))
-        graph.remove(mark, safe=True)
+        values[marks[first, _BEGIN].outputs[0]] = _input(mark)
+        graph.insert_before(mark, _copy(parts[first], first, layer, values, inputs, outputs))
+        _replace(graph, mark, values.get(result, result))
     for (_, role), mark in marks.items():
         if role != _WHOLE:
-            ir.convenience.replace_all_uses_with(mark.outputs[0], _input(mark))
-            graph.remove(mark, safe=True)
-    for ours, all_values, specs in (
+            _replace(graph, mark, _input(mark))
+    for ours, by_name, specs in (
         (graph.inputs, inputs, contract.inputs()),
         (graph.outputs, outputs, contract.outputs()),
     ):
         ours.clear()
-        ours.extend(all_values[s.name] for s in specs)
+        ours.extend(by_name[s.name] for s in specs)
+
+
+def _copy(
+    part: Sequence[ir.Node],
+    first: int,
+    layer: int,
+    values: dict[ir.Value, ir.Value],
+    inputs: dict[str, ir.Value],
+    outputs: dict[str, ir.Value],
+) -> list[ir.Node]:
+    """Copies of the nodes of ``first`` for ``layer``, whose state is added to the graph's inputs and outputs by name.
+
+    Args:
+        values: what the copies take instead of its keys; what they give is added.
+    """
+    for name in [n for n in inputs if n.startswith(f"past.{first}.")]:
+        other = _of_layer(name, first, layer)
+        inputs[other] = values[inputs[name]] = _like(inputs[name], other)
+    copies = [copy_node(node, values, f".{layer}") for node in part]
+    for name in [n for n in outputs if n.startswith(f"present.{first}.")]:
+        other = _of_layer(name, first, layer)
+        outputs[other] = values[outputs[name]]
+        outputs[other].name = other
+    return copies
+
+
+def _replace(graph: ir.Graph, mark: ir.Node, value: ir.Value) -> None:
+    ir.convenience.replace_all_uses_with(mark.outputs[0], value)
+    graph.remove(mark, safe=True)
 
 
 def _share_rows(graph: ir.Graph) -> None:
