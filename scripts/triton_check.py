@@ -3,7 +3,7 @@
     python scripts/triton_check.py BUNDLE [--out benchmarks/results/triton.json]
 
 Runs in a virtual environment of its own with ``nvidia-pytriton==0.7.0`` (whose wheel holds tritonserver),
-``tritonclient[grpc]`` and ``less-export[cpu]``. Ends at the first difference.
+``tritonclient[grpc]``, ``numpy<2`` and ``less-export[cpu]``; needs a C compiler. Ends at the first difference.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import os
 import queue
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -25,8 +24,11 @@ from typing import Any
 
 import numpy as np
 import pytriton
+import step_rows
+import triton_states
 import tritonclient.grpc as grpc
 from engine_answers import answered
+from free_ports import free_ports
 
 import less_export
 from less_export._version import __version__
@@ -39,6 +41,11 @@ PROMPTS = [
     f"The capital of {land} is" for land in ("France", "Italy", "Spain", "Japan", "Peru", "Egypt", "India", "Chad")
 ]
 PLAIN, SEQUENCES = "plain", "sequences"
+#: Added to a model of a repository: the file gets the rows of every step.
+RECORD = """
+os.environ["LESS_STEP_ROWS"] = {path!r}
+import step_rows
+"""
 
 
 def backends(folder: Path) -> Path:
@@ -52,49 +59,52 @@ def backends(folder: Path) -> Path:
     return folder / "backends"
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [s.getsockname()[1] for s in sockets]
-
-
-@contextlib.contextmanager
-def triton(repository: Path, folder: Path) -> Iterator[str]:
-    """A running server; yields the address of its gRPC endpoint."""
-    package = Path(pytriton.__file__).parent
-    http, rpc, metrics = free_ports(3)
-    argv = [str(package / "tritonserver" / "bin" / "tritonserver"), f"--model-repository={repository}"]
-    argv += [f"--backend-directory={backends(folder)}", "--exit-timeout-secs=70", "--strict-readiness=true"]
-    argv += [f"--http-port={http}", f"--grpc-port={rpc}", f"--metrics-port={metrics}"]
-    argv += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1"]
-    # The stub embeds the interpreter: its library, and the packages of this environment.
-    libraries = [sysconfig.get_config_var("LIBDIR"), str(package.parent / "nvidia_pytriton.libs")]
-    environment = {
+def environment() -> dict[str, str]:
+    """Triton's stub embeds the interpreter: it needs its library, and the packages of this environment."""
+    libraries = [sysconfig.get_config_var("LIBDIR"), str(Path(pytriton.__file__).parents[1] / "nvidia_pytriton.libs")]
+    return {
         **os.environ,
         "LD_LIBRARY_PATH": ":".join([*libraries, os.environ.get("LD_LIBRARY_PATH", "")]),
         "PYTHONPATH": ":".join([str(ROOT), *(p for p in sys.path if p)]),
     }
-    log = folder / "log"
+
+
+@contextlib.contextmanager
+def running(argv: list[str], address: str, model: str, log: Path, **more: str) -> Iterator[None]:
+    """A server that has this model at this address of its gRPC endpoint, until the end."""
     with log.open("wb") as output:
-        server = subprocess.Popen(argv, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(argv, env={**environment(), **more}, stdout=output, stderr=subprocess.STDOUT)
     try:
-        address = f"127.0.0.1:{rpc}"
         client = grpc.InferenceServerClient(address)
         for _ in range(SECONDS):
             with contextlib.suppress(grpc.InferenceServerException):
-                if client.is_server_ready():
+                if client.is_server_ready() and client.is_model_ready(model):
                     break
             if server.poll() is not None:
-                raise SystemExit(f"tritonserver ended with {server.returncode}:\n{log.read_text()[-4000:]}")
+                raise SystemExit(f"the server ended with {server.returncode}:\n{log.read_text()[-4000:]}")
             time.sleep(1)
         else:
-            raise SystemExit(f"tritonserver does not become ready:\n{log.read_text()[-4000:]}")
-        yield address
+            raise SystemExit(f"the server does not become ready:\n{log.read_text()[-4000:]}")
+        client.close()
+        yield
         server.terminate()
         code = server.wait(SECONDS)
     finally:
         server.kill()
-    assert code == 0, f"tritonserver ended with {code}:\n{log.read_text()[-4000:]}"
+    assert code == 0, f"the server ended with {code}:\n{log.read_text()[-4000:]}"
+
+
+@contextlib.contextmanager
+def triton(repository: Path, backends: Path, log: Path) -> Iterator[str]:
+    """Triton itself; yields the address of its gRPC endpoint."""
+    http, rpc, metrics = free_ports(3)
+    argv = [str(Path(pytriton.__file__).parent / "tritonserver" / "bin" / "tritonserver")]
+    argv += [f"--model-repository={repository}", f"--backend-directory={backends}"]
+    argv += ["--exit-timeout-secs=70", "--strict-readiness=true"]
+    argv += [f"--http-port={http}", f"--grpc-port={rpc}", f"--metrics-port={metrics}"]
+    argv += ["--http-address=127.0.0.1", "--grpc-address=127.0.0.1", "--metrics-address=127.0.0.1"]
+    with running(argv, f"127.0.0.1:{rpc}", PLAIN, log):
+        yield f"127.0.0.1:{rpc}"
 
 
 class Stream:
@@ -105,35 +115,41 @@ class Stream:
         self._results: queue.SimpleQueue[tuple[float, Any, Any]] = queue.SimpleQueue()
         self._client.start_stream(lambda result, error: self._results.put((time.perf_counter(), result, error)))
 
-    def ask(self, model: str, prompt: str, count: int, **options: Any) -> None:
-        batch = [1] if model == PLAIN else [1, 1]
+    def ask(self, model: str, prompts: str | list[str], count: int, **options: Any) -> None:
+        """Send a prompt, or a batch of them."""
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        shape = [1] if model == PLAIN else [len(texts), 1]
+        sampling = json.dumps({"max_new_tokens": count, "ignore_eos": True})
         inputs = []
-        for name, value in (
-            ("prompt", prompt),
-            ("sampling", json.dumps({"max_new_tokens": count, "ignore_eos": True})),
-        ):
-            tensor = grpc.InferInput(name, batch, "BYTES")
-            tensor.set_data_from_numpy(np.array([value.encode()], np.object_).reshape(batch))
+        for name, values in (("prompt", texts), ("sampling", [sampling] * len(texts))):
+            tensor = grpc.InferInput(name, shape, "BYTES")
+            tensor.set_data_from_numpy(np.array([v.encode() for v in values], np.object_).reshape(shape))
             inputs.append(tensor)
         self._client.async_stream_infer(model, inputs, enable_empty_final_response=True, **options)
 
     def answer(self) -> tuple[str, list[float]]:
-        """The text of the latest request, and the times of its responses.
+        """The text of the latest request, and the times of its responses; see :meth:`answers`."""
+        (text,), times = self.answers()
+        return text, times
+
+    def answers(self) -> tuple[list[str], list[float]]:
+        """The texts of the latest request, one for each prompt, and the times of its responses.
 
         Raises:
             RuntimeError: the model refused it.
         """
-        text, times = "", []
+        texts: list[str] = []
+        times: list[float] = []
         while True:
             moment, result, error = self._results.get(timeout=SECONDS)
             if error is not None:
                 raise RuntimeError(str(error))
-            piece = result.as_numpy("text")
-            if piece is not None:
-                text += piece.ravel()[0].decode()
+            pieces = result.as_numpy("text")
+            if pieces is not None:
+                texts = [a + b.decode() for a, b in zip(texts or [""] * pieces.size, pieces.ravel(), strict=True)]
                 times.append(moment)
             if result.get_response().parameters["triton_final_response"].bool_param:
-                return text, times
+                return texts, times
 
     def close(self, cancel: bool = False) -> None:
         self._client.stop_stream(cancel_requests=cancel)
@@ -204,6 +220,35 @@ def check_cancel(address: str, rows: int, wanted: str, count: int) -> None:
     print("ok: requests that are cancelled free their rows", flush=True)
 
 
+def check_pytriton(bundle: Path, rows: int, wanted: list[str], count: int, folder: Path) -> dict[str, int]:
+    """The example: a batch of prompts and single ones, all at a time, in pieces."""
+    names, ports = ("http", "grpc", "metrics"), free_ports(3)
+    example = [str(ROOT / "examples" / "pytriton_serve.py"), str(bundle), f"--rows={rows}"]
+    example += [f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)]
+    code = "import sys, runpy, step_rows; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    address, steps = f"127.0.0.1:{ports[1]}", folder / "pytriton.steps"
+    argv = [sys.executable, "-c", code, *example]
+    with running(argv, address, bundle.name, folder / "pytriton.log", LESS_STEP_ROWS=str(steps)):
+        streams = [Stream(address) for _ in range(len(PROMPTS) - rows + 1)]
+        batch, *single = streams
+        batch.ask(bundle.name, PROMPTS[:rows], count)
+        for stream, prompt in zip(single, PROMPTS[rows:], strict=True):
+            stream.ask(bundle.name, [prompt], count)
+        texts, times = batch.answers()
+        assert texts == wanted[:rows]
+        assert len(times) > 1
+        for stream, want in zip(single, wanted[rows:], strict=True):
+            text, times = stream.answer()
+            assert text == want
+            assert len(times) > 1
+        for stream in streams:
+            stream.close()
+    most = step_rows.largest(steps)
+    assert most > 1
+    print(f"ok: PyTriton, a batch of {rows} and {len(single)} requests; {most} rows in one step", flush=True)
+    return {"batch": rows, "single_requests": len(single), "most_rows_in_one_step": most}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a bundle by Triton Inference Server itself")
     parser.add_argument("bundle", type=Path, help="a bundle for ONNX Runtime with a tokenizer")
@@ -215,24 +260,40 @@ def main() -> None:
     wanted = [answered(engine, p, args.tokens)[0] for p in PROMPTS]
     with tempfile.TemporaryDirectory() as name:
         folder, options = Path(name), {"backend": "ort", "threads": 1, "rows": rows}
-        repository = folder / "repository"
-        bundle = args.bundle.resolve()
-        write_repository(repository, PLAIN, TritonOptions(bundle, **options), __version__)
-        write_repository(repository, SEQUENCES, TritonOptions(bundle, **options, sequences=16), __version__)
-        with triton(repository, folder) as address:
+        repository, bundle = folder / "repository", args.bundle.resolve()
+        models = {PLAIN: 0, SEQUENCES: 16}
+        for model, sequences in models.items():
+            written = write_repository(
+                repository, model, TritonOptions(bundle, **options, sequences=sequences), __version__
+            )
+            with (written / "1" / "model.py").open("a", encoding="utf-8") as code:
+                code.write(RECORD.format(path=str(folder / f"{model}.steps")))
+        triton_states.write_model(repository, bundle)
+        places = backends(folder)
+        triton_states.build_backend(places)
+        with triton(repository, places, folder / "log") as address:
             server_version = grpc.InferenceServerClient(address).get_server_metadata().version
             streams = check_streams(address, wanted, args.tokens)
-            sequences = check_sequences(address, engine, args.tokens)
+            sequences_done = check_sequences(address, engine, args.tokens)
             check_refusals(address)
             check_cancel(address, rows, wanted[0], args.tokens)
-    print("ok: the server ends by itself")
+            states = triton_states.check(address, engine.backend.contract)
+        print("ok: the server ends by itself", flush=True)
+        most = {model: step_rows.largest(folder / f"{model}.steps") for model in models}
+        assert min(most.values()) > 1, most
+        print(f"ok: rows in one step: {most}", flush=True)
+        example = check_pytriton(bundle, rows, wanted, args.tokens, folder)
     report = {
         "model": bundle.name,
         "tritonserver": server_version,
-        "versions": {n: importlib.metadata.version(n) for n in ("nvidia-pytriton", "tritonclient", "onnxruntime")},
+        "versions": {
+            n: importlib.metadata.version(n) for n in ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy")
+        },
         "rows": rows,
-        "streams": streams,
-        "sequences": sequences,
+        "streams": {**streams, "most_rows_in_one_step": most[PLAIN]},
+        "sequences": {**sequences_done, "most_rows_in_one_step": most[SEQUENCES]},
+        "pytriton": example,
+        "implicit_state": states,
         "also": [
             "errors reach the client",
             "cancelled requests free their rows",

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pytest
 
 from less_export import open_bundle
 from less_export.runtime.engine import Engine
@@ -61,3 +66,42 @@ def test_a_slow_reader_of_the_service_gets_every_piece() -> None:
 
     with LateEngine(Generator(HashBackend(contract()), letter_tokenizer())) as engine:
         assert asyncio.run(counts(engine)) == [3] * 30
+
+
+def test_pytriton_model(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without PyTriton, as it calls the model; ``scripts/triton_check.py`` runs the same in Triton itself."""
+    for name in ("pytriton", "pytriton.model_config", "pytriton.proxy", "pytriton.proxy.types", "pytriton.triton"):
+        double = types.ModuleType(name)
+        double.__getattr__ = lambda _: types.SimpleNamespace  # type: ignore[method-assign]
+        monkeypatch.setitem(sys.modules, name, double)
+    spec = importlib.util.spec_from_file_location("pytriton_example", EXAMPLES.parent / "pytriton_serve.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    def request(*prompts: str) -> Any:
+        sampling = json.dumps({"max_new_tokens": 9, "ignore_eos": True})
+        texts = {"prompt": prompts, "sampling": [sampling] * len(prompts)}
+        return types.SimpleNamespace(
+            data={n: np.array([[t.encode()] for t in v], np.object_) for n, v in texts.items()}
+        )
+
+    batches = [["a cat", PROMPT], ["Once upon a time"]]
+
+    async def answers(engine: Engine) -> list[list[str]]:
+        texts, ended = [["", ""], [""]], 0
+        async for responses in example.Model(engine)([request(*batch) for batch in batches]):
+            assert [r["text"].shape for r in responses] == [(2, 1), (1, 1)]
+            texts = [
+                [a + b.decode() for a, b in zip(old, new["text"][:, 0], strict=True)]
+                for old, new in zip(texts, responses, strict=True)
+            ]
+            ended += sum(int((r["finish_reason"] == b"length").sum()) for r in responses)
+        assert ended == 3
+        return texts
+
+    with Engine(open_bundle(plain)) as engine:
+        texts = asyncio.run(answers(engine))
+    for batch, got in zip(batches, texts, strict=True):
+        assert got == [r.text for r in open_bundle(plain).generate(batch, max_new_tokens=9, ignore_eos=True)]
