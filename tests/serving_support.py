@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -116,15 +116,45 @@ def served() -> Iterator[Served]:
         yield server
 
 
-@pytest.fixture
-def complete(served: Served) -> Callable[..., Any]:
-    """A greedy completion that ignores eos."""
+@dataclasses.dataclass(frozen=True)
+class Endpoint:
+    """Completions or chats, for tests of what both have: greedy answers that ignore eos, unless told otherwise."""
 
-    def call(prompt: Any = PROMPT, max_tokens: int = 8, extra: dict[str, Any] | None = None, **options: Any) -> Any:
+    served: Served
+    chat: bool
+
+    def __call__(
+        self, prompt: Any = PROMPT, max_tokens: int = 8, extra: dict[str, Any] | None = None, **options: Any
+    ) -> Any:
+        client = self.served.client
+        create = client.chat.completions.create if self.chat else client.completions.create
+        asked = {"messages": [{"role": "user", "content": prompt}]} if self.chat else {"prompt": prompt}
         defaults = {"model": MODEL, "temperature": 0, "extra_body": {"ignore_eos": True, **(extra or {})}}
-        return served.client.completions.create(prompt=prompt, max_tokens=max_tokens, **{**defaults, **options})
+        return create(max_tokens=max_tokens, **{**asked, **defaults, **options})
 
-    return call
+    def prompt_ids(self, prompt: str = PROMPT) -> list[int]:
+        """The tokens that the model sees."""
+        if self.chat:
+            return self.served.tokenizer.encode(f"<s>u{prompt}.a", special=False)
+        return ids(self.served, prompt)
+
+    def text(self, choice: Any) -> str:
+        """The text of a choice, or of its piece in a stream."""
+        if not self.chat:
+            return str(choice.text)
+        return str((choice.delta if hasattr(choice, "delta") else choice.message).content or "")
+
+
+@pytest.fixture
+def complete(served: Served) -> Endpoint:
+    """Completions."""
+    return Endpoint(served, chat=False)
+
+
+@pytest.fixture(params=[False, True], ids=["completions", "chat"])
+def ask(served: Served, request: pytest.FixtureRequest) -> Endpoint:
+    """Completions, then chats."""
+    return Endpoint(served, request.param)
 
 
 def text_of(served: Served, prompt: list[int], count: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,44 +10,89 @@ import pytest
 
 from less_export import __version__
 
-from .serving_support import MODEL, PROMPT, Served, ids, serving, text_of
+from .serving_support import MODEL, PROMPT, Endpoint, Served, ids, serving, text_of
 from .test_generate import HashBackend, contract, expected
 
 pytest_plugins = ["tests.serving_support"]
 
 
+# ------------------------------------------------------------------ completions and chats
+
+
+def test_an_answer_and_its_usage(ask: Endpoint) -> None:
+    reply, prompt = ask(), ask.prompt_ids()
+    (choice,) = reply.choices
+    assert (ask.text(choice), choice.finish_reason, choice.index) == (text_of(ask.served, prompt, 8), "length", 0)
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(prompt), 8)
+    assert reply.usage.total_tokens == len(prompt) + 8
+
+
+#: Lists of log probabilities in a completion and in a chat.
+LOGPROBS = (("tokens", "token_logprobs", "top_logprobs", "text_offset"), ("content",))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"n": 2, "temperature": 1.5, "seed": 3}, {"stop": "w"}, {"logprobs": 2}], ids=str
+)
+def test_streamed_equals_unstreamed(options: dict[str, Any], ask: Endpoint) -> None:
+    if ask.chat and "logprobs" in options:
+        options = {"logprobs": True, "top_logprobs": 2}
+    whole = ask(max_tokens=20, **options)
+    chunks = list(ask(max_tokens=20, stream=True, stream_options={"include_usage": True}, **options))
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].choices == []
+    assert all(c.usage is None for c in chunks[:-1])
+    for choice in whole.choices:
+        parts = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == choice.index]
+        assert "".join(map(ask.text, parts)) == ask.text(choice)
+        assert [p.finish_reason for p in parts if p.finish_reason] == [choice.finish_reason]
+        assert (choice.logprobs is not None) == ("logprobs" in options)
+        for name in () if not choice.logprobs else LOGPROBS[ask.chat]:
+            joined = [x for p in parts if p.logprobs for x in getattr(p.logprobs, name)]
+            assert joined == getattr(choice.logprobs, name) != [], name
+    assert len({c.id for c in chunks}) == 1
+    without = list(ask(max_tokens=20, stream=True, **options))
+    assert all(c.usage is None and c.choices for c in without)
+
+
+def test_n(ask: Endpoint) -> None:
+    """The choices of one prompt, which is counted once."""
+    reply = ask(n=3, max_tokens=5)
+    assert [c.index for c in reply.choices] == [0, 1, 2]
+    assert {ask.text(c) for c in reply.choices} == {text_of(ask.served, ask.prompt_ids(), 5)}
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(ask.prompt_ids()), 15)
+    assert reply.usage.total_tokens == len(ask.prompt_ids()) + 15
+
+
+def test_seed(ask: Endpoint) -> None:
+    texts = [[ask.text(c) for c in ask(max_tokens=20, temperature=1.5, seed=s, n=2).choices] for s in (1, 1, 2, -5)]
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2] != texts[3]
+    assert texts[0][0] != texts[0][1]  # two choices are two samples
+
+
+def test_stop(ask: Endpoint) -> None:
+    text = ask.text(ask(max_tokens=20).choices[0])
+    stop = text[3:5]
+    (choice,) = ask(max_tokens=20, stop=["@", stop]).choices
+    assert (ask.text(choice), choice.finish_reason) == (text[: text.index(stop)], "stop")
+    third = expected(ask.prompt_ids(), 3)[2]
+    (choice,) = ask(max_tokens=20, extra={"stop_token_ids": [third]}).choices
+    assert choice.finish_reason == "stop"
+    assert ask.text(choice) == text_of(ask.served, ask.prompt_ids(), 2)
+
+
 # ------------------------------------------------------------------ completions
 
 
-def test_completion(served: Served, complete: Callable[..., Any]) -> None:
+def test_completion(served: Served, complete: Endpoint) -> None:
     reply = complete()
     prompt = ids(served, PROMPT)
     assert (reply.object, reply.model) == ("text_completion", MODEL)
-    (choice,) = reply.choices
-    assert (choice.text, choice.finish_reason, choice.index) == (text_of(served, prompt, 8), "length", 0)
-    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (6, 8, 14)
-    assert complete(prompt).choices[0].text == choice.text  # the same as token ids
+    assert complete(prompt).choices[0].text == reply.choices[0].text  # the same as token ids
 
 
-def test_streamed_equals_unstreamed(complete: Callable[..., Any]) -> None:
-    for options in ({}, {"n": 2, "temperature": 1.5, "seed": 3}, {"stop": "w"}, {"logprobs": 2}):
-        whole = complete(max_tokens=20, **options)
-        chunks = list(complete(max_tokens=20, stream=True, stream_options={"include_usage": True}, **options))
-        assert chunks[-1].usage == whole.usage
-        assert chunks[-1].choices == []
-        assert all(c.usage is None for c in chunks[:-1])
-        for choice in whole.choices:
-            parts = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == choice.index]
-            assert "".join(p.text for p in parts) == choice.text
-            assert [p.finish_reason for p in parts if p.finish_reason] == [choice.finish_reason]
-            if choice.logprobs:
-                for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-                    joined = [x for p in parts for x in getattr(p.logprobs, name)]
-                    assert joined == getattr(choice.logprobs, name), name
-    assert len({c.id for c in chunks}) == 1
-
-
-def test_prompt_lists_and_n(served: Served, complete: Callable[..., Any]) -> None:
+def test_prompt_lists_and_n(served: Served, complete: Endpoint) -> None:
     reply = complete(["ab", "cde"], n=2, max_tokens=5)
     assert [c.index for c in reply.choices] == [0, 1, 2, 3]
     want = [text_of(served, ids(served, p), 5) for p in ("ab", "cde")]
@@ -58,25 +102,7 @@ def test_prompt_lists_and_n(served: Served, complete: Callable[..., Any]) -> Non
     assert [c.text for c in reply.choices] == [text_of(served, p, 5) for p in ([1, 2], [3])]
 
 
-def test_seed(complete: Callable[..., Any]) -> None:
-    texts = [[c.text for c in complete(max_tokens=20, temperature=1.5, seed=s, n=2).choices] for s in (1, 1, 2, -5)]
-    assert texts[0] == texts[1]
-    assert texts[0] != texts[2] != texts[3]
-    assert texts[0][0] != texts[0][1]  # two choices are two samples
-
-
-def test_stop(served: Served, complete: Callable[..., Any]) -> None:
-    text = complete(max_tokens=20).choices[0].text
-    stop = text[3:5]
-    (choice,) = complete(max_tokens=20, stop=["@", stop]).choices
-    assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
-    third = expected(ids(served, PROMPT), 3)[2]
-    (choice,) = complete(max_tokens=20, extra={"stop_token_ids": [third]}).choices
-    assert choice.finish_reason == "stop"
-    assert choice.text == text_of(served, ids(served, PROMPT), 2)
-
-
-def test_sampling_options_reach_the_sampler(served: Served, complete: Callable[..., Any]) -> None:
+def test_sampling_options_reach_the_sampler(served: Served, complete: Endpoint) -> None:
     first = expected(ids(served, PROMPT), 1)[0]
     plain = complete(max_tokens=1).choices[0].text
     assert complete(max_tokens=1, logit_bias={str(first): -100}).choices[0].text != plain
@@ -93,7 +119,7 @@ def test_sampling_options_reach_the_sampler(served: Served, complete: Callable[.
     assert len(set(tokens)) == 12  # nothing is repeated
 
 
-def test_log_probabilities(served: Served, complete: Callable[..., Any]) -> None:
+def test_log_probabilities(served: Served, complete: Endpoint) -> None:
     report = complete(max_tokens=4, logprobs=3).choices[0].logprobs
     assert [len(top) for top in report.top_logprobs] == [3] * 4
     for text, logprob, top in zip(report.tokens, report.token_logprobs, report.top_logprobs, strict=True):
@@ -176,7 +202,7 @@ def test_tokens_and_facts(served: Served) -> None:
     assert served.http("GET", "/version") == (200, {"version": __version__})
 
 
-def test_metrics(complete: Callable[..., Any], served: Served) -> None:
+def test_metrics(complete: Endpoint, served: Served) -> None:
     def read() -> dict[str, float]:
         answer = served.raw(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").decode()
         lines = [line.rpartition(" ") for line in answer.splitlines() if line.startswith("less_")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,43 +12,52 @@ from pydantic import BaseModel, ValidationError
 
 from less_export.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-from .serving_support import LONG, MODEL, Served, serving
+from .serving_support import LONG, MODEL, Endpoint, Served, serving
 from .test_generate import HashBackend, contract, expected
 from .test_service_engine import GatedBackend
 
 pytest_plugins = ["tests.serving_support"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("error", "match", "options"),
     [
         (openai.NotFoundError, "model 'gpt-4' does not exist", {"model": "gpt-4"}),
-        (openai.BadRequestError, "a prompt is empty", {"prompt": ""}),
-        (openai.BadRequestError, "a prompt is empty", {"prompt": []}),
-        (openai.BadRequestError, "prompt", {"prompt": [[1.5]]}),
-        (openai.BadRequestError, r"0\.\.39", {"prompt": [40]}),
-        (openai.BadRequestError, "51 tokens, and this server takes 50", {"prompt": [1] * 51}),
-        (openai.BadRequestError, "201 characters, which are more than the 50 tokens", {"prompt": "a" * 201}),
+        (openai.BadRequestError, "tokens, and this server takes 50", {"prompt": "x" * 51}),
+        (openai.BadRequestError, "characters, which are more than the 50 tokens", {"prompt": "a" * 201}),
         (openai.BadRequestError, "max_tokens is 61", {"max_tokens": 61}),
         (openai.BadRequestError, "max_tokens", {"max_tokens": 0}),
         (openai.BadRequestError, "temperature", {"temperature": -1}),
         (openai.BadRequestError, "top_p", {"top_p": 2}),
         (openai.BadRequestError, "100 answers .* are more than the 67", {"n": 100}),
-        (openai.BadRequestError, "100000 answers", {"prompt": ["a"] * 100_000}),
         (openai.BadRequestError, "logit_bias", {"logit_bias": {"99": 1}}),
-        (openai.BadRequestError, "not supported", {"echo": True}),
-        (openai.BadRequestError, "not supported", {"best_of": 4}),
+        (openai.BadRequestError, "logit_bias", {"logit_bias": {"1": 1e39}}),
         (openai.BadRequestError, "stop strings", {"stop": [""]}),
         (openai.BadRequestError, "stop", {"stop": ["x"] * 17}),
         (openai.BadRequestError, "stop", {"stop": "x" * 257}),
-        (openai.BadRequestError, "logit_bias", {"logit_bias": {"1": 1e39}}),
     ],
 )
-def test_errors_have_types(error: type[Exception], match: str, options: Any, complete: Callable[..., Any]) -> None:
-    for stream in (False, True):
-        with pytest.raises(error, match=match) as caught:
-            complete(**{"stream": stream, **options})
-        assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[attr-defined]
+def test_errors_have_types(error: type[Exception], match: str, options: Any, stream: bool, ask: Endpoint) -> None:
+    refuse(error, match, ask, stream, options)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("a prompt is empty", {"prompt": ""}),
+        ("a prompt is empty", {"prompt": []}),
+        ("prompt", {"prompt": [[1.5]]}),
+        (r"0\.\.39", {"prompt": [40]}),
+        ("51 tokens, and this server takes 50", {"prompt": [1] * 51}),
+        ("100000 answers", {"prompt": ["a"] * 100_000}),
+        ("not supported", {"echo": True}),
+        ("not supported", {"best_of": 4}),
+    ],
+)
+def test_completion_errors(match: str, options: Any, stream: bool, complete: Endpoint) -> None:
+    refuse(openai.BadRequestError, match, complete, stream, options)
 
 
 @pytest.mark.parametrize(
@@ -62,10 +70,14 @@ def test_errors_have_types(error: type[Exception], match: str, options: Any, com
     ],
 )
 def test_chat_errors(match: str, options: Any, served: Served) -> None:
-    with pytest.raises(openai.BadRequestError, match=match):
-        served.client.chat.completions.create(
-            **{"model": MODEL, "messages": [{"role": "user", "content": "a"}], **options}
-        )
+    refuse(openai.BadRequestError, match, Endpoint(served, chat=True), False, options)
+
+
+def refuse(error: type[Exception], match: str, ask: Endpoint, stream: bool, options: dict[str, Any]) -> None:
+    """Assert that a request is the client's fault, and that no stream begins."""
+    with pytest.raises(error, match=match) as caught:
+        ask(**{"stream": stream, **options})
+    assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[attr-defined]
 
 
 MANY = 3000
