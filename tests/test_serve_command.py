@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
+import itertools
 import os
-import re
+import random
 import signal
-import subprocess
 import sys
-import threading
-import urllib.parse
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,76 +20,13 @@ import pytest
 
 from less_export import open_bundle
 from less_export.cli.commands import COMMANDS
+from less_export.runtime.row_state import RowState
 from less_export.serving.server import environment_key
 
 from .bundles import PROMPT, Run, refused
+from .server_process import LONG, Process, process
 
 pytest_plugins = ["tests.bundles"]
-#: Seconds after which a test fails that waits for something.
-LONG = 90
-
-
-class Process:
-    """A server process; ``url`` is that of its API."""
-
-    def __init__(self, bundle: Path, *arguments: object, environment: dict[str, str] | None = None) -> None:
-        argv = [sys.executable, "-m", "less_export", "serve", str(bundle), "--port", "0", "--threads", "1"]
-        self.child = subprocess.Popen(
-            [*argv, *map(str, arguments)],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **(environment or {})},
-        )
-        self._deadline = threading.Timer(LONG, self.child.kill)
-        self._deadline.daemon = True
-        self._deadline.start()
-        assert self.child.stderr is not None
-        self.lines: list[str] = []
-        for line in self.child.stderr:
-            self.lines.append(line)
-            if match := re.search(r"serving (\S+) at (http\S+)", line):
-                self.name, self.url = match.groups()
-                break
-        else:
-            raise AssertionError("".join(self.lines))
-        self.client = openai.OpenAI(base_url=self.url, api_key="key", max_retries=0, timeout=LONG)
-
-    def health(self) -> int | None:
-        """Status of /health; None if nobody listens."""
-        place = urllib.parse.urlsplit(self.url)
-        connection = http.client.HTTPConnection(str(place.hostname), place.port, timeout=LONG)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status
-        except OSError:
-            return None
-        finally:
-            connection.close()
-
-    def wait(self) -> int:
-        """The exit code, once it has ended."""
-        code = self.child.wait(LONG)
-        assert self.child.stderr is not None
-        self.lines += self.child.stderr.readlines()
-        return code
-
-    def close(self) -> None:
-        self._deadline.cancel()
-        self.client.close()
-        if self.child.poll() is None:
-            self.child.kill()
-        self.child.wait()
-        assert self.child.stderr is not None
-        self.child.stderr.close()
-
-
-@contextlib.contextmanager
-def process(bundle: Path, *arguments: object, **options: Any) -> Iterator[Process]:
-    server = Process(bundle, *arguments, **options)
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 def test_serving_until_a_signal(plain: Path) -> None:
@@ -136,31 +72,94 @@ def test_a_second_signal_stops_at_once(plain: Path) -> None:
         assert server.wait() == 0
 
 
+def turns(bundle: Path, prompts: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """The answers of a session without a server, and the tokens that its state has seen after each.
+
+    The steps are those of the server: the prompt's chunks, then each new token.
+    """
+    generator = open_bundle(bundle)
+    state = None
+    for prompt in prompts:
+        (answer,) = generator.generate([prompt], prefix=state, max_new_tokens=6, ignore_eos=True)
+        state = generator.prefill(prompt, prefix=state)
+        for token in answer.token_ids:
+            state = generator.prefill([token], prefix=state)
+        yield answer.text, state.length
+
+
+def take_turn(server: Process, session: str, prompt: str) -> Any:
+    extra = {"session_id": session, "ignore_eos": True}
+    return server.client.completions.create(
+        model=server.name, prompt=prompt, max_tokens=6, temperature=0, extra_body=extra
+    )
+
+
 def test_a_killed_server_loses_no_session(plain: Path, tmp_path: Path) -> None:
     """Nor does its client send the conversation again; the key comes from the environment."""
     arguments, environment = ("--state-dir", tmp_path / "state"), {"LESS_EXPORT_API_KEY": "key"}
-    generator = open_bundle(plain)
-    tokenizer = generator.tokenizer
-    assert tokenizer is not None
-    options: dict[str, Any] = {"model": plain.name, "max_tokens": 6, "temperature": 0}
     with process(plain, *arguments, environment=environment) as server:
         with pytest.raises(openai.AuthenticationError):
             server.client.with_options(api_key="other").models.list()
-        extra = {"session_id": "new", "ignore_eos": True}
-        first = server.client.completions.create(prompt=PROMPT, extra_body=extra, **options)
+        first = take_turn(server, "new", PROMPT)
         server.child.kill()
         server.child.wait(LONG)
     with process(plain, *arguments, environment=environment) as server:
-        extra = {"session_id": first.session_id, "ignore_eos": True}
-        second = server.client.completions.create(prompt=" on the bank", extra_body=extra, **options)
-    begin = generator.generate([PROMPT], max_new_tokens=6, ignore_eos=True)[0]
-    assert begin.text == first.choices[0].text
-    # The same steps without a server: the prompt's chunks, each new token, then the continuation's chunk.
-    state = generator.prefill(PROMPT)
-    for token in begin.token_ids:
-        state = generator.prefill([token], prefix=state)
-    (want,) = generator.generate([" on the bank"], prefix=state, max_new_tokens=6, ignore_eos=True)
-    assert second.choices[0].text == want.text
+        second = take_turn(server, first.session_id, " on the bank")
+    want = [text for text, _ in turns(plain, (PROMPT, " on the bank"))]
+    assert [reply.choices[0].text for reply in (first, second)] == want
+
+
+def kill_in_a_save(server: Process, folder: Path) -> None:
+    """Kill it while the file of a save is not complete."""
+
+    def saves() -> bool:
+        return any("less-export" in name for name in os.listdir(folder))
+
+    while True:
+        while not saves():
+            assert server.child.poll() is None
+        server.child.send_signal(signal.SIGSTOP)
+        assert os.WIFSTOPPED(os.waitpid(server.child.pid, os.WUNTRACED)[1])
+        if saves():
+            break
+        server.child.send_signal(signal.SIGCONT)  # it was complete before the server stopped
+    server.child.kill()
+
+
+def kill_at_random(server: Process, folder: Path) -> None:
+    time.sleep(random.uniform(0, 0.05))
+    server.child.kill()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_while_it_saves(plain: Path, tmp_path: Path) -> None:
+    """The session goes on from the last answer that its client has, or from the one that was on its way."""
+    folder, prompt = tmp_path / "state", " on the bank"
+    coming, known = turns(plain, itertools.repeat(prompt)), []
+    session, done = "new", 0  # turns that the state has seen
+
+    def talk(server: Process, heard: list[str]) -> None:
+        """Turn after turn, until the server is gone."""
+        with contextlib.suppress(openai.APIConnectionError):
+            while True:
+                heard.append(take_turn(server, session, prompt).choices[0].text)
+
+    for kill in (kill_in_a_save, kill_in_a_save, kill_at_random, kill_in_a_save):
+        with process(plain, "--state-dir", folder) as server, ThreadPoolExecutor() as pool:
+            assert not [name for name in os.listdir(folder) if "less-export" in name]  # what the kill left
+            first = take_turn(server, session, prompt)
+            session, heard = first.session_id, [first.choices[0].text]
+            talking = pool.submit(talk, server, heard)
+            while len(heard) < 3:
+                time.sleep(0.001)
+            kill(server, folder)
+            talking.result(LONG)
+        known += itertools.islice(coming, done + len(heard) + 1 - len(known))
+        assert heard == [text for text, _ in known[done : done + len(heard)]]
+        done += len(heard)
+        length = RowState.load(folder / f"{session}.safetensors").length
+        assert length in (known[done - 1][1], known[done][1])
+        done += length == known[done][1]
 
 
 @pytest.mark.parametrize(
