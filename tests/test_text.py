@@ -280,6 +280,13 @@ def test_a_chat_has_one_bos_or_the_template_none() -> None:
     assert chatty("{{ messages[0].content }}").encode_chat(messages).count(1) == 0
 
 
+def test_another_template_takes_effect_at_once() -> None:
+    tokenizer, messages = chatty(), [{"role": "user", "content": "the"}]
+    assert tokenizer.chat(messages) != "the"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert tokenizer.chat(messages) == "the"
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "error", "match"),
     [

@@ -81,7 +81,7 @@ class Tokenizer:
             texts = {n: self._tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
             special_tokens = {n: text for n, text in texts.items() if text is not None}
         self.special_tokens = dict(special_tokens)
-        self._templates: dict[str, ChatTemplate] = {}
+        self._templates: dict[str, ChatTemplate] = {}  # by source
         added = self._tokenizer.get_added_tokens_decoder()
         #: Text of every special token, by id.
         self.special_texts = {i: token.content for i, token in added.items() if token.special}
@@ -180,9 +180,10 @@ class Tokenizer:
         if name not in sources:
             names = ", ".join(one_line(n, 40) for n in sorted(sources))
             raise UsageError(f"this model has no chat template '{one_line(name, 40)}': choose one of {names}")
-        if name not in self._templates:
-            self._templates[name] = ChatTemplate(sources[name])
-        return self._templates[name]
+        source = sources[name]
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(source)
+        return self._templates[source]
 
 
 # ------------------------------------------------------------------ tokenizers that are not trusted
