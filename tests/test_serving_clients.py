@@ -27,7 +27,8 @@ from less_export.serving.options import ServerOptions
 from less_export.serving.replies import Reply
 from less_export.serving.server import Listening, Server
 
-from .serving_support import LONG, MODEL, Served, serving
+from .scheduling import RAISES, SPOILS, FaultyBackend
+from .serving_support import LONG, MODEL, Served, serving, text_of
 from .test_generate import HashBackend, contract, letter_tokenizer
 from .test_service_engine import GatedBackend
 
@@ -181,6 +182,42 @@ def test_what_fails_in_a_stream_is_said_in_it(monkeypatch: pytest.MonkeyPatch) -
             served.client.completions.create(extra_body={"ignore_eos": True}, **options)
         monkeypatch.setattr(backend, "_step", step)
         assert served.client.completions.create(**options).choices
+
+
+class GatedFaults(GatedBackend, FaultyBackend):
+    """Steps that wait for the test, and fail at bad tokens."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("bad", "message", "touched"), [(SPOILS, "nan logits", {1}), (RAISES, "out of something", {0, 1})]
+)
+def test_a_step_that_fails_ends_what_it_touches(bad: int, message: str, touched: set[int], stream: bool) -> None:
+    """Of four requests the second takes a bad token: the first decodes in the step that fails, the others wait."""
+    backend, prompts = GatedFaults(), [[1, 2], [3, 1], [5] * 12, [4]]
+    with serving(backend, rows=3, piece=4) as served, ThreadPoolExecutor() as pool:
+
+        def ask(index: int) -> str:
+            reply = served.client.completions.create(
+                model=MODEL, prompt=prompts[index], max_tokens=6, temperature=0, stream=stream,
+                logit_bias={str(bad): 100} if index == 1 else None, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            return "".join(c.choices[0].text for c in (reply if stream else [reply]))
+
+        asked = []
+        for index in range(len(prompts)):
+            asked.append(pool.submit(ask, index))
+            served.until(lambda: served.engine.counts["accepted"] == len(asked))
+        backend.gate.release(10**6)
+        for index, answer in enumerate(asked):
+            if index in touched:
+                with pytest.raises(openai.APIError, match=message):
+                    answer.result(LONG)
+            else:
+                assert answer.result(LONG) == text_of(served, prompts[index], 6)
+        counts = served.engine.counts
+        assert (counts["failed"], counts["finished_length"]) == (len(touched), len(prompts) - len(touched))
+        assert ask(0) == text_of(served, prompts[0], 6)
 
 
 def test_errors_that_nobody_expected(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
