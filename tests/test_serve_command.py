@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ from .bundles import PROMPT, Run, refused
 from .server_process import LONG, Process, process
 
 pytest_plugins = ["tests.bundles"]
+#: A certificate for 127.0.0.1 that signs itself, and its key.
+TLS = Path(__file__).parent / "data" / "tls"
 
 
 def test_serving_until_a_signal(plain: Path) -> None:
@@ -150,7 +153,7 @@ def test_a_server_that_is_killed_while_it_saves(plain: Path, tmp_path: Path) -> 
             first = take_turn(server, session, prompt)
             session, heard = first.session_id, [first.choices[0].text]
             talking = pool.submit(talk, server, heard)
-            while len(heard) < 3:
+            while len(heard) < 3 and not talking.done():
                 time.sleep(0.001)
             kill(server, folder)
             talking.result(LONG)
@@ -160,6 +163,33 @@ def test_a_server_that_is_killed_while_it_saves(plain: Path, tmp_path: Path) -> 
         length = RowState.load(folder / f"{session}.safetensors").length
         assert length in (known[done - 1][1], known[done][1])
         done += length == known[done][1]
+
+
+def test_tls_a_template_and_another_origin(plain: Path, tmp_path: Path) -> None:
+    """A client that knows the certificate gets the answer to the file's template; one that does not gets none."""
+    template = "{% for m in messages %}Once upon a time, {{ m['content'] }}{% endfor %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    generator, messages = open_bundle(plain), [{"role": "user", "content": "Alice"}]
+    assert generator.tokenizer is not None
+    own = generator.tokenizer.encode_chat(messages)
+    generator.tokenizer.chat_template = template
+    prompt = generator.tokenizer.encode_chat(messages)
+    assert len(prompt) != len(own)
+    (want,) = generator.generate([prompt], max_new_tokens=12)
+    origin, files = "https://page.example", ("--ssl-certfile", TLS / "cert.pem", "--ssl-keyfile", TLS / "key.pem")
+    with process(plain, *files, "--chat-template", tmp_path / "chat.jinja", "--cors", origin) as server:
+        assert server.url.startswith("https://127.0.0.1:")
+        with pytest.raises(openai.APIConnectionError) as caught:
+            server.client.models.list()
+        assert "CERTIFICATE_VERIFY_FAILED" in str(caught.value.__cause__)
+        known = ssl.create_default_context(cafile=TLS / "cert.pem")
+        with httpx2.Client(verify=known, timeout=LONG) as client:
+            options: dict[str, Any] = {"model": plain.name, "messages": messages, "max_tokens": 12, "temperature": 0}
+            chat = server.client.with_options(http_client=client).chat.completions.create(**options)
+            assert (chat.choices[0].message.content, chat.usage.prompt_tokens) == (want.text, len(prompt))
+            for page, allowed in ((origin, origin), ("https://other.example", None)):
+                reply = client.get(f"{server.url}/models", headers={"Origin": page})
+                assert (reply.status_code, reply.headers.get("access-control-allow-origin")) == (200, allowed)
 
 
 @pytest.mark.parametrize(
