@@ -7,8 +7,9 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -79,6 +80,16 @@ def head_without_end(served: Served, begun: threading.Event) -> None:
         assert connection.recv(1000) == b""  # closed
 
 
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Both ends of five hundred connections are files of this process: more than shells allow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def idle(served: Served, begun: threading.Event) -> None:
     connections = [served.connect() for _ in range(500)]
     begun.set()
@@ -115,6 +126,7 @@ def large_chunked_body(served: Served, begun: threading.Event) -> None:
             pass  # closed while sending
 
 
+@pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize("attack", [head_without_end, idle, body_without_end, large_body, large_chunked_body])
 def test_clients_that_attack_take_no_row(
     attack: Callable[[Served, threading.Event], None], monkeypatch: pytest.MonkeyPatch

@@ -154,7 +154,7 @@ def test_soak(four: Path, alone: list[list[str]]) -> None:
         outcomes += asyncio.run(visits(server, alone, CLIENTS - WARM_UP, seed=1))
         found = figures(server.url)
         grown = memory().rss - before
-    # Half of what a row's state kept for each client would take. Seen: a fifth of this; sequences that are kept exceed it.
+    # Half of what a row's state kept for each client would take. A fifth of it was seen, and more with kept sequences.
     assert grown <= (CLIENTS - WARM_UP) * open_bundle(four).backend.contract.state_bytes() / 2
     sequences = Counter({n.split()[1]: x for n, x in found.items() if n.startswith("less_sequences_total ")})
     finished = sum(x for outcome, x in sequences.items() if outcome.startswith("finished_"))
