@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from less_export.errors import BackendError, UsageError
 from less_export.runtime.generate import Generator
-from less_export.runtime.sampler import Sampler, choose_all, token_logprobs
+from less_export.runtime.sampler import Choice, Sampler, choose_all, token_logprobs
 from less_export.runtime.sampling import SamplingParams, sample
 
 from .test_generate import VOCAB, HashBackend, after, contract, expected, ids, scores, scripted
@@ -27,8 +27,15 @@ def choose(logits: Sequence[float], prompt: Sequence[int] = (), tokens: Sequence
     for at, token in enumerate(tokens):
         forced = np.full(len(logits), -1e9, np.float32)
         forced[token] = 1e9
-        assert sampler.choose(forced, tokens[:at]).token_id == token
-    return sampler.choose(np.array(logits, np.float32), tokens).token_id
+        assert next_token(sampler, forced, tokens[:at]) == token
+    return next_token(sampler, np.array(logits, np.float32), tokens)
+
+
+def next_token(sampler: Sampler, logits: np.ndarray, tokens: Sequence[int]) -> int:
+    """The choice of one sequence alone."""
+    (choice,) = choose_all(logits[None], [sampler], [tokens])
+    assert isinstance(choice, Choice), choice
+    return choice.token_id
 
 
 def adjusted(logits: Sequence[float], prompt: Sequence[int], tokens: Sequence[int], p: SamplingParams) -> list[float]:
@@ -77,30 +84,87 @@ def test_large_vocabularies_are_cut_exactly(size: int, kind: str) -> None:
     logits = np.round(logits * 2) / 2 if kind == "ties" else logits
     order = np.argsort(-logits, kind="stable")
     weight = np.exp(logits.astype(float) - float(logits.max()))
-    for top_k, top_p in ((5, 1.0), (170, 1.0), (0, 0.5), (0, 0.95), (90, 0.8)):
+    cuts = ((5, 1.0, 0.0), (170, 1.0, 0.0), (0, 0.5, 0.0), (0, 0.95, 0.0), (90, 0.8, 0.0))
+    for top_k, top_p, min_p in (*cuts, (0, 1.0, 0.0), (0, 1.0, 0.01), (0, 0.95, 0.01), (170, 0.95, 0.2)):
         kept = order[: top_k or None]
         share = np.cumsum(weight[kept]) / weight[kept].sum()
         kept = kept[: int((share < top_p - 1e-12).sum()) + 1]
-        params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p)
-        for place in {0, len(kept) // 2, len(kept) - 1}:
-            total = np.cumsum(weight[kept])
+        kept = kept[weight[kept] >= min_p * weight.max()]
+        if not top_k and top_p == 1:
+            kept = np.sort(kept)
+        params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+        total = np.cumsum(weight[kept])
+        likely = np.flatnonzero(weight[kept] > 1e-9 * total[-1])  # of others, rounding decides
+        for place in likely[[0, len(likely) // 2, -1]]:
 
             class Draw:
                 def random(self, number: float = float((total[place] - weight[kept[place]] / 2) / total[-1])) -> float:
                     return number
 
-            assert sample(logits, params, Draw()) == kept[place], (top_k, top_p, place)  # type: ignore[arg-type]
+            assert sample(logits, params, Draw()) == kept[place], (params, place)  # type: ignore[arg-type]
+
+
+#: What a row may ask for; the sizes of vocabularies are below and above the blocks and tiles of the sampler.
+REQUESTS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.0, 0.01, 0.7, 1.0, 30.0]),
+        "top_k": st.sampled_from([0, 0, 1, 7, 200, 30_000]),
+        "top_p": st.sampled_from([1.0, 1.0, 0.05, 0.9, 0.999]),
+        "min_p": st.sampled_from([0.0, 0.0, 0.001, 0.5]),
+        "repetition_penalty": st.sampled_from([1.0, 1.0, 1.3]),
+        "frequency_penalty": st.sampled_from([0.0, 0.0, 0.5]),
+        "logit_bias": st.one_of(st.none(), st.dictionaries(st.integers(0, 4), st.sampled_from([-5.0, 2.5]))),
+        "logprobs": st.sampled_from([None, None, 0, 3, 100]),
+        "seed": st.integers(0, 2**40),
+    }
+)
+
+
+@given(
+    size=st.sampled_from([5, 700, 40_000]),
+    rows=st.lists(st.tuples(REQUESTS, st.sampled_from(["wide", "flat", "ties", "masked", "broken"])), min_size=1),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=30)
+def test_a_row_gets_what_it_gets_alone(size: int, rows: list[tuple[dict[str, Any], str]], seed: int) -> None:
+    """Whatever the other rows ask for: tokens, log probabilities to the last bit, and errors."""
+    noise = np.random.default_rng(seed)
+    batch, alone = ([Sampler(p := SamplingParams(**r), p.generator(0), [0, 3]) for r, _ in rows] for _ in range(2))
+    texts: list[list[int]] = [[] for _ in rows]
+    for _ in range(3):
+        logits = noise.standard_normal((len(rows), size)).astype(np.float32)
+        for values, (_, kind) in zip(logits, rows, strict=True):
+            values *= {"flat": 0.1, "wide": 6}.get(kind, 2)
+            if kind == "ties":
+                values[:] = np.round(values)
+            if kind == "masked":
+                values[noise.random(size) < 0.7] = -np.inf
+                values[1] = 0
+            if kind == "broken":
+                values[size // 2] = np.nan
+        before = logits.copy()
+        together = choose_all(logits, batch, texts)
+        assert np.array_equal(logits, before, equal_nan=True)
+        for row, choice in enumerate(together):
+            (want,) = choose_all(logits[row : row + 1], [alone[row]], [texts[row]])
+            if isinstance(choice, Exception):
+                assert (type(choice), str(choice)) == (type(want), str(want))
+                assert isinstance(choice, BackendError) == (rows[row][1] == "broken")
+                continue
+            assert choice == want
+            assert logits[row, choice.token_id] > -np.inf
+            texts[row].append(choice.token_id)
 
 
 def test_log_probabilities() -> None:
     logits = np.array([1.0, 3.0, -np.inf, 2.0], np.float32)
     total = math.log(sum(math.exp(x) for x in (1, 3, 2)))
-    got = token_logprobs(logits, 3, 3)
+    got, none, every = token_logprobs(np.stack([logits] * 3), [3, 1, 1], [3, 0, 99])
     assert got.logprob == pytest.approx(2 - total)
     assert [i for i, _ in got.top] == [1, 3, 0]
     assert [p for _, p in got.top] == pytest.approx([3 - total, 2 - total, 1 - total])
-    assert token_logprobs(logits, 1, 0).top == ()
-    assert len(token_logprobs(logits, 1, 99).top) == 4
+    assert none.top == ()
+    assert [i for i, _ in every.top] == [1, 3, 0, 2]
 
 
 def test_log_probabilities_of_a_generation() -> None:

@@ -7,12 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BackendError, UsageError
-from .sampling import SamplingParams, require_finite, sample
+from .sampling import (
+    Logits,
+    SamplingParams,
+    block_maxima,
+    floor_of_highest,
+    not_finite,
+    sample_all,
+    tokens_above,
+)
 
-Logits = npt.NDArray[np.float32]
+NOTHING_LEFT = "logit_bias or a logits processor leaves no token to choose"
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Choice:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence, one after the other.
+    """How the tokens of one sequence are chosen, one after the other, and what it remembers of them.
 
     Args:
         params: how to choose.
@@ -41,8 +48,8 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, rng: np.random.Generator, prompt: Iterable[int] = ()) -> None:
-        self._params = params
-        self._rng = rng
+        self.params = params
+        self.rng = rng
         self._prompt = np.unique(np.fromiter(prompt, np.int64)) if params.repetition_penalty != 1 else None
         self._counts: Counter[int] = Counter()
         self._bias = (
@@ -55,29 +62,15 @@ class Sampler:
         self._listeners = [p.chosen for p in self._processors if hasattr(p, "chosen")]
         self.adjusts = bool(self._penalises or self._bias is not None or self._processors)
 
-    @property
-    def is_plain_greedy(self) -> bool:
-        """Whether the choice is the highest logit and nothing else is asked."""
-        return self._params.temperature == 0 and not self.adjusts and self._params.logprobs is None
-
-    def choose(self, logits: Logits, token_ids: Sequence[int]) -> Choice:
-        """The token after ``token_ids``, the new ones so far, by its ``logits`` [V].
+    def adjust(self, logits: Logits, token_ids: Sequence[int]) -> None:
+        """Change the ``logits`` [V] of the token after ``token_ids``, the new ones so far, as the parameters ask.
 
         Raises:
-            BackendError: the highest logit is NaN or infinite. UsageError: no token is left to choose.
+            BackendError: the highest logit is NaN or infinite.
         """
-        require_finite(logits.max())
-        adjusted = self._adjusted(logits, token_ids) if self.adjusts else logits
-        token = sample(adjusted, self._params, self._rng)
-        if self._penalises:
-            self._counts[token] += 1
-        for told in self._listeners:
-            told(token)
-        asked = self._params.logprobs
-        return Choice(token, None if asked is None else token_logprobs(logits, token, asked))
-
-    def _adjusted(self, logits: Logits, token_ids: Sequence[int]) -> Logits:
-        logits, params = logits.copy(), self._params
+        if not np.isfinite(peak := logits.max()):
+            raise not_finite(peak)
+        params = self.params
         if self._penalises:
             ids = np.fromiter(self._counts, np.int64)
             if self._prompt is not None:
@@ -90,42 +83,75 @@ class Sampler:
             logits[self._bias[0]] += self._bias[1]
         for process in self._processors:
             replaced = process(token_ids, logits)
-            logits = logits if replaced is None else np.asarray(replaced, np.float32)
-        if not np.isfinite(logits.max()):
-            raise UsageError("logit_bias or a logits processor leaves no token to choose")
-        return logits
+            if replaced is not None:
+                logits[:] = replaced
+
+    def chosen(self, token: int) -> None:
+        """Remember a choice, and tell the processors that listen."""
+        if self._penalises:
+            self._counts[token] += 1
+        for told in self._listeners:
+            told(token)
 
 
 def choose_all(
     logits: Logits, samplers: Sequence[Sampler], token_ids: Sequence[Sequence[int]]
 ) -> list[Choice | Exception]:
-    """The next tokens of all sequences by their logits [B, V], or what went wrong with one of them."""
-    if all(s.is_plain_greedy for s in samplers):
-        tokens = logits.argmax(1)
-        peaks = logits[np.arange(len(logits)), tokens]  # NaN where there is one
-        return [_choice_or_error(int(t), p) for t, p in zip(tokens, peaks, strict=True)]
+    """The tokens after ``token_ids``, the new ones of each sequence so far, by the ``logits`` [B, V] of all of them.
+
+    Returns:
+        choices, or what went wrong with a sequence: BackendError if its highest logit is NaN or infinite, UsageError
+        if no token is left to choose, or whatever a processor raised.
+    """
+    errors = dict[int, Exception]()
+    adjusted = logits.copy() if any(s.adjusts for s in samplers) else logits
+    for row, sampler in enumerate(samplers):
+        if sampler.adjusts:
+            try:
+                sampler.adjust(adjusted[row], token_ids[row])
+            except Exception as error:  # of this row only, whatever a processor raises
+                errors[row] = error
+                adjusted[row] = np.nan  # nothing is drawn
+    tokens = sample_all(adjusted, [s.params for s in samplers], [s.rng for s in samplers])
     results: list[Choice | Exception] = []
-    for row, sampler, ids in zip(logits, samplers, token_ids, strict=True):
+    for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
         try:
-            results.append(sampler.choose(row, ids))
-        except Exception as error:  # of this row only, whatever a processor raises
+            if row in errors:
+                raise errors[row]
+            if isinstance(token, BackendError):
+                raise UsageError(NOTHING_LEFT) if sampler.adjusts else token
+            sampler.chosen(token)
+            results.append(Choice(token))
+        except Exception as error:
             results.append(error)
+    asked = {
+        row: (choice.token_id, sampler.params.logprobs)
+        for row, (choice, sampler) in enumerate(zip(results, samplers, strict=True))
+        if isinstance(choice, Choice) and sampler.params.logprobs is not None
+    }
+    if asked:
+        theirs = logits if len(asked) == len(logits) else logits[[*asked]]
+        for row, report in zip(asked, token_logprobs(theirs, *zip(*asked.values(), strict=True)), strict=True):
+            results[row] = Choice(asked[row][0], report)
     return results
 
 
-def token_logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
-    """Log probabilities of ``token`` and of the ``count`` most likely tokens by ``logits`` [V]."""
-    peak = logits.max()
-    total = float(peak) + float(np.log(np.exp(logits - peak).sum(dtype=np.float64)))
-    count = min(count, len(logits))
-    likely = np.argpartition(logits, -count)[-count:] if count else np.zeros(0, np.int64)
-    likely = likely[np.lexsort((likely, -logits[likely]))]
-    return TokenLogprobs(float(logits[token]) - total, tuple((int(i), float(logits[i]) - total) for i in likely))
+def token_logprobs(logits: Logits, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
+    """Log probabilities of a token of each row of ``logits`` [B, V], and of the most likely tokens of the row.
 
-
-def _choice_or_error(token: int, peak: np.float32) -> Choice | Exception:
-    try:
-        require_finite(peak)
-    except BackendError as error:
-        return error
-    return Choice(token)
+    Args:
+        tokens: a token of each row.
+        counts: how many of the most likely tokens; the lowest ids among equally likely ones.
+    """
+    maxima = block_maxima(logits)
+    peaks = maxima.max(1)
+    sums = [np.exp(row - peak).sum(dtype=np.float64) for row, peak in zip(logits, peaks, strict=True)]
+    totals = peaks + np.log(sums)
+    reports = []
+    for row, blocks, total, token, asked in zip(logits, maxima, totals, tokens, counts, strict=True):
+        count = min(asked, len(row))
+        likely = tokens_above(row, blocks, floor_of_highest(row, blocks, max(count, 1)))
+        likely = likely[np.argsort(-row[likely], kind="stable")[:count]]
+        top = tuple((int(i), float(row[i] - total)) for i in likely)
+        reports.append(TokenLogprobs(float(row[token] - total), top))
+    return reports

@@ -1,4 +1,4 @@
-"""Choose a token from logits: greedy, or with temperature, top-k, top-p and min-p as in Hugging Face."""
+"""Choose tokens from logits: greedy, or with temperature, top-k, top-p and min-p as in Hugging Face."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from ..errors import BackendError, UsageError, one_line
 
 #: Most alternatives that ``logprobs`` reports.
 MAX_LOGPROBS = 100
-#: Thresholds, each a sixteenth of the one before, that are tried to separate the nucleus from a long tail.
-_THRESHOLDS = 6
-#: Blocks whose maxima bound the top-k tokens from below.
+#: Blocks of a row whose maxima bound its highest logits from below.
 _BLOCKS = 512
+#: Tokens whose weights are computed at a time: those of some rows stay in the CPU's cache.
+_TILE = 1 << 14
 
+Logits = npt.NDArray[np.float32]
+Weights = npt.NDArray[np.float64]
 #: Changes the logits of one sequence.
-LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], npt.NDArray[np.float32] | None]
+LogitsProcessor = Callable[[Sequence[int], Logits], Logits | None]
 
 
 class ProcessorSource(Protocol):
@@ -169,73 +171,159 @@ class SamplingParams:
         return np.random.default_rng(None if self.seed is None else (self.seed, row))
 
 
-def sample(logits: npt.NDArray[np.float32], params: SamplingParams, rng: np.random.Generator) -> int:
+def sample(logits: Logits, params: SamplingParams, rng: np.random.Generator) -> int:
     """Choose a token from ``logits`` [V] f32; -inf forbids a token.
-
-    The order is that of Hugging Face: temperature, top-k, then top-p among the remaining tokens. Exactly
-    ``top_k`` tokens remain (the lowest ids among equal ones), and always at least one.
 
     Raises:
         BackendError: the highest logit is NaN or infinite.
     """
-    peak = logits.max()
-    require_finite(peak)
-    if params.temperature == 0:
-        return int(logits.argmax())
-    tokens = _top(logits, params.top_k) if 0 < params.top_k < len(logits) else None
-    chosen = logits if tokens is None else logits[tokens]
-    with np.errstate(over="ignore"):
-        weight = np.exp((chosen.astype(np.float64) - float(peak)) / params.temperature)
-    if tokens is not None:
-        order = np.argsort(-weight, kind="stable")[: params.top_k]
-        tokens, weight = tokens[order], weight[order]
-    if params.top_p < 1:
-        places = _nucleus(weight, params.top_p)
-        tokens, weight = places if tokens is None else tokens[places], weight[places]
-    if params.min_p > 0:
-        places = np.flatnonzero(weight >= params.min_p * weight.max())
-        tokens, weight = places if tokens is None else tokens[places], weight[places]
-    cumulative = np.cumsum(weight)
-    # random() is at most 1 - 2^-53, so the product is below the total: the chosen token always has weight.
-    place = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-    return place if tokens is None else int(tokens[place])
+    (token,) = sample_all(logits[None], [params], [rng])
+    if isinstance(token, BackendError):
+        raise token
+    return token
 
 
-def require_finite(peak: np.floating) -> None:
-    """Raise :class:`BackendError` unless the highest logit is a number."""
-    if not np.isfinite(peak):
-        raise BackendError(f"the model produced {peak} logits: check its weights and its dtype")
+def sample_all(
+    logits: Logits, params: Sequence[SamplingParams], rngs: Sequence[np.random.Generator]
+) -> list[int | BackendError]:
+    """Choose a token for each row of ``logits`` [B, V] f32; -inf forbids a token.
 
+    The order is that of Hugging Face: temperature, top-k, then top-p among the remaining tokens, then min-p. Exactly
+    ``top_k`` tokens remain (the lowest ids among equal ones), and always at least one.
 
-def _top(logits: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """Tokens in order of their ids among which are the ``count`` most likely ones; few others, unless logits are equal.
-
-    The logits of as many blocks as ``count`` reach the ``count``-th highest maximum of a block, and so do those of at
-    least ``count`` tokens. This avoids partitioning a whole vocabulary (262,144 for Gemma).
+    Returns:
+        tokens, or an error where the highest logit is NaN or infinite.
     """
-    size = -(-len(logits) // _BLOCKS)
-    if count <= len(logits) // size // 4:
-        maxima = np.maximum.reduceat(logits, np.arange(0, len(logits), size))
-        threshold = np.partition(maxima, -count)[-count]
-    else:
-        threshold = np.partition(logits, -count)[-count]
-    return np.flatnonzero(logits >= threshold)
+    vocab, maxima = logits.shape[1], block_maxima(logits)
+    peaks = maxima.max(1)
+    alive = {i: p for i, p in enumerate(params) if np.isfinite(peaks[i])}
+    top_k = {i: p.top_k for i, p in alive.items() if 0 < p.top_k < vocab}
+    # Without top_k, the weights of all tokens are needed, unless min_p alone says which tokens remain.
+    whole = [i for i, p in alive.items() if p.temperature > 0 and i not in top_k and (p.top_p < 1 or p.min_p == 0)]
+    temperatures = [params[i].temperature for i in whole]
+    sums = dict(zip(whole, weight_sums(logits, whole, peaks, temperatures), strict=True)) if whole else {}
+    tokens: list[int | BackendError] = []
+    for i, (row, peak, p, rng) in enumerate(zip(logits, peaks, params, rngs, strict=True)):
+        if i not in alive:
+            tokens.append(not_finite(peak))
+        elif p.temperature == 0:
+            tokens.append(int(tokens_above(row, maxima[i], peak)[0]))
+        elif i in sums and p.top_p == 1:
+            tokens.append(_draw_from_all(row, peak, p.temperature, sums[i], rng))
+        else:
+            total = float(sums[i].sum()) if i in sums else None
+            # All tokens lighter than the tail together weigh less than 1 - top_p: the nucleus is among the others.
+            tail = 0.0 if total is None else (1 - p.top_p) * total / vocab
+            if i in top_k:
+                floor = floor_of_highest(row, maxima[i], p.top_k)
+            else:
+                floor = _logit(max(tail, p.min_p), peak, p.temperature)
+            kept = tokens_above(row, maxima[i], floor)
+            weight = _weights(row[kept], peak, p.temperature)
+            tokens.append(int(kept[_draw(weight, p, top_k.get(i), total, rng)]))
+    return tokens
 
 
-def _nucleus(weight: npt.NDArray[np.float64], top_p: float) -> npt.NDArray[np.int64]:
-    """Places of the smallest set, heaviest first, whose share of the total is at least ``top_p``."""
-    total = weight.sum()
-    wanted = top_p * total
-    # Either of two sets contains the nucleus and avoids sorting a whole vocabulary: the tokens above a threshold, if
-    # their weights reach the share; or those that are not so light that together they weigh less than 1 - top_p.
-    threshold = float(weight.max())
-    for _ in range(_THRESHOLDS):
-        threshold /= 16
-        heavy = np.flatnonzero(weight >= threshold)
-        if weight[heavy].sum() >= wanted * (1 + 1e-9):
-            break
-    else:
-        heavy = np.flatnonzero(weight >= total * (1 - top_p) / len(weight))
-    places = heavy[np.argsort(-weight[heavy], kind="stable")]
-    cumulative = np.cumsum(weight[places])
-    return places[: int(np.searchsorted(cumulative, wanted, side="left")) + 1]
+def not_finite(peak: np.floating) -> BackendError:
+    """What is wrong with logits whose highest one is not a number."""
+    return BackendError(f"the model produced {peak} logits: check its weights and its dtype")
+
+
+def block_maxima(logits: Logits) -> Logits:
+    """The highest logit of each block of each row of ``logits`` [B, V]: [B, blocks]; NaN where there is one."""
+    vocab = logits.shape[1]
+    return np.maximum.reduceat(logits, np.arange(0, vocab, _block_size(vocab)), axis=1)
+
+
+def floor_of_highest(row: Logits, maxima: Logits, count: int) -> np.float32:
+    """A floor that the ``count`` highest logits of a row [V] reach, and few others that are not equal to it.
+
+    As many blocks have a maximum that reaches the ``count``-th highest maximum, and so do as many logits. This avoids
+    partitioning a whole vocabulary (262,144 for Gemma).
+    """
+    few = count <= len(row) // _block_size(len(row)) // 4
+    return np.partition(maxima if few else row, -count)[-count]
+
+
+def tokens_above(row: Logits, maxima: Logits, floor: np.float32) -> npt.NDArray[np.int64]:
+    """Tokens of a row [V] whose logits reach a floor, in order of their ids."""
+    blocks = np.flatnonzero(maxima >= floor)
+    if len(blocks) > len(maxima) // 8:
+        return np.flatnonzero(row >= floor)
+    size = _block_size(len(row))
+    tokens = (blocks[:, None] * size + np.arange(size)).ravel()
+    tokens = tokens[tokens < len(row)]
+    return tokens[row[tokens] >= floor]
+
+
+def weight_sums(logits: Logits, rows: Sequence[int], peaks: Logits, temperatures: Sequence[float]) -> Weights:
+    """Sums [rows, tiles] of the weights of each tile of some rows of ``logits`` [B, V], relative to the peaks [B]."""
+    peak, temperature = peaks[rows, None], np.array(temperatures)[:, None]
+    starts = range(0, logits.shape[1], _TILE)
+    return np.stack([_weights(logits[rows, s : s + _TILE], peak, temperature).sum(1) for s in starts], 1)
+
+
+def _block_size(vocab: int) -> int:
+    return -(-vocab // _BLOCKS)
+
+
+def _weights(logits: Logits, peak: Any, temperature: Any) -> Weights:
+    """Weights of tokens relative to that of the peak."""
+    with np.errstate(over="ignore"):
+        weight = np.subtract(logits, peak, dtype=np.float64)
+        weight /= temperature
+        return np.exp(weight, out=weight)
+
+
+def _logit(weight: float, peak: np.float32, temperature: float) -> np.float32:
+    """The logit of a weight relative to that of the peak, or a little less."""
+    with np.errstate(over="ignore"):
+        logit = np.float64(peak) + np.float64(temperature) * (np.log(weight) - 1e-9)
+        return np.nextafter(np.float32(logit), np.float32(-np.inf))
+
+
+def _draw_from_all(
+    logits: Logits, peak: np.float32, temperature: float, sums: Weights, rng: np.random.Generator
+) -> int:
+    """Draw among all tokens, in order of their ids: first a tile by the ``sums`` of its weights, then a token of it."""
+    ends = np.cumsum(sums)
+    number = rng.random() * ends[-1]
+    tile = int(np.searchsorted(ends, number, side="right"))
+    start = tile * _TILE
+    inside = np.cumsum(_weights(logits[start : start + _TILE], peak, temperature))
+    number -= ends[tile] - sums[tile]
+    # The sums differ by rounding; between 0 and the last one, a number finds a token with weight.
+    number = np.clip(number, 0, np.nextafter(inside[-1], 0))
+    return start + int(np.searchsorted(inside, number, side="right"))
+
+
+def _draw(
+    weight: Weights, params: SamplingParams, top_k: int | None, total: float | None, rng: np.random.Generator
+) -> int:
+    """Draw one of the tokens that have ``weight`` [N], in order of their ids; returns its place.
+
+    Weights are sorted without their places, which numpy does many times faster than with them. A place follows from
+    the weight and its rank among equal ones.
+
+    Args:
+        top_k: how many tokens remain; None is all.
+        total: the weight that ``top_p`` is a share of; None is that of the ``top_k`` tokens.
+    """
+    if top_k is None and params.top_p == 1:
+        kept = np.flatnonzero(weight >= params.min_p * weight.max())
+        cumulative = np.cumsum(weight[kept])
+        return int(kept[_place(cumulative, rng)])
+    ranked = -np.sort(-weight)[:top_k]
+    cumulative = np.cumsum(ranked)
+    if params.top_p < 1:
+        wanted = params.top_p * (ranked.sum() if total is None else total)
+        cumulative = cumulative[: np.searchsorted(cumulative, wanted) + 1]
+    if params.min_p > 0:
+        cumulative = cumulative[: np.count_nonzero(ranked >= params.min_p * ranked[0])]
+    rank = _place(cumulative, rng)
+    return int(np.flatnonzero(weight == ranked[rank])[rank - np.count_nonzero(ranked > ranked[rank])])
+
+
+def _place(cumulative: Weights, rng: np.random.Generator) -> int:
+    """Draw by cumulative weights: random() is at most 1 - 2^-53, so the place always has weight."""
+    return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
