@@ -18,6 +18,7 @@ import long_tables
 import model_tables
 import plan_tables
 import quality_tables
+import sampler_tables
 import slots_tables
 
 from less_export.cli.recipes import PAPER_BUDGETS, RECIPE_LENGTHS, full_caches, recipe_figures
@@ -364,14 +365,10 @@ def models(part: str) -> str:
     return table(*maker(data)) + f"\n\n({where(data)})"
 
 
-def plan() -> str:
-    """Sequences per GB."""
-    return table(*plan_tables.sessions())
-
-
-def divided() -> str:
-    """Division by KV heads."""
-    return table(*plan_tables.divided())
+def sampler() -> str:
+    """Choosing tokens."""
+    data = results("sampler")
+    return table(*sampler_tables.sampler(data)) + f"\n\n({sampler_tables.note(data)}; {where(data)})"
 
 
 def rendered(text: str) -> str:
@@ -387,7 +384,8 @@ def rendered(text: str) -> str:
     makers |= {"memory_loading": memory_loading, "memory_options": memory_options}
     makers |= {"peers": peers, "peers_prompts": peers_prompts, "large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
-    makers |= {"plan": plan, "divided": divided}
+    makers |= {name: lambda maker=maker: table(*maker()) for name, maker in plan_tables.PARTS.items()}
+    makers |= {"sampler": sampler}
     makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}

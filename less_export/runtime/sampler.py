@@ -74,7 +74,7 @@ class Sampler:
         if self._penalises:
             ids = np.fromiter(self._counts, np.int64)
             if self._prompt is not None:
-                seen = np.union1d(self._prompt, ids)
+                seen = np.concatenate((self._prompt, ids))  # a token that is there twice is written twice
                 scores, penalty = logits[seen], np.float32(params.repetition_penalty)
                 logits[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
             counts = np.fromiter(self._counts.values(), np.float32)

@@ -207,7 +207,7 @@ def sample_all(
         if i not in alive:
             tokens.append(not_finite(peak))
         elif p.temperature == 0:
-            tokens.append(int(tokens_above(row, maxima[i], peak)[0]))
+            tokens.append(_highest(row, maxima[i]))
         elif i in sums and p.top_p == 1:
             tokens.append(_draw_from_all(row, peak, p.temperature, sums[i], rng))
         else:
@@ -233,6 +233,13 @@ def block_maxima(logits: Logits) -> Logits:
     """The highest logit of each block of each row of ``logits`` [B, V]: [B, blocks]; NaN where there is one."""
     vocab = logits.shape[1]
     return np.maximum.reduceat(logits, np.arange(0, vocab, _block_size(vocab)), axis=1)
+
+
+def _highest(row: Logits, maxima: Logits) -> int:
+    """The token of a row [V] with the highest logit, the lowest id among equal ones."""
+    size = _block_size(len(row))
+    start = int(maxima.argmax()) * size
+    return start + int(row[start : start + size].argmax())
 
 
 def floor_of_highest(row: Logits, maxima: Logits, count: int) -> np.float32:
