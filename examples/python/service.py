@@ -23,7 +23,7 @@ async def pieces(engine: Engine, prompt: str, **options: object) -> AsyncIterato
             yield event.token.text
             if event.token.finish_reason is not None:
                 return
-        raise event.error
+        raise event.error or RuntimeError("the sequence ended")
     finally:
         engine.cancel([sequence])
 
