@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -103,12 +104,28 @@ def test_seeded_sampling_does_not_depend_on_the_others() -> None:
 
 
 def test_a_long_prompt_stops_nobody_for_longer_than_a_piece() -> None:
-    backend = HashBackend(contract())
-    requests = [Request((1,), 12, 0), Request((2,), 12, 0), Request((7,) * 20, 2, 3)]
-    play(Scheduler(backend, piece=4), requests)
-    kinds = "".join("p" if width > 1 else "d" for width, _ in backend.calls)
-    assert kinds.count("p") == 5
-    assert "pp" not in kinds  # a decode step of the others between two pieces
+    """Between two tokens of any other request there is one piece of it at most, and one decode step."""
+    backend = HashBackend(contract(chunk=256, max_batch=8))
+    scheduler, factory = Scheduler(backend), SequenceFactory(backend, None, ())
+    others = [factory.sequence([i, i], SamplingParams(max_new_tokens=20)) for i in range(7)]
+    late = [factory.sequence([7] * 768, SamplingParams(max_new_tokens=2))]
+    for sequence in others:
+        scheduler.submit(sequence)
+    calls: dict[Sequence, list[int]] = defaultdict(list)  # how many the backend had when a token came
+    while scheduler.busy:
+        if late and len(calls[others[-1]]) >= 3:
+            scheduler.submit(late.pop())
+        for event in scheduler.step():
+            calls[event.sequence].append(len(backend.calls))
+    pieces = [place for place, (width, _) in enumerate(backend.calls) if width > 2]
+    assert [backend.calls[place] for place in pieces] == [(256, [256])] * 3
+    for sequence in others:
+        assert len(calls[sequence]) == 20
+        assert calls[sequence][0] <= pieces[0] < pieces[-1] < calls[sequence][-1]  # it decodes all the while
+        for before, after in itertools.pairwise(calls[sequence]):
+            widths = [width for width, _ in backend.calls[before:after]]
+            assert sum(width > 1 for width in widths) <= 1
+            assert widths.count(1) <= 1
 
 
 def test_rows_are_packed() -> None:
