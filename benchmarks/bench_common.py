@@ -9,6 +9,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,20 +40,25 @@ def random_checkpoint(
     return random_checkpoint.write(AutoConfig.for_model(**facts, dtype=getattr(torch, dtype)), folder)[0]
 
 
-def kernels(layers: int, rank: int, hidden: int) -> Kernels:
+def kernels(
+    layers: int,
+    rank: int,
+    hidden: int,
+    architecture: dict[str, Any] = TINYLLAMA,
+    only: Sequence[int] | None = None,
+) -> Kernels:
     """Random kernels of the same size as trained ones, with constants of int8 slots: the same work, without the
-    quality."""
+    quality. ``only``: the layers that get some, of all ``layers`` of a recipe's shape (TinyLlama's)."""
     from less_export.contract import Heads
     from less_export.less.feature_maps import random_kernels
     from less_export.less.int8 import Centring
 
-    heads, kv_heads = TINYLLAMA["num_attention_heads"], TINYLLAMA["num_key_value_heads"]
-    shape = Heads(heads, kv_heads, TINYLLAMA["hidden_size"] // heads)
-    maps = random_kernels([shape] * layers, range(layers), rank, hidden)
+    chosen = range(layers) if only is None else only
+    heads, kv_heads = architecture["num_attention_heads"], architecture["num_key_value_heads"]
+    shape = Heads(heads, kv_heads, architecture.get("head_dim", architecture["hidden_size"] // heads))
+    maps = random_kernels([shape] * layers, chosen, rank, hidden)
     provenance = {**maps.provenance, "centring": {"rotated": False}}
-    return replace(
-        maps, provenance=provenance, centring={i: Centring.none(kv_heads, shape.head_dim) for i in range(layers)}
-    )
+    return replace(maps, provenance=provenance, centring={i: Centring.none(kv_heads, shape.head_dim) for i in chosen})
 
 
 @dataclass(frozen=True)

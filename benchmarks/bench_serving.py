@@ -1,13 +1,18 @@
-"""Throughput and time between tokens of servers under concurrent requests, by length of the prompt.
+"""Throughput and time between tokens of less-export's server and llama.cpp's, under concurrent requests.
 
-    python benchmarks/bench_serving.py less=http://127.0.0.1:8000/v1 llama.cpp=http://127.0.0.1:8001/v1 \
-        --pid less=PID llama.cpp=PID --note llama.cpp="Q4_1, full cache" --out serving.json
+    python benchmarks/bench_serving.py --work FOLDER
 
-The servers of OpenAI's API run already: ``less-export serve``, and as the peer ``python -m llama_cpp.server`` or
-another one on the same weights. They get load in turns, never at the same time. A cell that is in the file is not
-measured again, so that a run that was stopped goes on. Prompts have the wanted number of tokens by the server's own
-count.
+exports the bundle and builds ``llama-server`` in ``FOLDER`` unless they are there (cmake and a C++ compiler are
+needed), starts both servers and measures every cell: so many requests at the same time with prompts of so many tokens.
+The servers run at the same time, but get load in turns, cell by cell. A cell that is in the results is not measured
+again: a run that was stopped goes on, and more ``--rounds`` add to the earlier ones. ``--llama-server`` takes a
+program that was built elsewhere.
+
+Prompts are token ids, so that both servers get exactly the wanted number; no two begin alike, because servers keep what
+they have seen. Answers are greedy and do not end before ``--tokens``.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -16,33 +21,56 @@ import json
 import statistics
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-LEVELS, LENGTHS, TOKENS = (1, 2, 4, 8), (128, 1024, 4096), 64
+import serving_servers
+from bench_common import RESULTS, machine
+from serving_servers import ROWS, Running
+
+LEVELS, LENGTHS, TOKENS = (1, 2, 4, 8), (128, 1024, 4096), 32
+#: Seconds that a request may take.
 SECONDS = 3600
 WORDS = ("time", "river", "stone", "morning", "letter", "garden", "window", "number", "summer", "paper", "journey")
+#: Whatever the server's defaults are: the most likely token, of all of them, and nothing from earlier requests.
+SAMPLING = {
+    "temperature": 0,
+    "repeat_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "ignore_eos": True,
+    "cache_prompt": False,
+}
 
 
-def text_of(words: int, salt: int) -> str:
-    """A text that no other request begins with: servers keep what they have seen."""
-    return f"{salt} " + " ".join(WORDS[(i * 7 + salt + i // 11) % len(WORDS)] for i in range(words))
+def post(url: str, body: dict[str, Any]) -> Any:
+    """The open reply to a body of JSON."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=SECONDS)
 
 
-def completion(base: str, model: str, prompt: str, count: int) -> tuple[list[float], dict[str, int]]:
-    """Times of one streamed completion, the first one that of its request, the others of its chunks; and its usage.
+def prompt(server: Running, tokens: int, salt: int) -> list[int]:
+    """Token ids by the server's own tokenizer, of a text that begins with ``tokens`` and ``salt``."""
+    text = f"{tokens} {salt} " + " ".join(WORDS[(i * 7 + salt + i // 11) % len(WORDS)] for i in range(tokens))
+    with post(f"{server.url}/tokenize", {"prompt": text, "content": text, "add_special": True}) as reply:
+        ids: list[int] = json.load(reply)["tokens"]
+    if len(ids) < tokens:
+        raise SystemExit(f"{server.url}: its tokenizer makes {len(ids)} tokens of {tokens} words")
+    return ids[:tokens]
+
+
+def completion(server: Running, ids: list[int], count: int) -> list[float]:
+    """Times of one streamed completion of ``count`` tokens: of its request, and of each chunk with text.
 
     Raises:
-        RuntimeError: the server reports an error. OSError: it refuses the request, or does not answer.
+        RuntimeError: the server reports an error, or other numbers of tokens. OSError: it does not answer.
     """
-    body = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True}
-    body |= {"stream_options": {"include_usage": True}, "ignore_eos": True}
-    request = urllib.request.Request(
-        f"{base}/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+    body = {"prompt": ids, "max_tokens": count, "stream": True, "stream_options": {"include_usage": True}, **SAMPLING}
     times, usage = [time.perf_counter()], {}
-    with urllib.request.urlopen(request, timeout=SECONDS) as reply:
+    with post(f"{server.url}/v1/completions", body) as reply:
         for line in reply:
             if not line.startswith(b"data: ") or line.strip() == b"data: [DONE]":
                 continue
@@ -52,24 +80,20 @@ def completion(base: str, model: str, prompt: str, count: int) -> tuple[list[flo
             usage = event.get("usage") or usage
             if event.get("choices") and event["choices"][0].get("text"):
                 times.append(time.perf_counter())
-    return times, usage or {"prompt_tokens": 0, "completion_tokens": len(times) - 1}
+    counted = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    if counted != (len(ids), count) or len(times) < 2:
+        raise RuntimeError(f"asked for {len(ids)} + {count} tokens, it counts {counted} in {len(times) - 1} chunks")
+    return times
 
 
-def words_for(base: str, model: str, tokens: int) -> int:
-    """How many words make a prompt of so many tokens, by the usage of one completion."""
-    words = max(8, tokens // 4)
-    _, usage = completion(base, model, text_of(words, 1), 1)
-    return max(1, round(words * tokens / max(1, usage["prompt_tokens"])))
-
-
-def measure(base: str, model: str, prompts: list[str], count: int) -> dict[str, Any]:
-    """The figures of requests that begin at the same time."""
-    results: list[tuple[list[float], dict[str, int]]] = []
+def together(server: Running, prompts: list[list[int]], count: int) -> tuple[list[list[float]], float]:
+    """Send requests at the same time; the times of each, and the seconds until the last has ended."""
+    results: list[list[float]] = []
     failures: list[Exception] = []
 
-    def one(prompt: str) -> None:
+    def one(ids: list[int]) -> None:
         try:
-            results.append(completion(base, model, prompt, count))
+            results.append(completion(server, ids, count))
         except (OSError, RuntimeError, ValueError) as error:
             failures.append(error)
 
@@ -81,74 +105,89 @@ def measure(base: str, model: str, prompts: list[str], count: int) -> dict[str, 
         thread.join()
     seconds = time.perf_counter() - begin
     if failures:
-        raise SystemExit(f"{base}: {failures[0]}")
-    gaps = sorted(b - a for times, _ in results for a, b in itertools.pairwise(times[1:]))
-    new = sum(usage["completion_tokens"] for _, usage in results)
+        reason = failures[0].read().decode() if isinstance(failures[0], urllib.error.HTTPError) else failures[0]
+        raise SystemExit(f"{server.url}: {reason}")
+    return results, seconds
+
+
+def measure(server: Running, requests: int, length: int, count: int, salt: int) -> dict[str, Any]:
+    """The figures of a cell."""
+    prompts = [prompt(server, length, salt + i) for i in range(requests)]
+    results, seconds = together(server, prompts, count)
+    gaps = sorted(b - a for times in results for a, b in itertools.pairwise(times[1:]))
     return {
-        "prompt_tokens": statistics.mean(usage["prompt_tokens"] for _, usage in results),
-        "new_tokens": new,
         "seconds": seconds,
-        "new_tokens_per_second": new / seconds,
-        "first_chunk_seconds": statistics.median(times[1] - times[0] for times, _ in results if len(times) > 1),
-        "between_chunks_seconds": {
-            "median": gaps[len(gaps) // 2] if gaps else None,
-            "p99": gaps[int(len(gaps) * 0.99)] if gaps else None,
-            "longest": gaps[-1] if gaps else None,
+        "new_tokens_per_second": requests * count / seconds,
+        "first_token_seconds": statistics.median(times[1] - times[0] for times in results),
+        "between_tokens_seconds": {
+            "median": statistics.median(gaps),
+            "p95": gaps[int(len(gaps) * 0.95)],
+            "longest": gaps[-1],
         },
+        "resident_bytes": server.resident_bytes(),
     }
-
-
-def resident(pid: str | None) -> int | None:
-    """Bytes of memory that a process has, its children not counted."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
-def named(values: list[str]) -> dict[str, str]:
-    """``NAME=VALUE`` as a dictionary."""
-    if not all("=" in v for v in values):
-        raise SystemExit(f"these must be NAME=VALUE: {' '.join(values)}")
-    return {v.partition("=")[0]: v.partition("=")[2] for v in values}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL")
-    parser.add_argument("--pid", nargs="*", default=[], metavar="NAME=PID", help="processes whose memory is measured")
-    parser.add_argument("--note", nargs="*", default=[], metavar="NAME=TEXT", help="weights and cache of a server")
-    parser.add_argument("--out", type=Path, default=Path("serving.json"))
-    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS)
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--tokens", type=int, default=TOKENS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="for bundles, llama.cpp and logs")
+    parser.add_argument("--llama-server", type=Path, metavar="PROGRAM", help="default: built in the work folder")
+    parser.add_argument("--weights", nargs="+", choices=serving_servers.WEIGHTS, default=["int4"])
+    parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
+    parser.add_argument("--levels", type=int, nargs="+", default=LEVELS, help="requests at the same time")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help=f"tokens of an answer (default: {TOKENS})")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--remark", default="", metavar="TEXT", help="what readers of the tables must know of this run")
     args = parser.parse_args()
-    servers, pids, notes = named(args.servers), named(args.pid), named(args.note)
-    report = json.loads(args.out.read_text()) if args.out.exists() else {"tokens": args.tokens, "cells": []}
-    if report["tokens"] != args.tokens:
-        raise SystemExit(f"{args.out} was measured with --tokens {report['tokens']}: choose another --out")
-    report["notes"] = {**report.get("notes", {}), **notes}
-    done = {(c["server"], c["requests"], c["wanted_prompt_tokens"], c["round"]) for c in report["cells"]}
-    words: dict[tuple[str, int], int] = {}
-    cells = [(t, n, k, s) for t in range(args.rounds) for n in args.lengths for k in args.levels for s in servers]
-    for turn, length, level, name in cells:  # the servers take turns, so that a slow hour slows all
-        if (name, level, length, turn) in done:
-            continue
-        base = servers[name]
-        with urllib.request.urlopen(f"{base}/models", timeout=SECONDS) as reply:
-            model = json.load(reply)["data"][0]["id"]
-        if (name, length) not in words:
-            words[name, length] = words_for(base, model, length)
-        salt = 1000 * (turn + 1) + 100 * level
-        prompts = [text_of(words[name, length], salt + i) for i in range(level)]
-        place = {"server": name, "requests": level, "wanted_prompt_tokens": length, "round": turn}
-        figures = measure(base, model, prompts, args.tokens)
-        report["cells"].append({**place, **figures, "resident_bytes": resident(pids.get(name))})
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        rate = figures["new_tokens_per_second"]
-        print(f"{name}: {level} requests of {length} tokens: {rate:.1f} tokens/s", flush=True)
+    if max(args.levels) > ROWS or min(args.levels) < 1 or args.tokens < 2 or min(args.lengths) < 1:
+        parser.error(f"--levels must be in 1..{ROWS}, --tokens at least 2, --lengths at least 1")
+    work = args.work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    if args.llama_server is None:
+        program, version = serving_servers.llama_server(work), serving_servers.LLAMA_CPP
+    else:
+        program = args.llama_server.absolute()
+        version = serving_servers.version(program)
+    facts = {
+        "model": serving_servers.MODEL,
+        "threads": serving_servers.THREADS,
+        "rows": ROWS,
+        "tokens": args.tokens,
+        "llama_cpp": version,
+        "remark": args.remark,
+        "machine": machine(),
+    }
+    report = json.loads(args.out.read_text()) if args.out.exists() else {**facts, "servers": {}, "cells": []}
+    if changed := [name for name, fact in facts.items() if report[name] != fact]:
+        raise SystemExit(f"{args.out} was measured with another {changed[0]}: move it, or choose another --out")
+    context = max(*args.lengths, *LENGTHS) + args.tokens
+    servers = []
+    for weights in args.weights:
+        servers.append(serving_servers.ours(weights, work))
+        servers.append(serving_servers.llama_cpp(weights, program, work, context))
+    with contextlib.ExitStack() as stack:
+        started = {s.name: stack.enter_context(serving_servers.running(s, work)) for s in servers}
+        for server in servers:
+            together(started[server.name], [prompt(started[server.name], 512, i) for i in range(ROWS)], 2)  # warm-up
+            options = [Path(x).name if "/" in x else x for x in server.command]
+            report["servers"][server.name] = {
+                "weights": server.weights,
+                "stored": server.stored,
+                "cache": server.cache,
+                "command": " ".join(options),
+            }
+        done = {(c["server"], c["requests"], c["prompt_tokens"], c["round"]) for c in report["cells"]}
+        cells = itertools.product(range(args.rounds), args.lengths, args.levels, started)
+        for turn, length, level, name in cells:  # the servers take turns, so that a slow minute slows all
+            if (name, level, length, turn) in done:
+                continue
+            figures = measure(started[name], level, length, args.tokens, 1000 * (turn + 1) + 100 * level)
+            place = {"server": name, "requests": level, "prompt_tokens": length, "round": turn}
+            report["cells"].append({**place, **figures})
+            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            rate = figures["new_tokens_per_second"]
+            print(f"{name}: {level} requests of {length} tokens: {rate:.1f} tokens/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import matplotlib
 import numpy as np
 import quality_tables
+import serving_tables
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -104,6 +105,33 @@ def long() -> None:
     print(f"wrote {RESULTS / 'long.png'}")
 
 
+def serving() -> None:
+    """Two servers under load, by requests at the same time: throughput, and time between tokens."""
+    data = json.loads((RESULTS / "serving.json").read_text())
+    found = serving_tables.cells(data)
+    lengths = sorted({length for _, length, _ in found})
+    figure, grid = plt.subplots(2, len(lengths), figsize=(4 * len(lengths), 6.4), squeeze=False, sharex=True)
+    for length, (top, bottom) in zip(lengths, grid.T, strict=True):
+        for name in data["servers"]:
+            levels = sorted(r for s, n, r in found if (s, n) == (name, length))
+            figures = [found[name, length, r] for r in levels]
+            style = "s-" if name.startswith("less-export") else "o--"
+            top.plot(levels, [f["new_tokens_per_second"] for f in figures], style, label=name)
+            bottom.plot(levels, [1e3 * f["between_p95"] for f in figures], style, label=name)
+        top.set_title(f"prompts of {length:,} tokens", fontsize=10)
+        bottom.set_xlabel("requests at the same time")
+    grid[0, 0].set_ylabel("new tokens per second")
+    grid[1, 0].set_ylabel("between tokens, 95%, ms")
+    grid[0, 0].legend(fontsize=8)
+    for axes in grid.flat:
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{data['model']}, answers of {data['tokens']} tokens, {data['threads']} threads", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "serving.png", dpi=120)
+    print(f"wrote {RESULTS / 'serving.png'}")
+
+
 def gpu() -> None:
     """Decode on a GPU: bandwidth compared with a copy, and time compared with attention over a full cache."""
     data = json.loads((RESULTS / "gpu.json").read_text())
@@ -139,5 +167,6 @@ if __name__ == "__main__":
     decode_cost()
     quality()
     long()
+    serving()
     if (RESULTS / "gpu.json").is_file():
         gpu()

@@ -19,6 +19,7 @@ import model_tables
 import plan_tables
 import quality_tables
 import sampler_tables
+import serving_tables
 import slots_tables
 
 from less_export.cli.recipes import PAPER_BUDGETS, RECIPE_LENGTHS, full_caches, recipe_figures
@@ -358,6 +359,13 @@ def state_drift() -> str:
     return table(*slots_tables.state_drift(data)) + f"\n\n({note}; {where(data)})"
 
 
+def serving(part: str) -> str:
+    """A table about servers under load, or about the engine."""
+    name, maker, note = serving_tables.PARTS[part]
+    data = results(name)
+    return table(*maker(data)) + f"\n\n({note(data)}; {where(data)})"
+
+
 def models(part: str) -> str:
     """A table about architectures."""
     name, maker = model_tables.PARTS[part]
@@ -389,6 +397,7 @@ def rendered(text: str) -> str:
     makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
+    makers |= {p: functools.partial(serving, p) for p in serving_tables.PARTS}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {"gpu_model": gpu_model, "gpu_model_kernels": lambda: table(*gpu_tables.kernels(results("gpu_model")))}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}

@@ -1,8 +1,8 @@
 """Load a server with two load generators of the field, guidellm and aiperf: every request must succeed.
 
-    python scripts/load_check.py BUNDLE --guidellm PROGRAM --aiperf PROGRAM [--out benchmarks/results/load.json]
+    PYTHONPATH=benchmarks python scripts/load_check.py BUNDLE --guidellm PROGRAM --aiperf PROGRAM [--out FILE]
 
-Runs in an environment with ``less-export[serve]``. The programs come from virtual environments of their own, made by
+Runs in the environment of the tests. The programs come from virtual environments of their own, made by
 ``pip install guidellm`` and ``pip install aiperf``. Each sends 16 requests, four at a time. Ends at the first failure.
 """
 
@@ -21,7 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench_common import machine
+
 from less_export._version import __version__
+from less_export.bundle.artifact import Bundle
 
 REQUESTS, AT_A_TIME = 16, 4
 PROMPT_TOKENS, NEW_TOKENS = 64, 16
@@ -111,7 +114,15 @@ def main() -> None:
     parser.add_argument("--aiperf", required=True, metavar="PROGRAM")
     parser.add_argument("--out", type=Path, help="write what was found as JSON")
     args = parser.parse_args()
-    results: dict[str, Any] = {"versions": {"less-export": __version__}, "requests": REQUESTS, "at_a_time": AT_A_TIME}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "model": Bundle.open(args.bundle).manifest.model["name"],
+        "versions": {"less-export": __version__},
+        "requests": REQUESTS,
+        "at_a_time": AT_A_TIME,
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+    }
     with tempfile.TemporaryDirectory() as name, server(args.bundle.resolve(), Path(name)) as url:
         names = tokenizer(args.bundle, Path(name))
         for load in (guidellm, aiperf):
