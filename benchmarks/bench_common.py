@@ -58,7 +58,9 @@ def kernels(
     shape = Heads(heads, kv_heads, architecture.get("head_dim", architecture["hidden_size"] // heads))
     maps = random_kernels([shape] * layers, chosen, rank, hidden)
     provenance = {**maps.provenance, "centring": {"rotated": False}}
-    return replace(maps, provenance=provenance, centring={i: Centring.none(kv_heads, shape.head_dim) for i in chosen})
+    return replace(
+        maps, provenance=provenance, centring={i: Centring.none(kv_heads, shape.head_dim) for i in range(layers)}
+    )
 
 
 @dataclass(frozen=True)

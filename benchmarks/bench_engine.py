@@ -62,7 +62,7 @@ class Requests:
 
 
 def throughput(engine: Engine, prompts: list[list[int]], rounds: int) -> dict[str, Any]:
-    """Seconds of all requests, one after another and at the same time, by round."""
+    """Seconds of all requests, one after another and at the same time, by round; and how many got the same tokens."""
     seconds: dict[str, list[float]] = {"sequential": [], "concurrent": []}
     answers: dict[str, list[list[int]]] = {}
     for _ in range(rounds):
@@ -70,8 +70,8 @@ def throughput(engine: Engine, prompts: list[list[int]], rounds: int) -> dict[st
             begin = time.perf_counter()
             answers[name] = [ids for part in parts for ids in Requests(engine, part, TOKENS).wait()]
             seconds[name].append(time.perf_counter() - begin)
-    assert answers["sequential"] == answers["concurrent"], "a request gets other tokens beside others than alone"
-    return {"prompt_tokens": len(prompts[0]), "seconds": seconds}
+    same = sum(a == b for a, b in zip(*answers.values(), strict=True))
+    return {"prompt_tokens": len(prompts[0]), "seconds": seconds, "same_answers": same}
 
 
 def stall(engine: Engine, prompts: list[list[int]], long: list[int]) -> dict[str, float]:
@@ -87,7 +87,7 @@ def stall(engine: Engine, prompts: list[list[int]], long: list[int]) -> dict[str
             steps.append((input_ids.shape[1] > 1, time.perf_counter() - begin))
 
     others = Requests(engine, prompts, 4 * LONG)
-    while min(len(others.times[s]) for s in others.sequences) < 8:
+    while others.error is None and min(map(len, others.times.values())) < 8:
         time.sleep(0.01)
     engine.backend.step = timed  # type: ignore[method-assign]
     try:
@@ -97,6 +97,8 @@ def stall(engine: Engine, prompts: list[list[int]], long: list[int]) -> dict[str
     finally:
         engine.backend.step = step  # type: ignore[method-assign]
         others.cancel()
+    if others.error is not None:
+        raise others.error
     (end,) = arrival.times[arrival.sequences[0]]
     gaps = [b - a for t in others.times.values() for a, b in itertools.pairwise(t) if b > begin and a < end]
     pieces, decodes = ([s for fed, s in steps if fed is kind] for kind in (True, False))

@@ -36,10 +36,11 @@ def _rows(data: dict[str, Any]) -> list[tuple[list[str], list[dict[str, float]]]
     places = sorted({place[1:] for place in found})
     rows = []
     for servers in pairs(data):
+        formats = " / ".join(s.rpartition(" ")[2] for s in servers)
         for length, requests in places:
             if all((s, length, requests) in found for s in servers):
                 figures = [found[s, length, requests] for s in servers]
-                rows.append(([" / ".join(servers), f"{length:,}", str(requests)], figures))
+                rows.append(([formats, f"{length:,}", str(requests)], figures))
     return rows
 
 
@@ -50,7 +51,7 @@ def throughput(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ours, theirs = (f["new_tokens_per_second"] for f in figures)
         faster = f"less-export {ours / theirs:.2f}x" if ours > theirs else f"llama.cpp {theirs / ours:.2f}x"
         rows.append([*place, f"{ours:.1f}", f"{theirs:.1f}", faster])
-    return ["servers", "prompt, tokens", "requests", "less-export, tokens/s", "llama.cpp, tokens/s", "faster"], rows
+    return ["weights", "prompt, tokens", "requests", "less-export, tokens/s", "llama.cpp, tokens/s", "faster"], rows
 
 
 def latency(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -60,7 +61,7 @@ def latency(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         first = [f"{f['first_token_seconds']:.2f}" for f in figures]
         between = [f"{1e3 * f['between_median']:.0f} / {1e3 * f['between_p95']:.0f}" for f in figures]
         rows.append([*place, *first, *between])
-    header = ["servers", "prompt, tokens", "requests", "first token: less-export, s", "llama.cpp, s"]
+    header = ["weights", "prompt, tokens", "requests", "first token: less-export, s", "llama.cpp, s"]
     return [*header, "between tokens, median / 95%: less-export, ms", "llama.cpp, ms"], rows
 
 
@@ -98,8 +99,15 @@ def engine_throughput(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     for row in data["throughput"]:
         new = data["rows"] * data["tokens"]
         one, all_ = (new / statistics.median(row["seconds"][kind]) for kind in ("sequential", "concurrent"))
-        rows.append([f"{row['prompt_tokens']}", f"{one:.1f}", f"{all_:.1f}", f"{all_ / one:.2f}"])
-    return ["prompt, tokens", "one after another, tokens/s", "at the same time, tokens/s", "ratio"], rows
+        same = f"{row['same_answers']} of {data['rows']}"
+        rows.append([str(row["prompt_tokens"]), f"{one:.1f}", f"{all_:.1f}", f"{all_ / one:.2f}", same])
+    return [
+        "prompt, tokens",
+        "one after another, tokens/s",
+        "at the same time, tokens/s",
+        "ratio",
+        "same answers",
+    ], rows
 
 
 def engine_stall(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
