@@ -119,7 +119,7 @@ def llama_server(work: Path) -> Path:
     """The program ``llama-server`` in ``work``, built unless it is there, with ``llama-quantize`` beside it."""
     program = work / "llama.cpp" / "bin" / "llama-server"
     if not program.exists():
-        download = ["download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", work, LLAMA_CPP]
+        download = ["download", "--no-deps", "--no-binary", ":all:", "--dest", work, LLAMA_CPP]
         _run(sys.executable, "-m", "pip", *download)
         (archive,) = work.glob("llama_cpp_python-*.tar.gz")
         with tarfile.open(archive) as file:

@@ -90,7 +90,7 @@ def note(data: dict[str, Any]) -> str:
     """What the tables of servers were measured with."""
     rounds = {cell["round"] for cell in data["cells"]}
     load = f"answers of {data['tokens']} tokens, {data['threads']} threads, {data['rows']} sequences at most"
-    return f"{_remark(data)}{data['model']}, {load}, {_median(len(rounds))}, llama.cpp of {data['llama_cpp']}"
+    return f"{_remark(data)}{data['model']}, {load}, {_median(len(rounds))}, llama.cpp: {data['llama_cpp']}"
 
 
 def engine_throughput(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
