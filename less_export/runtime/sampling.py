@@ -194,6 +194,10 @@ def sample_all(
     Returns:
         tokens, or an error where the highest logit is NaN or infinite.
     """
+    if all(p.temperature == 0 for p in params):
+        highest = logits.argmax(1)
+        peaks = logits[np.arange(len(logits)), highest]  # NaN where there is one
+        return [int(t) if np.isfinite(x) else not_finite(x) for t, x in zip(highest, peaks, strict=True)]
     vocab, maxima = logits.shape[1], block_maxima(logits)
     peaks = maxima.max(1)
     alive = {i: p for i, p in enumerate(params) if np.isfinite(peaks[i])}
@@ -255,12 +259,10 @@ def floor_of_highest(row: Logits, maxima: Logits, count: int) -> np.float32:
 def tokens_above(row: Logits, maxima: Logits, floor: np.float32) -> npt.NDArray[np.int64]:
     """Tokens of a row [V] whose logits reach a floor, in order of their ids."""
     blocks = np.flatnonzero(maxima >= floor)
-    if len(blocks) > len(maxima) // 8:
+    if len(blocks) > len(maxima) // 32:  # then one pass over the row is faster
         return np.flatnonzero(row >= floor)
     size = _block_size(len(row))
-    tokens = (blocks[:, None] * size + np.arange(size)).ravel()
-    tokens = tokens[tokens < len(row)]
-    return tokens[row[tokens] >= floor]
+    return np.concatenate([start + np.flatnonzero(row[start : start + size] >= floor) for start in blocks * size])
 
 
 def weight_sums(logits: Logits, rows: Sequence[int], peaks: Logits, temperatures: Sequence[float]) -> Weights:
