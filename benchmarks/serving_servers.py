@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -36,6 +37,8 @@ LESS_EXPORT = (sys.executable, "-m", "less_export")
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 #: Weights by the name of less-export's option: what llama.cpp calls the format nearest to them.
 WEIGHTS = {"int4": "Q4_K_M", "f32": "F32"}
+#: Virtual machines may announce AMX's tiles and forbid their use: llama.cpp ends by an illegal instruction there.
+NO_TILES = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 #: Seconds that a server may take to start.
 START = 600
 
@@ -127,6 +130,8 @@ def llama_server(work: Path) -> Path:
         source = work / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
         options = ["BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_OPENSSL=OFF"]
         options += ["CMAKE_BUILD_TYPE=Release", "LLAMA_BUILD_APP=OFF", "LLAMA_USE_PREBUILT_UI=OFF"]
+        if platform.machine() == "x86_64":
+            options += [f"CMAKE_{language}_FLAGS={NO_TILES}" for language in ("C", "CXX")]
         _run("cmake", "-S", source, "-B", work / "llama.cpp", *(f"-D{o}" for o in options))
         targets = ["llama-quantize", "llama-server"]
         _run("cmake", "--build", work / "llama.cpp", "--parallel", str(THREADS), "--target", *targets)

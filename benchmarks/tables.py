@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import decoding_tables
 import gpu_tables
 import kernels_tables
 import long_tables
 import model_tables
 import plan_tables
 import quality_tables
-import sampler_tables
 import serving_tables
 import slots_tables
 
@@ -359,9 +359,9 @@ def state_drift() -> str:
     return table(*slots_tables.state_drift(data)) + f"\n\n({note}; {where(data)})"
 
 
-def serving(part: str) -> str:
-    """A table about servers under load, or about the engine."""
-    name, maker, note = serving_tables.PARTS[part]
+def noted(parts: dict[str, Any], part: str) -> str:
+    """A table of a module whose tables have notes: about servers under load and the engine, or about a decode step."""
+    name, maker, note = parts[part]
     data = results(name)
     return table(*maker(data)) + f"\n\n({note(data)}; {where(data)})"
 
@@ -371,12 +371,6 @@ def models(part: str) -> str:
     name, maker = model_tables.PARTS[part]
     data = results(name)
     return table(*maker(data)) + f"\n\n({where(data)})"
-
-
-def sampler() -> str:
-    """Choosing tokens."""
-    data = results("sampler")
-    return table(*sampler_tables.sampler(data)) + f"\n\n({sampler_tables.note(data)}; {where(data)})"
 
 
 def rendered(text: str) -> str:
@@ -393,11 +387,11 @@ def rendered(text: str) -> str:
     makers |= {"peers": peers, "peers_prompts": peers_prompts, "large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
     makers |= {name: lambda maker=maker: table(*maker()) for name, maker in plan_tables.PARTS.items()}
-    makers |= {"sampler": sampler}
     makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
-    makers |= {p: functools.partial(serving, p) for p in serving_tables.PARTS}
+    for parts in (serving_tables.PARTS, decoding_tables.PARTS):
+        makers |= {p: functools.partial(noted, parts, p) for p in parts}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {"gpu_model": gpu_model, "gpu_model_kernels": lambda: table(*gpu_tables.kernels(results("gpu_model")))}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}

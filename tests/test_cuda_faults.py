@@ -2,7 +2,7 @@
 
 A small build (float16, head_dim up to 64) is compiled for each fault. Barriers and waits are removed one at a time,
 all of them; a fault that nothing here can see stands in SURVIVORS with the reason, and the test fails as well when
-such a fault begins to be caught, so that the list stays true. Ordinary runs take every eighth fault; the others run
+such a fault begins to be caught, so that the list stays true. Ordinary runs take every twelfth fault; the others run
 with ``-m exhaustive``, as they should when the kernels change.
 """
 
@@ -247,9 +247,9 @@ def test_kernels_without_a_fault_pass() -> None:
 
 
 def chosen() -> list[object]:
-    """Every fault and barrier; in ordinary runs every eighth, as each takes a compilation."""
+    """Every fault and barrier; in ordinary runs every twelfth, as each takes a compilation."""
     names = (*FAULTS, *waits())
-    return [pytest.param(n, marks=pytest.mark.exhaustive if i % 8 else ()) for i, n in enumerate(names)]
+    return [pytest.param(n, marks=pytest.mark.exhaustive if i % 12 else ()) for i, n in enumerate(names)]
 
 
 @pytest.mark.parametrize("name", chosen())

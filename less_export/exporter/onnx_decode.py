@@ -28,19 +28,20 @@ HIDDEN = -1.0e30
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a layer; ``rotated``: channels that its table turns, 0 without one."""
+    """The sizes of a layer; ``distances`` and ``rotated`` channels of its table of angles: 0 without one."""
 
     kv_heads: int
     slots: int
     head_dim: int
     rank: int
+    distances: int = 0
     rotated: int = 0
 
     @classmethod
     def of(cls, inputs: Mapping[str, ir.Value | None]) -> Sizes | None:
         """From the shapes of a node's inputs by name; None if they are not known."""
         axes = [*(("past_key", axis) for axis in (1, 2, 3)), ("past_psi", 3)]
-        axes += [("rotary", 1)] if "rotary" in inputs else []
+        axes += [("rotary", 0), ("rotary", 1)] if "rotary" in inputs else []
         sizes = []
         for name, axis in axes:
             value = inputs[name]
@@ -51,9 +52,8 @@ class Sizes:
         return cls(*sizes)
 
     def __str__(self) -> str:
-        return "x".join(
-            map(str, (self.kv_heads, self.slots, self.head_dim, self.rank, *[self.rotated] * (self.rotated > 0)))
-        )
+        table = [self.distances, self.rotated] if self.rotated else []
+        return "x".join(map(str, (self.kv_heads, self.slots, self.head_dim, self.rank, *table)))
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,10 @@ def _slots(s: _Step) -> tuple[ir.Value, ir.Value, ir.Value | None]:
 def _rotated(s: _Step, keys: ir.Value) -> ir.Value:
     """Keys of the slots [B,Hk,C,D], turned back by their distances."""
     op, x, sizes = s.op, s.x, s.sizes
-    cos, sin = op.Split(x.rotary, num_outputs=2, axis=-1, _outputs=2)  # constants, as is the negative sine
+    table = x.rotary
+    if sizes.slots > sizes.distances:  # ONNX Runtime (1.32) refuses more tokens than the table has rows
+        table = op.Pad(table, op.ints(0, 0, sizes.slots - sizes.distances, 0))
+    cos, sin = op.Split(table, num_outputs=2, axis=-1, _outputs=2)  # constants, as is the negative sine
     turned = op.RotaryEmbedding(
         op.Reshape(keys, op.ints(-1, 1, sizes.slots, sizes.head_dim)), cos, op.Neg(sin),
         op.Cast(op.Reshape(ages(op, x), op.ints(-1, sizes.slots)), to=ir.DataType.INT64),

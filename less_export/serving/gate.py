@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import time
@@ -23,6 +24,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 #: Paths that need no key: what tells whether the server runs, and the files of the page, which asks for the key.
 _OPEN = ("/health", *FILES)
+#: Most bytes and seconds of a body that is dropped before its request is refused.
+_DISCARD_BYTES, _DISCARD_SECONDS = 1 << 20, 1.0
 
 
 class Gate:
@@ -30,8 +33,8 @@ class Gate:
 
     A body is read to its end before the application runs, so that a slow client takes neither a row nor a place in
     the queue; the bodies of all requests that have not ended have at most ``max_bodies`` bytes. ``paths`` are those
-    that are counted by name; requests to those in ``queued`` are refused unread while ``full()``. What the application
-    raises gets status 500, and its message, which may hold a prompt, is not logged.
+    that are counted by name; requests to those in ``queued`` are refused while ``full()``, and their bodies dropped.
+    What the application raises gets status 500, and its message, which may hold a prompt, is not logged.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Gate:
         headers = {bytes(k).lower(): bytes(v) for k, v in scope["headers"]}
         if not self._knows(headers.get(b"authorization", b"")) and scope["path"] not in _OPEN:
             reason = error_body("the API key is missing or wrong", "invalid_request_error", "invalid_api_key")
+            await _discard(receive)
             await _refuse(401, reason)(scope, receive, send)
             return
         length = headers.get(b"content-length", b"")
@@ -89,6 +93,7 @@ class Gate:
             await self._too_large()(scope, receive, send)
             return
         if scope["path"] in self._queued and self._full():
+            await _discard(receive)
             await _busy("rows and queue are full: try again later", "queue_full")(scope, receive, send)
             return
         body = _Body()
@@ -154,6 +159,19 @@ class _Body:
             return await receive()
 
         return replay
+
+
+async def _discard(receive: Receive) -> None:
+    """Take a body that is short and at once there, and drop it: a connection that closes with data unread is reset, and
+    the client may lose the reply."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while size < _DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def _refuse(status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> JSONResponse:
