@@ -28,13 +28,16 @@ def empty_state(layer: LayerSpec, batch: int, dtype: torch.dtype = torch.float32
 
 
 def operator_model(
-    layer: LayerSpec, dtype: ir.DataType = ir.DataType.FLOAT, rotated: int | str = "D_rot", decoding: bool = True
+    layer: LayerSpec,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    table: tuple[int | str, int | str] = ("P", "D_rot"),
+    decoding: bool = True,
 ) -> bytes:
-    """Serialised ONNX model of one LessAttention node with its body; B, T and the rows of its table are dynamic.
+    """Serialised ONNX model of one LessAttention node with its body; B and T are dynamic.
 
     Args:
-        rotated: channels that the layer's table turns; by default unknown. decoding: with a way of its own for one
-            token, if the sizes are known.
+        table: shape of the layer's table of angles: distances, and channels that it turns; by default unknown.
+        decoding: with a way of its own for one token, if the sizes are known.
     """
     sizes: dict[str, int | str] = {"B": "B", "T": "T", "D": layer.head_dim, "R": layer.rank}
     sizes |= {"Hq": layer.query_heads, "Hk": layer.kv_heads}
@@ -58,7 +61,7 @@ def operator_model(
     if layer.int8:
         inputs += [value(n, [layer.kv_heads, layer.head_dim], "float32") for n in ("key_mean", "key_std")]
     if layer.max_distance is not None:
-        inputs.append(value("rotary", ["P", rotated], "float32"))
+        inputs.append(value("rotary", [*table], "float32"))
     outputs = [value("out", ["B", layer.query_heads, "T", layer.head_dim], "T"), *state("present")]
     node = ir.Node(
         OP_DOMAIN,

@@ -10,7 +10,7 @@ from less_export import testing
 from less_export.contract import LayerSpec
 from less_export.less import state16
 
-from .oracle import frequencies_of
+from .oracle import table_of
 from .scenarios import scenario
 from .test_ops import INT8_VARIANTS, VARIANTS, empty, onnx_run
 from .test_state16 import CODES, STATE16_VARIANTS
@@ -21,8 +21,8 @@ GENERAL = [name for name, layer in ALL.items() if layer.window and layer.policy.
 
 
 def model_of(layer: LayerSpec, **options: bool) -> onnx.ModelProto:
-    rotated = 2 * len(frequencies_of(layer)) if layer.max_distance else 0
-    return onnx.load_from_string(testing.operator_model(layer, rotated=rotated, **options))
+    table = table_of(layer).shape if layer.max_distance else (0, 0)
+    return onnx.load_from_string(testing.operator_model(layer, table=table, **options))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -18,7 +18,7 @@ from less_export.contract import LayerSpec
 from less_export.errors import BackendError
 from less_export.less import int8, operators
 
-from .oracle import OUTPUTS, TOKENS, Arrays, frequencies_of, layer_of
+from .oracle import OUTPUTS, TOKENS, Arrays, layer_of, table_of
 from .scenarios import Normal, OneHot, Run, Step, compare, follow, play, scenario
 
 #: Error relative to the largest value that float32 may make: logits around 5, or around 200.
@@ -112,8 +112,8 @@ def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch
 
 def onnx_run(layer: LayerSpec, half: bool = False) -> Run:
     """Run the operator's ONNX model on ONNX Runtime, after checking it."""
-    rotated = 2 * len(frequencies_of(layer)) if layer.max_distance else 0
-    model = testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, rotated)
+    table = table_of(layer).shape if layer.max_distance else (0, 0)
+    model = testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, table)
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
