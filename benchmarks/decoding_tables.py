@@ -1,8 +1,77 @@
-"""The tables of ``step.json`` and ``sampler.json``: where a decode step goes, and what choosing its tokens costs."""
+"""The tables about decoding: its cost by context and beside peers, where a step goes, what choosing tokens costs."""
 
 from __future__ import annotations
 
 from typing import Any
+
+
+def decode_cost(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Cost of a decode step, compared with the full cache."""
+    rows = [
+        [
+            f"{r['context']:,}",
+            f"{r['less_ms']:.1f}",
+            f"{r['sparse_ms']:.1f}",
+            f"{r['full_ms']:.1f}",
+            f"{r['speedup']:.2f}x",
+            f"{r['less_state_bytes'] / 1e6:.2f}",
+            f"{r['full_cache_bytes'] / 1e6:.2f}",
+        ]
+        for r in data["rows"]
+    ]
+    header = [
+        "context",
+        "LESS, ms",
+        "without kernels, ms",
+        "full cache, ms",
+        "full / LESS",
+        "LESS state, MB",
+        "full cache, MB",
+    ]
+    return header, rows
+
+
+def decode_cost_note(data: dict[str, Any]) -> str:
+    """What was measured, as text."""
+    note = f"{data['layers']} layers, {data['dtype']}, batch {data['batch']}, {data['slots']} slots, {data['policy']}, "
+    kernels = f"{data['kernel_bytes'] / 1e6:.2f} MB of kernels for all rows"
+    return f"{note}rank {data['rank']}, hidden {data['hidden']}: {kernels}"
+
+
+def peers(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Export and decoding against other exporters."""
+    rows = []
+    contexts = sorted({c["context"] for r in data["rows"] for c in r.get("contexts", [])})
+    for r in data["rows"]:
+        if "failed" in r:
+            rows.append([r["who"], r["precision"], r["failed"], *[""] * (2 + 2 * len(contexts))])
+            continue
+        cells = [f"{r['seconds']:.0f}", f"{r['peak_rss_mb']:,.0f}", f"{r['written_mb']:,.1f}"]
+        for c in r["contexts"]:
+            cells += (
+                [c["failed"], ""] if "failed" in c else [f"{c['tokens_per_second']:.2f}", f"{c['resident_mb']:,.0f}"]
+            )
+        rows.append([r["who"], r["precision"], *cells])
+    header = ["exporter", "weights", "export, s", "its peak RSS, MB", "written, MB"]
+    header += [h for c in contexts for h in (f"tokens/s at {c:,}", f"resident at {c:,}, MB")]
+    return header, rows
+
+
+def peers_note(data: dict[str, Any]) -> str:
+    """What was measured, as text."""
+    checkpoint = f"fp16 checkpoint of {data['checkpoint_mb']:,.0f} MB"
+    return f"{data['layers']} layers, {checkpoint}, {data['slots']} slots, {data['threads']} threads"
+
+
+def peers_prompts(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Feeding prompts against other exporters."""
+    measured = [r for r in data["rows"] if r.get("prompts")]
+    sizes = [p["tokens"] for p in measured[0]["prompts"]] if measured else []
+    rows = []
+    for r in measured:
+        cells = [p["failed"] if "failed" in p else f"{p['tokens_per_second']:.1f}" for p in r["prompts"]]
+        rows.append([r["who"], r["precision"], *cells])
+    return ["exporter", "weights", *(f"{n:,} tokens" for n in sizes)], rows
 
 
 def sampler(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -60,6 +129,9 @@ def step_note(data: dict[str, Any]) -> str:
 
 #: Results, table and note by the table's name.
 PARTS: dict[str, Any] = {
+    "decode_cost": ("decode_cost", decode_cost, decode_cost_note),
+    "peers": ("peers", peers, peers_note),
+    "peers_prompts": ("peers", peers_prompts, lambda data: "tokens/s"),
     "sampler": ("sampler", sampler, sampler_note),
     "step": ("step", step, step_note),
     "step_cache": ("step", step_cache, step_note),

@@ -59,10 +59,10 @@ def latency(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for place, figures in _rows(data):
         first = [f"{f['first_token_seconds']:.2f}" for f in figures]
-        between = [f"{1e3 * f['between_median']:.0f} / {1e3 * f['between_p95']:.0f}" for f in figures]
+        between = [" / ".join(f"{1e3 * f[f'between_{n}']:.0f}" for n in ("median", "p95", "longest")) for f in figures]
         rows.append([*place, *first, *between])
     header = ["weights", "prompt, tokens", "requests", "first token: less-export, s", "llama.cpp, s"]
-    return [*header, "between tokens, median / 95%: less-export, ms", "llama.cpp, ms"], rows
+    return [*header, "between tokens, median / 95% / longest: less-export, ms", "llama.cpp, ms"], rows
 
 
 def memory(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

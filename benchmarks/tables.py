@@ -16,6 +16,7 @@ import decoding_tables
 import gpu_tables
 import kernels_tables
 import long_tables
+import memory_tables
 import model_tables
 import plan_tables
 import quality_tables
@@ -89,36 +90,6 @@ def export_cost() -> str:
     return table(["", "less-export", "torch.onnx.export", "ratio"], rows) + f"\n\n{note}"
 
 
-def decode_cost() -> str:
-    """Cost of a decode step, compared with the full cache."""
-    data = results("decode_cost")
-    rows = [
-        [
-            f"{r['context']:,}",
-            f"{r['less_ms']:.1f}",
-            f"{r['sparse_ms']:.1f}",
-            f"{r['full_ms']:.1f}",
-            f"{r['speedup']:.2f}x",
-            f"{r['less_state_bytes'] / 1e6:.2f}",
-            f"{r['full_cache_bytes'] / 1e6:.2f}",
-        ]
-        for r in data["rows"]
-    ]
-    header = [
-        "context",
-        "LESS, ms",
-        "without kernels, ms",
-        "full cache, ms",
-        "full / LESS",
-        "LESS state, MB",
-        "full cache, MB",
-    ]
-    note = f"{data['layers']} layers, {data['dtype']}, batch {data['batch']}, {data['slots']} slots, {data['policy']}, "
-    kernels = f"{data['kernel_bytes'] / 1e6:.2f} MB of kernels for all rows"
-    note += f"rank {data['rank']}, hidden {data['hidden']}: {kernels}"
-    return table(header, rows) + f"\n\n({note}; {where(data)})"
-
-
 def headline() -> str:
     """The figures at the top of the README, with links to their pages."""
     decode = results("decode_cost")
@@ -163,83 +134,6 @@ def recipe_budgets() -> str:
         states = recipe_figures(r)["memory"]["state_bytes_at_budget"]
         rows.append([f"`{r.name}`", f"{r.context:,}", *map(size, states.values())])
     return table(["recipe", "of a context of", *PAPER_BUDGETS], rows)
-
-
-def _memory_cells(row: dict[str, Any]) -> list[str]:
-    """Memory of a bundle in MB: loaded, decoding and peak, minus the process before loading."""
-    figures = (row["loaded"]["resident_mb"], row["running"]["resident_mb"], row["running"]["peak_mb"])
-    return [f"{x - row['empty']['resident_mb']:,.0f}" for x in figures]
-
-
-def memory() -> str:
-    """Memory of a bundle."""
-    data = results("memory")
-    rows = [
-        [f"`{r['model']}`, {r['layers']} layers", r["weights"], f"{r['weight_mb']:,.0f}", *_memory_cells(r)]
-        for r in data["rows"]
-        if r["variant"] == data["rows"][0]["variant"]
-    ]
-    header = ["model", "weights", "their files, MB", "loaded, MB", "decoding, MB", "at most, MB"]
-    description = f"random weights, batch {data['batch']}, less the process before loading"
-    return table(header, rows) + f"\n\n({description}; {where(data)})"
-
-
-def memory_loading() -> str:
-    """Memory while a bundle is loaded."""
-    data, rows = results("memory_loading"), []
-    for r in data["rows"]:
-        empty, loaded = r["empty"], r["loaded"]
-        held = loaded["anonymous_mb"] - empty["anonymous_mb"]
-        peak = loaded["loading_mb"] - empty["anonymous_mb"]
-        mapped = loaded["peak_mb"] - empty["resident_mb"]
-        name = f"`{r['model']}`, {r['layers']} layers"
-        rows.append([name, r["weights"], f"{held:,.0f}", f"{peak:,.0f}", f"{peak / held:.2f}", f"{mapped:,.0f}"])
-    header = ["model", "weights", "held, MB", "while loading, MB", "ratio", "with mapped files, MB"]
-    return table(header, rows) + f"\n\n(random weights, less the process before loading; {where(data)})"
-
-
-def memory_options() -> str:
-    """The same with other session options, where measured."""
-    data = results("memory")
-    varied = {r["weights"] for r in data["rows"] if r["variant"] != data["rows"][0]["variant"]}
-    rows = []
-    for r in data["rows"]:
-        if r["weights"] in varied:
-            rows.append([r["weights"], r["variant"], *([r["failed"], "", ""] if "failed" in r else _memory_cells(r))])
-    header = ["weights", "session options", "loaded, MB", "decoding, MB", "at most, MB"]
-    return table(header, rows) + f"\n\n({where(data)})"
-
-
-def peers() -> str:
-    """Export and decoding against other exporters."""
-    data, rows = results("peers"), []
-    contexts = sorted({c["context"] for r in data["rows"] for c in r.get("contexts", [])})
-    for r in data["rows"]:
-        if "failed" in r:
-            rows.append([r["who"], r["precision"], r["failed"], *[""] * (2 + 2 * len(contexts))])
-            continue
-        cells = [f"{r['seconds']:.0f}", f"{r['peak_rss_mb']:,.0f}", f"{r['written_mb']:,.1f}"]
-        for c in r["contexts"]:
-            cells += (
-                [c["failed"], ""] if "failed" in c else [f"{c['tokens_per_second']:.2f}", f"{c['resident_mb']:,.0f}"]
-            )
-        rows.append([r["who"], r["precision"], *cells])
-    header = ["exporter", "weights", "export, s", "its peak RSS, MB", "written, MB"]
-    header += [h for c in contexts for h in (f"tokens/s at {c:,}", f"resident at {c:,}, MB")]
-    description = f"{data['layers']} layers, fp16 checkpoint of {data['checkpoint_mb']:,.0f} MB, {data['slots']} slots"
-    return table(header, rows) + f"\n\n({description}, {data['threads']} threads; {where(data)})"
-
-
-def peers_prompts() -> str:
-    """Feeding prompts against other exporters."""
-    data = results("peers")
-    measured = [r for r in data["rows"] if r.get("prompts")]
-    sizes = [p["tokens"] for p in measured[0]["prompts"]] if measured else []
-    rows = []
-    for r in measured:
-        cells = [p["failed"] if "failed" in p else f"{p['tokens_per_second']:.1f}" for p in r["prompts"]]
-        rows.append([r["who"], r["precision"], *cells])
-    return table(["exporter", "weights", *(f"{n:,} tokens" for n in sizes)], rows) + f"\n\n(tokens/s; {where(data)})"
 
 
 def large() -> str:
@@ -360,10 +254,10 @@ def state_drift() -> str:
 
 
 def noted(parts: dict[str, Any], part: str) -> str:
-    """A table of a module whose tables have notes: about servers under load and the engine, or about a decode step."""
+    """A table of a module whose tables have notes: about servers, decoding or memory."""
     name, maker, note = parts[part]
     data = results(name)
-    return table(*maker(data)) + f"\n\n({note(data)}; {where(data)})"
+    return table(*maker(data)) + f"\n\n({'; '.join(filter(None, (note(data), where(data))))})"
 
 
 def models(part: str) -> str:
@@ -380,17 +274,15 @@ def rendered(text: str) -> str:
         "families": families,
         "versions": versions,
         "export_cost": export_cost,
-        "decode_cost": decode_cost,
     }
-    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets, "memory": memory}
-    makers |= {"memory_loading": memory_loading, "memory_options": memory_options}
-    makers |= {"peers": peers, "peers_prompts": peers_prompts, "large": large, "long": long}
+    makers |= {"recipes": recipes, "recipe_budgets": recipe_budgets}
+    makers |= {"large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
     makers |= {name: lambda maker=maker: table(*maker()) for name, maker in plan_tables.PARTS.items()}
     makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
-    for parts in (serving_tables.PARTS, decoding_tables.PARTS):
+    for parts in (serving_tables.PARTS, decoding_tables.PARTS, memory_tables.PARTS):
         makers |= {p: functools.partial(noted, parts, p) for p in parts}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
     makers |= {"gpu_model": gpu_model, "gpu_model_kernels": lambda: table(*gpu_tables.kernels(results("gpu_model")))}

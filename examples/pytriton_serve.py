@@ -4,8 +4,8 @@
     python examples/pytriton_serve.py BUNDLE
 
 A request holds a batch of prompts. Requests and prompts run beside one another, and every response has what came since
-the one before: for each prompt its next piece of text, and why it ended, once it has. PyTriton does not say when a
-client leaves: its request runs to its end.
+the one before: for each prompt its next piece of text, and why it ended, once it has. Requests that Triton merges end
+together, also with the error of one of them. PyTriton does not say when a client leaves: its request runs to its end.
 """
 
 import argparse

@@ -126,6 +126,7 @@ def test_what_is_no_prompt(prompt: object) -> None:
         ({"ignore_eos": None}, "ignore_eos must be True or False"),
         ({"temperature": "hot\n\x1b[31m" * 99}, "temperature must be"),
         ({"temperature": [1]}, "temperature must be"),
+        ({"temperature": 10**400}, "temperature must be"),
         ({"top_k": "3"}, "top_k must be"),
         ({"seed": 1.0}, "seed must be"),
         ({"max_new_tokens": "5"}, "max_new_tokens must be"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import random
 import signal
 import ssl
 import sys
@@ -129,8 +128,8 @@ def kill_in_a_save(server: Process, folder: Path) -> None:
     server.child.kill()
 
 
-def kill_at_random(server: Process, folder: Path) -> None:
-    time.sleep(random.uniform(0, 0.05))
+def kill_soon(server: Process, folder: Path) -> None:
+    time.sleep(0.02)
     server.child.kill()
 
 
@@ -147,7 +146,7 @@ def test_a_server_that_is_killed_while_it_saves(plain: Path, tmp_path: Path) -> 
             while True:
                 heard.append(take_turn(server, session, prompt).choices[0].text)
 
-    for kill in (kill_in_a_save, kill_in_a_save, kill_at_random, kill_in_a_save):
+    for kill in (kill_in_a_save, kill_in_a_save, kill_soon, kill_in_a_save):
         with process(plain, "--state-dir", folder) as server, ThreadPoolExecutor() as pool:
             assert not [name for name in os.listdir(folder) if "less-export" in name]  # what the kill left
             first = take_turn(server, session, prompt)

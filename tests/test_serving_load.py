@@ -162,7 +162,7 @@ def test_soak(four: Path, alone: list[list[str]]) -> None:
     assert sequences["failed"] == 0
     assert finished + sequences["cancelled"] == sequences["accepted"] <= CLIENTS
     # Who leaves may do so before the request, or the end of the answer, has arrived.
-    assert CLIENTS / 20 < sequences["cancelled"] <= outcomes["left"]
+    assert sequences["cancelled"] <= outcomes["left"]
     assert outcomes["whole"] <= finished
     refused = found.get("less_requests_total /v1/completions 429", 0)
     assert outcomes["refused"] <= refused <= outcomes["refused"] + outcomes["left"]

@@ -107,9 +107,10 @@ class SamplingParams:
             return is_number(value) and abs(value) <= 1e30
 
         require(
-            is_number(self.temperature) and self.temperature >= 0,
+            is_shift(self.temperature) and self.temperature >= 0,
             f"temperature must be 0 (greedy) or more, not {shown(self.temperature)}",
         )
+        object.__setattr__(self, "temperature", float(self.temperature))
         require(
             is_integer(self.top_k) and self.top_k >= 0,
             f"top_k must be 0 (off) or a whole number, not {shown(self.top_k)}",

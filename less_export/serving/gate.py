@@ -118,6 +118,8 @@ class Gate:
                     if body.size > self._max_body:
                         return self._too_large()
                     if self._held > self._max_bodies:
+                        if not body.complete:
+                            await _discard(receive)
                         return _busy("the requests of others take all the memory for bodies: try again later")
         except TimeoutError:
             return _refuse(408, error_body(f"the body did not arrive within {self._body_seconds:g} s", "timeout"))
