@@ -165,10 +165,10 @@ def test_positions_beyond_2_to_the_24(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", exhaustive_but(["h2o", "sink"], "h2o"))
-def test_500_steps_do_not_drift(policy: str) -> None:
-    """Slots and state after a chunk and 500 tokens equal those of the float64 oracle."""
+def test_200_steps_do_not_drift(policy: str) -> None:
+    """Slots and state after a chunk and 200 tokens equal those of the float64 oracle."""
     layer = kernel_layer(policy, 24, 16, 2, 8)
-    check_accuracy(layer, scenario(layer, [(40, 11), *[(1, 1)] * 500], 8, normal("bfloat16")), "bfloat16")
+    check_accuracy(layer, scenario(layer, [(40, 11), *[(1, 1)] * 200], 8, normal("bfloat16")), "bfloat16")
 
 
 def check_thread_order(layer: LayerSpec, dtype: str, blocks: int, order: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from less_export.cli.main import main
 from less_export.errors import UsageError
 
 from .bundles import Run, refused
+from .marks import exhaustive_but, some_of
 from .training_support import OPTIONS
 
 pytest_plugins = ["tests.bundles", "tests.training_support"]
@@ -177,14 +179,21 @@ def test_interrupted_imports(command: str, module: str, source: Path, plain: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "module"), _imports("slow"))
+@pytest.mark.parametrize(("command", "module"), some_of(_imports("slow"), 2))
 def test_interrupted_heavy_imports(command: str, module: str, source: Path, plain: Path, tmp_path: Path) -> None:
     _interrupted_import(command, module, source, plain, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("command", ["train", "check", "eval"])
+@pytest.mark.parametrize(
+    ("command", "number"),
+    exhaustive_but(
+        itertools.product(["train", "check", "eval"], [signal.SIGINT, signal.SIGTERM]),
+        ("train", signal.SIGINT),
+        ("check", signal.SIGTERM),
+        ("eval", signal.SIGINT),
+    ),
+)
 def test_a_real_signal(
     command: str, number: signal.Signals, source: Path, plain: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -178,7 +178,7 @@ def test_damage_is_seen(quantised: Callable[[str, str], Tiny], tmp_path: Path) -
 
 
 @pytest.mark.slow
-@every_kind
+@usual_kind
 def test_tensorrt_takes_the_graph(kind: str, tmp_path: Path) -> None:
     wide = families.small(hidden_size=512, intermediate_size=1024)
     checkpoint = families.save(wide, tmp_path / "model", torch.float16)
