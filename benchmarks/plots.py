@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,6 +13,12 @@ import serving_tables
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from bench_common import RESULTS
+
+
+def _save(figure: Any, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(RESULTS / name, dpi=120)
+    print(f"wrote {RESULTS / name}")
 
 
 def decode_cost() -> None:
@@ -38,9 +45,7 @@ def decode_cost() -> None:
         f"ONNX Runtime {data['machine']['versions']['onnxruntime']}, {data['machine']['cores']} cores",
         fontsize=10,
     )
-    figure.tight_layout()
-    figure.savefig(RESULTS / "decode_cost.png", dpi=120)
-    print(f"wrote {RESULTS / 'decode_cost.png'}")
+    _save(figure, "decode_cost.png")
 
 
 def quality() -> None:
@@ -77,9 +82,7 @@ def quality() -> None:
         axes.grid(alpha=0.3, axis="y")
         axes.legend(fontsize=8)
     figure.suptitle("Gemma 3 270M, contexts of 1,024 tokens, one token a step", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "quality.png", dpi=120)
-    print(f"wrote {RESULTS / 'quality.png'}")
+    _save(figure, "quality.png")
 
 
 def long() -> None:
@@ -100,9 +103,7 @@ def long() -> None:
     figure.suptitle(
         f"{data['model']}, {data['slots']} slots, mean of {len(data['rows'][0]['nll'])} streams over 1,024 tokens"
     )
-    figure.tight_layout()
-    figure.savefig(RESULTS / "long.png", dpi=120)
-    print(f"wrote {RESULTS / 'long.png'}")
+    _save(figure, "long.png")
 
 
 def serving() -> None:
@@ -127,9 +128,7 @@ def serving() -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{data['model']}, answers of {data['tokens']} tokens, {data['threads']} threads", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "serving.png", dpi=120)
-    print(f"wrote {RESULTS / 'serving.png'}")
+    _save(figure, "serving.png")
 
 
 def gpu() -> None:
@@ -158,9 +157,7 @@ def gpu() -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(f"{data['machine']['gpu']}, float16, policy h2o, D 128, R 16", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "gpu.png", dpi=120)
-    print(f"wrote {RESULTS / 'gpu.png'}")
+    _save(figure, "gpu.png")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_common import machine
+from free_ports import free_ports
 
 from less_export._version import __version__
 from less_export.bundle.artifact import Bundle
@@ -35,8 +35,7 @@ MODEL = "model"
 @contextlib.contextmanager
 def server(bundle: Path, folder: Path) -> Iterator[str]:
     """A running server; yields its address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     argv = [sys.executable, "-m", "less_export", "serve", str(bundle), "--port", str(port), "--max-rows", "4"]
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen([*argv, "--served-model-name", MODEL], stdout=log, stderr=subprocess.STDOUT)
