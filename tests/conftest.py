@@ -74,6 +74,14 @@ def plugin_library(_cache: None) -> Path:
 
 
 @pytest.fixture(scope="session")
+def operator_library(_cache: None) -> Path:
+    """The operator for ONNX Runtime's CPU provider, compiled once a session."""
+    from less_export.native import ort_operator
+
+    return ort_operator.library()
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Bundles of the tiny families, exported on first use, shared by all workers.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from less_export.bundle.files import sha256
-from less_export.tensorrt import cache
+from less_export.native import cache
 
 from .cpp_support import PLAN, bundle, describe
 from .trt_support import contract_of

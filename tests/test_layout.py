@@ -23,7 +23,7 @@ FLOORS = (
     ("contract",),
     ("config", "less.kernel_shapes", "bundle.files"),
     ("plan",),
-    ("less", "bundle"),
+    ("less", "bundle", "native"),
     ("hf", "tensorrt"),
     ("exporter", "training", "runtime"),
     ("view",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -110,14 +111,23 @@ def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch
     return run
 
 
-def onnx_run(layer: LayerSpec, half: bool = False) -> Run:
-    """Run the operator's ONNX model on ONNX Runtime, after checking it."""
+def session_of(
+    layer: LayerSpec, half: bool = False, library: Path | None = None, threads: int = 1
+) -> onnxruntime.InferenceSession:
+    """The operator's ONNX model on ONNX Runtime, with the kernel of ``library``, else with its body."""
     table = table_of(layer).shape if layer.max_distance else (0, 0)
     model = testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, table)
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def onnx_run(layer: LayerSpec, half: bool = False, library: Path | None = None, threads: int = 1) -> Run:
+    """Run :func:`session_of` a layer."""
+    session = session_of(layer, half, library, threads)
     inputs = session.get_inputs()
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ def clean() -> dict[str, str]:
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The ``bin`` of a fresh virtual environment with ``less-export[cpu]`` from this checkout."""
     folder = tmp_path_factory.mktemp("runtime")
-    for name in ("less_export", "models", "plugins_trt"):
+    for name in ("less_export", "models", "ops_ort", "plugins_trt"):
         shutil.copytree(ROOT / name, folder / "src" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copyfile(ROOT / name, folder / "src" / name)
@@ -87,6 +87,9 @@ def test_the_sources_of_the_plugin_are_shipped(runtime: Path, tmp_path: Path) ->
         names = {str(p.relative_to(source)) for p in source.glob(pattern)}
         assert names
         assert names <= {str(p.relative_to(shipped)) for p in shipped.glob(pattern)}
+    assert not {p.name for p in (ROOT / "ops_ort" / "src").iterdir()} ^ {
+        p.name for p in (shipped.parent / "ops_ort" / "src").iterdir()
+    }
     done = call(runtime, tmp_path, "build-plugin", "--gpu-arch", "sm_75")
     assert done.stderr == (
         "less-export: error: the plugin cannot be built for 'sm_75': give architectures from sm_80 on\n"

@@ -17,7 +17,7 @@ from less_export.hf import data
 from less_export.hf.recipes import user_path
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
-from less_export.tensorrt import cache
+from less_export.native import cache
 
 from . import bundles
 from .bundles import QUICK_OPTIONS, Run, refused

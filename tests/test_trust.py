@@ -20,9 +20,10 @@ from less_export.bundle.artifact import MANIFEST, Artifact, Bundle, Layout, Mani
 from less_export.bundle.files import sha256
 from less_export.contract import Contract
 from less_export.errors import EngineError, UsageError
+from less_export.native import cache
 from less_export.runtime import open as opening
 from less_export.runtime import trt
-from less_export.tensorrt import cache, engine, plugin, trust
+from less_export.tensorrt import engine, plugin, trust
 from less_export.tensorrt.trust import PluginFacts
 
 from . import bundles

@@ -15,8 +15,9 @@ import pytest
 
 from less_export.bundle.files import sha256
 from less_export.errors import EngineError
+from less_export.native import cache
 from less_export.progress import Spoken
-from less_export.tensorrt import cache, plugin
+from less_export.tensorrt import plugin
 
 from .test_plugin_build import Toolkit, toolkit  # noqa: F401  (a fixture)
 
@@ -57,7 +58,7 @@ def test_a_record_that_was_cut(own_cache: Path) -> None:
 
 def test_many_record_at_once(own_cache: Path) -> None:
     code = (
-        "import sys; from less_export.tensorrt import cache\n"
+        "import sys; from less_export.native import cache\n"
         "for i in range(*map(int, sys.argv[1:])): cache.record(f'{i:064x}')"
     )
 

@@ -24,8 +24,9 @@ from ..hf import recipes
 from ..hf.random_checkpoint import RandomSource, random_source
 from ..hf.sources import ModelSource, resolve
 from ..hf.special_tokens import eos_ids
+from ..native import cache
 from ..progress import AnyProgress, Progress, as_progress, prefixed
-from ..tensorrt import cache, engine
+from ..tensorrt import engine
 from . import fuse, graphs, onnx_op, package
 from .check import require_runtime, self_check
 from .job import ExportJob, prepare

@@ -1,10 +1,10 @@
-"""The ONNX Runtime backend: runs the body of LessAttention as ordinary operators, on a CPU or with CUDA.
+"""The ONNX Runtime backend, on a CPU or with CUDA.
 
-The state has two sets of tensors: a step of some rows reads one set and writes the other, and the next step of
-these rows the reverse. A range of rows is bound by its address, once. No state is copied or allocated between steps,
-except that a row which joins others moves into their set.
-
-Session options are ONNX Runtime's defaults except for scratch memory (``benchmarks/bench_memory.py``).
+On a CPU, a kernel of our own runs LessAttention (:mod:`less_export.native.ort_operator`). It changes the state in
+place, and a range of rows is bound by its address, once. Elsewhere the operator's body runs as ordinary nodes. The
+state then has two sets of tensors: a step of some rows reads one set and writes the other, and the next step of these
+rows the reverse. No state is copied or allocated between steps, except that a row which joins others moves into their
+set.
 Measured on two cores:
 - Memory that is freed while a model loads is returned to the system at once (glibc would keep it): an int4
   model of 1.1B parameters (746 MB on disk, of which 131 MB of embeddings are only mapped) takes 841 MB after
@@ -33,7 +33,8 @@ import numpy.typing as npt
 
 from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract, TensorSpec
 from ..dtypes import numpy_dtype, onnx_type
-from ..errors import BackendError, UsageError, install_hint
+from ..errors import BackendError, EngineError, UsageError, install_hint
+from ..native import ort_operator
 from ..versions import warn_if_untested
 from .backend import Array, Backend, State, empty
 from .row_sides import RowSides
@@ -93,6 +94,25 @@ def _choose_provider(ort: Any, provider: str | None) -> str:
     return str(name)
 
 
+def _kernel(contract: Contract, device: str, operator: str | None) -> Path | None:
+    """The library whose kernel runs LessAttention; None if the graph's own nodes do."""
+    if operator not in (None, "native", "onnx"):
+        raise UsageError(f"unknown operator '{operator}': choose native or onnx")
+    if operator == "onnx":
+        return None
+    reason = "it is for CPUs" if device != "cpu" else ort_operator.why_unsupported(contract)
+    if reason is None:
+        try:
+            return ort_operator.library()
+        except EngineError as error:
+            if operator == "native":
+                raise
+            warnings.warn(f"LessAttention runs as ONNX nodes, which is slower: {error}", RuntimeWarning, stacklevel=5)
+    elif operator == "native":
+        raise UsageError(f"the native operator cannot run this graph ({reason}): leave the choice out, or choose onnx")
+    return None
+
+
 class OrtBackend(Backend):
     """Runs a bundle's ``model.onnx``.
 
@@ -103,11 +123,17 @@ class OrtBackend(Backend):
         provider: "cpu" (default) or "cuda", or the full name of either.
         accuracy_level: ONNX Runtime's accuracy level of products with quantised weights. 4, its default,
             rounds activations to 8 bits; 1 computes in float32, several times slower (int8: a hundred times).
+        operator: what runs LessAttention: "native", the kernel for CPUs, which is compiled when it is needed for the
+            first time; "onnx", the graph's own nodes; default the kernel where it can run, else the nodes.
+
+    If a step fails while the kernel runs it, the state of its rows is undefined: write, reset or copy over them.
 
     Raises:
         BackendError: ONNX Runtime is not installed, the provider does not start, the file does not load,
             or the graph does not match the contract.
-        UsageError: an unknown provider or fewer than one thread.
+        EngineError: the kernel is asked for and cannot be compiled.
+        UsageError: an unknown provider or operator, a graph or provider that the kernel is not for, or fewer than
+            one thread.
     """
 
     name = "ort"
@@ -120,6 +146,7 @@ class OrtBackend(Backend):
         threads: int | None = None,
         provider: str | None = None,
         accuracy_level: int = 4,
+        operator: str | None = None,
     ) -> None:
         super().__init__(contract)
         self._values: list[dict[str, Any]] = []
@@ -136,13 +163,16 @@ class OrtBackend(Backend):
         warn_if_untested("onnxruntime")
         provider = _choose_provider(self._ort, provider)
         self._device = "cuda" if provider == _PROVIDERS["cuda"] else "cpu"
-        self._session = self._load(Path(model_path), threads, provider, accuracy_level)
+        kernel = _kernel(contract, self._device, operator)
+        #: What runs LessAttention: "native" or "onnx".
+        self.operator = "native" if kernel else "onnx"
+        self._session = self._load(Path(model_path), threads, provider, accuracy_level, kernel)
         self._shrink_arena = self._ort.RunOptions()
         arena = "gpu:0" if self._device == "cuda" else "cpu:0"
         self._shrink_arena.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         self._check_graph(Path(model_path))
 
-    def _load(self, path: Path, threads: int | None, provider: str, accuracy_level: int) -> Any:
+    def _load(self, path: Path, threads: int | None, provider: str, accuracy_level: int, kernel: Path | None) -> Any:
         if not path.is_file():
             raise BackendError(f"cannot load {path}: no such file")
         options = self._ort.SessionOptions()
@@ -153,6 +183,8 @@ class OrtBackend(Backend):
             options.intra_op_num_threads = threads
         providers = list(dict.fromkeys([provider, _PROVIDERS["cpu"]]))
         try:
+            if kernel is not None:
+                options.register_custom_ops_library(str(kernel))
             session = self._ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BackendError(f"cannot load {path}: {_reason(error)}; export the bundle again") from error
@@ -194,7 +226,8 @@ class OrtBackend(Backend):
         self._close()
         from_numpy = self._ort.OrtValue.ortvalue_from_numpy  # on a CPU the value shares the array's memory
         state = list(self.contract.state())
-        self._values = [{s.past.name: from_numpy(empty(s, batch), self._device) for s in state} for _ in range(2)]
+        sets = 1 if self.operator == "native" else 2
+        self._values = [{s.past.name: from_numpy(empty(s, batch), self._device) for s in state} for _ in range(sets)]
         self._sides = RowSides(batch)
         self._range_bindings(0, batch)
 
@@ -203,18 +236,18 @@ class OrtBackend(Backend):
         self._values = []
 
     def _range_bindings(self, first: int, count: int) -> list[Any]:
-        """The state of ``count`` rows from row ``first``: read from set 0 and written to set 1, and the reverse."""
+        """The state of ``count`` rows from row ``first``, read from each set and written to the other, or to itself."""
         key = (first, count)
         if key not in self._bindings:
             if len(self._bindings) >= _MAX_RANGES:
                 del self._bindings[next(iter(self._bindings))]
-            self._bindings[key] = [self._session.io_binding() for _ in range(2)]
+            self._bindings[key] = [self._session.io_binding() for _ in self._values]
             for s in self.contract.state():
                 addresses = [x[s.past.name].data_ptr() + first * s.row_bytes for x in self._values]
                 place = (self._device, 0, numpy_dtype(s.dtype), (count, *s.row_shape))
                 for side, binding in enumerate(self._bindings[key]):
                     binding.bind_input(s.past.name, *place, addresses[side])
-                    binding.bind_output(s.present.name, *place, addresses[1 - side])
+                    binding.bind_output(s.present.name, *place, addresses[side - 1])
         return self._bindings[key]
 
     def _step(
@@ -239,9 +272,10 @@ class OrtBackend(Backend):
             decode = input_ids.shape[1] == 1
             self._session.run_with_iobinding(binding, self._shrink_arena if decode and self._scratch else None)
             self._scratch = not decode
-        except Exception as error:  # the state from before the step is intact: the rows stay in their set
+        except Exception as error:  # without the kernel, the state from before the step is intact in its set
             raise BackendError(f"ONNX Runtime failed: {_reason(error)}") from error
-        self._sides.flip(first, count)
+        if len(self._values) == 2:
+            self._sides.flip(first, count)
         return logits
 
     def _read_row(self, row: int) -> State:

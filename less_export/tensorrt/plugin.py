@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import importlib.resources
 import importlib.util
-import logging
 import os
 import re
 import shutil
@@ -25,11 +24,9 @@ from ..bundle.files import scratch_folder
 from ..contract import Contract, LayerSpec
 from ..dtypes import COMPUTE_DTYPES
 from ..errors import EngineError, UsageError, install_hint, one_line
+from ..native import cache, compiler
 from ..progress import Progress, Silent
-from . import cache
 from .log import log_of
-
-_LOG = logging.getLogger(__name__)
 
 LIBRARY = "libless_plugins.so"
 _INSTALL = install_hint("plugin")
@@ -116,7 +113,7 @@ def toolchain() -> Toolchain:
         raise EngineError(
             f"{nvcc} is from CUDA {version[1]}.{version[2]}, the plugin needs {needed} or newer: {_INSTALL}"
         )
-    host = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+    host = compiler.find()
     if host is None:
         raise EngineError("the plugin needs a C++ compiler: install g++")
     headers = tensorrt_include()
@@ -200,8 +197,8 @@ def _key(tools: Toolchain, archs: Sequence[str]) -> str:
     names = [p for pattern in ("src/*", "include/*", "*.txt", "*.map") for p in sorted(sources().glob(pattern))]
     for path in names:
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    host = subprocess.run([tools.host, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True, check=False)
-    facts = (tools.cuda, tools.tensorrt, os.uname().machine, tools.host, host.stdout, *archs, *_COMPILE)
+    host = compiler.version(tools.host)
+    facts = (tools.cuda, tools.tensorrt, os.uname().machine, tools.host, host, *archs, *_COMPILE)
     digest.update(repr(facts).encode())
     return digest.hexdigest()[:20]
 
@@ -224,7 +221,7 @@ def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progre
     def compile_one(name: str) -> str:
         object_file = out.parent / f"{Path(name).name}.o"
         device = [*targets, "--threads", str(min(len(targets), cores))] if name.endswith(".cu") else []
-        _run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(object_file)], name)
+        compiler.run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(object_file)], "plugin", name)
         return str(object_file)
 
     progress.say(f"compiling the plugin for {', '.join(archs)} (once; a minute or two per architecture)")
@@ -242,16 +239,7 @@ def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progre
     options = f"--version-script={base / 'exports.map'},--exclude-libs=ALL,-z,nodelete,--no-undefined"
     folders = [f"-L{f}" for f in tools.library_folders]
     link = [*nvcc, "-shared", "-cudart=static", *folders, "-Xlinker", options, *objects, "-o", str(out)]
-    _run(link, LIBRARY)
-
-
-def _run(argv: Sequence[str], what: str) -> None:
-    result = subprocess.run(argv, capture_output=True, text=True, check=False)
-    _LOG.debug("%s\n%s%s", " ".join(argv), result.stdout, result.stderr)
-    if result.returncode:
-        lines = [x for x in (result.stderr + result.stdout).splitlines() if x.strip()]
-        why = next((x for x in lines if "error" in x or "fatal" in x), lines[0] if lines else "no reason given")
-        raise EngineError(f"the plugin cannot be compiled ({what}): {why.strip()[:300]}")
+    compiler.run(link, "plugin", LIBRARY)
 
 
 # ------------------------------------------------------------------ layers it can run

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..bundle.files import sha256
 from ..contract import PLUGIN_VERSION
 from ..errors import EngineError
-from . import cache
+from ..native import cache
 
 _ALLOW = "allow it with --trust-code (trust_code=True) if you trust its source"
 #: Descriptors of the sealed libraries by hash. They stay open: the loader knows a library by the name of its file.
