@@ -87,10 +87,22 @@ void Seen::prepare(const Layer& layer, const State& state, const Tokens& tokens)
     keys_ = at, values_ = keys_ + tokens_seen * head_dim, means_ = values_ + tokens_seen * width;
     gains_ = means_ + rank * width, log_z_ = gains_ + gains, key_ = log_z_ + rank, turned_ = key_ + head_dim;
     positions_.assign(tokens_seen, -1);
-    std::fill(keys_, means_, 0.0f);
     read_slots();
     read_chunk();
+    for (int n = 0; n < columns(); ++n)
+        if (positions_[n] < 0) clear(n);
     if (layer.absorb) read_means();
+}
+
+// A column without a token: its weight is zero, and zero times what memory held before need not be.
+void Seen::clear(int column) {
+    float* key = panel(column);
+    for (int d = 0; d < layer_->head_dim; ++d) key[d * kLanes] = 0;
+    std::fill_n(values_ + static_cast<size_t>(column) * width_, width_, 0.0f);
+}
+
+float* Seen::panel(int column) const {
+    return keys_ + static_cast<size_t>(column / kLanes) * layer_->head_dim * kLanes + column % kLanes;
 }
 
 void Seen::put_key(int column, const float* key, int distance) {
@@ -99,7 +111,7 @@ void Seen::put_key(int column, const float* key, int distance) {
         turn(key, x.head_dim, tokens_->angles, x.rotated, distance, turned_);
         key = turned_;
     }
-    float* to = keys_ + static_cast<size_t>(column / kLanes) * x.head_dim * kLanes + column % kLanes;
+    float* to = panel(column);
     for (int d = 0; d < x.head_dim; ++d) to[d * kLanes] = key[d];
 }
 
@@ -112,6 +124,7 @@ void Seen::read_slots() {
         const int distance = -std::clamp(tokens_->past_length - position, 0, x.max_distance);
         const size_t at = static_cast<size_t>(slot) * x.head_dim;
         float* value = values_ + static_cast<size_t>(slot) * width_;
+        std::fill(value + x.head_dim, value + width_, 0.0f);
         if (!x.int8) {
             put_key(slot, static_cast<const float*>(state_->key) + at, distance);
             std::copy_n(static_cast<const float*>(state_->value) + at, x.head_dim, value);
@@ -132,7 +145,9 @@ void Seen::read_chunk() {
         const size_t at = static_cast<size_t>(j) * head_dim;
         positions_[column(j)] = tokens_->past_length + j;
         put_key(column(j), tokens_->k + at, j);
-        std::copy_n(tokens_->v + at, head_dim, values_ + static_cast<size_t>(column(j)) * width_);
+        float* value = values_ + static_cast<size_t>(column(j)) * width_;
+        std::copy_n(tokens_->v + at, head_dim, value);
+        std::fill(value + head_dim, value + width_, 0.0f);
     }
 }
 

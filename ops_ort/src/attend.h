@@ -37,6 +37,8 @@ class Seen {
    private:
     static constexpr int kTile = 32;
 
+    float* panel(int column) const;  // of the column's key, whose channels are kLanes apart
+    void clear(int column);
     void put_key(int column, const float* key, int distance);
     void read_slots();
     void read_chunk();
