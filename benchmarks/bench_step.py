@@ -1,8 +1,8 @@
 """Where a decode step on ONNX Runtime's CPU spends its time, by part of the model and operator, from its profiler.
 
-A bundle of TinyLlama's shape (fewer layers) with random weights and kernels, 256 int8 slots that are full, one row.
-Times of a node are medians over the steps. The profiler slows nodes down: the time of a step without it is in the
-result too.
+A bundle of TinyLlama's shape (fewer layers) with random weights and kernels, 256 int8 slots that are full, one row. The
+native operator and the graph's own nodes run in turns, in one process. Times of a node are medians over the steps. The
+profiler slows nodes down: the time of a step without it is in the result too.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ import onnx
 import onnxruntime as ort
 from bench_common import kernels, random_checkpoint, write_results
 
-from less_export.exporter.onnx_op import OP_NAME
+from less_export.contract import OP_NAME
+from less_export.native import ort_operator
 from less_export.training.options import DEFAULT_RANK
 
 LAYERS, SLOTS, HIDDEN = 4, 256, 128
 #: Position of the step's token: the slots hold what is left of as many tokens.
 POSITION = 5000
 FORMATS: dict[str, list[str]] = {"f32": [], "int4": ["--weights", "int4"]}
+OPERATORS = ("native", "onnx")
 WEIGHTS = {"Gemm", "MatMul", "MatMulNBits"}
 #: Dtypes of the graph's inputs.
 DTYPES = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64, "tensor(int8)": np.int8}
@@ -53,48 +55,60 @@ def feed(session: ort.InferenceSession) -> dict[str, np.ndarray[Any, Any]]:
     return values
 
 
-def seconds(session: ort.InferenceSession, inputs: dict[str, Any], steps: int) -> float:
-    """The median time of a step."""
-    times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        session.run(None, inputs)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def session(bundle: Path, threads: int, operator: str, **options: Any) -> ort.InferenceSession:
+    """A session with the native operator, or with the graph's own nodes; ``options`` are those of the session."""
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads, settings.log_severity_level = threads, 3
+    if operator == "native":
+        settings.register_custom_ops_library(str(ort_operator.library()))
+    for name, value in options.items():
+        setattr(settings, name, value)
+    settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
+    return ort.InferenceSession(bundle / "model.onnx", settings)
 
 
-def profile(bundle: Path, scratch: Path, threads: int, steps: int) -> dict[str, Any]:
-    """Microseconds and numbers of nodes by part and operator, of all layers together."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    graph = scratch / "optimised.onnx"
-    plain = ort.InferenceSession(bundle / "model.onnx", options)
-    options.optimized_model_filepath = str(graph)
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights.bin")
-    options.enable_profiling, options.profile_file_prefix = True, str(scratch / "profile")
-    profiled = ort.InferenceSession(bundle / "model.onnx", options)
-    inputs = feed(plain)
-    whole = seconds(plain, inputs, steps)
-    seconds(profiled, inputs, steps)
+def seconds(sessions: dict[str, ort.InferenceSession], inputs: dict[str, Any], steps: int) -> dict[str, float]:
+    """The median time of a step in each session; they take turns of ten steps, of which the first five warm up."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(max(1, steps // 5)):
+        for name, one in sessions.items():
+            for step in range(10):
+                begin = time.perf_counter()
+                one.run(None, inputs)
+                times[name] += [time.perf_counter() - begin] if step >= 5 else []
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def profile(bundle: Path, scratch: Path, threads: int, operator: str, steps: int) -> dict[str, Any]:
+    """Microseconds and numbers of nodes by part, of all layers together."""
+    graph = scratch / f"optimised.{operator}.onnx"
+    profiled = session(
+        bundle, threads, operator, optimized_model_filepath=str(graph), enable_profiling=True,
+        profile_file_prefix=str(scratch / "profile"),
+    )  # fmt: skip
+    seconds({operator: profiled}, feed(profiled), steps)
     times = collections.defaultdict(list)
     for event in json.loads(Path(profiled.end_profiling()).read_text(encoding="utf-8")):
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             times[event["args"]["op_name"], event["name"].removesuffix("_kernel_time")].append(event["dur"])
     outside = {(n.op_type, n.name) for n in onnx.load(graph, load_external_data=False).graph.node}
-    parts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    nodes: collections.Counter[str] = collections.Counter()
+    parts: dict[str, dict[str, float]] = {part: {"us": 0, "nodes": 0} for part in ("cache", "weights", "rest")}
     for (kind, name), durations in times.items():
         if kind == "If":  # its time is that of the nodes in it
             continue
-        part = "cache" if (kind, name) not in outside else "weights" if kind in WEIGHTS else "rest"
-        parts[part][kind] += statistics.median(durations)
-        nodes[part] += 1
-    return {
-        "step_us": round(1e6 * whole),
-        "parts": {part: {"us": round(sum(by.values())), "nodes": nodes[part]} for part, by in sorted(parts.items())},
-        "cache": dict(parts["cache"].most_common()),
-    }
+        inside = kind == OP_NAME or (kind, name) not in outside
+        part = parts["cache" if inside else "weights" if kind in WEIGHTS else "rest"]
+        part["us"] += statistics.median(durations)
+        part["nodes"] += 1
+    return {part: {"us": round(x["us"]), "nodes": x["nodes"]} for part, x in parts.items()}
+
+
+def measured(bundle: Path, scratch: Path, threads: int, steps: int) -> list[dict[str, Any]]:
+    """The rows of a bundle: one for each operator."""
+    parts = {operator: profile(bundle, scratch, threads, operator, steps) for operator in OPERATORS}
+    sessions = {operator: session(bundle, threads, operator) for operator in OPERATORS}
+    times = seconds(sessions, feed(sessions["onnx"]), steps)
+    return [{"operator": o, "step_us": round(1e6 * times[o]), "parts": parts[o]} for o in OPERATORS]
 
 
 def main() -> None:
@@ -111,8 +125,8 @@ def main() -> None:
             command = [sys.executable, "-m", "less_export", str(scratch / "checkpoint"), "--out", str(scratch / name)]
             command += ["--budget", str(SLOTS), "--kernels", str(scratch / "kernels.safetensors"), "--max-batch", "1"]
             subprocess.run([*command, "--no-validate", *extra], check=True)
-            rows.append({"weights": name, **profile(scratch / name, scratch, args.threads, args.steps)})
-    facts = {"layers": LAYERS, "slots": SLOTS, "operator": OP_NAME, "threads": args.threads, "rows": rows}
+            rows += [{"weights": name, **row} for row in measured(scratch / name, scratch, args.threads, args.steps)]
+    facts = {"layers": LAYERS, "slots": SLOTS, "threads": args.threads, "rows": rows}
     write_results("step", facts)
 
 

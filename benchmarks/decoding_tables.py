@@ -97,25 +97,16 @@ def sampler_note(data: dict[str, Any]) -> str:
 
 
 def step(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Microseconds and nodes of a layer's cache, beside those of the rest of the model, by how weights are stored."""
-    header = ["weights", "step, us", "products with weights", "caches", "the rest", "a layer's cache", "its nodes"]
+    """Microseconds of a step and of its parts, by how weights are stored and by what runs LessAttention."""
+    header = ["weights", "LessAttention", "step, us", "products with weights", "caches", "the rest", "a layer's cache"]
+    names = {"native": "native operator", "onnx": "the graph's nodes"}
     rows = []
     for r in data["rows"]:
         parts, layers = r["parts"], data["layers"]
         times = [f"{parts[p]['us']:,} ({parts[p]['nodes']})" for p in ("weights", "cache", "rest")]
-        cache = parts["cache"]
-        own = [f"{cache['us'] / layers:,.0f}", f"{cache['nodes'] / layers:.0f}"]
-        rows.append([r["weights"], f"{r['step_us']:,}", *times, *own])
+        own = f"{parts['cache']['us'] / layers:,.0f}"
+        rows.append([r["weights"], names[r["operator"]], f"{r['step_us']:,}", *times, own])
     return header, rows
-
-
-def step_cache(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The operators that take most of the time of a layer's cache."""
-    row = data["rows"][-1]
-    whole, layers = sum(row["cache"].values()), data["layers"]
-    most = list(row["cache"].items())[:10]
-    rows = [[f"`{kind}`", f"{us / layers:,.0f}", f"{us / whole:.0%}"] for kind, us in most]
-    return ["operator", "us a layer", "share"], rows
 
 
 def step_note(data: dict[str, Any]) -> str:
@@ -134,5 +125,4 @@ PARTS: dict[str, Any] = {
     "peers_prompts": ("peers", peers_prompts, lambda data: "tokens/s"),
     "sampler": ("sampler", sampler, sampler_note),
     "step": ("step", step, step_note),
-    "step_cache": ("step", step_cache, step_note),
 }
