@@ -15,6 +15,7 @@ def kernels_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """KL from the full cache by model, kernels and text, and what LESS changes on the same sequences."""
     header = [
         "model",
+        "policy",
         "R",
         "trained on",
         "text",
@@ -33,7 +34,15 @@ def kernels_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         shown = f"{change.value:+.0%} [{change.low:+.0%}, {change.high:+.0%}]"
         left = f"{kl['less'].mean() / kl['16-bit'].mean():.0%}"
         trained = f"{_texts(row['trained']['texts'])}, {row['trained']['sequences']}"
-        what = [row["model"], str(row["rank"]), trained, row["text"], str(len(kl["less"])), f"{row['length']:,}"]
+        what = [
+            row["model"],
+            row["policy"],
+            str(row["rank"]),
+            trained,
+            row["text"],
+            str(len(kl["less"])),
+            f"{row['length']:,}",
+        ]
         rows.append([*what, *cells, shown, left])
     return header, rows
 
@@ -81,7 +90,8 @@ def headline(data: dict[str, Any]) -> list[tuple[str, float, float]]:
     chosen: dict[str, list[list[float]]] = {}
     for row in data["rows"]:
         if (
-            row["length"] == HEADLINE_LENGTH
+            row["policy"] == "h2o"
+            and row["length"] == HEADLINE_LENGTH
             and row["text"] in HEADLINE_TEXTS
             and row["rank"] == HEADLINE_RANK
             and _texts(row["trained"]["texts"]) == "shipped"

@@ -18,13 +18,13 @@ thread_local Scratch tile_scratch;
 
 // out[i, :] = sum_n weights[i, n] values[n, :] for rows i < Rows, `vectors` vectors of a row at a time.
 template <int Rows, int Vectors>
-void weigh(const float* weights, int stride, const float* values, int columns, int width, float* out) {
+void weigh(float const* weights, int stride, float const* values, int columns, int width, float* out) {
     Floats total[Rows][Vectors] = {};
     for (int n = 0; n < columns; ++n) {
         Floats value[Vectors];
         for (int j = 0; j < Vectors; ++j) value[j] = load<Floats>(values + static_cast<size_t>(n) * width + j * kLanes);
         for (int i = 0; i < Rows; ++i) {
-            const float weight = weights[i * stride + n];
+            float const weight = weights[i * stride + n];
             for (int j = 0; j < Vectors; ++j) total[i][j] += weight * value[j];
         }
     }
@@ -33,7 +33,7 @@ void weigh(const float* weights, int stride, const float* values, int columns, i
 }
 
 template <int Rows>
-void weigh_rows(const float* weights, int stride, const float* values, int columns, int width, float* out) {
+void weigh_rows(float const* weights, int stride, float const* values, int columns, int width, float* out) {
     int at = 0;
     for (; at + kVectors * kLanes <= width; at += kVectors * kLanes)
         weigh<Rows, kVectors>(weights, stride, values + at, columns, width, out + at);
@@ -42,7 +42,7 @@ void weigh_rows(const float* weights, int stride, const float* values, int colum
 
 // scores[i, p * kLanes + lane] = scale * queries[i, :] . key of that column, for rows i < Rows and `Panels` panels.
 template <int Rows, int Panels>
-void multiply(const float* queries, int head_dim, const float* panel, float scale, float* scores, int stride) {
+void multiply(float const* queries, int head_dim, float const* panel, float scale, float* scores, int stride) {
     Floats total[Rows][Panels] = {};
     for (int d = 0; d < head_dim; ++d) {
         Floats key[Panels];
@@ -55,13 +55,13 @@ void multiply(const float* queries, int head_dim, const float* panel, float scal
 }
 
 // to[:head_dim] = from turned by `distance` tokens; the channels from `rotated` on stay as they are.
-void turn(const float* __restrict from, int head_dim, const float* __restrict angles, int rotated, int distance,
+void turn(float const* __restrict from, int head_dim, float const* __restrict angles, int rotated, int distance,
           float* __restrict to) {
-    const int half = rotated / 2;
-    const float* cos = angles + static_cast<size_t>(std::abs(distance)) * rotated;
-    const float *sin = cos + half, sign = distance < 0 ? -1.0f : 1.0f;
+    int const half = rotated / 2;
+    float const* cos = angles + static_cast<size_t>(std::abs(distance)) * rotated;
+    float const *sin = cos + half, sign = distance < 0 ? -1.0f : 1.0f;
     for (int i = 0; i < half; ++i) {
-        const float s = sign * sin[i];
+        float const s = sign * sin[i];
         to[i] = from[i] * cos[i] - from[i + half] * s;
         to[i + half] = from[i + half] * cos[i] + from[i] * s;
     }
@@ -73,16 +73,16 @@ void turn(const float* __restrict from, int head_dim, const float* __restrict an
 float* Scratch::reserve(size_t floats) {
     constexpr size_t boundary = 64 / sizeof(float);
     if (memory_.size() < floats + boundary) memory_.resize(floats + boundary);
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
+    auto const address = reinterpret_cast<uintptr_t>(memory_.data());
     return memory_.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-void Seen::prepare(const Layer& layer, const State& state, const Tokens& tokens) {
+void Seen::prepare(Layer const& layer, State const& state, Tokens const& tokens) {
     layer_ = &layer, state_ = &state, tokens_ = &tokens;
     slot_columns_ = padded(layer.slots), chunk_columns_ = padded(tokens.count), width_ = padded(layer.head_dim);
     tiles_ = (layer.group * tokens.count + kTile - 1) / kTile;
-    const size_t tokens_seen = columns(), head_dim = layer.head_dim, width = width_, rank = layer.rank;
-    const size_t gains = layer.scored() ? tiles_ * tokens_seen : 0;
+    size_t const tokens_seen = columns(), head_dim = layer.head_dim, width = width_, rank = layer.rank;
+    size_t const gains = layer.scored() ? tiles_ * tokens_seen : 0;
     float* at = scratch_.reserve(tokens_seen * (head_dim + width) + rank * (width + 1) + gains + 2 * head_dim);
     keys_ = at, values_ = keys_ + tokens_seen * head_dim, means_ = values_ + tokens_seen * width;
     gains_ = means_ + rank * width, log_z_ = gains_ + gains, key_ = log_z_ + rank, turned_ = key_ + head_dim;
@@ -105,8 +105,8 @@ float* Seen::panel(int column) const {
     return keys_ + static_cast<size_t>(column / kLanes) * layer_->head_dim * kLanes + column % kLanes;
 }
 
-void Seen::put_key(int column, const float* key, int distance) {
-    const Layer& x = *layer_;
+void Seen::put_key(int column, float const* key, int distance) {
+    Layer const& x = *layer_;
     if (x.max_distance) {
         turn(key, x.head_dim, tokens_->angles, x.rotated, distance, turned_);
         key = turned_;
@@ -116,23 +116,23 @@ void Seen::put_key(int column, const float* key, int distance) {
 }
 
 void Seen::read_slots() {
-    const Layer& x = *layer_;
+    Layer const& x = *layer_;
     for (int slot = 0; slot < x.slots; ++slot) {
-        const int32_t position = state_->position[slot];
+        int32_t const position = state_->position[slot];
         if (position < 0) continue;
         positions_[slot] = position;
-        const int distance = -std::clamp(tokens_->past_length - position, 0, x.max_distance);
-        const size_t at = static_cast<size_t>(slot) * x.head_dim;
+        int const distance = -std::clamp(tokens_->past_length - position, 0, x.max_distance);
+        size_t const at = static_cast<size_t>(slot) * x.head_dim;
         float* value = values_ + static_cast<size_t>(slot) * width_;
         std::fill(value + x.head_dim, value + width_, 0.0f);
         if (!x.int8) {
-            put_key(slot, static_cast<const float*>(state_->key) + at, distance);
-            std::copy_n(static_cast<const float*>(state_->value) + at, x.head_dim, value);
+            put_key(slot, static_cast<float const*>(state_->key) + at, distance);
+            std::copy_n(static_cast<float const*>(state_->value) + at, x.head_dim, value);
             continue;
         }
-        const auto *codes = static_cast<const int8_t*>(state_->key) + at,
-                   *value_codes = static_cast<const int8_t*>(state_->value) + at;
-        const float scale = state_->key_scale[slot], value_scale = state_->value_scale[slot];
+        auto const *codes = static_cast<int8_t const*>(state_->key) + at,
+                   *value_codes = static_cast<int8_t const*>(state_->value) + at;
+        float const scale = state_->key_scale[slot], value_scale = state_->value_scale[slot];
         for (int d = 0; d < x.head_dim; ++d) key_[d] = codes[d] * scale * tokens_->key_std[d] + tokens_->key_mean[d];
         for (int d = 0; d < x.head_dim; ++d) value[d] = value_codes[d] * value_scale;
         put_key(slot, key_, distance);
@@ -140,9 +140,9 @@ void Seen::read_slots() {
 }
 
 void Seen::read_chunk() {
-    const int head_dim = layer_->head_dim;
+    int const head_dim = layer_->head_dim;
     for (int j = 0; j < tokens_->count; ++j) {
-        const size_t at = static_cast<size_t>(j) * head_dim;
+        size_t const at = static_cast<size_t>(j) * head_dim;
         positions_[column(j)] = tokens_->past_length + j;
         put_key(column(j), tokens_->k + at, j);
         float* value = values_ + static_cast<size_t>(column(j)) * width_;
@@ -153,28 +153,28 @@ void Seen::read_chunk() {
 
 // Features without mass count for nothing: their logarithm is -inf, their mean zero.
 void Seen::read_means() {
-    const Layer& x = *layer_;
+    Layer const& x = *layer_;
     for (int r = 0; r < x.rank; ++r) {
         float* mean = means_ + static_cast<size_t>(r) * width_;
         std::fill(mean, mean + width_, 0.0f);
-        const float z = state_->z[r];
+        float const z = state_->z[r];
         log_z_[r] = z > 0 ? std::log(z) : kHidden;
         if (!(z > 0)) continue;
         if (x.state16) {
-            const int8_t* high = static_cast<const int8_t*>(state_->h) + static_cast<size_t>(r) * 2 * x.head_dim;
-            const int8_t* low = high + x.head_dim;
+            int8_t const* high = static_cast<int8_t const*>(state_->h) + static_cast<size_t>(r) * 2 * x.head_dim;
+            int8_t const* low = high + x.head_dim;
             for (int d = 0; d < x.head_dim; ++d) mean[d] = (high[d] * 256.0f + low[d]) * state_->h_scale[r];
         } else {
-            const float* h = static_cast<const float*>(state_->h) + static_cast<size_t>(r) * x.head_dim;
+            float const* h = static_cast<float const*>(state_->h) + static_cast<size_t>(r) * x.head_dim;
             for (int d = 0; d < x.head_dim; ++d) mean[d] = h[d] / z;
         }
     }
 }
 
-void Seen::logits(const float* queries, int rows, int columns, float* out) const {
-    const int head_dim = layer_->head_dim, stride = this->columns();
+void Seen::logits(float const* queries, int rows, int columns, float* out) const {
+    int const head_dim = layer_->head_dim, stride = this->columns();
     for (int row = 0; row < rows; row += kRows) {
-        const float* q = queries + static_cast<size_t>(row) * head_dim;
+        float const* q = queries + static_cast<size_t>(row) * head_dim;
         float* to = out + static_cast<size_t>(row) * stride;
         int at = 0;
         for (; at + kVectors * kLanes <= columns; at += kVectors * kLanes)
@@ -186,17 +186,17 @@ void Seen::logits(const float* queries, int rows, int columns, float* out) const
 }
 
 void Seen::attend(int tile) {
-    const Layer& x = *layer_;
-    const Tokens& tokens = *tokens_;
-    const int first = tile * kTile, rows = std::min(kTile, x.group * tokens.count - first);
-    const int whole = (rows + kRows - 1) / kRows * kRows, stride = columns();  // of queries, in whole blocks
-    const size_t features = static_cast<size_t>(whole) * x.head_dim;
+    Layer const& x = *layer_;
+    Tokens const& tokens = *tokens_;
+    int const first = tile * kTile, rows = std::min(kTile, x.group * tokens.count - first);
+    int const whole = (rows + kRows - 1) / kRows * kRows, stride = columns();  // of queries, in whole blocks
+    size_t const features = static_cast<size_t>(whole) * x.head_dim;
     float* queries = tile_scratch.reserve(features + static_cast<size_t>(whole) * (stride + width_) + kLanes);
     float* weights = queries + (features + kLanes - 1) / kLanes * kLanes;
     float* outputs = weights + static_cast<size_t>(whole) * stride;
 
     // Row i of the tile is query `token[i]` of query head (first + i) / count.
-    const auto token = [&](int i) { return (first + i) % tokens.count; };
+    auto const token = [&](int i) { return (first + i) % tokens.count; };
     int newest = 0;
     for (int i = 0; i < whole; ++i) {
         float* to = queries + static_cast<size_t>(i) * x.head_dim;
@@ -204,15 +204,16 @@ void Seen::attend(int tile) {
             std::fill(to, to + x.head_dim, 0.0f);
             continue;
         }
-        const int head = (first + i) / tokens.count, t = token(i);
+        int const head = (first + i) / tokens.count, t = token(i);
         newest = std::max(newest, t);
-        const float* q = tokens.q + (static_cast<size_t>(head) * tokens.chunk + t) * x.head_dim;
+        float const* q = tokens.q + (static_cast<size_t>(head) * tokens.chunk + t) * x.head_dim;
         if (x.max_distance)
             turn(q, x.head_dim, tokens.angles, x.rotated, t, to);
         else
             std::copy_n(q, x.head_dim, to);
     }
-    const int end = std::min(stride, slot_columns_ + padded(newest + 1));  // later tokens are seen by no query of the tile
+    int const end =
+        std::min(stride, slot_columns_ + padded(newest + 1));  // later tokens are seen by no query of the tile
     logits(queries, whole, end, weights);
 
     float* gain = x.scored() ? gained(tile) : nullptr;
@@ -220,30 +221,31 @@ void Seen::attend(int tile) {
     float total[kTile];
     for (int i = 0; i < rows; ++i) {
         float* row = weights + static_cast<size_t>(i) * stride;
-        const int32_t now = tokens.past_length + token(i);
-        const int32_t oldest = x.window ? now - x.window : -1;  // what is after it is in sight
+        int32_t const now = tokens.past_length + token(i);
+        int32_t const oldest = x.window ? now - x.window : -1;  // what is after it is in sight
         Floats peak = all(kHidden);
         for (int n = 0; n < end; n += kLanes) {
-            const Ints position = load<Ints>(positions_.data() + n);
-            const Ints visible = (position >= 0) & (position <= now) & (position > std::max(oldest, -1));
-            const Floats logit = visible ? load<Floats>(row + n) : all(kHidden);
+            Ints const position = load<Ints>(positions_.data() + n);
+            Ints const visible = (position >= 0) & (position <= now) & (position > std::max(oldest, -1));
+            Floats const logit = visible ? load<Floats>(row + n) : all(kHidden);
             store(row + n, logit);
             peak = larger(logit, peak);
         }
-        const float most = largest(peak);
+        float const most = largest(peak);
         Floats parts = {};
         for (int n = 0; n < end; n += kLanes) {
-            const Floats weight = exponential(load<Floats>(row + n) - most);
+            Floats const weight = exponential(load<Floats>(row + n) - most);
             store(row + n, weight);
             parts += weight;
         }
-        const float mass = sum(parts), share = 1 / mass;
+        float const mass = sum(parts), share = 1 / mass;
         total[i] = most + std::log(mass);
         // What later tokens leave of this query's scores, see `reference.fading`.
-        const int age = tokens.count - 1 - token(i);
-        const float worth = x.accumulates() ? share * std::pow(x.decay, static_cast<float>(age)) : share;
-        const bool counts = gain && (x.accumulates() || age == 0);
-        for (int n = 0; counts && n < end; n += kLanes) store(gain + n, load<Floats>(gain + n) + load<Floats>(row + n) * worth);
+        int const age = tokens.count - 1 - token(i);
+        float const worth = x.accumulates() ? share * std::pow(x.decay, static_cast<float>(age)) : share;
+        bool const counts = gain && (x.accumulates() || age == 0);
+        for (int n = 0; counts && n < end; n += kLanes)
+            store(gain + n, load<Floats>(gain + n) + load<Floats>(row + n) * worth);
         for (int n = 0; n < end; n += kLanes) store(row + n, load<Floats>(row + n) * share);
     }
     for (int i = 0; i < whole; i += kRows)
@@ -251,23 +253,23 @@ void Seen::attend(int tile) {
                           outputs + static_cast<size_t>(i) * width_);
 
     for (int i = 0; i < rows; ++i) {
-        const size_t query = static_cast<size_t>((first + i) / tokens.count) * tokens.chunk + token(i);
-        const float* from = outputs + static_cast<size_t>(i) * width_;
+        size_t const query = static_cast<size_t>((first + i) / tokens.count) * tokens.chunk + token(i);
+        float const* from = outputs + static_cast<size_t>(i) * width_;
         float* to = tokens.out + query * x.head_dim;
         if (!x.absorb) {
             std::copy_n(from, x.head_dim, to);
             continue;
         }
-        const float* log_phi = tokens.log_phi + query * x.rank;
+        float const* log_phi = tokens.log_phi + query * x.rank;
         float peak = total[i];
         for (int r = 0; r < x.rank; ++r) peak = std::max(peak, log_phi[r] + log_z_[r]);
-        const float exact = std::exp(total[i] - peak);
+        float const exact = std::exp(total[i] - peak);
         float mass = exact;
         for (int r = 0; r < x.rank; ++r) mass += std::exp(log_phi[r] + log_z_[r] - peak);
         for (int d = 0; d < x.head_dim; ++d) to[d] = from[d] * (exact / mass);
         for (int r = 0; r < x.rank; ++r) {
-            const float weight = std::exp(log_phi[r] + log_z_[r] - peak) / mass;
-            const float* mean = means_ + static_cast<size_t>(r) * width_;
+            float const weight = std::exp(log_phi[r] + log_z_[r] - peak) / mass;
+            float const* mean = means_ + static_cast<size_t>(r) * width_;
             for (int d = 0; d < x.head_dim; ++d) to[d] += weight * mean[d];
         }
     }

@@ -10,18 +10,18 @@ namespace less {
 
 // Memory that keeps its size between steps, on the boundaries of vectors.
 class Scratch {
-   public:
+ public:
     float* reserve(size_t floats);
 
-   private:
+ private:
     std::vector<float> memory_;
 };
 
 // What queries of a KV head see: the slots, then the tokens of the chunk, each padded to whole vectors.
 class Seen {
-   public:
+ public:
     // Reads keys and values, and turns keys by their distances. Columns without a token hold zeros.
-    void prepare(const Layer& layer, const State& state, const Tokens& tokens);
+    void prepare(Layer const& layer, State const& state, Tokens const& tokens);
 
     int columns() const { return slot_columns_ + chunk_columns_; }
     // The column of the chunk's token j, and of slot j.
@@ -34,29 +34,29 @@ class Seen {
     // What a column gained from all queries, summed in the order of tiles, so that it does not depend on threads.
     void sum_gains(float* total) const;
 
-   private:
+ private:
     static constexpr int kTile = 32;
 
     float* panel(int column) const;  // of the column's key, whose channels are kLanes apart
     void clear(int column);
-    void put_key(int column, const float* key, int distance);
+    void put_key(int column, float const* key, int distance);
     void read_slots();
     void read_chunk();
     void read_means();
-    void logits(const float* queries, int rows, int columns, float* out) const;
+    void logits(float const* queries, int rows, int columns, float* out) const;
     float* gained(int tile) const { return gains_ + static_cast<size_t>(tile) * columns(); }
 
-    const Layer* layer_ = nullptr;
-    const State* state_ = nullptr;
-    const Tokens* tokens_ = nullptr;
+    Layer const* layer_ = nullptr;
+    State const* state_ = nullptr;
+    Tokens const* tokens_ = nullptr;
     int slot_columns_ = 0, chunk_columns_ = 0, width_ = 0, tiles_ = 0;
     Scratch scratch_;
-    float* keys_ = nullptr;    // panels of kLanes columns: [columns / kLanes, D, kLanes]
-    float* values_ = nullptr;  // [columns, width]
-    float* means_ = nullptr;   // [R, width]
-    float* log_z_ = nullptr;   // [R]
+    float* keys_ = nullptr;                     // panels of kLanes columns: [columns / kLanes, D, kLanes]
+    float* values_ = nullptr;                   // [columns, width]
+    float* means_ = nullptr;                    // [R, width]
+    float* log_z_ = nullptr;                    // [R]
     float *key_ = nullptr, *turned_ = nullptr;  // [D]
-    float* gains_ = nullptr;   // [tiles, columns]
+    float* gains_ = nullptr;                    // [tiles, columns]
     std::vector<int32_t> positions_;
 };
 

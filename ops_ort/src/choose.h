@@ -16,6 +16,6 @@ struct Choice {
 
 // `score` of every candidate is read by policies with scores only. Returns false if a policy that keeps everything has
 // more tokens than slots.
-bool choose(const Layer& layer, const State& state, const Tokens& tokens, const float* score, Choice* choice);
+bool choose(Layer const& layer, State const& state, Tokens const& tokens, float const* score, Choice* choice);
 
 }  // namespace less

@@ -44,13 +44,13 @@ struct State {
 
 // The tokens of a chunk, as one row and KV head gets them; of those from `count` on, nothing is read.
 struct Tokens {
-    const float *q, *log_phi;  // [G,T,D], [G,T,R]
-    const float *k, *v, *psi;  // [T,D], [T,D], [T,R]
+    float const *q, *log_phi;  // [G,T,D], [G,T,R]
+    float const *k, *v, *psi;  // [T,D], [T,D], [T,R]
     float* out;                // [G,T,D]
     int chunk, count;          // T, and how many of them are valid
     int32_t past_length;
-    const float *key_mean, *key_std;  // [D], of int8 slots
-    const float* angles;              // [distances, rotated]: cosines, then sines
+    float const *key_mean, *key_std;  // [D], of int8 slots
+    float const* angles;              // [distances, rotated]: cosines, then sines
 };
 
 }  // namespace less

@@ -50,9 +50,9 @@ struct Tensor {
     char* data = nullptr;
 };
 
-size_t bytes_of(const Tensor& x) {
+size_t bytes_of(Tensor const& x) {
     size_t size = x.type == ort::kInt8 ? 1 : 4;
-    for (const int64_t n : x.shape) size *= n;
+    for (int64_t const n : x.shape) size *= n;
     return size;
 }
 
@@ -67,60 +67,66 @@ void check(Status* status) {
 
 // Runs `body` and turns what it throws into a status.
 template <class Body>
-Status* guarded(const Functions& api, const Body& body) noexcept {
+Status* guarded(Functions const& api, Body const& body) noexcept {
     try {
         body();
         return nullptr;
-    } catch (const Failure& failure) {
+    } catch (Failure const& failure) {
         return failure.status;
-    } catch (const std::invalid_argument& error) {
+    } catch (std::invalid_argument const& error) {
         return api.status(ort::kInvalidArgument, error.what());
-    } catch (const std::exception& error) {
+    } catch (std::exception const& error) {
         return api.status(ort::kFail, error.what());
     }
 }
 
-void require(bool ok, const char* what) {
+void require(bool ok, char const* what) {
     if (!ok) throw std::invalid_argument(std::string("LessAttention: ") + what);
 }
 
 class Kernel {
-   public:
-    Kernel(const ort::Api* table, const ort::KernelInfo* info) : api_(table) {
+ public:
+    Kernel(ort::Api const* table, ort::KernelInfo const* info) : api_(table) {
         layer_.scale = attribute<float>(info, "scale");
-        const auto policy = attribute<int64_t>(info, "policy");
+        auto const policy = attribute<int64_t>(info, "policy");
         require(policy >= 0 && policy <= static_cast<int64_t>(Policy::full), "unknown policy");
         layer_.policy = static_cast<Policy>(policy);
         layer_.heavy = number(info, "heavy"), layer_.recent = number(info, "recent");
         layer_.window = number(info, "window");
         layer_.absorb = attribute<int64_t>(info, "absorb") != 0;
-        layer_.decay = attribute<float>(info, "decay");
-        try {
-            layer_.max_distance = number(info, "max_distance");
-        } catch (const Failure& missing) {  // of layers that rotate nothing
-            api_.release(missing.status);
-        }
+        optional([&] { layer_.decay = attribute<float>(info, "decay"); });      // graphs of version 1 have none
+        optional([&] { layer_.max_distance = number(info, "max_distance"); });  // layers that rotate nothing
     }
 
     Status* compute(ort::KernelContext* context) noexcept {
         return guarded(api_, [&] { run(context); });
     }
 
-   private:
+ private:
     template <class T>
-    T attribute(const ort::KernelInfo* info, const char* name) const {
+    T attribute(ort::KernelInfo const* info, char const* name) const {
         T value;
         check(api_.attribute(info, name, &value));
         return value;
     }
 
-    int number(const ort::KernelInfo* info, const char* name) const {
-        const auto value = attribute<int64_t>(info, name);
+    // Runs `read`, which may find no such attribute.
+    template <class Read>
+    void optional(Read const& read) const {
+        try {
+            read();
+        } catch (Failure const& missing) {
+            api_.release(missing.status);
+        }
+    }
+
+    int number(ort::KernelInfo const* info, char const* name) const {
+        auto const value = attribute<int64_t>(info, name);
         require(value >= 0 && value < 1 << 30, "an attribute is out of range");
         return static_cast<int>(value);
     }
 
-    void read(const ort::Value* value, Tensor* tensor) const {
+    void read(ort::Value const* value, Tensor* tensor) const {
         ort::TensorInfo* info;
         check(api_.info(value, &info));
         size_t rank;
@@ -145,7 +151,7 @@ class Kernel {
         Tensor out;
         int64_t rows, heads, query_heads, chunk;
         std::vector<int> counts;  // valid tokens of each row
-        const ort::KernelContext* context;
+        ort::KernelContext const* context;
 
         template <class T>
         T* input(size_t i) const {
@@ -157,19 +163,19 @@ class Kernel {
         Call call;
         call.context = context;
         bind(context, &call);
-        const auto units = static_cast<size_t>(call.rows * call.heads);
+        auto const units = static_cast<size_t>(call.rows * call.heads);
         // Tiles of queries share the work where there is one head; else, heads do.
-        const bool by_head = units > 1 || call.chunk == 1;
+        bool const by_head = units > 1 || call.chunk == 1;
         struct Work {
-            const Kernel* kernel;
-            const Call* call;
+            Kernel const* kernel;
+            Call const* call;
             std::atomic<int> fault{0};
         } work{this, &call};
-        const auto one = [](void* data, size_t unit) noexcept {
+        auto const one = [](void* data, size_t unit) noexcept {
             auto* w = static_cast<Work*>(data);
             try {
                 if (!w->kernel->head(*w->call, unit, false)) w->fault = 1;
-            } catch (const std::exception&) {
+            } catch (std::exception const&) {
                 w->fault = 2;
             }
         };
@@ -188,7 +194,7 @@ class Kernel {
         check(api_.outputs(context, &outputs));
         require(count >= kTokens + kPlain + 2 && count <= kMost, "wrong number of inputs");
         for (size_t i = 0; i < count; ++i) {
-            const ort::Value* value;
+            ort::Value const* value;
             check(api_.input(context, i, &value));
             require(value != nullptr, "an input is missing");
             read(value, &call->inputs[i]);
@@ -196,19 +202,21 @@ class Kernel {
         auto& x = call->inputs;
         Form& form = call->form = Form::of(count, x[kTokens + kKey].type, x[kTokens + kPsiSlots].type);
         require(count == form.inputs() && outputs == 1 + form.state(), "wrong number of inputs or outputs");
-        require(x[kQ].shape.size() == 4 && x[kTokens + kKey].shape.size() == 4 && x[kPsi].shape.size() == 4, "wrong rank");
+        require(x[kQ].shape.size() == 4 && x[kTokens + kKey].shape.size() == 4 && x[kPsi].shape.size() == 4,
+                "wrong rank");
 
-        const int64_t rows = x[kQ].shape[0], query_heads = x[kQ].shape[1], chunk = x[kQ].shape[2], width = x[kQ].shape[3];
-        const int64_t heads = x[kTokens + kKey].shape[1], slots = x[kTokens + kKey].shape[2], rank = x[kPsi].shape[3];
+        int64_t const rows = x[kQ].shape[0], query_heads = x[kQ].shape[1], chunk = x[kQ].shape[2],
+                      width = x[kQ].shape[3];
+        int64_t const heads = x[kTokens + kKey].shape[1], slots = x[kTokens + kKey].shape[2], rank = x[kPsi].shape[3];
         require(heads > 0 && query_heads % heads == 0 && chunk > 0 && width > 0 && rank > 0, "wrong sizes");
         Layer& layer = call->layer = layer_;
         require(slots == static_cast<int64_t>(layer.heavy) + layer.recent, "heavy + recent is not the number of slots");
         call->rows = rows, call->heads = heads, call->query_heads = query_heads, call->chunk = chunk;
-        const auto is = [&](size_t i, ort::ElementType type, std::vector<int64_t> shape) {
+        auto const is = [&](size_t i, ort::ElementType type, std::vector<int64_t> shape) {
             require(x[i].type == type, "an input has another dtype than float32 graphs have");
             require(x[i].shape == shape, "an input has another shape");
         };
-        const ort::ElementType number = ort::kFloat, slot = form.int8 ? ort::kInt8 : number,
+        ort::ElementType const number = ort::kFloat, slot = form.int8 ? ort::kInt8 : number,
                                psi = form.state16 ? ort::kInt8 : number;
         is(kQ, number, {rows, query_heads, chunk, width});
         is(kK, number, {rows, heads, chunk, width});
@@ -229,7 +237,7 @@ class Kernel {
         require(!form.state16 || form.int8, "a state of 16 bits goes with int8 slots");
         require(form.distance == (layer.max_distance > 0), "a largest distance goes with a table of angles");
         if (form.distance) {
-            const auto& table = x[form.inputs() - 1];
+            auto const& table = x[form.inputs() - 1];
             require(table.type == number && table.shape.size() == 2 && table.shape[0] > layer.max_distance &&
                         table.shape[0] >= chunk && table.shape[1] % 2 == 0 && table.shape[1] <= width,
                     "the table of angles has another shape");
@@ -239,7 +247,7 @@ class Kernel {
         layer.group = static_cast<int>(query_heads / heads), layer.slots = static_cast<int>(slots);
         layer.head_dim = static_cast<int>(width), layer.rank = static_cast<int>(rank);
         for (int64_t row = 0; row < rows; ++row) {
-            const int32_t past = call->input<int32_t>(form.lengths())[row],
+            int32_t const past = call->input<int32_t>(form.lengths())[row],
                           fresh = call->input<int32_t>(form.lengths() + 1)[row];
             require(past >= 0 && past <= INT32_MAX - chunk && fresh >= 0 && fresh <= chunk, "a length is out of range");
             call->counts.push_back(fresh);
@@ -247,7 +255,7 @@ class Kernel {
 
         for (size_t i = 0; i < 1 + form.state(); ++i) {
             Tensor& present = i ? call->state[i - 1] : call->out;
-            const Tensor& past = i ? x[kTokens + i - 1] : x[kQ];
+            Tensor const& past = i ? x[kTokens + i - 1] : x[kQ];
             ort::Value* value;
             check(api_.output(context, i, past.shape.data(), past.shape.size(), &value));
             present = past;
@@ -259,11 +267,11 @@ class Kernel {
     }
 
     // One row and KV head; false if its tokens do not fit into the slots.
-    bool head(const Call& call, size_t unit, bool by_tile) const {
-        const Layer& layer = call.layer;
-        const size_t row = unit / call.heads, kv_head = unit % call.heads;
-        const size_t chunk = call.chunk, width = layer.head_dim, rank = layer.rank;
-        const size_t query_head = row * call.query_heads + kv_head * layer.group;
+    bool head(Call const& call, size_t unit, bool by_tile) const {
+        Layer const& layer = call.layer;
+        size_t const row = unit / call.heads, kv_head = unit % call.heads;
+        size_t const chunk = call.chunk, width = layer.head_dim, rank = layer.rank;
+        size_t const query_head = row * call.query_heads + kv_head * layer.group;
         Tokens tokens;
         tokens.q = call.input<float>(kQ) + query_head * chunk * width;
         tokens.log_phi = call.input<float>(kLogPhi) + query_head * chunk * rank;
@@ -292,11 +300,11 @@ class Kernel {
                 Seen* seen;
                 std::atomic<bool> failed{false};
             } tiles{&seen};
-            const auto one = [](void* data, size_t tile) noexcept {
+            auto const one = [](void* data, size_t tile) noexcept {
                 auto* t = static_cast<Tiles*>(data);
                 try {
                     t->seen->attend(static_cast<int>(tile));
-                } catch (const std::exception&) {
+                } catch (std::exception const&) {
                     t->failed = true;
                 }
             };
@@ -309,7 +317,7 @@ class Kernel {
         if (layer.scored()) {
             gains.resize(seen.columns());
             seen.sum_gains(gains.data());
-            const float left = std::pow(layer.decay, static_cast<float>(tokens.count));
+            float const left = std::pow(layer.decay, static_cast<float>(tokens.count));
             for (int i = 0; i < layer.slots; ++i) {
                 if (state.position[i] < 0) continue;
                 scores[i] = gains[i] + (layer.accumulates() ? state.score[i] * left : 0);
@@ -322,12 +330,12 @@ class Kernel {
     }
 
     // The present state of a row and KV head.
-    static State slice(const Call& call, size_t unit) {
-        const auto at = [&](size_t i) -> void* {
-            const Tensor& x = call.state[i];
+    static State slice(Call const& call, size_t unit) {
+        auto const at = [&](size_t i) -> void* {
+            Tensor const& x = call.state[i];
             return x.data + unit * (bytes_of(x) / (call.rows * call.heads));
         };
-        const size_t scales = kPlain;
+        size_t const scales = kPlain;
         State state{};
         state.key = at(kKey), state.value = at(kValue), state.psi = at(kPsiSlots);
         state.score = static_cast<float*>(at(kScore)), state.position = static_cast<int32_t*>(at(kPosition));
@@ -344,13 +352,13 @@ class Kernel {
     Layer layer_;
 };
 
-const Functions* functions;  // of the process, for shape inference, which is not told them
+Functions const* functions;  // of the process, for shape inference, which is not told them
 
-Status* infer(const ort::CustomOp*, ort::ShapeInferContext* context) {
+Status* infer(ort::CustomOp const*, ort::ShapeInferContext* context) {
     return guarded(*functions, [&] {
         size_t count;
         check(functions->inferred_inputs(context, &count));
-        const auto type_of = [&](size_t i) {
+        auto const type_of = [&](size_t i) {
             ort::TensorInfo* info;
             ort::ElementType type;
             check(functions->inferred_input(context, i, &info));
@@ -358,7 +366,7 @@ Status* infer(const ort::CustomOp*, ort::ShapeInferContext* context) {
             return type;
         };
         require(count >= kTokens + kPlain + 2, "wrong number of inputs");
-        const Form form = Form::of(count, type_of(kTokens + kKey), type_of(kTokens + kPsiSlots));
+        Form const form = Form::of(count, type_of(kTokens + kKey), type_of(kTokens + kPsiSlots));
         for (size_t i = 0; i < 1 + form.state(); ++i) {
             ort::TensorInfo* info;
             check(functions->inferred_input(context, i == 0 ? size_t{kQ} : kTokens + i - 1, &info));
@@ -370,17 +378,17 @@ Status* infer(const ort::CustomOp*, ort::ShapeInferContext* context) {
 // One variadic input and output of any dtypes: a node has more of them with int8 slots, a state of 16 bits or angles.
 struct Attention : ort::CustomOp {
     Attention() {
-        name = [](const CustomOp*) { return "LessAttention"; };
-        provider = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU provider
-        input_type = output_type = [](const CustomOp*, size_t) { return ort::kUndefined; };
-        input_count = output_count = [](const CustomOp*) -> size_t { return 1; };
-        input_kind = output_kind = [](const CustomOp*, size_t) { return ort::kVariadic; };
-        input_memory = [](const CustomOp*, size_t) { return 0; };
-        variadic_inputs = variadic_outputs = [](const CustomOp*) { return 1; };
-        inputs_alike = outputs_alike = [](const CustomOp*) { return 0; };
-        first_version = [](const CustomOp*) { return 1; };
-        last_version = [](const CustomOp*) { return 2; };
-        create_kernel2 = [](const CustomOp*, const ort::Api* table, const ort::KernelInfo* info, void** kernel) {
+        name = [](CustomOp const*) { return "LessAttention"; };
+        provider = [](CustomOp const*) -> char const* { return nullptr; };  // the CPU provider
+        input_type = output_type = [](CustomOp const*, size_t) { return ort::kUndefined; };
+        input_count = output_count = [](CustomOp const*) -> size_t { return 1; };
+        input_kind = output_kind = [](CustomOp const*, size_t) { return ort::kVariadic; };
+        input_memory = [](CustomOp const*, size_t) { return 0; };
+        variadic_inputs = variadic_outputs = [](CustomOp const*) { return 1; };
+        inputs_alike = outputs_alike = [](CustomOp const*) { return 0; };
+        first_version = [](CustomOp const*) { return 1; };
+        last_version = [](CustomOp const*) { return 2; };
+        create_kernel2 = [](CustomOp const*, ort::Api const* table, ort::KernelInfo const* info, void** kernel) {
             return guarded(Functions(table), [&] { *kernel = new Kernel(table, info); });
         };
         compute2 = [](void* kernel, ort::KernelContext* context) {
@@ -395,11 +403,11 @@ struct Attention : ort::CustomOp {
 }  // namespace less
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
-                                                                                 const ort::ApiBase* base) {
-    static const ort::Api* table = base->get(ort::kVersion);
+                                                                                 ort::ApiBase const* base) {
+    static ort::Api const* table = base->get(ort::kVersion);
     if (!table) return nullptr;  // too old for the operator: its body runs
-    static const ort::Functions api(table);
-    static const less::Attention attention;
+    static ort::Functions const api(table);
+    static less::Attention const attention;
     less::functions = &api;
     ort::CustomOpDomain* domain;
     ort::Status* status = api.domain("less", &domain);

@@ -13,10 +13,10 @@ constexpr float kLargest16 = 127 * 256 + 127;
 constexpr int kPeriod = 1 << 14, kStep = 40503, kChannelStep = 49471, kFeatureStep = 37345;
 
 // Codes of x[0:n], and returns their scale.
-float quantise(const float* x, int n, int8_t* code) {
+float quantise(float const* x, int n, int8_t* code) {
     float peak = 0;
     for (int i = 0; i < n; ++i) peak = std::max(peak, std::fabs(x[i]));
-    const float scale = peak / kLargest;
+    float const scale = peak / kLargest;
     if (!(scale >= kSmallestScale)) {
         std::fill(code, code + n, static_cast<int8_t>(0));
         return 0;
@@ -28,7 +28,7 @@ float quantise(const float* x, int n, int8_t* code) {
 
 // A token that leaves or takes a slot, as slots hold it.
 struct Stored {
-    explicit Stored(const Layer& x) : key(x.head_dim), value(x.head_dim), psi(x.rank) {}
+    explicit Stored(Layer const& x) : key(x.head_dim), value(x.head_dim), psi(x.rank) {}
 
     std::vector<int8_t> key, value, psi;
     float key_scale = 0, value_scale = 0;
@@ -36,11 +36,15 @@ struct Stored {
 
 // What the tokens that leave add to the low-rank state.
 class Leaving {
-   public:
-    explicit Leaving(const Layer& x) : layer_(x), psi_(x.rank), value_(x.head_dim), mass_(x.rank),
-                                       total_(static_cast<size_t>(x.rank) * x.head_dim) {}
+ public:
+    explicit Leaving(Layer const& x)
+        : layer_(x),
+          psi_(x.rank),
+          value_(x.head_dim),
+          mass_(x.rank),
+          total_(static_cast<size_t>(x.rank) * x.head_dim) {}
 
-    void add(const float* value, const float* psi) {
+    void add(float const* value, float const* psi) {
         any_ = true;
         for (int r = 0; r < layer_.rank; ++r) {
             mass_[r] += psi[r];
@@ -48,11 +52,11 @@ class Leaving {
             for (int d = 0; d < layer_.head_dim; ++d) total[d] += psi[r] * value[d];
         }
     }
-    void add(const int8_t* value, float scale, const float* psi) {
+    void add(int8_t const* value, float scale, float const* psi) {
         for (int d = 0; d < layer_.head_dim; ++d) value_[d] = value[d] * scale;
         add(value_.data(), psi);
     }
-    void add(const int8_t* value, float scale, const int8_t* psi) {
+    void add(int8_t const* value, float scale, int8_t const* psi) {
         float whole = 0;
         for (int r = 0; r < layer_.rank; ++r) whole += psi[r];
         for (int r = 0; r < layer_.rank; ++r) psi_[r] = psi[r] / std::max(whole, 1.0f);
@@ -63,7 +67,7 @@ class Leaving {
     void absorb(int32_t position, State* state) {
         if (!any_) return;
         for (int r = 0; r < layer_.rank; ++r) {
-            const float* total = total_.data() + static_cast<size_t>(r) * layer_.head_dim;
+            float const* total = total_.data() + static_cast<size_t>(r) * layer_.head_dim;
             if (layer_.state16) {
                 absorb16(r, total, position, state);
                 continue;
@@ -74,38 +78,38 @@ class Leaving {
         }
     }
 
-   private:
-    void absorb16(int r, const float* total, int32_t position, State* state) {
-        const float mass = mass_[r], before = state->z[r], after = before + mass;
+ private:
+    void absorb16(int r, float const* total, int32_t position, State* state) {
+        float const mass = mass_[r], before = state->z[r], after = before + mass;
         state->z[r] = after;
         if (!(mass > 0)) return;
-        const int head_dim = layer_.head_dim;
+        int const head_dim = layer_.head_dim;
         int8_t* high = static_cast<int8_t*>(state->h) + static_cast<size_t>(r) * 2 * head_dim;
         int8_t* low = high + head_dim;
-        const float scale = before > 0 ? state->h_scale[r] : 0;
+        float const scale = before > 0 ? state->h_scale[r] : 0;
         float peak = 0;
         for (int d = 0; d < head_dim; ++d) {
-            const float mean = (high[d] * 256.0f + low[d]) * scale;
+            float const mean = (high[d] * 256.0f + low[d]) * scale;
             value_[d] = mean + (total[d] - mass * mean) / after;
             peak = std::max(peak, std::fabs(value_[d]));
         }
         float next = peak / kLargest16;
         if (next < kSmallestScale) next = 0;
         state->h_scale[r] = next;
-        const int walk = (position % kPeriod + kPeriod) % kPeriod * kStep + r * kFeatureStep;
+        int const walk = (position % kPeriod + kPeriod) % kPeriod * kStep + r * kFeatureStep;
         for (int d = 0; d < head_dim; ++d) {
             float whole = 0;
             if (next != 0) {
-                const float dither = static_cast<float>((walk + d * kChannelStep) % 65536) / 65536;
+                float const dither = static_cast<float>((walk + d * kChannelStep) % 65536) / 65536;
                 whole = std::clamp(std::floor(value_[d] / next + dither), -kLargest16, kLargest16);
             }
-            const float upper = std::floor((whole + 128) / 256);
+            float const upper = std::floor((whole + 128) / 256);
             high[d] = static_cast<int8_t>(upper);
             low[d] = static_cast<int8_t>(whole - 256 * upper);
         }
     }
 
-    const Layer& layer_;
+    Layer const& layer_;
     std::vector<float> psi_, value_, mass_, total_;
     bool any_ = false;
 };
@@ -116,16 +120,16 @@ T* row(void* tensor, int i, int width) {
     return static_cast<T*>(tensor) + static_cast<size_t>(i) * width;
 }
 
-void leave_slot(const Layer& x, const State& state, int i, Leaving* leaving) {
+void leave_slot(Layer const& x, State const& state, int i, Leaving* leaving) {
     if (!x.int8) return leaving->add(row<float>(state.value, i, x.head_dim), row<float>(state.psi, i, x.rank));
-    const int8_t* value = row<int8_t>(state.value, i, x.head_dim);
+    int8_t const* value = row<int8_t>(state.value, i, x.head_dim);
     if (x.state16) return leaving->add(value, state.value_scale[i], row<int8_t>(state.psi, i, x.rank));
     leaving->add(value, state.value_scale[i], row<float>(state.psi, i, x.rank));
 }
 
 }  // namespace
 
-void settle(const Layer& x, const Tokens& tokens, const Choice& choice, const float* score, State* state) {
+void settle(Layer const& x, Tokens const& tokens, Choice const& choice, float const* score, State* state) {
     Leaving leaving(x);
     for (int i = 0; i < x.slots; ++i) {
         state->score[i] = choice.held[i] ? score[i] : 0;
@@ -137,9 +141,10 @@ void settle(const Layer& x, const Tokens& tokens, const Choice& choice, const fl
     Stored stored(x);
     std::vector<float> key(x.head_dim);
     for (int j = 0; j < tokens.count; ++j) {
-        const float *k = tokens.k + static_cast<size_t>(j) * x.head_dim, *v = tokens.v + static_cast<size_t>(j) * x.head_dim,
+        float const *k = tokens.k + static_cast<size_t>(j) * x.head_dim,
+                    *v = tokens.v + static_cast<size_t>(j) * x.head_dim,
                     *psi = tokens.psi + static_cast<size_t>(j) * x.rank;
-        const int slot = choice.slot[j];
+        int const slot = choice.slot[j];
         if (slot < 0 && !x.absorb) continue;
         if (x.int8) stored.value_scale = quantise(v, x.head_dim, stored.value.data());
         if (x.state16) quantise(psi, x.rank, stored.psi.data());

@@ -10,6 +10,6 @@
 namespace less {
 
 // `score` of the slots, then of the chunk's tokens.
-void settle(const Layer& layer, const Tokens& tokens, const Choice& choice, const float* score, State* state);
+void settle(Layer const& layer, Tokens const& tokens, Choice const& choice, float const* score, State* state);
 
 }  // namespace less
