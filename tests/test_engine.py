@@ -286,7 +286,9 @@ def test_on_a_gpu(weights: Path) -> None:
     (weights / "model.onnx").write_bytes(model)
     engine.build_plan(model, contract, out=plan, weights_dir=weights)
     for (name, got), (_, wanted) in zip(
-        play(TrtBackend(contract, plan)), play(OrtBackend(contract, weights / "model.onnx")), strict=True
+        play(TrtBackend(contract, plan)),
+        play(OrtBackend(contract, weights / "model.onnx", operator="onnx")),
+        strict=True,
     ):
         if not any(kind in name for kind in ("key", "value", "psi", "score")):  # empty slots may hold anything
             np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3, err_msg=name)

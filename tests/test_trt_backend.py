@@ -36,7 +36,7 @@ def test_backend_keeps_the_state(
     fake = Fake(contract, weights, monkeypatch, lambda feed: session.run(None, feed))
     assert fake.engine is not None
     fake.engine.in_place = in_place
-    results = zip(play(fake.backend()), play(OrtBackend(contract, path)), strict=True)
+    results = zip(play(fake.backend()), play(OrtBackend(contract, path, operator="onnx")), strict=True)
     for count, ((name, got), (_, wanted)) in enumerate(results):  # noqa: B007
         np.testing.assert_array_equal(got, wanted, name)
     assert count > 500
