@@ -60,10 +60,10 @@ print(peak)
 """
 
 
-def resident() -> dict[str, float]:
-    """Resident memory of this process in MB: now, mapped from files, the rest, and at its peak."""
+def resident(process: int | str = "self") -> dict[str, float]:
+    """Resident memory of a process (this one) in MB: now, mapped from files, the rest, and at its peak."""
     names = {"VmRSS": "resident_mb", "RssFile": "mapped_mb", "RssAnon": "anonymous_mb", "VmHWM": "peak_mb"}
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
     return {name: round(int(fields[field].split()[0]) * 1024 / 1e6, 1) for field, name in names.items()}
 
 

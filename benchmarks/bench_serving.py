@@ -26,6 +26,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import serving_servers
 from bench_common import RESULTS, machine
 from serving_servers import ROWS, Running
@@ -145,7 +146,7 @@ def main() -> None:
     work = args.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     if args.llama_server is None:
-        program, version = serving_servers.llama_server(work), serving_servers.LLAMA_CPP
+        program, version = serving_servers.llama_server(work), llama_cpp.PACKAGE
     else:
         program = args.llama_server.absolute()
         version = serving_servers.version(program)

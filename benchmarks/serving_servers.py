@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import platform
 import socket
 import subprocess
 import sys
-import tarfile
 import time
 import urllib.request
 from collections import Counter
@@ -25,6 +23,7 @@ from pathlib import Path
 import gguf
 import psutil
 from bench_common import kernels
+from llama_cpp import build, run
 
 from less_export.bundle.artifact import Bundle
 from less_export.config import DEFAULT_BLOCK, DEFAULT_HEAD
@@ -34,11 +33,8 @@ from less_export.less.feature_maps import Kernels
 MODEL, ROWS, THREADS = "gemma3-270m", 8, os.cpu_count() or 1
 RECIPE = next(r for r in all_recipes() if r.name == MODEL)
 LESS_EXPORT = (sys.executable, "-m", "less_export")
-LLAMA_CPP = "llama-cpp-python==0.3.36"
 #: Weights by the name of less-export's option: what llama.cpp calls the format nearest to them.
 WEIGHTS = {"int4": "Q4_K_M", "f32": "F32"}
-#: Virtual machines may announce AMX's tiles and forbid their use: llama.cpp ends by an illegal instruction there.
-NO_TILES = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 #: Seconds that a server may take to start.
 START = 600
 
@@ -78,7 +74,7 @@ def bundle(weights: str, work: Path) -> Path:
             evicting = range(step - 1, facts["num_hidden_layers"], step)
             kernels(facts["num_hidden_layers"], RECIPE.rank, RECIPE.hidden, facts, evicting).save(maps)
         quantised = [] if weights == "f32" else ["--weights", weights]
-        _run(*LESS_EXPORT, MODEL, "--out", folder, "--kernels", maps, "--max-batch", str(ROWS), *quantised)
+        run(*LESS_EXPORT, MODEL, "--out", folder, "--kernels", maps, "--max-batch", str(ROWS), *quantised)
     return folder
 
 
@@ -102,7 +98,7 @@ def llama_cpp(weights: str, program: Path, work: Path, tokens: int) -> Server:
     if weights == "f32":
         source, model = model, work / "f32.gguf"
         if not model.exists():
-            _run(program.with_name("llama-quantize"), "--allow-requantize", source, model, "F32")
+            run(program.with_name("llama-quantize"), "--allow-requantize", source, model, "F32")
     command = [str(program), "-m", str(model), "--port", "{port}", "-t", str(THREADS), "-tb", str(THREADS)]
     command += ["-np", str(ROWS), "-c", str(ROWS * tokens), "--no-kv-unified", "--cache-ram", "0", "--no-webui"]
     cache = f"full, 16 bits, {ROWS} sequences of {tokens:,} tokens"
@@ -120,33 +116,13 @@ def stored(model: Path) -> str:
 
 def llama_server(work: Path) -> Path:
     """The program ``llama-server`` in ``work``, built unless it is there, with ``llama-quantize`` beside it."""
-    program = work / "llama.cpp" / "bin" / "llama-server"
-    if not program.exists():
-        download = ["download", "--no-deps", "--no-binary", ":all:", "--dest", work, LLAMA_CPP]
-        _run(sys.executable, "-m", "pip", *download)
-        (archive,) = work.glob("llama_cpp_python-*.tar.gz")
-        with tarfile.open(archive) as file:
-            file.extractall(work, filter="data")
-        source = work / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
-        options = ["BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF", "LLAMA_OPENSSL=OFF"]
-        options += ["CMAKE_BUILD_TYPE=Release", "LLAMA_BUILD_APP=OFF", "LLAMA_USE_PREBUILT_UI=OFF"]
-        if platform.machine() == "x86_64":
-            options += [f"CMAKE_{language}_FLAGS={NO_TILES}" for language in ("C", "CXX")]
-        _run("cmake", "-S", source, "-B", work / "llama.cpp", *(f"-D{o}" for o in options))
-        targets = ["llama-quantize", "llama-server"]
-        _run("cmake", "--build", work / "llama.cpp", "--parallel", str(THREADS), "--target", *targets)
-    return program
+    return build(work, ("llama-quantize", "llama-server")) / "llama-server"
 
 
 def version(program: Path) -> str:
     """The first line that ``llama-server`` prints about its version."""
     done = subprocess.run([program, "--version"], capture_output=True, text=True, check=True)
     return next(line for line in (done.stdout + done.stderr).splitlines() if "version" in line)
-
-
-def _run(*command: str | Path) -> None:
-    print("$", *command, flush=True)
-    subprocess.run(command, check=True)
 
 
 @contextlib.contextmanager
