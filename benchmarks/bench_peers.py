@@ -1,14 +1,19 @@
-"""less-export against optimum-onnx and ONNX Runtime GenAI's model builder, on one checkpoint.
+"""less-export against optimum-onnx, ONNX Runtime GenAI's model builder and llama.cpp, on one checkpoint.
 
 Each exports a random Llama of TinyLlama-1.1B's shape, fp16; the parent measures wall time, peak RSS and bytes
-written. Then all models decode on this environment's ONNX Runtime, in rounds: each has its turn at each context, in a
-process of its own; and each takes prompts. less-export's run through its backend, with 256 slots full and the position
-set to the context; the peers' graphs with a past of that length (random numbers, bound once; GenAI's attention writes
-into the buffer it reads, as in its runtime). Prompts are fed in our chunks, and to the peers' graphs whole. Each has
-its own int4: ours has blocks of 64, an int8 output embedding and the checkpoint's input embedding; GenAI's has blocks
-of 32, an int4 output embedding and an f32 input embedding. ``int4, 32`` is ours in blocks of 32 with an int4 output
-embedding. Each peer is installed into its own environment under ``--environments``; if one cannot be installed or
-fails, the reason is recorded.
+written. Then all models decode, in rounds: each has its turn at each context, in a process of its own; and each takes
+prompts. less-export's run through its backend, with 256 slots full and the position set to the context; the graphs of
+the other exporters with a past of that length (random numbers, bound once; GenAI's attention writes into the buffer it
+reads, as in its runtime), all on this environment's ONNX Runtime. Prompts are fed in our chunks, and to the graphs
+whole. Each has its own int4: ours has blocks of 64, an int8 output embedding and the checkpoint's input embedding;
+GenAI's has blocks of 32, an int4 output embedding and an f32 input embedding. ``int4, 32`` is ours in blocks of 32 with
+an int4 output embedding. Our kernel runs LessAttention; in ``int4, nodes``, the graph's own nodes do.
+
+llama.cpp's export is a GGUF file, written as f16 and quantised by ``llama-quantize``; ``llama-bench`` measures it, with
+its defaults: a cache in 16 bits, which it fills by feeding as many tokens. That takes long, so ``--llama-contexts``
+limits how many. Its rate of decoding is the mean of the steps, the others' their median.
+
+Each peer is installed or built under ``--environments``; if one cannot be, or fails, the reason is recorded.
 """
 
 from __future__ import annotations
@@ -22,9 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
+import llama_gguf
 import numpy as np
 from bench_common import TINYLLAMA, kernels, measure, random_checkpoint, write_results, written
 from bench_memory import resident
@@ -41,7 +50,22 @@ PEERS = {
         "torch==2.13.0", "onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "transformers==5.23.0", "onnx==1.23.2",
         "onnx-ir==1.1.0",
     ],
+    "llama.cpp": [llama_cpp.PACKAGE],
 }  # fmt: skip
+#: Types of llama.cpp's files.
+TYPES = ("Q8_0", "Q4_K_M")
+#: Rows that run what another one exported, with the graph's own nodes.
+NODES = {("less-export", "int4, nodes"): ("less-export", "int4")}
+
+
+@dataclass(frozen=True)
+class Model:
+    """An exported model: its row of the results, its files, where it decodes, and what runs LessAttention."""
+
+    row: dict[str, Any]
+    out: Path
+    contexts: list[int]
+    operator: str
 
 
 def environment(peer: str, folder: Path) -> Path:
@@ -67,24 +91,37 @@ def tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="b", eos_token="c").save_pretrained(folder)
 
 
-def commands(checkpoint: Path, scratch: Path, folder: Path, layers: int) -> dict[tuple[str, str], Any]:
+def commands(
+    only: Container[str], checkpoint: Path, scratch: Path, folder: Path, layers: int
+) -> dict[tuple[str, str], Any]:
     """Export commands by (who, precision), or the reason why there is none."""
-    kernel_file = scratch / "kernels.safetensors"
-    kernels(layers, DEFAULT_RANK, HIDDEN).save(kernel_file)
-    ours = [sys.executable, "-m", "less_export.cli.main", str(checkpoint), "--no-validate", "--budget", str(BUDGET)]
-    ours += ["--kernels", str(kernel_file), "--max-batch", "1"]
-    exports: dict[tuple[str, str], Any] = {
-        ("less-export", "f32"): ours,
-        ("less-export", "int4"): [*ours, "--weights", "int4"],
-        ("less-export", "int4, 32"): [*ours, "--weights", "int4", "--block", "32", "--head", "int4"],
-    }
+    exports: dict[tuple[str, str], Any] = {}
+    if "less-export" in only:
+        kernel_file = scratch / "kernels.safetensors"
+        kernels(layers, DEFAULT_RANK, HIDDEN).save(kernel_file)
+        ours = [sys.executable, "-m", "less_export.cli.main", str(checkpoint), "--no-validate", "--budget", str(BUDGET)]
+        ours += ["--kernels", str(kernel_file), "--max-batch", "1"]
+        exports |= {
+            ("less-export", "f32"): ours,
+            ("less-export", "int4"): [*ours, "--weights", "int4"],
+            ("less-export", "int4, 32"): [*ours, "--weights", "int4", "--block", "32", "--head", "int4"],
+        }
     for peer in PEERS:
-        try:
-            python = str(environment(peer, folder))
-        except (OSError, subprocess.CalledProcessError) as error:
-            exports[peer, "f32"] = exports[peer, "int4"] = f"cannot be installed: {error}"
+        if peer not in only:
             continue
-        if peer == "optimum-onnx":
+        precisions = TYPES if peer == "llama.cpp" else ("f32", "int4")
+        try:
+            if peer == "llama.cpp":
+                programs = llama_cpp.build(folder, ("llama-bench", "llama-quantize"))
+            else:
+                python = str(environment(peer, folder))
+        except (OSError, subprocess.CalledProcessError) as error:
+            exports |= {(peer, precision): f"cannot be installed: {error}" for precision in precisions}
+            continue
+        if peer == "llama.cpp":
+            writer = [sys.executable, llama_gguf.__file__, str(checkpoint), str(programs / "llama-quantize")]
+            exports |= {(peer, kind): [*writer, kind] for kind in TYPES}
+        elif peer == "optimum-onnx":
             command = [str(Path(python).with_name("optimum-cli")), "export", "onnx", "-m", str(checkpoint)]
             exports[peer, "f32"] = [*command, "--task", "text-generation-with-past", "--no-post-process"]
             exports[peer, "int4"] = "its exporter has no weight-only int4"
@@ -134,12 +171,12 @@ class Step:
         self.session.run_with_iobinding(self.binding)
 
 
-def less_step(bundle: Path, context: int) -> Any:
+def less_step(bundle: Path, context: int, operator: str) -> Any:
     """One decode step of a bundle whose slots are full, at position ``context - 1``; the state advances by one."""
     import less_export
     from less_export import RowState
 
-    backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count()).backend
+    backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count(), operator=operator).backend
     backend.open(1)
     rng = np.random.default_rng(0)
     for _ in range(0, BUDGET + backend.contract.chunk, backend.contract.chunk):
@@ -152,11 +189,11 @@ def less_step(bundle: Path, context: int) -> Any:
     return lambda: backend.step([[5]])
 
 
-def less_prefill(bundle: Path, tokens: int) -> Any:
+def less_prefill(bundle: Path, tokens: int, operator: str) -> Any:
     """Feeding a prompt to a fresh row of a bundle, in its own chunks."""
     import less_export
 
-    backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count()).backend
+    backend = less_export.open_bundle(bundle, "ort", threads=os.cpu_count(), operator=operator).backend
     ids, chunk = np.random.default_rng(0).integers(3, 1000, (1, tokens)), backend.contract.chunk
 
     def prefill() -> None:
@@ -167,10 +204,24 @@ def less_prefill(bundle: Path, tokens: int) -> Any:
     return prefill
 
 
-def child(who: str, out: Path, context: int, tokens: int) -> None:
+def llama_work(context: int, tokens: int) -> dict[str, Any]:
+    """What ``llama_cpp.bench`` is to do: decode at a context, or feed a prompt as often as the others do."""
+    if tokens == 1:
+        return {"depth": context - 1, "prompt": 0, "steps": STEPS, "repetitions": 1, "warm_up": True}
+    times = max(1, PREFILLED // tokens)
+    return {"depth": 0, "prompt": tokens, "steps": 0, "repetitions": times, "warm_up": tokens <= PREFILLED}
+
+
+def child(who: str, out: Path, context: int, tokens: int, operator: str, programs: Path) -> None:
     """Decode at one context, or feed a prompt as long as the context, and print the figures as JSON."""
+    if who == "llama.cpp":
+        program, model = programs / "llama-bench", out / llama_gguf.FILE
+        figures = llama_cpp.bench(program, model, **llama_work(context, tokens))
+        rates = figures.pop("rates")
+        print(json.dumps({"tokens_per_second": round(statistics.median(rates), 2), **figures}))
+        return
     if who == "less-export":
-        step = less_step(out, context) if tokens == 1 else less_prefill(out, tokens)
+        step = less_step(out, context, operator) if tokens == 1 else less_prefill(out, tokens, operator)
     else:
         step = Step(out / "model.onnx", context, who == "onnxruntime-genai", tokens)
     times = []
@@ -182,21 +233,25 @@ def child(who: str, out: Path, context: int, tokens: int) -> None:
     print(json.dumps({"tokens_per_second": rate, **resident()}))
 
 
-def run(models: list[tuple[dict[str, Any], Path]], contexts: list[int], prompts: list[int], rounds: int) -> None:
+def run(models: Sequence[Model], contexts: list[int], prompts: list[int], rounds: int, folder: Path) -> None:
     """Give the row of each exported model its ``contexts`` and ``prompts``: rates and memory, measured in turn with the
     others; prompts once."""
     cells = [(c, 1) for c in contexts] * rounds + [(p, p) for p in prompts]
     runs: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     for context, tokens in cells:
-        for index, (row, out) in enumerate(models):
-            command = [sys.executable, __file__, "--child", row["who"], str(out), str(context), str(tokens)]
+        for index, model in enumerate(models):
+            if tokens == 1 and context not in model.contexts:
+                continue
+            command = [sys.executable, __file__, "--environments", str(folder), "--operator", model.operator]
+            command += ["--child", model.row["who"], str(model.out), str(context), str(tokens)]
             done = subprocess.run(command, capture_output=True, text=True)
             figures = {"failed": reason(done.stderr)} if done.returncode else json.loads(done.stdout)
             runs.setdefault((index, context, tokens), []).append(figures)
-    for index, (row, _) in enumerate(models):
-        row["contexts"] = [{"context": c, **summary(runs[index, c, 1])} for c in contexts]
-        row["prompts"] = [{"tokens": p, **summary(runs[index, p, p])} for p in prompts]
-        print(row, flush=True)
+    for index, model in enumerate(models):
+        places = [c for c in contexts if c in model.contexts]
+        model.row["contexts"] = [{"context": c, **summary(runs[index, c, 1])} for c in places]
+        model.row["prompts"] = [{"tokens": p, **summary(runs[index, p, p])} for p in prompts]
+        print(model.row, flush=True)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -214,57 +269,79 @@ def reason(error: BaseException | str) -> str:
     return lines[-1][:200] if lines else type(error).__name__
 
 
+def export(command: Any, who: str, out: Path) -> dict[str, Any]:
+    """The figures of an export into ``out``, or why there is none."""
+    if isinstance(command, str):
+        return {"failed": command}
+    target = {"less-export": ["--out", str(out)], "onnxruntime-genai": ["-o", str(out)]}.get(who, [str(out)])
+    exported = measure([*command, *target])
+    if exported.why:
+        shutil.rmtree(out, ignore_errors=True)
+        return {"failed": exported.why}
+    figures = {"seconds": exported.seconds, "peak_rss_mb": exported.peak_rss_mb, "written_mb": written(out) / 1e6}
+    return {n: round(x, 1) for n, x in figures.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    everyone = ["less-export", *PEERS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", choices=everyone, default=everyone, metavar="WHO", help=", ".join(everyone)
+    )
     parser.add_argument("--layers", type=int, default=TINYLLAMA["num_hidden_layers"])
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 4096, 16384])
+    llama_contexts = [512, 4096]
+    note = "those of --contexts at which llama.cpp decodes too (default: 512 4096)"
+    parser.add_argument("--llama-contexts", type=int, nargs="*", default=llama_contexts, metavar="CONTEXT", help=note)
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 4096], help="tokens (default: 512 4096)")
     parser.add_argument(
         "--rounds", type=int, default=3, help="measurements of a context; the median counts (default: 3)"
     )
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "less-export-peers")
+    parser.add_argument("--results", default="peers", help="name of the results file (default: peers)")
     parser.add_argument("--child", nargs=4, metavar=("WHO", "OUT", "CONTEXT", "TOKENS"), help=argparse.SUPPRESS)
+    parser.add_argument("--operator", default="native", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    folder = args.environments.absolute()
     if args.child:
-        return child(args.child[0], Path(args.child[1]), int(args.child[2]), int(args.child[3]))
+        who, out, context, tokens = args.child
+        return child(who, Path(out), int(context), int(tokens), args.operator, llama_cpp.programs(folder))
     os.environ["HF_HUB_OFFLINE"] = "1"
-    rows: list[dict[str, Any]] = []
-    models: list[tuple[dict[str, Any], Path]] = []
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        scratch = Path(folder)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    models: dict[tuple[str, str], Model] = {}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as temporary:
+        scratch = Path(temporary)
         checkpoint = scratch / "checkpoint"
         nbytes = random_checkpoint(checkpoint, "float16", args.layers, context=1 << 15)
         tokenizer(checkpoint)
-        for (who, precision), command in commands(checkpoint, scratch, args.environments, args.layers).items():
-            row: dict[str, Any] = {"who": who, "precision": precision}
-            rows.append(row)
-            if isinstance(command, str):
-                row["failed"] = command
-                continue
+        for key, command in commands(args.only, checkpoint, scratch, folder, args.layers).items():
+            who, precision = key
             out = scratch / f"out-{len(rows)}"
-            target = {"less-export": ["--out", str(out)], "onnxruntime-genai": ["-o", str(out)]}.get(who, [str(out)])
-            exported = measure([*command, *target])
-            if exported.why:
-                row["failed"] = exported.why
-                shutil.rmtree(out, ignore_errors=True)
+            rows[key] = {"who": who, "precision": precision, **export(command, who, out)}
+            if "failed" not in rows[key]:
+                contexts = args.llama_contexts if who == "llama.cpp" else args.contexts
+                models[key] = Model(rows[key], out, contexts, "native")
+        for key, exported in NODES.items():
+            if exported not in rows:
                 continue
-            figures = {
-                "seconds": exported.seconds,
-                "peak_rss_mb": exported.peak_rss_mb,
-                "written_mb": written(out) / 1e6,
-            }
-            row |= {n: round(x, 1) for n, x in figures.items()}
-            models.append((row, out))
-        run(models, args.contexts, args.prompts, args.rounds)
+            rows[key] = {"who": key[0], "precision": key[1]}
+            if exported in models:
+                models[key] = replace(models[exported], row=rows[key], operator="onnx")
+            else:
+                rows[key]["failed"] = rows[exported]["failed"]
+        run([*models.values()], args.contexts, args.prompts, args.rounds, folder)
     facts = {
         "model": "random Llama, TinyLlama-1.1B shape",
         "layers": args.layers,
         "checkpoint_mb": round(nbytes / 1e6, 1),
+        "slots": BUDGET,
+        "rounds": args.rounds,
+        "peers": {peer: packages for peer, packages in PEERS.items() if peer in args.only},
+        "threads": os.cpu_count(),
     }
-    write_results(
-        "peers",
-        {**facts, "slots": BUDGET, "rounds": args.rounds, "peers": PEERS, "threads": os.cpu_count(), "rows": rows},
-    )
+    # The rows of one exporter stand together.
+    ordered = sorted(rows.values(), key=lambda row: everyone.index(row["who"]))
+    write_results(args.results, {**facts, "rows": ordered})
 
 
 if __name__ == "__main__":

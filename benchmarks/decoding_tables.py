@@ -39,15 +39,18 @@ def decode_cost_note(data: dict[str, Any]) -> str:
 
 
 def peers(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Export and decoding against other exporters."""
+    """Export and decoding against other exporters. Rows may lack an export, or some contexts."""
     rows = []
     contexts = sorted({c["context"] for r in data["rows"] for c in r.get("contexts", [])})
     for r in data["rows"]:
         if "failed" in r:
             rows.append([r["who"], r["precision"], r["failed"], *[""] * (2 + 2 * len(contexts))])
             continue
-        cells = [f"{r['seconds']:.0f}", f"{r['peak_rss_mb']:,.0f}", f"{r['written_mb']:,.1f}"]
-        for c in r["contexts"]:
+        exported = {"seconds": ".0f", "peak_rss_mb": ",.0f", "written_mb": ",.1f"}
+        cells = [format(r[name], shown) if name in r else "" for name, shown in exported.items()]
+        measured = {c["context"]: c for c in r["contexts"]}
+        for context in contexts:
+            c = measured.get(context, {"failed": "not measured"})
             cells += (
                 [c["failed"], ""] if "failed" in c else [f"{c['tokens_per_second']:.2f}", f"{c['resident_mb']:,.0f}"]
             )
