@@ -17,6 +17,7 @@ import torch
 
 from less_export import open_bundle
 from less_export.cli import lm_eval
+from less_export.errors import UsageError
 from less_export.evaluation.harness import LessLM
 
 from . import bundles
@@ -106,6 +107,13 @@ def test_generation_until(model: LessLM, plain: Path) -> None:
     assert until(max_gen_toks=12, temperature=2.0) == want.text  # without do_sample
     sampled = {until(max_gen_toks=12, temperature=2.0, do_sample=True) for _ in range(4)}
     assert len(sampled) > 1
+
+
+def test_threads_are_for_onnx_runtime(plain: Path) -> None:
+    LessLM(str(plain), threads=1)
+    for options, says in (({"threads": "many"}, "whole number"), ({"backend": "torch", "threads": 1}, "leave it out")):
+        with pytest.raises(UsageError, match=says):
+            LessLM(str(plain), **options)
 
 
 # ------------------------------------------------------------------ eval --task lm-eval

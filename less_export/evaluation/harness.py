@@ -10,12 +10,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from ..bundle.artifact import Bundle, is_bundle
 from ..errors import UsageError, install_hint
-from ..runtime.generate import Generator
-from ..runtime.open import load_backend, load_tokenizer
+from ..runtime.open import backend_name, load_backend, load_tokenizer
+from .scorer import Scorer
 
 try:
     import lm_eval.models  # noqa: F401  (registers the harness's own models)
@@ -30,58 +28,36 @@ _NEW_TOKENS = 256
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
-class Scorer(Generator):
-    """Scores given continuations through the same steps that generate them."""
-
-    def score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): its log probability, and whether greedy decoding produces it."""
-        scores: list[tuple[float, bool]] = []
-        size = self.backend.contract.max_batch
-        with self.backend.exclusive():
-            for begin in range(0, len(pairs), size):
-                contexts, continuations = zip(*pairs[begin : begin + size], strict=True)
-                scores += self._score(list(contexts), list(continuations))
-        return scores
-
-    def _score(self, contexts: list[list[int]], continuations: list[list[int]]) -> list[tuple[float, bool]]:
-        self._start(len(contexts), None)
-        logits = self._prefill(contexts)
-        total, greedy = np.zeros(len(contexts)), np.ones(len(contexts), bool)
-        longest = max(map(len, continuations))
-        for at in range(longest):
-            for row, tokens in enumerate(continuations):
-                if at < len(tokens):
-                    scores = logits[row].astype(np.float64)
-                    peak = scores.max()
-                    total[row] += scores[tokens[at]] - peak - np.log(np.exp(scores - peak).sum())
-                    greedy[row] &= int(scores.argmax()) == tokens[at]
-            if at + 1 < longest:
-                active = np.array([int(at + 1 < len(c)) for c in continuations])
-                ids = np.array([[c[at] if a else 0] for c, a in zip(continuations, active, strict=True)])
-                logits = self.backend.step(ids, active)[:, 0]
-        return [(float(t), bool(g)) for t, g in zip(total, greedy, strict=True)]
-
-
 class LessLM(TemplateLM):
     """``bundle``: path of an exported bundle. ``backend``: ort, trt or torch; default by what the bundle holds.
 
-    ``trust_code``: see :func:`less_export.open_bundle`.
+    ``trust_code``: see :func:`less_export.open_bundle`. ``threads``: of ONNX Runtime; default one per core.
     """
 
     def __init__(
-        self, bundle: str | None = None, backend: str | None = None, trust_code: bool = False, **_: Any
+        self,
+        bundle: str | None = None,
+        backend: str | None = None,
+        trust_code: bool = False,
+        threads: int | None = None,
+        **_: Any,
     ) -> None:
         super().__init__()
         if bundle is None:
             raise UsageError("the model less needs --model_args bundle=DIR")
         if not isinstance(trust_code, bool):  # words that the harness does not read as a boolean
             raise UsageError(f"trust_code must be true or false, not {trust_code!r}")
+        if threads is not None and type(threads) is not int:
+            raise UsageError(f"threads must be a whole number, not {threads!r}")
         opened = Bundle.open(bundle)
+        if threads is not None and backend_name(opened, backend) != "ort":
+            raise UsageError("threads is for ONNX Runtime: leave it out")
         tokenizer = load_tokenizer(opened)
         if tokenizer is None:
             raise UsageError(f"{bundle} has no tokenizer, which tasks on text need")
         self._tokenizer = tokenizer
-        self._scorer = Scorer(load_backend(opened, backend, trust_code=trust_code), tokenizer)
+        options = {} if threads is None else {"threads": threads}
+        self._scorer = Scorer(load_backend(opened, backend, trust_code=trust_code, **options), tokenizer)
         self._bundle = bundle
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..bundle.artifact import is_bundle
 from ..config import ExportConfig
@@ -62,15 +63,12 @@ def summarize(
     Raises:
         UsageError: the file or its fields are missing, options are impossible, or rouge-score is not installed.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise UsageError(f"--task summarize needs rouge-score: {install_hint('eval')}") from None
+    _scorer()  # before anything is loaded
     if len(files) != 1:
         raise UsageError("--task summarize takes one --data FILE.jsonl with text and summary on each line")
     if count is not None and count < 1:
         raise UsageError(f"--seqs must be at least 1, not {count}")
-    params = SamplingParams(max_new_tokens=max_new_tokens, stop=("\n",))
+    SamplingParams(max_new_tokens=max_new_tokens)
     chosen(compare)
     items = _read(files[0])[:count]
     prompts = [_PROMPT.format(text=text) for text, _ in items]
@@ -79,17 +77,38 @@ def summarize(
         runs = iter([("as exported", open_bundle(target, backend, trust_code=trust_code))])
     else:
         runs = _variants(target, prompts, max_new_tokens, compare, cache, kernel_file, backend, progress, trust_code)
-    scorer = RougeScorer(list(METRICS), use_stemmer=True)
     results = []
     for name, generator in runs:
         with progress.phase(name, len(prompts)) as step:
-            completions = generator.generate(prompts, params)
+            scores, texts = rouge(generator, items, max_new_tokens)
             step("", len(prompts))
         generator.backend.close()
-        scores = [scorer.score(summary, m.text) for (_, summary), m in zip(items, completions, strict=True)]
-        means = {n: statistics.mean(np.array([s[n].fmeasure for s in scores])) for n in METRICS}
-        results.append(Summaries(name, generator.backend.name, means, tuple(m.text for m in completions)))
+        means = {n: statistics.mean(values) for n, values in scores.items()}
+        results.append(Summaries(name, generator.backend.name, means, texts))
     return results
+
+
+def rouge(
+    generator: Generator, items: Sequence[tuple[str, str]], max_new_tokens: int
+) -> tuple[dict[str, npt.NDArray[np.float64]], tuple[str, ...]]:
+    """Summarise (text, reference) items; F1 [N] by metric, and the summaries.
+
+    Raises:
+        UsageError: rouge-score is not installed.
+    """
+    scorer = _scorer()
+    params = SamplingParams(max_new_tokens=max_new_tokens, stop=("\n",))
+    texts = tuple(c.text for c in generator.generate([_PROMPT.format(text=text) for text, _ in items], params))
+    scores = [scorer.score(reference, text) for (_, reference), text in zip(items, texts, strict=True)]
+    return {n: np.array([s[n].fmeasure for s in scores]) for n in METRICS}, texts
+
+
+def _scorer() -> Any:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise UsageError(f"--task summarize needs rouge-score: {install_hint('eval')}") from None
+    return RougeScorer(list(METRICS), use_stemmer=True)
 
 
 def _variants(
