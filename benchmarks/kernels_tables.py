@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -48,36 +49,61 @@ def kernels_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 #: Caches of the tasks.
-TASK_CACHES = {"full": "full cache", "sparse+bytes": "int8 slots", "less": "LESS"}
+TASK_CACHES = {"full": "full cache", "sparse": "int8 slots", "less": "LESS"}
+_SUMMARIES = "summarize"
+_METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
 
 def tasks(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Accuracy by model, task and cache, and by how much LESS raises the log probability of the right answer."""
-    header = ["model", "task", "items", "examples", "tokens"]
-    header += [f"{name}, accuracy" for name in TASK_CACHES.values()]
-    header += [f"{name}, right answer" for name in TASK_CACHES.values()] + ["LESS to int8 slots"]
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in data["rows"]:
-        found.setdefault((row["model"], row["task"]), {})[row["kind"]] = row
+    header = ["model", "policy", "task", "examples", "tokens", "items", *TASK_CACHES.values()]
     rows = []
-    for (model, task), caches in found.items():
-        if caches.keys() != TASK_CACHES.keys():
-            continue
-        full, gold = caches["full"], {kind: np.array(caches[kind]["gold"]) for kind in TASK_CACHES}
-        change = statistics.mean(gold["less"] - gold["sparse+bytes"])
-        what = [model, task, str(len(gold["full"])), str(full["shots"]), str(full["tokens"])]
-        what += [_accuracy(caches[kind]["right"]) for kind in TASK_CACHES]
-        what += [f"{gold[kind].mean():.3f}" for kind in TASK_CACHES]
-        rows.append([*what, f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]"])
+    for caches in _compared(data, lambda row: row["task"] != _SUMMARIES):
+        less = caches["less"]
+        gold = {kind: np.array(caches[kind]["gold"]) for kind in ("sparse", "less")}
+        what = [less["model"], less["policy"], less["task"], str(less["shots"]), f"{less['tokens']:,}"]
+        what += [str(len(gold["less"])), *(_accuracy(caches[kind]["right"]) for kind in TASK_CACHES)]
+        rows.append([*what, _change(gold["less"] - gold["sparse"], 3)])
+    return [*header, "LESS - int8 slots, right answer"], rows
+
+
+def summaries(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """ROUGE F1 in percent by model, metric and cache, and what LESS changes on the same articles."""
+    header = ["model", "policy", "metric", "tokens", "articles", *TASK_CACHES.values(), "LESS - int8 slots"]
+    rows = []
+    for caches in _compared(data, lambda row: row["task"] == _SUMMARIES):
+        less = caches["less"]
+        for metric, name in _METRICS.items():
+            found = {kind: 100 * np.array(caches[kind]["rouge"][metric]) for kind in TASK_CACHES}
+            what = [less["model"], less["policy"], name, f"{less['tokens']:,}", str(len(found["less"]))]
+            what += [f"{x.mean():.1f}" for x in found.values()]
+            rows.append([*what, _change(found["less"] - found["sparse"], 1)])
     return header, rows
 
 
+def _compared(data: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, dict[str, Any]]]:
+    """Rows by cache, for each task and kernels that all caches were measured of, on as many items; the full cache has
+    no kernels, and is compared with those of all."""
+    chosen = [row for row in data["rows"] if wanted(row)]
+    full = {(row["model"], row["task"], row["limit"]): row for row in chosen if row["kind"] == "full"}
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in chosen:
+        key = (row["model"], row["task"], row["limit"])
+        if row["kind"] != "full" and key in full:
+            found.setdefault((*key, row["kernels"]), {"full": full[key]})[row["kind"]] = row
+    return [caches for caches in found.values() if caches.keys() == TASK_CACHES.keys()]
+
+
+def _change(values: np.ndarray, digits: int) -> str:
+    """The mean of differences, with its interval."""
+    change = statistics.mean(values)
+    return f"{change.value:+.{digits}f} [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+
+
 def _accuracy(right: list[int]) -> str:
-    """The share of right answers with its standard error; nothing for tasks without choices."""
-    if not right:
-        return ""
+    """The share of right answers, with its standard error, in percent."""
     share = float(np.mean(right))
-    return f"{share:.0%} ± {(share * (1 - share) / len(right)) ** 0.5:.0%}"
+    return f"{100 * share:.1f} ({100 * (share * (1 - share) / len(right)) ** 0.5:.1f})"
 
 
 #: Rank of the kernels, the context, and the texts that the README speaks of.

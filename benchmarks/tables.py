@@ -240,10 +240,20 @@ def kernels_kl() -> str:
 
 
 def tasks() -> str:
-    """Multiple-choice tasks."""
+    """Tasks of lm-evaluation-harness."""
     data = results("tasks")
-    note = "one token a step; right answer: mean log probability among the choices, or of the answer where there is one"
+    note = (
+        "accuracy in percent (standard error); one token a step; last column: nats of log probability, and the 95% "
+        "bootstrap interval over the items"
+    )
     return table(*kernels_tables.tasks(data)) + f"\n\n({note}; {where(data)})"
+
+
+def summaries() -> str:
+    """ROUGE of summaries."""
+    data = results("tasks")
+    note = "F1 in percent; one token a step; intervals by bootstrap over the articles"
+    return table(*kernels_tables.summaries(data)) + f"\n\n({note}; {where(data)})"
 
 
 def state_drift() -> str:
@@ -279,7 +289,7 @@ def rendered(text: str) -> str:
     makers |= {"large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
     makers |= {name: lambda maker=maker: table(*maker()) for name, maker in plan_tables.PARTS.items()}
-    makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "state_kl": state_kl, "recall": recall}
+    makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "summaries": summaries, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     for parts in (serving_tables.PARTS, decoding_tables.PARTS, memory_tables.PARTS):
