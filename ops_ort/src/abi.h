@@ -28,7 +28,7 @@ struct ApiBase {
     char const* (*version)();
 };
 
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt8 = 3, kInt32 = 6 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kInt8 = 3, kInt32 = 6, kHalf = 10, kBFloat16 = 16 };
 constexpr int kFail = 1, kInvalidArgument = 2;  // OrtErrorCode
 constexpr int kVariadic = 2;                    // OrtCustomOpInputOutputCharacteristic
 
@@ -65,6 +65,8 @@ class Functions {
     Status* output(KernelContext* context, size_t i, int64_t const* shape, size_t rank, Value** out) const {
         return call<Status*>(91, context, i, shape, rank, out);
     }
+    // The provider's stream; null where it has none.
+    Status* stream(const KernelContext* context, void** out) const { return call<Status*>(193, context, out); }
     // Calls `run(data, i)` for i < total, on the session's threads.
     Status* parallel(KernelContext const* context, void (*run)(void*, size_t), size_t total, void* data) const {
         return call<Status*>(274, context, run, total, size_t{0}, data);
