@@ -19,6 +19,7 @@ import torch
 
 from less_export.contract import LayerSpec
 from less_export.exporter import onnx_op
+from less_export.native import nvcc
 from less_export.tensorrt import plugin
 
 from . import emulation
@@ -70,7 +71,7 @@ def harness() -> ctypes.CDLL:
 
 
 def compile_harness(out: Path, kernels: Path, headers: Path) -> None:
-    names = [*(n for n in plugin._listed("sources.txt") if n.endswith(".cpp")), "tests/plugin_harness.cpp"]
+    names = [*(n for n in nvcc.listed("sources.txt") if n.endswith(".cpp")), "tests/plugin_harness.cpp"]
     command = ["g++", "-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-Wall", "-Wextra"]
     command += [
         "-Wno-deprecated-declarations",

@@ -15,6 +15,7 @@ import pytest
 from less_export.cli import main as cli
 from less_export.contract import PLUGIN_VERSION
 from less_export.errors import EngineError, UsageError
+from less_export.native import nvcc
 from less_export.progress import Spoken
 from less_export.tensorrt import plugin
 
@@ -47,10 +48,10 @@ def toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Toolkit:
 
 def test_one_list_of_sources() -> None:
     """The compiled sources are those in the folder and those in the package."""
-    root = plugin.sources()
-    listed = plugin._listed("sources.txt")
+    root = nvcc.kernels()
+    listed = nvcc.listed("sources.txt")
     assert sorted(listed) == sorted(f"src/{p.name}" for p in (root / "src").iterdir() if p.suffix in (".cu", ".cpp"))
-    assert plugin.default_archs() == ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    assert nvcc.default_archs() == ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
     header = (root / "src/less_attention_plugin.h").read_text()
     assert re.findall(r'kPluginVersion = "(\d+)"', header) == [PLUGIN_VERSION]
 
@@ -61,7 +62,7 @@ def test_built_once(toolkit: Toolkit, tmp_path: Path) -> None:
     assert built.read_text() == "compiled\n"
     assert built.is_relative_to(tmp_path / "cache" / "plugins")
     lines = log.read_text().splitlines()
-    assert len(lines) == len(plugin._listed("sources.txt")) + 1
+    assert len(lines) == len(nvcc.listed("sources.txt")) + 1
     (kernels,) = [x for x in lines if "less_attention_decode.cu -o" in x]
     for flag in (
         "code=sm_89",
@@ -76,7 +77,7 @@ def test_built_once(toolkit: Toolkit, tmp_path: Path) -> None:
     link = lines[-1]
     assert all(x in link for x in ("-shared", "-cudart=static", "--exclude-libs=ALL", "exports.map"))
     assert told[-1] == "linking the plugin"
-    assert any("7 of 7 files done" in x for x in told)
+    assert any("8 of 8 files done" in x for x in told)
     assert plugin.library(("sm_89", "sm_120")) == built
     assert len(log.read_text().splitlines()) == len(lines)  # from the cache
     assert sorted(p.name for p in built.parent.iterdir()) == [plugin.LIBRARY, f"{plugin.LIBRARY}.sha256"]
@@ -111,7 +112,7 @@ def test_several_processes_at_once(toolkit: Toolkit, tmp_path: Path) -> None:
         said = {*pool.map(build, range(3))}
     (path,) = said
     assert Path(path.strip()).read_text() == "compiled\n"
-    assert len(log.read_text().splitlines()) > 7  # more than one was compiled
+    assert len(log.read_text().splitlines()) > 8  # more than one was compiled
     assert [p.name for p in Path(path.strip()).parents[1].iterdir()] == [Path(path.strip()).parent.name]
 
 
@@ -144,7 +145,7 @@ def test_what_is_missing_is_said(toolkit: Toolkit, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(EngineError, match=r"needs a C\+\+ compiler: install g\+\+"):
         plugin.toolchain()
-    monkeypatch.setattr(plugin, "_nvcc_places", lambda: iter([empty / "nvcc"]))
+    monkeypatch.setattr(nvcc, "places", lambda: iter([empty / "nvcc"]))
     with pytest.raises(EngineError, match=r"needs nvcc, .* pip install 'less-export\[plugin\]'"):
         plugin.toolchain()
 
@@ -155,7 +156,7 @@ def test_places_of_nvcc_and_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     monkeypatch.setenv("CUDA_HOME", "/given")
-    places = [*plugin._nvcc_places()]
+    places = [*nvcc.places()]
     assert places[0] == Path("/given/bin/nvcc")
     assert tmp_path / "nvidia/cu13/bin/nvcc" in places
     monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
@@ -167,14 +168,14 @@ def test_places_of_nvcc_and_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [("sm_89", ("sm_89",)), ("8.9,90, 120", ("sm_89", "sm_90", "sm_120")), ("SM_100,100", ("sm_100",))],
 )
 def test_architectures(text: str, parsed: tuple[str, ...]) -> None:
-    assert plugin.parse_archs(text) == parsed
-    assert plugin.parse_archs(None) == plugin.parse_archs("all") == plugin.default_archs()
+    assert nvcc.parse_archs(text) == parsed
+    assert nvcc.parse_archs(None) == nvcc.parse_archs("all") == nvcc.default_archs()
 
 
 @pytest.mark.parametrize("text", ["", "sm_75", "ada", "8", "89,", "8.9.1"])
 def test_architectures_that_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="give architectures from sm_80 on"):
-        plugin.parse_archs(text)
+        nvcc.parse_archs(text)
 
 
 def test_the_command(toolkit: Toolkit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from less_export.contract import OP_NAME, PLUGIN_VERSION, LayerSpec, SlotDtype, StateBits
 from less_export.exporter import onnx_op
-from less_export.tensorrt import plugin as plugin_module
+from less_export.native import nvcc
 
 from . import plugin_host
 from .emulation import DTYPES, kernel_layer, normal
@@ -321,17 +321,17 @@ def test_a_driver_that_is_too_old_is_said() -> None:
     """No driver is no reason: engines are built without one."""
     try:
         harness().harness_driver_version(10020)
-        said = plugin_module.why_unusable(harness())
+        said = nvcc.why_unusable(harness())
         harness().harness_driver_version(99000)
-        assert plugin_module.why_unusable(harness()) is None
+        assert nvcc.why_unusable(harness()) is None
     finally:
         harness().harness_driver_version(0)
     assert re.fullmatch(
-        r"the driver supports CUDA up to 10\.2, and the plugin was built with CUDA \d+\.\d: "
-        r"update the driver, or build the plugin with an older CUDA",
+        r"the driver supports CUDA up to 10\.2, and the kernels were built with CUDA \d+\.\d: "
+        r"update the driver, or build them with an older CUDA",
         said or "",
     )
-    assert plugin_module.why_unusable(harness()) is None
+    assert nvcc.why_unusable(harness()) is None
 
 
 def test_every_context_has_counters_of_its_own() -> None:

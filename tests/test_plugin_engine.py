@@ -32,6 +32,7 @@ from less_export.contract import (
 )
 from less_export.errors import EngineError
 from less_export.exporter import onnx_op
+from less_export.native import nvcc
 from less_export.runtime import trt
 from less_export.runtime.open import load_backend
 from less_export.runtime.trt import inspect_plan
@@ -187,7 +188,7 @@ def test_tensorrt_asks_the_plugin_for_its_aliases(
 
 def test_the_plugin_has_no_topk_limit(plugin_library: Path, weights: Path) -> None:
     contract = contract_of("float16", chunk=1, capacity=TENSORRT_TOPK_LIMIT + 160)
-    assert plugin.why_unsupported(plugin_library, contract.layers[0], "float16") is None
+    assert nvcc.why_unsupported(plugin_library, contract.layers[0], "float16") is None
     model = bare(contract, weights)
     options: dict[str, Any] = {"out": weights / "x.plan", "weights_dir": weights, "gpu_arch": PLUGIN_ARCH}
     assert engine.build_plan(model, contract, library=plugin_library, **options).plugin_layers == 2
@@ -204,11 +205,11 @@ def test_layers_the_plugin_cannot_run(plugin_library: Path, weights: Path) -> No
             b"", odd, out=weights / "x.plan", weights_dir=weights, gpu_arch=PLUGIN_ARCH, library=plugin_library
         )
     for layer in (*contract.layers, *contract_of("float16", slots="int8", state_bits=16).layers):
-        assert plugin.why_unsupported(plugin_library, layer, "bfloat16") is None
+        assert nvcc.why_unsupported(plugin_library, layer, "bfloat16") is None
     widest = dataclasses.replace(contract.layers[0], rank=PLUGIN_RANK_LIMIT)
-    assert plugin.why_unsupported(plugin_library, widest, "float32") is None
+    assert nvcc.why_unsupported(plugin_library, widest, "float32") is None
     wide = dataclasses.replace(contract.layers[0], rank=PLUGIN_RANK_LIMIT + 1)
-    assert plugin.why_unsupported(plugin_library, wide, "float32") == "the rank must be 1 to 64"
+    assert nvcc.why_unsupported(plugin_library, wide, "float32") == "the rank must be 1 to 64"
 
 
 def test_a_wrong_node_is_refused_by_name(plugin_library: Path, weights: Path) -> None:

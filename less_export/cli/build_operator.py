@@ -1,10 +1,11 @@
-"""``less-export build-operator``: the operator for ONNX Runtime's CPU provider on its own."""
+"""``less-export build-operator``: the operator for ONNX Runtime on its own, for CPUs or for CUDA."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from ..errors import UsageError
 from .files import write
 from .options import Parser, general_options
 from .progress import spinner
@@ -14,25 +15,35 @@ def parser() -> Parser:
     parser = Parser(
         "build-operator",
         "[options]",
-        "Compile the operator for ONNX Runtime's CPU provider, or take it from the cache of earlier builds, and print "
-        "its path. Bundles that run on a CPU do so themselves when they are opened; other programs register the file "
-        "(SessionOptions.register_custom_ops_library), and an image for containers is built with it.",
+        "Compile the operator for ONNX Runtime's CPU provider, or with --cuda for its CUDA provider, or take it from "
+        "the cache of earlier builds, and print its path. Bundles do so themselves when they are opened; other "
+        "programs register the file (SessionOptions.register_custom_ops_library), and an image for containers is built "
+        "with it.",
         (
             "less-export build-operator",
             "less-export build-operator --out libless_ort.so",
+            "less-export build-operator --cuda --gpu-arch sm_89 --out libless_ort_cuda.so",
         ),
     )
     library = parser.add_argument_group("library")
+    library.add_argument("--cuda", action="store_true", help="for the CUDA provider; needs nvcc, but no GPU")
+    library.add_argument("--gpu-arch", metavar="SM", help="with --cuda: architectures, e.g. sm_89,sm_90 (default: all)")
     library.add_argument("--out", type=Path, metavar="FILE", help="copy the library to FILE")
     general_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..native import ort_operator
+    from ..native import nvcc, ort_cuda, ort_operator
 
+    if args.gpu_arch is not None and not args.cuda:
+        raise UsageError("--gpu-arch goes with --cuda")
+    archs = nvcc.parse_archs(args.gpu_arch, "operator") if args.cuda else ()
     with spinner() as progress:
-        library = ort_operator.library(progress=progress)
+        if args.cuda:
+            library = ort_cuda.library(archs, progress=progress)
+        else:
+            library = ort_operator.library(progress=progress)
     if args.out is not None:
         write(args.out, library.read_bytes())
     print(args.out or library)

@@ -29,9 +29,10 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..native import nvcc
     from ..tensorrt import plugin
 
-    archs = plugin.parse_archs(args.gpu_arch)
+    archs = nvcc.parse_archs(args.gpu_arch)
     with spinner() as progress:
         library = plugin.library(archs, progress=progress)
     if args.out is not None:

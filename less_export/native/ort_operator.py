@@ -38,6 +38,11 @@ def why_unsupported(contract: Contract) -> str | None:
     """Why the operator cannot run a graph; ``None`` if it can."""
     if contract.dtype != "float32":
         return f"it computes in float32, not {contract.dtype}"
+    return foreign_policy(contract)
+
+
+def foreign_policy(contract: Contract) -> str | None:
+    """That a layer has a policy that no operator knows; ``None`` if there is none."""
     foreign = [layer.policy.name for layer in contract.layers if layer.policy not in _POLICIES]
     return f"it does not know policy {foreign[0]}" if foreign else None
 

@@ -1,10 +1,10 @@
 """The ONNX Runtime backend, on a CPU or with CUDA.
 
-On a CPU, a kernel of our own runs LessAttention (:mod:`less_export.native.ort_operator`). It changes the state in
-place, and a range of rows is bound by its address, once. Elsewhere the operator's body runs as ordinary nodes. The
-state then has two sets of tensors: a step of some rows reads one set and writes the other, and the next step of these
-rows the reverse. No state is copied or allocated between steps, except that a row which joins others moves into their
-set.
+A kernel of our own runs LessAttention where it can (:mod:`less_export.native.ort_operator` and
+:mod:`less_export.native.ort_cuda`). It changes the state in place, and a range of rows is bound by its address, once.
+Else the operator's body runs as ordinary nodes. The state then has two sets of tensors: a step of some rows reads one
+set and writes the other, and the next step of these rows the reverse. No state is copied or allocated between steps,
+except that a row which joins others moves into their set.
 Measured on two cores:
 - Memory that is freed while a model loads is returned to the system at once (glibc would keep it): an int4
   model of 1.1B parameters (746 MB on disk, of which 131 MB of embeddings are only mapped) takes 841 MB after
@@ -34,7 +34,7 @@ import numpy.typing as npt
 from ..contract import INPUT_IDS, LOGITS, NEW_LENGTH, PAST_LENGTH, Contract, TensorSpec
 from ..dtypes import numpy_dtype, onnx_type
 from ..errors import BackendError, EngineError, UsageError, install_hint
-from ..native import ort_operator
+from ..native import ort_cuda, ort_operator
 from ..versions import warn_if_untested
 from .backend import Array, Backend, State, empty
 from .row_sides import RowSides
@@ -94,22 +94,38 @@ def _choose_provider(ort: Any, provider: str | None) -> str:
     return str(name)
 
 
+def _cpu_kernel(contract: Contract) -> Path | str:
+    return ort_operator.why_unsupported(contract) or ort_operator.library()
+
+
+def _cuda_kernel(contract: Contract) -> Path | str:
+    if reason := ort_cuda.why_unsupported(contract):
+        return reason
+    library = ort_cuda.library_for_this_gpu()
+    return ort_cuda.why_library_unsuited(library, contract) or library
+
+
+#: By device: the library whose kernel runs a graph, or the reason why none can. Raises EngineError if there is none.
+_KERNELS = {"cpu": _cpu_kernel, "cuda": _cuda_kernel}
+
+
 def _kernel(contract: Contract, device: str, operator: str | None) -> Path | None:
     """The library whose kernel runs LessAttention; None if the graph's own nodes do."""
     if operator not in (None, "native", "onnx"):
         raise UsageError(f"unknown operator '{operator}': choose native or onnx")
     if operator == "onnx":
         return None
-    reason = "it is for CPUs" if device != "cpu" else ort_operator.why_unsupported(contract)
-    if reason is None:
-        try:
-            return ort_operator.library()
-        except EngineError as error:
-            if operator == "native":
-                raise
-            warnings.warn(f"LessAttention runs as ONNX nodes, which is slower: {error}", RuntimeWarning, stacklevel=5)
-    elif operator == "native":
-        raise UsageError(f"the native operator cannot run this graph ({reason}): leave the choice out, or choose onnx")
+    try:
+        found = _KERNELS[device](contract)
+    except EngineError as error:
+        if operator == "native":
+            raise
+        warnings.warn(f"LessAttention runs as ONNX nodes, which is slower: {error}", RuntimeWarning, stacklevel=5)
+        return None
+    if isinstance(found, Path):
+        return found
+    if operator == "native":
+        raise UsageError(f"the native operator cannot run this graph ({found}): leave the choice out, or choose onnx")
     return None
 
 
@@ -123,8 +139,9 @@ class OrtBackend(Backend):
         provider: "cpu" (default) or "cuda", or the full name of either.
         accuracy_level: ONNX Runtime's accuracy level of products with quantised weights. 4, its default,
             rounds activations to 8 bits; 1 computes in float32, several times slower (int8: a hundred times).
-        operator: what runs LessAttention: "native", the kernel for CPUs, which is compiled when it is needed for the
-            first time; "onnx", the graph's own nodes; default the kernel where it can run, else the nodes.
+        operator: what runs LessAttention: "native", the kernel for the device, which is compiled when it is needed for
+            the first time (for CUDA that takes minutes, with nvcc); "onnx", the graph's own nodes; default the kernel
+            where it can run, else the nodes.
 
     If a step fails while the kernel runs it, the state of its rows is undefined: write, reset or copy over them.
 

@@ -20,6 +20,7 @@ from ..bundle.files import replace, scratch_folder
 from ..contract import OP_NAME, TENSORRT_TOPK_LIMIT, Contract, TensorSpec
 from ..dtypes import from_tensorrt
 from ..errors import EngineError, UsageError, install_hint
+from ..native import nvcc
 from ..progress import Progress
 from . import plugin
 from .log import implement, log_of, one_line
@@ -93,11 +94,11 @@ def parse_gpu_arch(chosen: Flavour, gpu_arch: str | None) -> tuple[str, ...]:
         return ()
     names = " ".join(chosen.module.ComputeCapability.__members__)
     # TensorRT-RTX knows Turing (sm_75) but has no f32 matrix product for it, which the low-rank term needs.
-    first = plugin.first_arch()
+    first = nvcc.first_arch()
     supported = [f"sm_{n}" for n in sorted(map(int, re.findall(r"\bSM(\d+)", names))) if n >= first]
     archs = []
     for item in gpu_arch.split(","):
-        arch = plugin.arch_name(item)
+        arch = nvcc.arch_name(item)
         if arch is None or arch not in supported:
             raise UsageError(
                 f"{chosen.label} cannot build for '{item.strip()}': choose from {', '.join(supported)}, "

@@ -6,90 +6,33 @@ compiler, TensorRT's headers but not TensorRT, and no GPU; the result is stored 
 
 from __future__ import annotations
 
-import concurrent.futures
 import ctypes
-import hashlib
-import importlib.resources
 import importlib.util
 import os
 import re
-import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..bundle.files import scratch_folder
-from ..contract import Contract, LayerSpec
-from ..dtypes import COMPUTE_DTYPES
-from ..errors import EngineError, UsageError, install_hint, one_line
-from ..native import cache, compiler
-from ..progress import Progress, Silent
+from ..contract import Contract
+from ..errors import EngineError, install_hint, one_line
+from ..native import cache, nvcc
+from ..native.nvcc import default_archs
+from ..progress import Progress
 from .log import log_of
 
 LIBRARY = "libless_plugins.so"
 _INSTALL = install_hint("plugin")
-_COMPILE = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all")
-#: The first CUDA that compiles for every architecture of the default list.
-_FIRST_CUDA = (12, 8)
 
 
 @dataclass(frozen=True)
-class Toolchain:
-    """The tools that compile the plugin; ``cuda`` is nvcc's version like "13.0.88"."""
+class Toolchain(nvcc.Tools):
+    """The tools that compile the plugin, and TensorRT's headers with their version."""
 
-    nvcc: Path
-    cuda: str
-    host: str
     tensorrt_include: Path
     tensorrt: str
-
-    @property
-    def library_folders(self) -> list[Path]:
-        """Folders of the static CUDA runtime (PyPI's packages have no lib64, where nvcc looks)."""
-        return [f for f in (self.nvcc.parents[1] / "lib64", self.nvcc.parents[1] / "lib") if f.is_dir()]
-
-
-def sources() -> Path:
-    """The folder ``plugins_trt``."""
-    return Path(str(importlib.resources.files("less_export.plugins_trt")))
-
-
-def _listed(name: str) -> list[str]:
-    lines = (sources() / name).read_text(encoding="utf-8").splitlines()
-    return [x.strip() for x in lines if x.strip() and not x.startswith("#")]
-
-
-def default_archs() -> tuple[str, ...]:
-    """Architectures that are built by default, like "sm_89"."""
-    return tuple(f"sm_{n}" for n in _listed("architectures.txt"))
-
-
-def first_arch() -> int:
-    """The oldest architecture that plugins and engines are built for, like 80."""
-    return min(map(int, _listed("architectures.txt")))
-
-
-def arch_name(text: str) -> str | None:
-    """ "sm_89" of "sm_89", "sm89", "89" or "8.9"; None for anything else."""
-    match = re.fullmatch(r"(?:sm_?)?(\d+?)\.?(\d)", text.strip().lower())
-    return f"sm_{match[1]}{match[2]}" if match else None
-
-
-def parse_archs(text: str | None) -> tuple[str, ...]:
-    """Architectures of an option: "sm_89", "89" or "8.9", several with commas; ``None`` or "all" for the default."""
-    if text is None or text.strip().lower() == "all":
-        return default_archs()
-    archs = []
-    for item in text.split(","):
-        arch = arch_name(item)
-        if arch is None or int(arch.removeprefix("sm_")) < first_arch():
-            raise UsageError(
-                f"the plugin cannot be built for '{item.strip()}': give architectures from sm_{first_arch()} on"
-            )
-        archs.append(arch)
-    return tuple(dict.fromkeys(archs))
 
 
 # ------------------------------------------------------------------ the toolchain
@@ -101,23 +44,8 @@ def toolchain() -> Toolchain:
     Raises:
         EngineError: one of them is missing, or nvcc is too old; the message says where it was searched for.
     """
-    nvcc = next((p for p in _nvcc_places() if p.is_file()), None)
-    if nvcc is None:
-        raise EngineError(f"the plugin needs nvcc, which is neither in CUDA_HOME nor on PATH: {_INSTALL}")
-    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    version = re.search(r"V(\d+)\.(\d+)\.(\d+)", output)
-    if version is None:
-        raise EngineError(f"{nvcc} reports no version: {_INSTALL}")
-    if (int(version[1]), int(version[2])) < _FIRST_CUDA:
-        needed = ".".join(map(str, _FIRST_CUDA))
-        raise EngineError(
-            f"{nvcc} is from CUDA {version[1]}.{version[2]}, the plugin needs {needed} or newer: {_INSTALL}"
-        )
-    host = compiler.find()
-    if host is None:
-        raise EngineError("the plugin needs a C++ compiler: install g++")
-    headers = tensorrt_include()
-    return Toolchain(nvcc, version[0][1:], host, headers, _tensorrt_version(headers))
+    tools, headers = nvcc.find("plugin"), tensorrt_include()
+    return Toolchain(tools.nvcc, tools.cuda, tools.host, headers, _tensorrt_version(headers))
 
 
 def tensorrt_include() -> Path:
@@ -128,18 +56,6 @@ def tensorrt_include() -> Path:
             f"the plugin needs TensorRT's headers: set TENSORRT_INCLUDE_DIR to the folder of NvInfer.h, or {_INSTALL}"
         )
     return headers
-
-
-def _nvcc_places() -> Iterator[Path]:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(variable):
-            yield Path(os.environ[variable]) / "bin" / "nvcc"
-    if on_path := shutil.which("nvcc"):
-        yield Path(on_path).resolve()
-    yield Path("/usr/local/cuda/bin/nvcc")
-    spec = importlib.util.find_spec("nvidia")  # the namespace of PyPI's packages
-    for folder in spec.submodule_search_locations or () if spec else ():
-        yield Path(folder) / "cu13" / "bin" / "nvcc"
 
 
 def _header_places() -> Iterator[Path]:
@@ -193,14 +109,9 @@ def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> P
 
 def _key(tools: Toolchain, archs: Sequence[str]) -> str:
     """Key of everything that the library depends on: sources, compilers, headers, architectures."""
-    digest = hashlib.sha256()
-    names = [p for pattern in ("src/*", "include/*", "*.txt", "*.map") for p in sorted(sources().glob(pattern))]
-    for path in names:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    host = compiler.version(tools.host)
-    facts = (tools.cuda, tools.tensorrt, os.uname().machine, tools.host, host, *archs, *_COMPILE)
-    digest.update(repr(facts).encode())
-    return digest.hexdigest()[:20]
+    patterns = ("src/*", "include/*", "*.txt", "*.map")
+    files = [p for pattern in patterns for p in sorted(nvcc.kernels().glob(pattern))]
+    return nvcc.key(files, tools, archs, tools.tensorrt)
 
 
 def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progress: Progress | None = None) -> None:
@@ -209,66 +120,21 @@ def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progre
     Raises:
         EngineError: the compiler fails; the message is its first error (the log has the whole output).
     """
-    base, progress = sources(), progress or Silent()
-    numbers = [a.removeprefix("sm_") for a in archs]
-    targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    ends = sorted({min(numbers, key=int), max(numbers, key=int)}, key=int)  # PTX: see architectures.txt
-    targets += [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ends]
-    nvcc = [str(tools.nvcc), "-ccbin", tools.host, *_COMPILE]
-    paths = ["-I", str(base / "include"), "-isystem", str(tools.tensorrt_include)]
-    names, cores = _listed("sources.txt"), os.cpu_count() or 1
-
-    def compile_one(name: str) -> str:
-        object_file = out.parent / f"{Path(name).name}.o"
-        device = [*targets, "--threads", str(min(len(targets), cores))] if name.endswith(".cu") else []
-        compiler.run([*nvcc, *paths, *device, "-c", str(base / name), "-o", str(object_file)], "plugin", name)
-        return str(object_file)
-
-    progress.say(f"compiling the plugin for {', '.join(archs)} (once; a minute or two per architecture)")
-    with concurrent.futures.ThreadPoolExecutor(min(len(names), cores)) as pool:
-        running = [pool.submit(compile_one, n) for n in names]
-        try:
-            for count, done in enumerate(concurrent.futures.as_completed(running), 1):
-                done.result()
-                progress.say(f"compiling the plugin for {', '.join(archs)}: {count} of {len(names)} files done")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    objects = [r.result() for r in running]
-    progress.say("linking the plugin")
-    options = f"--version-script={base / 'exports.map'},--exclude-libs=ALL,-z,nodelete,--no-undefined"
-    folders = [f"-L{f}" for f in tools.library_folders]
-    link = [*nvcc, "-shared", "-cudart=static", *folders, "-Xlinker", options, *objects, "-o", str(out)]
-    compiler.run(link, "plugin", LIBRARY)
+    base = nvcc.kernels()
+    sources = tuple(base / name for name in nvcc.listed("sources.txt"))
+    plugin = nvcc.Product(
+        "plugin", LIBRARY, sources, (base / "include",), (tools.tensorrt_include,), base / "exports.map"
+    )
+    nvcc.compile_library(out, plugin, archs, tools, progress=progress)
 
 
 # ------------------------------------------------------------------ layers it can run
 
 
-def why_unsupported(path: Path, layer: LayerSpec, dtype: str) -> str | None:
-    """Why the plugin in ``path`` cannot run a layer that computes in ``dtype``; ``None`` if it can."""
-    ask = ctypes.CDLL(os.fspath(path)).lessWhyUnsupported
-    ask.restype = ctypes.c_char_p
-    sizes = (layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank)
-    values = (*layer.attributes().values(), 8 if layer.int8 else 0, layer.state_bits)
-    attributes = [ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int32(x) for x in values]
-    reason = ask(*(ctypes.c_int32(int(n)) for n in (COMPUTE_DTYPES.index(dtype), *sizes)), *attributes)
-    return reason.decode() if reason else None
-
-
-def why_unusable(library: ctypes.CDLL) -> str | None:
-    """Why an open plugin library cannot run on this machine's driver; ``None`` if it can, or there is no driver."""
-    if not hasattr(library, "lessWhyUnusable"):  # built by an older version
-        return None
-    library.lessWhyUnusable.restype = ctypes.c_char_p
-    reason = library.lessWhyUnusable()
-    return reason.decode() if reason else None
-
-
 def check_layers(path: Path, contract: Contract) -> None:
     """Raise :class:`EngineError` for a contract with a layer that the plugin in ``path`` cannot run."""
     for index, layer in enumerate(contract.layers):
-        if reason := why_unsupported(path, layer, contract.dtype):
+        if reason := nvcc.why_unsupported(path, layer, contract.dtype):
             raise EngineError(
                 f"the plugin cannot run layer {index} ({reason}): --no-plugin builds from standard operators"
             )
@@ -299,7 +165,7 @@ def load(module: Any, path: Path) -> None:
         opened.lessOnError(_sinks[module.__name__])
     except (OSError, AttributeError) as error:
         raise EngineError(f"cannot load the plugin {path}: {one_line(error)}") from None
-    if reason := why_unusable(opened):
+    if reason := nvcc.why_unusable(opened):
         raise EngineError(f"cannot use the plugin {path}: {reason}")
     registry, held = module.get_plugin_registry(), _loaded.get(module.__name__)
     if held is not None:

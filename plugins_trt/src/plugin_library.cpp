@@ -11,23 +11,9 @@
 #include <vector>
 
 #include "less_attention_plugin.h"
+#include "library_facts.h"
 
 #define LESS_EXPORT extern "C" __attribute__((visibility("default")))
-
-// Why the kernels cannot run with this machine's driver: the reason, or nullptr, also without a driver (engines are
-// built there). A driver runs what is built with its major version of CUDA or an older one.
-LESS_EXPORT char const* lessWhyUnusable() noexcept {
-    static char reason[200];
-    int driver = 0;
-    if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) return nullptr;
-    if (driver / 1000 >= CUDART_VERSION / 1000) return nullptr;
-    std::snprintf(
-        reason, sizeof reason,
-        "the driver supports CUDA up to %d.%d, and the plugin was built with CUDA %d.%d: update the driver, or "
-        "build the plugin with an older CUDA",
-        driver / 1000, driver % 1000 / 10, CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10);
-    return reason;
-}
 
 namespace less {
 
@@ -170,15 +156,3 @@ LESS_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count
 
 // Redirects errors to `sink` instead of TensorRT's logger or stderr; nullptr restores these.
 LESS_EXPORT void lessOnError(void (*sink)(char const*)) noexcept { less::errorSink = sink; }
-
-// less::whyUnsupported for callers outside of C++: the reason, or nullptr. A largest distance is no reason; its table
-// is checked with the node.
-LESS_EXPORT char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim,
-                                           int32_t slots, int32_t rank, float scale, int32_t policy, int32_t heavy,
-                                           int32_t recent, int32_t window, int32_t absorb, float decay,
-                                           int32_t slotBits, int32_t stateBits) noexcept {
-    less::AttentionShape shape{less::DType{dtype},      1, queryHeads, kvHeads, 1, headDim, slots, rank,
-                               less::SlotType{slotBits}};
-    shape.stateType = less::StateType{stateBits};
-    return less::whyUnsupported(shape, {scale, less::Policy{policy}, heavy, recent, window, absorb, decay});
-}

@@ -1,0 +1,105 @@
+"""The operator for ONNX Runtime's CUDA provider: its build into the cache, and the graphs that it can run.
+
+The sources are those of ``ops_ort`` and the kernels of ``plugins_trt``, which ship with the package. Building needs
+nvcc and a C++ compiler, no GPU. The library registers a kernel for ``less::LessAttention``, which wins over the
+operator's body in the graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..bundle.files import scratch_folder
+from ..contract import Contract
+from ..errors import EngineError, one_line
+from ..progress import Progress, Spoken
+from . import cache, nvcc, ort_operator
+
+LIBRARY = "libless_ort_cuda.so"
+_NAME = "operator for CUDA"
+#: What the operator takes of the plugin's sources besides its kernels.
+_KERNELS = ("src/library_facts.cpp",)
+_LOG = logging.getLogger(__name__)
+
+
+def why_unsupported(contract: Contract) -> str | None:
+    """Why the operator cannot run a graph, as far as its library need not be asked; ``None`` if it may."""
+    return ort_operator.foreign_policy(contract)
+
+
+def why_library_unsuited(path: Path, contract: Contract) -> str | None:
+    """Why the library ``path`` cannot run with this machine's driver, or not a layer of a graph; ``None`` if it can.
+
+    Raises:
+        EngineError: the library cannot be loaded.
+    """
+    try:
+        opened = ctypes.CDLL(str(path))
+        if reason := nvcc.why_unusable(opened):
+            return reason
+        reasons = [nvcc.why_unsupported(path, layer, contract.dtype) for layer in contract.layers]
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"cannot load the operator {path}: {one_line(error)}") from None
+    return next((f"layer {i}: {reason}" for i, reason in enumerate(reasons) if reason), None)
+
+
+def library_for_this_gpu() -> Path:
+    """The library for the first GPU; while it is compiled, the log says so.
+
+    Raises:
+        EngineError: no GPU, or one that the kernels are not for; see :func:`library`.
+    """
+    arch = nvcc.gpu_arch()
+    if arch is None:
+        raise EngineError("no CUDA driver, or no GPU: run nvidia-smi")
+    if int(arch.removeprefix("sm_")) < nvcc.first_arch():
+        raise EngineError(f"the operator is for GPUs from sm_{nvcc.first_arch()} on, this one is {arch}")
+    return library((arch,), progress=Spoken(_LOG.warning))
+
+
+def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
+    """The library for ``archs`` (default: all), from the cache or built into it, which takes minutes.
+
+    Raises:
+        EngineError: no toolchain, or it fails, or the cache cannot be written or is another user's.
+    """
+    archs = tuple(archs) or nvcc.default_archs()
+    tools = nvcc.find(_NAME)
+    target = cache.cache_folder() / "operators" / _key(tools, archs) / LIBRARY
+    if digest := cache.stored(target):
+        cache.record(digest)
+        return target
+    try:
+        with scratch_folder(target.parent) as folder:
+            compile_library(folder / LIBRARY, archs, tools, progress=progress)
+            cache.store(folder / LIBRARY, target)
+    except OSError as error:
+        raise EngineError(
+            f"cannot write the operator to {target.parent}: {error.strerror or error} "
+            "(set LESS_EXPORT_CACHE to another folder)"
+        ) from error
+    return target
+
+
+def compile_library(out: Path, archs: Sequence[str], tools: nvcc.Tools, *, progress: Progress | None = None) -> None:
+    """Compile the operator to ``out``; object files are left beside it.
+
+    Raises:
+        EngineError: the compiler fails; the message is its first error (the log has the whole output).
+    """
+    ours, kernels = ort_operator.sources(), nvcc.kernels()
+    sources = [kernels / n for n in nvcc.listed("sources.txt") if n in _KERNELS or n.endswith(".cu")]
+    sources += [*sorted((ours.parent / "cuda").glob("*.cpp")), ours / "node.cpp"]
+    product = nvcc.Product(_NAME, LIBRARY, tuple(sources), (ours, kernels / "include"))
+    nvcc.compile_library(out, product, archs, tools, progress=progress)
+
+
+def _key(tools: nvcc.Tools, archs: Sequence[str]) -> str:
+    """Key of everything that the library depends on: sources, compilers, architectures."""
+    ours, kernels = ort_operator.sources(), nvcc.kernels()
+    folders = (ours, ours.parent / "cuda", kernels / "src", kernels / "include")
+    files = [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file()]
+    return nvcc.key([*files, kernels / "sources.txt"], tools, archs, LIBRARY)
