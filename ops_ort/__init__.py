@@ -1,1 +1,1 @@
-"""Sources of the operator for ONNX Runtime's CPU provider; ``less_export.native.operator`` compiles them."""
+"""Sources of the operators for ONNX Runtime's CPU and CUDA providers; ``less_export.native`` compiles them."""

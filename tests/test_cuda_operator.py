@@ -35,7 +35,7 @@ from .scenarios import Normal, follow, scenario
 from .sharing import once
 from .test_native_operator import bound, inputs_of, shorter
 from .test_ops import empty, onnx_run, session_of, torch_run
-from .test_plugin_build import Toolkit, toolkit  # noqa: F401
+from .test_plugin_build import Toolkit, toolkit  # noqa: F401  (a fixture)
 from .tiny_decoder import CONTRACT
 
 OPERATOR = Path(__file__).parents[1] / "ops_ort"
@@ -259,9 +259,10 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ort._kernel(CONTRACT, "cuda", "native")
 
 
-def test_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvcc, "gpu_arch", lambda: "sm_89")
     monkeypatch.setattr(nvcc, "places", lambda: iter([]))
+    monkeypatch.setenv("LESS_EXPORT_CACHE", str(tmp_path / "cache"))
     with pytest.warns(RuntimeWarning, match="which is slower: the operator for CUDA needs nvcc"):
         assert ort._kernel(CONTRACT, "cuda", None) is None
 
@@ -282,7 +283,10 @@ def test_what_the_library_says(runtime: ctypes.CDLL, monkeypatch: pytest.MonkeyP
 
 
 def test_command(
-    toolkit: Toolkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    toolkit: Toolkit,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Compiled once, from the kernels and the operator's own files, without TensorRT's headers."""
     log, out = toolkit(), tmp_path / "mine.so"
@@ -307,8 +311,26 @@ def test_command(
         assert capsys.readouterr().err.splitlines()[-1].startswith("less-export: error: ")
 
 
+def test_a_library_in_the_cache_needs_no_nvcc(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Whether it was built for the GPU or for all; what is not as it was stored is not taken."""
+    toolkit()
+    monkeypatch.setattr(nvcc, "gpu_arch", lambda: "sm_89")
+    every = ort_cuda.library()
+    assert ort_cuda.library_for_this_gpu() == every
+    own = ort_cuda.library(("sm_89",))
+    assert ort_cuda.library_for_this_gpu() == own != every
+    monkeypatch.setattr(nvcc, "places", lambda: iter([]))
+    assert ort_cuda.library_for_this_gpu() == own
+    own.write_text("another")
+    assert ort_cuda.library_for_this_gpu() == every
+    every.unlink()
+    with pytest.raises(EngineError, match="the operator for CUDA needs nvcc"):
+        ort_cuda.library_for_this_gpu()
+
+
 @pytest.mark.slow
-def test_the_library_is_compiled_and_registered(_cache: None) -> None:
+@pytest.mark.usefixtures("_cache")
+def test_the_library_is_compiled_and_registered() -> None:
     """It needs neither a driver nor a library of CUDA's, and exports what is asked of it alone."""
     library = ort_cuda.library((PLUGIN_ARCH,))
     onnxruntime.SessionOptions().register_custom_ops_library(str(library))

@@ -87,9 +87,10 @@ def test_the_sources_of_the_plugin_are_shipped(runtime: Path, tmp_path: Path) ->
         names = {str(p.relative_to(source)) for p in source.glob(pattern)}
         assert names
         assert names <= {str(p.relative_to(shipped)) for p in shipped.glob(pattern)}
-    assert not {p.name for p in (ROOT / "ops_ort" / "src").iterdir()} ^ {
-        p.name for p in (shipped.parent / "ops_ort" / "src").iterdir()
-    }
+    for folder in ("src", "cuda"):
+        assert not {p.name for p in (ROOT / "ops_ort" / folder).iterdir()} ^ {
+            p.name for p in (shipped.parent / "ops_ort" / folder).iterdir()
+        }
     done = call(runtime, tmp_path, "build-plugin", "--gpu-arch", "sm_75")
     assert done.stderr == (
         "less-export: error: the plugin cannot be built for 'sm_75': give architectures from sm_80 on\n"

@@ -1,1 +1,1 @@
-"""Native code that this machine builds: its cache, and the operator for ONNX Runtime's CPU provider."""
+"""Native code that this machine builds: its cache, the compilers, and the operators for ONNX Runtime."""

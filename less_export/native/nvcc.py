@@ -163,14 +163,19 @@ def places() -> Iterator[Path]:
 # ------------------------------------------------------------------ building
 
 
-def key(files: Sequence[Path], tools: Tools, archs: Sequence[str], *facts: str) -> str:
-    """Key of everything that a library depends on: sources, compilers, architectures, and other facts."""
-    digest = hashlib.sha256()
+def digest(files: Sequence[Path], *facts: str) -> str:
+    """A key of files and facts, for folders of the cache."""
+    hashed = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+        hashed.update(f"{path.name}\0".encode() + path.read_bytes())
+    hashed.update(repr(facts).encode())
+    return hashed.hexdigest()[:20]
+
+
+def key(tools: Tools, archs: Sequence[str], files: Sequence[Path] = (), *facts: str) -> str:
+    """Key of everything that a library depends on: compilers, architectures, sources, and other facts."""
     host = compiler.version(tools.host)
-    digest.update(repr((tools.cuda, *facts, os.uname().machine, tools.host, host, *archs, *_COMPILE, _LINK)).encode())
-    return digest.hexdigest()[:20]
+    return digest(files, tools.cuda, *facts, os.uname().machine, tools.host, host, *archs, *_COMPILE, _LINK)
 
 
 def compile_library(

@@ -47,7 +47,7 @@ def why_library_unsuited(path: Path, contract: Contract) -> str | None:
 
 
 def library_for_this_gpu() -> Path:
-    """The library for the first GPU; while it is compiled, the log says so.
+    """The library for the first GPU, or for all, from the cache, or built into it, which the log says.
 
     Raises:
         EngineError: no GPU, or one that the kernels are not for; see :func:`library`.
@@ -57,7 +57,25 @@ def library_for_this_gpu() -> Path:
         raise EngineError("no CUDA driver, or no GPU: run nvidia-smi")
     if int(arch.removeprefix("sm_")) < nvcc.first_arch():
         raise EngineError(f"the operator is for GPUs from sm_{nvcc.first_arch()} on, this one is {arch}")
-    return library((arch,), progress=Spoken(_LOG.warning))
+    return cached((arch,)) or cached(nvcc.default_archs()) or library((arch,), progress=Spoken(_LOG.warning))
+
+
+def cached(archs: Sequence[str]) -> Path | None:
+    """The library for ``archs`` in the cache; where nvcc is missing, of whatever toolchain.
+
+    Raises:
+        EngineError: the cache is another user's.
+    """
+    folder, name = cache.cache_folder() / "operators", _content(archs)
+    try:
+        places = [folder / f"{name}-{nvcc.key(nvcc.find(_NAME), archs)}" / LIBRARY]
+    except EngineError:
+        places = sorted(folder.glob(f"{name}-*/{LIBRARY}"))
+    for place in places:
+        if digest := cache.stored(place):
+            cache.record(digest)
+            return place
+    return None
 
 
 def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
@@ -67,11 +85,10 @@ def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> P
         EngineError: no toolchain, or it fails, or the cache cannot be written or is another user's.
     """
     archs = tuple(archs) or nvcc.default_archs()
+    if found := cached(archs):
+        return found
     tools = nvcc.find(_NAME)
-    target = cache.cache_folder() / "operators" / _key(tools, archs) / LIBRARY
-    if digest := cache.stored(target):
-        cache.record(digest)
-        return target
+    target = cache.cache_folder() / "operators" / f"{_content(archs)}-{nvcc.key(tools, archs)}" / LIBRARY
     try:
         with scratch_folder(target.parent) as folder:
             compile_library(folder / LIBRARY, archs, tools, progress=progress)
@@ -97,9 +114,9 @@ def compile_library(out: Path, archs: Sequence[str], tools: nvcc.Tools, *, progr
     nvcc.compile_library(out, product, archs, tools, progress=progress)
 
 
-def _key(tools: nvcc.Tools, archs: Sequence[str]) -> str:
-    """Key of everything that the library depends on: sources, compilers, architectures."""
+def _content(archs: Sequence[str]) -> str:
+    """Key of the sources and architectures."""
     ours, kernels = ort_operator.sources(), nvcc.kernels()
     folders = (ours, ours.parent / "cuda", kernels / "src", kernels / "include")
     files = [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file()]
-    return nvcc.key([*files, kernels / "sources.txt"], tools, archs, LIBRARY)
+    return nvcc.digest([*files, kernels / "sources.txt"], *archs)

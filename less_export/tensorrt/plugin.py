@@ -111,7 +111,7 @@ def _key(tools: Toolchain, archs: Sequence[str]) -> str:
     """Key of everything that the library depends on: sources, compilers, headers, architectures."""
     patterns = ("src/*", "include/*", "*.txt", "*.map")
     files = [p for pattern in patterns for p in sorted(nvcc.kernels().glob(pattern))]
-    return nvcc.key(files, tools, archs, tools.tensorrt)
+    return nvcc.key(tools, archs, files, tools.tensorrt)
 
 
 def compile_library(out: Path, archs: Sequence[str], tools: Toolchain, *, progress: Progress | None = None) -> None:
