@@ -30,19 +30,19 @@ def why_unsupported(contract: Contract) -> str | None:
     return ort_operator.foreign_policy(contract)
 
 
-def why_library_unsuited(path: Path, contract: Contract) -> str | None:
-    """Why the library ``path`` cannot run with this machine's driver, or not a layer of a graph; ``None`` if it can.
+def why_layers_unsupported(path: Path, contract: Contract) -> str | None:
+    """Why the library ``path`` cannot run a layer of a graph; ``None`` if it can.
 
     Raises:
-        EngineError: the library cannot be loaded.
+        EngineError: the library cannot be loaded, or not run with this machine's driver.
     """
     try:
-        opened = ctypes.CDLL(str(path))
-        if reason := nvcc.why_unusable(opened):
-            return reason
+        unusable = nvcc.why_unusable(ctypes.CDLL(str(path)))
         reasons = [nvcc.why_unsupported(path, layer, contract.dtype) for layer in contract.layers]
     except (OSError, AttributeError) as error:
         raise EngineError(f"cannot load the operator {path}: {one_line(error)}") from None
+    if unusable:
+        raise EngineError(f"cannot use the operator {path}: {unusable}")
     return next((f"layer {i}: {reason}" for i, reason in enumerate(reasons) if reason), None)
 
 

@@ -102,7 +102,7 @@ def _cuda_kernel(contract: Contract) -> Path | str:
     if reason := ort_cuda.why_unsupported(contract):
         return reason
     library = ort_cuda.library_for_this_gpu()
-    return ort_cuda.why_library_unsuited(library, contract) or library
+    return ort_cuda.why_layers_unsupported(library, contract) or library
 
 
 #: By device: the library whose kernel runs a graph, or the reason why none can. Raises EngineError if there is none.
