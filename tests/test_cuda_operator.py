@@ -316,6 +316,8 @@ def test_a_library_in_the_cache_needs_no_nvcc(toolkit: Toolkit, monkeypatch: pyt
     """Whether it was built for the GPU or for all; what is not as it was stored is not taken."""
     toolkit()
     monkeypatch.setattr(nvcc, "gpu_arch", lambda: "sm_89")
+    with pytest.raises(EngineError, match="run less-export build-operator --cuda --gpu-arch sm_89"):
+        ort_cuda.library_for_this_gpu()
     every = ort_cuda.library()
     assert ort_cuda.library_for_this_gpu() == every
     own = ort_cuda.library(("sm_89",))
@@ -326,10 +328,10 @@ def test_a_library_in_the_cache_needs_no_nvcc(toolkit: Toolkit, monkeypatch: pyt
     assert ort_cuda.library_for_this_gpu() == every
     every.unlink()
     with pytest.raises(EngineError, match="the operator for CUDA needs nvcc"):
-        ort_cuda.library_for_this_gpu()
+        ort_cuda.library()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # nvcc compiles the kernels for the plugin in every run
 @pytest.mark.usefixtures("_cache")
 def test_the_library_is_compiled_and_registered() -> None:
     """It needs neither a driver nor a library of CUDA's, and exports what is asked of it alone."""

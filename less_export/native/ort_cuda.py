@@ -8,21 +8,19 @@ operator's body in the graph.
 from __future__ import annotations
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..bundle.files import scratch_folder
 from ..contract import Contract
 from ..errors import EngineError, one_line
-from ..progress import Progress, Spoken
+from ..progress import Progress
 from . import cache, nvcc, ort_operator
 
 LIBRARY = "libless_ort_cuda.so"
 _NAME = "operator for CUDA"
 #: What the operator takes of the plugin's sources besides its kernels.
 _KERNELS = ("src/library_facts.cpp",)
-_LOG = logging.getLogger(__name__)
 
 
 def why_unsupported(contract: Contract) -> str | None:
@@ -47,17 +45,20 @@ def why_layers_unsupported(path: Path, contract: Contract) -> str | None:
 
 
 def library_for_this_gpu() -> Path:
-    """The library for the first GPU, or for all, from the cache, or built into it, which the log says.
+    """The library for the first GPU, or for all, from the cache.
 
     Raises:
-        EngineError: no GPU, or one that the kernels are not for; see :func:`library`.
+        EngineError: no GPU, or one that the kernels are not for, or the cache has no such library.
     """
     arch = nvcc.gpu_arch()
     if arch is None:
         raise EngineError("no CUDA driver, or no GPU: run nvidia-smi")
     if int(arch.removeprefix("sm_")) < nvcc.first_arch():
         raise EngineError(f"the operator is for GPUs from sm_{nvcc.first_arch()} on, this one is {arch}")
-    return cached((arch,)) or cached(nvcc.default_archs()) or library((arch,), progress=Spoken(_LOG.warning))
+    found = cached((arch,)) or cached(nvcc.default_archs())
+    if found is None:
+        raise EngineError(f"run less-export build-operator --cuda --gpu-arch {arch}, which takes minutes, once")
+    return found
 
 
 def cached(archs: Sequence[str]) -> Path | None:

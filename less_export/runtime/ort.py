@@ -139,9 +139,9 @@ class OrtBackend(Backend):
         provider: "cpu" (default) or "cuda", or the full name of either.
         accuracy_level: ONNX Runtime's accuracy level of products with quantised weights. 4, its default,
             rounds activations to 8 bits; 1 computes in float32, several times slower (int8: a hundred times).
-        operator: what runs LessAttention: "native", the kernel for the device, which is compiled when it is needed for
-            the first time (for CUDA that takes minutes, with nvcc); "onnx", the graph's own nodes; default the kernel
-            where it can run, else the nodes.
+        operator: what runs LessAttention: "native", the kernel for the device (for CPUs compiled when it is needed for
+            the first time, for CUDA by ``less-export build-operator --cuda``); "onnx", the graph's own nodes; default
+            the kernel where it can run, else the nodes.
 
     If a step fails while the kernel runs it, the state of its rows is undefined: write, reset or copy over them.
 

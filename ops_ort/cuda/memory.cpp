@@ -10,7 +10,7 @@
 
 namespace less {
 
-void check(cudaError_t status, const char* what) {
+void check(cudaError_t status, char const* what) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // clears the error
     throw std::runtime_error(std::string("LessAttention: ") + what + ": " + cudaGetErrorString(status));
@@ -56,7 +56,7 @@ StreamMemory::~StreamMemory() {
 void* StreamMemory::workspace(size_t bytes, cudaStream_t stream) {
     if (bytes > bytes_) {
         refuse_capture(stream);
-        const size_t grown = std::max(bytes, 2 * bytes_);
+        size_t const grown = std::max(bytes, 2 * bytes_);
         blocks_.reserve(blocks_.size() + 1);
         blocks_.push_back(allocate(grown));
         bytes_ = grown;
@@ -71,10 +71,10 @@ StreamMemory& Memories::of(cudaStream_t stream) {
 
     int device;
     check(cudaGetDevice(&device), "cudaGetDevice");
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (const Held& held : held_)
+    std::lock_guard<std::mutex> const lock(mutex_);
+    for (Held const& held : held_)
         if (held.device == device && held.stream == stream) return *held.memory;
-    const std::lock_guard<std::mutex> lock_all(all);
+    std::lock_guard<std::mutex> const lock_all(all);
     auto& shared = memories[{device, stream}];
     std::shared_ptr<StreamMemory> memory = shared.lock();
     if (!memory) {

@@ -12,13 +12,13 @@
 namespace less {
 
 // Raises std::runtime_error with CUDA's text after `what`.
-void check(cudaError_t status, const char* what);
+void check(cudaError_t status, char const* what);
 
 // Launches of a stream follow one another, so all layers that launch on it share one memory.
 class StreamMemory {
-   public:
+ public:
     StreamMemory();
-    StreamMemory(const StreamMemory&) = delete;
+    StreamMemory(StreamMemory const&) = delete;
     ~StreamMemory();
 
     // Held for a launch, whose kernels follow one another without those of another one in between.
@@ -28,7 +28,7 @@ class StreamMemory {
     // kCounterBytes, zero between launches.
     uint32_t* counters() const { return counters_; }
 
-   private:
+ private:
     std::mutex mutex_;
     uint32_t* counters_ = nullptr;
     // The last one is in use. Graphs that were captured earlier hold addresses of the others; each is at least twice as
@@ -39,10 +39,10 @@ class StreamMemory {
 
 // What a kernel holds: the memory of each stream that it has launched on, which is freed with the last kernel that did.
 class Memories {
-   public:
+ public:
     StreamMemory& of(cudaStream_t stream);
 
-   private:
+ private:
     struct Held {
         int device;
         cudaStream_t stream;

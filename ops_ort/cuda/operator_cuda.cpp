@@ -1,8 +1,8 @@
 // less::LessAttention for ONNX Runtime's CUDA provider, in float32, float16 and bfloat16: the kernels of
 // plugins_trt/include/less_attention.h.
 //
-// The host reads neither lengths nor state, and a step launches kernels only, so that CUDA graphs can capture it. Past and
-// present state may share their memory; else the past one is copied first.
+// The host reads neither lengths nor state, and a step launches kernels only, so that CUDA graphs can capture it. Past
+// and present state may share their memory; else the past one is copied first.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
@@ -21,9 +21,9 @@ using ort::Status;
 
 // Tests run the operator on host memory, for the CPU provider.
 #ifdef LESS_ORT_PROVIDER
-constexpr const char* kProviderName = LESS_ORT_PROVIDER;
+constexpr char const* kProviderName = LESS_ORT_PROVIDER;
 #else
-constexpr const char* kProviderName = "CUDAExecutionProvider";
+constexpr char const* kProviderName = "CUDAExecutionProvider";
 #endif
 
 int32_t size(int64_t n) {
@@ -31,15 +31,15 @@ int32_t size(int64_t n) {
     return static_cast<int32_t>(n);
 }
 
-AttentionRules rules_of(const Attributes& node) {
-    AttentionRules rules{node.scale, static_cast<Policy>(node.policy), node.heavy, node.recent, node.window,
-                         node.absorb, node.decay};
+AttentionRules rules_of(Attributes const& node) {
+    AttentionRules rules{
+        node.scale, static_cast<Policy>(node.policy), node.heavy, node.recent, node.window, node.absorb, node.decay};
     rules.maxDistance = node.max_distance;
     return rules;
 }
 
-AttentionShape shape_of(const Tensors& x) {
-    const ort::ElementType q = x.inputs[kQ].type;
+AttentionShape shape_of(Tensors const& x) {
+    ort::ElementType const q = x.inputs[kQ].type;
     AttentionShape shape{};
     shape.dtype = q == ort::kFloat ? DType::kFloat32 : q == ort::kHalf ? DType::kFloat16 : DType::kBFloat16;
     shape.batch = size(x.rows), shape.queryHeads = size(x.query_heads), shape.kvHeads = size(x.heads);
@@ -51,14 +51,14 @@ AttentionShape shape_of(const Tensors& x) {
     return shape;
 }
 
-AttentionTensors tensors_of(const Tensors& x) {
-    const Form& form = x.form;
+AttentionTensors tensors_of(Tensors const& x) {
+    Form const& form = x.form;
     AttentionTensors t{};
     t.q = x.inputs[kQ].data, t.k = x.inputs[kK].data, t.v = x.inputs[kV].data;
     t.logPhiQ = x.input<float>(kLogPhi), t.psiK = x.inputs[kPsi].data;
-    const auto past = [&](size_t i) -> char* { return x.inputs[kTokens + i].data; };
-    const auto present = [&](size_t i) -> char* { return x.state[i].data; };
-    const auto real = [](char* data) { return reinterpret_cast<float*>(data); };
+    auto const past = [&](size_t i) -> char* { return x.inputs[kTokens + i].data; };
+    auto const present = [&](size_t i) -> char* { return x.state[i].data; };
+    auto const real = [](char* data) { return reinterpret_cast<float*>(data); };
     t.pastKey = past(kKey), t.presentKey = present(kKey);
     t.pastValue = past(kValue), t.presentValue = present(kValue);
     t.pastPsi = past(kPsiSlots), t.presentPsi = present(kPsiSlots);
@@ -82,38 +82,38 @@ AttentionTensors tensors_of(const Tensors& x) {
 }
 
 class Kernel {
-   public:
-    static constexpr const char* kProvider = kProviderName;
+ public:
+    static constexpr char const* kProvider = kProviderName;
 
-    Kernel(const ort::Api* table, const ort::KernelInfo* info)
+    Kernel(ort::Api const* table, ort::KernelInfo const* info)
         : api_(table), attributes_(read_attributes(api_, info)), rules_(rules_of(attributes_)) {}
 
     Status* compute(ort::KernelContext* context) noexcept {
         return guarded(api_, [&] { run(context); });
     }
 
-   private:
+ private:
     void run(ort::KernelContext* context) {
         Tensors tensors;
         read_inputs(api_, context, attributes_, {ort::kFloat, ort::kHalf, ort::kBFloat16}, &tensors);
-        const AttentionShape shape = shape_of(tensors);
-        if (const char* reason = whyUnsupported(shape, rules_)) require(false, reason);
+        AttentionShape const shape = shape_of(tensors);
+        if (char const* reason = whyUnsupported(shape, rules_)) require(false, reason);
         open_outputs(api_, context, &tensors);
         if (shape.batch == 0) return;
         void* handle;
         check(api_.stream(context, &handle));
-        const auto stream = static_cast<cudaStream_t>(handle);
+        auto const stream = static_cast<cudaStream_t>(handle);
         require(stream != cudaStreamPerThread, "the stream of a thread is not one stream");
         load(shape);
         StreamMemory& memory = memories_.of(stream);
-        const std::lock_guard<std::mutex> launching(memory.mutex());
+        std::lock_guard<std::mutex> const launching(memory.mutex());
         void* workspace = memory.workspace(workspaceBytes(shape, rules_), stream);
         check(enqueue(shape, rules_, tensors_of(tensors), workspace, memory.counters(), stream), "the launch");
     }
 
     // Loads the kernels of a shape, unless it is that of the last step of its kind.
-    void load(const AttentionShape& shape) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+    void load(AttentionShape const& shape) {
+        std::lock_guard<std::mutex> const lock(mutex_);
         AttentionShape& last = loaded_[shape.chunk == 1];
         if (std::memcmp(&last, &shape, sizeof(shape)) == 0) return;
         check(prepare(shape, rules_), "loading the kernels");
@@ -132,7 +132,7 @@ class Kernel {
 }  // namespace less
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
-                                                                                 const ort::ApiBase* base) {
-    static const less::Attention<less::Kernel> attention;
+                                                                                 ort::ApiBase const* base) {
+    static less::Attention<less::Kernel> const attention;
     return less::enlist(options, base, &attention);
 }

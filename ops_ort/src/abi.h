@@ -66,7 +66,7 @@ class Functions {
         return call<Status*>(91, context, i, shape, rank, out);
     }
     // The provider's stream; null where it has none.
-    Status* stream(const KernelContext* context, void** out) const { return call<Status*>(193, context, out); }
+    Status* stream(KernelContext const* context, void** out) const { return call<Status*>(193, context, out); }
     // Calls `run(data, i)` for i < total, on the session's threads.
     Status* parallel(KernelContext const* context, void (*run)(void*, size_t), size_t total, void* data) const {
         return call<Status*>(274, context, run, total, size_t{0}, data);

@@ -17,7 +17,7 @@ Form Form::of(size_t inputs, ElementType key, ElementType psi) {
 
 size_t Tensor::bytes() const {
     size_t size = type == ort::kInt8 ? 1 : type == ort::kHalf || type == ort::kBFloat16 ? 2 : 4;
-    for (const int64_t n : shape) size *= n;
+    for (int64_t const n : shape) size *= n;
     return size;
 }
 
@@ -25,7 +25,7 @@ void check(Status* status) {
     if (status) throw Failure{status};
 }
 
-void require(bool ok, const char* what) {
+void require(bool ok, char const* what) {
     if (!ok) throw std::invalid_argument(std::string("LessAttention: ") + what);
 }
 
@@ -34,7 +34,7 @@ void require(bool ok, const char* what) {
 namespace {
 
 template <class T>
-T attribute(const Functions& api, const ort::KernelInfo* info, const char* name) {
+T attribute(Functions const& api, ort::KernelInfo const* info, char const* name) {
     T value;
     check(api.attribute(info, name, &value));
     return value;
@@ -42,7 +42,7 @@ T attribute(const Functions& api, const ort::KernelInfo* info, const char* name)
 
 // An attribute that not every node has.
 template <class T>
-T attribute(const Functions& api, const ort::KernelInfo* info, const char* name, T otherwise) {
+T attribute(Functions const& api, ort::KernelInfo const* info, char const* name, T otherwise) {
     T value;
     Status* missing = api.attribute(info, name, &value);
     if (!missing) return value;
@@ -57,12 +57,12 @@ int number(int64_t value) {
 
 }  // namespace
 
-Attributes read_attributes(const Functions& api, const ort::KernelInfo* info) {
-    const auto integer = [&](const char* name) { return attribute<int64_t>(api, info, name); };
+Attributes read_attributes(Functions const& api, ort::KernelInfo const* info) {
+    auto const integer = [&](char const* name) { return attribute<int64_t>(api, info, name); };
     Attributes node;
     node.scale = attribute<float>(api, info, "scale");
     node.decay = attribute(api, info, "decay", 1.0f);  // version 1 of the operator has none
-    const int64_t policy = integer("policy");
+    int64_t const policy = integer("policy");
     require(policy >= 0 && policy <= 4, "unknown policy");
     node.policy = static_cast<int>(policy);
     node.heavy = number(integer("heavy")), node.recent = number(integer("recent"));
@@ -76,13 +76,13 @@ Attributes read_attributes(const Functions& api, const ort::KernelInfo* info) {
 
 namespace {
 
-void* data_of(const Functions& api, ort::Value* value) {
+void* data_of(Functions const& api, ort::Value* value) {
     void* data;
     check(api.data(value, &data));
     return data;
 }
 
-void read(const Functions& api, const ort::Value* value, Tensor* tensor) {
+void read(Functions const& api, ort::Value const* value, Tensor* tensor) {
     ort::TensorInfo* info;
     check(api.info(value, &info));
     size_t rank;
@@ -99,36 +99,36 @@ void read(const Functions& api, const ort::Value* value, Tensor* tensor) {
 
 }  // namespace
 
-void read_inputs(const Functions& api, const ort::KernelContext* context, const Attributes& attributes,
-                 const std::vector<ElementType>& numbers, Tensors* tensors) {
+void read_inputs(Functions const& api, ort::KernelContext const* context, Attributes const& attributes,
+                 std::vector<ElementType> const& numbers, Tensors* tensors) {
     size_t count, outputs;
     check(api.inputs(context, &count));
     check(api.outputs(context, &outputs));
     require(count >= kTokens + kPlain + 2 && count <= kMost, "wrong number of inputs");
     auto& x = tensors->inputs;
     for (size_t i = 0; i < count; ++i) {
-        const ort::Value* value;
+        ort::Value const* value;
         check(api.input(context, i, &value));
         require(value != nullptr, "an input is missing");
         read(api, value, &x[i]);
     }
-    const Form form = tensors->form = Form::of(count, x[kTokens + kKey].type, x[kTokens + kPsiSlots].type);
+    Form const form = tensors->form = Form::of(count, x[kTokens + kKey].type, x[kTokens + kPsiSlots].type);
     require(count == form.inputs() && outputs == 1 + form.state(), "wrong number of inputs or outputs");
     require(x[kQ].shape.size() == 4 && x[kTokens + kKey].shape.size() == 4 && x[kPsi].shape.size() == 4, "wrong rank");
 
-    const int64_t rows = x[kQ].shape[0], query_heads = x[kQ].shape[1], chunk = x[kQ].shape[2], width = x[kQ].shape[3];
-    const int64_t heads = x[kTokens + kKey].shape[1], slots = x[kTokens + kKey].shape[2], rank = x[kPsi].shape[3];
+    int64_t const rows = x[kQ].shape[0], query_heads = x[kQ].shape[1], chunk = x[kQ].shape[2], width = x[kQ].shape[3];
+    int64_t const heads = x[kTokens + kKey].shape[1], slots = x[kTokens + kKey].shape[2], rank = x[kPsi].shape[3];
     require(heads > 0 && query_heads % heads == 0 && chunk > 0 && width > 0 && rank > 0, "wrong sizes");
     require(slots == static_cast<int64_t>(attributes.heavy) + attributes.recent,
             "heavy + recent is not the number of slots");
     tensors->rows = rows, tensors->heads = heads, tensors->query_heads = query_heads, tensors->chunk = chunk;
     tensors->width = width, tensors->slots = slots, tensors->rank = rank;
 
-    const ElementType number = x[kQ].type, real = ort::kFloat, slot = form.int8 ? ort::kInt8 : number,
+    ElementType const number = x[kQ].type, real = ort::kFloat, slot = form.int8 ? ort::kInt8 : number,
                       psi = form.state16 ? ort::kInt8 : number, h = form.state16 ? ort::kInt8 : real;
     require(std::find(numbers.begin(), numbers.end(), number) != numbers.end(),
             "the operator does not compute in the dtype of q");
-    const auto is = [&](size_t i, ElementType type, std::vector<int64_t> shape) {
+    auto const is = [&](size_t i, ElementType type, std::vector<int64_t> shape) {
         require(x[i].type == type, "an input has another dtype than goes with that of q");
         require(x[i].shape == shape, "an input has another shape");
     };
@@ -151,7 +151,7 @@ void read_inputs(const Functions& api, const ort::KernelContext* context, const 
     require(!form.state16 || form.int8, "a state of 16 bits goes with int8 slots");
     require(form.distance == (attributes.max_distance > 0), "a largest distance goes with a table of angles");
     if (form.distance) {
-        const Tensor& table = x[form.inputs() - 1];
+        Tensor const& table = x[form.inputs() - 1];
         require(table.type == real && table.shape.size() == 2 && table.shape[0] > attributes.max_distance &&
                     table.shape[0] >= chunk && table.shape[1] % 2 == 0 && table.shape[1] <= width,
                 "the table of angles has another shape");
@@ -159,7 +159,7 @@ void read_inputs(const Functions& api, const ort::KernelContext* context, const 
     }
 }
 
-void open_outputs(const Functions& api, ort::KernelContext* context, Tensors* tensors) {
+void open_outputs(Functions const& api, ort::KernelContext* context, Tensors* tensors) {
     for (size_t i = 0; i < 1 + tensors->form.state(); ++i) {
         Tensor& present = i ? tensors->state[i - 1] : tensors->out;
         present = tensors->inputs[i ? kTokens + i - 1 : size_t{kQ}];
@@ -173,15 +173,15 @@ void open_outputs(const Functions& api, ort::KernelContext* context, Tensors* te
 
 namespace {
 
-const Functions* functions;  // of the process, for shape inference, which is not told them
+Functions const* functions;  // of the process, for shape inference, which is not told them
 
 }  // namespace
 
-Status* infer(const ort::CustomOp*, ort::ShapeInferContext* context) {
+Status* infer(ort::CustomOp const*, ort::ShapeInferContext* context) {
     return guarded(*functions, [&] {
         size_t count;
         check(functions->inferred_inputs(context, &count));
-        const auto type_of = [&](size_t i) {
+        auto const type_of = [&](size_t i) {
             ort::TensorInfo* info;
             ElementType type;
             check(functions->inferred_input(context, i, &info));
@@ -189,7 +189,7 @@ Status* infer(const ort::CustomOp*, ort::ShapeInferContext* context) {
             return type;
         };
         require(count >= kTokens + kPlain + 2, "wrong number of inputs");
-        const Form form = Form::of(count, type_of(kTokens + kKey), type_of(kTokens + kPsiSlots));
+        Form const form = Form::of(count, type_of(kTokens + kKey), type_of(kTokens + kPsiSlots));
         for (size_t i = 0; i < 1 + form.state(); ++i) {
             ort::TensorInfo* info;
             check(functions->inferred_input(context, i == 0 ? size_t{kQ} : kTokens + i - 1, &info));
@@ -198,10 +198,10 @@ Status* infer(const ort::CustomOp*, ort::ShapeInferContext* context) {
     });
 }
 
-Status* enlist(ort::SessionOptions* options, const ort::ApiBase* base, const ort::CustomOp* op) {
-    static const ort::Api* table = base->get(ort::kVersion);
+Status* enlist(ort::SessionOptions* options, ort::ApiBase const* base, ort::CustomOp const* op) {
+    static ort::Api const* table = base->get(ort::kVersion);
     if (!table) return nullptr;  // too old for the operator: its body runs
-    static const Functions api(table);
+    static Functions const api(table);
     functions = &api;
     ort::CustomOpDomain* domain;
     Status* status = api.domain("less", &domain);

@@ -1,5 +1,5 @@
-// A LessAttention node of an ONNX graph, whatever runs it: its attributes, its tensors, which are checked because what a
-// graph states is not trusted, and what ONNX Runtime is told of the operator.
+// A LessAttention node of an ONNX graph, whatever runs it: its attributes, its tensors, which are checked because what
+// a graph states is not trusted, and what ONNX Runtime is told of the operator.
 #pragma once
 
 #include <array>
@@ -64,32 +64,32 @@ struct Failure {
 
 void check(ort::Status* status);
 // Raises std::invalid_argument with the operator's name before `what`.
-void require(bool ok, const char* what);
+void require(bool ok, char const* what);
 
 // Runs `body` and turns what it throws into a status.
 template <class Body>
-ort::Status* guarded(const ort::Functions& api, const Body& body) noexcept {
+ort::Status* guarded(ort::Functions const& api, Body const& body) noexcept {
     try {
         body();
         return nullptr;
-    } catch (const Failure& failure) {
+    } catch (Failure const& failure) {
         return failure.status;
-    } catch (const std::invalid_argument& error) {
+    } catch (std::invalid_argument const& error) {
         return api.status(ort::kInvalidArgument, error.what());
-    } catch (const std::exception& error) {
+    } catch (std::exception const& error) {
         return api.status(ort::kFail, error.what());
     }
 }
 
-Attributes read_attributes(const ort::Functions& api, const ort::KernelInfo* info);
+Attributes read_attributes(ort::Functions const& api, ort::KernelInfo const* info);
 
 // Reads the inputs, whose q has one of `numbers`, and checks dtypes and shapes of all of them.
-void read_inputs(const ort::Functions& api, const ort::KernelContext* context, const Attributes& attributes,
-                 const std::vector<ort::ElementType>& numbers, Tensors* tensors);
+void read_inputs(ort::Functions const& api, ort::KernelContext const* context, Attributes const& attributes,
+                 std::vector<ort::ElementType> const& numbers, Tensors* tensors);
 // Asks for the memory of the outputs.
-void open_outputs(const ort::Functions& api, ort::KernelContext* context, Tensors* tensors);
+void open_outputs(ort::Functions const& api, ort::KernelContext* context, Tensors* tensors);
 
-ort::Status* infer(const ort::CustomOp* op, ort::ShapeInferContext* context);
+ort::Status* infer(ort::CustomOp const* op, ort::ShapeInferContext* context);
 
 // The operator with kernels of the class `Kernel`, for its provider `Kernel::kProvider`. It has one variadic input and
 // output of any dtypes: a node has more of them with int8 slots, a state of 16 bits or angles.
@@ -98,17 +98,17 @@ struct Attention : ort::CustomOp {
     using Op = ort::CustomOp;
 
     Attention() {
-        name = [](const Op*) { return "LessAttention"; };
-        provider = [](const Op*) -> const char* { return Kernel::kProvider; };
-        input_type = output_type = [](const Op*, size_t) { return ort::kUndefined; };
-        input_count = output_count = [](const Op*) -> size_t { return 1; };
-        input_kind = output_kind = [](const Op*, size_t) { return ort::kVariadic; };
-        input_memory = [](const Op*, size_t) { return 0; };  // the provider's own
-        variadic_inputs = variadic_outputs = [](const Op*) { return 1; };
-        inputs_alike = outputs_alike = [](const Op*) { return 0; };
-        first_version = [](const Op*) { return 1; };
-        last_version = [](const Op*) { return 2; };
-        create_kernel2 = [](const Op*, const ort::Api* table, const ort::KernelInfo* info, void** kernel) {
+        name = [](Op const*) { return "LessAttention"; };
+        provider = [](Op const*) -> char const* { return Kernel::kProvider; };
+        input_type = output_type = [](Op const*, size_t) { return ort::kUndefined; };
+        input_count = output_count = [](Op const*) -> size_t { return 1; };
+        input_kind = output_kind = [](Op const*, size_t) { return ort::kVariadic; };
+        input_memory = [](Op const*, size_t) { return 0; };  // the provider's own
+        variadic_inputs = variadic_outputs = [](Op const*) { return 1; };
+        inputs_alike = outputs_alike = [](Op const*) { return 0; };
+        first_version = [](Op const*) { return 1; };
+        last_version = [](Op const*) { return 2; };
+        create_kernel2 = [](Op const*, ort::Api const* table, ort::KernelInfo const* info, void** kernel) {
             return guarded(ort::Functions(table), [&] { *kernel = new Kernel(table, info); });
         };
         compute2 = [](void* kernel, ort::KernelContext* context) {
@@ -120,6 +120,6 @@ struct Attention : ort::CustomOp {
 };
 
 // Adds an operator, which lives as long as the library, to a session's options.
-ort::Status* enlist(ort::SessionOptions* options, const ort::ApiBase* base, const ort::CustomOp* op);
+ort::Status* enlist(ort::SessionOptions* options, ort::ApiBase const* base, ort::CustomOp const* op);
 
 }  // namespace less

@@ -22,11 +22,10 @@ using ort::Functions;
 using ort::Status;
 
 class Kernel {
-   public:
-    static constexpr const char* kProvider = nullptr;  // the CPU provider
+ public:
+    static constexpr char const* kProvider = nullptr;  // the CPU provider
 
-    Kernel(const ort::Api* table, const ort::KernelInfo* info)
-        : api_(table), attributes_(read_attributes(api_, info)) {
+    Kernel(ort::Api const* table, ort::KernelInfo const* info) : api_(table), attributes_(read_attributes(api_, info)) {
         layer_.scale = attributes_.scale, layer_.decay = attributes_.decay;
         layer_.policy = static_cast<Policy>(attributes_.policy);
         layer_.heavy = attributes_.heavy, layer_.recent = attributes_.recent;
@@ -38,31 +37,31 @@ class Kernel {
         return guarded(api_, [&] { run(context); });
     }
 
-   private:
+ private:
     // A call with what the CPU reads of it.
     struct Call : Tensors {
         Layer layer;
         std::vector<int> counts;  // valid tokens of each row
-        const ort::KernelContext* context;
+        ort::KernelContext const* context;
     };
 
     void run(ort::KernelContext* context) const {
         Call call;
         call.context = context;
         bind(context, &call);
-        const auto units = static_cast<size_t>(call.rows * call.heads);
+        auto const units = static_cast<size_t>(call.rows * call.heads);
         // Tiles of queries share the work where there is one head; else, heads do.
-        const bool by_head = units > 1 || call.chunk == 1;
+        bool const by_head = units > 1 || call.chunk == 1;
         struct Work {
-            const Kernel* kernel;
-            const Call* call;
+            Kernel const* kernel;
+            Call const* call;
             std::atomic<int> fault{0};
         } work{this, &call};
-        const auto one = [](void* data, size_t unit) noexcept {
+        auto const one = [](void* data, size_t unit) noexcept {
             auto* w = static_cast<Work*>(data);
             try {
                 if (!w->kernel->head(*w->call, unit, false)) w->fault = 1;
-            } catch (const std::exception&) {
+            } catch (std::exception const&) {
                 w->fault = 2;
             }
         };
@@ -76,14 +75,14 @@ class Kernel {
 
     void bind(ort::KernelContext* context, Call* call) const {
         read_inputs(api_, context, attributes_, {ort::kFloat}, call);
-        const Form& form = call->form;
+        Form const& form = call->form;
         Layer& layer = call->layer = layer_;
         layer.int8 = form.int8, layer.state16 = form.state16;
         layer.group = static_cast<int>(call->query_heads / call->heads), layer.slots = static_cast<int>(call->slots);
         layer.head_dim = static_cast<int>(call->width), layer.rank = static_cast<int>(call->rank);
         layer.rotated = static_cast<int>(call->rotated);
         for (int64_t row = 0; row < call->rows; ++row) {
-            const int32_t past = call->input<int32_t>(form.lengths())[row],
+            int32_t const past = call->input<int32_t>(form.lengths())[row],
                           fresh = call->input<int32_t>(form.lengths() + 1)[row];
             require(past >= 0 && past <= INT32_MAX - call->chunk && fresh >= 0 && fresh <= call->chunk,
                     "a length is out of range");
@@ -91,17 +90,17 @@ class Kernel {
         }
         open_outputs(api_, context, call);
         for (size_t i = 0; i < form.state(); ++i) {
-            const Tensor &past = call->inputs[kTokens + i], &present = call->state[i];
+            Tensor const &past = call->inputs[kTokens + i], &present = call->state[i];
             if (present.data != past.data) std::memcpy(present.data, past.data, past.bytes());
         }
     }
 
     // One row and KV head; false if its tokens do not fit into the slots.
-    bool head(const Call& call, size_t unit, bool by_tile) const {
-        const Layer& layer = call.layer;
-        const size_t row = unit / call.heads, kv_head = unit % call.heads;
-        const size_t chunk = call.chunk, width = layer.head_dim, rank = layer.rank;
-        const size_t query_head = row * call.query_heads + kv_head * layer.group;
+    bool head(Call const& call, size_t unit, bool by_tile) const {
+        Layer const& layer = call.layer;
+        size_t const row = unit / call.heads, kv_head = unit % call.heads;
+        size_t const chunk = call.chunk, width = layer.head_dim, rank = layer.rank;
+        size_t const query_head = row * call.query_heads + kv_head * layer.group;
         Tokens tokens;
         tokens.q = call.input<float>(kQ) + query_head * chunk * width;
         tokens.log_phi = call.input<float>(kLogPhi) + query_head * chunk * rank;
@@ -130,11 +129,11 @@ class Kernel {
                 Seen* seen;
                 std::atomic<bool> failed{false};
             } tiles{&seen};
-            const auto one = [](void* data, size_t tile) noexcept {
+            auto const one = [](void* data, size_t tile) noexcept {
                 auto* t = static_cast<Tiles*>(data);
                 try {
                     t->seen->attend(static_cast<int>(tile));
-                } catch (const std::exception&) {
+                } catch (std::exception const&) {
                     t->failed = true;
                 }
             };
@@ -147,7 +146,7 @@ class Kernel {
         if (layer.scored()) {
             gains.resize(seen.columns());
             seen.sum_gains(gains.data());
-            const float left = std::pow(layer.decay, static_cast<float>(tokens.count));
+            float const left = std::pow(layer.decay, static_cast<float>(tokens.count));
             for (int i = 0; i < layer.slots; ++i) {
                 if (state.position[i] < 0) continue;
                 scores[i] = gains[i] + (layer.accumulates() ? state.score[i] * left : 0);
@@ -160,12 +159,12 @@ class Kernel {
     }
 
     // The present state of a row and KV head.
-    static State slice(const Call& call, size_t unit) {
-        const auto at = [&](size_t i) -> void* {
-            const Tensor& x = call.state[i];
+    static State slice(Call const& call, size_t unit) {
+        auto const at = [&](size_t i) -> void* {
+            Tensor const& x = call.state[i];
             return x.data + unit * (x.bytes() / (call.rows * call.heads));
         };
-        const size_t scales = kPlain;
+        size_t const scales = kPlain;
         State state{};
         state.key = at(kKey), state.value = at(kValue), state.psi = at(kPsiSlots);
         state.score = static_cast<float*>(at(kScore)), state.position = static_cast<int32_t*>(at(kPosition));
@@ -187,7 +186,7 @@ class Kernel {
 }  // namespace less
 
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::SessionOptions* options,
-                                                                                 const ort::ApiBase* base) {
-    static const less::Attention<less::Kernel> attention;
+                                                                                 ort::ApiBase const* base) {
+    static less::Attention<less::Kernel> const attention;
     return less::enlist(options, base, &attention);
 }

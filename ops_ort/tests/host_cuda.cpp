@@ -26,7 +26,7 @@ EXPORTED void host_driver(int version) { driver = version; }
 
 extern "C" {
 cudaError_t cudaMalloc(void** address, size_t bytes) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    std::lock_guard<std::mutex> const lock(mutex);
     if (allocations_left == 0) return cudaErrorMemoryAllocation;
     if (allocations_left > 0) --allocations_left;
     if (capturing) return cudaErrorStreamCaptureUnsupported;
@@ -36,7 +36,7 @@ cudaError_t cudaMalloc(void** address, size_t bytes) {
     return cudaSuccess;
 }
 cudaError_t cudaFree(void* address) {
-    const std::lock_guard<std::mutex> lock(mutex);
+    std::lock_guard<std::mutex> const lock(mutex);
     if (allocated.erase(address) != 1) std::abort();
     std::free(address);
     return cudaSuccess;

@@ -12,10 +12,9 @@ char const* lessWhyUnusable() noexcept;
 
 // less::whyUnsupported for callers outside of C++: the reason, or nullptr. A largest distance is no reason; its table
 // is checked with the node.
-char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim,
-                               int32_t slots, int32_t rank, float scale, int32_t policy, int32_t heavy,
-                               int32_t recent, int32_t window, int32_t absorb, float decay,
-                               int32_t slotBits, int32_t stateBits) noexcept;
+char const* lessWhyUnsupported(int32_t dtype, int32_t queryHeads, int32_t kvHeads, int32_t headDim, int32_t slots,
+                               int32_t rank, float scale, int32_t policy, int32_t heavy, int32_t recent, int32_t window,
+                               int32_t absorb, float decay, int32_t slotBits, int32_t stateBits) noexcept;
 
 #pragma GCC visibility pop
 }
