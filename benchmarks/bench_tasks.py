@@ -38,7 +38,7 @@ from less_export.exporter.build import export
 from less_export.hf.model import open_model
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
-from less_export.less.memory import extra_tokens
+from less_export.less.memory import extra_tokens, layer_bytes
 
 FILE = RESULTS / "tasks.json"
 KINDS = ("full", "sparse", "less")
@@ -150,11 +150,13 @@ def bundles(model: str, file: Path, digest: str, work: Path, progress: Bars) -> 
 
 
 def cache(bundle: Path) -> dict[str, Any]:
-    """The slots of the layers that evict, least and most, and the bytes of a sequence's state."""
+    """The slots of the layers that evict, least and most, and the bytes of a sequence's state, without placeholders."""
     artifact = Bundle.open(bundle).artifact("ort")
     assert artifact is not None
-    slots = [s.capacity for s in artifact.contract.layers if s.policy.evicts]
-    return {"slots": [min(slots), max(slots)] if slots else [], "bytes": artifact.contract.state_bytes()}
+    layers, dtype = artifact.contract.layers, artifact.contract.dtype
+    slots = [s.capacity for s in layers if s.policy.evicts]
+    size = sum(layer_bytes(s, dtype) for s in layers)
+    return {"slots": [min(slots), max(slots)] if slots else [], "bytes": size}
 
 
 # ------------------------------------------------------------------ the tasks

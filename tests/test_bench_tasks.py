@@ -94,3 +94,10 @@ def test_articles(bench: ModuleType, tmp_path: Path) -> None:
     lines = [{"article": prompt, "summary_gt": "A cat."}, {"text": "Two cats.", "summary": "Cats."}, {}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert bench.articles(tmp_path / "x.jsonl", 2) == [("A cat sat.", "A cat."), ("Two cats.", "Cats.")]
+
+
+def test_summaries(bench: ModuleType, plain: Path) -> None:
+    found = bench.summaries(plain, [(bundles.PROMPT, "a cat"), ("Once upon", "a time")], 1)
+    assert list(found["rouge"]) == ["rouge1", "rouge2", "rougeL"]
+    assert all(len(values) == 2 and 0 <= min(values) <= max(values) <= 1 for values in found["rouge"].values())
+    assert found["tokens"] > 12
