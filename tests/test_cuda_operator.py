@@ -259,11 +259,11 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ort._kernel(CONTRACT, "cuda", "native")
 
 
-def test_without_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_it_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvcc, "gpu_arch", lambda: "sm_89")
     monkeypatch.setattr(nvcc, "places", lambda: iter([]))
     monkeypatch.setenv("LESS_EXPORT_CACHE", str(tmp_path / "cache"))
-    with pytest.warns(RuntimeWarning, match="which is slower: the operator for CUDA needs nvcc"):
+    with pytest.warns(RuntimeWarning, match="which is slower: run less-export build-operator --cuda --gpu-arch sm_89"):
         assert ort._kernel(CONTRACT, "cuda", None) is None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from ..bundle.files import replace, sha256, write_atomically
+from ..bundle.files import replace, scratch_folder, sha256, write_atomically
 from ..errors import EngineError
 
 #: The file of known hashes: one SHA-256 in hexadecimal a line.
@@ -121,6 +121,43 @@ def stored(library: Path) -> str | None:
     return digest if beside.read_text(errors="replace").strip() == digest else None
 
 
+def known(library: Path) -> Path | None:
+    """A library in the cache; None if it is missing, or not as it was stored. Its hash is recorded where it is not.
+
+    Raises:
+        EngineError: others could have written it. OSError: the cache cannot be read, or not be written.
+    """
+    digest = stored(library)
+    if digest is None:
+        return None
+    if not is_known(digest):
+        record(digest)
+    return library
+
+
+@contextlib.contextmanager
+def building(what: str, library: Path) -> Iterator[Path]:
+    """A scratch folder in which ``what`` is built, before it is stored as ``library``; the cache's folders are private.
+
+    Raises:
+        EngineError: they are another user's, or cannot be written.
+    """
+    try:
+        for folder in (cache_folder(), library.parents[1]):
+            make_private(folder)
+        with scratch_folder(library.parent) as folder:
+            yield folder
+    except OSError as error:
+        raise EngineError(
+            f"cannot write the {what} to {library.parent}: {error.strerror or error} "
+            "(set LESS_EXPORT_CACHE to another folder)"
+        ) from error
+    finally:
+        for folder in (library.parents[1], cache_folder()):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+
 def store(part: Path, library: Path) -> None:
     """Move a finished library into the cache with its hash, and record it.
 
@@ -130,5 +167,8 @@ def store(part: Path, library: Path) -> None:
     digest = sha256(part)
     record(digest)
     make_private(library.parent)
-    write_atomically(library.with_name(library.name + HASH_SUFFIX), f"{digest}\n".encode())
+    beside = library.with_name(library.name + HASH_SUFFIX)
+    write_atomically(beside, f"{digest}\n".encode())
+    for path, mode in ((beside, 0o600), (part, 0o700)):  # whatever the umask
+        path.chmod(mode)
     replace(part, library)

@@ -19,9 +19,16 @@ def find() -> str | None:
 
 
 def version(compiler: str) -> str:
-    """What the compiler says of its version."""
+    """What the compiler says of its version.
+
+    Raises:
+        EngineError: it cannot be run.
+    """
     argv = [compiler, "-dumpfullversion", "-dumpversion"]
-    return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError as error:
+        raise EngineError(f"cannot run {compiler}: {error.strerror or error}") from error
 
 
 def run(argv: Sequence[str | Path], library: str, file: str) -> None:

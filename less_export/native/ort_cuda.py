@@ -11,7 +11,6 @@ import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..bundle.files import scratch_folder
 from ..contract import Contract
 from ..errors import EngineError, one_line
 from ..progress import Progress
@@ -62,21 +61,17 @@ def library_for_this_gpu() -> Path:
 
 
 def cached(archs: Sequence[str]) -> Path | None:
-    """The library for ``archs`` in the cache; where nvcc is missing, of whatever toolchain.
+    """The library for ``archs`` in the cache: of this machine's nvcc, else of whatever toolchain.
 
     Raises:
-        EngineError: the cache is another user's.
+        EngineError: the cache is another user's, or cannot be read.
     """
-    folder, name = cache.cache_folder() / "operators", _content(archs)
+    places = ort_operator.folder().glob(f"{_content(archs)}-*/{LIBRARY}")
     try:
-        places = [folder / f"{name}-{nvcc.key(nvcc.find(_NAME), archs)}" / LIBRARY]
+        own = [_place(nvcc.find(_NAME), archs)]
     except EngineError:
-        places = sorted(folder.glob(f"{name}-*/{LIBRARY}"))
-    for place in places:
-        if digest := cache.stored(place):
-            cache.record(digest)
-            return place
-    return None
+        own = []
+    return ort_operator.first_known([*own, *sorted(places)])
 
 
 def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
@@ -89,16 +84,10 @@ def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> P
     if found := cached(archs):
         return found
     tools = nvcc.find(_NAME)
-    target = cache.cache_folder() / "operators" / f"{_content(archs)}-{nvcc.key(tools, archs)}" / LIBRARY
-    try:
-        with scratch_folder(target.parent) as folder:
-            compile_library(folder / LIBRARY, archs, tools, progress=progress)
-            cache.store(folder / LIBRARY, target)
-    except OSError as error:
-        raise EngineError(
-            f"cannot write the operator to {target.parent}: {error.strerror or error} "
-            "(set LESS_EXPORT_CACHE to another folder)"
-        ) from error
+    target = _place(tools, archs)
+    with cache.building(_NAME, target) as folder:
+        compile_library(folder / LIBRARY, archs, tools, progress=progress)
+        cache.store(folder / LIBRARY, target)
     return target
 
 
@@ -113,6 +102,10 @@ def compile_library(out: Path, archs: Sequence[str], tools: nvcc.Tools, *, progr
     sources += [*sorted((ours.parent / "cuda").glob("*.cpp")), ours / "node.cpp"]
     product = nvcc.Product(_NAME, LIBRARY, tuple(sources), (ours, kernels / "include"))
     nvcc.compile_library(out, product, archs, tools, progress=progress)
+
+
+def _place(tools: nvcc.Tools, archs: Sequence[str]) -> Path:
+    return ort_operator.folder() / f"{_content(archs)}-{nvcc.key(tools, archs)}" / LIBRARY
 
 
 def _content(archs: Sequence[str]) -> str:

@@ -7,18 +7,22 @@ The sources are those of ``ops_ort``, which ship with the package. The library r
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import hashlib
 import importlib.resources
+import logging
 import platform
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from ..bundle.files import scratch_folder
 from ..contract import Contract
-from ..errors import EngineError
+from ..errors import EngineError, one_line
 from ..less.policies import Policy
-from ..progress import Progress
+from ..progress import Progress, Spoken
 from . import cache, compiler
+
+_LOG = logging.getLogger(__name__)
 
 LIBRARY = "libless_ort.so"
 _COMPILE = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fvisibility=hidden")
@@ -47,31 +51,50 @@ def foreign_policy(contract: Contract) -> str | None:
     return f"it does not know policy {foreign[0]}" if foreign else None
 
 
+def folder() -> Path:
+    """Where the cache has operators."""
+    return cache.cache_folder() / "operators"
+
+
+def first_known(places: Iterable[Path]) -> Path | None:
+    """The first of these libraries that is in the cache as it was stored.
+
+    Raises:
+        EngineError: the cache is another user's, or cannot be read.
+    """
+    try:
+        return next((place for place in places if cache.known(place)), None)
+    except OSError as error:
+        reason = error.strerror or error
+        raise EngineError(f"cannot read {folder()}: {reason} (set LESS_EXPORT_CACHE to another folder)") from error
+
+
 def library(*, progress: Progress | None = None) -> Path:
     """The library, from the cache or built into it, which takes some seconds.
 
+    One of another compiler's is taken, too. Processes that build it at the same time each compile it; one of the
+    results stays.
+
     Raises:
-        EngineError: there is no C++ compiler, it fails, or the cache cannot be written or is another user's.
+        EngineError: there is neither a library nor a C++ compiler, the compiler fails, the cache cannot be written or
+            is another user's, or the library cannot be loaded.
     """
-    host = compiler.find()
-    if host is None:
-        raise EngineError("the operator needs a C++ compiler: install g++")
-    target = cache.cache_folder() / "operators" / _key(host) / LIBRARY
-    if digest := cache.stored(target):
-        cache.record(digest)
-        return target
-    if progress is not None:
-        progress.say("compiling the operator for ONNX Runtime (once)")
+    content, host = _content(), compiler.find()
+    own = [] if host is None else [folder() / f"{content}-{_compiler_key(host)}" / LIBRARY]
+    found = first_known([*own, *sorted(folder().glob(f"{content}-*/{LIBRARY}"))])
+    if found is None:
+        if host is None:
+            raise EngineError("the operator needs a C++ compiler: install g++")
+        (found,) = own
+        (progress or Spoken(_LOG.info)).say("compiling the operator for ONNX Runtime (once)")
+        with cache.building("operator", found) as scratch:
+            compile_library(scratch / LIBRARY, host)
+            cache.store(scratch / LIBRARY, found)
     try:
-        with scratch_folder(target.parent) as folder:
-            compile_library(folder / LIBRARY, host)
-            cache.store(folder / LIBRARY, target)
+        ctypes.CDLL(str(found))
     except OSError as error:
-        raise EngineError(
-            f"cannot write the operator to {target.parent}: {error.strerror or error} "
-            "(set LESS_EXPORT_CACHE to another folder)"
-        ) from error
-    return target
+        raise EngineError(f"cannot load the operator {found}: {one_line(error)}") from None
+    return found
 
 
 def compile_library(out: Path, host: str) -> None:
@@ -92,14 +115,17 @@ def compile_library(out: Path, host: str) -> None:
     compiler.run([host, *_LINK, *objects, "-o", out], "operator", LIBRARY)
 
 
-def _key(host: str) -> str:
-    """Key of everything that the library depends on: sources, compiler and processor."""
+def _content() -> str:
+    """Key of the sources, of how they are compiled, and of the processor."""
     digest = hashlib.sha256()
-    for path in sorted(sources().iterdir()):
+    for path in sorted(p for p in sources().iterdir() if p.is_file()):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
-    facts = (host, compiler.version(host), platform.machine(), _processor(), *_COMPILE, *_LINK)
-    digest.update(repr(facts).encode())
+    digest.update(repr((platform.machine(), _processor(), *_COMPILE, *_LINK)).encode())
     return digest.hexdigest()[:20]
+
+
+def _compiler_key(host: str) -> str:
+    return hashlib.sha256(repr((host, compiler.version(host))).encode()).hexdigest()[:12]
 
 
 def _processor() -> str:

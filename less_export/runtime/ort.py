@@ -14,12 +14,13 @@ Measured on two cores:
 - 8 LESS layers (16 heads of 64, C 256), 4 rows, chunks of 128: the process took 835 MB after prefill. Without
   memory patterns, which keep one block per chunk shape, it takes 660 MB at the same speed; returning the
   unused part of the arena when decode begins leaves 500 MB (doing so after every chunk would slow prefill
-  by a quarter).
+  by a quarter). The kernel's own scratch memory, of a chunk and thread, stays with the thread.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
 import sys
 import warnings
@@ -38,6 +39,8 @@ from ..native import ort_cuda, ort_operator
 from ..versions import warn_if_untested
 from .backend import Array, Backend, State, empty
 from .row_sides import RowSides
+
+_LOG = logging.getLogger(__name__)
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 #: Most ranges of rows whose bindings are kept.
@@ -126,6 +129,7 @@ def _kernel(contract: Contract, device: str, operator: str | None) -> Path | Non
         return found
     if operator == "native":
         raise UsageError(f"the native operator cannot run this graph ({found}): leave the choice out, or choose onnx")
+    _LOG.info("LessAttention runs as ONNX nodes: %s", found)
     return None
 
 

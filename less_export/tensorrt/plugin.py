@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.files import scratch_folder
 from ..contract import Contract
 from ..errors import EngineError, install_hint, one_line
 from ..native import cache, nvcc
@@ -90,20 +89,13 @@ def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> P
     archs = tuple(archs) or default_archs()
     tools = toolchain()
     target = cache.cache_folder() / "plugins" / _key(tools, archs) / LIBRARY
-    if digest := cache.stored(target):
-        cache.record(digest)
-        return target
+    if found := cache.known(target):
+        return found
     if target.exists() and progress is not None:
         progress.say("the plugin in the cache is not as it was stored: building it again")
-    try:
-        with scratch_folder(target.parent) as folder:
-            compile_library(folder / LIBRARY, archs, tools, progress=progress)
-            cache.store(folder / LIBRARY, target)
-    except OSError as error:
-        raise EngineError(
-            f"cannot write the plugin to {target.parent}: {error.strerror or error} "
-            "(set LESS_EXPORT_CACHE to another folder)"
-        ) from error
+    with cache.building("plugin", target) as folder:
+        compile_library(folder / LIBRARY, archs, tools, progress=progress)
+        cache.store(folder / LIBRARY, target)
     return target
 
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <cstdlib>
 #include <limits>
 
 #include "lanes.h"
@@ -82,10 +84,9 @@ void Seen::prepare(Layer const& layer, State const& state, Tokens const& tokens)
     slot_columns_ = padded(layer.slots), chunk_columns_ = padded(tokens.count), width_ = padded(layer.head_dim);
     tiles_ = (layer.group * tokens.count + kTile - 1) / kTile;
     size_t const tokens_seen = columns(), head_dim = layer.head_dim, width = width_, rank = layer.rank;
-    size_t const gains = layer.scored() ? tiles_ * tokens_seen : 0;
-    float* at = scratch_.reserve(tokens_seen * (head_dim + width) + rank * (width + 1) + gains + 2 * head_dim);
+    float* at = scratch_.reserve(tokens_seen * (head_dim + width) + rank * (width + 1) + 2 * head_dim);
     keys_ = at, values_ = keys_ + tokens_seen * head_dim, means_ = values_ + tokens_seen * width;
-    gains_ = means_ + rank * width, log_z_ = gains_ + gains, key_ = log_z_ + rank, turned_ = key_ + head_dim;
+    log_z_ = means_ + rank * width, key_ = log_z_ + rank, turned_ = key_ + head_dim;
     positions_.assign(tokens_seen, -1);
     read_slots();
     read_chunk();
@@ -185,7 +186,7 @@ void Seen::logits(float const* queries, int rows, int columns, float* out) const
     }
 }
 
-void Seen::attend(int tile) {
+void Seen::attend(int tile, float* gain) const {
     Layer const& x = *layer_;
     Tokens const& tokens = *tokens_;
     int const first = tile * kTile, rows = std::min(kTile, x.group * tokens.count - first);
@@ -216,8 +217,7 @@ void Seen::attend(int tile) {
         std::min(stride, slot_columns_ + padded(newest + 1));  // later tokens are seen by no query of the tile
     logits(queries, whole, end, weights);
 
-    float* gain = x.scored() ? gained(tile) : nullptr;
-    if (gain) std::fill(gain, gain + stride, 0.0f);
+    if (x.scored()) std::fill(gain, gain + stride, 0.0f);
     float total[kTile];
     for (int i = 0; i < rows; ++i) {
         float* row = weights + static_cast<size_t>(i) * stride;
@@ -243,7 +243,7 @@ void Seen::attend(int tile) {
         // What later tokens leave of this query's scores, see `reference.fading`.
         int const age = tokens.count - 1 - token(i);
         float const worth = x.accumulates() ? share * std::pow(x.decay, static_cast<float>(age)) : share;
-        bool const counts = gain && (x.accumulates() || age == 0);
+        bool const counts = x.accumulates() || (x.scored() && age == 0);
         for (int n = 0; counts && n < end; n += kLanes)
             store(gain + n, load<Floats>(gain + n) + load<Floats>(row + n) * worth);
         for (int n = 0; n < end; n += kLanes) store(row + n, load<Floats>(row + n) * share);
@@ -273,12 +273,6 @@ void Seen::attend(int tile) {
             for (int d = 0; d < x.head_dim; ++d) to[d] += weight * mean[d];
         }
     }
-}
-
-void Seen::sum_gains(float* total) const {
-    std::fill(total, total + columns(), 0.0f);
-    for (int tile = 0; tile < tiles_; ++tile)
-        for (int n = 0; n < columns(); ++n) total[n] += gained(tile)[n];
 }
 
 }  // namespace less

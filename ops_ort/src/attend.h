@@ -28,11 +28,9 @@ class Seen {
     int column(int j) const { return slot_columns_ + j; }
 
     int tiles() const { return tiles_; }
-    // Attends the queries of a tile and writes their outputs. Of layers with scores, leaves in `gained(tile)` what each
-    // column gains.
-    void attend(int tile);
-    // What a column gained from all queries, summed in the order of tiles, so that it does not depend on threads.
-    void sum_gains(float* total) const;
+    // Attends the queries of a tile and writes their outputs. Of layers with scores, leaves in `gain` [columns] what
+    // each column gains from them.
+    void attend(int tile, float* gain) const;
 
  private:
     static constexpr int kTile = 32;
@@ -44,7 +42,6 @@ class Seen {
     void read_chunk();
     void read_means();
     void logits(float const* queries, int rows, int columns, float* out) const;
-    float* gained(int tile) const { return gains_ + static_cast<size_t>(tile) * columns(); }
 
     Layer const* layer_ = nullptr;
     State const* state_ = nullptr;
@@ -56,7 +53,6 @@ class Seen {
     float* means_ = nullptr;                    // [R, width]
     float* log_z_ = nullptr;                    // [R]
     float *key_ = nullptr, *turned_ = nullptr;  // [D]
-    float* gains_ = nullptr;                    // [tiles, columns]
     std::vector<int32_t> positions_;
 };
 

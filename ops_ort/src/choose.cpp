@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 
 namespace less {
 namespace {
 
-// Orders as numbers do, and NaN somewhere.
+// Orders like the numbers, and both zeros alike; the place of NaN is unspecified.
 uint32_t sortable(float x) {
+    x += 0.0f;  // of -0, too
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return bits >> 31 ? ~bits : bits | 0x80000000u;

@@ -1,6 +1,7 @@
 #include "node.h"
 
 #include <algorithm>
+#include <atomic>
 #include <string>
 
 namespace less {
@@ -119,6 +120,8 @@ void read_inputs(Functions const& api, ort::KernelContext const* context, Attrib
     int64_t const rows = x[kQ].shape[0], query_heads = x[kQ].shape[1], chunk = x[kQ].shape[2], width = x[kQ].shape[3];
     int64_t const heads = x[kTokens + kKey].shape[1], slots = x[kTokens + kKey].shape[2], rank = x[kPsi].shape[3];
     require(heads > 0 && query_heads % heads == 0 && chunk > 0 && width > 0 && rank > 0, "wrong sizes");
+    for (int64_t const size : {query_heads, chunk, width, slots, rank, query_heads * chunk})
+        require(size < 1 << 30, "a tensor is too large");
     require(slots == static_cast<int64_t>(attributes.heavy) + attributes.recent,
             "heavy + recent is not the number of slots");
     tensors->rows = rows, tensors->heads = heads, tensors->query_heads = query_heads, tensors->chunk = chunk;
@@ -173,40 +176,46 @@ void open_outputs(Functions const& api, ort::KernelContext* context, Tensors* te
 
 namespace {
 
-Functions const* functions;  // of the process, for shape inference, which is not told them
+std::atomic<Functions const*> functions;  // for shape inference, which is not told them
 
 }  // namespace
 
 Status* infer(ort::CustomOp const*, ort::ShapeInferContext* context) {
-    return guarded(*functions, [&] {
+    Functions const& api = *functions;
+    return guarded(api, [&] {
         size_t count;
-        check(functions->inferred_inputs(context, &count));
+        check(api.inferred_inputs(context, &count));
         auto const type_of = [&](size_t i) {
             ort::TensorInfo* info;
             ElementType type;
-            check(functions->inferred_input(context, i, &info));
-            check(functions->type(info, &type));
+            check(api.inferred_input(context, i, &info));
+            check(api.type(info, &type));
             return type;
         };
         require(count >= kTokens + kPlain + 2, "wrong number of inputs");
         Form const form = Form::of(count, type_of(kTokens + kKey), type_of(kTokens + kPsiSlots));
         for (size_t i = 0; i < 1 + form.state(); ++i) {
             ort::TensorInfo* info;
-            check(functions->inferred_input(context, i == 0 ? size_t{kQ} : kTokens + i - 1, &info));
-            check(functions->infer_output(context, i, info));
+            check(api.inferred_input(context, i == 0 ? size_t{kQ} : kTokens + i - 1, &info));
+            check(api.infer_output(context, i, info));
         }
     });
 }
 
 Status* enlist(ort::SessionOptions* options, ort::ApiBase const* base, ort::CustomOp const* op) {
-    static ort::Api const* table = base->get(ort::kVersion);
-    if (!table) return nullptr;  // too old for the operator: its body runs
+    static ort::ApiBase const* const first = base;
+    static ort::Api const* const table = base->get(ort::kVersion);
+    if (!table) return Functions(base->get(1)).status(ort::kFail, "the operator needs ONNX Runtime 1.22 or newer");
     static Functions const api(table);
+    if (first != base) return Functions(base->get(1)).status(ort::kFail, "another ONNX Runtime has the operator");
     functions = &api;
-    ort::CustomOpDomain* domain;
-    Status* status = api.domain("less", &domain);
-    if (!status) status = api.add(domain, op);
-    return status ? status : api.add(options, domain);
+    static ort::CustomOpDomain* domain = nullptr;  // of the process, for all sessions
+    static Status* const status = [&] {
+        Status* failed = api.domain("less", &domain);
+        return failed ? failed : api.add(domain, op);
+    }();
+    if (status || !domain) return api.status(ort::kFail, "the operator cannot be registered");
+    return api.add(options, domain);
 }
 
 }  // namespace less

@@ -1,5 +1,5 @@
-// A LessAttention node of an ONNX graph, whatever runs it: its attributes, its tensors, which are checked because what
-// a graph states is not trusted, and what ONNX Runtime is told of the operator.
+// A LessAttention node of an ONNX graph, independent of the provider: its attributes, its tensors, which are checked
+// because what a graph states is not trusted, and what ONNX Runtime is told of the operator.
 #pragma once
 
 #include <array>
@@ -78,6 +78,8 @@ ort::Status* guarded(ort::Functions const& api, Body const& body) noexcept {
         return api.status(ort::kInvalidArgument, error.what());
     } catch (std::exception const& error) {
         return api.status(ort::kFail, error.what());
+    } catch (...) {
+        return api.status(ort::kFail, "LessAttention: unknown error");
     }
 }
 

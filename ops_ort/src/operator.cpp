@@ -21,6 +21,10 @@ namespace {
 using ort::Functions;
 using ort::Status;
 
+// So many rows and heads keep the threads busy, and so many queries of a head are worth dividing.
+constexpr size_t kManyUnits = 8;
+constexpr int64_t kLongUnit = 256;
+
 class Kernel {
  public:
     static constexpr char const* kProvider = nullptr;  // the CPU provider
@@ -50,8 +54,9 @@ class Kernel {
         call.context = context;
         bind(context, &call);
         auto const units = static_cast<size_t>(call.rows * call.heads);
-        // Tiles of queries share the work where there is one head; else, heads do.
-        bool const by_head = units > 1 || call.chunk == 1;
+        if (units == 0) return;
+        // The threads share the heads, or where these are few and the chunk is long, the tiles of each.
+        bool const by_head = units >= kManyUnits || call.layer.group * call.chunk < kLongUnit;
         struct Work {
             Kernel const* kernel;
             Call const* call;
@@ -61,14 +66,16 @@ class Kernel {
             auto* w = static_cast<Work*>(data);
             try {
                 if (!w->kernel->head(*w->call, unit, false)) w->fault = 1;
-            } catch (std::exception const&) {
+            } catch (...) {
                 w->fault = 2;
             }
         };
-        if (by_head && units > 1)
+        if (by_head && units > 1) {
             check(api_.parallel(context, one, units, &work));
-        else if (units == 1 && !head(call, 0, !by_head))
-            work.fault = 1;
+        } else {
+            for (size_t unit = 0; unit < units; ++unit)
+                if (!head(call, unit, !by_head)) work.fault = 1;
+        }
         require(work.fault != 1, "more tokens than slots under policy full");
         if (work.fault) throw std::bad_alloc();
     }
@@ -124,28 +131,14 @@ class Kernel {
         thread_local std::vector<float> gains, scores;
         thread_local Choice choice;
         seen.prepare(layer, state, tokens);
-        if (by_tile) {
-            struct Tiles {
-                Seen* seen;
-                std::atomic<bool> failed{false};
-            } tiles{&seen};
-            auto const one = [](void* data, size_t tile) noexcept {
-                auto* t = static_cast<Tiles*>(data);
-                try {
-                    t->seen->attend(static_cast<int>(tile));
-                } catch (std::exception const&) {
-                    t->failed = true;
-                }
-            };
-            check(api_.parallel(call.context, one, seen.tiles(), &tiles));
-            if (tiles.failed) throw std::bad_alloc();
-        } else {
-            for (int tile = 0; tile < seen.tiles(); ++tile) seen.attend(tile);
-        }
+        size_t const columns = layer.scored() ? seen.columns() : 0;
+        gains.assign(columns, 0.0f);
+        if (by_tile)
+            attend_tiles(call.context, seen, columns, &gains);
+        else
+            attend(seen, columns, &gains);
         scores.assign(layer.slots + tokens.count, 0.0f);
         if (layer.scored()) {
-            gains.resize(seen.columns());
-            seen.sum_gains(gains.data());
             float const left = std::pow(layer.decay, static_cast<float>(tokens.count));
             for (int i = 0; i < layer.slots; ++i) {
                 if (state.position[i] < 0) continue;
@@ -156,6 +149,38 @@ class Kernel {
         if (!choose(layer, state, tokens, scores.data(), &choice)) return false;
         settle(layer, tokens, choice, scores.data(), &state);
         return true;
+    }
+
+    // What columns gain is added in the order of tiles, whoever attends them: threads change no bit.
+    static void attend(Seen const& seen, size_t columns, std::vector<float>* gains) {
+        thread_local std::vector<float> own;
+        own.resize(columns);
+        for (int tile = 0; tile < seen.tiles(); ++tile) {
+            seen.attend(tile, own.data());
+            for (size_t n = 0; n < columns; ++n) (*gains)[n] += own[n];
+        }
+    }
+
+    void attend_tiles(ort::KernelContext const* context, Seen const& seen, size_t columns,
+                      std::vector<float>* gains) const {
+        struct Tiles {
+            Seen const* seen;
+            size_t columns;
+            std::vector<float> gains;  // of each tile
+            std::atomic<bool> failed{false};
+        } tiles{&seen, columns, std::vector<float>(columns * seen.tiles())};
+        auto const one = [](void* data, size_t tile) noexcept {
+            auto* t = static_cast<Tiles*>(data);
+            try {
+                t->seen->attend(static_cast<int>(tile), t->gains.data() + tile * t->columns);
+            } catch (...) {
+                t->failed = true;
+            }
+        };
+        check(api_.parallel(context, one, seen.tiles(), &tiles));
+        if (tiles.failed) throw std::bad_alloc();
+        for (int tile = 0; tile < seen.tiles(); ++tile)
+            for (size_t n = 0; n < columns; ++n) (*gains)[n] += tiles.gains[tile * columns + n];
     }
 
     // The present state of a row and KV head.

@@ -12,18 +12,21 @@ constexpr float kLargest = 127, kSmallestScale = 0x1p-126f;
 constexpr float kLargest16 = 127 * 256 + 127;
 constexpr int kPeriod = 1 << 14, kStep = 40503, kChannelStep = 49471, kFeatureStep = 37345;
 
-// Codes of x[0:n], and returns their scale.
+// The larger magnitude; NaN stays.
+float further(float peak, float x) { return std::fabs(x) > peak || std::isnan(x) ? std::fabs(x) : peak; }
+
+// Codes of x[0:n], and returns their scale. Where it is no finite number, codes are zeros, and the scale says so.
 float quantise(float const* x, int n, int8_t* code) {
     float peak = 0;
-    for (int i = 0; i < n; ++i) peak = std::max(peak, std::fabs(x[i]));
+    for (int i = 0; i < n; ++i) peak = further(peak, x[i]);
     float const scale = peak / kLargest;
-    if (!(scale >= kSmallestScale)) {
-        std::fill(code, code + n, static_cast<int8_t>(0));
-        return 0;
+    if (scale >= kSmallestScale && std::isfinite(scale)) {
+        for (int i = 0; i < n; ++i)
+            code[i] = static_cast<int8_t>(std::clamp(std::nearbyint(x[i] / scale), -kLargest, kLargest));
+        return scale;
     }
-    for (int i = 0; i < n; ++i)
-        code[i] = static_cast<int8_t>(std::clamp(std::nearbyint(x[i] / scale), -kLargest, kLargest));
-    return scale;
+    std::fill(code, code + n, static_cast<int8_t>(0));
+    return scale < kSmallestScale ? 0 : scale;
 }
 
 // A token that leaves or takes a slot, as slots hold it.
@@ -82,7 +85,7 @@ class Leaving {
     void absorb16(int r, float const* total, int32_t position, State* state) {
         float const mass = mass_[r], before = state->z[r], after = before + mass;
         state->z[r] = after;
-        if (!(mass > 0)) return;
+        if (mass <= 0) return;
         int const head_dim = layer_.head_dim;
         int8_t* high = static_cast<int8_t*>(state->h) + static_cast<size_t>(r) * 2 * head_dim;
         int8_t* low = high + head_dim;
@@ -91,7 +94,7 @@ class Leaving {
         for (int d = 0; d < head_dim; ++d) {
             float const mean = (high[d] * 256.0f + low[d]) * scale;
             value_[d] = mean + (total[d] - mass * mean) / after;
-            peak = std::max(peak, std::fabs(value_[d]));
+            peak = further(peak, value_[d]);
         }
         float next = peak / kLargest16;
         if (next < kSmallestScale) next = 0;
@@ -99,7 +102,7 @@ class Leaving {
         int const walk = (position % kPeriod + kPeriod) % kPeriod * kStep + r * kFeatureStep;
         for (int d = 0; d < head_dim; ++d) {
             float whole = 0;
-            if (next != 0) {
+            if (next != 0 && std::isfinite(next)) {
                 float const dither = static_cast<float>((walk + d * kChannelStep) % 65536) / 65536;
                 whole = std::clamp(std::floor(value_[d] / next + dither), -kLargest16, kLargest16);
             }
