@@ -92,11 +92,14 @@ def test_more_ranges_than_are_kept(folder: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_state_is_copied_between_steps_of_one_range(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = OrtBackend(CONTRACT, onnx_decoder(CONTRACT, folder / "model.onnx"), threads=1)
-    backend.open(3)
-    moved: list[int] = []
-    put = backend._put
-    monkeypatch.setattr(backend, "_put", lambda row, tensors, side: (moved.append(row), put(row, tensors, side)))
+    """With the graph's own nodes, which read one set of buffers and write the other; the kernel has one set."""
+    path, moved = onnx_decoder(CONTRACT, folder / "model.onnx"), []
+    backend, kernel = (OrtBackend(CONTRACT, path, threads=1, operator=o) for o in ("onnx", "native"))
+    for one in (backend, kernel):
+        one.open(3)
+        monkeypatch.setattr(one, "_put", lambda row, *rest, put=one._put: (moved.append(row), put(row, *rest)))
+    kernel.step([[1, 2]], rows=slice(2, 3))
+    kernel.step([[1], [2], [3]])
     for _ in range(3):
         backend.step([[1, 2]], rows=slice(2, 3))
         backend.step([[1], [2]], rows=slice(0, 2))

@@ -16,11 +16,9 @@ def parser() -> Parser:
         "build-operator",
         "[options]",
         "Compile the operator for ONNX Runtime's CPU provider, or with --cuda for its CUDA provider, or take it from "
-        "the cache of earlier builds, and print its path. Bundles do so themselves when they are opened; other "
-        "programs register the file (SessionOptions.register_custom_ops_library), and an image for containers is built "
-        "with it.",
+        "the cache of earlier builds, and print its path. On a CPU, bundles do so themselves when they are opened; "
+        "for CUDA it is built once. Other programs register the file (SessionOptions.register_custom_ops_library).",
         (
-            "less-export build-operator",
             "less-export build-operator --out libless_ort.so",
             "less-export build-operator --cuda --gpu-arch sm_89 --out libless_ort_cuda.so",
         ),
