@@ -96,7 +96,7 @@ class Kernel {
             call->counts.push_back(fresh);
         }
         open_outputs(api_, context, call);
-        for (size_t i = 0; i < form.state(); ++i) {
+        for (size_t i = 0; call->rows > 0 && i < form.state(); ++i) {
             Tensor const &past = call->inputs[kTokens + i], &present = call->state[i];
             if (present.data != past.data) std::memcpy(present.data, past.data, past.bytes());
         }
