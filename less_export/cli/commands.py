@@ -70,7 +70,7 @@ _TABLE = (
     Command("import-kernels", "convert the paper's authors' kernels", import_kernels.parser, import_kernels.run),
     Command("eval", "measure what the cache does to quality", evaluate.parser, evaluate.run),
     Command("recipes", "list the named models", recipes.parser, recipes.run),
-    Command("build-operator", "compile the operator for CPUs on its own", build_operator.parser, build_operator.run),
+    Command("build-operator", "compile the operator for ONNX Runtime", build_operator.parser, build_operator.run),
     Command("build-plugin", "build the TensorRT plugin on its own", build_plugin.parser, build_plugin.run),
 )
 #: Every command by its name, in the order of the help.

@@ -81,20 +81,20 @@ def library(*, progress: Progress | None = None) -> Path:
     """
     content, host = _content(), compiler.find()
     own = [] if host is None else [folder() / f"{content}-{_compiler_key(host)}" / LIBRARY]
-    found = first_known([*own, *sorted(folder().glob(f"{content}-*/{LIBRARY}"))])
-    if found is None:
+    path = first_known([*own, *sorted(folder().glob(f"{content}-*/{LIBRARY}"))])
+    if path is None:
         if host is None:
             raise EngineError("the operator needs a C++ compiler: install g++")
-        (found,) = own
+        (path,) = own
         (progress or Spoken(_LOG.info)).say("compiling the operator for ONNX Runtime (once)")
-        with cache.building("operator", found) as scratch:
+        with cache.building("operator", path) as scratch:
             compile_library(scratch / LIBRARY, host)
-            cache.store(scratch / LIBRARY, found)
+            cache.store(scratch / LIBRARY, path)
     try:
-        ctypes.CDLL(str(found))
+        ctypes.CDLL(str(path))
     except OSError as error:
-        raise EngineError(f"cannot load the operator {found}: {one_line(error)}") from None
-    return found
+        raise EngineError(f"cannot load the operator {path}: {one_line(error)}") from None
+    return path
 
 
 def compile_library(out: Path, host: str) -> None:

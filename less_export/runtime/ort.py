@@ -5,6 +5,8 @@ A kernel of our own runs LessAttention where it can (:mod:`less_export.native.or
 Else the operator's body runs as ordinary nodes. The state then has two sets of tensors: a step of some rows reads one
 set and writes the other, and the next step of these rows the reverse. No state is copied or allocated between steps,
 except that a row which joins others moves into their set.
+
+Session options are ONNX Runtime's defaults except for scratch memory (``benchmarks/bench_memory.py``).
 Measured on two cores:
 - Memory that is freed while a model loads is returned to the system at once (glibc would keep it): an int4
   model of 1.1B parameters (746 MB on disk, of which 131 MB of embeddings are only mapped) takes 841 MB after
@@ -119,17 +121,17 @@ def _kernel(contract: Contract, device: str, operator: str | None) -> Path | Non
     if operator == "onnx":
         return None
     try:
-        found = _KERNELS[device](contract)
+        kernel = _KERNELS[device](contract)
     except EngineError as error:
         if operator == "native":
             raise
         warnings.warn(f"LessAttention runs as ONNX nodes, which is slower: {error}", RuntimeWarning, stacklevel=5)
         return None
-    if isinstance(found, Path):
-        return found
+    if isinstance(kernel, Path):
+        return kernel
     if operator == "native":
-        raise UsageError(f"the native operator cannot run this graph ({found}): leave the choice out, or choose onnx")
-    _LOG.info("LessAttention runs as ONNX nodes: %s", found)
+        raise UsageError(f"the native operator cannot run this graph ({kernel}): leave the choice out, or choose onnx")
+    _LOG.info("LessAttention runs as ONNX nodes: %s", kernel)
     return None
 
 
