@@ -30,13 +30,17 @@ from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primi
 from tests.emulation import DTYPES, kernel_layer, normal
 from tests.plugin_host import Plugin, plugin_run
 from tests.scenarios import follow, scenario
+from tests.test_cuda_row_indices import scattered
 from tests.test_state16 import SMALL, STATE16_VARIANTS
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 def parity(device: str, quick: bool) -> dict[str, Any]:
-    """Every case of tests/test_cuda*.py through the plugin's interface: the largest ratio of an error to its limit."""
+    """Every case of tests/test_cuda*.py through the plugin's interface: the largest ratio of an error to its limit.
+
+    With rows of the state in order, and by index, in other places at every step.
+    """
     worst, failed, count = 0.0, [], 0
 
     def check(name: str, layer: Any, steps: Any, dtype: str) -> None:
@@ -44,18 +48,22 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         count += 1
         fresh = test_ops.empty(layer, DTYPES[dtype], len(steps[0].inputs["new_length"]))
         reference = follow(test_ops.torch_run(layer, dtype=DTYPES[dtype]), steps, fresh)
-        try:
-            errors = follow(plugin_run(Plugin.of(layer).attach(), layer, dtype, device=device), steps, fresh)
-        except Exception as error:  # a difference, or a CUDA error
-            failed.append(f"{name}: {' '.join(str(error).split())[:160]}")
-            if device == "cuda":
-                torch.cuda.synchronize()  # raises if nothing more can run in this process
-            return
-        limits = test_cuda.allowed(layer, reference)
-        ratio = max(e / limits[n] for n, e in errors.items())
-        worst = max(worst, ratio)
-        if ratio > 1:
-            failed.append(f"{name}: {ratio:.2f} times the limit")
+        for by_index in (False, True):
+            kind = f"{name}, rows by index" if by_index else name
+            attached = Plugin.of(layer, by_index=by_index).attach()
+            run = plugin_run(attached, layer, dtype, device=device, by_index=by_index)
+            try:
+                errors = follow(scattered(run, layer) if by_index else run, steps, fresh)
+            except Exception as error:  # a difference, or a CUDA error
+                failed.append(f"{kind}: {' '.join(str(error).split())[:160]}")
+                if device == "cuda":
+                    torch.cuda.synchronize()  # raises if nothing more can run in this process
+                return
+            limits = test_cuda.allowed(layer, reference)
+            ratio = max(e / limits[n] for n, e in errors.items())
+            worst = max(worst, ratio)
+            if ratio > 1:
+                failed.append(f"{kind}: {ratio:.2f} times the limit")
 
     shapes = [(*x, "model", None, 32) for x in test_cuda.CHOSEN[: 3 if quick else None]]
     shapes += [(*x, "int8", None, 32) for x in test_cuda_int8.SHAPES[: 2 if quick else None]]

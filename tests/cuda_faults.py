@@ -26,6 +26,8 @@ class Fault:
 
 #: The kernel of decode steps.
 DECODE = ("decode_block.cuh", "decode_attend.cuh", "decode_merge.cuh", "decode_settle.cuh", "decode.cuh")
+#: Those of prefill that read or write the state.
+PREFILL = ("attend.cuh", "turn.cuh", "score.cuh", "settle.cuh")
 
 
 def waits() -> dict[str, Fault]:
@@ -37,6 +39,23 @@ def waits() -> dict[str, Fault]:
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
                 line = text.count("\n", 0, match.start()) + 1
                 faults[f"{file}:{line} without {old[:-3]}"] = Fault(file, old, ";", nth)
+    return faults
+
+
+def row_faults() -> dict[str, Fault]:
+    """Every use of a row of the state that is that of the step instead.
+
+    But for those that only float32 has, which the small builds of these tests lack.
+    """
+    faults = {}
+    for file in ("decode_block.cuh", "decode_merge.cuh", "decode_settle.cuh", *PREFILL):
+        text = (PLUGIN / "src" / file).read_text()
+        for nth, match in enumerate(re.finditer("stateHead", text)):
+            number = text.count("\n", 0, match.start())
+            declared = re.match(r"stateHead(Of\(|\(stateHeadOf|;| =|, int n)", text[match.start() :])
+            float32 = re.search(r"const codes =|readCodes<W, kTileRows>", text.splitlines()[number])
+            if not declared and not float32:
+                faults[f"{file}:{number + 1} ({nth}) with the row of the step"] = Fault(file, "stateHead", "head", nth)
     return faults
 
 

@@ -32,6 +32,8 @@ from .sharing import once
 PLUGIN = Path(__file__).parents[1] / "plugins_trt"
 SOURCES = ("less_attention.cu", "less_attention_decode.cu", "less_attention_prefill.cu")
 LENGTHS = ("past_length", "new_length")
+#: The input that gives the rows of the state by index.
+ROWS = "rows"
 #: Floating-point tensors that are float32 in every compute dtype.
 WIDE = ("log_phi_q", "score", "h", "z", *SCALES, *STATE_SCALES, *CENTRING, *TURNING)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -44,7 +46,7 @@ class _Shape(ctypes.Structure):
         (n, ctypes.c_int32)
         for n in (
             *("dtype", "batch", "query_heads", "kv_heads", "chunk", "head_dim", "slots", "rank", "slot_bits"),
-            *("distances", "rotary", "state_bits"),
+            *("distances", "rotary", "state_bits", "state_rows"),
         )
     ]
 
@@ -66,17 +68,17 @@ class _Tensors(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_void_p)
         for n in (
-            *(*TOKENS, *STATE, *SCALES, *STATE_SCALES, *LENGTHS, *CENTRING, *TURNING),
+            *(*TOKENS, *STATE, *SCALES, *STATE_SCALES, *LENGTHS, *CENTRING, *TURNING, ROWS),
             *("out", *(f"present_{n}" for n in (*STATE, *SCALES, *STATE_SCALES))),
         )
     ]
 
 
-def input_names(layer: LayerSpec) -> tuple[str, ...]:
-    """Inputs of a layer's node, in the operator's order; state without its prefix."""
+def input_names(layer: LayerSpec, by_index: bool = False) -> tuple[str, ...]:
+    """Inputs of a layer's node, in the operator's order; state without its prefix. ``by_index`` adds rows."""
     state = tuple(f.name for f in layer.state_fields)
     constants = (CENTRING if layer.int8 else ()) + (TURNING if layer.max_distance else ())
-    return (*TOKENS, *state, *LENGTHS, *constants)
+    return (*TOKENS, *state, *LENGTHS, *constants, *((ROWS,) if by_index else ()))
 
 
 def cuda_include() -> Path:
@@ -193,16 +195,23 @@ def why_unsupported(layer: LayerSpec, dtype: str = "float16", **changes: int) ->
     return reason.decode() if reason else ""
 
 
-def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int) -> _Shape:
+def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int, state_rows: int = 0) -> _Shape:
     sizes = (layer.query_heads, layer.kv_heads, chunk, layer.head_dim, layer.capacity, layer.rank)
     table = table_of(layer).shape if layer.max_distance else (0, 0)
-    return _Shape(list(DTYPES).index(dtype), batch, *sizes, 8 if layer.int8 else 0, *table, layer.state_bits)
+    return _Shape(
+        list(DTYPES).index(dtype), batch, *sizes, 8 if layer.int8 else 0, *table, layer.state_bits, state_rows
+    )
 
 
-def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None) -> Run:
-    """Run the kernels on arrays; float32 holds 16-bit values as in ``test_ops.torch_run``."""
+def emulated(
+    layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None, by_index: bool = False
+) -> Run:
+    """Run the kernels on arrays; float32 holds 16-bit values as in ``test_ops.torch_run``.
+
+    With ``by_index``, the last array is ``rows``, and the state has any number of rows.
+    """
     lib, rules = load(path or library()), _Rules.of(layer)
-    names = input_names(layer)
+    names = input_names(layer, by_index)
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
         tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in arrays]
@@ -212,15 +221,14 @@ def emulated(layer: LayerSpec, dtype: str = "float32", in_place: bool = True, pa
         past = tensors[len(TOKENS) : len(TOKENS) + len(layer.state_fields)]
         present = past if in_place else [torch.full_like(x, -7) for x in past]
         out = torch.full_like(tensors[0], math.nan)
+        shape = _shape(layer, dtype, batch, chunk, past[0].shape[0] if by_index else 0)
         if recording is not None:
-            numbers = (*bytes(_shape(layer, dtype, batch, chunk)), *bytes(rules))
+            numbers = (*bytes(shape), *bytes(rules))
             recording.write(bytes(numbers) + b"".join(_raw(t) for t in tensors))
         presents = dict(zip((f"present_{f.name}" for f in layer.state_fields), present, strict=True))
         named = {**dict(zip(names, tensors, strict=True)), "out": out, **presents}
         pointers = _Tensors(**{n: t.data_ptr() for n, t in named.items()})
-        status = lib.less_host_step(
-            ctypes.byref(_shape(layer, dtype, batch, chunk)), ctypes.byref(rules), ctypes.byref(pointers)
-        )
+        status = lib.less_host_step(ctypes.byref(shape), ctypes.byref(rules), ctypes.byref(pointers))
         assert status == 0, f"less_host_step says {status}"
         return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in (out, *present)]
 

@@ -30,7 +30,7 @@ from .sharing import once
 
 FIELDS = (
     *("scale", "policy", "heavy", "recent", "window", "absorb", "decay"),
-    *("slot_bits", "state_bits", "max_distance"),
+    *("slot_bits", "state_bits", "max_distance", "rows_by_index"),
 )
 #: Inputs and outputs of a layer without int8 slots and a largest distance.
 INPUTS, OUTPUTS = 14, 8
@@ -40,14 +40,15 @@ FIELD_TYPES = {"f32": (1, ctypes.c_float), "f64": (2, ctypes.c_double), "i32": (
 FIELD_TYPES["i64"] = (10, ctypes.c_int64)
 
 
-def input_dtypes(layer: LayerSpec, dtype: torch.dtype) -> list[torch.dtype]:
+def input_dtypes(layer: LayerSpec, dtype: torch.dtype, by_index: bool = False) -> list[torch.dtype]:
     """The inputs' dtypes, where q has ``dtype``."""
-    fixed = dict.fromkeys(WIDE, torch.float32) | dict.fromkeys(("position", *emulation.LENGTHS), torch.int32)
+    integers = ("position", *emulation.LENGTHS, emulation.ROWS)
+    fixed = dict.fromkeys(WIDE, torch.float32) | dict.fromkeys(integers, torch.int32)
     if layer.int8:
         fixed |= {"key": torch.int8, "value": torch.int8}
     if layer.state16:
         fixed |= {"psi": torch.int8, "h": torch.int8}
-    return [fixed.get(name, dtype) for name in emulation.input_names(layer)]
+    return [fixed.get(name, dtype) for name in emulation.input_names(layer, by_index)]
 
 
 class Field(ctypes.Structure):
@@ -127,9 +128,9 @@ class Plugin:
         return cls(harness().plugin_create(array, len(fields), int(runtime)))
 
     @classmethod
-    def of(cls, layer: LayerSpec, integers: str = "i32", floats: str = "f32") -> Plugin:
-        values = onnx_op.node_attributes(layer).items()
-        plugin = cls.create([(n, v, floats if isinstance(v, float) else integers) for n, v in values])
+    def of(cls, layer: LayerSpec, integers: str = "i32", floats: str = "f32", by_index: bool = False) -> Plugin:
+        values = onnx_op.node_attributes(layer) | ({"rows_by_index": 1} if by_index else {})
+        plugin = cls.create([(n, v, floats if isinstance(v, float) else integers) for n, v in values.items()])
         assert plugin.handle, log()
         return plugin
 
@@ -159,8 +160,8 @@ def describe(dtype: torch.dtype, shape: Sequence[int], form: int = 0) -> Tensor:
     return Tensor(TYPES[dtype], form, len(shape), (ctypes.c_int64 * 5)(*shape))
 
 
-def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int) -> list[Tensor]:
-    """All inputs and outputs of a layer."""
+def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int, rows: int | None = None) -> list[Tensor]:
+    """All inputs and outputs of a layer; ``rows`` of the state, of which a step names those that it runs."""
     hq, hk, d, c, r = layer.query_heads, layer.kv_heads, layer.head_dim, layer.capacity, layer.rank
     tokens = [(hq, chunk, d), (hk, chunk, d), (hk, chunk, d), (hq, chunk, r), (hk, chunk, r)]
     state = [(hk, c, d), (hk, c, d), (hk, c, r), (hk, c), (hk, c), (hk, r, layer.state_width), (hk, r)]
@@ -168,23 +169,36 @@ def described(layer: LayerSpec, dtype: torch.dtype, batch: int, chunk: int) -> l
     state += [(hk, r)] if layer.state16 else []
     constants = [(hk, d), (hk, d)] if layer.int8 else []
     constants += [table_of(layer).shape] if layer.max_distance else []
-    shapes = [*((batch, *s) for s in (*tokens, *state, (), ())), *constants]
-    inputs = [describe(kind, s) for kind, s in zip(input_dtypes(layer, dtype), shapes, strict=True)]
+    held = batch if rows is None else rows
+    shapes = [*((batch, *s) for s in tokens), *((held, *s) for s in state), (batch,), (batch,), *constants]
+    shapes += [] if rows is None else [(batch,)]
+    kinds = input_dtypes(layer, dtype, rows is not None)
+    inputs = [describe(kind, s) for kind, s in zip(kinds, shapes, strict=True)]
     return [*inputs, inputs[0], *inputs[len(tokens) : len(tokens) + len(state)]]
 
 
-def plugin_run(plugin_: Plugin, layer: LayerSpec, dtype: str, in_place: bool = True, device: str = "cpu") -> Run:
-    """``onShapeChange`` and ``enqueue`` on arrays; the workspace has the size that the plugin asked for."""
+def plugin_run(
+    plugin_: Plugin,
+    layer: LayerSpec,
+    dtype: str,
+    in_place: bool = True,
+    device: str = "cpu",
+    by_index: bool = False,
+) -> Run:
+    """``onShapeChange`` and ``enqueue`` on arrays; the workspace has the size that the plugin asked for.
+
+    With ``by_index``, the last array is ``rows``, and the state has any number of rows.
+    """
 
     def run(arrays: list[np.ndarray]) -> list[np.ndarray]:
-        kinds = input_dtypes(layer, DTYPES[dtype])
+        kinds = input_dtypes(layer, DTYPES[dtype], by_index)
         given = [torch.from_numpy(np.ascontiguousarray(a)).to(k) for a, k in zip(arrays, kinds, strict=True)]
         given = [x.clone().to(device) for x in given]
         batch, chunk = given[1].shape[0], given[1].shape[2]
         past = given[len(TOKENS) : len(TOKENS) + len(layer.state_fields)]
         present = past if in_place else [torch.full_like(x, -7) for x in past]
         results = [torch.full_like(given[0], math.nan), *present]
-        tensors = described(layer, DTYPES[dtype], batch, chunk)
+        tensors = described(layer, DTYPES[dtype], batch, chunk, len(past[0]) if by_index else None)
         assert plugin_.tensors("shape_change", tensors) == 0, log()
         size = plugin_.tensors("workspace", tensors)
         store = torch.full((size + 256,), 0xFF, dtype=torch.uint8, device=device)

@@ -25,13 +25,15 @@ import torch
 from less_export.contract import LayerSpec, SlotDtype, StateBits
 
 from . import emulation
-from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, MERGE_FAULTS, STATE16_FAULTS, Fault, waits
+from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, MERGE_FAULTS, STATE16_FAULTS, Fault, row_faults, waits
 from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import Arrays
 from .scenarios import OneHot, Step, follow, scenario
 from .test_cuda import allowed, compare_on_scattered_states
 from .test_cuda_distance import LARGE, large_elements
+from .test_cuda_row_indices import KINDS, check_scattered
+from .test_cuda_row_indices import layer_of as layer_by_index
 from .test_cuda_rows import check_many_slots, check_rows
 from .test_int8 import far
 from .test_ops import DECODE, MIXED, empty, tied, torch_run
@@ -160,8 +162,20 @@ def merge_cases() -> list[Case]:
     return [case(layer, steps, blocks) for blocks in (512, 1)]
 
 
+def row_cases() -> list[Case]:
+    """None: rows by index are compared with rows in order."""
+    return []
+
+
 #: The cases of a kind of faults, and what their slots and their state hold.
-CASES = {"rules": cases, "merge": merge_cases, "int8": int8_cases, "distance": distance_cases, "state16": state16_cases}
+CASES = {
+    "rules": cases,
+    "merge": merge_cases,
+    "int8": int8_cases,
+    "distance": distance_cases,
+    "state16": state16_cases,
+    "rows": row_cases,
+}
 HOLDS: dict[str, tuple[SlotDtype, StateBits]] = {"int8": ("int8", 32), "state16": ("int8", 16)}
 
 
@@ -183,7 +197,10 @@ def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
                 check_rows(layer, "float16", (1, 2, 5), path, cancelling=True)
             elif kind == "rules" and order == orders[0]:
                 check_many_slots("float16", path)
-            if kind != "merge":
+            if kind == "rows":
+                for policy, _, options in KINDS:
+                    check_scattered(layer_by_index(policy, 2, options), "float16", path)
+            elif kind != "merge":
                 compare_on_scattered_states("float16", path, *HOLDS.get(kind, ("model", 32)))
         except AssertionError:
             return False
@@ -244,6 +261,7 @@ def test_kernels_without_a_fault_pass() -> None:
     assert not caught(sound(), ORDERS[:2], "int8")
     assert not caught(sound(), ORDERS[:2], "distance")
     assert not caught(sound(), ORDERS[:2], "state16")
+    assert not caught(sound(), ORDERS[:1], "rows")
 
 
 def chosen() -> list[object]:
@@ -278,6 +296,11 @@ def test_fault_of_a_state_of_16_bits_is_caught(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("name", exhaustive_but(DISTANCE_FAULTS, *[*DISTANCE_FAULTS][4::9]))
 def test_fault_of_distances_is_caught(name: str, tmp_path: Path) -> None:
     assert caught(broken(tmp_path, DISTANCE_FAULTS[name]), ORDERS[:1], "distance")
+
+
+@pytest.mark.parametrize("name", exhaustive_but(row_faults(), *[*row_faults()][1::12]))
+def test_fault_of_rows_by_index_is_caught(name: str, tmp_path: Path) -> None:
+    assert caught(broken(tmp_path, row_faults()[name]), ORDERS[:1], "rows")
 
 
 def test_survivors_are_faults() -> None:

@@ -15,6 +15,7 @@ from less_export.contract import SlotDtype, StateBits
 from . import emulation
 from .emulation import PLUGIN, emulated, kernel_layer, normal
 from .scenarios import play, scenario
+from .test_cuda_row_indices import scattered
 from .test_ops import empty
 
 pytestmark = pytest.mark.slow
@@ -53,8 +54,10 @@ def record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             layer = kernel_layer(policy, 77, head_dim, group, rank, kv_heads=1)
             layer = replace(layer, slot_dtype=slots, max_distance=far, state_bits=bits)
             steps = scenario(layer, CHUNKS, 6, normal("float16"))
-            for _ in play(emulated(layer, "float16"), steps, empty(layer, torch.float16, 2)):
-                pass
+            other = scattered(emulated(layer, "float16", by_index=True), layer)
+            for run in (emulated(layer, "float16"), other):
+                for _ in play(run, steps, empty(layer, torch.float16, 2)):
+                    pass
 
 
 def test_nothing_out_of_bounds_and_nothing_undefined(
@@ -65,7 +68,7 @@ def test_nothing_out_of_bounds_and_nothing_undefined(
     done = sanitized(replay, tmp_path / "launches", 0, 3)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert done.stdout == f"{len(KINDS) * len(CHUNKS)} launches\n"
+    assert done.stdout == f"{2 * len(KINDS) * len(CHUNKS)} launches\n"
 
 
 def test_the_sanitizers_would_say(replay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ SMALL = replace(INT8, state_bits=16)
 #: A layer with every field that a node may have.
 ALL = replace(SMALL, max_distance=100)
 #: What a layer's node does not say, as the plugin describes it.
-ABSENT = {"slot_bits": 0, "state_bits": 32, "max_distance": 0}
+ABSENT = {"slot_bits": 0, "state_bits": 32, "max_distance": 0, "rows_by_index": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,7 @@ def test_identity() -> None:
     plugin = Plugin.of(LAYER)
     name, version, space, metadata, *fields = plugin.texts()
     assert (name, version, space) == (OP_NAME, PLUGIN_VERSION, "")
-    assert tuple(fields) == FIELDS == tuple(onnx_op.node_attributes(ALL))
+    assert tuple(fields) == FIELDS == (*onnx_op.node_attributes(ALL), "rows_by_index")
     assert "heavy=12 recent=12" in metadata
     assert harness().creator_matches(ctypes.c_void_p(plugin.handle))
 
@@ -74,7 +74,7 @@ def test_fields_survive_serialisation(integers: str, floats: str) -> None:
 
 
 def test_fields_that_are_refused() -> None:
-    attributes = onnx_op.node_attributes(ALL)
+    attributes = onnx_op.node_attributes(ALL) | {"rows_by_index": 1}
     good = [(n, v, "f32" if isinstance(v, float) else "i32") for n, v in attributes.items()]
 
     def with_field(name: str, value: float | None, kind: str) -> list[tuple[str, float | None, str]]:
@@ -104,6 +104,7 @@ def test_fields_that_are_refused() -> None:
         bad(with_field("slot_bits", bits, "i64"), "attribute slot_bits must be 0 or 8")
     for bits in (1, 8, 17):
         bad(with_field("state_bits", bits, "i64"), "attribute state_bits must be 16 or 32")
+    bad(with_field("rows_by_index", 2, "i32"), "attribute rows_by_index must be 0 or 1")
     bad(with_field("slot_bits", 0, "i32"), "attribute state_bits is 16, which needs slot_bits 8 and absorb 1")
     bad(with_field("absorb", 0, "i32"), "attribute state_bits is 16, which needs slot_bits 8 and absorb 1")
     refused(harness().plugin_create(None, 0, 0), "no attributes")
@@ -113,7 +114,9 @@ def test_scores_of_version_1_never_fade() -> None:
     """Graphs and plans of the operator's first version have no decay."""
     fields = [(n, v, "f32" if n == "scale" else "i32") for n, v in LAYER.attributes().items() if n != "decay"]
     assert Plugin.create(fields).round_trip().texts() == Plugin.of(LAYER).texts()
-    assert Plugin.of(LAYER).texts()[3].endswith("decay=1.000000 slot_bits=0 state_bits=32 max_distance=0")
+    assert (
+        Plugin.of(LAYER).texts()[3].endswith("decay=1.000000 slot_bits=0 state_bits=32 max_distance=0 rows_by_index=0")
+    )
 
 
 def test_state_bits_that_mean_32() -> None:

@@ -23,8 +23,9 @@ struct Launch {
 std::vector<size_t> inputBytes(less::AttentionShape const& s) {
     bool const codes = s.slotType == less::SlotType::kInt8, means = s.stateType == less::StateType::kMeans16;
     size_t const item = s.dtype == less::DType::kFloat32 ? 4 : 2, batch = s.batch, slot = codes ? 1 : item;
-    size_t const q = batch * s.queryHeads * s.chunk, k = batch * s.kvHeads * s.chunk, c = batch * s.kvHeads * s.slots;
-    size_t const r = batch * s.kvHeads * s.rank;
+    size_t const rows = s.stateRows > 0 ? s.stateRows : s.batch;
+    size_t const q = batch * s.queryHeads * s.chunk, k = batch * s.kvHeads * s.chunk, c = rows * s.kvHeads * s.slots;
+    size_t const r = rows * s.kvHeads * s.rank;
     return {q * s.headDim * item,
             k * s.headDim * item,
             k * s.headDim * item,
@@ -44,7 +45,8 @@ std::vector<size_t> inputBytes(less::AttentionShape const& s) {
             batch * 4,
             codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0,
             codes ? static_cast<size_t>(s.kvHeads) * s.headDim * 4 : 0,
-            static_cast<size_t>(s.distances) * s.rotary * 4};
+            static_cast<size_t>(s.distances) * s.rotary * 4,
+            s.stateRows > 0 ? batch * 4 : 0};
 }
 
 bool read(std::FILE* file, void* target, size_t bytes) { return std::fread(target, 1, bytes, file) == bytes; }
@@ -65,9 +67,9 @@ cudaError_t run(Launch const& launch) {
     less::AttentionTensors tensors{};
     auto* const pointers = reinterpret_cast<void**>(&tensors);
     for (size_t i = 0; i < blocks.size(); ++i) pointers[i] = blocks[i].get();
-    pointers[20] = out.get();
-    for (size_t i = 0; i < 10; ++i) pointers[21 + i] = blocks[5 + i].get();
-    static_assert(sizeof(tensors) == 31 * sizeof(void*), "tensors are pointers, inputs first");
+    pointers[21] = out.get();
+    for (size_t i = 0; i < 10; ++i) pointers[22 + i] = blocks[5 + i].get();
+    static_assert(sizeof(tensors) == 32 * sizeof(void*), "tensors are pointers, inputs first");
     return less::enqueue(launch.shape, launch.rules, tensors, workspace.get(), counters.get(), nullptr);
 }
 

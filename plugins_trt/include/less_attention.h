@@ -45,11 +45,12 @@ struct AttentionShape {
     SlotType slotType;
     int32_t distances = 0, rotary = 0;         // P and D_rot, the sizes of the table with maxDistance
     StateType stateType = StateType::kSums32;  // kMeans16 goes with int8 slots and layers that absorb
+    int32_t stateRows = 0;                     // N, with rows
 };
 
 // Inputs in the operator's order, then outputs. T below is the dtype of the shape, S that of the slots. present* must
 // either be the same memory as past* (in place) or not overlap it. The scales of slots, keyMean and keyStd exist with
-// int8 slots only, pastHScale with a state of 16 bits only, rotary with maxDistance only.
+// int8 slots only, pastHScale with a state of 16 bits only, rotary with maxDistance only, rows as the caller likes.
 struct AttentionTensors {
     void const* q;                // T   [B,Hq,T,D], rotary embedding applied unless there is maxDistance, as in k
     void const* k;                // T   [B,Hk,T,D]
@@ -71,6 +72,7 @@ struct AttentionTensors {
     float const* keyMean;         // f32 [Hk,D], keys are centred with these before they are rounded
     float const* keyStd;          // f32 [Hk,D], > 0
     float const* rotary;          // f32 [P,D_rot], with maxDistance; see below
+    int32_t const* rows;          // i32 [B], rows of the state by index; nullptr: row b of the step has row b
     void* out;                    // T   [B,Hq,T,D], zero where t >= newLength
     void* presentKey;             // shaped like its past
     void* presentValue;
@@ -89,6 +91,12 @@ struct AttentionTensors {
 // i < D_rot / 2 of q and k forms a pair with channel i + D_rot / 2; the channels from D_rot on are not rotated. Queries
 // and tokens of the chunk are rotated by their offset t in it, a slot's key by -min(past_length - position,
 // maxDistance), in float32. A token takes its slot unrotated.
+
+// With `rows`, the state tensors have N rows ([N,Hk,C,D] and so on), all others B, and row b of the step reads and
+// writes row rows[b] of the state; the other rows are neither read nor written, except that all N are copied if
+// present* is not past*. Callers ensure that the indices are distinct and within 0..N-1, which nothing checks: rows of
+// the step that share a row of the state leave it undefined, and an index out of range counts as N-1, so that no memory
+// outside of the tensors is touched. TensorRT times plugins on inputs of any content.
 
 // Size of the counters in device memory, with which a decode step that splits its slots over several blocks counts
 // the blocks that are done. They must be zero before the first launch; every launch leaves them zero. Launches that may

@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
               R = p.shape.rank, chunk = p.shape.chunk;
     int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
-    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G;
+    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G,
+               stateHead = stateHeadOf(p.t, p.shape, head);
     // The last rows see the most keys, so they start first. A thread has the rows low and low + 8.
     int const first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kTileRows, low = first + warp * 16 + g;
     T* const out = static_cast<T*>(p.t.out) + queryHead * chunk * D;
@@ -58,17 +59,18 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
         for (int i = 0; i < kParts<T>; ++i) parts[i] = partTile(i);
         if (turning) readTurnedKeys<W, N>(p, from, head, count, past, Tiles::kStride, parts);
         if (decodes) {
-            int const* const positions = p.t.presentPosition + head * C;
+            int const* const positions = p.t.presentPosition + stateHead * C;
             if (!turning) {
-                Rows<int8_t> const keys = codedKeys(p, head);
+                Rows<int8_t> const keys = codedKeys(p, stateHead);
                 readCodes<W, N>(keys.stored, &keys.centring, positions, from.base, C, Tiles::kStride, parts);
             }
-            SlotRows<int8_t> const values(p.t.presentValue, p.t.presentValueScale, head, C, D);
+            SlotRows<int8_t> const values(p.t.presentValue, p.t.presentValueScale, stateHead, C, D);
             T* const tile[] = {shared.values[0].x};
             readCodes<W, N>(values, nullptr, positions, from.base, C, Tiles::kStride, tile);
         }
-        T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + head * from.length * D;
-        T const* const values = static_cast<T const*>(from.chunk ? p.t.v : p.t.presentValue) + head * from.length * D;
+        long const base = (from.chunk ? head : stateHead) * from.length * D;
+        T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + base;
+        T const* const values = static_cast<T const*>(from.chunk ? p.t.v : p.t.presentValue) + base;
         constexpr int kVectors = W / Tiles::kVector;
         for (int x = tid; x < N * kVectors; x += kThreads) {
             int const row = x / kVectors, column = x % kVectors * Tiles::kVector, index = from.base + row;
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
             if (from.chunk) {
                 if (index < count) position = past + index;
             } else if (index < C) {
-                position = p.t.presentPosition[head * C + index];
+                position = p.t.presentPosition[stateHead * C + index];
             }
             if (column == 0) shared.positions[stage][row] = position;
             if (decodes) continue;
@@ -158,9 +160,9 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
 
     // ---- low-rank term and output
     bool const inMeans = keepsMeans(p.shape);
-    Means const means = Means::of(p.t, head, p.shape);
-    float const* const h = static_cast<float const*>(p.t.presentH) + head * R * D;
-    float const* const z = p.t.presentZ + head * R;
+    Means const means = Means::of(p.t, stateHead, p.shape);
+    float const* const h = static_cast<float const*>(p.t.presentH) + stateHead * R * D;
+    float const* const z = p.t.presentZ + stateHead * R;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
         mass[r] += __shfl_xor_sync(~0u, mass[r], 1);

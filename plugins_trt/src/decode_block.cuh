@@ -87,7 +87,8 @@ struct DecodeBlock {
     DecodeParams const& p;
     Shared& shared;
     int const G, C, D, R, now;
-    long const head;  // of the keys and values
+    long const head;       // of the step
+    long const stateHead;  // of the state, which has other rows than the step if the launch says so
     SlotRows<S> const keys, values;
     int* const positions;
     float* const logits;  // [G,C]
@@ -101,18 +102,22 @@ struct DecodeBlock {
           R(p.shape.rank),
           now(p.t.pastLength[blockIdx.z]),
           head(static_cast<long>(blockIdx.z) * p.shape.kvHeads + blockIdx.y),
-          keys(p.t.presentKey, p.t.presentKeyScale, head, C, D),
-          values(p.t.presentValue, p.t.presentValueScale, head, C, D),
-          positions(p.t.presentPosition + head * C),
+          stateHead(stateHeadOf(p.t, p.shape, head)),
+          keys(p.t.presentKey, p.t.presentKeyScale, stateHead, C, D),
+          values(p.t.presentValue, p.t.presentValueScale, stateHead, C, D),
+          positions(p.t.presentPosition + stateHead * C),
           logits(p.logits != nullptr ? p.logits + head * G * C : arrays().logits) {}
 
     // Computed anew where it is used, for the sake of registers.
     __device__ __forceinline__ DecodeArrays arrays() const {
         return DecodeArrays::at(reinterpret_cast<unsigned char*>(&shared) + sizeof(Shared), G, R, p.splits);
     }
-    // A tensor of the compute dtype with `perHead` elements for each KV head.
+    // A tensor of the step in the compute dtype, with `perHead` elements for each KV head.
     __device__ __forceinline__ Elements<T> elements(void const* tensor, long perHead) const {
         return Elements<T>(tensor, p.shape.dtype, head * perHead);
+    }
+    __device__ __forceinline__ Elements<T> slotPsi() const {
+        return Elements<T>(p.t.presentPsi, p.shape.dtype, stateHead * C * R);
     }
     // Whether the sums of the only split and the only tile of heads stay in shared memory.
     __device__ __forceinline__ bool direct() const { return p.sums == nullptr; }

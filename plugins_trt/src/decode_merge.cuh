@@ -43,7 +43,7 @@ struct LowRank {
 
     __device__ __forceinline__ LowRank(DecodeBlock<S, LPR, GT> const& of, int g)
         : block(of),
-          means(Means::of(of.p.t, of.head, of.p.shape)),
+          means(Means::of(of.p.t, of.stateHead, of.p.shape)),
           inMeans(keepsMeans<S>(of.p.shape)),
           logPhi(of.p.t.logPhiQ + (of.head * of.G + g) * of.R),
           weights(of.arrays().lowWeights + g * of.R),

@@ -75,11 +75,11 @@ struct Settling {
           C(of.C),
           D(of.D),
           R(of.R),
-          slotScores(of.p.t.presentScore + of.head * of.C),
-          psis(of.elements(of.p.t.presentPsi, static_cast<long>(of.C) * of.R)),
-          means(Means::of(of.p.t, of.head, of.p.shape)),
+          slotScores(of.p.t.presentScore + of.stateHead * of.C),
+          psis(of.slotPsi()),
+          means(Means::of(of.p.t, of.stateHead, of.p.shape)),
           inMeans(keepsMeans<S>(of.p.shape)),
-          h(static_cast<float*>(of.p.t.presentH) + of.head * of.R * of.D) {}
+          h(static_cast<float*>(of.p.t.presentH) + of.stateHead * of.R * of.D) {}
 
     // The score of a slot after this step.
     __device__ __forceinline__ float scoreOf(int c) const {

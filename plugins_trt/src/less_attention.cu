@@ -14,7 +14,8 @@ constexpr int kMaxGroup = 128;
 
 // The kernels update the state in place. If present* is not past*, the state is copied there first.
 cudaError_t copyState(AttentionShape const& s, AttentionTensors const& t, cudaStream_t stream) {
-    size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, item = s.dtype == DType::kFloat32 ? 4 : 2;
+    size_t const heads = static_cast<size_t>(t.rows != nullptr ? s.stateRows : s.batch) * s.kvHeads;
+    size_t const item = s.dtype == DType::kFloat32 ? 4 : 2;
     size_t const code = s.slotType == SlotType::kInt8 ? 1 : item, scales = heads * s.slots * sizeof(float);
     bool const means = s.stateType == StateType::kMeans16;
     struct {
@@ -99,6 +100,7 @@ cudaError_t enqueue(AttentionShape const& shape, AttentionRules const& rules, At
                     void* workspace, uint32_t* counters, cudaStream_t stream) noexcept {
     if (whyUnsupported(shape, rules) != nullptr) return cudaErrorInvalidValue;
     if (rules.maxDistance > 0 && shape.chunk > shape.distances) return cudaErrorInvalidValue;
+    if (tensors.rows != nullptr && shape.stateRows < 1) return cudaErrorInvalidValue;
     if (shape.batch < 1 || shape.chunk < 1) return cudaSuccess;
     cudaError_t const status = copyState(shape, tensors, stream);
     if (status != cudaSuccess) return status;

@@ -14,9 +14,9 @@ using nvinfer1::PluginField;
 using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 
-// An input of the operator: its axes by letter (Q: query heads, H: KV heads, P: distances, E: rotated channels) and its
-// dtype ('T': that of q, 'S': that of the slots, 'P' and 'H': those of psi in slots and of past_h, 'f': float32, 'i':
-// int32).
+// An input of the operator: its axes by letter (N: rows of the state, Q: query heads, H: KV heads, P: distances,
+// E: rotated channels) and its dtype ('T': that of q, 'S': that of the slots, 'P' and 'H': those of psi in slots and of
+// past_h, 'f': float32, 'i': int32).
 struct TensorRule {
     char const* name;
     char const* axes;
@@ -29,32 +29,35 @@ constexpr TensorRule kRules[kInputs] = {
     {"v", "BHTD", 'T'},
     {"log_phi_q", "BQTR", 'f'},
     {"psi_k", "BHTR", 'T'},
-    {"past_key", "BHCD", 'S'},
-    {"past_value", "BHCD", 'S'},
-    {"past_psi", "BHCR", 'P'},
-    {"past_score", "BHC", 'f'},
-    {"past_position", "BHC", 'i'},
-    {"past_h", "BHRD", 'H'},
-    {"past_z", "BHR", 'f'},
-    {"past_key_scale", "BHC", 'f'},
-    {"past_value_scale", "BHC", 'f'},
-    {"past_h_scale", "BHR", 'f'},
+    {"past_key", "NHCD", 'S'},
+    {"past_value", "NHCD", 'S'},
+    {"past_psi", "NHCR", 'P'},
+    {"past_score", "NHC", 'f'},
+    {"past_position", "NHC", 'i'},
+    {"past_h", "NHRD", 'H'},
+    {"past_z", "NHR", 'f'},
+    {"past_key_scale", "NHC", 'f'},
+    {"past_value_scale", "NHC", 'f'},
+    {"past_h_scale", "NHR", 'f'},
     {"past_length", "B", 'i'},
     {"new_length", "B", 'i'},
     {"key_mean", "HD", 'f'},
     {"key_std", "HD", 'f'},
     {"rotary", "PE", 'f'},
+    {"rows", "B", 'i'},
 };
 
 constexpr Field kFields[] = {
-    {"scale", PluginFieldType::kFLOAT32},    {"policy", PluginFieldType::kINT32},
-    {"heavy", PluginFieldType::kINT32},      {"recent", PluginFieldType::kINT32},
-    {"window", PluginFieldType::kINT32},     {"absorb", PluginFieldType::kINT32},
-    {"decay", PluginFieldType::kFLOAT32},    {"slot_bits", PluginFieldType::kINT32},
-    {"state_bits", PluginFieldType::kINT32}, {"max_distance", PluginFieldType::kINT32},
+    {"scale", PluginFieldType::kFLOAT32},       {"policy", PluginFieldType::kINT32},
+    {"heavy", PluginFieldType::kINT32},         {"recent", PluginFieldType::kINT32},
+    {"window", PluginFieldType::kINT32},        {"absorb", PluginFieldType::kINT32},
+    {"decay", PluginFieldType::kFLOAT32},       {"slot_bits", PluginFieldType::kINT32},
+    {"state_bits", PluginFieldType::kINT32},    {"max_distance", PluginFieldType::kINT32},
+    {"rows_by_index", PluginFieldType::kINT32},
 };
 // Graphs of version 1 of the operator have no decay: their scores never fade. Without slot_bits, slots are not int8;
-// without state_bits, H has float32 sums; without max_distance, q and k come rotated.
+// without state_bits, H has float32 sums; without max_distance, q and k come rotated; without rows_by_index, row b of a
+// step is row b of the state.
 constexpr size_t kRequired = 6;
 static_assert(std::size(kFields) == kFieldCount, "as many as the header says");
 
@@ -138,15 +141,17 @@ bool Attributes::has(Input input) const {
             return means16();
         case kRotary:
             return turns();
+        case kRows:
+            return rowsByIndex;
         default:
             return true;
     }
 }
 
-int32_t Attributes::inputs() const {
-    int32_t count = 0;
-    for (int32_t i = 0; i < kInputs; ++i) count += has(Input(i));
-    return count;
+int32_t Attributes::index(Input input) const {
+    int32_t before = 0;
+    for (int32_t i = 0; i < input; ++i) before += has(Input(i));
+    return before;
 }
 
 int32_t Attributes::input(int32_t index) const {
@@ -192,7 +197,9 @@ Attributes attributesOf(nvinfer1::PluginFieldCollection const& fields) {
     StateType const stateType = state == 16 ? StateType::kMeans16 : StateType::kSums32;
     if (stateType == StateType::kMeans16 && (bits != 8 || rules.absorb == 0))
         refuse("attribute state_bits is 16, which needs slot_bits 8 and absorb 1");
-    return {rules, SlotType{bits}, stateType};
+    int32_t const byIndex = attributes[10] == nullptr ? 0 : integer(*attributes[10]);
+    if (byIndex > 1) refuse("attribute rows_by_index must be 0 or 1");
+    return {rules, SlotType{bits}, stateType, byIndex == 1};
 }
 
 void checkCounts(Attributes const& node, int32_t nbInputs, int32_t nbOutputs) {
@@ -218,7 +225,7 @@ void checkTypes(Attributes const& node, TypeOf const& typeOf) {
 }
 
 AttentionShape agreedShape(Attributes const& node, DataType q, DimsOf const& dimsOf) {
-    constexpr char kAxes[] = "BQHTDCRPE";
+    constexpr char kAxes[] = "BNQHTDCRPE";
     int64_t sizes[sizeof(kAxes)] = {};
     for (int32_t input = 0; input < node.inputs(); ++input) {
         TensorRule const& rule = ruleOf(node, input);
@@ -227,7 +234,8 @@ AttentionShape agreedShape(Attributes const& node, DataType q, DimsOf const& dim
             refuse(std::string(rule.name) + " has shape " + text(dims) + ", but must have " +
                    std::to_string(std::strlen(rule.axes)) + " dimensions");
         for (int32_t i = 0; i < dims.nbDims; ++i) {
-            int64_t& size = sizes[std::strchr(kAxes, rule.axes[i]) - kAxes];
+            char const axis = rule.axes[i] == 'N' && !node.rowsByIndex ? 'B' : rule.axes[i];
+            int64_t& size = sizes[std::strchr(kAxes, axis) - kAxes];
             int64_t const planes = rule.dtype == 'H' && rule.axes[i] == 'D' && node.means16() ? 2 : 1;
             if (dims.d[i] == -1) continue;
             if (dims.d[i] <= 0 || dims.d[i] > INT32_MAX || dims.d[i] % planes != 0 ||
@@ -241,8 +249,8 @@ AttentionShape agreedShape(Attributes const& node, DataType q, DimsOf const& dim
     if (at('H') != 0 && at('Q') % at('H') != 0)
         refuse("q has " + std::to_string(at('Q')) + " heads, not a multiple of the " + std::to_string(at('H')) +
                " KV heads");
-    return {computeDType(q), at('B'), at('Q'),       at('H'), at('T'), at('D'),
-            at('C'),         at('R'), node.slotType, at('P'), at('E'), node.stateType};
+    return {computeDType(q), at('B'),       at('Q'), at('H'), at('T'),        at('D'), at('C'),
+            at('R'),         node.slotType, at('P'), at('E'), node.stateType, at('N')};
 }
 
 AttentionShape checkedShape(Attributes const& node, TypeOf const& typeOf, DimsOf const& dimsOf) {
@@ -252,6 +260,8 @@ AttentionShape checkedShape(Attributes const& node, TypeOf const& typeOf, DimsOf
     if (node.turns() && shape.distances < shape.chunk)
         refuse("rotary has " + std::to_string(shape.distances) + " rows, but the chunk " + std::to_string(shape.chunk) +
                " tokens");
+    if (node.rowsByIndex && shape.batch > shape.stateRows)
+        refuse("a step has " + std::to_string(shape.batch) + " rows, but the state " + std::to_string(shape.stateRows));
     return shape;
 }
 
@@ -262,8 +272,9 @@ AttentionShape shapeOf(Attributes const& node, PluginTensorDesc const* in) {
         computeDType(in[kQ].type), n(q.d[0]),    n(q.d[1]), n(slots.d[1]), n(q.d[2]), n(q.d[3]), n(slots.d[2]),
         n(in[kPastZ].dims.d[2]),   node.slotType};
     shape.stateType = node.stateType;
+    if (node.rowsByIndex) shape.stateRows = n(slots.d[0]);
     if (node.turns()) {
-        Dims const& table = in[node.inputs() - 1].dims;
+        Dims const& table = in[node.index(kRotary)].dims;
         shape.distances = n(table.d[0]);
         shape.rotary = n(table.d[1]);
     }
@@ -298,6 +309,7 @@ AttentionTensors tensorsOf(Attributes const& node, void const* const* inputs, vo
             floats(kKeyMean),
             floats(kKeyStd),
             floats(kRotary),
+            ints(kRows),
             out[kOut],
             out[kPresentKey],
             out[kPresentValue],

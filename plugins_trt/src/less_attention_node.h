@@ -13,7 +13,8 @@
 namespace less {
 
 // Inputs and outputs in the operator's order. Nodes without int8 slots lack their scales, key_mean and key_std, those
-// without a state of 16 bits lack its scales, those without a largest distance lack rotary.
+// without a state of 16 bits lack its scales, those without a largest distance lack rotary, those whose steps have the
+// rows of the state in order lack rows.
 enum Input : int32_t {
     kQ,
     kK,
@@ -35,6 +36,7 @@ enum Input : int32_t {
     kKeyMean,
     kKeyStd,
     kRotary,
+    kRows,
     kInputs
 };
 enum Output : int32_t {
@@ -57,12 +59,15 @@ struct Attributes {
     AttentionRules rules;
     SlotType slotType;
     StateType stateType;
+    bool rowsByIndex;
 
     bool int8() const { return slotType == SlotType::kInt8; }
     bool turns() const { return rules.maxDistance > 0; }
     bool means16() const { return stateType == StateType::kMeans16; }
     bool has(Input input) const;
-    int32_t inputs() const;
+    // The number of the node's inputs before this one.
+    int32_t index(Input input) const;
+    int32_t inputs() const { return index(kInputs); }
     int32_t outputs() const { return kOutputs - (means16() ? 0 : 1) - (int8() ? 0 : 2); }
     // The place of a node's input in Input.
     int32_t input(int32_t index) const;
@@ -76,7 +81,7 @@ struct Field {
     char const* name;
     nvinfer1::PluginFieldType type;
 };
-inline constexpr size_t kFieldCount = 10;
+inline constexpr size_t kFieldCount = 11;
 Field const& fieldAt(size_t index);
 
 [[noreturn]] void refuse(std::string const& message);

@@ -40,19 +40,20 @@ void check(cudaError_t error, char const* operation) {
 
 // ---------------------------------------------------------------- the plugin
 
-LessAttentionPlugin::LessAttentionPlugin(Attributes const& attributes) : attributes_(attributes) {
+LessAttentionPlugin::LessAttentionPlugin(Attributes const& attributes)
+    : attributes_(attributes), rowsByIndex_(attributes.rowsByIndex ? 1 : 0) {
     AttentionRules const& rules = attributes_.rules;
-    description_ = "scale=" + std::to_string(rules.scale) +
-                   " policy=" + std::to_string(static_cast<int>(rules.policy)) +
-                   " heavy=" + std::to_string(rules.heavy) + " recent=" + std::to_string(rules.recent) +
-                   " window=" + std::to_string(rules.window) + " absorb=" + std::to_string(rules.absorb) +
-                   " decay=" + std::to_string(rules.decay) +
-                   " slot_bits=" + std::to_string(static_cast<int>(attributes_.slotType)) +
-                   " state_bits=" + std::to_string(static_cast<int>(attributes_.stateType)) +
-                   " max_distance=" + std::to_string(rules.maxDistance);
-    void const* const values[] = {&rules.scale,           &rules.policy,     &rules.heavy, &rules.recent,
-                                  &rules.window,          &rules.absorb,     &rules.decay, &attributes_.slotType,
-                                  &attributes_.stateType, &rules.maxDistance};
+    description_ =
+        "scale=" + std::to_string(rules.scale) + " policy=" + std::to_string(static_cast<int>(rules.policy)) +
+        " heavy=" + std::to_string(rules.heavy) + " recent=" + std::to_string(rules.recent) +
+        " window=" + std::to_string(rules.window) + " absorb=" + std::to_string(rules.absorb) +
+        " decay=" + std::to_string(rules.decay) +
+        " slot_bits=" + std::to_string(static_cast<int>(attributes_.slotType)) +
+        " state_bits=" + std::to_string(static_cast<int>(attributes_.stateType)) +
+        " max_distance=" + std::to_string(rules.maxDistance) + " rows_by_index=" + std::to_string(rowsByIndex_);
+    void const* const values[] = {&rules.scale,           &rules.policy,      &rules.heavy, &rules.recent,
+                                  &rules.window,          &rules.absorb,      &rules.decay, &attributes_.slotType,
+                                  &attributes_.stateType, &rules.maxDistance, &rowsByIndex_};
     for (size_t i = 0; i < kFieldCount; ++i) fields_[i] = {fieldAt(i).name, values[i], fieldAt(i).type, 1};
     collection_ = {static_cast<int32_t>(kFieldCount), fields_};
 }

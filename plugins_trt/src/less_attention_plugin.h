@@ -15,7 +15,7 @@ namespace less {
 inline constexpr char const* kPluginName = "LessAttention";
 // A plan names the plugin version that it was built with, and runs with that one only. It stays 1 as long as every
 // layer that an older library ran means the same: a library refuses fields that it does not know, so a new field that
-// may be missing (`decay`, `slot_bits`, `state_bits`) needs no new version. Two creators of one name are no way out:
+// may be missing (`decay`, `slot_bits`, `rows_by_index`) needs no new version. Two creators of one name are no way out:
 // TensorRT-RTX 1.7 forgets only one of them when it unloads the library, and then refuses to load it again.
 inline constexpr char const* kPluginVersion = "1";
 inline constexpr char const* kPluginNamespace = "";
@@ -67,6 +67,7 @@ class LessAttentionPlugin final : public nvinfer1::IPluginV3,
 
  private:
     Attributes attributes_;
+    int32_t rowsByIndex_;  // as a field
     std::string description_;
     nvinfer1::PluginField fields_[kFieldCount];
     nvinfer1::PluginFieldCollection collection_;

@@ -43,7 +43,7 @@ __device__ __forceinline__ Rows<T> plainRows(PrefillParams const& p, void const*
     return {SlotRows<T>(const_cast<void*>(tensor), nullptr, head, count, p.shape.headDim), {nullptr, nullptr}};
 }
 
-// The keys in the int8 slots of a KV head.
+// The keys in the int8 slots of a KV head of the state.
 __device__ __forceinline__ Rows<int8_t> codedKeys(PrefillParams const& p, long head) {
     int const D = p.shape.headDim;
     return {SlotRows<int8_t>(p.t.presentKey, p.t.presentKeyScale, head, p.shape.slots, D),

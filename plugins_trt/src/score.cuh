@@ -77,11 +77,13 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
     int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
               chunk = p.shape.chunk;
     int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
-    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G;
+    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G,
+               stateHead = stateHeadOf(p.t, p.shape, head);
     if (count <= 0) return;
     Source const from = sourceOf(blockIdx.x, (C + kTileRows - 1) / kTileRows, kTileRows, C, chunk);
     if (from.chunk && from.base >= count) return;
-    T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + head * from.length * D;
+    T const* const keys = from.chunk ? static_cast<T const*>(p.t.k) + head * chunk * D
+                                     : static_cast<T const*>(p.t.presentKey) + stateHead * C * D;
     bool const decodes = coded(p) && !from.chunk, turning = turns(p), converted = turning || decodes;
     int position[2];
     T const* rows[2];
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
         if (from.chunk) {
             if (index < count) position[r] = past + index;
         } else if (index < C) {
-            position[r] = p.t.presentPosition[head * C + index];
+            position[r] = p.t.presentPosition[stateHead * C + index];
         }
         rows[r] = position[r] >= 0 ? keys + static_cast<long>(index) * D : nullptr;
     }
@@ -104,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
             auto const element = [&](int r, int d) {
                 if (position[r] < 0 || d >= D) return 0.f;
                 auto const given = [&](int c) {
-                    return decodes ? codedKeys(p, head).at(low + r * 8, c) : toFloat(rows[r][c]);
+                    return decodes ? codedKeys(p, stateHead).at(low + r * 8, c) : toFloat(rows[r][c]);
                 };
                 if (!turning) return given(d);
                 Turn const turn = from.chunk ? rotary.ahead(low + r * 8) : rotary.back(position[r], past);
@@ -116,9 +118,9 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
             if (turning) {
                 readTurnedKeys<W, kTileRows>(p, from, head, count, past, Tiles::kStride, tile);
             } else {
-                Rows<int8_t> const codes = codedKeys(p, head);
-                readCodes<W, kTileRows>(codes.stored, &codes.centring, p.t.presentPosition + head * C, from.base, C,
-                                        Tiles::kStride, tile);
+                Rows<int8_t> const codes = codedKeys(p, stateHead);
+                readCodes<W, kTileRows>(codes.stored, &codes.centring, p.t.presentPosition + stateHead * C, from.base,
+                                        C, Tiles::kStride, tile);
             }
             for (int r = 0; r < 2; ++r) rows[r] = tile[0] + (warp * 16 + g + r * 8) * Tiles::kStride;
         }

@@ -104,8 +104,9 @@ static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams co
     int const count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.x;
     if (count <= 0) return;  // parked: the state does not change
-    int* const positions = p.t.presentPosition + head * C;
-    float* const slotScores = p.t.presentScore + head * C;
+    long const stateHead = stateHeadOf(p.t, p.shape, head);
+    int* const positions = p.t.presentPosition + stateHead * C;
+    float* const slotScores = p.t.presentScore + stateHead * C;
     int const G = p.shape.queryHeads / p.shape.kvHeads;
     float* const scores = p.gained + head * G * (C + chunk);  // of the group's first head, later of the whole group
     int* const fates = p.fates + head * (C + chunk);
@@ -199,7 +200,8 @@ static __global__ void __launch_bounds__(kThreads) psiKernel(PrefillParams const
     Source const from =
         sourceOf(static_cast<int>(blockIdx.x), (C + kTileRows - 1) / kTileRows, kTileRows, C, max(count, 0));
     Elements<AnyType> const psi(p.t.psiK, p.shape.dtype, head * chunk * R);
-    int8_t* const held = static_cast<int8_t*>(p.t.presentPsi) + head * C * R;
+    long const stateHead = stateHeadOf(p.t, p.shape, head);
+    int8_t* const held = static_cast<int8_t*>(p.t.presentPsi) + stateHead * C * R;
     int8_t* const fresh = p.psis + head * chunk * R;
     int const end = count > 0 ? min(from.length, from.base + kTileRows) : 0;
     for (int i = from.base + warp; i < end; i += kWarps) {
@@ -216,10 +218,10 @@ static __global__ void __launch_bounds__(kThreads) psiKernel(PrefillParams const
 
 // Eight columns of the value of a token of [slots, chunk] as the state absorbs them, zeros unless it leaves.
 template <class T, class S>
-__device__ __forceinline__ void leavingValue(PrefillParams const& p, long head, int n, int column, bool leaves,
-                                             float (&out)[8]) {
+__device__ __forceinline__ void leavingValue(PrefillParams const& p, long head, long stateHead, int n, int column,
+                                             bool leaves, float (&out)[8]) {
     int const C = p.shape.slots, D = p.shape.headDim;
-    SlotRows<S> const slots(p.t.presentValue, p.t.presentValueScale, head, C, D);
+    SlotRows<S> const slots(p.t.presentValue, p.t.presentValueScale, stateHead, C, D);
     long const token = head * p.shape.chunk + (n - C);
     T const* const fresh = static_cast<T const*>(p.t.v) + token * D;
     if constexpr (!kCoded<S>) {
@@ -254,6 +256,7 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
     int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kFeatures;
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
     if (count <= 0) return;
+    long const stateHead = stateHeadOf(p.t, p.shape, head);
     int const* const fates = p.fates + head * (C + chunk);
     bool const inMeans = keepsMeans<S>(p.shape);
     int const vectors = D / 8, lanes = kThreads / vectors;  // tokens that the block processes at a time
@@ -272,11 +275,11 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
         for (int u = 0; u < kAhead; ++u) {
             int const n = base + u * lanes;
             bool const leaves = n < C + count && fates[n] == kLeaves;
-            long const row = n < C ? head * C + n : head * chunk + (n - C);
+            long const row = n < C ? stateHead * C + n : head * chunk + (n - C);
             T const* const psi = static_cast<T const*>(n < C ? p.t.presentPsi : p.t.psiK) + row * R + first;
             int8_t const* const codes = (n < C ? static_cast<int8_t const*>(p.t.presentPsi) : p.psis) + row * R + first;
             float const sum = inMeans && leaves ? p.psiSums[head * (C + chunk) + n] : 0.f;
-            leavingValue<T, S>(p, head, n, column, leaves, values[u]);
+            leavingValue<T, S>(p, head, stateHead, n, column, leaves, values[u]);
 #pragma unroll
             for (int r = 0; r < kFeatures; ++r) {
                 features[u][r] = 0.f;
@@ -318,13 +321,13 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
         };
         if (inMeans) {
             auto const mine = [&](int i) { return total(tid + i * kWarpSize); };
-            Means const means = Means::of(p.t, head, p.shape);
+            Means const means = Means::of(p.t, stateHead, p.shape);
             if (tid < kWarpSize) means.absorb<256>(first + r, totalMass(), mine, p.t.pastLength[batch]);
             continue;
         }
-        float* const h = static_cast<float*>(p.t.presentH) + (head * R + first + r) * D;
+        float* const h = static_cast<float*>(p.t.presentH) + (stateHead * R + first + r) * D;
         for (int d = tid; d < D; d += kThreads) h[d] += total(d);
-        if (tid == 0) p.t.presentZ[head * R + first + r] += totalMass();
+        if (tid == 0) p.t.presentZ[stateHead * R + first + r] += totalMass();
     }
 }
 
@@ -334,13 +337,14 @@ __global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
     int const C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank, chunk = p.shape.chunk;
     int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kTileRows;
     long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
-    SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, head, C, D);
-    SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, head, C, D);
+    long const stateHead = stateHeadOf(p.t, p.shape, head);
+    SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, stateHead, C, D);
+    SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, stateHead, C, D);
     auto const centring = Centring<S>::of(p.t, static_cast<int>(blockIdx.y), D);
     for (int i = first + warp; i < min(count, first + kTileRows); i += kWarps) {
         int const slot = p.fates[head * (C + chunk) + C + i];
         if (slot < 0) continue;
-        long const from = head * chunk + i, to = head * C + slot;
+        long const from = head * chunk + i, to = stateHead * C + slot;
         T const *const key = static_cast<T const*>(p.t.k) + from * D, *const value =
                                                                           static_cast<T const*>(p.t.v) + from * D;
         keys.store(slot, [&](int d) { return centring.centred(toFloat(key[d]), d); });

@@ -24,6 +24,17 @@ __device__ __forceinline__ void storePsi(int8_t* codes, X const& psi, int R) {
     for (int r = threadIdx.x % kWarpSize; r < R; r += kWarpSize) codes[r] = static_cast<int8_t>(codeOf(psi(r), scale));
 }
 
+// ---- rows of the state
+
+// The KV head of the state tensors that belongs to a KV head of the step: the same one, or with `rows` that of another
+// row (less_attention.h).
+__device__ __forceinline__ long stateHeadOf(AttentionTensors const& t, AttentionShape const& s, long head) {
+    if (t.rows == nullptr) return head;
+    int const row = static_cast<int>(head) / s.kvHeads, kvHead = static_cast<int>(head) % s.kvHeads;
+    unsigned const index = min(static_cast<unsigned>(t.rows[row]), static_cast<unsigned>(s.stateRows - 1));
+    return static_cast<long>(index) * s.kvHeads + kvHead;
+}
+
 // ---- means in 16 bits
 
 constexpr float kLargestMean = 127 * 256 + 127;  // code = 256 high + low

@@ -57,16 +57,18 @@ template <int W, int Count, class T>
 __device__ __forceinline__ void readTurnedKeys(PrefillParams const& p, Source const& from, long head, int tokens,
                                                int past, int stride, T* const (&tiles)[kParts<T>]) {
     Rotary const rotary = Rotary::of(p.shape, p.rules, p.t);
-    int const* const positions = p.t.presentPosition + head * p.shape.slots;
+    long const stateHead = stateHeadOf(p.t, p.shape, head);
+    int const* const positions = p.t.presentPosition + stateHead * p.shape.slots;
     auto const turnOf = [&](int row) {
         if (from.chunk) return row < tokens ? rotary.ahead(row) : Turn::none();
         bool const held = row < from.length && positions[row] >= 0;
         return held ? rotary.back(positions[row], past) : Turn::none();
     };
     if (coded(p) && !from.chunk) {
-        readTurnedRows<W, Count>(rotary, codedKeys(p, head), turnOf, from.base, stride, tiles);
+        readTurnedRows<W, Count>(rotary, codedKeys(p, stateHead), turnOf, from.base, stride, tiles);
     } else {
-        auto const rows = plainRows<T>(p, from.chunk ? p.t.k : p.t.presentKey, head, from.length);
+        auto const rows = from.chunk ? plainRows<T>(p, p.t.k, head, from.length)
+                                     : plainRows<T>(p, p.t.presentKey, stateHead, from.length);
         readTurnedRows<W, Count>(rotary, rows, turnOf, from.base, stride, tiles);
     }
 }
