@@ -32,10 +32,14 @@ PLUGIN_RANK_LIMIT = 64
 INPUT_IDS = "input_ids"
 PAST_LENGTH = "past_length"
 NEW_LENGTH = "new_length"
+#: The input of plans that take rows of the state by index.
+ROWS = "rows"
 LOGITS = "logits"
 
 BATCH = "batch"
 CHUNK = "chunk"
+#: The rows of the state where a step runs any of them.
+STATE_ROWS = "state_rows"
 
 #: What slots hold their keys and values in: the compute dtype, or integers with a scale per token (``less.int8``).
 SlotDtype = Literal["model", "int8"]
@@ -226,28 +230,29 @@ class TensorSpec:
     dtype: str
     shape: tuple[int | str, ...]
 
-    def sized(self, batch: int, chunk: int = 1) -> tuple[int, ...]:
-        """The shape with its dynamic axes filled in."""
-        sizes = {BATCH: batch, CHUNK: chunk}
+    def sized(self, batch: int, chunk: int = 1, state_rows: int | None = None) -> tuple[int, ...]:
+        """The shape with its dynamic axes filled in; the state has ``batch`` rows unless it is said how many."""
+        sizes = {BATCH: batch, CHUNK: chunk, STATE_ROWS: batch if state_rows is None else state_rows}
         return tuple(sizes[d] if isinstance(d, str) else d for d in self.shape)
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One state tensor of one layer: ``past`` is an input of the graph, ``present`` an output."""
+    """One state tensor of one layer: ``past`` is an input of the graph, ``present`` an output; ``rows`` is an axis."""
 
     layer: int
     field: StateField
     dtype: str
     row_shape: tuple[int, ...]
+    rows: str = BATCH
 
     @property
     def past(self) -> TensorSpec:
-        return TensorSpec(f"past.{self.layer}.{self.field.name}", self.dtype, (BATCH, *self.row_shape))
+        return TensorSpec(f"past.{self.layer}.{self.field.name}", self.dtype, (self.rows, *self.row_shape))
 
     @property
     def present(self) -> TensorSpec:
-        return TensorSpec(f"present.{self.layer}.{self.field.name}", self.dtype, (BATCH, *self.row_shape))
+        return TensorSpec(f"present.{self.layer}.{self.field.name}", self.dtype, (self.rows, *self.row_shape))
 
     @property
     def row_bytes(self) -> int:
@@ -281,31 +286,35 @@ class Contract:
         if self.logits not in ("last", "all"):
             raise UsageError(f"unknown logits '{self.logits}': choose last or all")
 
-    def state(self) -> Iterator[StateTensor]:
+    # Below, ``by_index`` asks for the tensors of a plan that takes rows of the state by index.
+
+    def state(self, by_index: bool = False) -> Iterator[StateTensor]:
         """The state tensors, layer by layer, in the graph's order."""
+        rows = STATE_ROWS if by_index else BATCH
         for index, layer in enumerate(self.layers):
             for field in layer.state_fields:
                 dtype, shape = field.dtype_in(layer, self.dtype), tuple(getattr(layer, d) for d in field.dims)
-                yield StateTensor(index, field, dtype, shape)
+                yield StateTensor(index, field, dtype, shape, rows)
 
-    def tokens(self) -> tuple[TensorSpec, ...]:
+    def tokens(self, by_index: bool = False) -> tuple[TensorSpec, ...]:
         """The inputs that are not state."""
         return (
             TensorSpec(INPUT_IDS, "int64", (BATCH, CHUNK)),
             TensorSpec(PAST_LENGTH, "int32", (BATCH,)),
             TensorSpec(NEW_LENGTH, "int32", (BATCH,)),
+            *((TensorSpec(ROWS, "int32", (BATCH,)),) if by_index else ()),
         )
 
-    def inputs(self) -> tuple[TensorSpec, ...]:
+    def inputs(self, by_index: bool = False) -> tuple[TensorSpec, ...]:
         """All graph inputs in order."""
-        return (*self.tokens(), *(s.past for s in self.state()))
+        return (*self.tokens(by_index), *(s.past for s in self.state(by_index)))
 
     def logits_spec(self) -> TensorSpec:
         return TensorSpec(LOGITS, "float32", (BATCH, CHUNK if self.logits == "all" else 1, self.vocab_size))
 
-    def outputs(self) -> tuple[TensorSpec, ...]:
+    def outputs(self, by_index: bool = False) -> tuple[TensorSpec, ...]:
         """All graph outputs in order."""
-        return (self.logits_spec(), *(s.present for s in self.state()))
+        return (self.logits_spec(), *(s.present for s in self.state(by_index)))
 
     def state_bytes(self) -> int:
         """State bytes of one sequence, regardless of its length."""

@@ -31,6 +31,8 @@ from tests.trt_support import Fake, contract_of, decoder, serialised
 #: The kinds of plans: with the plugin, and of standard operators.
 KINDS = ("plugin", "no plugin")
 
+#: The rows of a plan that takes rows by index in which these are, of three.
+PLACES = (2, 0)
 #: Tokens of each row in each step: a ragged chunk, tokens, a parked row, a chunk that evicts, tokens.
 STEPS = ((3, 1), (1, 1), (1, 1), (0, 1), (1, 1), (4, 2), (1, 1), (1, 1))
 #: Relative and absolute error of float32 on a GPU.
@@ -40,15 +42,16 @@ TOLERANCE = 2e-3
 def difference(backend: Backend, reference: Backend) -> str:
     """The first step whose logits or state differ, "" if none does."""
     random = np.random.default_rng(0)
-    for model in (backend, reference):
-        model.open(2)
+    places = PLACES if backend.rows_by_index else (0, 1)
+    backend.open(max(places) + 1)
+    reference.open(2)
     for index, counts in enumerate(STEPS):
         ids = random.integers(0, backend.contract.vocab_size, (2, max(counts)))
-        got, wanted = (model.step(ids, np.array(counts)) for model in (backend, reference))
+        got, wanted = backend.step(ids, np.array(counts), places), reference.step(ids, np.array(counts))
         live = np.array(counts) > 0
         values = [("logits", got[live], wanted[live])]
         for row in range(2):
-            ours, theirs = (model.read_row(row).tensors for model in (backend, reference))
+            ours, theirs = backend.read_row(places[row]).tensors, reference.read_row(row).tensors
             values += [(f"{name} of row {row}", *x) for name, x in held(backend.contract, ours, theirs).items()]
         for name, x, y in values:
             if not np.allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE):
@@ -74,7 +77,14 @@ def copies(plan: LoadedPlan) -> list[str]:
     return [line.strip()[:200] for line in layers if re.search("copy|reformat", line, re.IGNORECASE)]
 
 
-def on_double(contract: Contract, folder: Path, patch: pytest.MonkeyPatch, in_place: bool, fault: str = "") -> Backend:
+def on_double(
+    contract: Contract,
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    in_place: bool,
+    fault: str = "",
+    by_index: bool = False,
+) -> Backend:
     """The backend over a double of the GPU and of the engine, which runs ``model.onnx`` of a folder.
 
     With the fault "copied" it updates a copy of the state, with "swapped" it reads what the last step but one wrote.
@@ -89,10 +99,7 @@ def on_double(contract: Contract, folder: Path, patch: pytest.MonkeyPatch, in_pl
         sides[:] = sides[1], {f.past.name: x for f, x in zip(fields, state, strict=True)}
         return [logits, *([feed[f.past.name] for f in fields] if fault == "copied" else state)]
 
-    fake = Fake(contract, folder, patch, graph)
-    assert fake.engine is not None
-    fake.engine.in_place = in_place
-    return fake.backend()
+    return Fake(contract, folder, patch, graph, in_place, by_index).backend()
 
 
 def steps(kind: str, dry_run: bool) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def steps(kind: str, dry_run: bool) -> dict[str, Any]:
         model, copying = decoder(contract, folder), None
         (folder / "model.onnx").write_bytes(serialised(model))
         if dry_run:
-            backend = on_double(contract, folder, patch, kind == "plugin")
+            backend = on_double(contract, folder, patch, kind == "plugin", by_index=kind == "plugin")
         else:
             library = None
             if kind == "plugin":

@@ -149,11 +149,11 @@ class MixingBackend(Backend):
     def _close(self) -> None:
         self._rows = []
 
-    def _step(self, input_ids: Any, past_length: Any, new_length: Any, first: int) -> Any:
+    def _step(self, input_ids: Any, past_length: Any, new_length: Any, rows: Any) -> Any:
         self.steps.append(input_ids.shape)
         batch, width = input_ids.shape
         hashes = np.zeros((batch, width), np.uint64)
-        for row, tensors in enumerate(self._rows[first : first + batch]):
+        for row, tensors in enumerate(self._rows[i] for i in rows):
             for t in range(new_length[row]):
                 for i, state in enumerate(tensors):
                     place = np.arange(len(state), dtype=np.int64)

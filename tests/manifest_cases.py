@@ -45,6 +45,8 @@ MODEL = {"name": "tiny", "class": "Tiny", "parameters": 6, "config": {"a": 1}, "
 #: Kernels of a plan whose file held no feature maps, only the centring of keys.
 NO_MAPS = {"file": "", "sha256": "", "bytes": 64, "parametrisation": None, "rank": 0, "hidden": 0, "layers": []}
 TINY = Contract((LayerSpec(4, 2, 8, 0.35, Policy.H2O, 2, 2, 0, True, 4, 3),), 20, "float32", 4, 2)
+#: A plugin's entry from before rows by index.
+PLUGIN = {"library": "x.so", "sha256": "0" * 64, "version": "1", "inside": False}
 #: Its layer with a state of 16 bits.
 STATE16 = {**TINY.to_dict()["layers"][0], "slot_dtype": "int8", "state_bits": 16}
 
@@ -196,9 +198,9 @@ CASES = (
     *_wrong(
         (*ARTIFACT, "details"),
         {"plugin": {}}, {"plugin": "x"}, {"plugin": [1]},
-        *({"plugin": {"library": "x.so", "sha256": "0" * 64, "version": "1", "inside": False, **bad}} for bad in (
+        *({"plugin": {**PLUGIN, **bad}} for bad in (
             {"inside": 0}, {"inside": "false"}, {"inside": None}, {"library": 1}, {"library": None}, {"sha256": "0"},
-            {"library": "x\n.so"}, {"sha256": None}, {"more": 1},
+            {"library": "x\n.so"}, {"sha256": None}, {"more": 1}, {"rows_by_index": 1}, {"rows_by_index": None},
         )),
     ),
     *(

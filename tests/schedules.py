@@ -11,8 +11,8 @@ A schedule is text: one command a line, with fields ``name=value``.
 ``step``, ``end``
 ==================================  ====================================================================================
 
-:func:`play` prints what each of them did: every run of the engine with its first row, the tokens its rows had seen and
-those they were fed; every event; the hash of every state that is kept; how many run and wait.
+:func:`play` prints what each of them did: every run of the engine with its rows, the tokens they had seen and those
+they were fed; every event; the hash of every state that is kept; how many run and wait.
 
 Both sides run a fake engine, the arithmetic of ``MixingBackend`` and ``host_machine.hpp``: the next token depends on
 all bytes of a row's state and on all that the row was fed. So equal output proves that the schedulers do the same at
@@ -101,8 +101,9 @@ def _joined(values: Any) -> str:
 class RecordingBackend(MixingBackend):
     """Notes every run, and fails when it is told to: before it changes anything."""
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, by_index: bool) -> None:
         super().__init__(contract)
+        self.rows_by_index = by_index
         self.faults: dict[str, int] = {}
         self.runs: list[str] = []
 
@@ -113,20 +114,20 @@ class RecordingBackend(MixingBackend):
                 del self.faults[what]
                 raise BackendError(f"the test forbids this {what}")
 
-    def _step(self, input_ids: Any, past_length: Any, new_length: Any, first: int) -> Any:
+    def _step(self, input_ids: Any, past_length: Any, new_length: Any, rows: Any) -> Any:
         self._about("run")
         ids = ";".join(_joined(row[:new]) for row, new in zip(input_ids, new_length, strict=True))
-        self.runs.append(f"feed from={first} past={_joined(past_length)} ids={ids}")
-        return super()._step(input_ids, past_length, new_length, first)
+        self.runs.append(f"feed rows={_joined(rows)} past={_joined(past_length)} ids={ids}")
+        return super()._step(input_ids, past_length, new_length, rows)
 
     def _copy_row(self, source: int, target: int) -> None:
         self._about("copy")
         super()._write_row(target, super()._read_row(source))
 
-    def _reset_row(self, row: int) -> None:
+    def _reset_rows(self, rows: Any) -> None:
         self._about("reset")
         with_faults, self.faults = self.faults, {}
-        super()._reset_row(row)  # by a write, which is none of the scheduler's
+        super()._reset_rows(rows)  # by a write, which is none of the scheduler's
         self.faults = with_faults
 
     def _read_row(self, row: int) -> State:
@@ -138,15 +139,15 @@ class RecordingBackend(MixingBackend):
         super()._write_row(row, tensors)
 
 
-def play(lines: list[str], contract: Contract, eos_ids: tuple[int, ...]) -> list[str]:
-    """What each command of a schedule does with Python's scheduler."""
+def play(lines: list[str], contract: Contract, eos_ids: tuple[int, ...], by_index: bool) -> list[str]:
+    """What each command of a schedule does with Python's scheduler, over adjacent rows or rows by index."""
     stage: _Stage | None = None
     out: list[str] = []
     for line in lines:
         command, *words = line.split()
         fields = {name: value for name, _, value in (word.partition("=") for word in words)}
         if command == "begin":
-            stage = _Stage(contract, eos_ids, fields)
+            stage = _Stage(RecordingBackend(contract, by_index), eos_ids, fields)
         else:
             assert stage is not None
             out += getattr(stage, command)(fields)
@@ -156,8 +157,8 @@ def play(lines: list[str], contract: Contract, eos_ids: tuple[int, ...]) -> list
 class _Stage:
     """A scheduler with a backend of its own, and what the schedule knows of it; a method for each command."""
 
-    def __init__(self, contract: Contract, eos_ids: tuple[int, ...], fields: Mapping[str, str]) -> None:
-        self.backend = RecordingBackend(contract)
+    def __init__(self, backend: RecordingBackend, eos_ids: tuple[int, ...], fields: Mapping[str, str]) -> None:
+        self.backend = backend
         self.scheduler = Scheduler(self.backend, rows=int(fields["rows"]), piece=int(fields["piece"]))
         self.scheduler.open()
         self.queue = int(fields["queue"])

@@ -74,11 +74,11 @@ def assert_as_alone(requests: list[Request], events: dict[int, list[Event]], alo
 class FaultyBackend(HashBackend):
     """A step that feeds token ``RAISES`` raises; after token ``SPOILS`` the logits of that row are NaN."""
 
-    def _step(self, input_ids: Array, past_length: Array, new_length: Array, first: int) -> np.ndarray:
+    def _step(self, input_ids: Array, past_length: Array, new_length: Array, rows: Array) -> np.ndarray:
         valid = np.arange(input_ids.shape[1]) < new_length[:, None]
         if ((input_ids == RAISES) & valid).any():
             raise BackendError("out of something")
-        logits = super()._step(input_ids, past_length, new_length, first)
+        logits = super()._step(input_ids, past_length, new_length, rows)
         logits[((input_ids == SPOILS) & valid).any(1)] = np.nan
         return logits
 

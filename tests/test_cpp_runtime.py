@@ -85,6 +85,7 @@ def test_contract(name: str, tools: Path, tmp_path: Path) -> None:
         "version": "1.7.1.116",
         "rtx": True,
         "plugin": None,
+        "rows_by_index": False,
     }
     described = json.loads(done.out)
     described.pop("name")

@@ -54,8 +54,8 @@ def counted(out: list[str]) -> Counter[str]:
             "refused": "submit .* refused: a prompt of",
             "cancelled": "cancel .* yes",
             "ended before": "cancel .* no",
-            "several rows": r"feed from=0 past=\d+,\d+",
-            "prompts behind them": r"feed from=[1-9]",
+            "several rows": r"feed rows=0,1",
+            "one row": r"feed rows=[1-9] ",
             **{f"failed {what}": f"event .* error: the test forbids this {what}" for what in FAULTS},
         }.items():
             kinds[kind] += bool(re.match(pattern, line))
@@ -64,18 +64,19 @@ def counted(out: list[str]) -> Counter[str]:
 
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_schedules(name: str, tools: Path, tmp_path: Path) -> None:
+    """Plans with the plugin and without it, and those that take rows by index, where a step may hold any."""
     contract = CONTRACTS[name]
     path = bundle(tmp_path / "x.plan", contract, tokenizer=dataclasses.replace(TOKENIZER, eos_ids=EOS))
     recorded: list[list[str]] = []
-    for memory, first in (("in-place", 0), ("two-blocks", 1)):
-        seeds = range(first, SCHEDULES, 2)
+    for memory, first in (("in-place", 0), ("two-blocks", 1), ("by-index", 2)):
+        seeds = range(first, SCHEDULES, 3)
         commands = {seed: schedule(seed, contract, faults=seed % 4 != 3) for seed in seeds}
         feed = "".join(f"{line}\n" for one in commands.values() for line in one)
         done = call(tools / "less_runtime_probe", "schedules", path, memory, feed=feed)
         assert (done.code, done.err) == (0, "")
         rest = done.out.splitlines()
         for seed, one in commands.items():
-            recorded.append(play(one, contract, EOS))
+            recorded.append(play(one, contract, EOS, memory == "by-index"))
             got, rest = rest[: len(recorded[-1])], rest[len(recorded[-1]) :]
             assert got == recorded[-1], f"schedule {seed}, {memory}"
         assert not rest
@@ -83,6 +84,9 @@ def test_schedules(name: str, tools: Path, tmp_path: Path) -> None:
     never = {"refused"} if name != "full" else set()  # the others take prompts of any length
     assert {kind for kind, count in happened.items() if not count} == never
     assert all(one[-1].endswith("busy=no") for one in recorded)
+    steps = [x for x in (re.match(r"feed rows=([\d,]+)", line) for one in recorded for line in one) if x]
+    rows = [[int(i) for i in step[1].split(",")] for step in steps]
+    assert any((np.diff(chosen) != 1).any() for chosen in rows), "a step over rows that are not adjacent"
 
 
 def test_schedules_are_random() -> None:

@@ -13,6 +13,7 @@ from less_export.bundle.files import sha256
 from less_export.native import cache
 
 from .cpp_support import PLAN, bundle, describe
+from .manifest_cases import PLUGIN
 from .trt_support import contract_of
 
 pytest_plugins = ["tests.cpp_support"]
@@ -86,6 +87,18 @@ def test_plans_with_code_inside(answer: Answer, own_cache: Path) -> None:
         assert f"others may write to the cache {path}: delete it, or set LESS_EXPORT_CACHE" in refusal
         path.chmod(before)
     assert answer("a.plan", inside=True) == "inside"
+
+
+@pytest.mark.parametrize("said", [None, False, True])
+def test_rows_by_index(said: bool | None, own_cache: Path, tools: Path, tmp_path: Path) -> None:
+    """What the manifest says of the plan's tensors; older ones say nothing, and have rows in order."""
+    plugin = PLUGIN | {"inside": True} | ({} if said is None else {"rows_by_index": said})
+    contract = contract_of("float16")
+    made = describe(tools, bundle(tmp_path / "x.plan", contract, PLAN, {"plugin": plugin}), "trust")
+    assert made["rows_by_index"] is bool(said)
+    axes = {"batch": -1, "chunk": -2, "state_rows": -3}
+    for name, specs in (("inputs", contract.inputs(bool(said))), ("outputs", contract.outputs(bool(said)))):
+        assert made[name] == [[s.name, s.dtype, [axes.get(d, d) for d in s.shape]] for s in specs]  # type: ignore[call-overload]
 
 
 def test_control_characters_are_not_printed(answer: Answer) -> None:

@@ -70,10 +70,10 @@ class HashBackend(Backend):
     def _close(self) -> None:
         self.state = {}
 
-    def _step(self, input_ids: Array, past_length: Array, new_length: Array, first: int) -> np.ndarray:
+    def _step(self, input_ids: Array, past_length: Array, new_length: Array, rows: Array) -> np.ndarray:
         self.calls.append((input_ids.shape[1], new_length.tolist()))
         every = np.full((*input_ids.shape, VOCAB), 1e6, np.float32)  # padding and parked rows: finite garbage
-        hashes = self.state["past.0.z"][first : first + len(new_length), 0, 0]
+        hashes = self.state["past.0.z"][rows, 0, 0]
         for row, new in enumerate(new_length):
             hashed = int(hashes[row])
             for t in range(new):
@@ -82,6 +82,7 @@ class HashBackend(Backend):
                 if self.script is not None:
                     every[row, t] = np.eye(VOCAB)[self.script[past_length[row] + t + 1]]
             hashes[row] = hashed
+        self.state["past.0.z"][rows, 0, 0] = hashes
         if self.contract.logits == "all":
             return every
         return every[np.arange(len(every)), np.maximum(new_length - 1, 0)][:, None]

@@ -161,8 +161,9 @@ def test_one_plugin_per_layer_updates_the_state_in_place(
         names = [f"{number}.{f.name}{suffix}" for f in contract.layers[number].state_fields]
         assert layer["inputs"][5 : 5 + len(names)] == [f"past.{n}" for n in names]
         assert layer["outputs"][1:] == [f"present.{n}" for n in names]
+        assert layer["inputs"][-1] == f"rows{suffix}"
     # The plan contains the library: it is larger by that than a plan that only refers to it.
-    assert info.plugin == PluginFacts.of(plugin_library, inside=True)
+    assert info.plugin == PluginFacts.of(plugin_library, inside=True, rows_by_index=True)
     monkeypatch.setattr(engine, "_embeds", lambda flavour: False)
     outside = engine.build_plan(
         bare(contract, weights), contract, out=out, weights_dir=weights, gpu_arch=PLUGIN_ARCH, library=plugin_library
@@ -237,7 +238,7 @@ def test_a_wrong_node_is_refused_by_name(plugin_library: Path, weights: Path) ->
 
     assert "recent" in refused(drop)
     assert "log_phi_q is float16, but must be float32" in refused(swap)
-    assert "takes 14 inputs and has 8 outputs, not 13 and 8" in refused(cut)
+    assert "takes 15 inputs and has 8 outputs, not 14 and 8" in refused(cut)
 
 
 # ------------------------------------------------------------------ loading of plans
@@ -284,6 +285,10 @@ def test_the_backend_is_told_of_the_plugin(tmp_path: Path, monkeypatch: pytest.M
     for facts in (None, beside, far, dataclasses.replace(far, inside=True)):
         plan = Artifact("plan", "x.plan", "", contract, {"plugin": facts and vars(facts)})
         load_backend(Bundle(Layout.of(tmp_path / "x.plan"), Manifest({}, {}, (plan,), (), {})), "trt")
+    older = {k: v for k, v in vars(far).items() if k != "rows_by_index"}
+    plan = Artifact("plan", "x.plan", "", contract, {"plugin": older})
+    load_backend(Bundle(Layout.of(tmp_path / "x.plan"), Manifest({}, {}, (plan,), (), {})), "trt")
+    assert told.pop() == far
     beside = dataclasses.replace(beside, library=str(tmp_path / "lib.so"))
     assert told == [None, beside, far, dataclasses.replace(far, inside=True)]
 

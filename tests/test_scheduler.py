@@ -47,9 +47,10 @@ REQUESTS = st.lists(
 )
 
 
-@given(REQUESTS, st.integers(1, 3), st.integers(1, 4))
-def test_tokens_do_not_depend_on_the_others(requests: list[Request], rows: int, piece: int) -> None:
+@given(REQUESTS, st.integers(1, 3), st.integers(1, 4), st.booleans())
+def test_tokens_do_not_depend_on_the_others(requests: list[Request], rows: int, piece: int, by_index: bool) -> None:
     backend = HashBackend(contract())
+    backend.rows_by_index = by_index
     events = play(Scheduler(backend, rows=rows, piece=piece), requests)
     assert_as_alone(requests, events, [expected(r.prompt, r.tokens) for r in requests])
     assert all(0 not in new for _, new in backend.calls)  # no row runs that has nothing to do
@@ -135,10 +136,12 @@ def test_rows_are_packed() -> None:
     assert [size for size, _ in itertools.groupby(sizes)] == [1, 2, 3, 2, 1]
 
 
+@pytest.mark.parametrize("by_index", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-def test_several_answers_to_one_prompt_are_prefilled_once(rows: int) -> None:
+def test_several_answers_to_one_prompt_are_prefilled_once(rows: int, by_index: bool) -> None:
     """As far as rows are free; each is another sample, and the same as without the others."""
     backend, prompt, params = HashBackend(contract()), (3, 1, 4, 1, 5, 9, 2, 6), {"temperature": 1.5, "seed": 5}
+    backend.rows_by_index = by_index
     requests = [Request(prompt, 4, 0)] * 3 + [Request(prompt[1:], 4, 0)]
     scheduler = Scheduler(backend, rows=rows, piece=4)
     events = play(scheduler, requests, **params)

@@ -116,9 +116,11 @@ def test_a_state_that_cannot_be_read_ends_only_its_sequence() -> None:
     assert [tokens(events[i]) for i in (1, 3)] == [expected([i] * i, 4) for i in (1, 3)]
 
 
+@pytest.mark.parametrize("by_index", [False, True])
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_row_that_cannot_be_copied_to_twins_ends_them(times: int) -> None:
+def test_a_row_that_cannot_be_copied_to_twins_ends_them(times: int, by_index: bool) -> None:
     scheduler = Scheduler(BrokenRows("copy", 5, times))
+    scheduler.backend.rows_by_index = by_index
     factory, params = SequenceFactory(scheduler.backend, None, ()), SamplingParams(max_new_tokens=4)
     events = run_all(scheduler, [factory.sequence([6] * 5, params, index=i) for i in range(3)])
     for index in range(3):

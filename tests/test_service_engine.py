@@ -35,10 +35,10 @@ class GatedBackend(HashBackend):
         self.gate = threading.Semaphore(10**6 if free else 0)
         self.inside = threading.Event()
 
-    def _step(self, input_ids: Array, past_length: Array, new_length: Array, first: int) -> np.ndarray:
+    def _step(self, input_ids: Array, past_length: Array, new_length: Array, rows: Array) -> np.ndarray:
         self.inside.set()
         assert self.gate.acquire(timeout=LONG)
-        return super()._step(input_ids, past_length, new_length, first)
+        return super()._step(input_ids, past_length, new_length, rows)
 
 
 def engine(backend: HashBackend, **options: Any) -> Engine:

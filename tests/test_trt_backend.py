@@ -14,6 +14,7 @@ from less_export.contract import SlotDtype, StateBits
 from less_export.errors import BackendError, EngineError
 from less_export.runtime.ort import OrtBackend
 from less_export.runtime.trt import TrtBackend
+from less_export.tensorrt.engine import profiles
 
 from .trt_support import Fake, FakeEngine, contract_of, decoder, play, serialised
 
@@ -60,8 +61,11 @@ def test_backend_allocates_once(
     backend = fake.backend()
     backend.open(2)
     held = dict(fake.cuda.memory)
-    state = sum(len(m) for m in held.values()) - 2 * (4 * 8 + 4 + 4 + 32 * 4)
-    assert state == 2 * contract.state_bytes() * (1 if in_place else 2)
+    inputs = 3 * 256  # of two rows, each input in units of 256 bytes
+    state = sum(len(m) for m in held.values()) - inputs - 2 * 32 * 4
+    rows = 2 * (1 if in_place else 2) + 1  # and an empty one
+    assert state == rows * contract.state_bytes()
+    assert sum(len(m) for m in fake.cuda.host.values()) == inputs + 2 * 32 * 4
     before = backend.read_row(1)
     for _ in range(3):
         backend.step([[1, 2], [3, 4]])
@@ -75,9 +79,11 @@ def test_backend_allocates_once(
     np.testing.assert_array_equal(backend.read_row(1).tensors["past.0.key"], after.tensors["past.0.key"])
     backend.close()
     assert not fake.cuda.memory
+    assert not fake.cuda.host
     backend.open(1)
     del backend  # without closing it
     assert not fake.cuda.memory
+    assert not fake.cuda.host
 
 
 def test_what_the_backend_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +103,9 @@ def test_what_the_backend_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     loaded.num_optimization_profiles = 1
     refused(EngineError, "the plan has 1 profiles instead of 2: build it again")
     loaded.num_optimization_profiles = 2
-    loaded.contract = contract_of("float16", max_batch=2)
+    loaded.profiles = profiles(contract_of("float16", max_batch=2))
     refused(EngineError, r"decode profile takes input_ids from \[1, 1\] to \[2, 1\], the contract needs .* to \[3, 1\]")
-    loaded.contract = contract
+    loaded.profiles = profiles(contract)
     loaded.specs["logits"] = contract_of("bfloat16").state().__next__().past
     refused(EngineError, "the plan has logits as bfloat16")
     fake.engine, fake.errors = None, ["IRuntime::deserializeCudaEngine: wrong version In f at /_src/a.cpp:12"]

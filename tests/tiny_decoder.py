@@ -134,8 +134,8 @@ class ReferenceBackend(Backend):
     def _close(self) -> None:
         self.state = {}
 
-    def _step(self, input_ids: Array, past_length: Array, new_length: Array, first: int) -> np.ndarray:
-        w, new, rows = self.weights, torch.from_numpy(new_length), slice(first, first + len(new_length))
+    def _step(self, input_ids: Array, past_length: Array, new_length: Array, rows: Array) -> np.ndarray:
+        w, new = self.weights, torch.from_numpy(new_length)
         x = w["embed"][torch.from_numpy(input_ids)]
         for i, s in enumerate(self.contract.layers):
             q, k, v = (

@@ -128,12 +128,16 @@ def serialised(model: ir.Model) -> bytes:
 
 
 HEADER = struct.Struct("<4s12xQ4B").pack
-#: The plugin of a plan that contains it.
+#: The plugin of a plan that contains it, of plans without rows by index.
 INSIDE = PluginFacts("libless_plugins.so", "0" * 64, "1", inside=True)
 
 
 class FakeCuda:
-    """The cuda-bindings calls that the backend uses. Queued work runs when the stream is synchronised."""
+    """The cuda-bindings calls that the backend uses. Queued work runs when the stream is synchronised.
+
+    Batches of copies are as CUDA 13's API reference says of cudaMemcpyBatchAsync: in any order among themselves, one
+    set of attributes from the first copy on, not on the default stream. CUDA 12 returns the index of a failed copy too.
+    """
 
     cudaMemcpyKind = types.SimpleNamespace(
         cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="across"
@@ -143,6 +147,12 @@ class FakeCuda:
         self.memory: dict[int, np.ndarray] = {}
         self.stream: list[Callable[[], None]] = []
         self.room, self.next, self.version, self.devices = 1 << 30, 1 << 44, 13050, (0, 1)
+        self.host: dict[int, Any] = {}
+        self.calls: list[str] = []
+        #: Work that is being captured, graphs and what can be launched of them, whether capturing succeeds.
+        self.capturing: list[Callable[[], None]] | None = None
+        self.graphs: dict[int, list[Callable[[], None]]] = {}
+        self.captures = True
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:
         return self.devices
@@ -159,6 +169,52 @@ class FakeCuda:
     def cudaStreamCreate(self) -> tuple[int, int]:
         return 0, 77
 
+    # Captures are as the CUDA runtime's API reference says: what is queued meanwhile is recorded and does not run, a
+    # wait for the stream is an error that spoils the capture, and a graph that was instantiated lives on its own.
+
+    cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+
+    def queue(self, work: Callable[[], None]) -> None:
+        (self.stream if self.capturing is None else self.capturing).append(work)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        assert self.capturing is None
+        assert (stream, mode) == (77, 1)
+        self.capturing = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int | None]:
+        assert self.capturing is not None
+        work, self.capturing = self.capturing, None
+        if not self.captures:
+            return 901, None
+        self.calls.append("captured")
+        return 0, self._graph(work)
+
+    def _graph(self, work: list[Callable[[], None]]) -> int:
+        self.next += 1 << 20
+        self.graphs[self.next] = work
+        return self.next
+
+    def cudaGraphInstantiateWithFlags(self, graph: int, flags: int) -> tuple[int, int]:
+        assert flags == 0
+        return 0, self._graph(self.graphs[graph])
+
+    def cudaGraphDestroy(self, graph: int) -> tuple[int]:
+        del self.graphs[graph]
+        return (0,)
+
+    cudaGraphExecDestroy = cudaGraphDestroy
+
+    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int]:
+        assert self.capturing is None
+        self.calls.append("launched")
+        self.stream += self.graphs[graph]
+        return (0,)
+
+    def cudaGetLastError(self) -> tuple[int]:
+        return (0,)
+
     def cudaStreamDestroy(self, stream: int) -> tuple[int]:
         return (0,)
 
@@ -174,6 +230,30 @@ class FakeCuda:
         self.room += len(self.memory.pop(address))
         return (0,)
 
+    def cudaMallocHost(self, size: int) -> tuple[int, int]:
+        memory = (ctypes.c_uint8 * size)(*b"\xa5" * size)
+        self.host[ctypes.addressof(memory)] = memory
+        return 0, ctypes.addressof(memory)
+
+    def cudaFreeHost(self, address: int) -> tuple[int]:
+        del self.host[address]
+        return (0,)
+
+    cudaMemcpyAttributes = types.SimpleNamespace
+    cudaMemcpySrcAccessOrder = types.SimpleNamespace(cudaMemcpySrcAccessOrderStream=1)
+
+    def cudaMemcpyBatchAsync(
+        self, targets: list[int], sources: list[int], sizes: list[int], count: int, attributes: list[Any],
+        attribute_places: list[int], attribute_count: int, stream: int,
+    ) -> tuple[int, ...]:  # fmt: skip
+        assert (len(targets), len(sources), len(sizes)) == (count, count, count)
+        assert (attribute_places, attribute_count) == ([0], 1)
+        assert [a.srcAccessOrder for a in attributes] == [1]
+        self.calls.append("batch")
+        for target, source, size in reversed([*zip(targets, sources, sizes, strict=True)]):
+            self._copy(target, source, size, "across", stream)
+        return (0,) if self.version >= 13000 else (0, 0)
+
     def at(self, address: int, size: int) -> np.ndarray:
         """Device memory at an address; an address that is not allocated is an error."""
         base = max(a for a in self.memory if a <= address)
@@ -182,18 +262,23 @@ class FakeCuda:
         return view
 
     def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
+        self.calls.append(kind)
+        return self._copy(target, source, size, kind, stream)
+
+    def _copy(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
         assert stream == 77
         if kind == "across":
             views = self.at(target, size), self.at(source, size)
-            self.stream.append(lambda: np.copyto(*views))
+            self.queue(lambda: np.copyto(*views))
             return (0,)
         host, device = (source, target) if kind == "up" else (target, source)
         data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
         view = self.at(device, size)
-        self.stream.append(lambda: np.copyto(*((view, data) if kind == "up" else (data, view))))
+        self.queue(lambda: np.copyto(*((view, data) if kind == "up" else (data, view))))
         return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        assert self.capturing is None, "a wait for a stream that is being captured"
         while self.stream:
             self.stream.pop(0)()
         return (0,)
@@ -203,21 +288,34 @@ class FakeEngine:
     """An engine and its execution contexts: ``graph`` maps inputs to outputs by name.
 
     Its plugin works in place if ``in_place``; as engines do, it does not tell unless ``reports`` says of which output.
+    With ``by_index``, ``rows`` is an input like the others; the plugin takes those rows of the state and no others.
     """
 
-    def __init__(self, contract: Contract, cuda: FakeCuda, graph: Callable[[dict[str, Any]], list[Any]]) -> None:
-        self.contract, self.cuda, self.graph, self.in_place = contract, cuda, graph, False
+    def __init__(
+        self,
+        contract: Contract,
+        cuda: FakeCuda,
+        graph: Callable[[dict[str, Any]], list[Any]],
+        in_place: bool = False,
+        by_index: bool = False,
+    ) -> None:
+        self.contract, self.cuda, self.graph = contract, cuda, graph
+        self.in_place, self.by_index = in_place or by_index, by_index
         self.reports: dict[str, str] = {}
-        self.specs = {s.name: s for s in (*contract.inputs(), *contract.outputs())}
+        self.inputs, self.outputs = contract.inputs(by_index), contract.outputs(by_index)
+        self.specs = {s.name: s for s in (*self.inputs, *self.outputs)}
         self.num_io_tensors = len(self.specs)
-        self.num_optimization_profiles = len(engine.profiles(contract))
+        self.profiles = engine.profiles(contract, by_index)
+        self.num_optimization_profiles = len(self.profiles)
         self.used: list[int] = []
+        #: Numbers of rows of the steps that ran.
+        self.batches: list[int] = []
 
     def get_tensor_name(self, index: int) -> str:
         return [*self.specs][index]
 
     def get_tensor_mode(self, name: str) -> str:
-        return "in" if name in {s.name for s in self.contract.inputs()} else "out"
+        return "in" if name in {s.name for s in self.inputs} else "out"
 
     def get_tensor_dtype(self, name: str) -> Any:
         return types.SimpleNamespace(name=DTYPES[self.specs[name].dtype].tensorrt)
@@ -226,7 +324,7 @@ class FakeEngine:
         return self.specs[name].sized(-1, -1)
 
     def get_tensor_profile_shape(self, name: str, index: int) -> Any:
-        return engine.profiles(self.contract)[index].shapes[name]
+        return self.profiles[index].shapes[name]
 
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.reports.get(name)
@@ -237,8 +335,15 @@ class FakeEngine:
 
 
 class FakeContext:
+    """An execution context.
+
+    NVIDIA's guide (CUDA Graphs, with dynamic shapes): after a change of input shapes, a step must run before one is
+    captured, and a graph may not run once the context that it was captured from has changed.
+    """
+
     def __init__(self, owner: FakeEngine) -> None:
         self.owner, self.profile, self.works = owner, -1, True
+        self.version, self.flushed = 0, False
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -248,45 +353,72 @@ class FakeContext:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
+        self.version, self.flushed = self.version + 1, False
         low, _, high = self.owner.get_tensor_profile_shape(name, self.profile)
         return all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True))
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.owner.specs[name].sized(*self.shapes["input_ids"])
+        owner = self.owner
+        past = next(owner.contract.state()).past.name
+        for spec in owner.inputs:  # TensorRT wants sizes of one axis to agree
+            batch, chunk = self.shapes["input_ids"]
+            assert self.shapes[spec.name] == spec.sized(batch, chunk, self.shapes[past][0]), spec.name
+        return owner.specs[name].sized(*self.shapes["input_ids"], self.shapes[past][0])
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert address % 256 == 0, "TensorRT takes aligned addresses only"
         self.addresses[name] = address
+        self.version += 1
         return name in self.owner.specs
 
     def execute_async_v3(self, stream: int) -> bool:
-        self.owner.cuda.stream.append(lambda at=dict(self.addresses): self.run(at))
+        assert self.owner.cuda.capturing is None or self.flushed, "no step has run since the shapes changed"
+        captured = self.owner.cuda.capturing is not None
+        at, version = dict(self.addresses), self.version if captured else None
+        self.owner.cuda.queue(lambda: self.run(at, version))
         self.owner.used.append(self.profile)
+        self.flushed = True
         return self.works and stream == 77
 
-    def run(self, at: dict[str, int]) -> None:
+    def run(self, at: dict[str, int], captured: int | None) -> None:
         owner = self.owner
+        assert captured in (None, self.version), "a graph of a context that has changed"
 
         def tensor(name: str) -> np.ndarray:
             kind, shape = numpy_dtype(owner.specs[name].dtype), self.get_tensor_shape(name)
             return owner.cuda.at(at[name], math.prod(shape) * kind.itemsize).view(kind).reshape(shape)
 
-        given = [s.name for s in owner.contract.inputs()]
-        for spec in owner.contract.outputs():
+        given = [s.name for s in owner.inputs]
+        for spec in owner.outputs:
             shared = owner.in_place and spec.name.startswith("present")
             past = spec.name.replace("present", "past")
             assert [n for n in given if at[n] == at[spec.name]] == ([past] if shared else [])
-        results = owner.graph({n: tensor(n).copy() for n in given})
-        for spec, result in zip(owner.contract.outputs(), results, strict=True):
-            tensor(spec.name)[...] = result
+        owner.batches.append(self.shapes["input_ids"][0])
+        feed = {n: tensor(n).copy() for n in given}
+        rows: Any = ...
+        if owner.by_index:
+            rows = feed.pop("rows")
+            assert len({*rows.tolist()}) == len(rows)
+            feed = {n: x[rows] if n.startswith("past.") else x for n, x in feed.items()}
+        results = owner.graph(feed)
+        for spec, result in zip(owner.outputs, results, strict=True):
+            tensor(spec.name)[rows if spec.name.startswith("present.") else ...] = result
 
 
 class Fake:
     """A plan of ``contract`` whose engine runs ``graph``, and the machine to run it on."""
 
-    def __init__(self, contract: Contract, folder: Path, patch: pytest.MonkeyPatch, graph: Any) -> None:
+    def __init__(
+        self,
+        contract: Contract,
+        folder: Path,
+        patch: pytest.MonkeyPatch,
+        graph: Any,
+        in_place: bool = False,
+        by_index: bool = False,
+    ) -> None:
         self.contract, self.cuda = contract, FakeCuda()
-        self.engine: FakeEngine | None = FakeEngine(contract, self.cuda, graph)
+        self.engine: FakeEngine | None = FakeEngine(contract, self.cuda, graph, in_place, by_index)
         self.errors: list[str] = []
         self.plan = folder / "engine.plan"
         self.plan.write_bytes(HEADER(b"vtrt", 99, 1, 7, 0, 5).ljust(99))
@@ -310,10 +442,12 @@ class Fake:
             self.error(log, text)
         return self.engine
 
-    def backend(self) -> TrtBackend:
+    def backend(self, **options: Any) -> TrtBackend:
         """Of a plan with the plugin inside if the engine works in place."""
         in_place = self.engine is not None and self.engine.in_place
-        return TrtBackend(self.contract, self.plan, INSIDE if in_place else None, trust_code=True)
+        by_index = self.engine is not None and self.engine.by_index
+        plugin = replace(INSIDE, rows_by_index=by_index) if in_place else None
+        return TrtBackend(self.contract, self.plan, plugin, trust_code=True, **options)
 
 
 def play(backend: Backend) -> Iterator[tuple[str, np.ndarray]]:

@@ -228,7 +228,10 @@ CONTRACT = Record(
     },
     {"position_limit": Nullable(_POSITIVE), "trained_length": Nullable(_POSITIVE)},
 )
-PLUGIN = Record({"library": Text(printable=True), "sha256": Hash(), "version": Text(printable=True), "inside": Flag()})
+PLUGIN = Record(
+    {"library": Text(printable=True), "sha256": Hash(), "version": Text(printable=True), "inside": Flag()},
+    {"rows_by_index": Flag()},
+)
 DETAILS = Record(
     optional={
         "flavour": Text(printable=True),

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..runtime.feeding import feed
 from ..runtime.generate import Generator
 from ..runtime.row_state import RowState
-from ..runtime.scheduler import feed
 
 Context = tuple[int, ...]
 

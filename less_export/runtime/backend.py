@@ -2,7 +2,7 @@
 
 A backend owns the state of ``batch`` rows. :meth:`Backend.step` is a template method: it checks its
 arguments, lets the subclass run the graph, and advances the lengths. Subclasses implement the five
-abstract methods; ``_copy_row``, ``_reset_row`` and ``_read_tensors`` may be replaced by faster ones.
+abstract methods; ``_copy_row``, ``_reset_rows`` and ``_read_tensors`` may be replaced by faster ones.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Backend(abc.ABC):
     name: ClassVar[str]
     #: True where a step takes exactly one token or exactly ``chunk`` (padding included).
     fixed_chunk: ClassVar[bool] = False
+    #: True where a step takes any rows, in any order; elsewhere they are adjacent. Subclasses may decide by object.
+    rows_by_index: bool = False
 
     def __init__(self, contract: Contract) -> None:
         self.contract = contract
@@ -106,46 +108,57 @@ class Backend(abc.ABC):
     # ------------------------------------------------------------ running
 
     def step(
-        self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None = None, rows: slice | None = None
+        self,
+        input_ids: npt.ArrayLike,
+        new_length: npt.ArrayLike | None = None,
+        rows: slice | Sequence[int] | None = None,
     ) -> npt.NDArray[np.float32]:
         """Feed one chunk and advance the state.
 
         Args:
             input_ids: [B, T] token ids, padded on the right, 1 <= T <= chunk.
             new_length: [B] valid tokens of each row, 0..T; default T for every row.
-            rows: the B adjacent rows that run, such as ``slice(2, 3)``; default all. The other rows neither change nor
-                cost anything.
+            rows: the B rows that run, default all: adjacent ones, as ``slice(2, 4)`` or ``[2, 3]``, and with
+                :attr:`rows_by_index` any distinct ones, in any order. The other rows neither change nor cost anything.
 
         Returns:
             logits [B, 1, V] f32 after each row's last valid token ([B, T, V] for ``--logits all``);
             those of a parked row are finite but meaningless.
 
         Raises:
-            BackendError: a wrong shape, token id, length or range of rows, or a sequence longer than the artifact
+            BackendError: a wrong shape, token id, length or choice of rows, or a sequence longer than the artifact
                 supports.
         """
         with self.exclusive():
-            first, count = self._range(rows)
-            past = self.past_length[first : first + count]
+            chosen = self._chosen(rows)
+            past = self.past_length[chosen]
             ids, new = self._checked(input_ids, new_length, past)
             self.revision += 1
-            logits = self._step(ids, past, new, first)
+            logits = self._step(ids, past, new, chosen)
             lengths = self.past_length.copy()
-            lengths[first : first + count] += new
+            lengths[chosen] += new
             self.past_length = lengths
             return logits
 
-    def _range(self, rows: slice | None) -> tuple[int, int]:
-        """First row and number of rows of a step."""
+    def _chosen(self, rows: slice | Sequence[int] | None) -> npt.NDArray[np.int32]:
+        """The rows of a step."""
         if self.batch == 0:
             raise BackendError(f"the {self.name} backend is not open: call open(batch) first")
         if rows is None:
-            return 0, self.batch
-        first = 0 if rows.start is None else rows.start
-        end = self.batch if rows.stop is None else rows.stop
-        if rows.step not in (None, 1) or not 0 <= first < end <= self.batch:
-            raise BackendError(f"rows must be a range of adjacent rows within 0..{self.batch - 1}, not {rows}")
-        return first, end - first
+            return np.arange(self.batch, dtype=np.int32)
+        if isinstance(rows, slice):
+            first = 0 if rows.start is None else rows.start
+            end = self.batch if rows.stop is None else rows.stop
+            if rows.step not in (None, 1) or not 0 <= first < end <= self.batch:
+                raise BackendError(f"rows must be a range of adjacent rows within 0..{self.batch - 1}, not {rows}")
+            return np.arange(first, end, dtype=np.int32)
+        chosen = _integers("rows", rows)
+        distinct = chosen.ndim == 1 and 0 < len(chosen) == len(np.unique(chosen))
+        if not distinct or chosen.min() < 0 or chosen.max() >= self.batch:
+            raise BackendError(f"rows must be distinct rows within 0..{self.batch - 1}, not {chosen.tolist()}")
+        if not self.rows_by_index and (np.diff(chosen) != 1).any():
+            raise BackendError(f"the {self.name} backend runs adjacent rows in order, not {chosen.tolist()}")
+        return chosen.astype(np.int32)
 
     def _checked(
         self, input_ids: npt.ArrayLike, new_length: npt.ArrayLike | None, past: npt.NDArray[np.int32]
@@ -194,9 +207,8 @@ class Backend(abc.ABC):
             for row in rows:
                 self._check_row(row)
             self.revision += 1
-            for row in rows:
-                self._reset_row(row)
-                self.past_length[row] = 0
+            self._reset_rows(rows)
+            self.past_length[list(rows)] = 0
 
     def copy_row(self, source: int, target: int) -> None:
         """Copy the state of row ``source`` to row ``target``."""
@@ -260,9 +272,9 @@ class Backend(abc.ABC):
         input_ids: npt.NDArray[np.int64],
         past_length: npt.NDArray[np.int32],
         new_length: npt.NDArray[np.int32],
-        first: int,
+        rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
-        """Run the graph on checked inputs, for as many rows as they have from row ``first``, and keep its state."""
+        """Run the graph on checked inputs and keep its state; ``rows`` are adjacent unless :attr:`rows_by_index`."""
 
     @abc.abstractmethod
     def _read_row(self, row: int) -> State:
@@ -281,9 +293,10 @@ class Backend(abc.ABC):
         """Copy the state tensors of one row to another."""
         self._write_row(target, self._read_row(source))
 
-    def _reset_row(self, row: int) -> None:
-        """Overwrite one row's state tensors with those of an empty row."""
-        self._write_row(row, {s.past.name: empty(s, 1)[0] for s in self.contract.state()})
+    def _reset_rows(self, rows: Sequence[int]) -> None:
+        """Overwrite the state tensors of rows with those of an empty row."""
+        for row in rows:
+            self._write_row(row, {s.past.name: empty(s, 1)[0] for s in self.contract.state()})
 
 
 def empty(tensor: StateTensor, batch: int) -> Array:

@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .backend import Backend, RowState
+from .feeding import feed
 from .sampler import TokenLogprobs
 from .sampling import SamplingParams
-from .scheduler import Event, Scheduler, Timing, accept, feed
+from .scheduler import Event, Scheduler, Timing, accept
 from .sequence import FinishReason, Prompt, Sequence, SequenceFactory, Token, prompt_list
 from .tokenizer import Tokenizer
 

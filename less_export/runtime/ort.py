@@ -26,7 +26,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -278,9 +278,9 @@ class OrtBackend(Backend):
         input_ids: npt.NDArray[np.int64],
         past_length: npt.NDArray[np.int32],
         new_length: npt.NDArray[np.int32],
-        first: int,
+        rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
-        count = len(input_ids)
+        first, count = int(rows[0]), len(rows)
         side, strays = self._sides.meeting(first, count)
         for row in strays:
             self._put(row, self._views(row), side)
@@ -315,8 +315,10 @@ class OrtBackend(Backend):
         self._put(target, self._views(source), self._sides[source])
         self._sides[target] = self._sides[source]
 
-    def _reset_row(self, row: int) -> None:
-        self._put(row, {s.past.name: np.asarray(s.field.empty) for s in self.contract.state()}, self._sides[row])
+    def _reset_rows(self, rows: Sequence[int]) -> None:
+        fresh = {s.past.name: np.asarray(s.field.empty) for s in self.contract.state()}
+        for row in rows:
+            self._put(row, fresh, self._sides[row])
 
     def _views(self, row: int) -> State:
         """The tensors of ``row``, on a CPU without copying them."""

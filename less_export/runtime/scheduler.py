@@ -1,11 +1,13 @@
 """Continuous batching: sequences come and go between steps over the rows of one backend.
 
-The sequences that decode have rows 0 to n - 1, so that a decode step runs exactly these; a row that becomes free
-is filled by the last of them. In the rows behind them prompts are fed, in pieces of ``piece`` tokens whatever else
-runs, because what a row evicts depends on how its prompt was cut. Pieces alternate with decode steps, so that those
-that decode wait for one piece at most between two tokens. The prompts take turns, piece by piece: a short one does not
-wait for the whole of a long one. Sequences with the same prompt are prefilled once, if the later ones get a row in
-time, and the row is copied.
+A decode step runs exactly the rows that decode. Where the backend takes rows by index, a sequence keeps its row from
+its prompt to its end. Elsewhere the sequences that decode have rows 0 to n - 1, and a row that becomes free is filled
+by the last of them; prompts are fed in the rows behind them.
+
+Prompts are fed in pieces of ``piece`` tokens whatever else runs, because what a row evicts depends on how its prompt
+was cut. Pieces alternate with decode steps, so that those that decode wait for one piece at most between two tokens.
+The prompts take turns, piece by piece: a short one does not wait for the whole of a long one. Sequences with the same
+prompt are prefilled once, if the later ones get a row in time, and the row is copied.
 
 A scheduler starts no thread, reads no clock but for its figures, and does the same at the same calls.
 """
@@ -23,6 +25,7 @@ import numpy.typing as npt
 
 from ..errors import UsageError
 from .backend import Backend
+from .feeding import feed
 from .prefill import Prefill
 from .sampler import choose_all
 from .sequence import Sequence, Token
@@ -94,7 +97,7 @@ class Scheduler:
         self.timing = Timing()
         self._waiting: deque[Sequence] = deque()
         self._prefilling: deque[Prefill] = deque()  # the next one to feed first
-        self._decoding: list[Sequence] = []  # by row
+        self._decoding: list[Sequence] = []  # by row, unless the backend takes rows by index
         self._held: dict[Sequence, Token] = {}  # last tokens of sequences that are fed once more for their state
         self._lost: list[Event] = []  # errors of sequences whose row could not be moved
         self._revision: int | None = None
@@ -181,7 +184,7 @@ class Scheduler:
             if same is not None:
                 same.sequences.append(sequence)
                 continue
-            row = self._free_row(len(self._decoding))
+            row = self._free_row()
             try:
                 if sequence.prefix is None:
                     self.backend.reset_rows([row])
@@ -194,10 +197,14 @@ class Scheduler:
             self._prefilling.append(Prefill(row, [sequence]))
         return failed
 
-    def _free_row(self, first: int) -> int:
-        """The first row from ``first`` on in which no prompt is fed."""
-        taken = {p.row for p in self._prefilling}
-        return next(row for row in range(first, self.rows) if row not in taken)
+    def _free_row(self, *but: int) -> int:
+        """The first row of no sequence, and none of these."""
+        taken = self._taken() | {*but}
+        return next(row for row in range(self.rows) if row not in taken)
+
+    def _taken(self) -> set[int | None]:
+        """The rows that decode, and those in which prompts are fed."""
+        return {s.row for s in self._decoding} | {p.row for p in self._prefilling}
 
     def _prefill(self, prefill: Prefill) -> list[Event]:
         """Feed the next piece; the last one gives the first token and joins the row to those that decode."""
@@ -236,18 +243,29 @@ class Scheduler:
             sequence.row, sequence.fed = None, fed
             sequence.prefix = None  # a state takes memory: this one is in the row
             try:
-                self._copy_to_last(source)
+                sequence.row = self._place(source)
             except Exception as error:
                 failed.append(Event(sequence, error=error))
                 continue
-            source = sequence.row = len(self._decoding)
+            source = sequence.row
             self._decoding.append(sequence)
             joined.append(sequence)
         return joined, failed
 
-    def _copy_to_last(self, source: int) -> None:
+    def _place(self, source: int) -> int:
+        """The row in which one more sequence decodes, with the state of row ``source``: that one if it is free."""
+        if not self.backend.rows_by_index:
+            place = len(self._decoding)
+            self._copy_to_last(source, place)
+        elif source not in self._taken():
+            place = source
+        else:
+            place = self._free_row()
+            self.backend.copy_row(source, place)
+        return place
+
+    def _copy_to_last(self, source: int, place: int) -> None:
         """Copy a row to the one behind those that decode; a prompt that is fed there moves to another."""
-        place = len(self._decoding)
         if source == place:
             return
         other = next((p for p in self._prefilling if p.row == place), None)
@@ -264,7 +282,7 @@ class Scheduler:
             return
         try:
             self.backend.copy_row(source, place)
-            other.row = self._free_row(place + 1)
+            other.row = self._free_row(place)
         finally:
             try:
                 self.backend.write_row(other.row, state)
@@ -278,7 +296,7 @@ class Scheduler:
         sequences = list(self._decoding)
         ids = [[s.token_ids[-1]] for s in sequences]
         try:
-            logits = feed(self.backend, ids, slice(0, len(ids)))
+            logits = feed(self.backend, ids, [s.row for s in sequences if s.row is not None])
         except Exception as error:
             self._held.clear()
             self._decoding.clear()
@@ -318,6 +336,15 @@ class Scheduler:
         return event
 
     def _release(self, sequences: Iterable[Sequence]) -> None:
+        """Free rows of decoding sequences."""
+        if not self.backend.rows_by_index:
+            self._fill_gaps(sequences)
+            return
+        for sequence in sequences:
+            self._decoding.remove(sequence)
+            self._leave(sequence)
+
+    def _fill_gaps(self, sequences: Iterable[Sequence]) -> None:
         """Free rows of decoding sequences; the last ones fill the gaps, or end if their state cannot be copied."""
         for sequence in sorted(sequences, key=lambda s: s.row or 0, reverse=True):
             row = sequence.row
@@ -350,28 +377,6 @@ def _observed(backend: Backend, event: Event) -> Event:
         except Exception as error:
             return Event(sequence, error=error)
     return event
-
-
-# ------------------------------------------------------------------ steps over pieces
-
-
-def feed(backend: Backend, pieces: Ordered[Ordered[int]], rows: slice | None = None) -> npt.NDArray[np.float32]:
-    """Feed a piece to each of ``rows``, default all; a row whose piece is empty is parked.
-
-    Returns:
-        logits [B, V] f32 after the last token of each piece; those of a parked row are meaningless.
-    """
-    contract, new = backend.contract, [len(p) for p in pieces]
-    width = max(new)
-    if backend.fixed_chunk and width > 1:
-        width = contract.chunk
-    ids = np.zeros((len(pieces), width), np.int64)
-    for row, piece in enumerate(pieces):
-        ids[row, : len(piece)] = piece
-    logits = backend.step(ids, np.array(new), rows)
-    if contract.logits == "last":
-        return logits[:, 0]
-    return logits[np.arange(len(pieces)), np.maximum(new, 1) - 1]
 
 
 def accept(sequences: Ordered[Sequence], logits: npt.NDArray[np.float32]) -> list[Event]:

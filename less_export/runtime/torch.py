@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -67,17 +67,17 @@ class ModelBackend(Backend):
         input_ids: npt.NDArray[np.int64],
         past_length: npt.NDArray[np.int32],
         new_length: npt.NDArray[np.int32],
-        first: int,
+        rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         tokens = [torch.from_numpy(x).to(self._device) for x in (input_ids, past_length, new_length)]
-        rows = slice(first, first + len(input_ids))
+        adjacent = slice(rows[0], rows[-1] + 1)
         with torch.inference_mode():
-            logits, *present = self._decoder(*tokens, [x[rows] for x in self._state])
+            logits, *present = self._decoder(*tokens, [x[adjacent] for x in self._state])
             if len(input_ids) == self.batch:
                 self._state = present
             else:
                 for past, new in zip(self._state, present, strict=True):
-                    past[rows] = new
+                    past[adjacent] = new
         return np.asarray(logits.cpu().numpy())
 
     def _read_row(self, row: int) -> State:
@@ -94,10 +94,10 @@ class ModelBackend(Backend):
             for x in self._state:
                 x[target] = x[source]
 
-    def _reset_row(self, row: int) -> None:
+    def _reset_rows(self, rows: Sequence[int]) -> None:
         with torch.inference_mode():
             for spec, x in zip(self.contract.state(), self._state, strict=True):
-                x[row] = spec.field.empty
+                x[list(rows)] = spec.field.empty
 
 
 class TorchBackend(ModelBackend):

@@ -22,7 +22,7 @@ from ..dtypes import from_tensorrt
 from ..errors import EngineError, UsageError, install_hint
 from ..native import nvcc
 from ..progress import Progress
-from . import plugin
+from . import plugin, rows
 from .log import implement, log_of, one_line
 from .trust import PluginFacts
 
@@ -117,15 +117,16 @@ class Profile:
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
 
-def profiles(contract: Contract) -> tuple[Profile, ...]:
+def profiles(contract: Contract, by_index: bool = False) -> tuple[Profile, ...]:
     """The profiles of a plan, in order: decode (T = 1), and prefill (T = 1..chunk) where chunk > 1.
 
     Both accept 1..max_batch rows and are tuned for max_batch, since a user who raises --max-batch means to use it.
+    ``by_index``: of a plan that takes rows by index, whose state has 1..max_batch rows whatever the step has.
     """
 
     def profile(name: str, chunk: int) -> Profile:
-        rows = contract.max_batch
-        shapes = {s.name: (s.sized(1, 1), s.sized(rows, chunk), s.sized(rows, chunk)) for s in contract.inputs()}
+        rows, specs = contract.max_batch, contract.inputs(by_index)
+        shapes = {s.name: (s.sized(1, 1), s.sized(rows, chunk), s.sized(rows, chunk)) for s in specs}
         return Profile(name, chunk, shapes)
 
     prefill = (profile("prefill", contract.chunk),) if contract.chunk > 1 else ()
@@ -133,7 +134,7 @@ def profiles(contract: Contract) -> tuple[Profile, ...]:
 
 
 def polygraphy_options(contract: Contract) -> list[str]:
-    """Options with which ``polygraphy convert`` builds the plan that :func:`build_plan` builds with the plugin."""
+    """Options with which ``polygraphy convert`` builds a plan with the plugin; it does not take rows by index."""
     options = ["--strongly-typed", "--preview-features", "ALIASED_PLUGIN_IO_10_03"]
     for profile in profiles(contract):
         for index, bound in enumerate(("min", "opt", "max")):
@@ -201,7 +202,8 @@ def build_plan(
     The plan is streamed to disk if TensorRT can do that (RTX can), so it never takes up host memory.
 
     Args:
-        model: serialised ONNX, with the LessAttention bodies inside or, with a ``library``, bare nodes.
+        model: serialised ONNX, with the LessAttention bodies inside or, with a ``library``, bare nodes. The plan takes
+            rows by index in the latter case (:mod:`less_export.tensorrt.rows`).
         weights_dir: the folder that external data locations are relative to.
         gpu_arch: see :func:`parse_gpu_arch`.
         library: the plugin (see :func:`less_export.tensorrt.plugin.library`); TensorRT-RTX puts it into the plan.
@@ -218,6 +220,7 @@ def build_plan(
         check_limits(contract)
     else:
         plugin.check_layers(library, contract)
+        model = rows.by_index(model, contract)
     started = time.monotonic()
     log, names = log_of(chosen.module), [p.name for p in profiles(contract)]
 
@@ -235,7 +238,7 @@ def build_plan(
     except OSError as error:
         raise EngineError(f"cannot write {out}: {error.strerror or error}") from error
     seconds = time.monotonic() - started
-    facts = None if library is None else PluginFacts.of(library, _embeds(chosen))
+    facts = None if library is None else PluginFacts.of(library, _embeds(chosen), rows_by_index=True)
     size = out.stat().st_size
     return PlanInfo(chosen.name, chosen.version, ",".join(archs) or None, size, seconds, layers, plugins, facts)
 
@@ -267,13 +270,14 @@ def _build(
     parser = module.OnnxParser(network, log.interface)  # maps the weights: it must outlive the build
     if not parser.parse(model, path=os.fspath(weights_dir / "model.onnx")):  # only the folder is used
         raise EngineError(f"{chosen.label} cannot read the graph{_culprit(parser, library)}: {log.reason()}")
+    by_index = library is not None
     for get, count, specs in (
-        (network.get_input, network.num_inputs, contract.inputs()),
-        (network.get_output, network.num_outputs, contract.outputs()),
+        (network.get_input, network.num_inputs, contract.inputs(by_index)),
+        (network.get_output, network.num_outputs, contract.outputs(by_index)),
     ):
         tensors = {t.name: (from_tensorrt(t.dtype), tuple(t.shape)) for t in map(get, range(count))}
         check_tensors(tensors, specs, "the graph")
-    config = _configure(module, builder, contract, archs)
+    config = _configure(module, builder, profiles(contract, by_index), archs)
     if library is not None:
         config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         if _embeds(chosen):
@@ -307,12 +311,12 @@ def _culprit(parser: Any, library: Path | None) -> str:
     return f" at node '{error.node_name()}' ({error.node_operator()}{hint})"
 
 
-def _configure(module: Any, builder: Any, contract: Contract, archs: tuple[str, ...]) -> Any:
+def _configure(module: Any, builder: Any, planned: Iterable[Profile], archs: tuple[str, ...]) -> Any:
     """Builder configuration: profiles, architectures, and f32 without TF32."""
     config = builder.create_builder_config()
     # TF32 has 10 bits of mantissa: too few for log phi and for the state, which need f32.
     config.clear_flag(module.BuilderFlag.TF32)
-    for profile in profiles(contract):
+    for profile in planned:
         entry = builder.create_optimization_profile()
         for name, shapes in profile.shapes.items():
             entry.set_shape(name, *shapes)

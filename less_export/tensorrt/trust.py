@@ -25,16 +25,20 @@ _sealed: dict[str, int] = {}
 
 @dataclass(frozen=True)
 class PluginFacts:
-    """A manifest's description of a plan's plugin: it is ``inside`` the plan, or in the ``library`` with this hash."""
+    """A manifest's description of a plan's plugin: it is ``inside`` the plan, or in the ``library`` with this hash.
+
+    ``rows_by_index``: the plan takes rows of the state by index; otherwise a step has the rows of the state in order.
+    """
 
     library: str
     sha256: str
     version: str
     inside: bool
+    rows_by_index: bool = False
 
     @classmethod
-    def of(cls, path: Path, inside: bool) -> PluginFacts:
-        return cls(os.fspath(path.absolute()), sha256(path), PLUGIN_VERSION, inside)
+    def of(cls, path: Path, inside: bool, rows_by_index: bool = False) -> PluginFacts:
+        return cls(os.fspath(path.absolute()), sha256(path), PLUGIN_VERSION, inside, rows_by_index)
 
 
 def find(facts: PluginFacts, trust_code: bool = False) -> Path:

@@ -59,6 +59,7 @@ using Shape = std::vector<int64_t>;
 // Dynamic axes in the shape of a TensorSpec.
 constexpr int64_t kBatch = -1;
 constexpr int64_t kChunk = -2;
+constexpr int64_t kStateRows = -3;  // rows of the state, where a step runs any of them
 
 // Static description of one attention layer.
 struct LayerSpec {
@@ -80,7 +81,8 @@ struct TensorSpec {
     ElementType type;
     Shape shape;
 
-    Shape sized(int64_t batch, int64_t chunk) const;  // `shape` with the dynamic axes filled in
+    // `shape` with the dynamic axes filled in; the state has `batch` rows unless `stateRows` says how many.
+    Shape sized(int64_t batch, int64_t chunk, std::optional<int64_t> stateRows = {}) const;
     int64_t bytes(int64_t batch, int64_t chunk) const;
 };
 
@@ -101,13 +103,15 @@ struct Contract {
     bool allLogits;     // logits [B,T,V] instead of [B,1,V]
     std::optional<int64_t> positionLimit, trainedLength;
 
-    std::vector<StateTensor> state() const;  // in the graph's order
-    TensorSpec inputIds() const;             // [B,T] i64
-    TensorSpec pastLength() const;           // [B] i32, tokens that each row has seen
-    TensorSpec newLength() const;            // [B] i32, valid tokens of this step
-    TensorSpec logits() const;               // f32
-    std::vector<TensorSpec> inputs() const;
-    std::vector<TensorSpec> outputs() const;
+    // `byIndex`: the tensors of a plan that takes rows of the state by index.
+    std::vector<StateTensor> state(bool byIndex = false) const;  // in the graph's order
+    TensorSpec inputIds() const;                                 // [B,T] i64
+    TensorSpec pastLength() const;                               // [B] i32, tokens that each row has seen
+    TensorSpec newLength() const;                                // [B] i32, valid tokens of this step
+    TensorSpec rows() const;    // [B] i32, rows of the state, where the plan takes them by index
+    TensorSpec logits() const;  // f32
+    std::vector<TensorSpec> inputs(bool byIndex = false) const;
+    std::vector<TensorSpec> outputs(bool byIndex = false) const;
     int64_t stateBytes() const;                 // of one sequence of any length
     std::string layout() const;                 // hash of the names, dtypes and shapes of the state
     std::optional<int64_t> tokenLimit() const;  // longest sequence, if there is a limit
@@ -119,8 +123,9 @@ struct Contract {
 // reason to run it.
 struct PluginFacts {
     std::filesystem::path library;
-    std::string sha256;  // of the library
-    bool inside;         // the plan carries the library
+    std::string sha256;        // of the library
+    bool inside;               // the plan carries the library
+    bool rowsByIndex = false;  // the plan takes rows of the state by index; otherwise a step has adjacent ones
 };
 
 // The header of a plan: which TensorRT wrote it.
@@ -262,6 +267,10 @@ class Session {
     // rows run, and the others neither change nor cost anything. Throws BackendError.
     Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength);
     Logits step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength, RowRange rows);
+    // The same for these distinct rows: adjacent ones, and with rowsByIndex() any, in any order.
+    Logits stepRows(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
+                    std::vector<int64_t> const& rows);
+    bool rowsByIndex() const noexcept;
 
     void resetRow(int64_t row);
     void copyRow(int64_t from, int64_t to);
@@ -273,16 +282,19 @@ class Session {
 
  private:
     void checkRow(int64_t row) const;
-    void checkDefined(RowRange rows) const;
+    void checkDefined(std::vector<int64_t> const& rows) const;
     void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength,
-                   RowRange rows) const;
-    void change(RowRange rows, std::function<void()> const& action);
+                   std::vector<int64_t> const& rows) const;
+    Logits run(std::vector<int64_t> const& ids, std::vector<int32_t> const& newLength,
+               std::vector<int64_t> const& rows);
+    void change(std::vector<int64_t> const& rows, std::function<void()> const& action);
 
     Contract contract_;
     std::string identity_, layout_;
     std::unique_ptr<PlanRunner> runner_;
     std::vector<int32_t> lengths_;
     std::vector<int64_t> padded_;  // the ids of a step, padding replaced by 0
+    std::vector<int32_t> past_;    // the lengths of its rows
     std::vector<bool> undefined_;  // rows whose state a failure has left undefined
     uint64_t revision_ = 0;
 };

@@ -1,12 +1,13 @@
 // Continuous batching over one session: requests come and go between steps, and each gets the tokens that it gets
 // alone.
 //
-// The twin of less_export/runtime/scheduler.py: the same calls lead to the same steps. Requests that decode have rows 0
-// to n - 1, so that a decode step runs exactly these; a row that becomes free is filled by the last of them. In the
-// rows behind them prompts are fed, in pieces whose size does not depend on what else runs, because what a row evicts
-// depends on how its prompt was cut. A step feeds at most one piece, then decodes one token of every request whose
-// prompt was fed; the prompts take turns, piece by piece. Requests with the same prompt and prefix are prefilled once,
-// if the later ones get a row in time, and the row is copied.
+// The twin of less_export/runtime/scheduler.py: the same calls lead to the same steps. A decode step runs exactly the
+// rows that decode. If the plan takes rows by index, a request keeps its row from its prompt to its end. Otherwise the
+// requests that decode have rows 0 to n - 1, and a row that becomes free is filled by the last of them; prompts are fed
+// in the rows behind them. Pieces of prompts have a size that does not depend on what else runs, because what a row
+// evicts depends on how its prompt was cut. A step feeds at most one piece, then decodes one token of every request
+// whose prompt was fed; the prompts take turns, piece by piece. Requests with the same prompt and prefix are prefilled
+// once, if the later ones get a row in time, and the row is copied.
 #pragma once
 
 #include "less_runtime.hpp"

@@ -129,8 +129,9 @@ int64_t bytesOf(ElementType type) noexcept { return kElements[static_cast<size_t
 
 char const* nameOf(ElementType type) noexcept { return kElements[static_cast<size_t>(type)].name; }
 
-Shape TensorSpec::sized(int64_t batch, int64_t chunk) const {
+Shape TensorSpec::sized(int64_t batch, int64_t chunk, std::optional<int64_t> stateRows) const {
     Shape result = shape;
+    std::replace(result.begin(), result.end(), kStateRows, stateRows.value_or(batch));
     std::replace(result.begin(), result.end(), kBatch, batch);
     std::replace(result.begin(), result.end(), kChunk, chunk);
     return result;
@@ -142,13 +143,13 @@ int64_t TensorSpec::bytes(int64_t batch, int64_t chunk) const {
     return result;
 }
 
-std::vector<StateTensor> Contract::state() const {
+std::vector<StateTensor> Contract::state(bool byIndex) const {
     std::vector<StateTensor> result;
     for (size_t layer = 0; layer < layers.size(); ++layer) {
         for (Field const& field : kFields) {
             if (field.has && !field.has(layers[layer])) continue;
             std::string const name = "." + std::to_string(layer) + "." + field.name;
-            TensorSpec past{"past" + name, typeOf(field.kind, layers[layer], dtype), {kBatch}};
+            TensorSpec past{"past" + name, typeOf(field.kind, layers[layer], dtype), {byIndex ? kStateRows : kBatch}};
             for (auto const dim : field.dims) {
                 if (dim) past.shape.push_back(layers[layer].*dim);
             }
@@ -167,19 +168,22 @@ TensorSpec Contract::pastLength() const { return {"past_length", ElementType::kI
 
 TensorSpec Contract::newLength() const { return {"new_length", ElementType::kInt32, {kBatch}}; }
 
+TensorSpec Contract::rows() const { return {"rows", ElementType::kInt32, {kBatch}}; }
+
 TensorSpec Contract::logits() const {
     return {"logits", ElementType::kFloat32, {kBatch, allLogits ? kChunk : 1, vocabSize}};
 }
 
-std::vector<TensorSpec> Contract::inputs() const {
+std::vector<TensorSpec> Contract::inputs(bool byIndex) const {
     std::vector<TensorSpec> result = {inputIds(), pastLength(), newLength()};
-    for (StateTensor& tensor : state()) result.push_back(std::move(tensor.past));
+    if (byIndex) result.push_back(rows());
+    for (StateTensor& tensor : state(byIndex)) result.push_back(std::move(tensor.past));
     return result;
 }
 
-std::vector<TensorSpec> Contract::outputs() const {
+std::vector<TensorSpec> Contract::outputs(bool byIndex) const {
     std::vector<TensorSpec> result = {logits()};
-    for (StateTensor& tensor : state()) result.push_back(std::move(tensor.present));
+    for (StateTensor& tensor : state(byIndex)) result.push_back(std::move(tensor.present));
     return result;
 }
 

@@ -9,6 +9,34 @@ void check(cudaError_t error, char const* operation) {
     throw BackendError(std::string(operation) + " failed on the GPU: " + cudaGetErrorString(error));
 }
 
+// The first CUDA that takes a batch of copies in one call.
+constexpr int kBatchesFrom = 12080;
+
+#if CUDART_VERSION >= 12080
+// The copies of a batch may run in any order, after what is in the stream.
+void copyBatch(std::vector<Copy> const& all, cudaStream_t stream) {
+    std::vector<void*> targets, sources;
+    std::vector<size_t> sizes;
+    for (Copy const& one : all) {
+        targets.push_back(one.to);
+        sources.push_back(const_cast<void*>(one.from));
+        sizes.push_back(one.bytes);
+    }
+    cudaMemcpyAttributes attributes{};
+    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+    size_t from = 0;  // the first copy with these attributes
+#if CUDART_VERSION >= 13000
+    check(cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), all.size(), &attributes, &from, 1, stream),
+          "cudaMemcpyBatchAsync");
+#else
+    size_t failed = 0;
+    check(cudaMemcpyBatchAsync(targets.data(), sources.data(), sizes.data(), all.size(), &attributes, &from, 1, &failed,
+                               stream),
+          "cudaMemcpyBatchAsync");
+#endif
+}
+#endif
+
 std::string version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
 
 [[noreturn]] void refuse(cudaError_t error) {
@@ -50,6 +78,9 @@ CudaDevice::CudaDevice(int index) : index_(index) {
     }
     activate();
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
+    int driver = 0;
+    cudaDriverGetVersion(&driver);
+    batches_ = driver >= kBatchesFrom;
 }
 
 CudaDevice::~CudaDevice() { cudaStreamDestroy(stream_); }
@@ -74,6 +105,13 @@ void CudaDevice::releaseHost(void* memory) noexcept { cudaFreeHost(memory); }
 
 void CudaDevice::copy(void* to, void const* from, size_t bytes) {
     check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_), "cudaMemcpyAsync");
+}
+
+void CudaDevice::copies(std::vector<Copy> const& all) {
+#if CUDART_VERSION >= 12080
+    if (batches_ && !all.empty()) return copyBatch(all, stream_);
+#endif
+    Device::copies(all);
 }
 
 void CudaDevice::fill(void* at, int byte, size_t bytes) {

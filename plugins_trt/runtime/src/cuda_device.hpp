@@ -23,12 +23,14 @@ class CudaDevice : public Device {
     void release(void* memory) noexcept override;
     void releaseHost(void* memory) noexcept override;
     void copy(void* to, void const* from, size_t bytes) override;
+    void copies(std::vector<Copy> const& all) override;
     void fill(void* at, int byte, size_t bytes) override;
     void wait() override;
     std::unique_ptr<Graph> capture(std::function<void()> const& work) override;
 
  private:
     int index_;
+    bool batches_ = false;  // whether the driver takes a batch of copies in one call
     cudaStream_t stream_ = nullptr;
 };
 

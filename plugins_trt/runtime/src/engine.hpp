@@ -18,6 +18,13 @@ class Graph {
     virtual void launch() = 0;
 };
 
+// A copy within a device.
+struct Copy {
+    void* to;
+    void const* from;
+    size_t bytes;
+};
+
 // The memory and the single stream of a device. Operations run in order and are complete after wait(). Failures throw
 // BackendError.
 class Device {
@@ -32,6 +39,10 @@ class Device {
     virtual void releaseHost(void* memory) noexcept = 0;
     // Copies host to device, device to host, or within the device. Host memory must stay valid until wait().
     virtual void copy(void* to, void const* from, size_t bytes) = 0;
+    // Copies within the device that do not overlap, in one call if it can do that.
+    virtual void copies(std::vector<Copy> const& all) {
+        for (Copy const& one : all) copy(one.to, one.from, one.bytes);
+    }
     virtual void fill(void* at, int byte, size_t bytes) = 0;
     virtual void wait() = 0;
     // Records the operations of `work` instead of running them; nullptr if they cannot be recorded.

@@ -90,8 +90,9 @@ Bundle describe(Json const& manifest, std::string const& where) {
     bundle.plan = (*plan)["file"].string();
     bundle.planSha256 = (*plan)["sha256"].string();
     if (Json const* plugin = (*plan)["details"].find("plugin")) {
-        bundle.plugin =
-            PluginFacts{(*plugin)["library"].string(), (*plugin)["sha256"].string(), (*plugin)["inside"].boolean()};
+        Json const* byIndex = plugin->find("rows_by_index");
+        bundle.plugin = PluginFacts{(*plugin)["library"].string(), (*plugin)["sha256"].string(),
+                                    (*plugin)["inside"].boolean(), byIndex && byIndex->boolean()};
     }
     bundle.identity = identityOf(manifest);
     bundle.modelName = manifest["model"]["name"].string();

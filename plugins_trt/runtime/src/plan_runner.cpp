@@ -25,12 +25,13 @@ bool fits(Shape const& actual, Shape const& declared) {
 }  // namespace
 
 PlanRunner::PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool inPlace,
-                       bool graphs)
+                       bool graphs, bool rowsByIndex)
     : contract_(std::move(contract)),
       device_(std::move(device)),
       plan_(std::move(plan)),
       inPlace_(inPlace),
-      graphs_(graphs) {
+      graphs_(graphs),
+      rowsByIndex_(rowsByIndex) {
     checkPlan();
     checkAliases();
     for (StateTensor& tensor : contract_.state()) slots_.push_back({std::move(tensor)});
@@ -47,8 +48,8 @@ void PlanRunner::checkAliases() const {
 }
 
 void PlanRunner::checkPlan() const {
-    checkTensors(contract_.inputs(), true);
-    checkTensors(contract_.outputs(), false);
+    checkTensors(contract_.inputs(rowsByIndex_), true);
+    checkTensors(contract_.outputs(rowsByIndex_), false);
     // Profile 0 decodes one token, profile 1 prefills up to a chunk.
     int const expected = contract_.chunk > 1 ? 2 : 1;
     if (plan_->profiles() != expected) {
@@ -56,7 +57,7 @@ void PlanRunner::checkPlan() const {
                           std::to_string(expected) + ": build it again");
     }
     for (int profile = 0; profile < expected; ++profile) {
-        for (TensorSpec const& spec : contract_.inputs()) {
+        for (TensorSpec const& spec : contract_.inputs(rowsByIndex_)) {
             auto const [minimum, maximum] = plan_->range(spec.name, profile);
             Shape const low = spec.sized(1, 1), high = spec.sized(contract_.maxBatch, profile ? contract_.chunk : 1);
             bool inside = minimum.size() == low.size() && maximum.size() == low.size();
@@ -111,15 +112,22 @@ void PlanRunner::open(int64_t batch) {
 
 void PlanRunner::allocate(int64_t batch) try {
     close();
-    size_t total = 0;
+    size_t total = 0, emptyBytes = 0;
     for (Slot& slot : slots_) {
         slot.offset = total;
+        slot.emptyOffset = emptyBytes;
         total += aligned(batch * slot.tensor.rowBytes);
+        emptyBytes += slot.tensor.rowBytes;
+    }
+    empty_ = Memory(*device_, emptyBytes);
+    for (Slot const& slot : slots_) {
+        device_->fill(empty_.get() + slot.emptyOffset, slot.tensor.empty, slot.tensor.rowBytes);
     }
     for (int block = 0; block < (inPlace_ ? 1 : 2); ++block) state_[block] = Memory(*device_, total);
-    // past_length, new_length and input_ids, in this order, so that a decode step copies only the first bytes.
+    // past_length, new_length, rows and input_ids, in this order, so that a decode step copies only the first bytes.
     newOffset_ = aligned(contract_.pastLength().bytes(batch, 1));
-    idsOffset_ = newOffset_ + aligned(contract_.newLength().bytes(batch, 1));
+    rowsOffset_ = newOffset_ + aligned(contract_.newLength().bytes(batch, 1));
+    idsOffset_ = rowsOffset_ + (rowsByIndex_ ? aligned(contract_.rows().bytes(batch, 1)) : 0);
     size_t const input = idsOffset_ + contract_.inputIds().bytes(batch, contract_.chunk);
     size_t const logits = contract_.logits().bytes(batch, contract_.chunk);
     input_ = Memory(*device_, input);
@@ -128,6 +136,7 @@ void PlanRunner::allocate(int64_t batch) try {
     hostLogits_ = Memory(*device_, logits, true);
     shaped_.assign(static_cast<size_t>(plan_->profiles()), {0, 0});
     batch_ = batch;
+    for (int profile = 0; profile < plan_->profiles(); ++profile) bind(profile);
 } catch (BackendError const& error) {
     close();
     char megabytes[32];
@@ -149,7 +158,7 @@ void PlanRunner::close() {
     drain();
     decode_ = {};
     for (Memory& block : state_) block = Memory();
-    for (Memory* memory : {&input_, &hostInput_, &logits_, &hostLogits_}) *memory = Memory();
+    for (Memory* memory : {&empty_, &input_, &hostInput_, &logits_, &hostLogits_}) *memory = Memory();
     for (Slot& slot : slots_) {
         slot.staged = {};
         slot.stagedRows = 0;
@@ -158,18 +167,66 @@ void PlanRunner::close() {
     sides_.clear();
 }
 
-float const* PlanRunner::step(RowRange rows, int64_t const* ids, int64_t tokens, int32_t const* pastLength,
-                              int32_t const* newLength) {
+// Binds what no step changes: the tokens and the logits, and the state of a plan that takes rows by index.
+void PlanRunner::bind(int profile) {
+    plan_->bind(profile, contract_.pastLength().name, input_.get());
+    plan_->bind(profile, contract_.newLength().name, input_.get() + newOffset_);
+    plan_->bind(profile, contract_.inputIds().name, input_.get() + idsOffset_);
+    plan_->bind(profile, contract_.logits().name, logits_.get());
+    if (!rowsByIndex_) return;
+    plan_->bind(profile, contract_.rows().name, input_.get() + rowsOffset_);
+    for (Slot const& slot : slots_) {
+        for (TensorSpec const* spec : {&slot.tensor.past, &slot.tensor.present}) {
+            plan_->bind(profile, spec->name, at(slot, 0, 0));
+        }
+    }
+}
+
+float const* PlanRunner::step(std::vector<int64_t> const& rows, int64_t const* ids, int64_t tokens,
+                              int32_t const* pastLength, int32_t const* newLength) {
     device_->activate();
-    std::memcpy(hostInput_.get(), pastLength, rows.count * sizeof *pastLength);
-    std::memcpy(hostInput_.get() + newOffset_, newLength, rows.count * sizeof *newLength);
-    std::memcpy(hostInput_.get() + idsOffset_, ids, rows.count * tokens * sizeof *ids);
+    std::vector<size_t> running;  // all, but for parked ones that need not run
+    for (size_t i = 0; i < rows.size(); ++i) {
+        if (!rowsByIndex_ || newLength[i] > 0) running.push_back(i);
+    }
+    auto const put = [&](size_t offset, size_t index, auto const* values, size_t count) {
+        std::memcpy(hostInput_.get() + offset + index * count * sizeof *values, values, count * sizeof *values);
+    };
+    for (size_t i = 0; i < running.size(); ++i) {
+        size_t const from = running[i];
+        auto const row = static_cast<int32_t>(rows[from]);
+        put(0, i, pastLength + from, 1);
+        put(newOffset_, i, newLength + from, 1);
+        if (rowsByIndex_) put(rowsOffset_, i, &row, 1);
+        put(idsOffset_, i, ids + static_cast<int64_t>(from) * tokens, static_cast<size_t>(tokens));
+    }
+    if (!running.empty()) launch({rowsByIndex_ ? 0 : rows[0], static_cast<int64_t>(running.size())}, tokens);
+    spread(running, rows.size(), tokens);
+    return reinterpret_cast<float const*>(hostLogits_.get());
+}
+
+// Moves the logits of the rows that ran to the places of these among all, and clears those of the others.
+void PlanRunner::spread(std::vector<size_t> const& running, size_t count, int64_t tokens) {
+    auto const size = static_cast<size_t>(contract_.logits().bytes(1, tokens));
+    size_t left = running.size();
+    for (size_t i = count; i-- > 0;) {
+        std::byte* const place = hostLogits_.get() + i * size;
+        if (left == 0 || running[left - 1] != i) {
+            std::memset(place, 0, size);
+        } else if (--left != i) {
+            std::memmove(place, hostLogits_.get() + left * size, size);
+        }
+    }
+}
+
+// Runs as many rows as the input holds: from a row on, or where the input says.
+void PlanRunner::launch(RowRange rows, int64_t tokens) {
     int const profile = tokens == 1 ? 0 : 1;
-    int const side = meet(rows);
+    int const side = rowsByIndex_ ? 0 : meet(rows);
     // After a change of shapes, an engine has to run once before it can be captured.
     bool const warm = shaped_[profile] == std::pair(rows.count, tokens);
     if (!warm) reshape(profile, rows.count, tokens);
-    bool const captures = profile == 0 && rows.first == 0;
+    bool const captures = profile == 0 && rows.first == 0;  // always, by index
     std::unique_ptr<Graph>& graph = decode_[side];
     if (graphs_ && warm && captures && !graph) {
         graph = device_->capture([&] { run(profile, rows, side, tokens); });
@@ -182,7 +239,6 @@ float const* PlanRunner::step(RowRange rows, int64_t const* ids, int64_t tokens,
     }
     device_->wait();
     for (int64_t row = rows.first; !inPlace_ && row < rows.first + rows.count; ++row) sides_[row] = 1 - side;
-    return reinterpret_cast<float const*>(hostLogits_.get());
 }
 
 // Brings rows into the block where most of them are; returns that block.
@@ -205,15 +261,16 @@ void PlanRunner::reshape(int profile, int64_t count, int64_t tokens) {
         device_->wait();
         decode_ = {};  // they run other shapes
     }
-    for (TensorSpec const& spec : contract_.inputs()) {
-        Shape const shape = spec.sized(count, tokens);
+    int64_t const stateRows = rowsByIndex_ ? batch_ : count;
+    for (TensorSpec const& spec : contract_.inputs(rowsByIndex_)) {
+        Shape const shape = spec.sized(count, tokens, stateRows);
         if (!plan_->setShape(profile, spec.name, shape)) {
             throw BackendError("the plan does not accept " + spec.name + " " + text(shape) + ": build it again");
         }
     }
     // The outputs must fit the memory allocated for them.
-    for (TensorSpec const& spec : contract_.outputs()) {
-        Shape const shape = spec.sized(count, tokens), actual = plan_->shape(profile, spec.name);
+    for (TensorSpec const& spec : contract_.outputs(rowsByIndex_)) {
+        Shape const shape = spec.sized(count, tokens, stateRows), actual = plan_->shape(profile, spec.name);
         if (actual != shape) {
             throw BackendError("the plan returns " + spec.name + " " + text(actual) + ", not " + text(shape) +
                                ": build it again");
@@ -235,12 +292,9 @@ void PlanRunner::stage(Slot& slot, int64_t count) {
 }
 
 void PlanRunner::run(int profile, RowRange rows, int side, int64_t tokens) {
-    plan_->bind(profile, contract_.pastLength().name, input_.get());
-    plan_->bind(profile, contract_.newLength().name, input_.get() + newOffset_);
-    plan_->bind(profile, contract_.inputIds().name, input_.get() + idsOffset_);
-    plan_->bind(profile, contract_.logits().name, logits_.get());
     std::vector<Slot const*> staged;
     for (Slot& slot : slots_) {
+        if (rowsByIndex_) break;  // bound already
         std::byte *past = at(slot, rows.first, side), *present = at(slot, rows.first, 1 - side);
         if (rows.first * slot.tensor.rowBytes % kAlignment) {
             stage(slot, rows.count);
@@ -263,14 +317,22 @@ void PlanRunner::run(int profile, RowRange rows, int side, int64_t tokens) {
 
 void PlanRunner::resetRow(int64_t row) {
     device_->activate();
-    for (Slot const& slot : slots_) device_->fill(rowOf(slot, row), slot.tensor.empty, slot.tensor.rowBytes);
+    std::vector<Copy> copies;
+    for (Slot const& slot : slots_) {
+        copies.push_back({rowOf(slot, row), empty_.get() + slot.emptyOffset, size_t(slot.tensor.rowBytes)});
+    }
+    device_->copies(copies);
     device_->wait();
 }
 
 void PlanRunner::copyRow(int64_t from, int64_t to) {
     device_->activate();
     int const side = sides_[static_cast<size_t>(from)];
-    for (Slot const& slot : slots_) device_->copy(at(slot, to, side), at(slot, from, side), slot.tensor.rowBytes);
+    std::vector<Copy> copies;
+    for (Slot const& slot : slots_) {
+        copies.push_back({at(slot, to, side), at(slot, from, side), size_t(slot.tensor.rowBytes)});
+    }
+    device_->copies(copies);
     device_->wait();
     sides_[static_cast<size_t>(to)] = side;
 }

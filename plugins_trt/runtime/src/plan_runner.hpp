@@ -8,19 +8,24 @@
 
 namespace less {
 
-// State is allocated once per batch size. A plan with the plugin updates it in place; otherwise there are two blocks of
+// State is allocated once per batch size. If the plan takes rows by index, the state is bound once, and a step runs any
+// rows where they are, without those that are parked.
+//
+// Other plans run adjacent rows. A plan with the plugin updates the state in place; otherwise there are two blocks of
 // it, a step reads one and writes the other, and each row is in one of them. Rows that are stepped together must be in
 // the same block, so those in the minority move by a copy of their state: once, when a row joins others. A range of
 // rows is bound by its address, or copied to aligned memory where TensorRT cannot take that address.
 //
-// The decode step of a range that begins at row 0 is captured into a graph (one for each block) that copies tokens and
-// lengths from pinned memory, runs the engine and copies the logits back; another number of rows is captured again.
+// The decode step of any rows, or of a range that begins at row 0, is captured into a graph (one for each block) that
+// copies tokens, lengths and rows from pinned memory, runs the engine and copies the logits back. Another number of
+// rows is captured again: TensorRT's documentation forbids to launch a graph once its context has other shapes.
 class PlanRunner {
  public:
-    // `inPlace`: the plan has the plugin, as the manifest says; the engine need not say so. Throws EngineError if the
-    // plan does not match the contract, or the engine contradicts the manifest.
-    PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool inPlace,
-               bool graphs);
+    // `inPlace`: the plan has the plugin, as the manifest says; the engine need not say so. `rowsByIndex`: that plan
+    // takes rows by index. Throws EngineError if the plan does not match the contract, or the engine contradicts the
+    // manifest.
+    PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool inPlace, bool graphs,
+               bool rowsByIndex = false);
 
     ~PlanRunner();
     PlanRunner(PlanRunner const&) = delete;
@@ -28,9 +33,11 @@ class PlanRunner {
 
     void open(int64_t batch);  // empties all rows; memory and graphs are reused if the batch is the same
     void close();
-    // Runs `rows` alone; the arrays hold these rows. Returns their logits in pinned memory, valid until the next step.
-    float const* step(RowRange rows, int64_t const* inputIds, int64_t tokens, int32_t const* pastLength,
-                      int32_t const* newLength);
+    bool rowsByIndex() const noexcept { return rowsByIndex_; }
+    // Runs `rows` alone; the arrays hold these rows. They are distinct, and adjacent unless rowsByIndex(). Returns
+    // their logits in pinned memory, valid until the next step.
+    float const* step(std::vector<int64_t> const& rows, int64_t const* inputIds, int64_t tokens,
+                      int32_t const* pastLength, int32_t const* newLength);
 
     // Rows in the layout of RowState::data.
     void resetRow(int64_t row);
@@ -39,11 +46,11 @@ class PlanRunner {
     void writeRow(int64_t row, std::byte const* data);
 
  private:
-    // One state tensor, its offset in a block of memory, and aligned memory for rows of it (past and present; only the
-    // first if `inPlace_`).
+    // One state tensor, its offset in a block of memory and in the empty row, and aligned memory for rows of it (past
+    // and present; only the first if `inPlace_`).
     struct Slot {
         StateTensor tensor;
-        size_t offset = 0;
+        size_t offset = 0, emptyOffset = 0;
         std::array<Memory, 2> staged{};
         int64_t stagedRows = 0;
     };
@@ -55,23 +62,27 @@ class PlanRunner {
     void drain() noexcept;
     std::byte* at(Slot const& slot, int64_t row, int side) const;
     std::byte* rowOf(Slot const& slot, int64_t row) const { return at(slot, row, sides_[static_cast<size_t>(row)]); }
+    void bind(int profile);
     int meet(RowRange rows);
     void stage(Slot& slot, int64_t count);
     void reshape(int profile, int64_t count, int64_t tokens);
+    void launch(RowRange rows, int64_t tokens);
     void run(int profile, RowRange rows, int side, int64_t tokens);
+    void spread(std::vector<size_t> const& running, size_t count, int64_t tokens);
 
     Contract contract_;
     std::unique_ptr<Device> device_;
     std::unique_ptr<Plan> plan_;  // must outlive the graphs and memory below
-    bool inPlace_, graphs_;
+    bool inPlace_, graphs_, rowsByIndex_;
     std::vector<Slot> slots_;
 
     int64_t batch_ = 0;
     std::vector<int> sides_;       // which block holds each row: 0 or 1, always 0 if `inPlace_`
     std::array<Memory, 2> state_;  // only the first if `inPlace_`
-    // Lengths and ids, and the logits, on the device and on the host.
+    Memory empty_;                 // the state of an empty row, for resets
+    // Lengths, rows and ids, and the logits, on the device and on the host.
     Memory input_, hostInput_, logits_, hostLogits_;
-    size_t newOffset_ = 0, idsOffset_ = 0;
+    size_t newOffset_ = 0, rowsOffset_ = 0, idsOffset_ = 0;
     std::vector<std::pair<int64_t, int64_t>> shaped_;  // [B, T] that each profile's shapes are set to; 0, 0: not set
     std::array<std::unique_ptr<Graph>, 2> decode_;
 };

@@ -121,7 +121,7 @@ class Scheduler::Impl {
                 same->sequences.push_back(sequence);
                 continue;
             }
-            int64_t const row = freeRow(static_cast<int64_t>(decoding_.size()));
+            int64_t const row = freeRow();
             auto const error = errorOf([&] {
                 if (sequence->prefix) {
                     session_.writeRow(row, *sequence->prefix);
@@ -139,13 +139,17 @@ class Scheduler::Impl {
         return outcomes;
     }
 
-    // The first row from `first` on in which no prompt is fed. There is one wherever this is called.
-    int64_t freeRow(int64_t first) const {
-        auto const taken = [this](int64_t row) {
-            return std::any_of(prefilling_.begin(), prefilling_.end(), [=](Prefill const& p) { return p.row == row; });
-        };
-        while (taken(first)) ++first;
-        return first;
+    // The first row of no sequence, and not `but`. There is one wherever this is called.
+    int64_t freeRow(int64_t but = -1) const {
+        int64_t row = 0;
+        while (row == but || taken(row)) ++row;
+        return row;
+    }
+
+    // Whether a row decodes, or a prompt is fed in it.
+    bool taken(int64_t row) const {
+        return std::any_of(decoding_.begin(), decoding_.end(), [=](Ref const& s) { return s->row == row; }) ||
+               std::any_of(prefilling_.begin(), prefilling_.end(), [=](Prefill const& p) { return p.row == row; });
     }
 
     // Feeds the next piece; the last one gives the first token and joins the row to those that decode.
@@ -158,7 +162,7 @@ class Scheduler::Impl {
         Logits logits{};
         auto const error = errorOf([&] {
             Clock const clock(timing.prefillSeconds);
-            logits = feed({prefill.row, 1}, {begin, begin + static_cast<ptrdiff_t>(count)});
+            logits = feed({prefill.row}, {begin, begin + static_cast<ptrdiff_t>(count)});
         });
         if (error) return {lose(prefill, *error)};
         leader.fed += count;
@@ -190,11 +194,10 @@ class Scheduler::Impl {
             sequence->row.reset();
             sequence->fed = fed;
             sequence->prefix.reset();  // a state takes memory: this one is in the row
-            if (auto const error = errorOf([&] { copyToLast(source); })) {
+            if (auto const error = errorOf([&] { source = placeOf(source); })) {
                 errors.push_back(failed(sequence, *error));
                 continue;
             }
-            source = static_cast<int64_t>(decoding_.size());
             sequence->row = source;
             decoding_.push_back(sequence);
             joined.push_back(sequence);
@@ -202,9 +205,22 @@ class Scheduler::Impl {
         return joined;
     }
 
+    // The row in which one more sequence decodes, with the state of row `source`: that one if it is free.
+    int64_t placeOf(int64_t source) {
+        auto place = static_cast<int64_t>(decoding_.size());
+        if (!session_.rowsByIndex()) {
+            copyToLast(source, place);
+        } else if (!taken(source)) {
+            place = source;
+        } else {
+            place = freeRow();
+            session_.copyRow(source, place);
+        }
+        return place;
+    }
+
     // Copies a row to the one behind those that decode; a prompt that is fed there moves to another.
-    void copyToLast(int64_t source) {
-        auto const place = static_cast<int64_t>(decoding_.size());
+    void copyToLast(int64_t source, int64_t place) {
         if (source == place) return;
         auto const found =
             std::find_if(prefilling_.begin(), prefilling_.end(), [=](Prefill const& p) { return p.row == place; });
@@ -223,7 +239,7 @@ class Scheduler::Impl {
         }
         auto const notCopied = errorOf([&] {
             session_.copyRow(source, place);
-            other.row = freeRow(place + 1);
+            other.row = freeRow(place);
         });
         if (auto const error = errorOf([&] { session_.writeRow(other.row, state); })) {
             lost_.push_back(lose(other, *error));
@@ -238,13 +254,16 @@ class Scheduler::Impl {
     Outcomes decode() {
         double seconds = 0;
         std::vector<Ref> const sequences = decoding_;
-        std::vector<int64_t> ids;
-        for (Ref const& s : sequences) ids.push_back(s->sequence.tokens.back());
+        std::vector<int64_t> ids, places;
+        for (Ref const& s : sequences) {
+            ids.push_back(s->sequence.tokens.back());
+            places.push_back(s->row.value());
+        }
         Outcomes outcomes;
         {
             Clock const clock(seconds);
             Logits logits{};
-            if (auto const error = errorOf([&] { logits = feed({0, static_cast<int64_t>(ids.size())}, ids); })) {
+            if (auto const error = errorOf([&] { logits = feed(places, ids); })) {
                 held_.clear();
                 decoding_.clear();
                 for (Ref const& s : sequences) {
@@ -279,7 +298,7 @@ class Scheduler::Impl {
         for (Outcome const& o : settled) {
             if (o.error || !o.sequence->sequence.active()) ended.push_back(o.sequence);
         }
-        release(std::move(ended));
+        release(ended);
         return settled;
     }
 
@@ -292,8 +311,17 @@ class Scheduler::Impl {
         return error ? failed(outcome.sequence, *error) : outcome;
     }
 
+    // Frees rows of decoding sequences.
+    void release(std::vector<Ref> const& sequences) {
+        if (!session_.rowsByIndex()) return fillGaps(sequences);
+        for (Ref const& sequence : sequences) {
+            decoding_.erase(std::find(decoding_.begin(), decoding_.end(), sequence));
+            leave(sequence);
+        }
+    }
+
     // Frees rows of decoding sequences; the last ones fill the gaps, or end if their state cannot be copied.
-    void release(std::vector<Ref> sequences) {
+    void fillGaps(std::vector<Ref> sequences) {
         std::sort(sequences.begin(), sequences.end(), [](Ref const& a, Ref const& b) { return *a->row > *b->row; });
         for (Ref const& sequence : sequences) {
             int64_t const row = sequence->row.value();
@@ -334,9 +362,9 @@ class Scheduler::Impl {
     }
 
     // Runs rows, each with as many of `ids`.
-    Logits feed(RowRange rows, std::vector<int64_t> const& ids) {
-        auto const count = static_cast<int32_t>(static_cast<int64_t>(ids.size()) / rows.count);
-        return session_.step(ids, std::vector<int32_t>(static_cast<size_t>(rows.count), count), rows);
+    Logits feed(std::vector<int64_t> const& places, std::vector<int64_t> const& ids) {
+        auto const count = static_cast<int32_t>(ids.size() / places.size());
+        return session_.stepRows(ids, std::vector<int32_t>(places.size(), count), places);
     }
 
     // Logits after the last token of a row.
@@ -348,7 +376,7 @@ class Scheduler::Impl {
     uint64_t next_ = 0;
     std::deque<Ref> waiting_;
     std::deque<Prefill> prefilling_;  // the next one to feed first
-    std::vector<Ref> decoding_;       // by row
+    std::vector<Ref> decoding_;       // by row, unless the plan takes rows by index
     Outcomes held_;                   // last tokens of sequences that are fed once more for their state
     Outcomes lost_;                   // errors of sequences whose row could not be moved
     std::optional<uint64_t> revision_;

@@ -181,8 +181,11 @@ Rule contract() {
 }
 
 Rule artifact() {
-    Rule const plugin =
-        record({{"library", printableText()}, {"sha256", hash()}, {"version", printableText()}, {"inside", flag}});
+    Rule const plugin = record({{"library", printableText()},
+                                {"sha256", hash()},
+                                {"version", printableText()},
+                                {"inside", flag},
+                                {"rows_by_index", flag, kOptional}});
     Rule const details = record({{"flavour", printableText(), kOptional},
                                  {"version", printableText(), kOptional},
                                  {"gpu_arch", nullable(text()), kOptional},

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include "less_runtime.hpp"
 #include "plan_runner.hpp"
@@ -53,33 +54,58 @@ Logits Session::step(std::vector<int64_t> const& inputIds, std::vector<int32_t> 
     require(rows.first >= 0 && rows.count > 0 && rows.first < batch() && rows.count <= batch() - rows.first,
             "rows must be a range of adjacent rows within 0.." + std::to_string(batch() - 1) + ", not " +
                 std::to_string(rows.count) + " from row " + std::to_string(rows.first));
+    std::vector<int64_t> chosen(static_cast<size_t>(rows.count));
+    std::iota(chosen.begin(), chosen.end(), rows.first);
+    return run(inputIds, newLength, chosen);
+}
+
+Logits Session::stepRows(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
+                         std::vector<int64_t> const& rows) {
+    require(batch() > 0, "the session is not open: call open(batch) first");
+    std::vector<bool> seen(static_cast<size_t>(batch()), false);
+    bool distinct = !rows.empty(), adjacent = true;
+    for (size_t i = 0; distinct && i < rows.size(); ++i) {
+        distinct = rows[i] >= 0 && rows[i] < batch() && !seen[static_cast<size_t>(rows[i])];
+        if (distinct) seen[static_cast<size_t>(rows[i])] = true;
+        adjacent &= i == 0 || rows[i] == rows[i - 1] + 1;
+    }
+    require(distinct, "rows must be distinct rows within 0.." + std::to_string(batch() - 1));
+    require(adjacent || rowsByIndex(), "this plan runs adjacent rows in order: build the engine again");
+    return run(inputIds, newLength, rows);
+}
+
+bool Session::rowsByIndex() const noexcept { return runner_->rowsByIndex(); }
+
+Logits Session::run(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
+                    std::vector<int64_t> const& rows) {
     checkDefined(rows);
-    int64_t const tokens = static_cast<int64_t>(inputIds.size()) / rows.count;
+    auto const count = static_cast<int64_t>(rows.size());
+    int64_t const tokens = static_cast<int64_t>(inputIds.size()) / count;
     checkStep(inputIds, tokens, newLength, rows);
     // Padding may contain anything, but the embedding needs valid ids.
     padded_ = inputIds;
-    for (int64_t row = 0; row < rows.count; ++row) {
+    for (int64_t row = 0; row < count; ++row) {
         auto const begin = padded_.begin() + row * tokens;
         std::fill(begin + newLength[static_cast<size_t>(row)], begin + tokens, 0);
     }
+    past_.clear();
+    for (int64_t row : rows) past_.push_back(lengths_[static_cast<size_t>(row)]);
     float const* logits = nullptr;
-    int32_t* const past = lengths_.data() + rows.first;
-    change(rows, [&] { logits = runner_->step(rows, padded_.data(), tokens, past, newLength.data()); });
-    for (size_t row = 0; row < newLength.size(); ++row) past[row] += newLength[row];
+    change(rows, [&] { logits = runner_->step(rows, padded_.data(), tokens, past_.data(), newLength.data()); });
+    for (size_t i = 0; i < rows.size(); ++i) lengths_[static_cast<size_t>(rows[i])] += newLength[i];
     return {logits, contract_.allLogits ? tokens : 1, contract_.vocabSize};
 }
 
 // Runs `action`, which changes the state of `rows`: it is undefined from its start until it has succeeded.
-void Session::change(RowRange rows, std::function<void()> const& action) {
+void Session::change(std::vector<int64_t> const& rows, std::function<void()> const& action) {
     ++revision_;
-    auto const begin = undefined_.begin() + rows.first;
-    std::fill(begin, begin + rows.count, true);
+    for (int64_t row : rows) undefined_[static_cast<size_t>(row)] = true;
     action();
-    std::fill(begin, begin + rows.count, false);
+    for (int64_t row : rows) undefined_[static_cast<size_t>(row)] = false;
 }
 
-void Session::checkDefined(RowRange rows) const {
-    for (int64_t row = rows.first; row < rows.first + rows.count; ++row) {
+void Session::checkDefined(std::vector<int64_t> const& rows) const {
+    for (int64_t row : rows) {
         require(!undefined_[static_cast<size_t>(row)], "an earlier step failed, and the state of row " +
                                                            std::to_string(row) +
                                                            " is undefined: reset or overwrite it, or call "
@@ -88,16 +114,17 @@ void Session::checkDefined(RowRange rows) const {
 }
 
 void Session::checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength,
-                        RowRange range) const {
-    std::string const rows = std::to_string(range.count);
-    require(tokens > 0 && static_cast<int64_t>(ids.size()) == range.count * tokens,
-            "input_ids must be [" + rows + ", T], not " + std::to_string(ids.size()) + " tokens");
+                        std::vector<int64_t> const& rows) const {
+    auto const batch = static_cast<int64_t>(rows.size());
+    std::string const size = std::to_string(batch);
+    require(tokens > 0 && static_cast<int64_t>(ids.size()) == batch * tokens,
+            "input_ids must be [" + size + ", T], not " + std::to_string(ids.size()) + " tokens");
     require(tokens <= contract_.chunk, "a step takes at most " + std::to_string(contract_.chunk) +
                                            " tokens (--chunk), not " + std::to_string(tokens));
-    require(static_cast<int64_t>(newLength.size()) == range.count,
-            "new_length must be [" + rows + "], not [" + std::to_string(newLength.size()) + "]");
+    require(newLength.size() == rows.size(),
+            "new_length must be [" + size + "], not [" + std::to_string(newLength.size()) + "]");
     int64_t const limit = std::min(contract_.tokenLimit().value_or(kMaxLength), kMaxLength);
-    for (int64_t row = 0; row < range.count; ++row) {
+    for (int64_t row = 0; row < batch; ++row) {
         int64_t const count = newLength[static_cast<size_t>(row)];
         require(count >= 0 && count <= tokens, "new_length must lie in 0.." + std::to_string(tokens));
         for (int64_t t = 0; t < count; ++t) {
@@ -105,7 +132,7 @@ void Session::checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::ve
             require(id >= 0 && id < contract_.vocabSize,
                     "token ids must lie in 0.." + std::to_string(contract_.vocabSize - 1));
         }
-        int64_t const longest = lengths_[static_cast<size_t>(range.first + row)] + count;
+        int64_t const longest = lengths_[static_cast<size_t>(rows[static_cast<size_t>(row)])] + count;
         require(longest <= limit, "this artifact takes sequences of at most " + std::to_string(limit) +
                                       " tokens, not " + std::to_string(longest) +
                                       ": shorten the text, or export with a larger --context or an evicting --policy");
@@ -128,22 +155,22 @@ void Session::check(RowState const& state) const {
 
 void Session::resetRow(int64_t row) {
     checkRow(row);
-    change({row, 1}, [&] { runner_->resetRow(row); });
+    change({row}, [&] { runner_->resetRow(row); });
     lengths_[static_cast<size_t>(row)] = 0;
 }
 
 void Session::copyRow(int64_t from, int64_t to) {
     checkRow(from);
     checkRow(to);
-    checkDefined({from, 1});
+    checkDefined({from});
     if (from == to) return;
-    change({to, 1}, [&] { runner_->copyRow(from, to); });
+    change({to}, [&] { runner_->copyRow(from, to); });
     lengths_[static_cast<size_t>(to)] = lengths_[static_cast<size_t>(from)];
 }
 
 RowState Session::readRow(int64_t row) {
     checkRow(row);
-    checkDefined({row, 1});
+    checkDefined({row});
     RowState state{length(row), std::vector<std::byte>(static_cast<size_t>(contract_.stateBytes())), identity_,
                    layout_};
     runner_->readRow(row, state.data.data());
@@ -153,7 +180,7 @@ RowState Session::readRow(int64_t row) {
 void Session::writeRow(int64_t row, RowState const& state) {
     checkRow(row);
     check(state);
-    change({row, 1}, [&] { runner_->writeRow(row, state.data.data()); });
+    change({row}, [&] { runner_->writeRow(row, state.data.data()); });
     lengths_[static_cast<size_t>(row)] = static_cast<int32_t>(state.length);
 }
 

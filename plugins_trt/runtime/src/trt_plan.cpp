@@ -185,8 +185,9 @@ Session openSession(Bundle const& bundle, SessionOptions const& options) {
     sharedLog().reset(options.verbose);
     loadPlugin(bundle);
     auto plan = std::make_unique<TrtPlan>(bundle, device->stream());
+    bool const rowsByIndex = bundle.plugin && bundle.plugin->rowsByIndex;
     auto runner = std::make_unique<PlanRunner>(bundle.contract, std::move(device), std::move(plan),
-                                               bundle.plugin.has_value(), options.cudaGraphs);
+                                               bundle.plugin.has_value(), options.cudaGraphs, rowsByIndex);
     return Session(bundle.contract, bundle.identity, std::move(runner));
 }
 

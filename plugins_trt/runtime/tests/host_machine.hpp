@@ -41,7 +41,7 @@ inline float logit(uint64_t hash, int64_t token) {
 
 // What one run of the engine was given, row by row.
 struct Feed {
-    int64_t first;  // row that it began with, if the first state tensor was bound where it lies
+    std::vector<int64_t> rows;  // if the first state tensor was bound where it lies, or the rows came by index
     std::vector<std::vector<int64_t>> ids;
     std::vector<int32_t> past;
 };
@@ -51,13 +51,14 @@ struct Machine {
     size_t freeBytes = size_t{1} << 30;
     bool captures = true, runs = true;  // whether capturing and running a step succeed
     bool inPlace = true;                // the plan has the plugin
+    bool byIndex = false;               // the plan takes rows by index, and works in place
     int launches = 0, captured = 0, captureAttempts = 0;
     std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
     std::vector<Feed> feeds;
     // Called with "run" before the engine runs, and with "copy", "read", "write" or "reset" before a row's state is;
-    // may throw. It needs the bytes of the first state tensor: those of a row, and those of all.
+    // may throw. It needs the bytes of the first state tensor of all rows, and those of a row's whole state.
     std::function<void(char const*)> before;
-    size_t firstRowBytes = 0, firstBytes = 0;
+    size_t firstBytes = 0, rowBytes = 0;
     std::map<char*, size_t> memory;
     std::vector<std::function<void()>> stream;
     std::vector<std::function<void()>>* sink = &stream;
@@ -79,13 +80,15 @@ struct Machine {
     void about(char const* what) {
         if (before && sink == &stream) before(what);
     }
-    // Tells of a copy of a row's state, by its first tensor: within a block, out of one, or into one.
+    // Tells of a copy of a row's state, by its first tensor: within a block, out of one, or into one; an empty row lies
+    // in memory of its own.
     void aboutCopy(void const* to, void const* from) {
         char const *target = base(to), *source = base(from);
         auto const first = [&](void const* at, char const* block) {
             return static_cast<char const*>(at) < block + firstBytes;
         };
         if (source && source == target && first(to, target)) about("copy");
+        if (source && target && from == source && memory.at(const_cast<char*>(source)) == rowBytes) about("reset");
         if (source && !target && first(from, source)) about("read");
         if (!source && target && first(to, target)) about("write");
     }
@@ -121,7 +124,6 @@ class HostDevice : public Device {
     }
     void fill(void* at, int byte, size_t bytes) override {
         machine_.check(at, bytes);
-        if (bytes == machine_.firstRowBytes && at < machine_.base(at) + machine_.firstBytes) machine_.about("reset");
         machine_.sink->push_back([=] { std::memset(at, byte, bytes); });
     }
     void wait() override {
@@ -168,7 +170,8 @@ class HostPlan : public Plan {
  public:
     HostPlan(Contract contract, Machine& machine) : contract_(std::move(contract)), machine_(machine) {
         for (bool input : {true, false}) {
-            for (TensorSpec const& spec : input ? contract_.inputs() : contract_.outputs()) {
+            for (TensorSpec const& spec :
+                 input ? contract_.inputs(machine.byIndex) : contract_.outputs(machine.byIndex)) {
                 io.push_back({spec.name, input, nameOf(spec.type), spec.sized(-1, -1)});
             }
         }
@@ -185,7 +188,7 @@ class HostPlan : public Plan {
     std::vector<PlanTensor> tensors() const override { return io; }
     int profiles() const override { return profileCount; }
     std::pair<Shape, Shape> range(std::string const& input, int profile) const override {
-        for (TensorSpec const& spec : contract_.inputs()) {
+        for (TensorSpec const& spec : contract_.inputs(machine_.byIndex)) {
             if (spec.name == input) return {spec.sized(1, 1), spec.sized(contract_.maxBatch, profile ? maxChunk : 1)};
         }
         bug("no such input");
@@ -203,8 +206,8 @@ class HostPlan : public Plan {
     }
     Shape shape(int profile, std::string const& tensor) const override {
         Shape const& ids = shapes_.at({profile, contract_.inputIds().name});
-        for (TensorSpec const& spec : contract_.outputs()) {
-            if (spec.name == tensor) return spec.sized(ids[0], ids[1]);
+        for (TensorSpec const& spec : contract_.outputs(machine_.byIndex)) {
+            if (spec.name == tensor) return spec.sized(ids[0], ids[1], stateRows(profile));
         }
         return shapes_.at({profile, tensor});
     }
@@ -221,14 +224,20 @@ class HostPlan : public Plan {
             if (key.first == profile) at[key.second] = memory;
         }
         auto const checkSize = [&](TensorSpec const& spec) {
-            machine_.check(at.at(spec.name), spec.bytes(ids[0], ids[1]));
+            Shape const shape = spec.sized(ids[0], ids[1], stateRows(profile));
+            if (shapes_.count({profile, spec.name}) && shapes_.at({profile, spec.name}) != shape) bug("sizes differ");
+            int64_t bytes = bytesOf(spec.type);
+            for (int64_t d : shape) bytes *= d;
+            machine_.check(at.at(spec.name), static_cast<size_t>(bytes));
         };
-        for (TensorSpec const& spec : contract_.inputs()) checkSize(spec);
-        for (TensorSpec const& spec : contract_.outputs()) checkSize(spec);
+        for (TensorSpec const& spec : contract_.inputs(machine_.byIndex)) checkSize(spec);
+        for (TensorSpec const& spec : contract_.outputs(machine_.byIndex)) checkSize(spec);
         machine_.sink->push_back([=] { run(profile, ids, at); });
     }
 
  private:
+    int64_t stateRows(int profile) const { return shapes_.at({profile, contract_.state()[0].past.name})[0]; }
+
     void run(int profile, Shape const& shape, std::map<std::string, unsigned char*> const& at) const {
         machine_.steps.emplace_back(profile, shape);
         auto const* ids = reinterpret_cast<int64_t const*>(at.at(contract_.inputIds().name));
@@ -238,12 +247,16 @@ class HostPlan : public Plan {
         std::vector<StateTensor> const tensors = contract_.state();
         unsigned char const* firstPast = at.at(tensors[0].past.name);
         auto const* block = reinterpret_cast<unsigned char const*>(machine_.base(firstPast));
-        Feed feed{(firstPast - block) / tensors[0].rowBytes, {}, {past, past + shape[0]}};
+        Feed feed{{}, {}, {past, past + shape[0]}};
         for (int64_t row = 0; row < shape[0]; ++row) {
+            feed.rows.push_back((firstPast - block) / tensors[0].rowBytes + row);
+            if (machine_.byIndex) {
+                feed.rows.back() = reinterpret_cast<int32_t const*>(at.at(contract_.rows().name))[row];
+            }
             int64_t const* begin = ids + row * shape[1];
             feed.ids.emplace_back(begin, begin + newLength[row]);
         }
-        machine_.feeds.push_back(std::move(feed));
+        machine_.feeds.push_back(feed);
         int64_t const logitTokens = contract_.allLogits ? shape[1] : 1;
         for (int64_t row = 0; row < shape[0]; ++row) {
             std::vector<uint64_t> hash(static_cast<size_t>(shape[1]), 0);
@@ -255,8 +268,9 @@ class HostPlan : public Plan {
                 unsigned char const* from = at.at(tensors[i].past.name);
                 unsigned char* to = at.at(tensors[i].present.name);
                 if ((from == to) != machine_.inPlace) bug("memory is shared without a plugin, or the reverse");
-                std::memmove(to + row * bytes, from + row * bytes, bytes);
-                unsigned char* state = to + row * bytes;
+                auto const place = static_cast<size_t>(machine_.byIndex ? feed.rows[static_cast<size_t>(row)] : row);
+                std::memmove(to + place * bytes, from + place * bytes, bytes);
+                unsigned char* state = to + place * bytes;
                 for (int64_t t = 0; t < newLength[row]; ++t) {
                     for (size_t j = 0; j < bytes; ++j) {
                         state[j] = mixed(state[j], ids[row * shape[1] + t], past[row] + t, i, j);
@@ -283,7 +297,8 @@ class HostPlan : public Plan {
 // The engine of a contract on a host machine, run through graphs.
 inline std::unique_ptr<PlanRunner> runnerOn(Machine& machine, Contract const& contract) {
     return std::make_unique<PlanRunner>(contract, std::make_unique<HostDevice>(machine),
-                                        std::make_unique<HostPlan>(contract, machine), machine.inPlace, true);
+                                        std::make_unique<HostPlan>(contract, machine), machine.inPlace, true,
+                                        machine.byIndex);
 }
 
 }  // namespace less::testing

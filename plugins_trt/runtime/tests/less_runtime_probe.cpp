@@ -37,14 +37,15 @@ std::string list(std::vector<TensorSpec> const& specs) {
 }
 
 void describe(Bundle const& b) {
+    bool const byIndex = b.plugin && b.plugin->rowsByIndex;
     std::vector<int64_t> rows, empties;
     for (StateTensor const& tensor : b.contract.state()) {
         rows.push_back(tensor.rowBytes);
         empties.push_back(tensor.empty);
     }
-    std::cout << "{\"inputs\": " << list(b.contract.inputs()) << ", \"outputs\": " << list(b.contract.outputs())
-              << ", \"row_bytes\": " << list(rows) << ", \"empty\": " << list(empties)
-              << ", \"state_bytes\": " << b.contract.stateBytes()
+    std::cout << "{\"inputs\": " << list(b.contract.inputs(byIndex))
+              << ", \"outputs\": " << list(b.contract.outputs(byIndex)) << ", \"row_bytes\": " << list(rows)
+              << ", \"empty\": " << list(empties) << ", \"state_bytes\": " << b.contract.stateBytes()
               << ", \"token_limit\": " << number(b.contract.tokenLimit())
               << ", \"trained_length\": " << number(b.contract.trainedLength) << ", \"chunk\": " << b.contract.chunk
               << ", \"max_batch\": " << b.contract.maxBatch << ", \"identity\": " << jsonString(b.identity)
@@ -52,7 +53,8 @@ void describe(Bundle const& b) {
               << ", \"bos_id\": " << number(b.bosId) << ", \"add_bos\": " << (b.addBos ? "true" : "false")
               << ", \"plan\": " << jsonString(b.plan.string()) << ", \"version\": " << jsonString(b.header.version)
               << ", \"rtx\": " << (b.header.rtx ? "true" : "false") << ", \"plugin\": "
-              << (b.plugin ? jsonString(b.plugin->inside ? "inside" : b.plugin->library.string()) : "null") << "}\n";
+              << (b.plugin ? jsonString(b.plugin->inside ? "inside" : b.plugin->library.string()) : "null")
+              << ", \"rows_by_index\": " << (byIndex ? "true" : "false") << "}\n";
 }
 
 // Opens one file or folder per line and prints "accepted", or why it is refused.
@@ -147,7 +149,10 @@ int main(int argc, char** argv) try {
     }
     if (command == "schedules") {
         Bundle const bundle = Bundle::open(args.at(1));
-        testing::replay(std::cin, std::cout, bundle.contract, bundle.eosIds, args.at(2) == "in-place");
+        auto const kind = args.at(2) == "by-index"     ? testing::StateOf::kByIndex
+                          : args.at(2) == "two-blocks" ? testing::StateOf::kTwoBlocks
+                                                       : testing::StateOf::kInPlace;
+        testing::replay(std::cin, std::cout, bundle.contract, bundle.eosIds, kind);
     }
     return 0;
 } catch (Error const& error) {

@@ -36,11 +36,11 @@ std::string joined(std::vector<T> const& values) {
 // A scheduler on a machine of its own, and what the schedule knows of it.
 class Stage {
  public:
-    Stage(Contract const& contract, std::vector<int64_t> const& eosIds, bool inPlace, Fields const& fields)
-        : session_(contract, "", runner(contract, inPlace)), scheduler_(session_, eosIds, options(fields)) {
+    Stage(Contract const& contract, std::vector<int64_t> const& eosIds, StateOf kind, Fields const& fields)
+        : session_(contract, "", runner(contract, kind)), scheduler_(session_, eosIds, options(fields)) {
         scheduler_.open();
-        machine_.firstRowBytes = static_cast<size_t>(contract.state()[0].rowBytes);
-        machine_.firstBytes = machine_.firstRowBytes * static_cast<size_t>(scheduler_.rows());
+        machine_.firstBytes = static_cast<size_t>(contract.state()[0].rowBytes * scheduler_.rows());
+        machine_.rowBytes = static_cast<size_t>(contract.stateBytes());
         machine_.before = [this](std::string const& what) {
             auto const fault = faults_.find(what);
             if (fault == faults_.end() || --fault->second) return;
@@ -101,7 +101,7 @@ class Stage {
         machine_.feeds.clear();
         std::vector<Event> const events = scheduler_.step();
         for (Feed const& feed : machine_.feeds) {
-            out << "feed from=" << feed.first << " past=" << joined(feed.past) << " ids=";
+            out << "feed rows=" << joined(feed.rows) << " past=" << joined(feed.past) << " ids=";
             for (size_t row = 0; row < feed.ids.size(); ++row) out << (row ? ";" : "") << joined(feed.ids[row]);
             out << '\n';
         }
@@ -128,8 +128,9 @@ class Stage {
     }
 
  private:
-    std::unique_ptr<PlanRunner> runner(Contract const& contract, bool inPlace) {
-        machine_.inPlace = inPlace;
+    std::unique_ptr<PlanRunner> runner(Contract const& contract, StateOf kind) {
+        machine_.inPlace = kind != StateOf::kTwoBlocks;
+        machine_.byIndex = kind == StateOf::kByIndex;
         return runnerOn(machine_, contract);
     }
     static SchedulerOptions options(Fields const& f) {
@@ -148,7 +149,7 @@ class Stage {
 }  // namespace
 
 void replay(std::istream& in, std::ostream& out, Contract const& contract, std::vector<int64_t> const& eosIds,
-            bool inPlace) {
+            StateOf kind) {
     std::unique_ptr<Stage> stage;
     for (std::string line; std::getline(in, line);) {
         std::istringstream words(line);
@@ -159,7 +160,7 @@ void replay(std::istream& in, std::ostream& out, Contract const& contract, std::
             size_t const equals = word.find('=');
             fields[word.substr(0, equals)] = equals == std::string::npos ? "" : word.substr(equals + 1);
         }
-        if (command == "begin") stage = std::make_unique<Stage>(contract, eosIds, inPlace, fields);
+        if (command == "begin") stage = std::make_unique<Stage>(contract, eosIds, kind, fields);
         if (command == "submit") stage->submit(out, fields);
         if (command == "cancel") stage->cancel(out, fields);
         if (command == "fail") stage->fail(fields);

@@ -7,6 +7,9 @@
 
 namespace less::testing {
 
+// How a plan treats the state: with the plugin, without it, or with the plugin and rows by index.
+enum class StateOf { kInPlace, kTwoBlocks, kByIndex };
+
 // Reads schedules as tests/schedules.py writes them, and prints what each of their steps did, as that does.
 //
 // The steps are those of a real scheduler, session and runner over the host machine's engine, whose tokens depend on
@@ -16,6 +19,6 @@ namespace less::testing {
 // computes attention, or evicts: the host machine's arithmetic knows no policy. Nor does it show random choices, whose
 // generators differ between the languages: what the schedules sample has one possible outcome.
 void replay(std::istream& in, std::ostream& out, Contract const& contract, std::vector<int64_t> const& eosIds,
-            bool inPlace);
+            StateOf kind);
 
 }  // namespace less::testing

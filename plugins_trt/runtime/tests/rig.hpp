@@ -17,9 +17,9 @@ struct Rig {
         auto plan = std::make_unique<HostPlan>(contract, machine);
         if (change) change(*plan);
         auto device = std::make_unique<HostDevice>(machine);
-        return Session(
-            contract, "this one",
-            std::make_unique<PlanRunner>(contract, std::move(device), std::move(plan), machine.inPlace, graphs));
+        return Session(contract, "this one",
+                       std::make_unique<PlanRunner>(contract, std::move(device), std::move(plan), machine.inPlace,
+                                                    graphs, machine.byIndex));
     }
 };
 

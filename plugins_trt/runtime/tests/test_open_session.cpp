@@ -67,6 +67,36 @@ TEST(runs_as_on_the_host_machine) {
     resetMockSdk(twoLayers());  // reports what was not destroyed
 }
 
+TEST(rows_by_index) {
+    // CUDA 12.8 and later take all copies of a row in one call.
+    for (int version : {12060, 12080, 13000}) {
+        Rig rig;
+        mockSdk().driver = mockSdk().runtime = version;
+        mockSdk().machine.inPlace = mockSdk().machine.byIndex = true;
+        mockSdk().plan = std::make_unique<HostPlan>(rig.bundle.contract, mockSdk().machine);
+        rig.bundle.plugin = PluginFacts{{}, "", true, true};
+        rig.bundle.trustCode = true;
+        Session session = openSession(rig.bundle);
+        CHECK(session.rowsByIndex());
+        auto const fed = [&](int64_t row) {
+            Logits const logits = session.stepRows({9}, {1}, {row});
+            return std::vector<float>(logits.row(0), logits.row(0) + logits.vocab);
+        };
+        session.open(3);
+        std::vector<float> const fresh = fed(1);
+        session.open(3);
+        session.stepRows({7, 8}, {1, 1}, {2, 0});
+        int const before = mockSdk().batches;
+        session.copyRow(2, 1);
+        session.resetRow(0);
+        CHECK(mockSdk().batches - before == (version >= 12080 ? 2 : 0));
+        CHECK(fed(0) == fresh);
+        std::vector<float> const copy = fed(1);
+        CHECK(copy == fed(2) && copy != fresh);
+    }
+    resetMockSdk(twoLayers());
+}
+
 TEST(unusable_machines) {
     Rig rig;
     auto const refused = [&](char const* text, SessionOptions const& options = {}) {

@@ -91,6 +91,15 @@ cudaError_t cudaMemcpyAsync(void* to, void const* from, size_t bytes, cudaMemcpy
     mockSdk().device->copy(to, from, bytes);
     return cudaSuccess;
 }
+cudaError_t cudaMemcpyBatchAsync(void* const* to, void const* const* from, size_t const* bytes, size_t count,
+                                 cudaMemcpyAttributes* attributes, size_t* begins, size_t kinds, cudaStream_t) {
+    if (count == 0 || kinds != 1 || *begins != 0) bug("not one kind of copies, from the first on");
+    if (attributes->srcAccessOrder != cudaMemcpySrcAccessOrderStream) bug("copies out of the order of the stream");
+    ++mockSdk().batches;
+    return statusOf([&] {
+        for (size_t i = count; i-- > 0;) mockSdk().device->copy(to[i], from[i], bytes[i]);
+    });
+}
 cudaError_t cudaMemsetAsync(void* at, int byte, size_t bytes, cudaStream_t) {
     mockSdk().device->fill(at, byte, bytes);
     return cudaSuccess;

@@ -1,0 +1,31 @@
+"""A step over pieces of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from .backend import Backend
+
+
+def feed(
+    backend: Backend, pieces: Sequence[Sequence[int]], rows: slice | Sequence[int] | None = None
+) -> npt.NDArray[np.float32]:
+    """Feed a piece to each of ``rows``, default all; a row whose piece is empty is parked.
+
+    Returns:
+        logits [B, V] f32 after the last token of each piece; those of a parked row are meaningless.
+    """
+    contract, new = backend.contract, [len(p) for p in pieces]
+    width = max(new)
+    if backend.fixed_chunk and width > 1:
+        width = contract.chunk
+    ids = np.zeros((len(pieces), width), np.int64)
+    for row, piece in enumerate(pieces):
+        ids[row, : len(piece)] = piece
+    logits = backend.step(ids, np.array(new), rows)
+    if contract.logits == "last":
+        return logits[:, 0]
+    return logits[np.arange(len(pieces)), np.maximum(new, 1) - 1]
