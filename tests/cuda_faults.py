@@ -25,17 +25,19 @@ class Fault:
 
 
 #: The kernel of decode steps.
-DECODE = ("decode_block.cuh", "decode_attend.cuh", "decode_merge.cuh", "decode_settle.cuh", "decode.cuh")
+DECODE = ("decode_block.cuh", "decode_tiles.cuh", "decode_merge.cuh", "decode_settle.cuh", "decode.cuh")
 #: Those of prefill that read or write the state.
 PREFILL = ("attend.cuh", "turn.cuh", "score.cuh", "settle.cuh")
+#: What only the decode kernel of float32 models has.
+FLOAT32 = ("decode_attend.cuh", "slots.cuh")
 
 
 def waits() -> dict[str, Fault]:
     """Every barrier and every wait for a copy, removed."""
     faults = {}
-    for file in (*DECODE, "attend.cuh", "score.cuh", "settle.cuh", "slots.cuh"):
+    for file in (*DECODE, *FLOAT32, "tiles.cuh", "attend.cuh", "score.cuh", "settle.cuh"):
         text = (PLUGIN / "src" / file).read_text()
-        for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<1>();"):
+        for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<2>();"):
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
                 line = text.count("\n", 0, match.start()) + 1
                 faults[f"{file}:{line} without {old[:-3]}"] = Fault(file, old, ";", nth)
@@ -60,15 +62,31 @@ def row_faults() -> dict[str, Fault]:
 
 
 FAULTS = {
-    "decode: maximum not rescaled": Fault("decode_attend.cuh", "mass[g] *= shrink;", ";"),
-    "decode: accumulator not rescaled": Fault("decode_attend.cuh", "sums[g][i] *= shrink;", ";"),
+    "decode: maximum not rescaled": Fault("decode_tiles.cuh", "mass[octet] *= shrink;", ";"),
+    "decode: accumulator not rescaled": Fault("decode_tiles.cuh", "*= shrink * rescale;", "*= rescale;"),
+    "decode: maximum of two lanes": Fault(
+        "decode_tiles.cuh",
+        "top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));\n        float const shrink",
+        "float const shrink",
+    ),
+    "decode: a split goes on into the next": Fault(
+        "decode_tiles.cuh", "clear();\n                for", "if (tile == 0) clear();\n                for"
+    ),
+    "decode: slots beyond the last are seen": Fault(
+        "decode_tiles.cuh", "{row < end - base, row + 1 <", "{true, row + 1 <"
+    ),
+    "decode: parts of queries that do not exist": Fault(
+        "decode_tiles.cuh", "scratch.none[x] = fromFloat<Key>(0.f);", "scratch.none[x] = fromFloat<Key>(1.f);"
+    ),
+    "decode: mass of one lane": Fault("decode_tiles.cuh", "mass[octet] += __shfl_xor_sync(~0u, mass[octet], 2);", ";"),
+    "decode: every stage is the first": Fault("tiles.cuh", "stage + 1 < stages_ ? stage + 1 : 0", "0 * stage"),
     "decode: low-rank term without its maximum": Fault(
         "decode_merge.cuh", "float const all = fmaxf(exact, low);", "float const all = exact;"
     ),
     "decode: victim not absorbed": Fault(
-        "decode_settle.cuh", "if (update) h[r * D + d] = sum + leaverPsi[r] * leaverValue;", ";"
+        "decode_settle.cuh", "sum = {sum.x + psi *", "float4 const lost = {sum.x + psi *"
     ),
-    "decode: z forgets the victim": Fault("decode_settle.cuh", "z[r] += leaverPsi[r];", ";"),
+    "decode: z forgets the victim": Fault("decode_settle.cuh", "means.z[r] += psi;", ";"),
     "decode: new token one slot off": Fault(
         "decode_settle.cuh",
         "{min(choice.free, victim), victim,",
@@ -77,18 +95,15 @@ FAULTS = {
     "decode: ties evict the lower index": Fault(
         "decode_settle.cuh", "(0xffffffffu - static_cast<unsigned>(c)));", "static_cast<unsigned>(c));"
     ),
-    "decode: a warp left out of the merge": Fault(
-        "decode_attend.cuh",
-        "for (int w = 0; w < kWarps; ++w) top = fmaxf(top",
-        "for (int w = 1; w < kWarps; ++w) top = fmaxf(top",
-    ),
     "decode: parked row goes on": Fault(
-        "decode.cuh", "if (p.t.newLength[blockIdx.z] <= 0) {", "if (p.t.newLength[blockIdx.z] < 0) {"
+        "decode.cuh", "if (block.p.t.newLength[blockIdx.z] > 0)", "if (block.p.t.newLength[blockIdx.z] >= 0)"
     ),
-    "decode: unseen values not dropped": Fault("decode_attend.cuh", "if (!seen) zero(flight.value[u]);", ";"),
-    "rules: causal bound one too far": Fault("rules.cuh", "position <= now &&", "position <= now + 1 &&"),
-    "rules: causal bound one too near": Fault("rules.cuh", "position <= now &&", "position < now &&"),
-    "rules: window one too wide": Fault("rules.cuh", "position > now - rules.window", "position >= now - rules.window"),
+    "decode: values of empty slots not dropped": Fault(
+        "decode_tiles.cuh", "if (keys.position(firstRow() + rows) < 0)", "if (false)"
+    ),
+    "rules: causal bound one too far": Fault("rules.cuh", "&& position <= now;", "&& position <= now + 1;"),
+    "rules: causal bound one too near": Fault("rules.cuh", "&& position <= now;", "&& position < now;"),
+    "rules: window one too wide": Fault("rules.cuh", "max(-1, now - rules.window)", "max(-1, now - rules.window - 1)"),
     "rules: compressed window without grace": Fault("rules.cuh", "kWindow ? 0 : 1", "kWindow ? 0 : 0"),
     "rules: recent one too many": Fault(
         "rules.cuh", "position >= end - rules.recent ? kNewest", "position >= end - rules.recent - 1 ? kNewest"
@@ -117,8 +132,10 @@ FAULTS = {
         "score.cuh", "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"
     ),
     "prefill: padding is a key": Fault(
-        "attend.cuh", "if (index < count) position = past + index;", "position = past + index;"
+        "attend.cuh", "*position = index < count ? past + index : -1;", "*position = past + index;"
     ),
+    "prefill: values of empty slots not dropped": Fault("attend.cuh", "if (empty >> (x / kVectors) & 1)", "if (false)"),
+    "prefill: slots beyond the last are seen": Fault("attend.cuh", "shared.positions[stage][own] = -1;", ";"),
     "prefill: ties keep the higher index": Fault(
         "settle.cuh", "ties + equal.before < threshold.ties", "ties + equal.before >= threshold.ties"
     ),
@@ -133,8 +150,32 @@ FAULTS = {
     "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
     "prefill: scores of the chunk do not fade": Fault("score.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
     "prefill: scores of the chunk fade a token too long": Fault("score.cuh", "count - 1 - query", "count - query"),
-    "decode: scores do not fade": Fault("decode_settle.cuh", "slotScores[c] * rules.decay", "slotScores[c]"),
+    "decode: scores do not fade": Fault(
+        "decode_settle.cuh", "slotScores[slot[u]] * rules.decay", "slotScores[slot[u]]"
+    ),
     "prefill: psi stays behind": Fault("settle.cuh", "target[to * R + r] = source[from * R + r];", ";"),
+}
+
+#: Faults in the decode kernel of float32 models.
+FLOAT32_FAULTS = {
+    "maximum not rescaled": Fault("decode_attend.cuh", "mass[g] *= shrink;", ";"),
+    "accumulator not rescaled": Fault("decode_attend.cuh", "sums[g][i] *= shrink;", ";"),
+    "a warp left out of the merge": Fault(
+        "decode_attend.cuh",
+        "for (int w = 0; w < kWarps; ++w) top = fmaxf(top",
+        "for (int w = 1; w < kWarps; ++w) top = fmaxf(top",
+    ),
+    "unseen values not dropped": Fault("decode_attend.cuh", "if (!seen) zero(flight.value[u]);", ";"),
+    "a block skips its second split": Fault("decode.cuh", "++split) attention", "split += 2) attention"),
+    "keys without their scale": Fault("slots.cuh", "fmaf(key[i] * piece.scale,", "fmaf(key[i],"),
+    "keys without std": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, 1.f, means[i])"),
+    "keys without mean": Fault("slots.cuh", "piece.scale, stds[i], means[i])", "piece.scale, stds[i], 0.f)"),
+    "values without their scale": Fault("slots.cuh", "kCoded<S> ? weight * scale : weight", "weight"),
+    "scales of empty slots are read": Fault("slots.cuh", "piece.scale = 0.f;", ";"),
+    "slots not turned": Fault("decode_attend.cuh", "if constexpr (Turns) {", "if constexpr (false) {"),
+    "partners of the own lane": Fault("decode_attend.cuh", "row * LPR + partners / 8", "lane"),
+    "partners of another slot": Fault("decode_attend.cuh", "row * LPR + partners / 8", "partners / 8"),
+    "partners with others' mean": Fault("decode_attend.cuh", "partners, others);", "column, others);"),
 }
 
 #: Faults in how the blocks of a head wait for one another, and in what depends on how many there are.
@@ -150,15 +191,15 @@ MERGE_FAULTS = {
     "the last but one merges": Fault("decode_block.cuh", "== blocks - 1;", "== blocks - 2;"),
     "the first merges": Fault("decode_block.cuh", "== blocks - 1;", "== 0;"),
     "a split's weight forgotten": Fault(
-        "decode_settle.cuh", "sum += block.arrays().factors[", "sum += 1 + 0 * block.arrays().factors["
+        "decode_settle.cuh", "float const factor = factors[s];", "float const factor = 1.f;"
     ),
     "size of splits by the batch": Fault(
-        "less_attention_decode.cu", "std::max(kSlotsPerSplit, ", "std::max(kSlotsPerSplit / s.batch, "
+        "less_attention_decode.cu", "std::max(kSlotsPerSplit, ", "std::max(kSlotsPerSplit / (s.batch > 1 ? 2 : 1), "
     ),
-    "a block skips its second split": Fault("decode.cuh", "++split) attention", "split += 2) attention"),
+    "a block's splits in the first one's place": Fault("decode_tiles.cuh", "tile < tiles; ++split)", "tile < tiles;)"),
     "the last split left out": Fault("decode_settle.cuh", "s < block.p.splits; ++s", "s < block.p.splits - 1; ++s"),
     "splits with one another's factors": Fault(
-        "decode_settle.cuh", "block.p.splits + s] *", "block.p.splits + (block.p.splits - 1 - s)] *"
+        "decode_settle.cuh", "float const factor = factors[s];", "float const factor = factors[block.p.splits - 1 - s];"
     ),
 }
 
@@ -171,9 +212,28 @@ INT8_FAULTS = {
     "keys that are scored without std": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored + mean[d]"),
     "keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
     "keys that are scored of one part": Fault("score.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
-    "decode: values without their scale": Fault("slots.cuh", "kCoded<S> ? weight * scale : weight", "weight"),
+    "decode: keys without their scale": Fault(
+        "decode_tiles.cuh", "scratch.units[h] * stage.scale(row + e)", "scratch.units[h]"
+    ),
+    "decode: keys without std": Fault(
+        "decode_tiles.cuh", "*= centring.std[column + e] * scratch.factors[h]", "*= scratch.factors[h]"
+    ),
+    "decode: keys without mean": Fault("decode_tiles.cuh", "shift += element * centring.mean[d];", ";"),
+    "decode: queries in one part": Fault(
+        "decode_tiles.cuh", "kCoded<S> ? s[octet][e] + s[octet][2 + e]", "kCoded<S> ? s[octet][e]"
+    ),
+    "decode: values without their scale": Fault("decode_tiles.cuh", "return scale[i] * inverse;", "return inverse;"),
+    "decode: sums not rescaled to the largest scale": Fault("decode_tiles.cuh", "*= shrink * rescale;", "*= shrink;"),
+    "decode: largest scale of one lane": Fault(
+        "decode_tiles.cuh", "largest = top;", "largest = fmaxf(largest, scale[0]);"
+    ),
+    "decode: adjacent codes of values swapped": Fault(
+        "decode_tiles.cuh", "4 * t + 2 * e : 2 * t", "4 * t + 2 * (1 - e) : 2 * t"
+    ),
     "prefill: values without their scale": Fault("slots.cuh", "element[i] *= piece.scale;", ";"),
-    "decode: scales of empty slots are read": Fault("slots.cuh", "piece.scale = 0.f;", ";"),
+    "decode: scales of empty slots are read": Fault(
+        "decode_tiles.cuh", "seen[0] ? stage.valueScale(row) : 0.f", "stage.valueScale(row)"
+    ),
     "prefill: empty slots are read": Fault("slots.cuh", "&& positions[slot] >= 0", "&& positions[slot] >= -1"),
     "a leaver's scale forgotten": Fault("slots.cuh", "kCoded<S> ? element * scales[slot] : element", "element"),
     "prefill: a leaver's scale forgotten": Fault("settle.cuh", "out[i] *= value.scale;", ";"),
@@ -194,7 +254,7 @@ INT8_FAULTS = {
         "decode_merge.cuh", "q[g * D + d] * newKey[d];", "q[g * D + d] * rintf(newKey[d] * 50.f) / 50.f;"
     ),
     "decode: the new value attended rounded": Fault(
-        "decode_settle.cuh", "newElement = newValue[d];", "newElement = rintf(newValue[d] * 50.f) / 50.f;"
+        "decode_settle.cuh", "+ newValue[d] *", "+ rintf(newValue[d] * 50.f) / 50.f *"
     ),
     "prefill: values of the chunk attended rounded": Fault(
         "attend.cuh",
@@ -268,15 +328,22 @@ DISTANCE_FAULTS = {
         "rotary.cuh", "float const sign = d < half ? -turn.sign : turn.sign;", "float const sign = turn.sign;"
     ),
     "the rest rotated too": Fault("rotary.cuh", "return d < 2 * half;", "return true;"),
-    "decode: slots not turned": Fault("decode_attend.cuh", "if constexpr (Turns) {", "if constexpr (false) {"),
-    "decode: partners of the own lane": Fault("decode_attend.cuh", "row * LPR + partners / 8", "lane"),
-    "decode: partners of another slot": Fault("decode_attend.cuh", "row * LPR + partners / 8", "partners / 8"),
-    "decode: partners with others' mean": Fault("decode_attend.cuh", "partners, others);", "column, others);"),
+    "decode: slots not turned": Fault("decode_tiles.cuh", "multiplyTurned(stage, s);", "multiplyStored(stage, s);"),
+    "decode: partners of another slot": Fault(
+        "decode_tiles.cuh", "keys.piece(row, other), other", "keys.piece(row ^ 1, other), other"
+    ),
+    "decode: partners with others' mean": Fault(
+        "decode_tiles.cuh", "other), other, partners);", "other), column, partners);"
+    ),
+    "decode: keys in one part": Fault("decode_tiles.cuh", "part < kParts<Key>; ++part", "part < 1; ++part"),
+    "decode: scale of reduced keys": Fault(
+        "decode_tiles.cuh", "kReduction<std::conditional_t<Turns, Key, float>>", "1.f"
+    ),
     "prefill: queries not turned": Fault("turn.cuh", "rotary.ahead(query)", "rotary.ahead(0)"),
     "prefill: tokens not turned": Fault("turn.cuh", "rotary.ahead(row)", "rotary.ahead(0)"),
     "prefill: slots not turned": Fault("turn.cuh", "rotary.back(positions[row], past)", "rotary.back(past, past)"),
     "prefill: scale of reduced keys": Fault("less_attention_prefill.cu", "params.rules.scale /=", "float const lost ="),
-    "prefill: elements of float16 overflow": Fault("turn.cuh", "std::is_same_v<T, __half> ? 0.5f : 1.f", "1.f"),
+    "elements of float16 overflow": Fault("rotary.cuh", "std::is_same_v<T, __half> ? 0.5f : 1.f", "1.f"),
     "prefill: keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
     "prefill: queries of one part": Fault("attend.cuh", "int part = 1; turning &&", "int part = 1; !turning &&"),
     "scores: keys of one part": Fault("score.cuh", "if (converted) shared.keys", "if (!converted) shared.keys"),

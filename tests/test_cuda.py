@@ -29,7 +29,7 @@ CHUNKS = [(70, 9), (1, 1), (1, 0), (1, 1), (30, 66), (0, 1), (1, 1)]
 
 POLICIES = ("h2o", "sink", "tova", "window", "full")
 HEAD_DIMS = (64, 80, 96, 128, 256)
-GROUPS = (1, 2, 3, 4, 7, 8, 71)
+GROUPS = (1, 2, 3, 4, 7, 8, 16, 71)
 RANKS = (1, 8, 16, 32)
 #: Every head_dim, group, rank, dtype and policy at least twice.
 CHOSEN = [
@@ -39,7 +39,9 @@ CHOSEN = [
     ("float16", "window", 256, 3, 1),
     ("float16", "full", 96, 2, 1),
     ("float16", "h2o", 128, 8, 1),
+    ("float16", "tova", 64, 16, 8),
     ("bfloat16", "h2o", 256, 4, 8),
+    ("bfloat16", "h2o", 128, 16, 16),
     ("bfloat16", "sink", 80, 7, 16),
     ("bfloat16", "tova", 128, 1, 8),
     ("bfloat16", "window", 64, 8, 1),

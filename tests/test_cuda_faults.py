@@ -1,9 +1,9 @@
 """Test of the tests: kernels with one fault must fail the comparison with the oracle.
 
-A small build (float16, head_dim up to 64) is compiled for each fault. Barriers and waits are removed one at a time,
-all of them; a fault that nothing here can see stands in SURVIVORS with the reason, and the test fails as well when
-such a fault begins to be caught, so that the list stays true. Ordinary runs take every twelfth fault; the others run
-with ``-m exhaustive``, as they should when the kernels change.
+A small build (float16, for some faults float32; head_dim up to 64) is compiled for each fault. Barriers and waits are
+removed one at a time, all of them; a fault that nothing here can see stands in SURVIVORS with the reason, and the test
+fails as well when such a fault begins to be caught, so that the list stays true. Ordinary runs take every twelfth
+fault; the others run with ``-m exhaustive``, as they should when the kernels change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,18 @@ import torch
 from less_export.contract import LayerSpec, SlotDtype, StateBits
 
 from . import emulation
-from .cuda_faults import DISTANCE_FAULTS, FAULTS, INT8_FAULTS, MERGE_FAULTS, STATE16_FAULTS, Fault, row_faults, waits
+from .cuda_faults import (
+    DISTANCE_FAULTS,
+    FAULTS,
+    FLOAT32,
+    FLOAT32_FAULTS,
+    INT8_FAULTS,
+    MERGE_FAULTS,
+    STATE16_FAULTS,
+    Fault,
+    row_faults,
+    waits,
+)
 from .emulation import ORDERS, PLUGIN, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import Arrays
@@ -40,7 +51,6 @@ from .test_ops import DECODE, MIXED, empty, tied, torch_run
 
 pytestmark = pytest.mark.slow
 
-SMALL = ("-DLESS_TRIAL", "-O1")
 
 #: Faults that cannot be detected here, and why.
 SURVIVORS: dict[str, str] = {}
@@ -63,9 +73,9 @@ class Case:
     reference: dict[str, float]
 
 
-def case(layer: LayerSpec, steps: list[Step], blocks: int = 512) -> Case:
-    fresh = empty(layer, torch.float16, len(steps[0].inputs["new_length"]))
-    return Case(layer, steps, blocks, fresh, follow(torch_run(layer, dtype=torch.float16), steps, fresh))
+def case(layer: LayerSpec, steps: list[Step], blocks: int = 512, dtype: torch.dtype = torch.float16) -> Case:
+    fresh = empty(layer, dtype, len(steps[0].inputs["new_length"]))
+    return Case(layer, steps, blocks, fresh, follow(torch_run(layer, dtype=dtype), steps, fresh))
 
 
 @functools.cache
@@ -77,11 +87,13 @@ def racing() -> list[Case]:
     crowd = scenario(sliding, [(30, 9), (1, 1), (17, 25), (1, 1)], 2, normal("float16"))
     long = kernel_layer("h2o", 24, 16, 1, 8, kv_heads=1)  # enough tiles of queries to reuse a buffer
     turning = replace(long, max_distance=30)
+    crowded = kernel_layer("h2o", 40, 16, 17, 8, kv_heads=1)  # two tiles of heads
     return [
         *(case(la, scenario(la, chunks, 6, normal("float16")), blocks) for la in layers for blocks in (512, 1)),
         case(sliding, crowd),
         case(long, scenario(long, [(200, 9), (1, 1)], 6, normal("float16"))),
         case(turning, scenario(turning, [(100, 9), (1, 1)], 6, normal("float16"))),
+        case(crowded, scenario(crowded, [(30, 9), (1, 1)], 6, normal("float16"))),
     ]
 
 
@@ -155,6 +167,24 @@ def state16_cases() -> list[Case]:
 
 
 @functools.cache
+def float32_cases() -> list[Case]:
+    """Cases that reach every rule of the decode kernel of float32 models."""
+    chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
+    h2o = kernel_layer("h2o", 150, 40, 3, 9, kv_heads=1)
+    layers = [
+        h2o,
+        replace(h2o, slot_dtype="int8"),
+        *(replace(h2o, max_distance=30, slot_dtype=s) for s in ("model", "int8")),
+    ]
+    layers.append(kernel_layer("sink", 20, 64, 9, 4, kv_heads=1))  # one split, two tiles of heads
+    return [
+        case(la, scenario(la, chunks, 6, normal("float32")), blocks, torch.float32)
+        for la in layers
+        for blocks in (512, 1)
+    ]
+
+
+@functools.cache
 def merge_cases() -> list[Case]:
     """Decode with four splits, in a block each and in one."""
     layer = kernel_layer("h2o", 200, 40, 3, 1, kv_heads=1)
@@ -175,19 +205,21 @@ CASES = {
     "distance": distance_cases,
     "state16": state16_cases,
     "rows": row_cases,
+    "float32": float32_cases,
 }
 HOLDS: dict[str, tuple[SlotDtype, StateBits]] = {"int8": ("int8", 32), "state16": ("int8", 16)}
 
 
 def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
     """Whether a library agrees with the oracle, in every case once and in the racing cases in all thread orders."""
+    dtype = "float32" if kind == "float32" else "float16"
     for order in orders:
         emulation.set_order(order, path)
         try:
             for c in racing() if kind == "rules" and order != orders[0] else CASES[kind]():
                 emulation.set_blocks(c.blocks, path)
                 errors, limits = (
-                    follow(emulated(c.layer, "float16", path=path), c.steps, c.fresh),
+                    follow(emulated(c.layer, dtype, path=path), c.steps, c.fresh),
                     allowed(c.layer, c.reference),
                 )
                 if not all(e <= limits[n] for n, e in errors.items()):
@@ -201,15 +233,20 @@ def passes(path: Path, orders: Sequence[int], kind: str) -> bool:
                 for policy, _, options in KINDS:
                     check_scattered(layer_by_index(policy, 2, options), "float16", path)
             elif kind != "merge":
-                compare_on_scattered_states("float16", path, *HOLDS.get(kind, ("model", 32)))
+                compare_on_scattered_states(dtype, path, *HOLDS.get(kind, ("model", 32)))
         except AssertionError:
             return False
     return True
 
 
-def sound() -> Path:
+def flags(kind: str) -> tuple[str, str]:
+    """Flags of a small build."""
+    return f"-DLESS_TRIAL={'float' if kind == 'float32' else '__half'}", "-O1"
+
+
+def sound(kind: str = "rules") -> Path:
     """The unchanged kernels."""
-    return emulation.cached_build("libless_sound.so", *SMALL)
+    return emulation.cached_build("libless_sound.so", *flags(kind))
 
 
 def includes(source: Path) -> set[str]:
@@ -218,7 +255,7 @@ def includes(source: Path) -> set[str]:
     return direct.union(*(includes(source.with_name(n)) for n in direct))
 
 
-def broken(folder: Path, fault: Fault) -> Path:
+def broken(folder: Path, fault: Fault, kind: str = "rules") -> Path:
     """The kernels with a fault; files that do not include the changed one are not recompiled."""
     sources = folder / "src"
     shutil.copytree(PLUGIN / "src", sources)
@@ -227,7 +264,7 @@ def broken(folder: Path, fault: Fault) -> Path:
     for part in emulation.SOURCES:
         if fault.file not in {part, *includes(sources / part)}:
             (sources / part).unlink()
-    emulation.build(folder / "libless_broken.so", *SMALL, "-w", sources=sources, reuse=sound())
+    emulation.build(folder / "libless_broken.so", *flags(kind), "-w", sources=sources, reuse=sound(kind))
     return folder / "libless_broken.so"
 
 
@@ -262,6 +299,7 @@ def test_kernels_without_a_fault_pass() -> None:
     assert not caught(sound(), ORDERS[:2], "distance")
     assert not caught(sound(), ORDERS[:2], "state16")
     assert not caught(sound(), ORDERS[:1], "rows")
+    assert not caught(sound("float32"), ORDERS[:2], "float32")
 
 
 def chosen() -> list[object]:
@@ -272,15 +310,20 @@ def chosen() -> list[object]:
 
 @pytest.mark.parametrize("name", chosen())
 def test_fault_is_caught(name: str, tmp_path: Path) -> None:
-    library = broken(tmp_path, {**FAULTS, **waits()}[name])
+    kind = "float32" if name.startswith(FLOAT32) else "rules"
+    library = broken(tmp_path, {**FAULTS, **waits()}[name], kind)
     orders = ORDERS if name in waits() else ORDERS[:1]
-    kind = "int8" if name.startswith("slots.cuh") else "rules"
     assert caught(library, orders, kind) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
 
 
 @pytest.mark.parametrize("name", exhaustive_but(MERGE_FAULTS, *[*MERGE_FAULTS][::3]))
 def test_fault_of_the_merge_is_caught(name: str, tmp_path: Path) -> None:
     assert caught(broken(tmp_path, MERGE_FAULTS[name]), (0, 3, 6), "merge")
+
+
+@pytest.mark.parametrize("name", exhaustive_but(FLOAT32_FAULTS, *[*FLOAT32_FAULTS][2::9]))
+def test_fault_of_float32_is_caught(name: str, tmp_path: Path) -> None:
+    assert caught(broken(tmp_path, FLOAT32_FAULTS[name], "float32"), ORDERS[:1], "float32")
 
 
 @pytest.mark.parametrize("name", exhaustive_but(INT8_FAULTS, *[*INT8_FAULTS][5::9]))

@@ -20,7 +20,7 @@ from .test_ops import empty
 
 pytestmark = pytest.mark.slow
 
-FLAGS = ("-O1", "-DLESS_TRIAL", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = ("-O1", "-DLESS_TRIAL=__half", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 CHUNKS = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1)]
 #: Policy, head_dim, group, rank, what the slots hold, the largest distance, and the bits of the state.
 KINDS: list[tuple[str, int, int, int, SlotDtype, int | None, StateBits]] = [
@@ -76,10 +76,10 @@ def test_the_sanitizers_would_say(replay: Path, tmp_path: Path, monkeypatch: pyt
     source = "less_attention_decode.cu"
     shutil.copytree(PLUGIN / "src", tmp_path / "src", ignore=lambda _, names: {n for n in names if n.endswith(".cu")})
     shutil.copy(PLUGIN / "src" / source, tmp_path / "src")
-    kernel = tmp_path / "src/decode_attend.cuh"
+    kernel = tmp_path / "src/decode_tiles.cuh"
     text = kernel.read_text()
-    assert text.count("u * kRows, end - 1)") == 1
-    kernel.write_text(text.replace("u * kRows, end - 1)", "u * kRows, end)"))
+    assert text.count("u * kRowStep < left") == 1
+    kernel.write_text(text.replace("u * kRowStep < left", "u * kRowStep <= left"))
     program = tmp_path / "replay"
     emulation.build(program, *FLAGS, sources=tmp_path / "src", reuse=replay, interface="replay.cpp")
     record(tmp_path / "launches", monkeypatch)

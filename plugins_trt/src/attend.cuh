@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     auto const partTile = [&](int part) {
         return part < 2 ? shared.keys[part].x : shared.values[Tiles::kStages - 1].x;
     };
+    constexpr int kVectors = W / Tiles::kVector, kOwnRows = N / kWarps;  // a warp copies its own rows
     auto const fetch = [&](int tile, int stage) {
         Source const from = sourceOf(tile < slotTiles ? tile : tile + hidden, slotTiles, N, C, chunk);
         bool const decodes = codes && !from.chunk;
@@ -71,41 +72,42 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
         long const base = (from.chunk ? head : stateHead) * from.length * D;
         T const* const keys = static_cast<T const*>(from.chunk ? p.t.k : p.t.presentKey) + base;
         T const* const values = static_cast<T const*>(from.chunk ? p.t.v : p.t.presentValue) + base;
-        constexpr int kVectors = W / Tiles::kVector;
-        for (int x = tid; x < N * kVectors; x += kThreads) {
-            int const row = x / kVectors, column = x % kVectors * Tiles::kVector, index = from.base + row;
-            int position = -1;
+        if (lane < kOwnRows) {
+            int const row = warp * kOwnRows + lane, index = from.base + row;
+            int* const position = &shared.positions[stage][row];
             if (from.chunk) {
-                if (index < count) position = past + index;
-            } else if (index < C) {
-                position = p.t.presentPosition[stateHead * C + index];
+                *position = index < count ? past + index : -1;
+            } else {
+                copyAsync<4>(position, p.t.presentPosition + stateHead * C + index, index < C);
             }
-            if (column == 0) shared.positions[stage][row] = position;
-            if (decodes) continue;
-            bool const wanted = position >= 0 && column < D;
-            long const offset = wanted ? static_cast<long>(index) * D + column : 0;
+        }
+        if (decodes) return;
+        for (int x = lane; x < kOwnRows * kVectors; x += kWarpSize) {
+            int const row = warp * kOwnRows + x / kVectors, column = x % kVectors * Tiles::kVector;
+            bool const wanted = from.base + row < (from.chunk ? count : C) && column < D;
+            long const offset = wanted ? static_cast<long>(from.base + row) * D + column : 0;
             if (!turning) copyAsync(shared.keys[stage].x + row * Tiles::kStride + column, keys + offset, wanted);
             copyAsync(shared.values[stage].x + row * Tiles::kStride + column, values + offset, wanted);
         }
-        commitCopies();
+    };
+    // Zeroes the values of empty slots, which may hold anything, in the rows that the warp has copied.
+    auto const clearEmpty = [&](int tile, int stage) {
+        Source const from = sourceOf(tile < slotTiles ? tile : tile + hidden, slotTiles, N, C, chunk);
+        if (from.chunk) return;
+        int const own = warp * kOwnRows + lane % kOwnRows;
+        if (lane < kOwnRows && from.base + own >= C) shared.positions[stage][own] = -1;
+        unsigned const empty = __ballot_sync(~0u, lane < kOwnRows && shared.positions[stage][own] < 0);
+        if (empty == 0 || codes) return;
+        for (int x = lane; x < kOwnRows * kVectors; x += kWarpSize) {
+            T* const piece = shared.values[stage].x + (warp * kOwnRows + x / kVectors) * Tiles::kStride;
+            if (empty >> (x / kVectors) & 1) *reinterpret_cast<uint4*>(piece + x % kVectors * Tiles::kVector) = uint4{};
+        }
     };
 
     float o[W / 8][4], peak[2] = {-kInfinity, -kInfinity}, mass[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < W / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
-    bool ahead = false;  // the next tile is being copied
-    for (int tile = 0; tile < tiles; ++tile) {
-        bool const converted = turning || (codes && tile < slotTiles);
-        int const stage = Tiles::kStages > 1 && !converted ? tile % 2 : 0;
-        if (!ahead) fetch(tile, stage);
-        ahead = Tiles::kStages > 1 && !converted && tile + 1 < tiles;
-        if (ahead) fetch(tile + 1, stage ^ 1);
-        if (ahead) {
-            awaitCopies<1>();
-        } else {
-            awaitCopies<0>();
-        }
-        __syncthreads();
+    auto const attend = [&](int stage, bool converted) {
         float s[N / 8][4];
         queries.template multiply<N>(s, shared.keys[stage].x, Tiles::kStride, D, lane);
         if constexpr (kParts<T> > 1) {
@@ -155,7 +157,17 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
             }
         }
         accumulate<T, W, N>(o, s, shared.values[stage].x, Tiles::kStride, lane);
-        __syncthreads();
+    };
+    // Slots of codes are a run of tiles of their own.
+    for (int from = 0, end = codes && slotTiles > 0 && !turning ? slotTiles : tiles; from < tiles;
+         from = end, end = tiles) {
+        bool const converted = turning || (codes && from < slotTiles);
+        auto const copy = [&](int item, int stage) { fetch(from + item, stage); };
+        if (from > 0) __syncthreads();  // the last tile of slots has been read
+        Ring<1> ring(Tiles::kStages > 1 && !converted ? 2 : 1, end - from);
+        if (Tiles::kStages > 1 && !converted) ring.start(copy);
+        for (int tile = from; tile < end; ++tile)
+            attend(ring.next(copy, [&](int stage) { clearEmpty(tile, stage); }), converted);
     }
 
     // ---- low-rank term and output

@@ -1,6 +1,7 @@
-// Decode: attention over the slots of a split, for all query heads of the group, GT at a time.
+// Decode of float32 models: attention over the slots of a split, for all query heads of the group, GT at a time.
 //
-// LPR lanes have a slot, eight columns each; a warp has 32 / LPR slots at a time.
+// Products are in float32 without tensor cores, whose tf32 keeps 10 bits of an element: too few for float32's
+// tolerance. LPR lanes have a slot, eight columns each; a warp has 32 / LPR slots at a time.
 #pragma once
 
 #include "decode_block.cuh"
@@ -67,22 +68,36 @@ struct Running {
     }
 };
 
+// What the warps have of a tile of heads.
+template <class S, int W, int GT>
+struct WarpSums {
+    float sums[kWarps][GT][W];
+    alignas(16) float centring[kCoded<S> ? 2 * W : 4];
+};
+
+template <class S, int LPR, int GT>
+using SplitBlock = DecodeBlock<S, LPR * 8, GT, DecodeShared<GT, kWarps, 0>>;
+
 template <class S, int LPR, int GT, bool Turns>
 struct SplitAttention {
-    using Block = DecodeBlock<S, LPR, GT>;
+    using Block = SplitBlock<S, LPR, GT>;
+    using Sums = WarpSums<S, Block::kWidth, GT>;
     static constexpr int kRowsPerWarp = kWarpSize / LPR;
     static constexpr int kRows = kWarps * kRowsPerWarp;  // slots that a block processes at a time
     // Slots in flight per thread; the partners of keys take registers too.
     static constexpr int kUnroll = (GT > 4 || sizeof(S) == 4 ? 2 : 4) / (Turns ? 2 : 1);
 
     Block const& block;
+    Sums& all;
     Centring<S> const centring;
     int const warp, row, column;
     bool const inRange;
 
-    __device__ __forceinline__ SplitAttention(Block const& of, Centring<S> const& keys)
+    __device__ __forceinline__ SplitAttention(Block const& of, Sums& sums)
         : block(of),
-          centring(keys),
+          all(sums),
+          centring(
+              Centring<S>::of(of.p.t, static_cast<int>(blockIdx.y), of.D).copied(sums.centring, Block::kWidth, of.D)),
           warp(threadIdx.x / kWarpSize),
           row(threadIdx.x % kWarpSize / LPR),
           column(threadIdx.x % kWarpSize % LPR * 8),
@@ -162,7 +177,7 @@ struct SplitAttention {
 #pragma unroll
             for (int g = 0; g < GT; ++g) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) shared.sums[warp][g][column + i] = running.sums[g][i];
+                for (int i = 0; i < 8; ++i) all.sums[warp][g][column + i] = running.sums[g][i];
                 if (column == 0) shared.softmaxes[warp][g] = {running.peak[g], running.mass[g]};
             }
         }
@@ -173,11 +188,11 @@ struct SplitAttention {
             for (int w = 0; w < kWarps; ++w) top = fmaxf(top, shared.softmaxes[w][g].peak);
             for (int w = 0; w < kWarps; ++w) {
                 float const factor = expDifference(shared.softmaxes[w][g].peak, top);
-                sum += factor * shared.sums[w][g][d];
+                sum += factor * all.sums[w][g][d];
                 total += factor * shared.softmaxes[w][g].mass;
             }
             if (block.direct()) {
-                shared.sums[0][g][d] = sum;  // no other thread reads this element of warp 0
+                all.sums[0][g][d] = sum;  // no other thread reads this element of warp 0
             } else if (tile + g < block.G && d < block.D) {
                 publish(block.sumsOf(split, tile + g) + d, sum);
                 if (d == 0) publish(block.softmaxOf(split, tile + g), make_float2(top, total));

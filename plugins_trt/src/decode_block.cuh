@@ -25,6 +25,7 @@ struct DecodeParams {
     AttentionTensors t;
     int splits, slotsPerSplit;  // splits * slotsPerSplit >= C
     int splitsPerBlock;
+    int stages;          // of the ring, in kernels that have one
     float* logits;       // [B,Hk,G,C]; nullptr: they are in shared memory
     float* sums;         // [B,Hk,splits,G,D] of each split, exp(logit - peak) times value; nullptr: in shared memory
     float2* softmaxes;   // [B,Hk,splits,G] Softmax of each split
@@ -49,43 +50,48 @@ struct HeadWeights {
     float newShare;    // score of the new token
 };
 
-// Shared memory of a block whose size is known at compile time. W is D, rounded up.
-template <class S, int W, int GT>
-struct alignas(16) DecodeShared {
-    Choice choices[kWarps];
-    float sums[kWarps][GT][W];  // of each warp
-    Softmax softmaxes[kWarps][GT];
-    alignas(16) float centring[kCoded<S> ? 2 * W : 1];
-    bool last;  // whether this block is the last one of its head
+// Shared memory of a block whose size is known at compile time. Parts is the number of softmaxes that make up that of a
+// split; Scratch bytes are needed during attention alone.
+template <int GT, int Parts, size_t Scratch>
+struct DecodeShared {
+    static constexpr int kParts = Parts;
+    static constexpr size_t kScratch = Scratch;
+    alignas(16) Choice choices[kWarps];
+    Softmax softmaxes[Parts][GT];  // of the split, if it is the only one
+    bool last;                     // whether this block is the last one of its head
 };
 
-// The rest of it.
+// The rest of it. All but the logits lies where the scratch memory of attention was.
 struct DecodeArrays {
     HeadWeights* heads;  // [G]
     float* factors;      // [G,splits] weight of a split's sums among those of all; one split has none
     float* lowWeights;   // [G,R] weights of H
-    float* leaverPsi;    // [R]
     float* logits;       // [G,C] if they are in shared memory
 
-    static size_t bytes(int G, int R, int splits, int logits) {
-        return sizeof(HeadWeights) * G + sizeof(float) * (static_cast<size_t>(G) * (splits + R + logits) + R);
+    __host__ __device__ __forceinline__ static size_t offsetOfLogits(int G, int R, int splits, size_t scratch) {
+        size_t const arrays = sizeof(HeadWeights) * G + sizeof(float) * G * (splits + R);
+        return arrays > scratch ? arrays : scratch;
     }
-    __device__ __forceinline__ static DecodeArrays at(void* memory, int G, int R, int splits) {
-        auto* const heads = static_cast<HeadWeights*>(memory);
+    __device__ __forceinline__ static DecodeArrays at(unsigned char* memory, int G, int R, int splits, size_t scratch) {
+        auto* const heads = reinterpret_cast<HeadWeights*>(memory);
         auto* const factors = reinterpret_cast<float*>(heads + G);
-        float *const lowWeights = factors + G * splits, *const leaverPsi = lowWeights + G * R;
-        return {heads, factors, lowWeights, leaverPsi, leaverPsi + R};
+        float* const lowWeights = factors + G * splits;
+        auto* const logits = reinterpret_cast<float*>(memory + offsetOfLogits(G, R, splits, scratch));
+        return {heads, factors, lowWeights, logits};
     }
 };
 
-template <class S, int LPR, int GT>
+// S is the type of the slots, W is D rounded up, GT the query heads that are processed at a time.
+template <class S, int W, int GT, class SharedMemory>
 struct DecodeBlock {
+    using Slot = S;
     using T = std::conditional_t<kCoded<S>, AnyType, S>;  // of the tensors that are not slots
-    static constexpr int kWidth = LPR * 8;
-    using Shared = DecodeShared<S, kWidth, GT>;
+    using Shared = SharedMemory;
+    static constexpr int kWidth = W, kHeads = GT;
 
     DecodeParams const& p;
     Shared& shared;
+    float* const onlySums;  // [GT,W] of the only split and the only tile of heads, in shared memory
     int const G, C, D, R, now;
     long const head;       // of the step
     long const stateHead;  // of the state, which has other rows than the step if the launch says so
@@ -93,9 +99,10 @@ struct DecodeBlock {
     int* const positions;
     float* const logits;  // [G,C]
 
-    __device__ __forceinline__ DecodeBlock(DecodeParams const& params, unsigned char* memory)
+    __device__ __forceinline__ DecodeBlock(DecodeParams const& params, void* memory, void* sums)
         : p(params),
-          shared(*reinterpret_cast<Shared*>(memory)),
+          shared(*static_cast<Shared*>(memory)),
+          onlySums(static_cast<float*>(sums)),
           G(p.shape.queryHeads / p.shape.kvHeads),
           C(p.shape.slots),
           D(p.shape.headDim),
@@ -110,7 +117,8 @@ struct DecodeBlock {
 
     // Computed anew where it is used, for the sake of registers.
     __device__ __forceinline__ DecodeArrays arrays() const {
-        return DecodeArrays::at(reinterpret_cast<unsigned char*>(&shared) + sizeof(Shared), G, R, p.splits);
+        auto* const memory = reinterpret_cast<unsigned char*>(&shared) + sizeof(Shared);
+        return DecodeArrays::at(memory, G, R, p.splits, Shared::kScratch);
     }
     // A tensor of the step in the compute dtype, with `perHead` elements for each KV head.
     __device__ __forceinline__ Elements<T> elements(void const* tensor, long perHead) const {

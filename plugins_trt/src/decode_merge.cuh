@@ -6,9 +6,9 @@
 namespace less {
 
 // The softmax of a head over all slots; called by all lanes of a warp. Also writes the factors of its splits.
-template <class S, int LPR, int GT>
-__device__ __forceinline__ Softmax mergeSplits(DecodeBlock<S, LPR, GT> const& block, int g) {
-    int const lane = threadIdx.x % kWarpSize, parts = block.direct() ? kWarps : block.p.splits;
+template <class Block>
+__device__ __forceinline__ Softmax mergeSplits(Block const& block, int g) {
+    int const lane = threadIdx.x % kWarpSize, parts = block.direct() ? Block::Shared::kParts : block.p.splits;
     Softmax part{-kInfinity, 0.f};
     if (lane < parts && block.direct()) {
         part = block.shared.softmaxes[lane][g];
@@ -22,8 +22,8 @@ __device__ __forceinline__ Softmax mergeSplits(DecodeBlock<S, LPR, GT> const& bl
 }
 
 // The logit of the new token; called by all lanes of a warp.
-template <class S, int LPR, int GT>
-__device__ __forceinline__ float newLogitOf(DecodeBlock<S, LPR, GT> const& block, int g) {
+template <class Block>
+__device__ __forceinline__ float newLogitOf(Block const& block, int g) {
     int const D = block.D;
     auto const q = block.elements(block.p.t.q, static_cast<long>(block.G) * D), newKey = block.elements(block.p.t.k, D);
     float dot = 0.f;
@@ -32,19 +32,19 @@ __device__ __forceinline__ float newLogitOf(DecodeBlock<S, LPR, GT> const& block
 }
 
 // The low-rank term of a head, a feature at a time: exp(log phi) z is its part of the sum of weights.
-template <class S, int LPR, int GT>
+template <class Block>
 struct LowRank {
-    DecodeBlock<S, LPR, GT> const& block;
+    Block const& block;
     Means const means;
     bool const inMeans;
     float const* const logPhi;  // [R]
     float* const weights;       // [R] of H
     int const lane;
 
-    __device__ __forceinline__ LowRank(DecodeBlock<S, LPR, GT> const& of, int g)
+    __device__ __forceinline__ LowRank(Block const& of, int g)
         : block(of),
           means(Means::of(of.p.t, of.stateHead, of.p.shape)),
-          inMeans(keepsMeans<S>(of.p.shape)),
+          inMeans(keepsMeans<typename Block::Slot>(of.p.shape)),
           logPhi(of.p.t.logPhiQ + (of.head * of.G + g) * of.R),
           weights(of.arrays().lowWeights + g * of.R),
           lane(threadIdx.x % kWarpSize) {}
@@ -74,15 +74,15 @@ struct LowRank {
 };
 
 // The weights of all heads, one warp per head; called by all threads.
-template <class S, int LPR, int GT>
-__device__ __forceinline__ void weigh(DecodeBlock<S, LPR, GT> const& block) {
+template <class Block>
+__device__ __forceinline__ void weigh(Block const& block) {
     bool const absorb = block.p.rules.absorb != 0;
     for (int g = threadIdx.x / kWarpSize; g < block.G; g += kWarps) {
         Softmax const slots = mergeSplits(block, g);
         float const newLogit = newLogitOf(block, g);
         float const exact = fmaxf(slots.peak, newLogit);
         float const exactTotal = slots.mass * expDifference(slots.peak, exact) + __expf(newLogit - exact);
-        LowRank<S, LPR, GT> const lowRank(block, g);
+        LowRank<Block> const lowRank(block, g);
         float const low = absorb ? lowRank.peak() : -kInfinity;
         float const all = fmaxf(exact, low);
         float const lowTotal = absorb ? lowRank.total(all) : 0.f;

@@ -53,9 +53,10 @@ struct Moves {
     int leavers;  // slots whose token leaves by position
 };
 
-template <class S, int LPR, int GT>
+template <class Block>
 struct Settling {
-    using Block = DecodeBlock<S, LPR, GT>;
+    using S = typename Block::Slot;
+    static constexpr int kAhead = 4;  // slots in flight per thread
     Block const& block;
     AttentionRules const& rules;
     int const tid, next;  // position of the next query
@@ -81,38 +82,56 @@ struct Settling {
           inMeans(keepsMeans<S>(of.p.shape)),
           h(static_cast<float*>(of.p.t.presentH) + of.stateHead * of.R * of.D) {}
 
-    // The score of a slot after this step.
-    __device__ __forceinline__ float scoreOf(int c) const {
-        float score = 0.f;  // of this step alone, so that adding it to the long-running sum rounds once
+    // The scores of the slots first + u * kThreads after this step; without a token, anything.
+    __device__ __forceinline__ void findScores(int first, float (&score)[kAhead]) const {
+        int slot[kAhead];
+        float before[kAhead];
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) {
+            slot[u] = min(first + u * kThreads, C - 1);
+            before[u] = rules.policy == Policy::kH2O ? slotScores[slot[u]] * rules.decay : 0.f;
+            score[u] = 0.f;  // of this step alone, so that adding it to the long-running sum rounds once
+        }
+#pragma unroll 2
         for (int g = 0; g < G; ++g) {
             HeadWeights const& head = block.arrays().heads[g];
-            score += expDifference(block.logit(g, c), head.exactPeak) * head.exactScale;
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u)
+                score[u] += expDifference(block.logit(g, slot[u]), head.exactPeak) * head.exactScale;
         }
-        if (rules.policy == Policy::kH2O) score += slotScores[c] * rules.decay;
-        return score;
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) score[u] += before[u];
     }
 
     // Updates the scores and chooses which token leaves.
     __device__ __forceinline__ Moves choose() const {
         bool const scores = keepsScores(rules);
         Choice choice{~0ull, C, C, 0, 0};
-        for (int c = tid; c < C; c += kThreads) {
-            int const position = block.positions[c];
-            bool const stays = mayStay(rules, position, next);
-            if (position < 0 || !stays) choice.free = min(choice.free, c);
-            if (position >= 0 && !stays) {
-                choice.leaving = min(choice.leaving, c);
-                ++choice.leavers;
-            }
-            if (scores && position >= 0) {
-                float const score = scoreOf(c);
-                slotScores[c] = score;
-                if (stays) {
-                    unsigned long long const rank = rankOf(rules, position, score, next);
-                    choice.victim = min(choice.victim, rank << 32 | (0xffffffffu - static_cast<unsigned>(c)));
+        for (int first = tid; first < C; first += kAhead * kThreads) {
+            int positions[kAhead];
+            float score[kAhead];
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) positions[u] = block.positions[min(first + u * kThreads, C - 1)];
+            if (scores) findScores(first, score);
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) {
+                int const c = first + u * kThreads, position = positions[u];
+                if (c >= C) break;
+                bool const stays = mayStay(rules, position, next);
+                if (position < 0 || !stays) choice.free = min(choice.free, c);
+                if (position >= 0 && !stays) {
+                    choice.leaving = min(choice.leaving, c);
+                    ++choice.leavers;
                 }
+                if (scores && position >= 0) {
+                    slotScores[c] = score[u];
+                    if (stays) {
+                        unsigned long long const rank = rankOf(rules, position, score[u], next);
+                        choice.victim = min(choice.victim, rank << 32 | (0xffffffffu - static_cast<unsigned>(c)));
+                    }
+                }
+                choice.stayers += stays;
             }
-            choice.stayers += stays;
         }
         choice = blockCombined(choice, block.shared.choices);
         // With the new token there is one too many: the lowest score leaves, of equal scores the higher index.
@@ -121,65 +140,74 @@ struct Settling {
         return {min(choice.free, victim), victim, min(choice.leaving, victim), choice.leavers};
     }
 
-    // The sums of the slots of a head, in column d.
-    __device__ __forceinline__ float slotSum(int g, int tile, int d) const {
-        if (block.direct()) return block.shared.sums[0][g][d];
-        float sum = 0.f;
+    // The sums of the slots of a head, in four columns.
+    __device__ __forceinline__ float4 slotSums(int g, int d) const {
+        if (block.direct()) return *reinterpret_cast<float4 const*>(block.onlySums + g * Block::kWidth + d);
+        float4 sum{};
+        float const* const factors = block.arrays().factors + g * block.p.splits;
+#pragma unroll 4
         for (int s = 0; s < block.p.splits; ++s) {
-            sum += block.arrays().factors[(tile + g) * block.p.splits + s] * __ldcg(block.sumsOf(s, tile + g) + d);
+            float const factor = factors[s];
+            float4 const part = loadPublished(block.sumsOf(s, g) + d);
+            sum = {sum.x + factor * part.x, sum.y + factor * part.y, sum.z + factor * part.z, sum.w + factor * part.w};
         }
         return sum;
     }
 
-    // Writes the output; the same pass absorbs the first leaver into sums H and z.
+    // Adds the low-rank term of a head in four columns.
+    __device__ __forceinline__ void addFeatures(int g, int d, float4& result) const {
+        float const* const weights = block.arrays().lowWeights + g * R;
+        auto const add = [&](auto const& elements) {
+#pragma unroll 4
+            for (int r = 0; r < R; ++r) {
+                float4 const x = elements(r);
+                result.x += weights[r] * x.x;
+                result.y += weights[r] * x.y;
+                result.z += weights[r] * x.z;
+                result.w += weights[r] * x.w;
+            }
+        };
+        if (inMeans) {
+            add([&](int r) {
+                float2 const low = means.codes(r, d), high = means.codes(r, d + 2);
+                return make_float4(low.x, low.y, high.x, high.y);
+            });
+        } else {
+            add([&](int r) { return *reinterpret_cast<float4 const*>(h + r * D + d); });
+        }
+    }
+
+    // Writes the output, four columns of a head per thread, and absorbs the first leaver into sums H and z.
     __device__ __forceinline__ void writeOutput(Moves const& moves) const {
         bool const absorbs = rules.absorb && !inMeans && moves.leaver < C;
+        int const pieces = D / 4;
         auto const out = block.elements(block.p.t.out, static_cast<long>(G) * D);
         auto const newValue = block.elements(block.p.t.v, D);
-        float *const leaverPsi = block.arrays().leaverPsi, *const z = means.z;
-        for (int r = tid; r < R; r += kThreads)
-            leaverPsi[r] = absorbs ? psis[static_cast<long>(moves.leaver) * R + r] : 0.f;
-        __syncthreads();
-        if (absorbs) {
-            for (int r = tid; r < R; r += kThreads) z[r] += leaverPsi[r];
+        for (int x = tid; x < G * pieces; x += kThreads) {
+            int const g = x / pieces, d = x % pieces * 4;
+            HeadWeights const& head = block.arrays().heads[g];
+            float4 result = slotSums(g, d);
+            result.x = result.x * head.oldWeight + newValue[d] * head.newWeight;
+            result.y = result.y * head.oldWeight + newValue[d + 1] * head.newWeight;
+            result.z = result.z * head.oldWeight + newValue[d + 2] * head.newWeight;
+            result.w = result.w * head.oldWeight + newValue[d + 3] * head.newWeight;
+            if (rules.absorb) addFeatures(g, d, result);
+            out.set(g * D + d, result.x);
+            out.set(g * D + d + 1, result.y);
+            out.set(g * D + d + 2, result.z);
+            out.set(g * D + d + 3, result.w);
         }
-        for (int tile = 0; tile < G; tile += GT) {
-            bool const update = absorbs && tile + GT >= G;
-            for (int d = tid; d < D; d += kThreads) {
-                float result[GT];
-                float const newElement = newValue[d];
-                float const leaverValue = update ? block.values.at(moves.leaver, d) : 0.f;
-#pragma unroll
-                for (int g = 0; g < GT; ++g) {
-                    result[g] = 0.f;
-                    if (tile + g >= G) continue;
-                    HeadWeights const& head = block.arrays().heads[tile + g];
-                    result[g] = slotSum(g, tile, d) * head.oldWeight + newElement * head.newWeight;
-                }
-                auto const addFeatures = [&](auto const& element) {
-#pragma unroll 8
-                    for (int r = 0; r < R; ++r) {
-                        float const x = element(r);
-#pragma unroll
-                        for (int g = 0; g < GT; ++g) {
-                            if (tile + g < G) result[g] += block.arrays().lowWeights[(tile + g) * R + r] * x;
-                        }
-                    }
-                };
-                if (inMeans) {
-                    addFeatures([&](int r) { return means.code(r, d); });
-                } else if (rules.absorb) {
-                    addFeatures([&](int r) {
-                        float const sum = h[r * D + d];
-                        if (update) h[r * D + d] = sum + leaverPsi[r] * leaverValue;
-                        return sum;
-                    });
-                }
-#pragma unroll
-                for (int g = 0; g < GT; ++g) {
-                    if (tile + g < G) out.set((tile + g) * D + d, result[g]);
-                }
-            }
+        if (!absorbs) return;
+        __syncthreads();  // H has been read for all heads
+        long const leaver = static_cast<long>(moves.leaver) * R;
+        for (int x = tid; x < R * pieces; x += kThreads) {
+            int const r = x / pieces, d = x % pieces * 4;
+            float const psi = psis[leaver + r];
+            float4& sum = *reinterpret_cast<float4*>(h + r * D + d);
+            sum = {sum.x + psi * block.values.at(moves.leaver, d), sum.y + psi * block.values.at(moves.leaver, d + 1),
+                   sum.z + psi * block.values.at(moves.leaver, d + 2),
+                   sum.w + psi * block.values.at(moves.leaver, d + 3)};
+            if (d == 0) means.z[r] += psi;
         }
     }
 
@@ -208,7 +236,7 @@ struct Settling {
     }
 
     // Frees the slots of the leavers and stores the new token.
-    __device__ __forceinline__ void store(Moves const& moves, Centring<S> const& centring) const {
+    __device__ __forceinline__ void store(Moves const& moves) const {
         int const warp = tid / kWarpSize, target = moves.target;
         if (moves.leavers > 0) {
             for (int c = tid; c < C; c += kThreads) {
@@ -219,6 +247,7 @@ struct Settling {
         if (target == C) return;  // policy full with more tokens than slots: the callers refuse this
         auto const newKey = block.elements(block.p.t.k, D), newValue = block.elements(block.p.t.v, D);
         auto const newPsi = block.elements(block.p.t.psiK, R);
+        auto const centring = Centring<S>::of(block.p.t, static_cast<int>(blockIdx.y), D);
         if (warp == 0) block.keys.store(target, [&](int d) { return centring.centred(newKey[d], d); });
         if (warp == 1) block.values.store(target, [&](int d) { return newValue[d]; });
         if (inMeans) {

@@ -108,6 +108,25 @@ __device__ __forceinline__ void publish(T* target, T value) {
 #endif
 }
 
+// The same for two adjacent elements; the first is aligned to their size.
+__device__ __forceinline__ void publishPair(float* target, float first, float second) {
+#ifdef LESS_EMULATION
+    emu::publish(target, first);
+    emu::publish(target + 1, second);
+#else
+    *reinterpret_cast<float2*>(target) = make_float2(first, second);
+#endif
+}
+
+// Four adjacent elements that another block published; the first is aligned to all four.
+__device__ __forceinline__ float4 loadPublished(float const* source) {
+#ifdef LESS_EMULATION
+    return make_float4(__ldcg(source), __ldcg(source + 1), __ldcg(source + 2), __ldcg(source + 3));
+#else
+    return __ldcg(reinterpret_cast<float4 const*>(source));
+#endif
+}
+
 // ---- tensors of the compute dtype
 
 template <class T>
@@ -222,12 +241,13 @@ cudaError_t run(Mode mode, void (*kernel)(Params), dim3 grid, size_t sharedBytes
 #endif
 }
 
-// Calls f with a value of the type that `dtype` names. LESS_TRIAL restricts the build to float16 and head_dim up to 64,
+// Calls f with a value of the type that `dtype` names. LESS_TRIAL is the only type of a build, with head_dim up to 64,
 // which takes seconds: for tests that modify the kernels.
 template <class F>
 cudaError_t withType(DType dtype, F&& f) {
 #ifdef LESS_TRIAL
-    return dtype == DType::kFloat16 ? f(__half{}) : cudaErrorNotSupported;
+    bool const wide = sizeof(LESS_TRIAL) == sizeof(float);
+    return dtype == (wide ? DType::kFloat32 : DType::kFloat16) ? f(LESS_TRIAL{}) : cudaErrorNotSupported;
 #else
     switch (dtype) {
         case DType::kFloat32:

@@ -12,19 +12,21 @@ constexpr int kSlotsPerSplit = 64;               // at least: fewer are not wort
 
 bool turns(AttentionRules const& rules) { return rules.maxDistance > 0; }
 
-// Query heads that a kernel processes at a time. Fewer kernels rotate keys, with tiles of 2 and 4 heads.
-int tileOf(int group, bool turning) {
-#ifdef LESS_TRIAL
-    return group > 0 || turning ? 2 : 0;
-#else
+// Whether tensor cores multiply.
+bool onTensorCores(AttentionShape const& s) { return s.dtype != DType::kFloat32; }
+
+// Query heads that a kernel processes at a time. Fewer kernels rotate keys.
+int tileOf(AttentionShape const& s, bool turning) {
+    int const group = s.queryHeads / s.kvHeads;
+    if (onTensorCores(s)) return group <= 8 ? 8 : 16;
     if (turning) return group <= 2 ? 2 : 4;
     return group <= 2 ? group : group <= 4 ? 4 : 8;
-#endif
 }
 
 struct Plan {
     int splits, slotsPerSplit;  // of C slots, whatever the batch is
     int splitsPerBlock, blocks;
+    int stages;  // of the ring
     bool logitsShared, direct;
     size_t logitBytes, sumBytes, softmaxBytes;  // in the workspace
 };
@@ -34,14 +36,16 @@ int divided(long x, long by) { return static_cast<int>((x + by - 1) / by); }
 Plan planOf(AttentionShape const& s, AttentionRules const& rules) {
     size_t const heads = static_cast<size_t>(s.batch) * s.kvHeads, group = s.queryHeads / s.kvHeads;
     Plan plan{};
-    plan.slotsPerSplit = std::max(kSlotsPerSplit, divided(s.slots, kMaxSplits));
+    plan.slotsPerSplit = std::max(kSlotsPerSplit, divided(s.slots, kMaxSplits * kSlotTile) * kSlotTile);
     plan.splits = divided(s.slots, plan.slotsPerSplit);
     long const wanted = std::max(1L, blocksWanted() / static_cast<long>(heads));  // blocks per head
     plan.splitsPerBlock = divided(plan.splits, wanted);
     plan.blocks = divided(plan.splits, plan.splitsPerBlock);
+    // Few blocks need tiles in flight, many leave that to one another, and their memory is better spent on more blocks.
+    plan.stages = heads * plan.blocks < static_cast<size_t>(blocksWanted()) ? 4 : 2;
     size_t const logitBytes = keepsScores(rules) ? group * s.slots * sizeof(float) : 0;
     plan.logitsShared = plan.blocks == 1 && logitBytes <= kSharedLogitBytes;
-    plan.direct = plan.splits == 1 && static_cast<int>(group) <= tileOf(static_cast<int>(group), turns(rules));
+    plan.direct = plan.splits == 1 && static_cast<int>(group) <= tileOf(s, turns(rules));
     plan.logitBytes = plan.logitsShared ? 0 : heads * logitBytes;
     size_t const softmaxes = plan.direct ? 0 : heads * plan.splits * group;
     plan.sumBytes = softmaxes * s.headDim * sizeof(float);
@@ -49,36 +53,57 @@ Plan planOf(AttentionShape const& s, AttentionRules const& rules) {
     return plan;
 }
 
-template <class S, int LPR, int GT, bool Turns>
-cudaError_t runDecode(Mode mode, DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
+// Shared memory of a kernel with blocks of type Block, besides what attention has.
+template <class Block>
+size_t bytesOf(DecodeParams const& params, Plan const& plan) {
     AttentionShape const& s = params.shape;
     int const group = s.queryHeads / s.kvHeads;
-    int const sharedLogits = plan.logitsShared && keepsScores(params.rules) ? s.slots : 0;
-    size_t const bytes = sizeof(typename DecodeBlock<S, LPR, GT>::Shared) +
-                         DecodeArrays::bytes(group, s.rank, params.splits, sharedLogits);
-    dim3 const grid(plan.blocks, s.kvHeads, s.batch);
-    return run(mode, decodeKernel<S, LPR, GT, Turns>, grid, bytes, params, stream);
+    size_t const logits = plan.logitsShared && keepsScores(params.rules) ? static_cast<size_t>(group) * s.slots : 0;
+    using Shared = typename Block::Shared;
+    return sizeof(Shared) + DecodeArrays::offsetOfLogits(group, s.rank, params.splits, Shared::kScratch) +
+           logits * sizeof(float);
 }
 
-template <class S, int LPR>
+dim3 gridOf(DecodeParams const& params, Plan const& plan) {
+    return dim3(plan.blocks, params.shape.kvHeads, params.shape.batch);
+}
+
+template <class S, int W, int GT, bool Turns>
+cudaError_t runSplits(Mode mode, DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
+    constexpr int kLanes = W / 8;
+    size_t const bytes = sizeof(WarpSums<S, W, GT>) + bytesOf<SplitBlock<S, kLanes, GT>>(params, plan);
+    return run(mode, decodeKernel<S, kLanes, GT, Turns>, gridOf(params, plan), bytes, params, stream);
+}
+
+template <class S, int W, int GT, bool Turns>
+cudaError_t runTiles(Mode mode, DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
+    size_t const bytes = plan.stages * sizeof(SlotStage<S, W>) + bytesOf<TileBlock<S, W, GT, Turns>>(params, plan);
+    return run(mode, decodeTilesKernel<S, W, GT, Turns>, gridOf(params, plan), bytes, params, stream);
+}
+
+template <class S, int W, bool Turns>
 cudaError_t withTile(Mode mode, DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
-    bool const turning = turns(params.rules);
-    switch (tileOf(params.shape.queryHeads / params.shape.kvHeads, turning)) {
-        case 2:
-            if (turning) return runDecode<S, LPR, 2, true>(mode, params, plan, stream);
-            return runDecode<S, LPR, 2, false>(mode, params, plan, stream);
-#ifndef LESS_TRIAL
-        case 1:
-            return runDecode<S, LPR, 1, false>(mode, params, plan, stream);
-        case 4:
-            if (turning) return runDecode<S, LPR, 4, true>(mode, params, plan, stream);
-            return runDecode<S, LPR, 4, false>(mode, params, plan, stream);
-        case 8:
-            return runDecode<S, LPR, 8, false>(mode, params, plan, stream);
-#endif
-        default:
-            return cudaErrorNotSupported;
+    int const tile = tileOf(params.shape, Turns);
+    if (onTensorCores(params.shape)) {
+        if constexpr (!std::is_same_v<S, float>) {
+            if (tile == 8) return runTiles<S, W, 8, Turns>(mode, params, plan, stream);
+            return runTiles<S, W, 16, Turns>(mode, params, plan, stream);
+        }
+    } else if constexpr (std::is_same_v<S, float> || kCoded<S>) {
+        if (tile == 2) return runSplits<S, W, 2, Turns>(mode, params, plan, stream);
+        if (tile == 4) return runSplits<S, W, 4, Turns>(mode, params, plan, stream);
+        if constexpr (!Turns) {
+            if (tile == 1) return runSplits<S, W, 1, Turns>(mode, params, plan, stream);
+            return runSplits<S, W, 8, Turns>(mode, params, plan, stream);
+        }
     }
+    return cudaErrorNotSupported;
+}
+
+template <class S, int W>
+cudaError_t withTurns(Mode mode, DecodeParams const& params, Plan const& plan, cudaStream_t stream) {
+    if (turns(params.rules)) return withTile<S, W, true>(mode, params, plan, stream);
+    return withTile<S, W, false>(mode, params, plan, stream);
 }
 
 }  // namespace
@@ -92,7 +117,7 @@ cudaError_t decode(Mode mode, AttentionShape const& shape, AttentionRules const&
                    void* workspace, uint32_t* counters, cudaStream_t stream) {
     Plan const plan = planOf(shape, rules);
     char* const memory = static_cast<char*>(workspace);
-    DecodeParams params{rules,   shape,   tensors, plan.splits, plan.slotsPerSplit, plan.splitsPerBlock,
+    DecodeParams params{rules,   shape,   tensors, plan.splits, plan.slotsPerSplit, plan.splitsPerBlock, plan.stages,
                         nullptr, nullptr, nullptr, counters};
     if (plan.logitBytes > 0) params.logits = reinterpret_cast<float*>(memory);
     if (!plan.direct) {
@@ -101,12 +126,12 @@ cudaError_t decode(Mode mode, AttentionShape const& shape, AttentionRules const&
     }
     return withSlots(shape, [&](auto type) {
         using S = decltype(type);
-        if (shape.headDim <= 64) return withTile<S, 8>(mode, params, plan, stream);
+        if (shape.headDim <= 64) return withTurns<S, 64>(mode, params, plan, stream);
 #ifdef LESS_TRIAL
         return cudaErrorNotSupported;
 #else
-        if (shape.headDim <= 128) return withTile<S, 16>(mode, params, plan, stream);
-        return withTile<S, 32>(mode, params, plan, stream);
+        if (shape.headDim <= 128) return withTurns<S, 128>(mode, params, plan, stream);
+        return withTurns<S, 256>(mode, params, plan, stream);
 #endif
     });
 }

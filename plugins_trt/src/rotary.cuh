@@ -86,10 +86,15 @@ struct Eight {
     float x[8];
 };
 
+// Turned elements are this much smaller where tensor cores see them: a float16 element of any size stays finite when
+// it is turned. The scale of the logits makes up for it.
+template <class T>
+constexpr float kReduction = std::is_same_v<T, __half> ? 0.5f : 1.f;
+
 // The columns [column, column + 8) of a row after the turn, where they do not come in eights. A function of its own, so
 // that the usual case keeps the registers.
-template <class S>
-__device__ __noinline__ Eight turnedOneByOne(Rotary rotary, Rows<S> rows, int row, Turn turn, int column) {
+template <class AnyRows>
+__device__ __noinline__ Eight turnedOneByOne(Rotary rotary, AnyRows rows, int row, Turn turn, int column) {
     Eight result;
 #pragma unroll
     for (int i = 0; i < 8; ++i) result.x[i] = rotary.turned(turn, column + i, [&](int d) { return rows.at(row, d); });

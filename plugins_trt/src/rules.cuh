@@ -5,8 +5,13 @@
 
 namespace less {
 
+// The newest position that is behind the window of a query at position `now`; -1, as in empty slots, without a window.
+__device__ __forceinline__ int lastHidden(AttentionRules const& rules, int now) {
+    return rules.window == 0 ? -1 : max(-1, now - rules.window);
+}
+
 __device__ __forceinline__ bool visible(AttentionRules const& rules, int position, int now) {
-    return position >= 0 && position <= now && (rules.window == 0 || position > now - rules.window);
+    return position > lastHidden(rules, now) && position <= now;
 }
 
 // Whether a token is still within the window; `end` is the position of the next query. A layer with policy window keeps

@@ -146,22 +146,14 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
                     wanted ? p.scales[queryHead * chunk + query] * fadedBy(rules, count - 1 - query) : 0.f;
             }
         }
-        commitCopies();
     };
 
     float gained[2] = {0.f, 0.f};
-    if (Tiles::kStages > 1) fetch(0, 0, 0);
+    auto const copy = [&](int tile, int stage) { fetch(tile, stage, 0); };
+    Ring<Tiles::kStages> ring(Tiles::kStages, tiles);
+    if (Tiles::kStages > 1) ring.start(copy);
     for (int tile = 0; tile < tiles; ++tile) {
-        int const stage = Tiles::kStages > 1 ? tile % 2 : 0;
-        bool const ahead = Tiles::kStages > 1 && tile + 1 < tiles;
-        if (Tiles::kStages == 1) fetch(tile, 0, 0);
-        if (ahead) fetch(tile + 1, stage ^ 1, 0);
-        if (ahead) {
-            awaitCopies<1>();
-        } else {
-            awaitCopies<0>();
-        }
-        __syncthreads();
+        int const stage = ring.next(copy, [](int) {});
         float s[N / 8][4];
         warpKeys.template multiply<N>(s, shared.queries[stage].x, Tiles::kStride, D, lane);
         if constexpr (kParts<T> > 1) {
@@ -169,6 +161,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
             for (int part = 1; turning && part < kParts<T>; ++part) {  // the other parts of queries, as in attention
                 __syncthreads();
                 fetch(tile, stage, part);
+                commitCopies();
                 awaitCopies<0>();
                 __syncthreads();
                 warpKeys.template add<N>(s, shared.queries[stage].x, Tiles::kStride, lane);
@@ -187,7 +180,6 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
                 }
             }
         }
-        __syncthreads();
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

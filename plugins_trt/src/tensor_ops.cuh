@@ -47,18 +47,47 @@ __device__ __forceinline__ void loadMatrices(uint32_t (&r)[4], void const* rowIn
     }
 }
 
-// Starts copying 16 bytes into shared memory; if not `valid`, zeroes them without reading the source.
+// Starts copying 4, 8 or 16 bytes, aligned to as many, into shared memory; if not `valid`, zeroes them without reading
+// the source.
+template <int Bytes = 16>
 __device__ __forceinline__ void copyAsync(void* inShared, void const* source, bool valid) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(inShared))),
-        "l"(source), "r"(valid ? 16 : 0)
-        : "memory");
+    uint32_t const target = static_cast<uint32_t>(__cvta_generic_to_shared(inShared));
+    if constexpr (Bytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(target), "l"(source), "r"(valid ? 16 : 0)
+                     : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0],[%1],%2,%3;" ::"r"(target), "l"(source), "n"(Bytes),
+                     "r"(valid ? Bytes : 0)
+                     : "memory");
+    }
 }
 __device__ __forceinline__ void commitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most `Left` groups of this thread's copies are pending.
 template <int Left>
 __device__ __forceinline__ void awaitCopies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
+}
+
+// x. What follows from it is not computed before a loop that this is in, which would take registers.
+__device__ __forceinline__ int inLoop(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// 2^x; what is below the normal numbers becomes 0.
+__device__ __forceinline__ float powerOfTwo(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// The int8 codes in the bytes First and Second of a register, as two halves. A byte that is 128 larger than its code
+// is the mantissa of a half between 1024 and 1280.
+template <int First, int Second>
+__device__ __forceinline__ uint32_t halvesOf(uint32_t codes) {
+    uint32_t const bits = __byte_perm(codes ^ 0x80808080u, 0x64646464u, 0x4040 | First | Second << 8);
+    __half2 const halves = __hsub2(reinterpret_cast<__half2 const&>(bits), __float2half2_rn(1152.f));
+    return reinterpret_cast<uint32_t const&>(halves);
 }
 
 #else
@@ -120,13 +149,14 @@ void loadMatrices(uint32_t (&r)[4], void const* rowInShared) {
 }
 
 // Copies are performed as late as the hardware may perform them, so that a missing wait is detected.
-inline void copyAsync(void* inShared, void const* source, bool valid) {
-    std::memset(inShared, 0xff, 16);
+template <int Bytes = 16>
+void copyAsync(void* inShared, void const* source, bool valid) {
+    std::memset(inShared, 0xff, Bytes);
     emu::self().open.push_back([=] {
         if (valid) {
-            std::memcpy(inShared, source, 16);
+            std::memcpy(inShared, source, Bytes);
         } else {
-            std::memset(inShared, 0, 16);
+            std::memset(inShared, 0, Bytes);
         }
     });
 }
@@ -143,14 +173,44 @@ void awaitCopies() {
     }
 }
 
+inline int inLoop(int x) { return x; }
+inline float powerOfTwo(float x) { return std::exp2(x); }
+
+template <int First, int Second>
+uint32_t halvesOf(uint32_t codes) {
+    auto const half = [&](int byte) {
+        __half const x = __float2half_rn(static_cast<float>(static_cast<int8_t>(codes >> (8 * byte))));
+        uint16_t bits;
+        std::memcpy(&bits, static_cast<void const*>(&x), sizeof bits);
+        return static_cast<uint32_t>(bits);
+    };
+    return half(First) | half(Second) << 16;
+}
+
 #endif
 
 // Two f32 converted and packed into one register.
 template <class T>
 __device__ __forceinline__ uint32_t packed(float low, float high) {
-    T const pair[2] = {fromFloat<T>(low), fromFloat<T>(high)};
     uint32_t bits;
-    memcpy(&bits, pair, sizeof bits);
+    if constexpr (std::is_same_v<T, __half>) {
+        __half2 const pair = __floats2half2_rn(low, high);
+        memcpy(&bits, &pair, sizeof bits);
+    } else {
+        __nv_bfloat162 const pair = __floats2bfloat162_rn(low, high);
+        memcpy(&bits, &pair, sizeof bits);
+    }
+    return bits;
+}
+
+// The same for the next of the parts that add up to two f32 (kParts): each is taken off them.
+template <class T>
+__device__ __forceinline__ uint32_t packedParts(float& low, float& high) {
+    uint32_t const bits = packed<T>(low, high);
+    T pair[2];
+    memcpy(static_cast<void*>(pair), &bits, sizeof bits);
+    low -= toFloat(pair[0]);
+    high -= toFloat(pair[1]);
     return bits;
 }
 

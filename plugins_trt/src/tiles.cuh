@@ -10,10 +10,59 @@ namespace less {
 
 constexpr int kTileRows = 64;  // rows that a block owns, 16 per warp
 
-// Geometry of the streamed tiles. W is D rounded up.
+// Tiles that stream through a ring of stages in shared memory: some are on their way while one is in use. Decode and
+// prefill have the same ring. Its methods are called by all threads. Items come in order; copy(item, stage) starts a
+// thread's copies of one.
+template <int MinStages>
+class Ring {
+ public:
+    // A ring of 1, 2 or 4 stages for the items [0, items).
+    __device__ __forceinline__ Ring(int stages, int items) : stages_(stages), items_(items) {}
+
+    // Starts the next item that has not started; to be called for stages - 1 items before the first is needed. Without
+    // an item there is an empty group of copies, so that groups count items.
+    template <class Copy>
+    __device__ __forceinline__ void start(Copy const& copy) {
+        if (started_ < items_) copy(started_, target_);
+        commitCopies();
+        ++started_;
+        target_ = after(target_);
+    }
+    // The stage of the next item, when the copies of all threads have arrived. The item before must not be read any
+    // more: one that follows is started in its stage. With one stage, the next item itself is only started now.
+    // arrived(stage) is called when the thread's own copies have arrived.
+    template <class Copy, class Arrived>
+    __device__ __forceinline__ int next(Copy const& copy, Arrived const& arrived) {
+        bool const single = MinStages == 1 && stages_ == 1;
+        if (single) {
+            __syncthreads();
+            start(copy);
+        }
+        if (stages_ == 4) {
+            awaitCopies<2>();
+        } else {
+            awaitCopies<0>();
+        }
+        int const stage = stage_;
+        arrived(stage);
+        __syncthreads();
+        if (!single) start(copy);
+        stage_ = after(stage);
+        return stage;
+    }
+
+ private:
+    __device__ __forceinline__ int after(int stage) const { return stage + 1 < stages_ ? stage + 1 : 0; }
+
+    int const stages_, items_;
+    int started_ = 0, target_ = 0, stage_ = 0;
+};
+
+// Geometry of the streamed tiles of prefill. W is D rounded up. Two stages of keys and values take less than half of
+// the 100 KB that a multiprocessor has on many GPUs.
 template <class T, int W>
 struct Tiling {
-    static constexpr int kRows = W > 128 ? 32 : 64;
+    static constexpr int kRows = W > 128 ? 16 : W > 64 ? 32 : 64;
     static constexpr int kStride = W + 16 / sizeof(T);  // padded: the rows of a matrix load are in different banks
     static constexpr int kStages = sizeof(T) == 2 ? 2 : 1;
     static constexpr int kVector = 16 / sizeof(T);  // elements per copy

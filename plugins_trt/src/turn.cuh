@@ -23,11 +23,6 @@ __device__ __forceinline__ void readTurned(Rotary const& rotary, Rows<S> const& 
     }
 }
 
-// Turned elements are this much smaller where tensor cores see them: a float16 element of any size stays finite when
-// it is turned. The launcher makes the scale larger in return.
-template <class T>
-constexpr float kReduction = std::is_same_v<T, __half> ? 0.5f : 1.f;
-
 // Eight turned elements as parts, one to each target.
 template <class T>
 __device__ __forceinline__ void storeTurned(float (&element)[8], T* const (&targets)[kParts<T>]) {
