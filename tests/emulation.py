@@ -151,7 +151,9 @@ def compiled(*facts: str) -> Path:
     digest = hashlib.sha256(repr(facts).encode())
     digest.update(subprocess.check_output(["g++", "--version"]))
     digest.update((cuda_include() / "cuda_runtime_api.h").read_bytes())
-    for source in sorted(p for d in ("src", "include", "emulation", "tests") for p in (PLUGIN / d).iterdir()):
+    for source in sorted(
+        p for d in ("src", "include", "emulation", "sampler", "tests") for p in (PLUGIN / d).iterdir()
+    ):
         digest.update(source.name.encode() + source.read_bytes())
     cache = Path(os.environ["LESS_EXPORT_CACHE"]) if "LESS_EXPORT_CACHE" in os.environ else folder()
     return cache / "emulation" / digest.hexdigest()[:20]

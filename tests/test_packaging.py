@@ -83,7 +83,7 @@ def test_the_sources_of_the_plugin_are_shipped(runtime: Path, tmp_path: Path) ->
     shipped = Path(done.stdout.strip())
     assert shipped.is_relative_to(runtime.parent)
     source = ROOT / "plugins_trt"
-    for pattern in ("src/*", "include/*", "*.txt", "*.map", "README.md"):
+    for pattern in ("src/*", "include/*", "sampler/*", "*.txt", "*.map", "README.md"):
         names = {str(p.relative_to(source)) for p in source.glob(pattern)}
         assert names
         assert names <= {str(p.relative_to(shipped)) for p in shipped.glob(pattern)}

@@ -224,8 +224,7 @@ def sample_all(
             else:
                 floor = _logit(max(tail, p.min_p), peak, p.temperature)
             kept = tokens_above(row, maxima[i], floor)
-            weight = _weights(row[kept], peak, p.temperature)
-            tokens.append(int(kept[_draw(weight, p, top_k.get(i), total, rng)]))
+            tokens.append(int(kept[_draw(row[kept], peak, p, top_k.get(i), total, rng)]))
     return tokens
 
 
@@ -308,30 +307,37 @@ def _draw_from_all(
 
 
 def _draw(
-    weight: Weights, params: SamplingParams, top_k: int | None, total: float | None, rng: np.random.Generator
+    logits: Logits,
+    peak: np.float32,
+    params: SamplingParams,
+    top_k: int | None,
+    total: float | None,
+    rng: np.random.Generator,
 ) -> int:
-    """Draw one of the tokens that have ``weight`` [N], in order of their ids; returns its place.
+    """Draw one of the tokens that have ``logits`` [N], in order of their ids; returns its place.
 
-    Weights are sorted without their places, which numpy does many times faster than with them. A place follows from
-    the weight and its rank among equal ones.
+    Logits are sorted without their places, which numpy does many times faster than with them. A place follows from
+    the logit and its rank among equal ones.
 
     Args:
         top_k: how many tokens remain; None is all.
         total: the weight that ``top_p`` is a share of; None is that of the ``top_k`` tokens.
     """
     if top_k is None and params.top_p == 1:
+        weight = _weights(logits, peak, params.temperature)
         kept = np.flatnonzero(weight >= params.min_p * weight.max())
         cumulative = np.cumsum(weight[kept])
         return int(kept[_place(cumulative, rng)])
-    ranked = -np.sort(-weight)[:top_k]
-    cumulative = np.cumsum(ranked)
+    ranked = -np.sort(-logits)[:top_k]
+    weight = _weights(ranked, peak, params.temperature)
+    cumulative = np.cumsum(weight)
     if params.top_p < 1:
-        wanted = params.top_p * (ranked.sum() if total is None else total)
+        wanted = params.top_p * (weight.sum() if total is None else total)
         cumulative = cumulative[: np.searchsorted(cumulative, wanted) + 1]
     if params.min_p > 0:
-        cumulative = cumulative[: np.count_nonzero(ranked >= params.min_p * ranked[0])]
+        cumulative = cumulative[: np.count_nonzero(weight >= params.min_p * weight[0])]
     rank = _place(cumulative, rng)
-    return int(np.flatnonzero(weight == ranked[rank])[rank - np.count_nonzero(ranked > ranked[rank])])
+    return int(np.flatnonzero(logits == ranked[rank])[rank - np.count_nonzero(ranked > ranked[rank])])
 
 
 def _place(cumulative: Weights, rng: np.random.Generator) -> int:

@@ -221,10 +221,10 @@ enum class Mode { kPrepare, kLaunch };
 
 template <class Params>
 cudaError_t run(Mode mode, void (*kernel)(Params), dim3 grid, size_t sharedBytes, Params const& params,
-                cudaStream_t stream) {
+                cudaStream_t stream, int threads = kThreads) {
 #ifdef LESS_EMULATION
     (void)stream;
-    return mode == Mode::kPrepare ? cudaSuccess : emu::launch(grid, kThreads, sharedBytes, [=] { kernel(params); });
+    return mode == Mode::kPrepare ? cudaSuccess : emu::launch(grid, threads, sharedBytes, [=] { kernel(params); });
 #else
     void const* const function = reinterpret_cast<void const*>(kernel);
     if (mode == Mode::kPrepare) {
@@ -237,7 +237,7 @@ cudaError_t run(Mode mode, void (*kernel)(Params), dim3 grid, size_t sharedBytes
                                     static_cast<int>(sharedBytes));
     }
     void* arguments[] = {const_cast<Params*>(&params)};
-    return cudaLaunchKernel(function, grid, dim3(kThreads), arguments, sharedBytes, stream);
+    return cudaLaunchKernel(function, grid, dim3(threads), arguments, sharedBytes, stream);
 #endif
 }
 
