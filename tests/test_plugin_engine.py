@@ -161,7 +161,8 @@ def test_one_plugin_per_layer_updates_the_state_in_place(
         names = [f"{number}.{f.name}{suffix}" for f in contract.layers[number].state_fields]
         assert layer["inputs"][5 : 5 + len(names)] == [f"past.{n}" for n in names]
         assert layer["outputs"][1:] == [f"present.{n}" for n in names]
-        assert layer["inputs"][-1] == f"rows{suffix}"
+        # TensorRT copies inputs that several layers read, such as the lengths, once.
+        assert layer["inputs"][-1].endswith(f"rows{suffix}")
     # The plan contains the library: it is larger by that than a plan that only refers to it.
     assert info.plugin == PluginFacts.of(plugin_library, inside=True, rows_by_index=True)
     monkeypatch.setattr(engine, "_embeds", lambda flavour: False)

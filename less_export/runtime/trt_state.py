@@ -53,7 +53,7 @@ class DeviceState(abc.ABC):
         self.device.copies([(self._address(t, target), self._address(t, source), t.row_bytes) for t in self.tensors])
 
     def reset_rows(self, rows: Collection[int]) -> None:
-        self.device.copies([c for row in rows for c in self._resets(row)])
+        self.device.copies([c for row in dict.fromkeys(rows) for c in self._resets(row)])
 
     def _resets(self, row: int) -> Iterator[Copy]:
         for t in self.tensors:
