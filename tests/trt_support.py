@@ -22,7 +22,7 @@ import pytest
 from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype, StateBits
 from less_export.dtypes import DTYPES, numpy_dtype
 from less_export.exporter import onnx_nodes, onnx_op
-from less_export.runtime import trt_device
+from less_export.runtime import device_sampler, trt_device
 from less_export.runtime.backend import Backend
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
@@ -420,6 +420,7 @@ class Fake:
         self.contract, self.cuda = contract, FakeCuda()
         self.engine: FakeEngine | None = FakeEngine(contract, self.cuda, graph, in_place, by_index)
         self.errors: list[str] = []
+        self.sample: Any = None  # what chooses tokens on the device; None: the host chooses
         self.plan = folder / "engine.plan"
         self.plan.write_bytes(HEADER(b"vtrt", 99, 1, 7, 0, 5).ljust(99))
         severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
@@ -435,6 +436,7 @@ class Fake:
         self.error = lambda log, text: log.log(severity.ERROR, text)
         patch.setitem(sys.modules, "tensorrt_rtx", module)
         patch.setattr(trt_device, "_cuda", lambda: self.cuda)
+        patch.setattr(device_sampler, "open_sampler", lambda: self.sample)
 
     def load(self, log: Any, data: Any) -> FakeEngine | None:
         assert len(data) == 99

@@ -99,7 +99,7 @@ class Scorer(Generator):
         while rows := {row: c for row, c in rows.items() if not c.ended}:
             first, end = min(rows), max(rows) + 1
             pieces = [rows[row].tokens[rows[row].scored - 1 :][:1] if row in rows else [] for row in range(first, end)]
-            logits = feed(self.backend, pieces, slice(first, end))
+            logits = np.asarray(feed(self.backend, pieces, slice(first, end)))
             for row, continuation in rows.items():
                 continuation.add(logits[row - first])
 

@@ -21,6 +21,7 @@ from ..contract import Contract, StateTensor
 from ..dtypes import numpy_dtype
 from ..errors import BackendError, UsageError
 from .row_state import MAX_LENGTH, Array, RowState
+from .sampler import KeptLogits
 
 State = dict[str, Array]
 
@@ -139,6 +140,23 @@ class Backend(abc.ABC):
             lengths[chosen] += new
             self.past_length = lengths
             return logits
+
+    def step_last(
+        self,
+        input_ids: npt.NDArray[np.int64],
+        new_length: npt.NDArray[np.int64],
+        rows: slice | Sequence[int] | None = None,
+    ) -> npt.NDArray[np.float32] | KeptLogits:
+        """As :meth:`step`, for the logits [B, V] f32 after each row's last valid token.
+
+        A backend may keep them on its device; they are gone with the next step then.
+        """
+        logits = self.step(input_ids, new_length, rows)
+        return logits[np.arange(len(logits)), self._last(new_length)]
+
+    def _last(self, new_length: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the logits after each row's last valid token are along T."""
+        return np.zeros_like(new_length) if self.contract.logits == "last" else np.maximum(new_length, 1) - 1
 
     def _chosen(self, rows: slice | Sequence[int] | None) -> npt.NDArray[np.int32]:
         """The rows of a step."""

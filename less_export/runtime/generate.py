@@ -225,8 +225,9 @@ def feed_prompts(backend: Backend, prompts: Ordered[list[int]], timing: Timing) 
     last = np.empty((len(prompts), backend.contract.vocab_size), np.float32)
     for begin in range(0, max(map(len, prompts)), chunk):
         pieces = [p[begin : begin + chunk] for p in prompts]
-        fed = [row for row, piece in enumerate(pieces) if piece]
-        last[fed] = feed(backend, pieces)[fed]
+        logits = feed(backend, pieces)
+        if ended := [row for row, p in enumerate(prompts) if begin < len(p) <= begin + chunk]:
+            last[ended] = logits[ended]
     timing.prefill_seconds += time.perf_counter() - begin_time
     timing.prefill_tokens += sum(map(len, prompts))
     return last

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import BackendError, UsageError
 from .sampling import (
@@ -45,22 +47,27 @@ class Sampler:
         params: how to choose.
         rng: what draws.
         prompt: tokens before the first choice, which the repetition penalty counts.
+
+    ``count`` is the number of choices so far. What penalties need, if there are any, is in ``prompt``, ids in ascending
+    order, and in ``counts``, how often each token was chosen.
     """
 
     def __init__(self, params: SamplingParams, rng: np.random.Generator, prompt: Iterable[int] = ()) -> None:
         self.params = params
         self.rng = rng
-        self._prompt = np.unique(np.fromiter(prompt, np.int64)) if params.repetition_penalty != 1 else None
-        self._counts: Counter[int] = Counter()
+        self.prompt = np.unique(np.fromiter(prompt if params.repetition_penalty != 1 else (), np.int64))
+        self.counts: Counter[int] = Counter()
+        self.count = 0
         self._bias = (
             (np.fromiter(params.logit_bias, np.int64), np.fromiter(params.logit_bias.values(), np.float32))
             if params.logit_bias
             else None
         )
-        self._penalises = params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty
+        penalties = (params.repetition_penalty - 1, params.presence_penalty, params.frequency_penalty)
+        self.penalises = any(penalties)
         self._processors = [p.start() if hasattr(p, "start") else p for p in params.processors]
         self._listeners = [p.chosen for p in self._processors if hasattr(p, "chosen")]
-        self.adjusts = bool(self._penalises or self._bias is not None or self._processors)
+        self.adjusts = bool(self.penalises or self._bias is not None or self._processors)
 
     def adjust(self, logits: Logits, token_ids: Sequence[int]) -> None:
         """Change the ``logits`` [V] of the token after ``token_ids``, the new ones so far, as the parameters ask.
@@ -71,13 +78,13 @@ class Sampler:
         if not np.isfinite(peak := logits.max()):
             raise not_finite(peak)
         params = self.params
-        if self._penalises:
-            ids = np.fromiter(self._counts, np.int64)
-            if self._prompt is not None:
-                seen = np.concatenate((self._prompt, ids))  # a token that is there twice is written twice
+        if self.penalises:
+            ids = np.fromiter(self.counts, np.int64)
+            if params.repetition_penalty != 1:
+                seen = np.concatenate((self.prompt, ids))  # a token that is there twice is written twice
                 scores, penalty = logits[seen], np.float32(params.repetition_penalty)
                 logits[seen] = np.where(scores > 0, scores / penalty, scores * penalty)
-            counts = np.fromiter(self._counts.values(), np.float32)
+            counts = np.fromiter(self.counts.values(), np.float32)
             logits[ids] -= params.presence_penalty + params.frequency_penalty * counts
         if self._bias is not None:
             logits[self._bias[0]] += self._bias[1]
@@ -88,14 +95,28 @@ class Sampler:
 
     def chosen(self, token: int) -> None:
         """Remember a choice, and tell the processors that listen."""
-        if self._penalises:
-            self._counts[token] += 1
+        self.count += 1
+        if self.penalises:
+            self.counts[token] += 1
         for told in self._listeners:
             told(token)
 
 
+class KeptLogits(Protocol):
+    """Logits [B, V] that a backend keeps on its device, where they may be chosen from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: list[int], /) -> KeptLogits: ...
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]: ...
+
+    def choose(self, samplers: Sequence[Sampler], token_ids: Sequence[Sequence[int]]) -> list[Choice | Exception]:
+        """As :func:`choose_all`."""
+
+
 def choose_all(
-    logits: Logits, samplers: Sequence[Sampler], token_ids: Sequence[Sequence[int]]
+    logits: Logits | KeptLogits, samplers: Sequence[Sampler], token_ids: Sequence[Sequence[int]]
 ) -> list[Choice | Exception]:
     """The tokens after ``token_ids``, the new ones of each sequence so far, by the ``logits`` [B, V] of all of them.
 
@@ -103,6 +124,8 @@ def choose_all(
         choices, or what went wrong with a sequence: BackendError if its highest logit is NaN or infinite, UsageError
         if no token is left to choose, or whatever a processor raised.
     """
+    if not isinstance(logits, np.ndarray):
+        return logits.choose(samplers, token_ids)
     errors = dict[int, Exception]()
     adjusted = logits.copy() if any(s.adjusts for s in samplers) else logits
     for row, sampler in enumerate(samplers):

@@ -27,7 +27,7 @@ from ..errors import UsageError
 from .backend import Backend
 from .feeding import feed
 from .prefill import Prefill
-from .sampler import choose_all
+from .sampler import KeptLogits, choose_all
 from .sequence import Sequence, Token
 
 
@@ -225,7 +225,7 @@ class Scheduler:
                 self._prefilling.append(prefill)
             return [] if event.error is None else [event]
         joined, failed = self._join(prefill)
-        return failed + self._settle(accept(joined, np.repeat(logits, len(joined), 0)))
+        return failed + self._settle(accept(joined, logits[[0] * len(joined)]))
 
     def _lose(self, prefill: Prefill, error: Exception) -> Event:
         """The end of the sequence whose prompt was fed; its twins begin again."""
@@ -379,7 +379,7 @@ def _observed(backend: Backend, event: Event) -> Event:
     return event
 
 
-def accept(sequences: Ordered[Sequence], logits: npt.NDArray[np.float32]) -> list[Event]:
+def accept(sequences: Ordered[Sequence], logits: npt.NDArray[np.float32] | KeptLogits) -> list[Event]:
     """Choose the next token of every sequence by its logits [B, V]."""
     choices = choose_all(logits, [s.sampler for s in sequences], [s.token_ids for s in sequences])
     events = []

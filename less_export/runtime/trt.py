@@ -15,10 +15,14 @@ import numpy.typing as npt
 
 from ..contract import Contract
 from ..errors import BackendError, EngineError
+from ..native.sampler import MAX_VOCAB
 from ..tensorrt.engine import profiles
 from ..tensorrt.log import log_of
 from ..tensorrt.trust import PluginFacts
+from . import device_sampler
 from .backend import Array, Backend, State
+from .device_sampler import DeviceSampler
+from .sampler import KeptLogits
 from .trt_device import Device
 from .trt_exchange import Exchange
 from .trt_plan import LoadedPlan, PlanHeader, inspect_plan, load_plan
@@ -71,6 +75,10 @@ class TrtBackend(Backend):
         self._state: DeviceState | None = None
         self._captures = cuda_graphs and self.rows_by_index
         self._graph: Any = None  # of the decode step, for the number of rows that its context has the shapes for
+        #: What chooses tokens on the device, while rows are open, and whether the logits of a step stay there for it.
+        self._sample = device_sampler.open_sampler() if contract.vocab_size <= MAX_VOCAB else None
+        self._sampler: DeviceSampler | None = None
+        self._keeps_logits = False
 
     def _check_aliases(self) -> None:
         """Refuse a plan that says otherwise about memory that outputs share with inputs.
@@ -105,6 +113,8 @@ class TrtBackend(Backend):
                 self._state = IndexedState(self._device, self.contract, batch)
             else:
                 self._state = RangedState(self._device, self.contract, batch, self._in_place)
+            if self._sample is not None:
+                self._sampler = DeviceSampler(self._device, self._sample, self.contract.vocab_size, batch)
             self._device.wait()
         except BackendError as error:
             self.close()
@@ -118,7 +128,27 @@ class TrtBackend(Backend):
 
     def _close(self) -> None:
         self._device.release()
-        self._exchange = self._state = self._graph = None
+        self._exchange = self._state = self._graph = self._sampler = None
+
+    def step_last(
+        self,
+        input_ids: npt.NDArray[np.int64],
+        new_length: npt.NDArray[np.int64],
+        rows: slice | Sequence[int] | None = None,
+    ) -> npt.NDArray[np.float32] | KeptLogits:
+        """See :meth:`Backend.step_last`; they stay on the GPU where tokens can be chosen there."""
+        with self.exclusive():
+            if self._sampler is None or self._exchange is None:
+                return super().step_last(input_ids, new_length, rows)
+            self._keeps_logits = True
+            try:
+                self.step(input_ids, new_length, rows)
+            finally:
+                self._keeps_logits = False
+            width = self.contract.logits_spec().sized(*input_ids.shape)[1]
+            ran = np.ones_like(new_length) if not self.rows_by_index else new_length > 0
+            order = np.maximum(np.cumsum(ran) - 1, 0)  # parked rows are left out: theirs are those of another row
+            return self._sampler.after_step(self._exchange.logits, order * width + self._last(new_length))
 
     def _step(
         self,
@@ -127,12 +157,19 @@ class TrtBackend(Backend):
         new_length: npt.NDArray[np.int32],
         rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
+        if self._sampler is not None:
+            self._sampler.begin_step()
         active = np.flatnonzero(new_length)
         if not self.rows_by_index or len(active) == len(rows):
             return self._run(input_ids, past_length, new_length, rows)
+        ran = np.empty(0, np.float32)
+        if len(active):
+            ran = self._run(input_ids[active], past_length[active], new_length[active], rows[active])
+        if self._keeps_logits:
+            return ran
         logits = np.zeros(self.contract.logits_spec().sized(*input_ids.shape), np.float32)
         if len(active):
-            logits[active] = self._run(input_ids[active], past_length[active], new_length[active], rows[active])
+            logits[active] = ran
         return logits
 
     def _run(
@@ -147,16 +184,13 @@ class TrtBackend(Backend):
         context, exchange, state = self._contexts[profile], self._exchange, self._state
         assert exchange is not None
         assert state is not None
-        logits = np.empty(0, np.float32)
 
         def work() -> None:
-            nonlocal logits
             exchange.upload(batch, chunk)
             copies = state.bind(context, rows)
             if not context.execute_async_v3(int(self._device.stream)):
                 raise BackendError(f"{self._plan.flavour.label} cannot run this step: {self._log.reason()}")
             self._device.copies(copies)
-            logits = exchange.download(batch, chunk)
 
         with self._log.listening():
             exchange.put(input_ids, past_length, new_length, rows)
@@ -166,9 +200,9 @@ class TrtBackend(Backend):
             try:
                 if profile == 0 and self._graph is not None:
                     self._device.launch(self._graph)
-                    logits = exchange.decoded(batch)
                 else:
                     work()
+                logits = np.empty(0, np.float32) if self._keeps_logits else exchange.download(batch, chunk)
                 self._device.wait()
             except BackendError:
                 self._shaped[profile] = None

@@ -34,14 +34,15 @@ class Exchange:
             size += -(-wanted // ALIGNMENT) * ALIGNMENT
         self._host = device.pinned(size)
         self._inputs = device.allocate(size)
-        self._logits = device.allocate(math.prod(self._logits_spec.sized(batch, contract.chunk)) * 4)
+        #: Address of a step's logits on the device.
+        self.logits = device.allocate(math.prod(self._logits_spec.sized(batch, contract.chunk)) * 4)
         self._results = device.pinned(batch * contract.vocab_size * 4).view(np.float32)
 
     def attach(self, context: Any) -> None:
         """Bind everything to an execution context."""
         for name, place in self._places.items():
             context.set_tensor_address(name, self._inputs + place)
-        context.set_tensor_address(LOGITS, self._logits)
+        context.set_tensor_address(LOGITS, self.logits)
 
     def put(
         self,
@@ -73,12 +74,8 @@ class Exchange:
         shape = self._logits_spec.sized(batch, chunk)
         fits = math.prod(shape) <= len(self._results)
         logits = self._reused(shape) if fits else np.empty(shape, np.float32)
-        self._device.download(self._logits, logits)
+        self._device.download(self.logits, logits)
         return logits
-
-    def decoded(self, batch: int) -> npt.NDArray[np.float32]:
-        """Where the logits of a decode step will be."""
-        return self._reused(self._logits_spec.sized(batch, 1))
 
     def kept(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits that the next step does not overwrite."""
