@@ -2,9 +2,10 @@
 
 Sequences of held-out text run through the simulation, one token a step. Every cache takes the bytes of the given budget
 in 16-bit slots, in every evicting layer: LESS has fewer slots than the sparse cache, as its state costs bytes, and its
-kernels must have been trained with that number, which ``--print-slots`` shows. Layers that evict nothing are exact in
-all of them. ``benchmarks/results/kernels.json`` is
-written after every text; texts that are in it already, with the same kernels, are not measured again.
+kernels must have been trained with that number, which ``--print-slots`` shows. The last cache has the slots of LESS and
+no state: what the state does, and what its bytes would do as slots. Layers that evict nothing are exact in all of them.
+``benchmarks/results/kernels.json`` is written after every text; texts that are in it already, with the same kernels,
+are not measured again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from bench_slots import sequences, texts
 
 from less_export.bundle.files import write_atomically
 from less_export.cli.progress import Bars
-from less_export.config import ExportConfig
+from less_export.config import ExportConfig, HalfLife
 from less_export.contract import LayerSpec
 from less_export.evaluation import statistics
 from less_export.hf import calibration, data
@@ -41,11 +42,14 @@ FILE = RESULTS / "kernels.json"
 #: Context that a budget in percent refers to.
 CONTEXT = 1024
 STRIDE, DTYPE = 8, "bfloat16"
-KINDS = ("16-bit", "sparse", "less")
+KINDS = ("16-bit", "sparse", "less", "fewer")
 
 
 def caches(layer: LayerSpec, slots: int) -> dict[str, LayerSpec]:
-    """The caches of a layer that take the bytes of ``slots`` slots in 16 bits; ``layer`` has a state and int8 slots."""
+    """The caches of a layer that take the bytes of ``slots`` slots in 16 bits, and LESS without its state.
+
+    ``layer`` has a state and int8 slots.
+    """
     wide = replace(sparse_layer(layer, slots), slot_dtype="model")
     plain = sparse_layer(layer, slots)
     room = layer_bytes(wide, DTYPE)
@@ -54,7 +58,13 @@ def caches(layer: LayerSpec, slots: int) -> dict[str, LayerSpec]:
         return max(n for n in range(1, 4 * slots) if layer_bytes(spec, DTYPE, n) <= room)
 
     less = replace(sparse_layer(layer, most(layer)), absorb=True, rank=layer.rank, state_bits=layer.state_bits)
-    return dict(zip(KINDS, (wide, sparse_layer(layer, most(plain)), less), strict=True))
+    fewer = sparse_layer(layer, less.capacity)
+    return dict(zip(KINDS, (wide, sparse_layer(layer, most(plain)), less, fewer), strict=True))
+
+
+def half_life_of(kernels: Path) -> HalfLife:
+    """The half-life of scores that kernels of policy h2o were trained with."""
+    return Kernels.load(kernels).provenance["score_half_life"] or "none"
 
 
 def training(kernels: Kernels) -> dict[str, Any]:
@@ -72,7 +82,10 @@ def measure(
     Without kernels, print the slots of the caches.
     """
     source, progress = resolve(name), Bars()
-    config = ExportConfig(policy=args.policy, budget=args.budget, context=CONTEXT, kernels=kernels)
+    half_life = None if kernels is None or args.policy != "h2o" else half_life_of(kernels)
+    config = ExportConfig(
+        policy=args.policy, budget=args.budget, context=CONTEXT, kernels=kernels, score_half_life=half_life
+    )
     opened = open_model(source, config, rank=args.rank if kernels is None else None, equal_budgets=True)
     loaded = opened.kernels
     evicting = [i for i, s in enumerate(opened.plan) if s.policy.evicts]
@@ -84,7 +97,7 @@ def measure(
         layer = replace(opened.plan[i], absorb=True, rank=ranks.get(i, min(ranks.values())))
         own = caches(layer, layer.capacity)
         for kind, plan in plans.items():
-            plan[i] = own["sparse" if i not in ranks and kind == "less" else kind]
+            plan[i] = own["sparse" if i not in ranks and kind in ("less", "fewer") else kind]
     counts = {kind: [plan[i].capacity for i in evicting] for kind, plan in plans.items()}
     if kernels is None:
         print(f"train with --budget {counts['less'][0]}; the caches have {counts} slots")
@@ -117,6 +130,7 @@ def measure(
                     found[kind].append([round(x, 5) for x in kl.tolist()])
         rows[key] = {
             "model": name, "policy": key[1], "text": text, "length": length, "kernels": digest,
+            "half_life": opened.plan[evicting[0]].score_half_life,
             "rank": max(ranks.values()), "trained": training(loaded), "slots": counts, "kl": found,
         }  # fmt: skip
         facts = {"machine": machine(), "stride": STRIDE, "rows": list(rows.values())}

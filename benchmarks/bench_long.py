@@ -44,8 +44,8 @@ STREAMS = {
 _TURN = 3000
 #: Caches: policy and half-life. The full cache goes no further than the model was trained for.
 CACHES: tuple[tuple[str, HalfLife], ...] = (
-    ("full", "none"), ("h2o", "none"), ("h2o", 256), ("h2o", 512), ("h2o", 1024), ("h2o", 4096), ("tova", "none"),
-    ("sink", "none"),
+    ("full", "none"), ("h2o", "none"), ("h2o", 128), ("h2o", 256), ("h2o", 512), ("h2o", 1024), ("h2o", 4096),
+    ("tova", "none"), ("sink", "none"),
 )  # fmt: skip
 
 

@@ -48,10 +48,15 @@ def texts(extra: list[str]) -> Iterator[tuple[str, str]]:
     """Held-out texts of the package, and the last fifth of the files given as NAME=FILE."""
     for file in sorted(SHIPPED.iterdir(), key=lambda f: f.name):
         yield file.name.removesuffix(".txt"), file.read_text(encoding="utf-8")
-    for item in extra:
+    yield from fifths(extra, 4)
+
+
+def fifths(named: list[str], number: int) -> Iterator[tuple[str, str]]:
+    """A fifth of each file that is given as NAME=FILE; the first has number 0."""
+    for item in named:
         name, _, path = item.partition("=")
         text = Path(path).read_text(encoding="utf-8")
-        yield name, text[len(text) * 4 // 5 :]
+        yield name, text[len(text) * number // 5 : len(text) * (number + 1) // 5]
 
 
 def sequences(text: str, encode: data.Encode, bos: int | None, most: int = SEQUENCES, length: int = LENGTH) -> Tensor:

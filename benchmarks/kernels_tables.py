@@ -1,4 +1,5 @@
-"""The tables of ``results/kernels.json`` and ``results/tasks.json``: what kernels add to int8 slots at equal bytes."""
+"""The tables of ``results/kernels.json``, ``tasks.json`` and ``half_life.json``: kernels, and slots alone, at equal
+bytes."""
 
 from __future__ import annotations
 
@@ -7,13 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from less_export.config import DEFAULT_HALF_LIFE
 from less_export.evaluation import statistics
 
 CACHES = {"16-bit": "16-bit slots", "sparse": "int8 slots", "less": "LESS"}
+#: A cache that earlier rows lack.
+FEWER = "LESS without its state"
 
 
-def kernels_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """KL from the full cache by model, kernels and text, and what LESS changes on the same sequences."""
+def kernels_kl(data: dict[str, Any], half_life: int | None) -> tuple[list[str], list[list[str]]]:
+    """KL from the full cache by model, kernels and text, and what LESS changes on the same sequences.
+
+    Rows whose scores have this half-life; None: of policies without scores.
+    """
     header = [
         "model",
         "policy",
@@ -23,11 +30,14 @@ def kernels_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         "sequences",
         "tokens",
         *CACHES.values(),
+        FEWER,
         "LESS to int8 slots",
         "of 16-bit's KL",
     ]
     rows = []
     for row in data["rows"]:
+        if row["half_life"] != half_life:
+            continue
         kl = {name: np.array(row["kl"][name]).mean(1) for name in CACHES}
         cells = [f"{x.mean():.4f} ({_slots(row['slots'][name])})" for name, x in kl.items()]
         base = kl["sparse"].mean()
@@ -44,10 +54,28 @@ def kernels_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             str(len(kl["less"])),
             f"{row['length']:,}",
         ]
-        rows.append([*what, *cells, shown, left])
+        fewer = f"{np.mean(row['kl']['fewer']):.4f}" if "fewer" in row["kl"] else ""
+        rows.append([*what, *cells, fewer, shown, left])
     return header, rows
 
 
+def half_lives(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """KL from the full cache by model, text and half-life, and what the default changes to an earlier one."""
+    columns = list(data["rows"][0]["kl"])
+    header = ["model", "slots", "text", "sequences", *("none" if c == "None" else c for c in columns)]
+    rows = []
+    for row in data["rows"]:
+        kl = {name: np.array(x) for name, x in row["kl"].items()}
+        before = kl[EARLIER_HALF_LIFE]
+        change = statistics.mean((kl[str(DEFAULT_HALF_LIFE)] - before) / before.mean())
+        shown = f"{change.value:+.0%} [{change.low:+.0%}, {change.high:+.0%}]"
+        what = [row["model"], str(row["slots"]), row["text"], str(len(before))]
+        rows.append([*what, *(f"{kl[c].mean():.4f}" for c in columns), shown])
+    return [*header, f"{DEFAULT_HALF_LIFE} to {EARLIER_HALF_LIFE}"], rows
+
+
+#: The default half-life of the second edition.
+EARLIER_HALF_LIFE = "512"
 #: Caches of the tasks.
 TASK_CACHES = {"full": "full cache", "sparse": "int8 slots", "less": "LESS"}
 _SUMMARIES = "summarize"
@@ -117,6 +145,7 @@ def headline(data: dict[str, Any]) -> list[tuple[str, float, float]]:
     for row in data["rows"]:
         if (
             row["policy"] == "h2o"
+            and row["half_life"] == DEFAULT_HALF_LIFE
             and row["length"] == HEADLINE_LENGTH
             and row["text"] in HEADLINE_TEXTS
             and row["rank"] == HEADLINE_RANK

@@ -52,27 +52,27 @@ def _streams(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [e for e in data["streams"] if e["rotations"] == 1]
 
 
-#: The cache of an export's defaults.
-DEFAULT = "h2o, half-life 512, clamped, int8"
+#: The cache that others are compared with: the defaults of an export but for the half-life, which is shorter since.
+BASIS = "h2o, half-life 512, clamped, int8"
 
 
 def beyond(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Mean loss of every model and cache by position, and its difference to the default cache in the last window."""
+    """Mean loss of every model and cache by position, and its difference to one of them in the last window."""
     rows, chunk, entries = [], data["chunk"], _streams(data)
     longest = max(e["length"] for e in entries)
     spans = [(a, b) for a, b in pairwise(BEYOND) if b <= longest]
     begin, end = (x // chunk for x in spans[-1])
     for entry in entries:
-        default = next(np.array(r["nll"]) for r in entry["rows"] if r["cache"] == DEFAULT)
+        default = next(np.array(r["nll"]) for r in entry["rows"] if r["cache"] == BASIS)
         for row in entry["rows"]:
             cells = [f"{_mean(row, a, b, chunk):.3f}" if b <= row["length"] else "" for a, b in spans]
             change = ""
-            if row["length"] == longest and row["cache"] != DEFAULT:
+            if row["length"] == longest and row["cache"] != BASIS:
                 x = statistics.mean((np.array(row["nll"]) - default)[:, begin:end].ravel())
                 change = f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
             rows.append([entry["model"], row["cache"], *cells, change])
     names = [f"{a:,} to {b:,}" for a, b in spans]
-    return ["model", "cache", *names, f"difference to the default, {names[-1]}"], rows
+    return ["model", "cache", *names, f"difference to {BASIS}, {names[-1]}"], rows
 
 
 def held(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

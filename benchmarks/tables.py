@@ -232,11 +232,18 @@ def int4() -> str:
     return table(*slots_tables.int4(data)) + f"\n\n({note}; {where(data)})"
 
 
-def kernels_kl() -> str:
+def kernels_kl(half_life: int | None) -> str:
     """What kernels add to int8 slots."""
     data = results("kernels")
     note = f"one token a step, every {data['stride']}th position past the slots"
-    return table(*kernels_tables.kernels_kl(data)) + f"\n\n({note}; {where(data)})"
+    return table(*kernels_tables.kernels_kl(data, half_life)) + f"\n\n({note}; {where(data)})"
+
+
+def half_lives() -> str:
+    """How the half-life of scores changes int8 slots."""
+    data = results("half_life")
+    note = f"contexts of {data['length']:,} tokens, one token a step, without kernels; change with 95% interval"
+    return table(*kernels_tables.half_lives(data)) + f"\n\n({note}; {where(data)})"
 
 
 def tasks() -> str:
@@ -289,7 +296,10 @@ def rendered(text: str) -> str:
     makers |= {"large": large, "long": long}
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
     makers |= {name: lambda maker=maker: table(*maker()) for name, maker in plan_tables.PARTS.items()}
-    makers |= {"kernels_kl": kernels_kl, "tasks": tasks, "summaries": summaries, "state_kl": state_kl, "recall": recall}
+    makers |= {
+        f"kernels_kl_{n}": functools.partial(kernels_kl, h) for n, h in (("128", 128), ("512", 512), ("sink", None))
+    }
+    makers |= {"half_lives": half_lives, "tasks": tasks, "summaries": summaries, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     for parts in (serving_tables.PARTS, decoding_tables.PARTS, memory_tables.PARTS):

@@ -31,7 +31,7 @@ DEFAULT_CHUNK = 256
 #: A half-life in tokens, or that scores never fade.
 HalfLife = int | Literal["none"]
 #: Measured: docs/results/long.md.
-DEFAULT_HALF_LIFE: HalfLife = 512
+DEFAULT_HALF_LIFE: HalfLife = 128
 #: Longest half-life; beyond it a float32 score does not fade from one token to the next.
 MAX_HALF_LIFE = 1 << 20
 #: The largest distance in tokens that a slot is seen at, or that positions are absolute.
@@ -60,7 +60,7 @@ class ExportConfig:
         policy: which tokens keep a slot: ``"h2o"``, ``"tova"``, ``"sink"`` or ``"full"``.
         budget: slots per layer and KV head, in tokens (``"256"``) or as a share of ``context`` (``"5%"``).
         layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
-        score_half_life: tokens after which a score of policy h2o counts half (default 512), or ``"none"``: scores
+        score_half_life: tokens after which a score of policy h2o counts half (default 128), or ``"none"``: scores
             never fade, as in the H2O paper.
         slots: what slots hold keys and values in: ``"int8"`` (the default), or the compute dtype (``"model"``, the
             default of policy ``full``).
