@@ -68,12 +68,29 @@ def prefill(data: dict[str, Any]) -> Table:
     return header, rows or [["h2o, sink", "1, 8", "256, 1024", "256", *[MISSING] * 2]]
 
 
+def sampling(data: dict[str, Any]) -> Table:
+    """Choosing tokens: the kernel, and what it saves, the download of all logits and the sampler of the host."""
+    header = ["batch", "vocabulary", "options", "kernel, us", "download, us", "host sampler, us"]
+    rows = [
+        [
+            str(r["batch"]),
+            f"{r['vocab']:,}",
+            r["options"],
+            *(f"{r[n]:,.1f}" for n in ("kernel_us", "download_us", "host_us")),
+        ]
+        for r in data.get("sampling", [])
+    ]
+    missing = ["1, 16, 64", "32,000, 128,256", "greedy, temperature, top_p, top_k and top_p", *[MISSING] * 3]
+    return header, rows or [missing]
+
+
 def checks(data: dict[str, Any]) -> Table:
     """Results of the checks on the GPU."""
     rows = []
     counted = {"primitives": "tensor-core primitives", "parity": "parity through the plugin's interface"}
     counted |= {
         "rows": "rows at B = 1, 7, 64, bit for bit",
+        "picks": "tokens chosen on the device and by the host",
         "stress": "2 to 32 splits, two streams, 25,000 launches each",
     }
     for name, label in counted.items():
@@ -137,4 +154,4 @@ def kernels(data: dict[str, Any]) -> Table:
     ]
 
 
-PARTS = {"decode": decode, "peers": peers, "prefill": prefill, "checks": checks}
+PARTS = {"decode": decode, "peers": peers, "prefill": prefill, "sampling": sampling, "checks": checks}

@@ -21,6 +21,7 @@ from typing import Any
 
 import gpu_bench
 import gpu_kernels
+import gpu_sample
 import gpu_stress
 import torch
 from bench_common import RESULTS
@@ -203,9 +204,11 @@ def main() -> int:
     if args.only != "time":
         parts |= {"primitives": lambda: primitives(lib, device), "parity": lambda: parity(device, args.dry_run)}
         parts |= {"rows": lambda: gpu_stress.rows(device, args.dry_run)}
+        parts |= {"picks": lambda: gpu_sample.check(device, args.dry_run)}
         parts |= {"stress": lambda: gpu_stress.stress(device, args.dry_run)}
     if args.only != "check":
         parts |= {n: lambda f=f: f(device, args.dry_run) for n, f in gpu_bench.BENCHMARKS.items()}
+        parts |= {"sampling": lambda: gpu_sample.timing(device, args.dry_run)}
     if args.only != "time" and library is not None:
         parts |= {"sanitizers": lambda: sanitize(library)}
     if args.only != "time":

@@ -32,12 +32,14 @@ def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
         "primitives",
         "parity",
         "rows",
+        "picks",
         "stress",
         "bandwidth",
         "decode",
         "eager",
         "full_cache",
         "prefill",
+        "sampling",
         "engine",
     ):
         assert f"\n{part}: " in f"\n{done.stdout}"
@@ -65,6 +67,12 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
             }
             for bits in (32, 16)
         ],
+        "sampling": [
+            {
+                **{"batch": 16, "vocab": 32000, "options": "greedy"},
+                **{"kernel_us": 10.0, "download_us": 100.0, "host_us": 1000.0},
+            }
+        ],
         "primitives": {"cases": 16, "failed": []},
         "parity": {"cases": 90, "failed": ["one"], "largest_error_of_allowed": 1.2},
         "sanitizers": {"memcheck": "0 errors", "failed": []},
@@ -76,6 +84,7 @@ def test_tables_of_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
             assert {len(row) for row in rows} == {len(header)}
     assert gpu_tables.decode(data)[1][0][-1] == "90%"
     assert [row[3] for row in gpu_tables.prefill(data)[1]] == ["256 int8", "256 int8 state 16"]
+    assert gpu_tables.sampling(data)[1] == [["16", "32,000", "greedy", "10.0", "100.0", "1,000.0"]]
     assert gpu_tables.peers(data)[1][1][-1] == "5.0x"
     assert ["parity through the plugin's interface", "89 of 90"] in gpu_tables.checks(data)[1]
     assert "a GPU" in gpu_tables.note(data)
