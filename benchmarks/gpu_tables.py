@@ -140,15 +140,23 @@ def model(data: dict[str, Any], measured: dict[str, Any]) -> Table:
 
 
 def kernels(data: dict[str, Any]) -> Table:
-    """What the compiler made of the decode kernels of that model."""
-    header = ["query heads per KV head", "registers", "bytes spilled", "blocks per SM", "instructions per 8 slots"]
-    occupancy = {r["query_heads"] // r["kv_heads"]: r["occupancy"] for r in data["decode"]}
-    warps = data["chip"]["warps"]
+    """What the compiler made of the decode kernels, for every architecture."""
+    header = [
+        *("GPU", "slots", "query heads per KV head", "registers", "bytes spilled", "KB shared", "blocks per SM"),
+        *("occupancy", "instructions per 8 slots", "more per 64 slots"),
+    ]
+    heads = {8: "1 to 8", 16: "9 to 16"}
     return header, [
         [
-            *(str(k[n]) for n in ("group", "registers", "spill_bytes")),
-            f"{occupancy[k['group']] * warps / 4:.0f}",
+            f"sm_{k['architecture']}",
+            k["slots"],
+            heads[k["heads"]],
+            *(str(k[n]) for n in ("registers", "spill_bytes")),
+            f"{(2 * k['stage_bytes'] + k['scratch_bytes']) / 1024:.1f}",
+            str(k["blocks"]),
+            f"{k['occupancy']:.0%}",
             f"{k['instructions_per_8_slots']:,.0f}",
+            f"{k['split_instructions']:,}",
         ]
         for k in data["kernels"]
     ]

@@ -1,14 +1,15 @@
 """What a decode step should reach on an H100, computed from the compiled kernel; no GPU is needed.
 
-``scripts/gpu_model.py`` compiles the decode kernels of 12 shapes for sm_90, counts the instructions of their inner
-loop in the SASS, takes registers, spills and shared memory from ``ptxas -v``, and writes ``gpu_model.json``.
+``scripts/gpu_model.py`` compiles the decode kernels of float16 and int8 slots for several architectures, counts the
+instructions of their loops in the SASS, takes registers and spills from ``ptxas -v`` and shared memory from the sizes
+of its parts, and writes ``gpu_model.json``: what the compiler made of the kernels, and 12 steps on an H100.
 It needs nvcc and nvdisasm (of the CUDA toolkit, or of PyPI's ``nvidia-cuda-nvdisasm``).
 
 The model, for one layer alone, with slots that are not in the cache:
 
 - waves: blocks per SM follow from registers, shared memory and warps; the busiest SM has the last wave's share;
-- memory: the bytes of the step once, at the bandwidth of a copy, or at what the loads in flight allow (Little's law);
-- issue: the instructions of the inner loop of all warps of the busiest SM, one per cycle and scheduler;
+- memory: the bytes of the step once, at the bandwidth of a copy, or at what the copies in flight allow (Little's law);
+- issue: the instructions of the loops of all warps of the busiest SM, one per cycle and scheduler;
 - merge: dependent round trips to memory of the block that finishes last, which nothing overlaps in the last wave.
 
 A step takes the longer of memory and issue, and the launch and the merge. The constants are in :class:`Chip`.
@@ -41,6 +42,33 @@ DTYPE, HEAD_DIM, RANK = "float16", 128, 16
 #: KV heads and query heads of each.
 HEADS = ((8, 4), (32, 1))
 SHAPES = [*itertools.product((1, 16, 64), (256, 1024), HEADS)]
+#: Types of slots, as in the kernels' names, and query heads that a kernel processes at a time.
+SLOTS = {"float16": "__half", "int8": "int8_t"}
+TILES = (8, 16)
+#: Slots of a tile, of which each of four warps has a quarter, and ranks of the ring.
+SLOT_TILE, WARPS, STAGES = 32, 4, (2, 4)
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of an SM: warps, and bytes of shared memory (CUDA C++ Programming Guide, compute capabilities)."""
+
+    warps: int
+    shared_bytes: int
+    registers: int = 65536
+
+    def blocks(self, registers: int, shared: int) -> int:
+        """Blocks of 128 threads that fit, with so many registers a thread and bytes a block."""
+        by_registers = self.registers // (-(-registers // 8) * 8 * 32 * WARPS)
+        return min(by_registers, self.shared_bytes // (shared + 1024), self.warps // WARPS)
+
+
+ARCHITECTURES = {
+    "86": Multiprocessor(48, 100 * 1024),
+    "89": Multiprocessor(48, 100 * 1024),
+    "90": Multiprocessor(64, 228 * 1024),
+    "120": Multiprocessor(48, 100 * 1024),
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +76,10 @@ class Chip:
     """An H100 SXM as NVIDIA describes it, and what is assumed of it."""
 
     name: str = "H100 SXM"
+    architecture: str = "90"
     sms: int = 132
     clock_ghz: float = 1.755
     schedulers: int = 4
-    registers: int = 65536
-    shared_bytes: int = 228 * 1024
-    warps: int = 64
     dram_gb_per_s: float = 3350.0
     copy_share: float = 0.9  # of that, what a copy reaches
     latency_ns: float = 650.0  # of a load from DRAM
@@ -62,19 +88,28 @@ class Chip:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the compiler made of a kernel: per thread, per block, and of the inner loop."""
+    """What the compiler made of a kernel: per thread, per block, and of its loops."""
 
+    architecture: str
+    slots: str
+    heads: int  # that it processes at a time
     registers: int
     spill_bytes: int
-    shared_bytes: int
-    loop_instructions: int
-    loop_local: int  # accesses to spilled registers among them
-    slots_per_loop: int  # that a warp processes in one pass
+    stage_bytes: int  # of shared memory, of a stage of the ring: the keys or the values of a tile
+    scratch_bytes: int  # of the rest, but for what the number of heads, splits and features determines
+    tile_instructions: int  # of the loop over tiles of slots, of a warp
+    tile_local: int  # accesses to spilled registers among them
+    split_instructions: int  # more of the loop around it, once a split
     instructions: int
 
     @property
     def per_8_slots(self) -> float:
-        return 8 * self.loop_instructions / self.slots_per_loop
+        """A warp has eight slots of a tile."""
+        return 8 * self.tile_instructions / (SLOT_TILE / WARPS)
+
+    def shared(self, stages: int, logits: int = 0) -> int:
+        """Bytes of a block, with so many logits in shared memory."""
+        return stages * self.stage_bytes + self.scratch_bytes + 4 * logits
 
 
 def nvdisasm() -> Path:
@@ -88,85 +123,112 @@ def nvdisasm() -> Path:
     return Path(found)
 
 
-def compiled(group: int, folder: Path) -> Kernel:
-    """The decode kernel of a group of query heads, for sm_90."""
-    tile = group if group <= 2 else 4 if group <= 4 else 8
-    source = folder / f"group{group}.cu"
-    source.write_text(
-        '#include "decode.cuh"\nnamespace less {\n'
-        f"template __global__ void decodeKernel<__half, {HEAD_DIM // 8}, {tile}, false>(DecodeParams const);\n"
-        f"__device__ char fixed[sizeof(typename DecodeBlock<__half, {HEAD_DIM // 8}, {tile}>::Shared)];\n}}\n"
-    )
+def compiled(architecture: str, folder: Path) -> Iterator[Kernel]:
+    """The decode kernels of an architecture."""
+    source = folder / f"decode{architecture}.cu"
+    made = [*itertools.product(SLOTS, TILES)]
+    text = '#include "decode.cuh"\nnamespace less {\n'
+    for i, (slots, heads) in enumerate(made):
+        name = f"{SLOTS[slots]}, {HEAD_DIM}, {heads}"
+        text += f"template __global__ void decodeTilesKernel<{name}, false>(DecodeParams const);\n"
+        text += f"__device__ char stage{i}[sizeof(SlotStage<{SLOTS[slots]}, {HEAD_DIM}>)];\n"
+        text += f"__device__ char scratch{i}[sizeof(TileBlock<{name}, false>::Shared) + "
+        text += f"TileBlock<{name}, false>::Shared::kScratch];\n"
+    source.write_text(text + "}\n")
     tools, cubin = plugin.toolchain(), source.with_suffix(".cubin")
     command = [tools.nvcc, "-ccbin", tools.host, "-std=c++17", "-O3", "-w", "-Xptxas", "-v", "-cubin"]
-    command += ["-gencode=arch=compute_90,code=sm_90", f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
+    command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    command += [f"-I{PLUGIN / 'include'}", f"-I{PLUGIN / 'src'}"]
     said = subprocess.run([*command, source, "-o", cubin], check=True, capture_output=True, text=True).stderr
     sass = subprocess.check_output([nvdisasm(), "-c", cubin], text=True)
-    numbers = [re.search(p, said) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes gmem")]
-    registers, spill, fixed = (int(m[1]) for m in numbers if m)
-    body, local, rows, total = inner_loop(sass)
-    return Kernel(registers, spill, fixed, body, local, rows * 2, total)  # 32 / 16 lanes have a row each
+    code = {x.split(",")[0].split()[0]: x for x in re.split(r"\.section\s+\.text\.", sass)[1:]}
+    symbols = subprocess.check_output(["readelf", "-sW", cubin], text=True)
+    sizes = {m[2]: int(m[1]) for m in re.finditer(r"(\d+) OBJECT .*?((?:stage|scratch)\d)E\n", symbols)}
+    for i, (slots, heads) in enumerate(made):
+        mangled = f"decodeTilesKernelI{'6__half' if slots == 'float16' else 'a'}Li{HEAD_DIM}ELi{heads}E"
+        about = said[said.index(mangled) :]
+        numbers = [re.search(p, about) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
+        registers, spill = (int(m[1]) for m in numbers if m)
+        tile, local, split, total = loops(next(x for n, x in code.items() if mangled in n))
+        sized = (sizes[f"stage{i}"], sizes[f"scratch{i}"])
+        yield Kernel(architecture, slots, heads, registers, spill, *sized, tile, local, split, total)
 
 
-def inner_loop(sass: str) -> tuple[int, int, int, int]:
-    """Instructions of the loop over slots, those that access spilled registers, slots a lane loads, and all of them."""
+def loops(sass: str) -> tuple[int, int, int, int]:
+    """Instructions of the loop over tiles, accesses to spilled registers in it, more once a split, and all of them.
+
+    The loop over tiles is the shortest that multiplies on tensor cores; the next one around it goes over splits.
+    """
     code, labels = list[str](), dict[str, int]()
     for line in sass.splitlines():
         if label := re.match(r"(\.L_x_\d+):", line):
             labels[label[1]] = len(code)
         elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
             code.append(instruction[1])
-    loops = []
+    found = list[tuple[int, int]]()
     for end, instruction in enumerate(code):
         jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
         if jump and labels.get(jump[1], end + 1) <= end:
-            body = code[labels[jump[1]] : end + 1]
-            wide = sum("LDG" in x and ".128" in x for x in body)
-            if wide and any("SHFL.BFLY" in x for x in body):
-                loops.append((len(body), sum("LDL" in x or "STL" in x for x in body), wide // 2))
-    return (*min(loops), len(code))
+            found.append((labels[jump[1]], end + 1))
+    products = [x for x in found if any("HMMA" in y for y in code[slice(*x)])]
+    first, last = min(products, key=lambda x: x[1] - x[0])
+    around = [b - a for a, b in products if a <= first and b >= last and b - a > last - first]
+    local = sum("LDL" in x or "STL" in x for x in code[first:last])
+    return last - first, local, min(around) - (last - first), len(code)
 
 
 def predicted(chip: Chip, kernel: Kernel, layer: LayerSpec, batch: int) -> dict[str, Any]:
     """Microseconds and share of a copy's bandwidth of one decode step."""
-    splits = -(-layer.capacity // max(64, -(-layer.capacity // 32)))  # as in less_attention_decode.cu
+    splits = -(-layer.capacity // max(64, -(-layer.capacity // 1024) * 32))  # as in less_attention_decode.cu
     heads = batch * layer.kv_heads
     per_block = -(-splits // max(1, 512 // heads))
     blocks = heads * -(-splits // per_block)
-    logits = layer.group * layer.capacity if blocks == heads else 0
-    tail = layer.group * (5 + splits + layer.rank + logits // max(1, layer.group)) + layer.rank
-    shared = kernel.shared_bytes + 4 * tail
-    registers = -(-kernel.registers // 8) * 8 * 128
-    resident = min(chip.registers // registers, chip.shared_bytes // (shared + 1024), chip.warps // 4)
+    stages = STAGES[blocks < 512]
+    logits = layer.group * layer.capacity if blocks == heads and layer.group * layer.capacity <= 4096 else 0
+    sm = ARCHITECTURES[chip.architecture]
+    resident = sm.blocks(kernel.registers, kernel.shared(stages, logits))
     waves = -(-blocks // (chip.sms * resident))
     busiest = -(-blocks // chip.sms)  # blocks of the busiest SM
-    loops = -(-layer.capacity // splits) / 4 / kernel.slots_per_loop * per_block * -(-layer.group // 8)  # of a warp
-    cycles = busiest * 4 * loops * kernel.loop_instructions / chip.schedulers
-    issue = cycles / chip.clock_ghz / 1e3
+    tiles = -(-layer.capacity // splits) / SLOT_TILE
+    instructions = per_block * (tiles * kernel.tile_instructions + kernel.split_instructions)  # of a warp
+    issue = busiest * WARPS * instructions / chip.schedulers / chip.clock_ghz / 1e3
     moved = decode_bytes(layer, DTYPE, batch)
     copy = chip.dram_gb_per_s * chip.copy_share
-    flying = min(busiest, resident) * min(blocks, chip.sms) * 128 * 16 * kernel.slots_per_loop  # bytes in flight
-    bandwidth = min(copy, flying / chip.latency_ns)
+    ahead = (stages - 1) * kernel.stage_bytes  # bytes in flight of a block
+    bandwidth = min(copy, min(busiest, resident) * min(blocks, chip.sms) * ahead / chip.latency_ns)
     balance = busiest * min(blocks, chip.sms) / blocks
     memory = moved / bandwidth / 1e3 * balance
-    trips = 7 + -(-layer.rank // 8) + -(-layer.capacity // 128)
+    # Loads that wait for one another: what begins and ends the step; features and splits, four at a time; of two slots
+    # a thread, positions and the logits of two heads at a time.
+    trips = 8 + -(-layer.rank // 4) + -(-splits // 4) + -(-layer.capacity // 256) * (1 + -(-layer.group // 2))
     merge = trips * chip.latency_ns / 1e3
     micros = chip.launch_us + max(memory, issue) + merge
     share = moved / micros / 1e3 / copy
     parts = {"issue": issue, "memory": memory, "launch and merge": chip.launch_us + merge}
     return {
         "batch": batch, "slots": layer.capacity, "kv_heads": layer.kv_heads, "query_heads": layer.query_heads,
-        "splits": splits, "blocks": blocks, "waves": waves, "occupancy": round(resident * 4 / chip.warps, 3),
+        "splits": splits, "blocks": blocks, "stages": stages, "waves": waves,
+        "occupancy": round(resident * WARPS / sm.warps, 3),
         **{f"{n.replace(' ', '_')}_us": round(x, 2) for n, x in parts.items()},
         "us": round(micros, 2), "bytes": moved, "of_a_copy": round(share, 3),
         "limit": max(parts, key=parts.__getitem__), "measured": "not yet",
     }  # fmt: skip
 
 
-def rows(chip: Chip, kernels: dict[int, Kernel]) -> Iterator[dict[str, Any]]:
+def row_of(kernel: Kernel) -> dict[str, Any]:
+    """What the compiler made of a kernel, and what that means for an SM when there are many blocks."""
+    sm = ARCHITECTURES[kernel.architecture]
+    blocks = sm.blocks(kernel.registers, kernel.shared(STAGES[0]))
+    return {
+        **asdict(kernel), "instructions_per_8_slots": kernel.per_8_slots,
+        "blocks": blocks, "occupancy": round(blocks * WARPS / sm.warps, 3),
+    }  # fmt: skip
+
+
+def rows(chip: Chip, kernel: Kernel) -> Iterator[dict[str, Any]]:
     for batch, slots, (kv_heads, group) in SHAPES:
         layer = kernel_layer("h2o", slots, HEAD_DIM, group, RANK, kv_heads)
-        yield predicted(chip, kernels[group], layer, batch)
+        yield predicted(chip, kernel, layer, batch)
 
 
 def main() -> int:
@@ -175,14 +237,13 @@ def main() -> int:
     args = parser.parse_args()
     chip = Chip()
     with tempfile.TemporaryDirectory() as folder:
-        kernels = {group: compiled(group, Path(folder)) for _, group in HEADS}
+        kernels = [k for architecture in ARCHITECTURES for k in compiled(architecture, Path(folder))]
+    used = next(k for k in kernels if (k.architecture, k.slots, k.heads) == (chip.architecture, DTYPE, TILES[0]))
     data = {
         "chip": asdict(chip),
         "cuda": plugin.toolchain().cuda,
-        "kernels": [
-            {"group": g, **asdict(k), "instructions_per_8_slots": k.per_8_slots} for g, k in sorted(kernels.items())
-        ],
-        "decode": [*rows(chip, kernels)],
+        "kernels": [row_of(k) for k in kernels],
+        "decode": [*rows(chip, used)],
     }
     (args.out / "gpu_model.json").write_text(json.dumps(data, indent=1) + "\n")
     for row in data["decode"]:

@@ -63,17 +63,17 @@ def row_faults() -> dict[str, Fault]:
 
 FAULTS = {
     "decode: maximum not rescaled": Fault("decode_tiles.cuh", "mass[octet] *= shrink;", ";"),
-    "decode: accumulator not rescaled": Fault("decode_tiles.cuh", "*= shrink * rescale;", "*= rescale;"),
+    "decode: accumulator not rescaled": Fault("decode_tiles.cuh", "sums[octet][n][e] *= shrink;", ";"),
     "decode: maximum of two lanes": Fault(
         "decode_tiles.cuh",
-        "top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));\n        float const shrink",
-        "float const shrink",
+        "top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));",
+        ";",
     ),
     "decode: a split goes on into the next": Fault(
         "decode_tiles.cuh", "clear();\n                for", "if (tile == 0) clear();\n                for"
     ),
     "decode: slots beyond the last are seen": Fault(
-        "decode_tiles.cuh", "{row < end - base, row + 1 <", "{true, row + 1 <"
+        "decode_tiles.cuh", "{row < copies.end - base, row + 1 <", "{true, row + 1 <"
     ),
     "decode: parts of queries that do not exist": Fault(
         "decode_tiles.cuh", "scratch.none[x] = fromFloat<Key>(0.f);", "scratch.none[x] = fromFloat<Key>(1.f);"
@@ -99,7 +99,7 @@ FAULTS = {
         "decode.cuh", "if (block.p.t.newLength[blockIdx.z] > 0)", "if (block.p.t.newLength[blockIdx.z] >= 0)"
     ),
     "decode: values of empty slots not dropped": Fault(
-        "decode_tiles.cuh", "if (keys.position(firstRow() + rows) < 0)", "if (false)"
+        "decode_slots.cuh", "if (keys.position(firstRow() + rows) < 0)", "if (false)"
     ),
     "rules: causal bound one too far": Fault("rules.cuh", "&& position <= now;", "&& position <= now + 1;"),
     "rules: causal bound one too near": Fault("rules.cuh", "&& position <= now;", "&& position < now;"),
@@ -151,7 +151,7 @@ FAULTS = {
     "prefill: scores of the chunk do not fade": Fault("score.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
     "prefill: scores of the chunk fade a token too long": Fault("score.cuh", "count - 1 - query", "count - query"),
     "decode: scores do not fade": Fault(
-        "decode_settle.cuh", "slotScores[slot[u]] * rules.decay", "slotScores[slot[u]]"
+        "decode_settle.cuh", "slotScores[first + u * kThreads] * rules.decay", "slotScores[first + u * kThreads]"
     ),
     "prefill: psi stays behind": Fault("settle.cuh", "target[to * R + r] = source[from * R + r];", ";"),
 }
@@ -212,9 +212,7 @@ INT8_FAULTS = {
     "keys that are scored without std": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored + mean[d]"),
     "keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
     "keys that are scored of one part": Fault("score.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
-    "decode: keys without their scale": Fault(
-        "decode_tiles.cuh", "scratch.units[h] * stage.scale(row + e)", "scratch.units[h]"
-    ),
+    "decode: keys without their scale": Fault("decode_tiles.cuh", "scratch.units[h] * scales[e]", "scratch.units[h]"),
     "decode: keys without std": Fault(
         "decode_tiles.cuh", "*= centring.std[column + e] * scratch.factors[h]", "*= scratch.factors[h]"
     ),
@@ -222,18 +220,15 @@ INT8_FAULTS = {
     "decode: queries in one part": Fault(
         "decode_tiles.cuh", "kCoded<S> ? s[octet][e] + s[octet][2 + e]", "kCoded<S> ? s[octet][e]"
     ),
-    "decode: values without their scale": Fault("decode_tiles.cuh", "return scale[i] * inverse;", "return inverse;"),
-    "decode: sums not rescaled to the largest scale": Fault("decode_tiles.cuh", "*= shrink * rescale;", "*= shrink;"),
-    "decode: largest scale of one lane": Fault(
-        "decode_tiles.cuh", "largest = top;", "largest = fmaxf(largest, scale[0]);"
+    "decode: values without their scale": Fault("decode_tiles.cuh", "weight[i] *= scale[i];", ";"),
+    "decode: sums not rescaled to the largest scale": Fault(
+        "decode_tiles.cuh", "top) * kLog2E) * rescale;", "top) * kLog2E);"
     ),
     "decode: adjacent codes of values swapped": Fault(
         "decode_tiles.cuh", "4 * t + 2 * e : 2 * t", "4 * t + 2 * (1 - e) : 2 * t"
     ),
     "prefill: values without their scale": Fault("slots.cuh", "element[i] *= piece.scale;", ";"),
-    "decode: scales of empty slots are read": Fault(
-        "decode_tiles.cuh", "seen[0] ? stage.valueScale(row) : 0.f", "stage.valueScale(row)"
-    ),
+    "decode: scales of empty slots are read": Fault("decode_tiles.cuh", "seen[0] ? scales.x : 0.f", "scales.x"),
     "prefill: empty slots are read": Fault("slots.cuh", "&& positions[slot] >= 0", "&& positions[slot] >= -1"),
     "a leaver's scale forgotten": Fault("slots.cuh", "kCoded<S> ? element * scales[slot] : element", "element"),
     "prefill: a leaver's scale forgotten": Fault("settle.cuh", "out[i] *= value.scale;", ";"),

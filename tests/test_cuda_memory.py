@@ -80,7 +80,7 @@ def test_the_sanitizers_would_say(replay: Path, tmp_path: Path, monkeypatch: pyt
     source = "less_attention_decode.cu"
     shutil.copytree(PLUGIN / "src", tmp_path / "src", ignore=lambda _, names: {n for n in names if n.endswith(".cu")})
     shutil.copy(PLUGIN / "src" / source, tmp_path / "src")
-    kernel = tmp_path / "src/decode_tiles.cuh"
+    kernel = tmp_path / "src/decode_slots.cuh"
     text = kernel.read_text()
     assert text.count("u * kRowStep < left") == 1
     kernel.write_text(text.replace("u * kRowStep < left", "u * kRowStep <= left"))

@@ -334,6 +334,10 @@ inline unsigned __ballot_sync(unsigned, int predicate) {
     }
     return bits;
 }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+    for (int mask = 1; mask < emu::kWarp; mask *= 2) value = std::max(value, __shfl_xor_sync(~0u, value, mask));
+    return value;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __threadfence() {
     emu::machine().memory.fence(emu::who(), emu::self().view);
@@ -387,7 +391,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 using std::max;

@@ -44,7 +44,7 @@ __device__ __forceinline__ void finish(Block const& block) {
 }
 
 template <class S, int LPR, int GT, bool Turns>
-__global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeParams const p) {
+__global__ void __launch_bounds__(kThreads, GT > 2 || Turns ? 2 : 4) decodeKernel(DecodeParams const p) {
     using Attention = SplitAttention<S, LPR, GT, Turns>;
     LESS_SHARED_MEMORY(raw);
     auto& sums = *reinterpret_cast<typename Attention::Sums*>(raw);
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads, GT > 4 ? 2 : 4) decodeKernel(DecodeP
 }
 
 template <class S, int W, int GT, bool Turns>
-__global__ void __launch_bounds__(kThreads, kTileBlocks<S, W, GT, Turns>) decodeTilesKernel(DecodeParams const p) {
+__global__ void __launch_bounds__(kThreads, tileBlocks(kCoded<S>, W, GT, Turns))
+    decodeTilesKernel(DecodeParams const p) {
     using Attention = TileAttention<S, W, GT, Turns>;
     LESS_SHARED_MEMORY(raw);
     auto* const ring = reinterpret_cast<typename Attention::Stage*>(raw);

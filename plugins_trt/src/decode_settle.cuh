@@ -56,7 +56,7 @@ struct Moves {
 template <class Block>
 struct Settling {
     using S = typename Block::Slot;
-    static constexpr int kAhead = 4;  // slots in flight per thread
+    static constexpr int kAhead = 2;  // slots in flight per thread
     Block const& block;
     AttentionRules const& rules;
     int const tid, next;  // position of the next query
@@ -82,22 +82,24 @@ struct Settling {
           inMeans(keepsMeans<S>(of.p.shape)),
           h(static_cast<float*>(of.p.t.presentH) + of.stateHead * of.R * of.D) {}
 
-    // The scores of the slots first + u * kThreads after this step; without a token, anything.
+    // The scores after this step of the slots first + u * kThreads that exist; without a token, anything.
     __device__ __forceinline__ void findScores(int first, float (&score)[kAhead]) const {
-        int slot[kAhead];
         float before[kAhead];
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
-            slot[u] = min(first + u * kThreads, C - 1);
-            before[u] = rules.policy == Policy::kH2O ? slotScores[slot[u]] * rules.decay : 0.f;
+            bool const old = rules.policy == Policy::kH2O && first + u * kThreads < C;
+            before[u] = old ? slotScores[first + u * kThreads] * rules.decay : 0.f;
             score[u] = 0.f;  // of this step alone, so that adding it to the long-running sum rounds once
         }
 #pragma unroll 2
         for (int g = 0; g < G; ++g) {
             HeadWeights const& head = block.arrays().heads[g];
+            float logit[kAhead];
 #pragma unroll
             for (int u = 0; u < kAhead; ++u)
-                score[u] += expDifference(block.logit(g, slot[u]), head.exactPeak) * head.exactScale;
+                logit[u] = first + u * kThreads < C ? block.logit(g, first + u * kThreads) : -kInfinity;
+#pragma unroll
+            for (int u = 0; u < kAhead; ++u) score[u] += expDifference(logit[u], head.exactPeak) * head.exactScale;
         }
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) score[u] += before[u];
@@ -111,7 +113,8 @@ struct Settling {
             int positions[kAhead];
             float score[kAhead];
 #pragma unroll
-            for (int u = 0; u < kAhead; ++u) positions[u] = block.positions[min(first + u * kThreads, C - 1)];
+            for (int u = 0; u < kAhead; ++u)
+                positions[u] = first + u * kThreads < C ? block.positions[first + u * kThreads] : -1;
             if (scores) findScores(first, score);
 #pragma unroll
             for (int u = 0; u < kAhead; ++u) {

@@ -11,51 +11,10 @@
 // takes those of one vector of 16 bytes as its elements of several steps (columnOf).
 #pragma once
 
-#include "decode_block.cuh"
+#include "decode_slots.cuh"
 #include "tiles.cuh"
 
 namespace less {
-
-constexpr int kSlotTile = 32;
-constexpr int kKeysPerWarp = kSlotTile / kWarps;
-
-// A stage of the ring: keys with positions and scales, or values.
-template <class S, int W>
-struct alignas(16) SlotStage {
-    static constexpr int kVector = 16 / sizeof(S), kVectors = W / kVector;
-    static constexpr int kNumbers = kCoded<S> ? 3 : 1;  // of a slot: its position, and the scales of key and value
-    S rows[kSlotTile * W];
-    int numbers[kNumbers][kSlotTile];
-
-    __device__ __forceinline__ int const& position(int row) const { return numbers[0][row]; }
-    __device__ __forceinline__ float scale(int row) const { return asFloat(numbers[kNumbers > 1 ? 1 : 0][row]); }
-    __device__ __forceinline__ float valueScale(int row) const { return asFloat(numbers[kNumbers > 2 ? 2 : 0][row]); }
-    // Where a vector of a row lies. Neither eight lanes that read eight rows nor eight that read four vectors of two
-    // rows meet in a bank.
-    __device__ __forceinline__ static int offset(int row, int vector) {
-        return row * W + (vector ^ orderOf(row)) * kVector;
-    }
-    // The offset `rows` below and `vectors` to the right of another, if their sums with its row modulo 8 and its vector
-    // have no carry.
-    __device__ __forceinline__ static int movedTo(int offset, int rows, int vectors) {
-        return (offset ^ ((vectors ^ orderOf(rows)) * kVector)) + rows * W;
-    }
-    // Eight columns of a row; the first is a multiple of eight.
-    __device__ __forceinline__ Piece<S> piece(int row, int column) const {
-        S const* const source = rows + offset(row, column / kVector) + column % kVector;
-        return {*reinterpret_cast<Vec8<S> const*>(source), kCoded<S> ? scale(row) : 0.f};
-    }
-    __device__ __forceinline__ float at(int row, int d) const {
-        float const element = toFloat(rows[offset(row, d / kVector) + d % kVector]);
-        return kCoded<S> ? element * scale(row) : element;
-    }
-
- private:
-    __device__ __forceinline__ static float asFloat(int const& bits) { return reinterpret_cast<float const&>(bits); }
-    __device__ __forceinline__ static int orderOf(int row) {
-        return ((row & 1) << 2 | (row >> 1 & 3)) & (kVectors - 1);
-    }
-};
 
 // What tensor cores multiply: codes are halves; keys that are turned come in parts, those of codes as bfloat16, which
 // has the range of every model.
@@ -81,11 +40,14 @@ struct alignas(16) TileScratch {
 template <class S, int W, int GT, bool Turns>
 using TileBlock = DecodeBlock<S, W, GT, DecodeShared<GT, 1, sizeof(TileScratch<S, W, GT, Turns>)>>;
 
-// Blocks on a multiprocessor for which there are registers.
-template <class S, int W, int GT, bool Turns>
-constexpr int kTileBlocks = Turns || W > 128 || GT > 8 ? 4
-                            : kCoded<S>                ? 6
-                                                       : 8;
+// Blocks on a multiprocessor for which there are registers: as many as leave enough for a thread's sums, and for what
+// becomes of codes and of keys that are turned.
+constexpr int tileBlocks(bool codes, int W, int GT, bool turning) {
+    int const sums = W * GT / 64;
+    if (sums > 32) return 2;
+    if (sums > 16 || GT > 8) return codes || turning ? 3 : 4;
+    return turning || codes ? 4 : 6;
+}
 
 template <class S, int W, int GT, bool Turns>
 struct TileAttention {
@@ -96,89 +58,38 @@ struct TileAttention {
     using Value = ValueFactor<S>;
     static constexpr int kOctets = GT / 8, kColumns = W / kWarps;  // columns of values of a warp
     static constexpr bool kFolded = kCoded<S> && !Turns;           // queries contain the constants of the keys
-    static constexpr float kUnits = 1024.f;  // weights of codes are up to this, far above the smallest halves
+    // Queries and weights of codes are up to kUnits: far above the smallest halves.
+    static constexpr float kUnits = 1024.f;
+    static constexpr int kBias = 127;  // of the exponent of a float
 
     Block const& block;
     Stage* const ring;
     Scratch& scratch;
+    SlotCopies<Block> copies;
     int const warp, lane, g, t;
-    int const begin, end;                          // slots of the block
-    int const keyOffset, valueOffset, copyOffset;  // in a stage, of what the thread reads and copies first
-    S const *keys, *values;                        // what the thread copies next
-    int const* const numbers;                      // the first that it copies
+    int const keyOffset, valueOffset;  // in a stage, of what the thread reads first
     // The softmax so far of heads g of every eight, over the slots that the lanes of the same g have seen.
     float sums[kOctets][kColumns / 8][4], peak[kOctets], mass[kOctets];
-    float largest;  // scale of values, which the sums of codes are relative to
+    float exponent;  // of codes: mass and sums are 2^exponent times as large
 
     __device__ __forceinline__ TileAttention(Block const& of, Stage* stages)
         : block(of),
           ring(stages),
           scratch(*reinterpret_cast<Scratch*>(reinterpret_cast<unsigned char*>(&of.shared) +
                                               sizeof(typename Block::Shared))),
-          warp(threadIdx.x / kWarpSize),
-          lane(threadIdx.x % kWarpSize),
+          copies(of, stages),
+          warp(copies.warp),
+          lane(copies.lane),
           g(lane / 4),
           t(lane % 4),
-          begin(static_cast<int>(blockIdx.x) * of.p.splitsPerBlock * of.p.slotsPerSplit),
-          end(min(of.C, begin + of.p.splitsPerBlock * of.p.slotsPerSplit)),
-          keyOffset(Stage::offset(warp * kKeysPerWarp + g, t)),
-          valueOffset(kCoded<S> ? Stage::offset(lane, warp * kColumns / Stage::kVector)
-                                : Stage::offset(lane % 16, warp * kColumns / Stage::kVector + lane / 16)),
-          copyOffset(Stage::offset(firstRow(), column() / Stage::kVector) + column() % Stage::kVector),
-          numbers(numbersOf()) {}
+          keyOffset(opaque(Stage::offset(warp * kKeysPerWarp + g, t))),
+          valueOffset(opaque(kCoded<S> ? Stage::offset(lane, warp * kColumns / Stage::kVector)
+                                       : Stage::offset(lane % 16, warp * kColumns / Stage::kVector + lane / 16))) {}
 
     // The first of four columns that a lane has in the step k.
     __device__ __forceinline__ static int columnOf(int k, int t) {
         constexpr int kSteps = Stage::kVector / 4;  // of a vector
         return (k / kSteps * 4 + t) * Stage::kVector + k % kSteps * 4;
-    }
-
-    // ---- copies
-
-    // A warp copies its own rows, a thread every kRowStep-th of them from the first on, eight columns of each.
-    static constexpr int kPieces = W / 8, kRowStep = kPieces < kWarpSize ? kWarpSize / kPieces : 1;
-    static constexpr int kCopies = kKeysPerWarp * kPieces / kWarpSize;
-    __device__ __forceinline__ int firstRow() const { return warp * kKeysPerWarp + lane / kPieces; }
-    __device__ __forceinline__ int column() const { return lane % kPieces * 8; }
-    // Starts copying the rows of a tile that begins with the slot `base`.
-    __device__ __forceinline__ void copyRows(S const*& source, Stage& to, int base) const {
-        int const left = column() < block.D ? end - base - firstRow() : 0, offset = inLoop(copyOffset);
-#pragma unroll
-        for (int u = 0; u < kCopies; ++u) {
-            copyAsync<8 * sizeof(S)>(to.rows + Stage::movedTo(offset, u * kRowStep, 0), source, u * kRowStep < left);
-            source += kRowStep * block.D;
-        }
-        source += (kSlotTile - kKeysPerWarp) * block.D;
-    }
-    __device__ __forceinline__ void copyKeys(int tile, int stage) {
-        int const base = begin + tile * kSlotTile;
-        copyRows(keys, ring[stage], base);
-        if (numbers != nullptr)
-            copyAsync<4>(ring[stage].numbers[lane / kKeysPerWarp] + numberRow(), numbers + tile * kSlotTile,
-                         numberRow() < end - base);
-    }
-    __device__ __forceinline__ void copyValues(int tile, int stage) {
-        copyRows(values, ring[stage], begin + tile * kSlotTile);
-    }
-    // Of the rows of a warp, each lane copies one of the numbers, or none.
-    __device__ __forceinline__ int numberRow() const { return warp * kKeysPerWarp + lane % kKeysPerWarp; }
-    __device__ __forceinline__ int const* numbersOf() const {
-        int const kind = lane / kKeysPerWarp;
-        void const* from = block.positions;
-        if (kind > 0) from = kind == 1 ? block.keys.scales : block.values.scales;
-        return kind < Stage::kNumbers ? static_cast<int const*>(from) + begin + numberRow() : nullptr;
-    }
-    // Zeroes values of empty slots, which may hold anything, in what the thread has copied. Codes are always finite.
-    __device__ __forceinline__ void clearEmpty(Stage const& keys, Stage& values) const {
-        if constexpr (!kCoded<S>) {
-            if (__ballot_sync(~0u, keys.position(numberRow()) < 0) == 0) return;
-#pragma unroll 1
-            for (int u = 0; u < kCopies; ++u) {
-                int const rows = u * kRowStep;
-                if (keys.position(firstRow() + rows) < 0)
-                    *reinterpret_cast<uint4*>(values.rows + Stage::movedTo(copyOffset, rows, 0)) = uint4{};
-            }
-        }
     }
 
     // ---- queries
@@ -205,6 +116,7 @@ struct TileAttention {
             }
             __syncthreads();
         }
+#pragma unroll 1
         for (int x = threadIdx.x; x < kOctets * (W / 16) * kWarpSize; x += kThreads) {
             int const octet = x / kWarpSize / (W / 16), k = x / kWarpSize % (W / 16);
             int const h = octet * 8 + g, column = columnOf(k, t);
@@ -287,7 +199,7 @@ struct TileAttention {
         }
     }
     __device__ __forceinline__ void multiplyStored(Stage const& keys, float (&s)[kOctets][4]) const {
-        int const offset = inLoop(keyOffset);
+        int const offset = opaque(keyOffset);
 #pragma unroll
         for (int v = 0; v < Stage::kVectors / 4; ++v) {
             uint4 const vector = *reinterpret_cast<uint4 const*>(keys.rows + Stage::movedTo(offset, 0, v * 4));
@@ -317,14 +229,17 @@ struct TileAttention {
         }
         int const row = warp * kKeysPerWarp + 2 * t;
         int2 const position = *reinterpret_cast<int2 const*>(&stage.position(row));
-        bool const inside[] = {row < end - base, row + 1 < end - base};
+        bool const inside[] = {row < copies.end - base, row + 1 < copies.end - base};
         bool const seen[] = {inside[0] && visible(block.p.rules, position.x, block.now),
                              inside[1] && visible(block.p.rules, position.y, block.now)};
         bool const kept = keepsScores(block.p.rules);
         if (kCoded<S> && g == 0) {
-            scratch.scales[row] = seen[0] ? stage.valueScale(row) : 0.f;
-            scratch.scales[row + 1] = seen[1] ? stage.valueScale(row + 1) : 0.f;
+            float2 const scales = stage.valueScales(row);
+            *reinterpret_cast<float2*>(&scratch.scales[row]) =
+                make_float2(seen[0] ? scales.x : 0.f, seen[1] ? scales.y : 0.f);
         }
+        float2 const pair = kFolded ? stage.scales(row) : float2{};
+        float const scales[] = {pair.x, pair.y};
 #pragma unroll
         for (int octet = 0; octet < kOctets; ++octet) {
             int const h = octet * 8 + g;
@@ -333,7 +248,7 @@ struct TileAttention {
             for (int e = 0; e < 2; ++e) {
                 logit[e] = kCoded<S> ? s[octet][e] + s[octet][2 + e] : s[octet][e];
                 if constexpr (kFolded) {
-                    logit[e] = logit[e] * (scratch.units[h] * stage.scale(row + e)) + scratch.shifts[h];
+                    logit[e] = logit[e] * (scratch.units[h] * scales[e]) + scratch.shifts[h];
                 } else {
                     logit[e] *= block.p.rules.scale / kReduction<std::conditional_t<Turns, Key, float>>;
                 }
@@ -351,7 +266,7 @@ struct TileAttention {
     // ---- values
 
     __device__ __forceinline__ void clear() {
-        largest = 0.f;
+        exponent = kLargestExponent;
 #pragma unroll
         for (int octet = 0; octet < kOctets; ++octet) {
             peak[octet] = kLowest;
@@ -363,11 +278,12 @@ struct TileAttention {
     }
     static constexpr float kLowest = -3.4028234e38f;  // finite, so that its difference to -inf is -inf
     static constexpr float kLog2E = 1.44269504f;
+    static constexpr float kLargestExponent = 100.f;
 
-    // The weights of the slots of a tile for eight heads, as A fragments of two steps of 16 slots; unit(i) is a factor
-    // of the lane's i-th slot. The lane's slots are 2t and 2t + 1 of every eight.
-    template <class Unit>
-    __device__ __forceinline__ void weightsOf(int octet, Unit const& unit, float rescale, uint32_t (&a)[2][4]) {
+    // The weights of the slots of a tile for eight heads, as A fragments of two steps of 16 slots: with codes, times
+    // the scale of the lane's i-th slot. The lane's slots are 2t and 2t + 1 of every eight. rescale is what the
+    // exponent has changed.
+    __device__ __forceinline__ void weightsOf(int octet, float const (&scale)[8], float rescale, uint32_t (&a)[2][4]) {
         float weight[8], top = peak[octet];
 #pragma unroll
         for (int i = 0; i < 8; i += 2) {
@@ -378,19 +294,19 @@ struct TileAttention {
         }
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
         top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-        float const shrink = powerOfTwo((peak[octet] - top) * kLog2E);
+        float const shrink = powerOfTwo((peak[octet] - top) * kLog2E) * rescale;
         peak[octet] = top;
         mass[octet] *= shrink;
 #pragma unroll
         for (int n = 0; n < kColumns / 8; ++n) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) sums[octet][n][e] *= shrink * rescale;
+            for (int e = 0; e < 4; ++e) sums[octet][n][e] *= shrink;
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            weight[i] = powerOfTwo((weight[i] - top) * kLog2E);
+            weight[i] = powerOfTwo((weight[i] - top) * kLog2E + (kCoded<S> ? exponent : 0.f));
             mass[octet] += weight[i];
-            weight[i] *= unit(i);
+            if constexpr (kCoded<S>) weight[i] *= scale[i];
         }
 #pragma unroll
         for (int half = 0; half < 4; ++half) {
@@ -435,27 +351,24 @@ struct TileAttention {
     }
     __device__ __forceinline__ void addValues(Stage const& values) {
         uint32_t a[kOctets][2][4];
+        float scale[8] = {}, rescale = 1.f;
         if constexpr (kCoded<S>) {
-            // A scale is relative to the largest one so far, so that a half can hold the product with a weight.
-            float scale[8], top = largest;
+            // The largest scale so far makes the largest weight kUnits / 2 to kUnits. Floats that are not negative sort
+            // like their bits.
+            unsigned const largest = __reduce_max_sync(~0u, __float_as_uint(scratch.scales[lane]));
+            int const power = static_cast<int>(largest >> 23) - kBias;
+            float const before = exponent;
+            exponent = fminf(exponent, static_cast<float>(9 - power));
+            rescale = powerOfTwo(exponent - before);
 #pragma unroll
             for (int i = 0; i < 8; i += 2) {
                 float2 const pair = *reinterpret_cast<float2 const*>(&scratch.scales[i * 4 + 2 * t]);
                 scale[i] = pair.x;
                 scale[i + 1] = pair.y;
-                top = fmaxf(top, fmaxf(pair.x, pair.y));
             }
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-            top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-            float const inverse = top > 0.f ? __fdividef(kUnits, top) : 0.f, rescale = largest * inverse / kUnits;
-            largest = top;
-#pragma unroll
-            for (int octet = 0; octet < kOctets; ++octet)
-                weightsOf(octet, [&](int i) { return scale[i] * inverse; }, rescale, a[octet]);
-        } else {
-#pragma unroll
-            for (int octet = 0; octet < kOctets; ++octet) weightsOf(octet, [](int) { return 1.f; }, 1.f, a[octet]);
         }
+#pragma unroll
+        for (int octet = 0; octet < kOctets; ++octet) weightsOf(octet, scale, rescale, a[octet]);
         multiplyValues(values, a);
     }
 
@@ -468,12 +381,14 @@ struct TileAttention {
             bool const wanted = block.direct() || heads + h < block.G;
             float* const to = block.direct() ? block.onlySums + h * W : block.sumsOf(split, heads + h);
             int const columns = block.direct() ? W : block.D;
+            float const unit = kCoded<S> ? powerOfTwo(-exponent) : 1.f;
+            mass[octet] *= unit;
             mass[octet] += __shfl_xor_sync(~0u, mass[octet], 1);
             mass[octet] += __shfl_xor_sync(~0u, mass[octet], 2);
 #pragma unroll
             for (int n = 0; n < kColumns / 8; n += kCoded<S> ? 2 : 1) {
                 // The pairs of adjacent columns that the lane has.
-                float const unit = kCoded<S> ? largest / kUnits : 1.f;
+
 #pragma unroll
                 for (int e = 0; e < (kCoded<S> ? 2 : 1); ++e) {
                     int const other = kCoded<S> ? n + 1 : n, next = kCoded<S> ? e : 1;
@@ -496,14 +411,13 @@ struct TileAttention {
 
     // The slots of the block, for all heads of the group.
     __device__ __forceinline__ void attend() {
-        int const tiles = (end - begin + kSlotTile - 1) / kSlotTile, perSplit = block.p.slotsPerSplit / kSlotTile;
-        auto const moreKeys = [&](int item, int stage) { copyKeys(item / 2, stage); };
-        auto const moreValues = [&](int item, int stage) { copyValues(item / 2, stage); };
+        int const tiles = (copies.end - copies.begin + kSlotTile - 1) / kSlotTile,
+                  perSplit = block.p.slotsPerSplit / kSlotTile;
+        auto const moreKeys = [&](int item, int stage) { copies.copyKeys(item / 2, stage); };
+        auto const moreValues = [&](int item, int stage) { copies.copyValues(item / 2, stage); };
         for (int heads = 0; heads < block.G; heads += GT) {
             if (heads > 0) __syncthreads();  // the last values have been read
-            long const first = static_cast<long>(begin + firstRow()) * block.D + column();
-            keys = block.keys.x + first;
-            values = block.values.x + first;
+            copies.restart();
             Ring<2> items(block.p.stages, 2 * tiles);  // keys and values in turn
             items.start(moreKeys);
             if (block.p.stages == 4) {
@@ -519,9 +433,9 @@ struct TileAttention {
                 clear();
                 for (int const stop = min(tiles, tile + perSplit); tile < stop; ++tile) {
                     int const keyStage = items.next(moreValues, [](int) {});
-                    findLogits(ring[keyStage], begin + tile * kSlotTile, heads);
+                    findLogits(ring[keyStage], copies.begin + tile * kSlotTile, heads);
                     int const valueStage =
-                        items.next(moreKeys, [&](int stage) { clearEmpty(ring[keyStage], ring[stage]); });
+                        items.next(moreKeys, [&](int stage) { copies.clearEmpty(ring[keyStage], ring[stage]); });
                     addValues(ring[valueStage]);
                 }
                 write(split, heads);

@@ -68,8 +68,9 @@ __device__ __forceinline__ void awaitCopies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(Left) : "memory");
 }
 
-// x. What follows from it is not computed before a loop that this is in, which would take registers.
-__device__ __forceinline__ int inLoop(int x) {
+// x, whose origin the compiler does not see: it computes neither x again, which takes instructions, nor what follows
+// from it before a loop, which takes registers.
+__device__ __forceinline__ int opaque(int x) {
     asm volatile("" : "+r"(x));
     return x;
 }
@@ -173,7 +174,7 @@ void awaitCopies() {
     }
 }
 
-inline int inLoop(int x) { return x; }
+inline int opaque(int x) { return x; }
 inline float powerOfTwo(float x) { return std::exp2(x); }
 
 template <int First, int Second>
