@@ -23,8 +23,8 @@ from .plugin_host import Plugin, describe, described, harness, log, plugin_run
 from .scenarios import POISON, Run, follow, play, scenario
 from .test_ops import empty
 
-#: Prefill past the budget, decode, parked rows, more prefill: of three rows.
-LENGTHS = [(70, 9, 30), (1, 1, 1), (1, 0, 1), (1, 1, 1), (20, 66, 0), (0, 1, 1), (1, 1, 1)]
+#: Of three rows: prefill, decode, parked rows, prefill past the budget, and a chunk that reads what was absorbed.
+LENGTHS = [(70, 9, 30), (1, 1, 1), (1, 0, 1), (40, 66, 0), (1, 1, 1), (20, 30, 50), (0, 1, 1), (1, 1, 1)]
 #: Rows of the state beyond those of a step.
 OTHERS = 4
 #: Layers that reach every kernel and every tensor of the state: (policy, group, what differs).
