@@ -170,11 +170,12 @@ def state16_cases() -> list[Case]:
 def float32_cases() -> list[Case]:
     """Cases that reach every rule of the decode kernel of float32 models."""
     chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
-    h2o = kernel_layer("h2o", 150, 40, 3, 9, kv_heads=1)
+    h2o, in_eights = (kernel_layer("h2o", n, d, 3, 9, kv_heads=1) for n, d in ((150, 40), (70, 64)))
     layers = [
         h2o,
         replace(h2o, slot_dtype="int8"),
-        *(replace(h2o, max_distance=30, slot_dtype=s) for s in ("model", "int8")),
+        replace(h2o, max_distance=30),  # partners that are no whole vector
+        *(replace(in_eights, max_distance=30, slot_dtype=s) for s in ("model", "int8")),
     ]
     layers.append(kernel_layer("sink", 20, 64, 9, 4, kv_heads=1))  # one split, two tiles of heads
     return [
@@ -313,7 +314,8 @@ def test_fault_is_caught(name: str, tmp_path: Path) -> None:
     kind = "float32" if name.startswith(FLOAT32) else "rules"
     library = broken(tmp_path, {**FAULTS, **waits()}[name], kind)
     orders = ORDERS if name in waits() else ORDERS[:1]
-    assert caught(library, orders, kind) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
+    kinds = (kind, "int8") if name in waits() and kind == "rules" else (kind,)  # some barriers are for int8 slots alone
+    assert any(caught(library, orders, k) for k in kinds) is (name not in SURVIVORS), SURVIVORS.get(name, "survived")
 
 
 @pytest.mark.parametrize("name", exhaustive_but(MERGE_FAULTS, *[*MERGE_FAULTS][::3]))
