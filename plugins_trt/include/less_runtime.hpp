@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <filesystem>
 #include <functional>
 #include <map>
@@ -197,8 +198,26 @@ class Sampler {
     int64_t operator()(float const* logits, int64_t vocab);
 
  private:
+    friend class DeviceSampler;
+
+    // Tells samplers apart; a copy is another one.
+    struct Identity {
+        uint64_t value = next();
+        Identity() = default;
+        Identity(Identity const&) {}
+        Identity& operator=(Identity const&) {
+            value = next();
+            return *this;
+        }
+        static uint64_t next();
+    };
+
+    double drawn();  // the next random number, if the temperature asks for one
+    void chosen(int64_t token);
     void adjust(std::vector<float>& logits) const;
 
+    Identity identity_;
+    int64_t count_ = 0;  // choices so far
     SamplingParams params_;
     std::mt19937_64 random_;
     bool penalises_;
@@ -229,11 +248,18 @@ struct RowRange {
     int64_t first, count;
 };
 
-// Logits of a step, in memory owned by the session that the next step overwrites. Row 0 is the first that ran.
+// Logits of a step, in memory owned by the session that the next step overwrites. Row 0 is the first that the step was
+// given.
 struct Logits {
     float const* data;
     int64_t tokens, vocab;  // tokens: 1, or those of the chunk with Contract::allLogits
     float const* row(int64_t row, int64_t token = 0) const { return data + (row * tokens + token) * vocab; }
+};
+
+// A token, or what was thrown in its place.
+struct Choice {
+    int64_t token = -1;
+    std::exception_ptr error{};
 };
 
 class PlanRunner;
@@ -272,6 +298,16 @@ class Session {
                     std::vector<int64_t> const& rows);
     bool rowsByIndex() const noexcept;
 
+    // As step() and stepRows(), for choose(): the logits stay on the device if it can choose tokens
+    // (SessionOptions::sampler).
+    void advance(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength, RowRange rows);
+    void advanceRows(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
+                     std::vector<int64_t> const& rows);
+    // A token for each of at most batch() `samplers`, by the logits after the last token of one of the `rows` of the
+    // latest step, counted as in Logits. Where the device can choose, 4 bytes a row are copied from it. Throws
+    // BackendError if that step failed or has no such row.
+    std::vector<Choice> choose(std::vector<Sampler*> const& samplers, std::vector<int64_t> const& rows);
+
     void resetRow(int64_t row);
     void copyRow(int64_t from, int64_t to);
     RowState readRow(int64_t row);
@@ -285,8 +321,8 @@ class Session {
     void checkDefined(std::vector<int64_t> const& rows) const;
     void checkStep(std::vector<int64_t> const& ids, int64_t tokens, std::vector<int32_t> const& newLength,
                    std::vector<int64_t> const& rows) const;
-    Logits run(std::vector<int64_t> const& ids, std::vector<int32_t> const& newLength,
-               std::vector<int64_t> const& rows);
+    void run(std::vector<int64_t> const& ids, std::vector<int32_t> const& newLength, std::vector<int64_t> const& rows);
+    Logits latest();
     void change(std::vector<int64_t> const& rows, std::function<void()> const& action);
 
     Contract contract_;
@@ -296,6 +332,8 @@ class Session {
     std::vector<int64_t> padded_;  // the ids of a step, padding replaced by 0
     std::vector<int32_t> past_;    // the lengths of its rows
     std::vector<bool> undefined_;  // rows whose state a failure has left undefined
+    std::vector<int64_t> last_;    // of the latest step, unless it failed: where each row's last logits are in Logits
+    int64_t logitTokens_ = 1;      // of each row of the latest step
     uint64_t revision_ = 0;
 };
 
@@ -303,6 +341,9 @@ struct SessionOptions {
     int device = 0;          // CUDA device
     bool cudaGraphs = true;  // capture the decode step if the engine allows it
     bool verbose = false;    // print TensorRT's log to stderr
+    // libless_sampler.so (plugins_trt/README.md), which chooses tokens on the device for generate() and Scheduler.
+    // Empty: the host chooses. It is loaded without a question, so name only a library that you trust.
+    std::filesystem::path sampler = {};
 };
 
 // Loads the plan of a bundle onto a GPU. Call open() on the session before the first step.

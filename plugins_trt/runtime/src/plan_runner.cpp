@@ -25,13 +25,14 @@ bool fits(Shape const& actual, Shape const& declared) {
 }  // namespace
 
 PlanRunner::PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool inPlace,
-                       bool graphs, bool rowsByIndex)
+                       bool graphs, bool rowsByIndex, SampleKernel sample)
     : contract_(std::move(contract)),
       device_(std::move(device)),
       plan_(std::move(plan)),
       inPlace_(inPlace),
       graphs_(graphs),
-      rowsByIndex_(rowsByIndex) {
+      rowsByIndex_(rowsByIndex),
+      sample_(contract_.vocabSize <= kLessMaxVocab ? std::move(sample) : SampleKernel{}) {
     checkPlan();
     checkAliases();
     for (StateTensor& tensor : contract_.state()) slots_.push_back({std::move(tensor)});
@@ -134,6 +135,7 @@ void PlanRunner::allocate(int64_t batch) try {
     hostInput_ = Memory(*device_, input, true);
     logits_ = Memory(*device_, logits);
     hostLogits_ = Memory(*device_, logits, true);
+    if (sample_) sampler_ = std::make_unique<DeviceSampler>(*device_, sample_, contract_.vocabSize, batch);
     shaped_.assign(static_cast<size_t>(plan_->profiles()), {0, 0});
     batch_ = batch;
     for (int profile = 0; profile < plan_->profiles(); ++profile) bind(profile);
@@ -157,6 +159,7 @@ void PlanRunner::drain() noexcept try {
 void PlanRunner::close() {
     drain();
     decode_ = {};
+    sampler_.reset();
     for (Memory& block : state_) block = Memory();
     for (Memory* memory : {&empty_, &input_, &hostInput_, &logits_, &hostLogits_}) *memory = Memory();
     for (Slot& slot : slots_) {
@@ -182,41 +185,46 @@ void PlanRunner::bind(int profile) {
     }
 }
 
-float const* PlanRunner::step(std::vector<int64_t> const& rows, int64_t const* ids, int64_t tokens,
-                              int32_t const* pastLength, int32_t const* newLength) {
+void PlanRunner::step(std::vector<int64_t> const& rows, int64_t const* ids, int64_t tokens, int32_t const* pastLength,
+                      int32_t const* newLength) {
     device_->activate();
-    std::vector<size_t> running;  // all, but for parked ones that need not run
-    for (size_t i = 0; i < rows.size(); ++i) {
-        if (!rowsByIndex_ || newLength[i] > 0) running.push_back(i);
-    }
     auto const put = [&](size_t offset, size_t index, auto const* values, size_t count) {
         std::memcpy(hostInput_.get() + offset + index * count * sizeof *values, values, count * sizeof *values);
     };
-    for (size_t i = 0; i < running.size(); ++i) {
-        size_t const from = running[i];
-        auto const row = static_cast<int32_t>(rows[from]);
-        put(0, i, pastLength + from, 1);
-        put(newOffset_, i, newLength + from, 1);
-        if (rowsByIndex_) put(rowsOffset_, i, &row, 1);
-        put(idsOffset_, i, ids + static_cast<int64_t>(from) * tokens, static_cast<size_t>(tokens));
+    logitTokens_ = contract_.allLogits ? tokens : 1;
+    ran_.assign(rows.size(), -1);
+    size_t running = 0;  // rows: all, but for parked ones that need not run
+    for (size_t i = 0; i < rows.size(); ++i) {
+        if (rowsByIndex_ && newLength[i] == 0) continue;
+        auto const row = static_cast<int32_t>(rows[i]);
+        put(0, running, pastLength + i, 1);
+        put(newOffset_, running, newLength + i, 1);
+        if (rowsByIndex_) put(rowsOffset_, running, &row, 1);
+        put(idsOffset_, running, ids + static_cast<int64_t>(i) * tokens, static_cast<size_t>(tokens));
+        ran_[i] = static_cast<int64_t>(running++);
     }
-    if (!running.empty()) launch({rowsByIndex_ ? 0 : rows[0], static_cast<int64_t>(running.size())}, tokens);
-    spread(running, rows.size(), tokens);
-    return reinterpret_cast<float const*>(hostLogits_.get());
+    if (running) launch({rowsByIndex_ ? 0 : rows[0], static_cast<int64_t>(running)}, tokens);
+    if (!sampler_) spread();
 }
 
-// Moves the logits of the rows that ran to the places of these among all, and clears those of the others.
-void PlanRunner::spread(std::vector<size_t> const& running, size_t count, int64_t tokens) {
-    auto const size = static_cast<size_t>(contract_.logits().bytes(1, tokens));
-    size_t left = running.size();
-    for (size_t i = count; i-- > 0;) {
-        std::byte* const place = hostLogits_.get() + i * size;
-        if (left == 0 || running[left - 1] != i) {
-            std::memset(place, 0, size);
-        } else if (--left != i) {
-            std::memmove(place, hostLogits_.get() + left * size, size);
+// Moves the downloaded logits of the rows that ran to the places of these among all, and clears those of the others.
+void PlanRunner::spread() {
+    size_t const bytes = logitTokens_ * contract_.vocabSize * sizeof(float);
+    for (size_t i = ran_.size(); i-- > 0;) {
+        std::byte* const place = hostLogits_.get() + i * bytes;
+        auto const from = static_cast<size_t>(ran_[i]);
+        if (ran_[i] < 0) {
+            std::memset(place, 0, bytes);
+        } else if (from != i) {
+            std::memmove(place, hostLogits_.get() + from * bytes, bytes);
         }
     }
+}
+
+// Where the logits at a place among those of all rows lie on the device; -1: nowhere.
+int64_t PlanRunner::onDevice(int64_t place) const {
+    int64_t const row = ran_[static_cast<size_t>(place / logitTokens_)];
+    return row < 0 ? -1 : row * logitTokens_ + place % logitTokens_;
 }
 
 // Runs as many rows as the input holds: from a row on, or where the input says.
@@ -239,6 +247,31 @@ void PlanRunner::launch(RowRange rows, int64_t tokens) {
     }
     device_->wait();
     for (int64_t row = rows.first; !inPlace_ && row < rows.first + rows.count; ++row) sides_[row] = 1 - side;
+}
+
+float const* PlanRunner::logits(std::vector<int64_t> const& places) {
+    if (sampler_) {
+        device_->activate();
+        size_t const bytes = contract_.vocabSize * sizeof(float);
+        for (int64_t place : places) {
+            int64_t const from = onDevice(place);
+            std::byte* const to = hostLogits_.get() + place * bytes;
+            if (from < 0) {
+                std::memset(to, 0, bytes);
+            } else {
+                device_->copy(to, logits_.get() + from * bytes, bytes);
+            }
+        }
+        device_->wait();
+    }
+    return reinterpret_cast<float const*>(hostLogits_.get());
+}
+
+std::vector<int32_t> PlanRunner::pick(std::vector<Sampler*> const& samplers, std::vector<int64_t> const& places) {
+    device_->activate();
+    std::vector<int64_t> from;  // for parked rows, which have no logits, any
+    for (int64_t place : places) from.push_back(std::max<int64_t>(onDevice(place), 0));
+    return sampler_->pick(reinterpret_cast<float const*>(logits_.get()), samplers, from);
 }
 
 // Brings rows into the block where most of them are; returns that block.
@@ -312,7 +345,7 @@ void PlanRunner::run(int profile, RowRange rows, int side, int64_t tokens) {
         device_->copy(at(*slot, rows.first, 1 - side), slot->staged[inPlace_ ? 0 : 1].get(),
                       rows.count * slot->tensor.rowBytes);
     }
-    device_->copy(hostLogits_.get(), logits_.get(), contract_.logits().bytes(rows.count, tokens));
+    if (!sampler_) device_->copy(hostLogits_.get(), logits_.get(), contract_.logits().bytes(rows.count, tokens));
 }
 
 void PlanRunner::resetRow(int64_t row) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <memory>
 
+#include "device_sampler.hpp"
 #include "engine.hpp"
 
 namespace less {
@@ -17,15 +18,16 @@ namespace less {
 // rows is bound by its address, or copied to aligned memory where TensorRT cannot take that address.
 //
 // The decode step of any rows, or of a range that begins at row 0, is captured into a graph (one for each block) that
-// copies tokens, lengths and rows from pinned memory, runs the engine and copies the logits back. Another number of
-// rows is captured again: TensorRT's documentation forbids to launch a graph once its context has other shapes.
+// copies tokens, lengths and rows from pinned memory, runs the engine and, unless tokens are chosen on the device,
+// copies the logits back. Another number of rows is captured again: TensorRT's documentation forbids to launch a graph
+// once its context has other shapes.
 class PlanRunner {
  public:
     // `inPlace`: the plan has the plugin, as the manifest says; the engine need not say so. `rowsByIndex`: that plan
-    // takes rows by index. Throws EngineError if the plan does not match the contract, or the engine contradicts the
-    // manifest.
+    // takes rows by index. With `sample`, logits stay on the device until they are asked for. Throws EngineError if the
+    // plan does not match the contract, or the engine contradicts the manifest.
     PlanRunner(Contract contract, std::unique_ptr<Device> device, std::unique_ptr<Plan> plan, bool inPlace, bool graphs,
-               bool rowsByIndex = false);
+               bool rowsByIndex = false, SampleKernel sample = {});
 
     ~PlanRunner();
     PlanRunner(PlanRunner const&) = delete;
@@ -34,10 +36,15 @@ class PlanRunner {
     void open(int64_t batch);  // empties all rows; memory and graphs are reused if the batch is the same
     void close();
     bool rowsByIndex() const noexcept { return rowsByIndex_; }
-    // Runs `rows` alone; the arrays hold these rows. They are distinct, and adjacent unless rowsByIndex(). Returns
-    // their logits in pinned memory, valid until the next step.
-    float const* step(std::vector<int64_t> const& rows, int64_t const* inputIds, int64_t tokens,
-                      int32_t const* pastLength, int32_t const* newLength);
+    // Runs `rows` alone; the arrays hold these rows. They are distinct, and adjacent unless rowsByIndex().
+    void step(std::vector<int64_t> const& rows, int64_t const* inputIds, int64_t tokens, int32_t const* pastLength,
+              int32_t const* newLength);
+    // Logits [*, vocab] of all rows given to the latest step in pinned memory, valid until the next one; only those at
+    // `places` are defined.
+    float const* logits(std::vector<int64_t> const& places);
+    // A token for each of `samplers` by the logits at these places; see DeviceSampler. Only with `sample`.
+    bool samples() const { return sampler_ != nullptr; }
+    std::vector<int32_t> pick(std::vector<Sampler*> const& samplers, std::vector<int64_t> const& places);
 
     // Rows in the layout of RowState::data.
     void resetRow(int64_t row);
@@ -68,12 +75,14 @@ class PlanRunner {
     void reshape(int profile, int64_t count, int64_t tokens);
     void launch(RowRange rows, int64_t tokens);
     void run(int profile, RowRange rows, int side, int64_t tokens);
-    void spread(std::vector<size_t> const& running, size_t count, int64_t tokens);
+    void spread();
+    int64_t onDevice(int64_t place) const;
 
     Contract contract_;
     std::unique_ptr<Device> device_;
     std::unique_ptr<Plan> plan_;  // must outlive the graphs and memory below
     bool inPlace_, graphs_, rowsByIndex_;
+    SampleKernel sample_;
     std::vector<Slot> slots_;
 
     int64_t batch_ = 0;
@@ -82,6 +91,11 @@ class PlanRunner {
     Memory empty_;                 // the state of an empty row, for resets
     // Lengths, rows and ids, and the logits, on the device and on the host.
     Memory input_, hostInput_, logits_, hostLogits_;
+    std::unique_ptr<DeviceSampler> sampler_;
+    // Of each row given to the latest step, its place among those that ran, which alone have logits on the device; -1:
+    // it was parked and left out.
+    std::vector<int64_t> ran_;
+    int64_t logitTokens_ = 1;  // of each row of the latest step
     size_t newOffset_ = 0, rowsOffset_ = 0, idsOffset_ = 0;
     std::vector<std::pair<int64_t, int64_t>> shaped_;  // [B, T] that each profile's shapes are set to; 0, 0: not set
     std::array<std::unique_ptr<Graph>, 2> decode_;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <limits>
@@ -68,8 +69,8 @@ int64_t chooseToken(float const* logits, int64_t vocab, SamplingParams const& pa
     for (size_t i = 0; i < weight.size(); ++i) weight[i] = std::exp((double{logits[i]} - peak) / params.temperature);
     std::vector<size_t> tokens(weight.size());
     std::iota(tokens.begin(), tokens.end(), size_t{0});
-    auto const heavier = [&weight](size_t a, size_t b) {
-        return weight[a] != weight[b] ? weight[a] > weight[b] : a < b;  // ties: lower ids first
+    auto const heavier = [logits](size_t a, size_t b) {
+        return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;  // ties: lower ids first
     };
     if (params.topK > 0 && params.topK < vocab) {
         auto const end = tokens.begin() + params.topK;
@@ -119,10 +120,28 @@ Sampler::Sampler(SamplingParams const& params, uint64_t row, std::vector<int64_t
     random_.seed(seeds);
 }
 
-int64_t Sampler::operator()(float const* logits, int64_t vocab) {
+uint64_t Sampler::Identity::next() {
+    static std::atomic<uint64_t> latest{0};
+    return ++latest;
+}
+
+double Sampler::drawn() {
     // The distributions of the standard library differ between implementations; the generators do not.
-    double const uniform = params_.temperature > 0 ? static_cast<double>(random_() >> 11) * 0x1p-53 : 0;
-    if (!penalises_ && params_.logitBias.empty()) return chooseToken(logits, vocab, params_, uniform);
+    return params_.temperature > 0 ? static_cast<double>(random_() >> 11) * 0x1p-53 : 0;
+}
+
+void Sampler::chosen(int64_t token) {
+    ++count_;
+    if (penalises_) ++counts_[token];
+}
+
+int64_t Sampler::operator()(float const* logits, int64_t vocab) {
+    double const uniform = drawn();
+    if (!penalises_ && params_.logitBias.empty()) {
+        int64_t const token = chooseToken(logits, vocab, params_, uniform);
+        chosen(token);
+        return token;
+    }
     highest(logits, vocab);
     std::vector<float> adjusted(logits, logits + vocab);
     adjust(adjusted);
@@ -130,7 +149,7 @@ int64_t Sampler::operator()(float const* logits, int64_t vocab) {
         throw UsageError("logit_bias leaves no token to choose");
     }
     int64_t const token = chooseToken(adjusted.data(), vocab, params_, uniform);
-    if (penalises_) ++counts_[token];
+    chosen(token);
     return token;
 }
 

@@ -159,10 +159,9 @@ class Scheduler::Impl {
         Running& leader = prefill.leader();
         size_t const count = std::min(static_cast<size_t>(piece_), leader.prompt.size() - leader.fed);
         auto const begin = leader.prompt.begin() + static_cast<ptrdiff_t>(leader.fed);
-        Logits logits{};
         auto const error = errorOf([&] {
             Clock const clock(timing.prefillSeconds);
-            logits = feed({prefill.row}, {begin, begin + static_cast<ptrdiff_t>(count)});
+            feed({prefill.row}, {begin, begin + static_cast<ptrdiff_t>(count)});
         });
         if (error) return {lose(prefill, *error)};
         leader.fed += count;
@@ -171,9 +170,9 @@ class Scheduler::Impl {
             prefilling_.push_back(std::move(prefill));
             return {};
         }
-        Outcomes outcomes, joined;
-        for (Ref const& sequence : join(prefill, outcomes)) joined.push_back(accept(sequence, last(logits, 0)));
-        joined = settle(std::move(joined));
+        Outcomes outcomes;
+        std::vector<Ref> const sequences = join(prefill, outcomes);
+        Outcomes joined = settle(accept(sequences, std::vector<int64_t>(sequences.size(), 0)));
         std::move(joined.begin(), joined.end(), std::back_inserter(outcomes));
         return outcomes;
     }
@@ -262,8 +261,7 @@ class Scheduler::Impl {
         Outcomes outcomes;
         {
             Clock const clock(seconds);
-            Logits logits{};
-            if (auto const error = errorOf([&] { logits = feed(places, ids); })) {
+            if (auto const error = errorOf([&] { feed(places, ids); })) {
                 held_.clear();
                 decoding_.clear();
                 for (Ref const& s : sequences) {
@@ -273,10 +271,16 @@ class Scheduler::Impl {
                 return outcomes;
             }
             outcomes = held_;
+            std::vector<Ref> wanting;
+            std::vector<int64_t> rowsOf;
             for (size_t i = 0; i < sequences.size(); ++i) {
                 if (isHeld(sequences[i])) continue;
-                outcomes.push_back(accept(sequences[i], last(logits, static_cast<int64_t>(i))));
-                timing.decodeTokens += outcomes.back().token.has_value();
+                wanting.push_back(sequences[i]);
+                rowsOf.push_back(static_cast<int64_t>(i));
+            }
+            for (Outcome& outcome : accept(wanting, rowsOf)) {
+                timing.decodeTokens += outcome.token.has_value();
+                outcomes.push_back(std::move(outcome));
             }
         }
         timing.decodeSeconds += seconds;
@@ -354,21 +358,28 @@ class Scheduler::Impl {
         return std::any_of(held_.begin(), held_.end(), [&](Outcome const& o) { return o.sequence == sequence; });
     }
 
-    // Adds the token of a sequence that has logits.
-    Outcome accept(Ref const& sequence, float const* logits) {
-        auto const error = errorOf([&] { sequence->sequence.accept(logits, session_.contract().vocabSize); });
-        if (error) return failed(sequence, *error);
-        return {sequence, sequence->sequence.tokens.back(), sequence->sequence.finish};
+    // Adds a token to each sequence, by the logits of its row of the latest step.
+    Outcomes accept(std::vector<Ref> const& sequences, std::vector<int64_t> const& rowsOf) {
+        std::vector<Sampler*> samplers;
+        for (Ref const& s : sequences) samplers.push_back(&s->sequence.sampler());
+        std::vector<Choice> const choices = session_.choose(samplers, rowsOf);
+        Outcomes outcomes;
+        for (size_t i = 0; i < sequences.size(); ++i) {
+            Sequence& sequence = sequences[i]->sequence;
+            if (auto const error = errorOf([&] { sequence.accept(choices[i]); })) {
+                outcomes.push_back(failed(sequences[i], *error));
+            } else {
+                outcomes.push_back({sequences[i], sequence.tokens.back(), sequence.finish});
+            }
+        }
+        return outcomes;
     }
 
     // Runs rows, each with as many of `ids`.
-    Logits feed(std::vector<int64_t> const& places, std::vector<int64_t> const& ids) {
+    void feed(std::vector<int64_t> const& places, std::vector<int64_t> const& ids) {
         auto const count = static_cast<int32_t>(ids.size() / places.size());
-        return session_.stepRows(ids, std::vector<int32_t>(places.size(), count), places);
+        session_.advanceRows(ids, std::vector<int32_t>(places.size(), count), places);
     }
-
-    // Logits after the last token of a row.
-    static float const* last(Logits const& logits, int64_t row) { return logits.row(row, logits.tokens - 1); }
 
     Session& session_;
     std::vector<int64_t> eosIds_;

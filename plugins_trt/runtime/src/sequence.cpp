@@ -59,8 +59,9 @@ Sequence::Sequence(Contract const& contract, Prompt const& prompt, SamplingParam
     if (!params.ignoreEos) eosIds_ = eosIds;
 }
 
-void Sequence::accept(float const* logits, int64_t vocab) {
-    int64_t const id = sampler_(logits, vocab);
+void Sequence::accept(Choice const& choice) {
+    if (choice.error) std::rethrow_exception(choice.error);
+    int64_t const id = choice.token;
     tokens.push_back(id);
     if (contains(eosIds_, id)) {
         finish = FinishReason::kEos;

@@ -19,8 +19,10 @@ class Sequence {
     Sequence(Contract const& contract, Prompt const& prompt, SamplingParams const& params,
              std::vector<int64_t> const& eosIds, uint64_t index, RowState const* prefix);
 
-    // Adds the token that follows, by `logits` [vocab]. Throws what the sampler throws.
-    void accept(float const* logits, int64_t vocab);
+    // What chooses the tokens that follow.
+    Sampler& sampler() noexcept { return sampler_; }
+    // Adds the token that follows. Throws the error in its place.
+    void accept(Choice const& choice);
 
     bool active() const noexcept { return !finish; }  // whether it wants another token
 

@@ -29,6 +29,7 @@ void Session::open(int64_t batch) {
                 ": use fewer rows at a time or export with a larger --max-batch");
     ++revision_;
     lengths_.clear();
+    last_.clear();
     runner_->open(batch);
     lengths_.assign(static_cast<size_t>(batch), 0);
     undefined_.assign(static_cast<size_t>(batch), false);
@@ -37,6 +38,7 @@ void Session::open(int64_t batch) {
 void Session::close() {
     ++revision_;
     lengths_.clear();
+    last_.clear();
     runner_->close();
 }
 
@@ -50,17 +52,84 @@ Logits Session::step(std::vector<int64_t> const& inputIds, std::vector<int32_t> 
 }
 
 Logits Session::step(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength, RowRange rows) {
+    advance(inputIds, newLength, rows);
+    return latest();
+}
+
+Logits Session::stepRows(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
+                         std::vector<int64_t> const& rows) {
+    advanceRows(inputIds, newLength, rows);
+    return latest();
+}
+
+// All logits of the latest step.
+Logits Session::latest() {
+    std::vector<int64_t> places(last_.size() * static_cast<size_t>(logitTokens_));
+    std::iota(places.begin(), places.end(), int64_t{0});
+    return {runner_->logits(places), logitTokens_, contract_.vocabSize};
+}
+
+std::vector<Choice> Session::choose(std::vector<Sampler*> const& samplers, std::vector<int64_t> const& rows) {
+    require(samplers.size() == rows.size() && samplers.size() <= lengths_.size(),
+            "choose() takes a row for each sampler, and at most " + std::to_string(batch()) + " samplers");
+    for (int64_t row : rows) {
+        require(row >= 0 && row < static_cast<int64_t>(last_.size()),
+                "the latest step has no logits of a row " + std::to_string(row));
+    }
+    std::vector<Choice> choices(samplers.size());
+    std::vector<Sampler*> asked;
+    std::vector<int64_t> places, rest;
+    std::vector<size_t> theirs, ours;
+    auto const toHost = [&](size_t i) {
+        theirs.push_back(i);
+        rest.push_back(last_[static_cast<size_t>(rows[i])]);
+    };
+    for (size_t i = 0; i < samplers.size(); ++i) {
+        if (!runner_->samples() || !DeviceSampler::suits(*samplers[i])) {
+            toHost(i);
+            continue;
+        }
+        ours.push_back(i);
+        asked.push_back(samplers[i]);
+        places.push_back(last_[static_cast<size_t>(rows[i])]);
+    }
+    try {
+        std::vector<int32_t> picks;
+        if (!ours.empty()) picks = runner_->pick(asked, places);
+        for (size_t i = 0; i < ours.size(); ++i) {
+            choices[ours[i]].token = picks[i];
+            if (picks[i] == kLessNoChoice) toHost(ours[i]);  // which says why
+        }
+        if (theirs.empty()) return choices;
+        float const* const logits = runner_->logits(rest);
+        for (size_t i = 0; i < theirs.size(); ++i) {
+            try {
+                choices[theirs[i]].token =
+                    (*samplers[theirs[i]])(logits + rest[i] * contract_.vocabSize, contract_.vocabSize);
+            } catch (...) {
+                choices[theirs[i]].error = std::current_exception();
+            }
+        }
+    } catch (BackendError const&) {  // the device has failed
+        for (Choice& choice : choices) {
+            if (choice.token < 0) choice.error = std::current_exception();
+        }
+    }
+    return choices;
+}
+
+void Session::advance(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength, RowRange rows) {
     require(batch() > 0, "the session is not open: call open(batch) first");
     require(rows.first >= 0 && rows.count > 0 && rows.first < batch() && rows.count <= batch() - rows.first,
             "rows must be a range of adjacent rows within 0.." + std::to_string(batch() - 1) + ", not " +
                 std::to_string(rows.count) + " from row " + std::to_string(rows.first));
     std::vector<int64_t> chosen(static_cast<size_t>(rows.count));
     std::iota(chosen.begin(), chosen.end(), rows.first);
-    return run(inputIds, newLength, chosen);
+    run(inputIds, newLength, chosen);
 }
 
-Logits Session::stepRows(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
-                         std::vector<int64_t> const& rows) {
+void Session::advanceRows(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
+                          std::vector<int64_t> const& rows) {
     require(batch() > 0, "the session is not open: call open(batch) first");
     std::vector<bool> seen(static_cast<size_t>(batch()), false);
     bool distinct = !rows.empty(), adjacent = true;
@@ -71,13 +140,13 @@ Logits Session::stepRows(std::vector<int64_t> const& inputIds, std::vector<int32
     }
     require(distinct, "rows must be distinct rows within 0.." + std::to_string(batch() - 1));
     require(adjacent || rowsByIndex(), "this plan runs adjacent rows in order: build the engine again");
-    return run(inputIds, newLength, rows);
+    run(inputIds, newLength, rows);
 }
 
 bool Session::rowsByIndex() const noexcept { return runner_->rowsByIndex(); }
 
-Logits Session::run(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
-                    std::vector<int64_t> const& rows) {
+void Session::run(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
+                  std::vector<int64_t> const& rows) {
     checkDefined(rows);
     auto const count = static_cast<int64_t>(rows.size());
     int64_t const tokens = static_cast<int64_t>(inputIds.size()) / count;
@@ -90,10 +159,14 @@ Logits Session::run(std::vector<int64_t> const& inputIds, std::vector<int32_t> c
     }
     past_.clear();
     for (int64_t row : rows) past_.push_back(lengths_[static_cast<size_t>(row)]);
-    float const* logits = nullptr;
-    change(rows, [&] { logits = runner_->step(rows, padded_.data(), tokens, past_.data(), newLength.data()); });
+    last_.clear();
+    change(rows, [&] { runner_->step(rows, padded_.data(), tokens, past_.data(), newLength.data()); });
     for (size_t i = 0; i < rows.size(); ++i) lengths_[static_cast<size_t>(rows[i])] += newLength[i];
-    return {logits, contract_.allLogits ? tokens : 1, contract_.vocabSize};
+    logitTokens_ = contract_.allLogits ? tokens : 1;
+    for (int32_t fed : newLength) {
+        int64_t const at = contract_.allLogits ? std::max(fed - 1, 0) : 0;
+        last_.push_back(static_cast<int64_t>(last_.size()) * logitTokens_ + at);
+    }
 }
 
 // Runs `action`, which changes the state of `rows`: it is undefined from its start until it has succeeded.

@@ -175,6 +175,32 @@ void loadPlugin(Bundle const& bundle) {
     if (reason) throw EngineError("cannot use the plugin " + path + ": " + reason);
 }
 
+// The kernel of the library that the options name; once it is used, it is never closed.
+SampleKernel loadSampler(std::filesystem::path const& path, cudaStream_t stream) {
+    if (path.empty()) return {};
+    void* const library = ::dlopen(std::filesystem::absolute(path).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        char const* why = ::dlerror();
+        throw EngineError("cannot load the sampler " + path.string() + ": " + (why ? why : "no reason given"));
+    }
+    auto* const interface = reinterpret_cast<decltype(&lessSampleInterface)>(::dlsym(library, "lessSampleInterface"));
+    auto* const why = reinterpret_cast<decltype(&lessSampleWhyUnusable)>(::dlsym(library, "lessSampleWhyUnusable"));
+    auto* const sample = reinterpret_cast<decltype(&lessSample)>(::dlsym(library, "lessSample"));
+    if (!interface || !why || !sample || interface() != kLessSampleInterface) {
+        ::dlclose(library);
+        throw EngineError("cannot use the sampler " + path.string() + ": it is of another version: build it again");
+    }
+    if (char const* const reason = why()) throw EngineError("cannot use the sampler " + path.string() + ": " + reason);
+    return [sample, stream](float const* logits, int64_t vocab, LessSampleRow const* rows, int32_t count,
+                            uint32_t* histories, int32_t* picks) {
+        int32_t const error = sample(logits, vocab, rows, count, histories, picks, stream);
+        if (error) {
+            throw BackendError(std::string("the sampler cannot be launched on the GPU: ") +
+                               cudaGetErrorString(static_cast<cudaError_t>(error)));
+        }
+    };
+}
+
 }  // namespace
 
 Session openSession(Bundle const& bundle, SessionOptions const& options) {
@@ -184,10 +210,12 @@ Session openSession(Bundle const& bundle, SessionOptions const& options) {
     checkFlavour(bundle.header, bundle.plan, getInferLibVersion());
     sharedLog().reset(options.verbose);
     loadPlugin(bundle);
+    SampleKernel sample = loadSampler(options.sampler, device->stream());
     auto plan = std::make_unique<TrtPlan>(bundle, device->stream());
     bool const rowsByIndex = bundle.plugin && bundle.plugin->rowsByIndex;
-    auto runner = std::make_unique<PlanRunner>(bundle.contract, std::move(device), std::move(plan),
-                                               bundle.plugin.has_value(), options.cudaGraphs, rowsByIndex);
+    auto runner =
+        std::make_unique<PlanRunner>(bundle.contract, std::move(device), std::move(plan), bundle.plugin.has_value(),
+                                     options.cudaGraphs, rowsByIndex, std::move(sample));
     return Session(bundle.contract, bundle.identity, std::move(runner));
 }
 

@@ -60,6 +60,8 @@ struct Machine {
     std::function<void(char const*)> before;
     size_t firstBytes = 0, rowBytes = 0;
     std::map<char*, size_t> memory;
+    std::set<char const*> pinned;  // of these, those of the host
+    size_t copiedBack = 0;         // bytes from the device to pinned memory
     std::vector<std::function<void()>> stream;
     std::vector<std::function<void()>>* sink = &stream;
 
@@ -109,7 +111,11 @@ class HostDevice : public Device {
         machine_.memory[memory] = bytes;
         return memory;
     }
-    void* allocateHost(size_t bytes) override { return allocate(bytes); }
+    void* allocateHost(size_t bytes) override {
+        void* const memory = allocate(bytes);
+        machine_.pinned.insert(static_cast<char const*>(memory));
+        return memory;
+    }
     void release(void* memory) noexcept override {
         auto const allocation = machine_.memory.find(static_cast<char*>(memory));
         if (allocation == machine_.memory.end()) bug("memory was released twice");
@@ -117,9 +123,16 @@ class HostDevice : public Device {
         machine_.memory.erase(allocation);
         std::free(memory);
     }
-    void releaseHost(void* memory) noexcept override { release(memory); }
+    void releaseHost(void* memory) noexcept override {
+        machine_.pinned.erase(static_cast<char const*>(memory));
+        release(memory);
+    }
     void copy(void* to, void const* from, size_t bytes) override {
         machine_.aboutCopy(to, from);
+        char const* const source = machine_.base(from);
+        if (source && !machine_.pinned.count(source) && machine_.pinned.count(machine_.base(to))) {
+            machine_.copiedBack += bytes;
+        }
         machine_.sink->push_back([=] { std::memcpy(to, from, bytes); });
     }
     void fill(void* at, int byte, size_t bytes) override {

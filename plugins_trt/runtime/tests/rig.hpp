@@ -13,13 +13,13 @@ struct Rig {
     bool graphs;
     Machine machine;
 
-    Session session(std::function<void(HostPlan&)> const& change = {}) {
+    Session session(std::function<void(HostPlan&)> const& change = {}, SampleKernel sample = {}) {
         auto plan = std::make_unique<HostPlan>(contract, machine);
         if (change) change(*plan);
         auto device = std::make_unique<HostDevice>(machine);
         return Session(contract, "this one",
                        std::make_unique<PlanRunner>(contract, std::move(device), std::move(plan), machine.inPlace,
-                                                    graphs, machine.byIndex));
+                                                    graphs, machine.byIndex, std::move(sample)));
     }
 };
 

@@ -132,6 +132,17 @@ TEST(unusable_plans) {
     CHECK(mockSdk().streams == 0);
 }
 
+TEST(unusable_samplers) {
+    Rig rig;
+    SessionOptions options;
+    options.sampler = "nowhere/libless_sampler.so";
+    REFUSES(EngineError, "cannot load the sampler nowhere/libless_sampler.so: ", openSession(rig.bundle, options));
+    options.sampler = LESS_STUB_PLUGIN;
+    REFUSES(EngineError, "it is of another version: build it again", openSession(rig.bundle, options));
+    ::unsetenv("LESS_TEST_STUB");  // which says that the stub was loaded
+    CHECK(mockSdk().streams == 0);
+}
+
 TEST(plans_of_another_contract) {
     Rig rig;
     mockSdk().plan->io[3].dtype = "fp8";
