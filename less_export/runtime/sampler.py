@@ -112,7 +112,7 @@ class KeptLogits(Protocol):
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]: ...
 
     def choose(self, samplers: Sequence[Sampler], token_ids: Sequence[Sequence[int]]) -> list[Choice | Exception]:
-        """As :func:`choose_all`."""
+        """As :func:`less_export.runtime.sampler.choose_all`."""
 
 
 def choose_all(
