@@ -140,6 +140,10 @@ def test_four_bytes_a_row_come_back(fake: Fake) -> None:
     backend.step([[1]], [1], slice(0, 1))
     with pytest.raises(BackendError, match="the logits of an earlier step are gone"):
         choose_all(logits, samplers, [[]] * 3)
+    logits = backend.step_last(np.array([[1], [2], [3]]), np.ones(3, np.int64))
+    backend.open(3)
+    with pytest.raises(BackendError, match="the logits of an earlier step are gone"):
+        np.asarray(logits)
 
 
 def test_rows_of_several_tokens(fake: Fake) -> None:

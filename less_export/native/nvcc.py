@@ -45,7 +45,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Product:
-    """A library: its name in messages, its file, its sources in order, and folders of headers."""
+    """A library: its name in messages, its file, its sources in order, folders of headers, and how long it takes."""
 
     name: str
     file: str
@@ -53,6 +53,7 @@ class Product:
     include: tuple[Path, ...]
     system: tuple[Path, ...] = ()
     exports: Path | None = None
+    takes: str = "a minute or two per architecture"
 
 
 def kernels() -> Path:
@@ -203,7 +204,7 @@ def compile_library(
         compiler.run(argv, name, f"{source.parent.name}/{source.name}")
         return str(object_file)
 
-    progress.say(f"compiling the {name} for {', '.join(archs)} (once; a minute or two per architecture)")
+    progress.say(f"compiling the {name} for {', '.join(archs)} (once; {product.takes})")
     with concurrent.futures.ThreadPoolExecutor(min(count, cores)) as pool:
         running = [pool.submit(compile_one, source) for source in product.sources]
         try:

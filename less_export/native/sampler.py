@@ -114,7 +114,7 @@ def compile_library(out: Path, archs: Sequence[str], tools: nvcc.Tools, *, progr
     """
     base = nvcc.kernels()
     include = tuple(base / name for name in ("sampler", "src", "include"))
-    product = nvcc.Product(_NAME, LIBRARY, (base / "sampler" / "sample.cu",), include)
+    product = nvcc.Product(_NAME, LIBRARY, (base / "sampler" / "sample.cu",), include, takes="seconds")
     nvcc.compile_library(out, product, archs, tools, progress=progress)
 
 

@@ -127,6 +127,9 @@ class TrtBackend(Backend):
             self._state.attach(context)
 
     def _close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.begin_step()  # logits that are kept are gone with the memory
+        self._shaped = [None] * len(self._profiles)  # new addresses: a step has to run before one is captured
         self._device.release()
         self._exchange = self._state = self._graph = self._sampler = None
 

@@ -15,7 +15,21 @@ DeviceSampler::DeviceSampler(Device& device, SampleKernel kernel, int64_t vocab,
       hostPicks_(device, rows * sizeof(int32_t), true),
       histories_(static_cast<size_t>(rows)) {}
 
-bool DeviceSampler::suits(Sampler const& sampler) { return sampler.params_.logitBias.empty(); }
+bool DeviceSampler::suits(Sampler const& sampler) {
+    return sampler.params_.logitBias.empty() && (!sampler.penalises_ || hasHistories());
+}
+
+// Whether there is memory for histories, which is tried once.
+bool DeviceSampler::hasHistories() {
+    if (triedHistories_) return memory_.get() != nullptr;
+    triedHistories_ = true;
+    try {
+        memory_ = Memory(device_, histories_.size() * static_cast<size_t>(vocab_) * sizeof(uint32_t));
+    } catch (BackendError const&) {  // the host applies penalties
+        return false;
+    }
+    return true;
+}
 
 std::vector<int32_t> DeviceSampler::pick(float const* logits, std::vector<Sampler*> const& samplers,
                                          std::vector<int64_t> const& places) {
@@ -58,7 +72,6 @@ std::vector<int32_t> DeviceSampler::pick(float const* logits, std::vector<Sample
 // The place of a sequence's history, which is up to date.
 int32_t DeviceSampler::historyOf(Sampler const& sampler) {
     auto const vocab = static_cast<size_t>(vocab_);
-    if (!memory_.get()) memory_ = Memory(device_, histories_.size() * vocab * sizeof(uint32_t));
     auto place = std::find_if(histories_.begin(), histories_.end(),
                               [&](History const& h) { return h.sampler == sampler.identity_.value; });
     bool const known = place != histories_.end() && place->count == sampler.count_;

@@ -20,8 +20,8 @@ class DeviceSampler {
  public:
     DeviceSampler(Device& device, SampleKernel kernel, int64_t vocab, int64_t rows);
 
-    // Whether the kernel can choose for a sequence.
-    static bool suits(Sampler const& sampler);
+    // Whether the kernel can choose for a sequence: not with penalties if there is no memory for histories.
+    bool suits(Sampler const& sampler);
 
     // A token for each of `samplers`, or kLessNoChoice, by the rows `places` of `logits` [*, vocab] on the device.
     // Throws BackendError.
@@ -35,6 +35,7 @@ class DeviceSampler {
         int64_t count = 0;
         uint64_t used = 0;
     };
+    bool hasHistories();
     int32_t historyOf(Sampler const& sampler);
 
     Device& device_;
@@ -44,6 +45,7 @@ class DeviceSampler {
     std::vector<History> histories_;
     std::vector<std::vector<uint32_t>> copied_;  // to the device, until the stream has run
     uint64_t calls_ = 0;
+    bool triedHistories_ = false;
 };
 
 }  // namespace less

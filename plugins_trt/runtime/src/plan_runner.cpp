@@ -253,14 +253,21 @@ float const* PlanRunner::logits(std::vector<int64_t> const& places) {
     if (sampler_) {
         device_->activate();
         size_t const bytes = contract_.vocabSize * sizeof(float);
-        for (int64_t place : places) {
-            int64_t const from = onDevice(place);
-            std::byte* const to = hostLogits_.get() + place * bytes;
+        for (size_t i = 0; i < places.size();) {
+            int64_t const from = onDevice(places[i]);
+            std::byte* const to = hostLogits_.get() + places[i] * bytes;
+            int64_t count = 1;  // of places that lie one behind the other, here and there
+            auto const follows = [&](size_t next) {
+                return next < places.size() && places[next] == places[i] + count &&
+                       onDevice(places[next]) == (from < 0 ? -1 : from + count);
+            };
+            while (follows(i + static_cast<size_t>(count))) ++count;
             if (from < 0) {
-                std::memset(to, 0, bytes);
+                std::memset(to, 0, static_cast<size_t>(count) * bytes);
             } else {
-                device_->copy(to, logits_.get() + from * bytes, bytes);
+                device_->copy(to, logits_.get() + from * bytes, static_cast<size_t>(count) * bytes);
             }
+            i += static_cast<size_t>(count);
         }
         device_->wait();
     }

@@ -42,8 +42,9 @@ class PlanRunner {
     // Logits [*, vocab] of all rows given to the latest step in pinned memory, valid until the next one; only those at
     // `places` are defined.
     float const* logits(std::vector<int64_t> const& places);
-    // A token for each of `samplers` by the logits at these places; see DeviceSampler. Only with `sample`.
-    bool samples() const { return sampler_ != nullptr; }
+    // Whether pick() chooses for a sequence: only with `sample`, and not what DeviceSampler leaves to the host.
+    bool samples(Sampler const& sampler) const { return sampler_ && sampler_->suits(sampler); }
+    // A token for each of `samplers` by the logits at these places; see DeviceSampler.
     std::vector<int32_t> pick(std::vector<Sampler*> const& samplers, std::vector<int64_t> const& places);
 
     // Rows in the layout of RowState::data.

@@ -85,7 +85,7 @@ std::vector<Choice> Session::choose(std::vector<Sampler*> const& samplers, std::
         rest.push_back(last_[static_cast<size_t>(rows[i])]);
     };
     for (size_t i = 0; i < samplers.size(); ++i) {
-        if (!runner_->samples() || !DeviceSampler::suits(*samplers[i])) {
+        if (!runner_->samples(*samplers[i])) {
             toHost(i);
             continue;
         }
@@ -139,7 +139,7 @@ void Session::advanceRows(std::vector<int64_t> const& inputIds, std::vector<int3
         adjacent &= i == 0 || rows[i] == rows[i - 1] + 1;
     }
     require(distinct, "rows must be distinct rows within 0.." + std::to_string(batch() - 1));
-    require(adjacent || rowsByIndex(), "this plan runs adjacent rows in order: build the engine again");
+    require(adjacent || rowsByIndex(), "this plan runs adjacent rows in order: build the engine with the plugin");
     run(inputIds, newLength, rows);
 }
 

@@ -225,6 +225,32 @@ TEST(refused_choices) {
     REFUSES(BackendError, "choose() takes a row for each sampler", session.choose({&a}, {0}));
 }
 
+TEST(without_memory_for_histories_the_host_applies_penalties) {
+    std::vector<int64_t> tokens[2];
+    for (bool enough : {true, false}) {
+        Rig rig;
+        size_t asks = 0;
+        SampleKernel const kernel = kernelOn(rig.machine);
+        Session session = rig.session(
+            {}, [&](auto const* logits, auto vocab, auto const* rows, auto count, auto* histories, auto* picks) {
+                ++asks;
+                kernel(logits, vocab, rows, count, histories, picks);
+            });
+        session.open(2);
+        if (!enough) rig.machine.freeBytes = 100;
+        Sampler plain(asked(0), 0), penalised(asked(2), 1);
+        for (int64_t step = 0; step < 4; ++step) {
+            session.advance({step, step}, {1, 1}, {0, 2});
+            for (Choice const& choice : session.choose({&plain, &penalised}, {0, 1})) {
+                CHECK(!choice.error);
+                tokens[enough].push_back(choice.token);
+            }
+        }
+        CHECK(asks == 4);  // for the plain row
+    }
+    CHECK(tokens[0] == tokens[1]);
+}
+
 TEST(what_fails_ends_the_rows_that_it_touches) {
     Rig rig(twoLayers(), false);
     Session session = rig.session({}, [](auto...) { throw BackendError("the sampler cannot be launched"); });
