@@ -173,7 +173,7 @@ FLOAT32_FAULTS = {
     "values without their scale": Fault("slots.cuh", "kCoded<S> ? weight * scale : weight", "weight"),
     "scales of empty slots are read": Fault("slots.cuh", "piece.scale = 0.f;", ";"),
     "slots not turned": Fault("decode_attend.cuh", "if constexpr (Turns) {", "if constexpr (false) {"),
-    "partners of the own lane": Fault("decode_attend.cuh", "row * LPR + partners / 8", "lane"),
+    "partners of the own lane": Fault("decode_attend.cuh", "row * LPR + partners / 8", "row * LPR + column / 8"),
     "partners of another slot": Fault("decode_attend.cuh", "row * LPR + partners / 8", "partners / 8"),
     "partners with others' mean": Fault("decode_attend.cuh", "partners, others);", "column, others);"),
 }

@@ -76,3 +76,18 @@ def test_profiles_of_rows_by_index() -> None:
     spec = next(contract.state(by_index=True)).past
     assert spec.sized(2, 1, 5) == (5, 2, 6, 8)
     assert spec.sized(2, 1) == (2, 2, 6, 8)
+
+
+def test_the_rows_of_a_step_are_those_of_its_tokens(tmp_path: Path) -> None:
+    """Exports may take a step's rows from the shape of a state, whose rows are others here."""
+
+    def converted(**span: int) -> onnx.NodeProto:
+        model = onnx.load_from_string(bare(contract_of("float16"), tmp_path))
+        model.graph.node.insert(0, onnx.helper.make_node("Shape", ["past.0.key"], ["measured"], **span))
+        return onnx.load_from_string(rows.by_index(model.SerializeToString(), contract_of("float16"))).graph.node[0]
+
+    assert [*converted(start=0, end=1).input] == ["input_ids"]
+    assert [*converted(end=1).input] == ["input_ids"]
+    assert [*converted(start=1).input] == ["past.0.key"]
+    with pytest.raises(EngineError, match=r"takes more than the rows from the shape of past.0.key: export it again"):
+        converted()
