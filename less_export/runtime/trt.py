@@ -211,7 +211,7 @@ class TrtBackend(Backend):
                 self._shaped[profile] = None
                 raise
         state.stepped(rows)
-        return exchange.kept(logits)
+        return exchange.lasting(logits)
 
     def _capture(self, work: Callable[[], None]) -> None:
         """Capture the decode step, unless it is or cannot be."""

@@ -77,7 +77,7 @@ class Exchange:
         self._device.download(self.logits, logits)
         return logits
 
-    def kept(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def lasting(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits that the next step does not overwrite."""
         return logits.copy() if np.may_share_memory(logits, self._results) else logits
 
