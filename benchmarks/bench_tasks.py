@@ -81,7 +81,9 @@ TASKS: dict[str, dict[str, Any]] = {
         "num_fewshot": 5,
         "output_type": "loglikelihood",
         "doc_to_text": "context",
-        "doc_to_target": "continuation",
+        # The harness puts no delimiter before the word that it asks for, only before those of examples.
+        "doc_to_target": lambda item: " " + item["continuation"],
+        "target_delimiter": "",
     },
 }
 

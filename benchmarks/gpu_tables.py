@@ -105,6 +105,11 @@ def checks(data: dict[str, Any]) -> Table:
         rows.append([f"{label}: logits and state, step by step", steps.get("steps", MISSING)])
         rows.append([f"{label}: layers that copy", str(steps.get("layers that copy", MISSING))])
         rows.append([label, engines.get(name, MISSING)])
+    results = data.get("onnxruntime", {})
+    for name in ("operator and graphs", "operator", "nodes"):
+        label = f"ONNX Runtime on CUDA, {name}"
+        rows.append([f"{label}: logits and state, step by step", results.get(f"{name}, steps", MISSING)])
+        rows.append([label, results.get(name, MISSING)])
     return ["check", "result"], rows
 
 
@@ -159,6 +164,25 @@ def kernels(data: dict[str, Any]) -> Table:
             f"{k['split_instructions']:,}",
         ]
         for k in data["kernels"]
+    ]
+
+
+def provider(data: dict[str, Any]) -> Table:
+    """What ONNX Runtime's CUDA provider makes of graphs, from ``ort_cuda.json``."""
+    header = ["graph", "LessAttention", "nodes on CUDA", "shape arithmetic on the CPU"]
+    header += ["without a CUDA kernel", "copies", "captured"]
+    return header, [
+        [
+            name,
+            kind,
+            f"{x['cuda']:,}",
+            str(x["cpu"] - sum(x["no_cuda_kernel"].values())),
+            str(sum(x["no_cuda_kernel"].values())),
+            str(x["copies"]),
+            "yes" if x["captured"] else "no",
+        ]
+        for name, kinds in data["graphs"].items()
+        for kind, x in kinds.items()
     ]
 
 

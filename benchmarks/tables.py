@@ -167,6 +167,12 @@ def gpu_results() -> Any:
     return results("gpu") if (ROOT / "benchmarks" / "results" / "gpu.json").is_file() else {}
 
 
+def ort_cuda() -> str:
+    """What scripts/ort_cuda_nodes.py found."""
+    data = results("ort_cuda")
+    return table(*gpu_tables.provider(data)) + f"\n\n(onnxruntime-gpu {data['onnxruntime']}, graphs of two layers)"
+
+
 def gpu_model() -> str:
     """Decode as scripts/gpu_model.py computes it."""
     return table(*gpu_tables.model(results("gpu_model"), gpu_results()))
@@ -305,6 +311,7 @@ def rendered(text: str) -> str:
     for parts in (serving_tables.PARTS, decoding_tables.PARTS, memory_tables.PARTS):
         makers |= {p: functools.partial(noted, parts, p) for p in parts}
     makers |= {f"gpu_{p}": functools.partial(gpu, p) for p in gpu_tables.PARTS}
+    makers |= {"ort_cuda": ort_cuda}
     makers |= {"gpu_model": gpu_model, "gpu_model_kernels": lambda: table(*gpu_tables.kernels(results("gpu_model")))}
     makers |= {p: functools.partial(models, p) for p in model_tables.PARTS}
     makers |= {f"quality_{p}": functools.partial(quality, p) for p in quality_tables.PARTS}

@@ -14,13 +14,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gpu_bench
+import gpu_engine
 import gpu_kernels
+import gpu_ort
 import gpu_sample
 import gpu_stress
 import torch
@@ -149,13 +151,13 @@ def exercise(library: Path) -> None:
     torch.cuda.synchronize()
 
 
-def engine(dry_run: bool) -> dict[str, Any]:
-    """gpu_engine.py in its own process: TensorRT-RTX may abort on a GPU that it does not support."""
-    command = [sys.executable, str(Path(__file__).with_name("gpu_engine.py")), *["--dry-run"] * dry_run]
+def in_process(script: str, kinds: Sequence[str], dry_run: bool) -> dict[str, Any]:
+    """A script in its own process: TensorRT-RTX may abort on a GPU that it does not support."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *["--dry-run"] * dry_run]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
-        return dict.fromkeys(("plugin", "no plugin"), f"exit code {done.returncode}: {done.stderr[-200:]}")
+        return dict.fromkeys(kinds, f"exit code {done.returncode}: {done.stderr[-200:]}")
     return dict(json.loads(lines[-1]))
 
 
@@ -212,7 +214,8 @@ def main() -> int:
     if args.only != "time" and library is not None:
         parts |= {"sanitizers": lambda: sanitize(library)}
     if args.only != "time":
-        parts |= {"engine": lambda: engine(args.dry_run)}
+        parts |= {"engine": lambda: in_process("gpu_engine.py", gpu_engine.KINDS, args.dry_run)}
+        parts |= {"onnxruntime": lambda: in_process("gpu_ort.py", list(gpu_ort.KINDS), args.dry_run)}
     for name, run in parts.items():
         try:
             data[name] = run()

@@ -54,6 +54,19 @@ def test_items_come_after_the_examples(
     assert found["right"] == (values.argmax(1) == answers).astype(int).tolist()
 
 
+def test_the_word_that_lambada_asks_for_follows_a_space(
+    bench: ModuleType, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [{"context": q, "continuation": f"word{i}"} for i, q in enumerate(QUERIES)]
+    (tmp_path / "lambada_openai.jsonl").write_text("\n".join(map(json.dumps, items)))
+    monkeypatch.setitem(bench.TASKS["lambada_openai"], "num_fewshot", 2)
+    lm = bench.Counting(str(plain))
+    found = bench.run(lm, "lambada_openai", tmp_path, 2)
+    begin = "Alice was word0\n\nOnce upon word1\n\n"
+    want = [log_probabilities(lm, begin + x["context"], [x["continuation"]])[0] for x in items[2:4]]
+    np.testing.assert_allclose(found["gold"], want, atol=1e-3)
+
+
 def test_a_task_without_choices_is_right_if_greedy_decoding_gives_it(bench: ModuleType) -> None:
     samples = [{"filtered_resps": [(-1.25, True)]}, {"filtered_resps": [(-2.0, False)]}]
     assert bench.scores("lambada_openai", samples) == {"right": [1, 0], "gold": [-1.25, -2.0]}

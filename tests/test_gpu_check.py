@@ -41,6 +41,7 @@ def test_goes_through_the_motions_on_emulated_kernels(tmp_path: Path) -> None:
         "prefill",
         "sampling",
         "engine",
+        "onnxruntime",
     ):
         assert f"\n{part}: " in f"\n{done.stdout}"
     assert done.stdout.endswith("nothing failed\n")

@@ -188,11 +188,12 @@ def _stored(
     mine = op.And(op.Equal(slot, ticks), s.valid)  # [B,Hk,C]
     at = op.Unsqueeze(slot, last)
 
-    def put(past: ir.Value, new: ir.Value, width: int) -> tuple[ir.Value, ir.Value]:
-        """Rows [B,Hk,C,width] with the new one in its slot, and the one that was there, [B,Hk,1,width]."""
+    def put(past: ir.Value, new: ir.Value, width: int, codes: bool) -> tuple[ir.Value, ir.Value]:
+        """Rows [B,Hk,C,width] with the new one in its slot, and the one that was there, [B,Hk,1,width]; maybe codes."""
         where = op.Expand(at, op.ints(1, 1, 1, width))
         before = op.GatherElements(past, where, axis=2)
-        return op.ScatterElements(past, where, op.Where(s.valid4, new, before), axis=2), before
+        row = (op.where_codes if codes else op.Where)(s.valid4, new, before)
+        return op.ScatterElements(past, where, row, axis=2), before
 
     after = {"position": op.Where(mine, s.now, x.past_position), "score": op.Where(mine, own_score, scores)}
     new = {"key": x.k, "value": x.v, "psi": x.psi_k}
@@ -207,9 +208,9 @@ def _stored(
     if s.state16:
         psi = op.to_f32(x.psi_k)
         new["psi"], _ = _codes(s, psi, psi)
-    after["key"], _ = put(x.past_key, new["key"], s.sizes.head_dim)
-    after["value"], value = put(x.past_value, new["value"], s.sizes.head_dim)
-    after["psi"], psi = put(x.past_psi, new["psi"], s.sizes.rank)
+    after["key"], _ = put(x.past_key, new["key"], s.sizes.head_dim, s.int8)
+    after["value"], value = put(x.past_value, new["value"], s.sizes.head_dim, s.int8)
+    after["psi"], psi = put(x.past_psi, new["psi"], s.sizes.rank, s.state16)
     if means is None:
         return {**after, "h": op.Identity(x.past_h), "z": op.Identity(x.past_z)}
     leaves = op.GreaterOrEqual(op.GatherElements(x.past_position, slot, axis=2), op.i32(0))
@@ -230,7 +231,7 @@ def _codes(s: _Step, magnitude: ir.Value, x: ir.Value) -> tuple[ir.Value, ir.Val
     scale = op.Div(op.ReduceMax(magnitude, op.ints(-1), keepdims=1), op.f32(float(int8_rule.LARGEST)))
     usable = op.GreaterOrEqual(scale, op.f32(int8_rule.SMALLEST_SCALE))
     code = op.Round(op.Div(x, op.Where(usable, scale, op.f32(np.inf))))  # at most 127: the quotient is, to rounding
-    return op.Cast(code, to=ir.DataType.INT8), op.Where(usable, scale, op.f32(0.0))
+    return op.codes(code), op.Where(usable, scale, op.f32(0.0))
 
 
 def _absorbed(s: _Step, psi: ir.Value, value: ir.Value) -> dict[str, ir.Value]:

@@ -59,3 +59,11 @@ class Nodes(ir.tape.Tape):
     def rows(self, mask: ir.Value, x: ir.Value) -> ir.Value:
         """``x`` [..., N, E] with the rows that ``mask`` [..., N] excludes set to zero, never multiplied."""
         return self.Where(self.Unsqueeze(mask, self.ints(-1)), x, self.f32(0.0))
+
+    def codes(self, x: ir.Value) -> ir.Value:
+        """f32 whole numbers ``x`` as int8."""
+        return self.Cast(x, to=ir.DataType.INT8)
+
+    def where_codes(self, mask: ir.Value, x: ir.Value, y: ir.Value) -> ir.Value:
+        """``Where`` of int8 tensors, through f32: ONNX Runtime's CUDA provider has no kernel for int8."""
+        return self.codes(self.Where(mask, self.to_f32(x), self.to_f32(y)))

@@ -329,8 +329,12 @@ def _general(body: Body, x: SimpleNamespace) -> tuple[Nodes, dict[str, ir.Value]
     index = op.Max(source, op.ints(0))
     rows = op.Unsqueeze(index, op.ints(-1))
 
-    def filled(past: ir.Value, new: ir.Value) -> ir.Value:
-        return op.GatherND(op.Concat(past, new, axis=2), rows, batch_dims=2)
+    def filled(past: ir.Value, new: ir.Value, *, codes: bool) -> ir.Value:
+        held = op.Concat(past, new, axis=2)
+        if not codes:
+            return op.GatherND(held, rows, batch_dims=2)
+        # Through f32: ONNX Runtime's CUDA provider has no kernel for int8.
+        return op.codes(op.GatherND(op.to_f32(held), rows, batch_dims=2))
 
     position = op.GatherElements(s.position, index, axis=2)
     position = op.Where(op.GreaterOrEqual(source, op.ints(0)), position, op.i32(-1))
@@ -344,8 +348,8 @@ def _general(body: Body, x: SimpleNamespace) -> tuple[Nodes, dict[str, ir.Value]
     after |= {
         "score": op.GatherElements(score, index, axis=2),
         "position": position,
-        "psi": filled(*state.fill),
-        **{name: filled(*pair) for name, pair in slots.fills.items()},
+        "psi": filled(*state.fill, codes=form.state16),
+        **{n: filled(*pair, codes=form.int8 and n in ("key", "value")) for n, pair in slots.fills.items()},
     }
     return op, {"out": out, **{f"present_{name}": value for name, value in after.items()}}
 

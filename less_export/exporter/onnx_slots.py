@@ -20,7 +20,7 @@ def quantised(op: Nodes, tensor: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value
     code = op.Round(op.Div(tensor, op.Unsqueeze(divisor, last)))  # rounds half to even
     code = op.Min(op.Max(code, op.f32(-largest)), op.f32(largest))
     code = op.rows(usable, code)
-    return code, op.Cast(code, to=ir.DataType.INT8), scale
+    return code, op.codes(code), scale
 
 
 def in_slots(op: Nodes, x: SimpleNamespace, int8: bool) -> SimpleNamespace:

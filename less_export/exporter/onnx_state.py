@@ -81,10 +81,10 @@ def absorb16(
     whole = op.Min(op.Floor(op.Add(quotient, _dither(op, x, offsets))), op.f32(largest))
     whole = op.rows(usable, whole)
     high = op.Floor(op.Mul(op.Add(whole, op.f32(128.0)), op.f32(1 / 256)))
-    planes = op.Cast(op.Concat(high, op.Sub(whole, op.Mul(high, op.f32(256.0))), axis=_LAST), to=ir.DataType.INT8)
+    planes = op.Concat(high, op.Sub(whole, op.Mul(high, op.f32(256.0))), axis=_LAST)
     grows = op.Greater(mass, zero)
     return {
-        "h": op.Where(op.Unsqueeze(grows, last), planes, x.past_h),
+        "h": op.where_codes(op.Unsqueeze(grows, last), planes, x.past_h),
         "z": z,
         "h_scale": op.Where(grows, scale, x.past_h_scale),
     }

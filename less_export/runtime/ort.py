@@ -21,12 +21,14 @@ Measured on two cores:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import logging
 import re
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from ..errors import BackendError, EngineError, UsageError, install_hint
 from ..native import ort_cuda, ort_operator
 from ..versions import warn_if_untested
 from .backend import Array, Backend, State, empty
+from .ort_graphs import CAPTURING, DecodeGraphs
 from .row_sides import RowSides
 
 _LOG = logging.getLogger(__name__)
@@ -148,6 +151,7 @@ class OrtBackend(Backend):
         operator: what runs LessAttention: "native", the kernel for the device (for CPUs compiled when it is needed for
             the first time, for CUDA by ``less-export build-operator --cuda``); "onnx", the graph's own nodes; default
             the kernel where it can run, else the nodes.
+        cuda_graphs: with the kernel for CUDA, run decode steps as CUDA graphs.
 
     If a step fails while the kernel runs it, the state of its rows is undefined: write, reset or copy over them.
 
@@ -170,6 +174,7 @@ class OrtBackend(Backend):
         provider: str | None = None,
         accuracy_level: int = 4,
         operator: str | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         super().__init__(contract)
         self._values: list[dict[str, Any]] = []
@@ -189,13 +194,36 @@ class OrtBackend(Backend):
         kernel = _kernel(contract, self._device, operator)
         #: What runs LessAttention: "native" or "onnx".
         self.operator = "native" if kernel else "onnx"
-        self._session = self._load(Path(model_path), threads, provider, accuracy_level, kernel)
+        load = functools.partial(self._load, Path(model_path), threads, accuracy_level, kernel)
+        self._graphs: DecodeGraphs | None = None
+        if cuda_graphs and kernel is not None and self._device == "cuda":
+            self._session, self._graphs = self._capturing(load, provider)
+        else:
+            self._session = load(provider, {})
         self._shrink_arena = self._ort.RunOptions()
         arena = "gpu:0" if self._device == "cuda" else "cpu:0"
         self._shrink_arena.add_run_config_entry("memory.enable_memory_arena_shrinkage", arena)
         self._check_graph(Path(model_path))
 
-    def _load(self, path: Path, threads: int | None, provider: str, accuracy_level: int, kernel: Path | None) -> Any:
+    def _capturing(self, load: Callable[[str, dict[str, str]], Any], provider: str) -> tuple[Any, DecodeGraphs | None]:
+        """The session, and what captures its decode steps unless ONNX Runtime refuses to capture them."""
+        try:
+            session = load(provider, CAPTURING)
+        except BackendError as error:
+            session = load(provider, {})
+            warnings.warn(f"decoding without CUDA graphs: {error}", RuntimeWarning, stacklevel=4)
+            return session, None
+        return session, DecodeGraphs(self._ort, session, self.contract, self._device)
+
+    def _load(
+        self,
+        path: Path,
+        threads: int | None,
+        accuracy_level: int,
+        kernel: Path | None,
+        provider: str,
+        provider_options: dict[str, str],
+    ) -> Any:
         if not path.is_file():
             raise BackendError(f"cannot load {path}: no such file")
         options = self._ort.SessionOptions()
@@ -204,7 +232,9 @@ class OrtBackend(Backend):
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", str(accuracy_level))
         if threads is not None:
             options.intra_op_num_threads = threads
-        providers = list(dict.fromkeys([provider, _PROVIDERS["cpu"]]))
+        providers: list[Any] = list(dict.fromkeys([provider, _PROVIDERS["cpu"]]))
+        if provider_options:
+            providers[0] = (provider, provider_options)
         try:
             if kernel is not None:
                 options.register_custom_ops_library(str(kernel))
@@ -255,6 +285,8 @@ class OrtBackend(Backend):
         self._range_bindings(0, batch)
 
     def _close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
         self._bindings = {}
         self._values = []
 
@@ -265,13 +297,16 @@ class OrtBackend(Backend):
             if len(self._bindings) >= _MAX_RANGES:
                 del self._bindings[next(iter(self._bindings))]
             self._bindings[key] = [self._session.io_binding() for _ in self._values]
-            for s in self.contract.state():
-                addresses = [x[s.past.name].data_ptr() + first * s.row_bytes for x in self._values]
-                place = (self._device, 0, numpy_dtype(s.dtype), (count, *s.row_shape))
-                for side, binding in enumerate(self._bindings[key]):
-                    binding.bind_input(s.past.name, *place, addresses[side])
-                    binding.bind_output(s.present.name, *place, addresses[side - 1])
+            for side, binding in enumerate(self._bindings[key]):
+                self._bind_state(binding, first, count, side)
         return self._bindings[key]
+
+    def _bind_state(self, binding: Any, first: int, count: int, side: int = 0) -> None:
+        for s in self.contract.state():
+            addresses = [x[s.past.name].data_ptr() + first * s.row_bytes for x in self._values]
+            place = (self._device, 0, numpy_dtype(s.dtype), (count, *s.row_shape))
+            binding.bind_input(s.past.name, *place, addresses[side])
+            binding.bind_output(s.present.name, *place, addresses[side - 1])
 
     def _step(
         self,
@@ -285,21 +320,35 @@ class OrtBackend(Backend):
         for row in strays:
             self._put(row, self._views(row), side)
             self._sides[row] = side
+        tokens: dict[str, Array] = {INPUT_IDS: input_ids, PAST_LENGTH: past_length, NEW_LENGTH: new_length}
+        decode = input_ids.shape[1] == 1
+        if decode and self._graphs is not None:
+            with self._reporting():
+                replayed = self._graphs.step(first, count, tokens, lambda b: self._bind_state(b, first, count))
+            if replayed is not None:
+                return replayed
         binding = self._range_bindings(first, count)[side]
-        tokens = {INPUT_IDS: input_ids, PAST_LENGTH: past_length, NEW_LENGTH: new_length}
         for name, array in tokens.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
         logits = np.empty(self.contract.logits_spec().sized(*input_ids.shape), np.float32)
         binding.bind_ortvalue_output(LOGITS, self._ort.OrtValue.ortvalue_from_numpy(logits))
-        try:
-            decode = input_ids.shape[1] == 1
-            self._session.run_with_iobinding(binding, self._shrink_arena if decode and self._scratch else None)
+        options = self._shrink_arena if decode and self._scratch else None
+        if self._graphs is not None:
+            options = self._graphs.plain  # graphs use memory of the arena, which must not shrink
+        with self._reporting():
+            self._session.run_with_iobinding(binding, options)
             self._scratch = not decode
-        except Exception as error:  # without the kernel, the state from before the step is intact in its set
-            raise BackendError(f"ONNX Runtime failed: {_reason(error)}") from error
         if len(self._values) == 2:
             self._sides.flip(first, count)
         return logits
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Turn ONNX Runtime's errors in a step into ours; without the kernel, the state from before is in its set."""
+        try:
+            yield
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {_reason(error)}") from error
 
     def _read_row(self, row: int) -> State:
         return {n: np.array(x) for n, x in self._views(row).items()}

@@ -135,8 +135,11 @@ class EvictionPolicy(abc.ABC):
 
 def least_onnx(op: Any, c: Any, key: Any, ticks: Any) -> Any:
     """The first empty slot, or the last of those with the least ``key`` [B, Hk, C], which is not negative."""
+    # ONNX Runtime has no ArgMin for CUDA, and would copy the state of every layer to the host for it.
     empty = op.CastLike(op.Sub(ticks, op.ints(_BEFORE_ALL)), key)
-    return op.ArgMin(op.Where(c.live, key, empty), axis=2, keepdims=1, select_last_index=1)
+    rank = op.Where(c.live, key, empty)
+    least = op.Equal(rank, op.ReduceMin(rank, op.ints(2), keepdims=1))
+    return op.ReduceMax(op.Where(least, ticks, op.ints(0)), op.ints(2), keepdims=1)
 
 
 class ScoredPolicy(EvictionPolicy):
