@@ -22,7 +22,7 @@ def open_bundle(path: str | Path, backend: str | None = None, *, trust_code: boo
         backend: ``"ort"``, ``"trt"`` or ``"torch"``; default by the bundle's artifacts.
         trust_code: also load native code that the bundle brings or names (a plugin library, a plan with one inside)
             and that this machine did not build. Only for bundles whose source you trust.
-        options: arguments of the backend (``threads``, ``provider`` for ONNX Runtime; ``cuda_graphs`` for it and TensorRT;
+        options: arguments of the backend (``threads`` and ``provider`` for ONNX Runtime; ``cuda_graphs`` for GPUs;
             ``device`` for torch).
 
     Raises:
