@@ -83,7 +83,8 @@ _METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
 
 def tasks(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Accuracy by model, task and cache, and by how much LESS raises the log probability of the right answer."""
+    """Accuracy by model, task and cache, and by how much LESS raises the log probability of the right answer, alone and
+    as a share of that of all choices."""
     header = ["model", "policy", "task", "examples", "tokens", "items", *TASK_CACHES.values()]
     rows = []
     for caches in _compared(data, lambda row: row["task"] != _SUMMARIES):
@@ -91,8 +92,11 @@ def tasks(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         gold = {kind: np.array(caches[kind]["gold"]) for kind in ("sparse", "less")}
         what = [less["model"], less["policy"], less["task"], str(less["shots"]), f"{less['tokens']:,}"]
         what += [str(len(gold["less"])), *(_accuracy(caches[kind]["right"]) for kind in TASK_CACHES)]
-        rows.append([*what, _change(gold["less"] - gold["sparse"], 3)])
-    return [*header, "LESS - int8 slots, right answer"], rows
+        among = ""
+        if "among" in less:
+            among = _change(np.array(less["among"]) - np.array(caches["sparse"]["among"]), 3)
+        rows.append([*what, _change(gold["less"] - gold["sparse"], 3), among])
+    return [*header, "LESS - int8 slots, right answer", "among the choices"], rows
 
 
 def summaries(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

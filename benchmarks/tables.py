@@ -256,8 +256,8 @@ def tasks() -> str:
     """Tasks of lm-evaluation-harness."""
     data = results("tasks")
     note = (
-        "accuracy in percent (standard error); one token a step; last column: nats of log probability, and the 95% "
-        "bootstrap interval over the items"
+        "accuracy in percent (standard error); one token a step; last columns: nats of log probability of the right "
+        "answer, and of its share of all choices, and 95% bootstrap intervals over the items"
     )
     return table(*kernels_tables.tasks(data)) + f"\n\n({note}; {where(data)})"
 

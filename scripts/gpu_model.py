@@ -64,6 +64,7 @@ class Multiprocessor:
 
 
 ARCHITECTURES = {
+    "80": Multiprocessor(64, 164 * 1024),
     "86": Multiprocessor(48, 100 * 1024),
     "89": Multiprocessor(48, 100 * 1024),
     "90": Multiprocessor(64, 228 * 1024),

@@ -29,14 +29,14 @@ def answers(kind: str, right: list[int], gold: list[float], **more: Any) -> dict
 
 def test_tasks(tables: ModuleType) -> None:
     rows = [
-        answers("less", [1, 1, 0, 0], [-1.0, -2.0, -3.0, -4.0]),
+        answers("less", [1, 1, 0, 0], [-1.0, -2.0, -3.0, -4.0], among=[-0.25] * 4),
         answers("full", [1, 1, 1, 1], [-1.0, -1.0, -1.0, -1.0]),
-        answers("sparse", [1, 0, 0, 0], [-1.5, -2.5, -3.5, -4.5]),
+        answers("sparse", [1, 0, 0, 0], [-1.5, -2.5, -3.5, -4.5], among=[-0.5] * 4),
     ]
     header, (found,) = tables.tasks({"rows": rows})
     assert len(header) == len(found)
     assert found == ["m", "h2o", "copa", "30", "1,234", "4", "100.0 (0.0)", "25.0 (21.7)", "50.0 (25.0)",
-                     "+0.500 [+0.500, +0.500]"]  # fmt: skip
+                     "+0.500 [+0.500, +0.500]", "+0.250 [+0.250, +0.250]"]  # fmt: skip
     assert header[6:9] == ["full cache", "int8 slots", "LESS"]
 
 
@@ -44,7 +44,7 @@ def test_intervals_are_of_pairs(tables: ModuleType) -> None:
     gold = [-8.0, -1.0, -6.0, -2.0]
     rows = [answers("full", [1] * 4, gold), answers("sparse", [1] * 4, gold)]
     rows.append(answers("less", [1] * 4, [x + d for x, d in zip(gold, (0.5, -0.25, 0.5, 0.25), strict=True)]))
-    change = tables.tasks({"rows": rows})[1][0][-1]
+    change = tables.tasks({"rows": rows})[1][0][-2]
     value, low, high = (float(x.strip("[],")) for x in change.split())
     assert value == 0.25
     assert -0.25 <= low < value < high <= 0.5
