@@ -80,7 +80,7 @@ def test_the_library_exports_its_interface_only(tmp_path: Path) -> None:
     except EngineError:
         return
     out = tmp_path / sampler.LIBRARY
-    sampler.compile_library(out, ("sm_90",), tools)
+    nvcc.compile_library(out, sampler.product(), ("sm_90",), tools)
     listed = subprocess.check_output(["nm", "-D", "--defined-only", out], text=True).split()
     names = [n for n in listed if n.startswith("less") or "less" in n]
     assert sorted(names) == ["lessSample", "lessSampleInterface", "lessSampleWhyUnusable"]

@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -133,6 +133,19 @@ def known(library: Path) -> Path | None:
     if not is_known(digest):
         record(digest)
     return library
+
+
+def first_known(folder: Path, libraries: Iterable[Path]) -> Path | None:
+    """The first of these libraries in a folder of the cache that is as it was stored; None without one.
+
+    Raises:
+        EngineError: the cache is another user's, or cannot be read.
+    """
+    try:
+        return next((library for library in libraries if known(library)), None)
+    except OSError as error:
+        reason = error.strerror or error
+        raise EngineError(f"cannot read {folder}: {reason} (set LESS_EXPORT_CACHE to another folder)") from error
 
 
 @contextlib.contextmanager

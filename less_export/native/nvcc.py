@@ -19,7 +19,7 @@ from ..contract import LayerSpec
 from ..dtypes import COMPUTE_DTYPES
 from ..errors import EngineError, UsageError, install_hint
 from ..progress import Progress, Silent
-from . import compiler
+from . import cache, compiler
 
 _COMPILE = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all")
 _LINK = "--exclude-libs=ALL,-z,nodelete,--no-undefined"
@@ -45,7 +45,10 @@ class Tools:
 
 @dataclass(frozen=True)
 class Product:
-    """A library: its name in messages, its file, its sources in order, folders of headers, and how long it takes."""
+    """A library: its name in messages, its file, its sources in order, folders of headers, and how long it takes.
+
+    ``files``: all that it is compiled from, for its key in the cache.
+    """
 
     name: str
     file: str
@@ -54,6 +57,7 @@ class Product:
     system: tuple[Path, ...] = ()
     exports: Path | None = None
     takes: str = "a minute or two per architecture"
+    files: tuple[Path, ...] = ()
 
 
 def kernels() -> Path:
@@ -118,6 +122,20 @@ def gpu_arch() -> str | None:
         if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device):
             return None
     return f"sm_{numbers[0].value}{numbers[1].value}"
+
+
+def arch_of_this_gpu(name: str) -> str:
+    """The architecture of the first GPU, for the library ``name``.
+
+    Raises:
+        EngineError: no GPU, or one that is too old.
+    """
+    arch = gpu_arch()
+    if arch is None:
+        raise EngineError("no CUDA driver, or no GPU: run nvidia-smi")
+    if int(arch.removeprefix("sm_")) < first_arch():
+        raise EngineError(f"the {name} is for GPUs from sm_{first_arch()} on, this one is {arch}")
+    return arch
 
 
 # ------------------------------------------------------------------ the toolchain
@@ -220,6 +238,35 @@ def compile_library(
     folders = [f"-L{f}" for f in tools.library_folders]
     link = [*nvcc, "-shared", "-cudart=static", *folders, "-Xlinker", script + _LINK, *objects, "-o", str(out)]
     compiler.run(link, name, product.file)
+
+
+# ------------------------------------------------------------------ in the cache
+
+
+def cached(product: Product, folder: Path, archs: Sequence[str]) -> Path | None:
+    """The library for ``archs`` in a folder of the cache, of whatever toolchain.
+
+    Raises:
+        EngineError: the cache is another user's, or cannot be read.
+    """
+    return cache.first_known(folder, sorted(folder.glob(f"{digest(product.files, *archs)}-*/{product.file}")))
+
+
+def library(product: Product, folder: Path, archs: Sequence[str], progress: Progress | None) -> Path:
+    """The library for ``archs`` (none: the default), from a folder of the cache or built into it.
+
+    Raises:
+        EngineError: no toolchain, or it fails, or the cache cannot be written or is another user's.
+    """
+    archs = tuple(archs) or default_archs()
+    if found := cached(product, folder, archs):
+        return found
+    tools = find(product.name)
+    target = folder / f"{digest(product.files, *archs)}-{key(tools, archs)}" / product.file
+    with cache.building(product.name, target) as scratch:
+        compile_library(scratch / product.file, product, archs, tools, progress=progress)
+        cache.store(scratch / product.file, target)
+    return target
 
 
 # ------------------------------------------------------------------ layers they can run

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..contract import Contract
 from ..errors import EngineError, one_line
 from ..progress import Progress
-from . import cache, nvcc, ort_operator
+from . import nvcc, ort_operator
 
 LIBRARY = "libless_ort_cuda.so"
 _NAME = "operator for CUDA"
@@ -49,68 +49,33 @@ def library_for_this_gpu() -> Path:
     Raises:
         EngineError: no GPU, or one that the kernels are not for, or the cache has no such library.
     """
-    arch = nvcc.gpu_arch()
-    if arch is None:
-        raise EngineError("no CUDA driver, or no GPU: run nvidia-smi")
-    if int(arch.removeprefix("sm_")) < nvcc.first_arch():
-        raise EngineError(f"the operator is for GPUs from sm_{nvcc.first_arch()} on, this one is {arch}")
-    found = cached((arch,)) or cached(nvcc.default_archs())
+    arch = nvcc.arch_of_this_gpu("operator")
+    made, folder = product(), ort_operator.folder()
+    found = nvcc.cached(made, folder, (arch,)) or nvcc.cached(made, folder, nvcc.default_archs())
     if found is None:
         raise EngineError(f"run less-export build-operator --cuda --gpu-arch {arch}, which takes minutes, once")
     return found
 
 
-def cached(archs: Sequence[str]) -> Path | None:
-    """The library for ``archs`` in the cache: of this machine's nvcc, else of whatever toolchain.
-
-    Raises:
-        EngineError: the cache is another user's, or cannot be read.
-    """
-    places = ort_operator.folder().glob(f"{_content(archs)}-*/{LIBRARY}")
-    try:
-        own = [_place(nvcc.find(_NAME), archs)]
-    except EngineError:
-        own = []
-    return ort_operator.first_known([*own, *sorted(places)])
-
-
 def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
     """The library for ``archs`` (default: all), from the cache or built into it, which takes minutes.
 
-    Raises:
-        EngineError: no toolchain, or it fails, or the cache cannot be written or is another user's.
+    See :func:`less_export.native.nvcc.library`.
     """
-    archs = tuple(archs) or nvcc.default_archs()
-    if found := cached(archs):
-        return found
-    tools = nvcc.find(_NAME)
-    target = _place(tools, archs)
-    with cache.building(_NAME, target) as folder:
-        compile_library(folder / LIBRARY, archs, tools, progress=progress)
-        cache.store(folder / LIBRARY, target)
-    return target
+    return nvcc.library(product(), ort_operator.folder(), archs, progress)
 
 
-def compile_library(out: Path, archs: Sequence[str], tools: nvcc.Tools, *, progress: Progress | None = None) -> None:
-    """Compile the operator to ``out``; object files are left beside it.
-
-    Raises:
-        EngineError: the compiler fails; the message is its first error (the log has the whole output).
-    """
+def product() -> nvcc.Product:
+    """What the library is compiled from."""
     ours, kernels = ort_operator.sources(), nvcc.kernels()
     sources = [kernels / n for n in nvcc.listed("sources.txt") if n in _KERNELS or n.endswith(".cu")]
     sources += [*sorted((ours.parent / "cuda").glob("*.cpp")), ours / "node.cpp"]
-    product = nvcc.Product(_NAME, LIBRARY, tuple(sources), (ours, kernels / "include"))
-    nvcc.compile_library(out, product, archs, tools, progress=progress)
-
-
-def _place(tools: nvcc.Tools, archs: Sequence[str]) -> Path:
-    return ort_operator.folder() / f"{_content(archs)}-{nvcc.key(tools, archs)}" / LIBRARY
-
-
-def _content(archs: Sequence[str]) -> str:
-    """Key of the sources and architectures."""
-    ours, kernels = ort_operator.sources(), nvcc.kernels()
     folders = (ours, ours.parent / "cuda", kernels / "src", kernels / "include")
     files = [p for folder in folders for p in sorted(folder.iterdir()) if p.is_file()]
-    return nvcc.digest([*files, kernels / "sources.txt"], *archs)
+    return nvcc.Product(
+        _NAME,
+        LIBRARY,
+        sources=tuple(sources),
+        include=(ours, kernels / "include"),
+        files=(*files, kernels / "sources.txt"),
+    )

@@ -13,7 +13,6 @@ import importlib.resources
 import logging
 import platform
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from ..contract import Contract
@@ -56,19 +55,6 @@ def folder() -> Path:
     return cache.cache_folder() / "operators"
 
 
-def first_known(places: Iterable[Path]) -> Path | None:
-    """The first of these libraries that is in the cache as it was stored.
-
-    Raises:
-        EngineError: the cache is another user's, or cannot be read.
-    """
-    try:
-        return next((place for place in places if cache.known(place)), None)
-    except OSError as error:
-        reason = error.strerror or error
-        raise EngineError(f"cannot read {folder()}: {reason} (set LESS_EXPORT_CACHE to another folder)") from error
-
-
 def library(*, progress: Progress | None = None) -> Path:
     """The library, from the cache or built into it, which takes some seconds.
 
@@ -81,7 +67,7 @@ def library(*, progress: Progress | None = None) -> Path:
     """
     content, host = _content(), compiler.find()
     own = [] if host is None else [folder() / f"{content}-{_compiler_key(host)}" / LIBRARY]
-    path = first_known([*own, *sorted(folder().glob(f"{content}-*/{LIBRARY}"))])
+    path = cache.first_known(folder(), [*own, *sorted(folder().glob(f"{content}-*/{LIBRARY}"))])
     if path is None:
         if host is None:
             raise EngineError("the operator needs a C++ compiler: install g++")

@@ -68,63 +68,37 @@ def library_for_this_gpu(progress: Progress | None = None) -> Path:
     Raises:
         EngineError: no GPU, or one that it is not for; or it is not in the cache and cannot be built.
     """
-    arch = nvcc.gpu_arch()
-    if arch is None:
-        raise EngineError("no CUDA driver, or no GPU: run nvidia-smi")
-    if int(arch.removeprefix("sm_")) < nvcc.first_arch():
-        raise EngineError(f"the sampler is for GPUs from sm_{nvcc.first_arch()} on, this one is {arch}")
+    arch = nvcc.arch_of_this_gpu(_NAME)
     return cached((arch,)) or cached(nvcc.default_archs()) or library((arch,), progress=progress)
 
 
 def cached(archs: Sequence[str]) -> Path | None:
-    """The library for ``archs`` in the cache, of whatever toolchain.
-
-    Raises:
-        EngineError: the cache is another user's, or cannot be read.
-    """
-    try:
-        return next((p for p in sorted(_folder().glob(f"{_content(archs)}-*/{LIBRARY}")) if cache.known(p)), None)
-    except OSError as error:
-        reason = error.strerror or error
-        raise EngineError(f"cannot read {_folder()}: {reason} (set LESS_EXPORT_CACHE to another folder)") from error
+    """The library for ``archs`` in the cache; see :func:`less_export.native.nvcc.cached`."""
+    return nvcc.cached(product(), _folder(), archs)
 
 
 def library(archs: Sequence[str] = (), *, progress: Progress | None = None) -> Path:
     """The library for ``archs`` (default: all), from the cache or built into it.
 
-    Raises:
-        EngineError: no toolchain, or it fails, or the cache cannot be written or is another user's.
+    See :func:`less_export.native.nvcc.library`.
     """
-    archs = tuple(archs) or nvcc.default_archs()
-    if found := cached(archs):
-        return found
-    tools = nvcc.find(_NAME)
-    target = _folder() / f"{_content(archs)}-{nvcc.key(tools, archs)}" / LIBRARY
-    with cache.building(_NAME, target) as folder:
-        compile_library(folder / LIBRARY, archs, tools, progress=progress)
-        cache.store(folder / LIBRARY, target)
-    return target
+    return nvcc.library(product(), _folder(), archs, progress)
 
 
-def compile_library(out: Path, archs: Sequence[str], tools: nvcc.Tools, *, progress: Progress | None = None) -> None:
-    """Compile the library to ``out``; the object file is left beside it.
-
-    Raises:
-        EngineError: the compiler fails; the message is its first error (the log has the whole output).
-    """
+def product() -> nvcc.Product:
+    """What the library is compiled from."""
     base = nvcc.kernels()
-    include = tuple(base / name for name in ("sampler", "src", "include"))
-    product = nvcc.Product(_NAME, LIBRARY, (base / "sampler" / "sample.cu",), include, takes="seconds")
-    nvcc.compile_library(out, product, archs, tools, progress=progress)
+    own = sorted(p for p in (base / "sampler").iterdir() if p.is_file())
+    return nvcc.Product(
+        _NAME,
+        LIBRARY,
+        sources=(base / "sampler" / "sample.cu",),
+        include=tuple(base / name for name in ("sampler", "src", "include")),
+        takes="seconds",
+        files=(*own, base / "src" / "device.cuh", base / "include" / "less_attention.h"),
+    )
 
 
 def _folder() -> Path:
     """Where the cache has samplers."""
     return cache.cache_folder() / "samplers"
-
-
-def _content(archs: Sequence[str]) -> str:
-    """Key of the sources and architectures."""
-    base = nvcc.kernels()
-    own = sorted(p for p in (base / "sampler").iterdir() if p.is_file())
-    return nvcc.digest([*own, base / "src" / "device.cuh", base / "include" / "less_attention.h"], *archs)
