@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import faulthandler
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -253,6 +256,28 @@ def rounded(dtype: str) -> Callable[[np.ndarray], np.ndarray]:
 def normal(dtype: str, logit: float = 1.5, log_phi: tuple[float, float] = (-4.0, 3.0)) -> Normal:
     """Gaussian tokens of a dtype."""
     return Normal(logit, log_phi, rounded(dtype))
+
+
+def fails(check: Callable[[], object], seconds: int) -> bool:
+    """Whether a check of kernels with a fault fails, in a process of its own, as they hang or crash.
+
+    It also fails if it takes more than ``seconds`` of processor time, which others on the machine do not lengthen.
+    """
+    process = multiprocessing.get_context("fork").Process(target=_work, args=(check, seconds))
+    process.start()
+    process.join()
+    return process.exitcode != 0
+
+
+def _work(check: Callable[[], object], seconds: int) -> None:
+    faulthandler.disable()  # a deadlock aborts, as expected; the exit code shows it
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        check()
+    except BaseException:
+        os._exit(1)
+    os._exit(0)
 
 
 def kernel_layer(policy: str, capacity: int, head_dim: int, group: int, rank: int, kv_heads: int = 2) -> LayerSpec:

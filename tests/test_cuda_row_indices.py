@@ -44,9 +44,9 @@ def usual() -> Iterator[None]:
     emulation.set_blocks(512)
 
 
-def layer_of(policy: str, group: int, options: dict[str, Any], slots: int = 90) -> LayerSpec:
+def layer_of(policy: str, group: int, options: dict[str, Any], slots: int = 90, kv_heads: int = 2) -> LayerSpec:
     rank = 1 if policy == "window" else 8
-    return replace(kernel_layer(policy, slots, 40, group, rank, kv_heads=2), **options)
+    return replace(kernel_layer(policy, slots, 40, group, rank, kv_heads), **options)
 
 
 def poisoned(x: np.ndarray) -> np.ndarray:

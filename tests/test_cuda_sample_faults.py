@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
-import multiprocessing
-import os
+import functools
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +14,7 @@ from less_export.runtime.sampling import SamplingParams
 
 from . import sample_emulation as emulated
 from .cuda_faults import Fault
-from .emulation import ORDERS, PLUGIN
+from .emulation import ORDERS, PLUGIN, fails
 from .marks import exhaustive_but
 from .test_cuda_sample import (
     KINDS,
@@ -97,25 +95,8 @@ def check_orders(path: Path) -> None:
 
 
 def caught(library: Path, in_orders: bool) -> bool:
-    """Whether a library fails, in a process of its own, as broken ones hang or crash."""
-    process = multiprocessing.get_context("fork").Process(target=_work, args=(library, in_orders))
-    process.start()
-    process.join(120)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        return True
-    return process.exitcode != 0
-
-
-def _work(library: Path, in_orders: bool) -> None:
-    faulthandler.disable()  # a deadlock aborts, as expected; the exit code shows it
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    try:
-        (check_orders if in_orders else check_all)(library)
-    except BaseException:
-        os._exit(1)
-    os._exit(0)
+    """Whether a library fails."""
+    return fails(functools.partial(check_orders if in_orders else check_all, library), seconds=30)
 
 
 def broken(folder: Path, fault: Fault) -> Path:
