@@ -1,7 +1,8 @@
-"""Shared by the benchmarks: the machine, random checkpoints of real shapes, results as data."""
+"""Shared by the benchmarks: the machine, random checkpoints of real shapes, options, results as data."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -9,14 +10,20 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from less_export.bundle.files import write_atomically
 from less_export.hf.recipes import all_recipes
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from less_export.hf.model import OpenModel
+    from less_export.hf.sources import Source
     from less_export.less.feature_maps import Kernels
 
 RESULTS = Path(__file__).parent / "results"
@@ -135,3 +142,51 @@ def write_results(name: str, data: dict[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **data}, indent=1) + "\n")
     print(f"wrote {path}")
+
+
+# ------------------------------------------------------------------ predictions on texts
+
+
+def parsed(parser: argparse.ArgumentParser, file: Path, sequences: int) -> argparse.Namespace:
+    """The arguments of a benchmark of predictions, with what all of them take; torch has its threads."""
+    parser.add_argument("--budget", default="5%", metavar="N|P%%", help="of the 16-bit slots (default: 5%%)")
+    parser.add_argument(
+        "--sequences", type=int, default=sequences, metavar="N", help="of each text (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
+    parser.add_argument("--out", type=Path, default=file, metavar="FILE", help=f"(default: results/{file.name})")
+    args = parser.parse_args()
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    return args
+
+
+def encoder_and_model(
+    source: Source, opened: OpenModel
+) -> tuple[Callable[[str], list[int]], int | None, PreTrainedModel]:
+    """What encodes a text, the token that it begins with, and the model with its weights, for inference."""
+    from less_export.hf import data
+    from less_export.hf.running import compute_dtype
+
+    encode, bos = data.encoder(source.tokenizer())
+    return encode, bos, source.load(compute_dtype(opened.hf_config, "cpu")).requires_grad_(False)
+
+
+#: Rows of results by the values of some of their fields.
+Rows = dict[tuple[Any, ...], dict[str, Any]]
+
+
+def read_rows(file: Path, *fields: str) -> Rows:
+    """The rows of a file of results, none without one, by ``fields``."""
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    return {tuple(row[name] for name in fields): row for row in rows}
+
+
+def write_rows(file: Path, rows: Rows, facts: Mapping[str, Any], indent: int | None = None) -> None:
+    """Write the machine, ``facts`` and all rows; without ``indent`` in one line."""
+    data = {"machine": machine(), **facts, "rows": list(rows.values())}
+    text = json.dumps(data, indent=indent, separators=(",", ": " if indent else ":"))
+    write_atomically(file, f"{text}\n".encode())

@@ -9,24 +9,18 @@ are in it already are not measured again.
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
-from bench_common import RESULTS, machine
+from bench_common import RESULTS, Rows, encoder_and_model, parsed, read_rows, write_rows
 from bench_kernels import CONTEXT, STRIDE, caches
 from bench_slots import MODELS, fifths, sequences
 
-from less_export.bundle.files import write_atomically
 from less_export.cli.progress import Bars
 from less_export.config import ExportConfig
-from less_export.hf import calibration, data
+from less_export.hf import calibration
 from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.model import open_model
-from less_export.hf.running import compute_dtype
 from less_export.hf.sources import resolve
 from less_export.training.end_to_end import Comparison
 from less_export.training.options import DEFAULT_RANK
@@ -38,7 +32,7 @@ PART = 3
 HALF_LIVES = (32, 64, 128, 256, 512, None)
 
 
-def measure(name: str, args: argparse.Namespace, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+def measure(name: str, args: argparse.Namespace, rows: Rows) -> None:
     """Measure a model on every text that ``rows`` lacks, writing them all after each."""
     source, progress = resolve(name), Bars()
     opened = open_model(
@@ -52,8 +46,7 @@ def measure(name: str, args: argparse.Namespace, rows: dict[tuple[str, str], dic
             plan[i] = replace(caches(plan[i], plan[i].capacity)["sparse"], score_half_life=half_life)
         plans[half_life] = plan
     slots = plans[None][evicting[0]].capacity
-    encode, bos = data.encoder(source.tokenizer())
-    model = source.load(compute_dtype(opened.hf_config, "cpu")).requires_grad_(False)
+    encode, bos, model = encoder_and_model(source, opened)
     tables = opened.rotary_tables(CONTEXT)
     corpus, _ = calibration.shipped_corpus(encode, bos, opened.trained_length)
     centring = calibration.measure(model, corpus.ids, opened.plan, progress, tables)
@@ -73,24 +66,15 @@ def measure(name: str, args: argparse.Namespace, rows: dict[tuple[str, str], dic
                 for half_life, plan in plans.items()
             }
         rows[name, text] = {"model": name, "text": text, "slots": slots, "kl": found}
-        facts = {"machine": machine(), "length": CONTEXT, "stride": STRIDE, "rows": list(rows.values())}
-        write_atomically(args.out, (json.dumps(facts, indent=1) + "\n").encode())
+        write_rows(args.out, rows, {"length": CONTEXT, "stride": STRIDE}, indent=1)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="(default: %(default)s)")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="read its fourth fifth")
-    parser.add_argument("--budget", default="5%", metavar="N|P%%", help="of the 16-bit slots (default: 5%%)")
-    parser.add_argument("--sequences", type=int, default=6, metavar="N", help="of each text (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
-    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="(default: results/half_life.json)")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    written = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows = {(r["model"], r["text"]): r for r in written}
+    args = parsed(parser, FILE, sequences=6)
+    rows = read_rows(args.out, "model", "text")
     for name in args.models:
         measure(name, args, rows)
     print(f"wrote {args.out}")

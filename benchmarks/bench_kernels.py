@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import RESULTS, machine
+from bench_common import RESULTS, Rows, encoder_and_model, parsed, read_rows, write_rows
 from bench_slots import sequences, texts
 
-from less_export.bundle.files import write_atomically
 from less_export.cli.progress import Bars
 from less_export.config import ExportConfig, HalfLife
 from less_export.contract import LayerSpec
 from less_export.evaluation import statistics
-from less_export.hf import calibration, data
+from less_export.hf import calibration
 from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.model import open_model
-from less_export.hf.running import compute_dtype
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
 from less_export.less.memory import layer_bytes
@@ -74,9 +70,7 @@ def training(kernels: Kernels) -> dict[str, Any]:
     return {"texts": names, "sequences": facts["sequences"]["count"]}
 
 
-def measure(
-    name: str, kernels: Path | None, args: argparse.Namespace, rows: dict[tuple[Any, ...], dict[str, Any]]
-) -> None:
+def measure(name: str, kernels: Path | None, args: argparse.Namespace, rows: Rows) -> None:
     """Measure a model and its kernels on every text that ``rows`` lacks, writing them all after each.
 
     Without kernels, print the slots of the caches.
@@ -108,8 +102,7 @@ def measure(
     if calibration.lacking(loaded, opened.plan):
         raise SystemExit(f"{kernels} holds no constants of int8 slots: train with int8 slots")
     digest = hashlib.sha256(kernels.read_bytes()).hexdigest()[:12]
-    encode, bos = data.encoder(source.tokenizer())
-    model = source.load(compute_dtype(opened.hf_config, "cpu")).requires_grad_(False)
+    encode, bos, model = encoder_and_model(source, opened)
     used = {i: loaded.layers[i] for i in ranks}
     decoder = LayerwiseDecoder(model, opened.plan)
     length = args.length
@@ -133,8 +126,7 @@ def measure(
             "half_life": opened.plan[evicting[0]].score_half_life,
             "rank": max(ranks.values()), "trained": training(loaded), "slots": counts, "kl": found,
         }  # fmt: skip
-        facts = {"machine": machine(), "stride": STRIDE, "rows": list(rows.values())}
-        write_atomically(args.out, (json.dumps(facts, separators=(",", ":")) + "\n").encode())
+        write_rows(args.out, rows, {"stride": STRIDE})
 
 
 def main() -> None:
@@ -145,21 +137,13 @@ def main() -> None:
     group.add_argument("--print-slots", action="store_true", help="show the slots of every cache, and measure nothing")
     parser.add_argument("--rank", type=int, default=DEFAULT_RANK, help="for --print-slots (default: %(default)s)")
     parser.add_argument("--policy", default="h2o", help="as in training (default: h2o)")
-    parser.add_argument("--budget", default="5%", metavar="N|P%%", help="of the 16-bit slots (default: 5%%)")
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="measure its last fifth too")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="of these texts (default: all)")
-    parser.add_argument("--sequences", type=int, default=8, metavar="N", help="of each text (default: 8)")
     parser.add_argument(
         "--length", type=int, default=CONTEXT, metavar="N", help="tokens of a sequence (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch (default: its own)")
-    parser.add_argument("--out", type=Path, default=FILE, metavar="FILE", help="(default: results/kernels.json)")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore")
-    written = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows = {(r["model"], r["policy"], r["text"], r["length"], r["kernels"]): r for r in written}
+    args = parsed(parser, FILE, sequences=8)
+    rows = read_rows(args.out, "model", "policy", "text", "length", "kernels")
     measure(args.model, args.kernels, args, rows)
     if args.print_slots:
         return
