@@ -123,12 +123,13 @@ def test_a_request_that_is_cancelled_closes_its_view() -> None:
         name = next(iter(stream)).id
         stream.close()
 
-        def closed() -> bool:
+        def ended() -> bool:
             backend.gate.release()  # the server notices between two steps
-            return bool(served.http("GET", f"/v1/views/{name}")[1]["final"])
+            return served.engine.running == 0
 
-        served.until(closed)
-        served.until(lambda: served.engine.running == 0)
+        served.until(ended)
+        assert served.engine.counts["cancelled"] == 1
+        served.until(lambda: served.http("GET", f"/v1/views/{name}")[1]["final"])
 
 
 def test_views_are_few_and_only_of_who_asked(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
