@@ -255,6 +255,12 @@ def kernelled(source: Path, kernel_file: Path, shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def streaming(source: Path, kernel_file: Path, shared: Path) -> Path:
+    """A bundle with kernels that gives the logits of every token: 12 slots."""
+    return once(shared / "streaming", lambda path: bundle(source, path, kernels=kernel_file, logits="all"))
+
+
+@pytest.fixture(scope="session")
 def single(source: Path, shared: Path) -> Path:
     """``x.onnx`` with its companions: policy full, 32 slots, one layer."""
     return once(

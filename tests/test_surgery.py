@@ -1,13 +1,10 @@
-"""Inserting LESS into decoders: discovery, refusals, and complete removal."""
+"""Inserting LESS into decoders: discovery and refusals; its removal is in test_surgery_removal.py."""
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import re
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers as tr
 from torch import Tensor
-from transformers import PreTrainedModel, masking_utils
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import less_export
-from less_export.config import ExportConfig
-from less_export.contract import Contract
 from less_export.errors import UnsupportedModelError
-from less_export.hf.decoder import LessDecoder, fresh_state
 from less_export.hf.surgery import (
     AttentionCall,
     AttentionLayer,
@@ -35,8 +26,6 @@ from less_export.hf.surgery import (
     on_interface,
 )
 from less_export.hf.weights import bare_model
-from less_export.less.feature_maps import Kernels
-from less_export.plan import plan_layers
 
 from . import families
 from .families import VOCAB, WINDOW
@@ -91,7 +80,7 @@ def test_a_vision_tower_off_the_interface_does_not_matter() -> None:
 
 _HEADS = {"num_attention_heads": 4, "max_position_embeddings": 64, "intermediate_size": 48}
 _BASE: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, **_HEADS}
-_GQA = {**_BASE, "num_key_value_heads": 2}
+GQA = {**_BASE, "num_key_value_heads": 2}
 _GPT: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4}
 _FALCON: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
@@ -114,10 +103,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         r"^RecurrentGemmaForCausalLM: 1 of 3 layers attend through the attention interface",
     ),
-    "softcap (Gemma2)": (lambda: tr.Gemma2Config(**_GQA, head_dim=8), r"^layer 0: attention softcap"),
+    "softcap (Gemma2)": (lambda: tr.Gemma2Config(**GQA, head_dim=8), r"^layer 0: attention softcap"),
     "learned sinks (GPT-OSS)": (
         lambda: tr.GptOssConfig(
-            **{**_GQA, "max_position_embeddings": 131072}, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+            **{**GQA, "max_position_embeddings": 131072}, head_dim=8, num_local_experts=2, num_experts_per_tok=1
         ),
         r"^layer 0: learned attention sinks",
     ),
@@ -125,37 +114,37 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "alibi (MPT)": (lambda: tr.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=VOCAB), r"^layer 0: alibi"),
     "keys and values of different width (DeepSeek V3)": (
         lambda: tr.DeepseekV3Config(
-            **_GQA, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8,
+            **GQA, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8,
             qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4, first_k_dense_replace=2,
         ),
         r"^layer 0: keys and values differ in width \(Dk 8, Dv 4\)",
     ),
-    "not causal (Llama)": (lambda: tr.LlamaConfig(**_GQA, is_causal=False), r"^layer 0: attention is not causal"),
+    "not causal (Llama)": (lambda: tr.LlamaConfig(**GQA, is_causal=False), r"^layer 0: attention is not causal"),
     "not causal (BERT)": (lambda: tr.BertConfig(**_BASE), r"^layer 0: attention is not causal"),
     "chunked mask (Llama 4)": (
-        lambda: tr.Llama4TextConfig(**_GQA, head_dim=8, num_local_experts=2, intermediate_size_mlp=48),
+        lambda: tr.Llama4TextConfig(**GQA, head_dim=8, num_local_experts=2, intermediate_size_mlp=48),
         r"^layer 0: its mask comes from create_chunked_causal_mask",
     ),
     "bidirectional (Gemma 3)": (
-        lambda: tr.Gemma3TextConfig(**_GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True),
+        lambda: tr.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True),
         r"^layer 0: attention is not causal",
     ),
     "longrope (Phi-3)": (
         lambda: tr.Phi3Config(
-            **_GQA, pad_token_id=0, original_max_position_embeddings=32,
+            **GQA, pad_token_id=0, original_max_position_embeddings=32,
             rope_parameters={**_LONG, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
         ),
         r"^model\.rotary_emb: rotary embedding 'longrope' .*\(all layers\)",
     ),
     "dynamic rope (Llama)": (
-        lambda: tr.LlamaConfig(**_GQA, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        lambda: tr.LlamaConfig(**GQA, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         r"^model\.rotary_emb: rotary embedding 'dynamic' .*\(all layers\)",
     ),
     "recurrent layers (Jamba)": (
-        lambda: tr.JambaConfig(**_GQA, num_experts=2), r"^the model has recurrent .*layers beside attention"
+        lambda: tr.JambaConfig(**GQA, num_experts=2), r"^the model has recurrent .*layers beside attention"
     ),
     "linear attention layers (Qwen3-Next)": (
-        lambda: tr.Qwen3NextConfig(**_GQA, head_dim=8, num_experts=2, num_experts_per_tok=1),
+        lambda: tr.Qwen3NextConfig(**GQA, head_dim=8, num_experts=2, num_experts_per_tok=1),
         r"^the model has recurrent .*layers beside attention",
     ),
     "linear attention (RWKV)": (
@@ -167,7 +156,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"^layer 0: the model edits its attention mask \(slices it\): not plain causal",
     ),
     "differential attention (DiffLlama)": (
-        lambda: tr.DiffLlamaConfig(**_GQA), r"^layer 0: attends more than once in a forward pass"
+        lambda: tr.DiffLlamaConfig(**GQA), r"^layer 0: attends more than once in a forward pass"
     ),
     "experts that are counted on the spot (JetMoE)": (
         lambda: tr.JetMoeConfig(
@@ -176,7 +165,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"^JetMoeForCausalLM does not run .*: it branches on the values of its tensors, which cannot be traced",
     ),
     "cross attention to images (Llama 3.2 Vision)": (
-        lambda: tr.MllamaConfig(text_config={**_GQA, "cross_attention_layers": [1], "pad_token_id": 0}),
+        lambda: tr.MllamaConfig(text_config={**GQA, "cross_attention_layers": [1], "pad_token_id": 0}),
         r"^MllamaForCausalLM: 1 of 2 layers attend .*; the others are recurrent, skipped, or use an attention of their",
     ),
     "alibi (Bloom)": (
@@ -250,7 +239,7 @@ def test_gptj_is_supported_where_its_attention_is_on_the_interface() -> None:
 
 def test_refuses_a_bidirectional_overlay() -> None:
     # Gemma 3's mask function gets an overlay too; here its layers are declared causal, so only the mask shows it.
-    config = tr.Gemma3TextConfig(**_GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True)
+    config = tr.Gemma3TextConfig(**GQA, head_dim=8, sliding_window=8, use_bidirectional_attention=True)
     model = bare_model(config, torch.float32)
     for module in model.modules():
         if hasattr(module, "is_causal"):
@@ -297,122 +286,7 @@ def test_refuses_a_window_that_mask_and_attention_do_not_share() -> None:
         discover(model)
 
 
-# ------------------------------------------------------------------ removal
-
-
-def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
-    """All parts of a decoder, and the parts of transformers and torch that LESS changes."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    assert tensors.keys() >= model.state_dict().keys()
-    modules = list(model.modules())
-    files = {cls.__module__ for m in modules for cls in type(m).__mro__ if cls.__module__.startswith("transformers.")}
-    return {
-        "bits": {n: (t.dtype, t.detach().flatten().view(torch.uint8).numpy().tobytes()) for n, t in tensors.items()},
-        "config": copy.deepcopy([vars(m.config) for m in modules if isinstance(m, PreTrainedModel)]),
-        "config.json": model.config.to_json_string(use_diff=False),
-        "attention": model.config._attn_implementation,
-        "experts": getattr(model.config, "_experts_implementation", None),
-        "attributes": [sorted(vars(m)) for m in modules],
-        "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules],
-        "identities": [id(t) for t in tensors.values()],
-        "masks": {n: id(f) for n, f in vars(masking_utils).items() if callable(f)},
-        "patterns": {n: id(f) for n, f in masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING.items()},
-        "code": {(n, k): id(v) for n in sorted(files) for k, v in vars(sys.modules[n]).items()},
-        "interface": {n: id(f) for n, f in ALL_ATTENTION_FUNCTIONS.items()},
-        "sdpa": id(F.scaled_dot_product_attention),
-    }
-
-
-def decoder_of(model: PreTrainedModel) -> LessDecoder:
-    layers = plan_layers(discover(model), ExportConfig(budget="8"), 64, {})
-    return LessDecoder(model, Contract(layers, VOCAB, "float32", 16, 2), Kernels({}, {}))
-
-
-def use_discover(model: PreTrainedModel) -> None:
-    discover(model)
-
-
-def use_forward(model: PreTrainedModel) -> None:
-    decoder = decoder_of(model)
-    length = torch.zeros(1, dtype=torch.int32)
-    with torch.no_grad():
-        logits, *_ = decoder(torch.arange(3, 15)[None], length, length + 12, fresh_state(decoder.contract, 1))
-    assert bool(logits.isfinite().all())
-
-
-def use_failing_handler(model: PreTrainedModel) -> None:
-    def fail(call: AttentionCall) -> Tensor:
-        raise KeyError("in the middle")
-
-    with pytest.raises(KeyError, match="in the middle"), less_attention(model, fail):
-        model(input_ids=torch.arange(3, 15)[None], use_cache=False)
-
-
-def use_failing_forward(model: PreTrainedModel) -> None:
-    decoder = decoder_of(model)
-    length = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(IndexError), torch.no_grad():  # no such token
-        decoder(torch.full((1, 3), 10 * VOCAB), length, length + 3, fresh_state(decoder.contract, 1))
-
-
-def use_trace(model: PreTrainedModel) -> None:
-    decoder = decoder_of(model)
-    batch = torch.export.Dim("batch", min=1, max=64)
-    state, length = fresh_state(decoder.contract, 2), torch.zeros(2, dtype=torch.int32)
-    shapes = ({0: batch}, {0: batch}, {0: batch}, [{0: batch} for _ in state])
-    torch.export.export(
-        decoder, (torch.zeros(2, 5, dtype=torch.long), length, length + 5, state), dynamic_shapes=shapes, strict=False
-    )
-
-
-@pytest.mark.parametrize("use", [use_discover, use_forward, use_failing_handler, use_failing_forward, use_trace])
-@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon_mqa", "qwen3_moe"])
-def test_afterwards_the_model_is_as_before(family: str, use: Callable[[PreTrainedModel], None]) -> None:
-    model = families.build(family)
-    ids = torch.arange(3, 23)[None]
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        before = fingerprint(model)
-        use(model)
-        after = fingerprint(model)
-        assert {n for n in before if before[n] != after[n]} == set()
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, logits)
-
-
-def test_a_refused_model_is_as_before() -> None:
-    torch.manual_seed(0)
-    model = tr.Gemma2ForCausalLM(tr.Gemma2Config(**_GQA, head_dim=8)).eval()
-    before = fingerprint(model)
-    with pytest.raises(UnsupportedModelError, match="softcap"):
-        discover(model)
-    after = fingerprint(model)
-    assert {n for n in before if before[n] != after[n]} == set()
-
-
-def test_inside_the_model_is_another() -> None:
-    # The fingerprint detects changes: while the context is open, configuration and masks differ.
-    for family, parts in (
-        ("gemma3", {"config", "attention", "masks", "patterns", "code"}),
-        ("falcon_mqa", {"config", "attention", "masks", "patterns", "code", "sdpa"}),
-        ("qwen3_moe", {"config", "attention", "experts", "masks", "patterns", "code"}),
-    ):
-        model = families.build(family)
-        before = fingerprint(model)
-        with less_attention(model, lambda call: call.q):
-            inside = fingerprint(model)
-        assert {n for n in before if before[n] != inside[n]} == parts, family
-
-
-def test_another_thread_keeps_its_attention() -> None:
-    # Falcon's surgery replaces F.scaled_dot_product_attention, which other threads may be using.
-    model = families.build("falcon_mqa")
-    q = torch.randn(1, 2, 3, 4)
-    expected, seen = F.scaled_dot_product_attention(q, q, q, is_causal=True), []
-    with less_attention(model, lambda call: call.q):
-        other = threading.Thread(target=lambda: seen.append(F.scaled_dot_product_attention(q, q, q, is_causal=True)))
-        other.start()
-        other.join()
-    assert torch.equal(seen[0], expected)
+# ------------------------------------------------------------------ what a handler gets
 
 
 def test_handler_sees_unrepeated_heads_and_the_scale() -> None:
