@@ -50,7 +50,7 @@ from less_export.runtime.engine import Engine
 from less_export.serving.options import ServerOptions
 from less_export.serving.ray_app import REPLICA_HEADER, application
 
-SECONDS, PORT, ATTEMPTS = 600, 8341, 10
+SECONDS, ATTEMPTS = 600, 10
 ROWS, TOKENS = 2, 12
 PROMPTS = [f"Once upon a time, number {i}" for i in range(12)]
 #: Of the requests that make Ray add a replica: each holds its row for a while.
@@ -73,33 +73,34 @@ def listens(port: int) -> bool:
     return False
 
 
-def start_ray() -> tuple[subprocess.Popen[str], str]:
-    """Ray on this machine, without what the check does not use, and its address.
+def start_ray() -> tuple[subprocess.Popen[str], str, int]:
+    """Ray on this machine, without what the check does not use, its address, and a port for the server.
 
     Ray gives its agent 15 s to start, which a busy machine may need more than once.
     """
     for _ in range(ATTEMPTS):
         agents = ("dashboard-agent-grpc", "dashboard-agent-listen", "runtime-env-agent")
         names = (*agents, "metrics-export", "ray-client-server")
-        gcs, *ports = free_ports(1 + len(names))
+        gcs, port, *ports = free_ports(2 + len(names))
         argv = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=2"]
         argv += ["--include-dashboard=false", "--include-log-monitor=false", "--no-monitor"]
         argv += ["--node-ip-address=127.0.0.1", f"--port={gcs}"]
-        argv += [f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)]
+        argv += [f"--{name}-port={number}" for name, number in zip(names, ports, strict=True)]
         node = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
         assert node.stdout is not None
         if any("Ray runtime started" in line for line in node.stdout):
-            return node, f"127.0.0.1:{gcs}"
+            return node, f"127.0.0.1:{gcs}", port
         node.wait(SECONDS)
     raise SystemExit("Ray does not start: see its logs, or try again when the machine is less busy")
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[None]:
-    node, address = start_ray()
+def cluster() -> Iterator[int]:
+    """Ray, and a port for the server."""
+    node, address, port = start_ray()
     try:
         ray.init(address=address, log_to_driver=False)
-        yield
+        yield port
     finally:
         ray.shutdown()
         node.terminate()
@@ -113,11 +114,11 @@ def running() -> int:
 
 
 class Client:
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, port: int) -> None:
         self._client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=SECONDS, max_retries=0
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=SECONDS, max_retries=0
         )
-        self._model = model
+        self._model, self.port = model, port
 
     def ask(self, prompt: Any, count: int = TOKENS, session: str | None = None) -> tuple[str, str, str | None]:
         """Text, replica and session of a completion."""
@@ -232,7 +233,8 @@ def check_scaling(client: Client) -> list[int]:
 
 def check_example(bundle: Path, client: Client, wanted: str) -> None:
     """The example serves the bundle in the cluster that runs, and ends when it is told to."""
-    argv = [sys.executable, str(ROOT / "examples" / "ray_serve.py"), str(bundle), "--port", str(PORT), "--cpus", "0.5"]
+    argv = [sys.executable, str(ROOT / "examples" / "ray_serve.py"), str(bundle)]
+    argv += ["--port", str(client.port), "--cpus", "0.5"]
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     example = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, text=True)
     assert example.stdout is not None
@@ -254,12 +256,12 @@ def main() -> None:
     bundle = args.bundle.resolve()
     engine = Engine(less_export.open_bundle(bundle, "ort", threads=1))
     wanted = [answered(engine, p, TOKENS)[0] for p in PROMPTS]
-    with tempfile.TemporaryDirectory() as folder, cluster():
+    with tempfile.TemporaryDirectory() as folder, cluster() as port:
         with contextlib.suppress(TimeoutError):  # of a minute, for a proxy that may take longer
-            serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        until("Ray's proxy listens", lambda: listens(PORT))
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+        until("Ray's proxy listens", lambda: listens(port))
         options = ServerOptions(bundle.name, state_dir=Path(folder) / "sessions")
-        client = Client(bundle.name)
+        client = Client(bundle.name, port)
         common: dict[str, Any] = {
             "rows": ROWS,
             "max_replicas": 2,
