@@ -18,7 +18,7 @@ from less_export.errors import BackendError
 from less_export.runtime.backend import RowState
 
 from .cpp_support import bundle, call
-from .trt_support import contract_of
+from .trt_decoder import contract_of
 
 pytest_plugins = ["tests.cpp_support"]
 pytestmark = pytest.mark.slow

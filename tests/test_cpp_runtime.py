@@ -24,7 +24,7 @@ from less_export.runtime.sampling import SamplingParams, sample
 from less_export.tensorrt.engine import build_plan
 
 from .cpp_support import PLAN, ROOT, TOKENIZER, MixingBackend, bundle, call, edit, lines
-from .trt_support import contract_of, decoder, serialised
+from .trt_decoder import contract_of, decoder, serialised
 
 pytest_plugins = ["tests.cpp_support", "tests.bundles"]
 pytestmark = pytest.mark.slow

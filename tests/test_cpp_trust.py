@@ -14,7 +14,7 @@ from less_export.native import cache
 
 from .cpp_support import PLAN, bundle, describe
 from .manifest_cases import PLUGIN
-from .trt_support import contract_of
+from .trt_decoder import contract_of
 
 pytest_plugins = ["tests.cpp_support"]
 pytestmark = pytest.mark.slow

@@ -20,9 +20,11 @@ from less_export.runtime.scheduler import Event, Scheduler
 from less_export.runtime.sequence import SequenceFactory
 
 from . import sample_emulation
-from .trt_support import Fake, FakeCuda, contract_of, decoder, serialised
+from .fake_cuda import FakeCuda
+from .trt_decoder import contract_of, decoder, serialised
+from .trt_support import Fake
 
-pytest_plugins = ["tests.trt_support"]
+pytest_plugins = ["tests.trt_decoder"]
 pytestmark = pytest.mark.slow
 
 VOCAB = 32

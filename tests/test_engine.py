@@ -32,9 +32,10 @@ from less_export.runtime.ort import OrtBackend
 from less_export.runtime.trt import TrtBackend, inspect_plan, load_plan
 from less_export.tensorrt import engine
 
-from .trt_support import HEADER, contract_of, decoder, play, serialised
+from .trt_decoder import contract_of, decoder, play, serialised
+from .trt_support import HEADER
 
-pytest_plugins = ["tests.trt_support"]
+pytest_plugins = ["tests.trt_decoder"]
 
 HAS_GPU = (cudart.cudaGetDeviceCount()[1] or 0) > 0
 

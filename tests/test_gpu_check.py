@@ -12,7 +12,7 @@ import torch
 
 from less_export.runtime.ort import OrtBackend
 
-from .trt_support import contract_of, decoder, serialised
+from .trt_decoder import contract_of, decoder, serialised
 
 ROOT = Path(__file__).parents[1]
 

@@ -41,13 +41,14 @@ from less_export.tensorrt.trust import PluginFacts
 
 from . import families
 from .conftest import PLUGIN_ARCH
-from .trt_support import Fake, contract_of, decoder, serialised
+from .trt_decoder import contract_of, decoder, serialised
+from .trt_support import Fake
 
 pytestmark = pytest.mark.slow
 
 
 def bare(contract: Contract, folder: Path) -> bytes:
-    """The decoder of trt_support with bare LessAttention nodes."""
+    """The decoder of trt_decoder with bare LessAttention nodes."""
     model = decoder(contract, folder)
     onnx_op.strip_bodies(model)
     return serialised(model)

@@ -15,7 +15,8 @@ from less_export.runtime.ort import OrtBackend
 
 from .conftest import Opened
 from .tiny_decoder import CONTRACT, INT8, ReferenceBackend, onnx_decoder
-from .trt_support import Fake, contract_of, decoder, serialised
+from .trt_decoder import contract_of, decoder, serialised
+from .trt_support import Fake
 
 ROWS = 3
 Pieces = list[list[int]]

@@ -13,7 +13,7 @@ from less_export.errors import EngineError
 from less_export.exporter import onnx_op
 from less_export.tensorrt import engine, rows
 
-from .trt_support import contract_of, decoder, serialised
+from .trt_decoder import contract_of, decoder, serialised
 
 
 def bare(contract: Contract, folder: Path) -> bytes:

@@ -16,9 +16,10 @@ from less_export.runtime.ort import OrtBackend
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt.engine import profiles
 
-from .trt_support import Fake, FakeEngine, contract_of, decoder, play, serialised
+from .trt_decoder import contract_of, decoder, play, serialised
+from .trt_support import Fake, FakeEngine
 
-pytest_plugins = ["tests.trt_support"]
+pytest_plugins = ["tests.trt_decoder"]
 
 
 def test_cuda_bindings_are_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

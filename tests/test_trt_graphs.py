@@ -7,22 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from less_export.errors import BackendError
 
 from .test_row_ranges import assert_as_alone
-from .test_trt_rows import CONTRACT_TRT, reference
-from .trt_support import Fake, decoder, serialised
+from .trt_support import CONTRACT_TRT, Fake, reference
 
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(serialised(decoder(CONTRACT_TRT, tmp_path)))
-    session = onnxruntime.InferenceSession(str(path))
-    return Fake(CONTRACT_TRT, tmp_path, monkeypatch, lambda feed: session.run(None, feed), by_index=True)
+pytest_plugins = ["tests.trt_support"]
 
 
 def decode(backend: Any, rows: list[int], token: int = 1) -> np.ndarray:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 
 from less_export.errors import BackendError, EngineError
@@ -15,21 +14,10 @@ from less_export.runtime.ort import OrtBackend
 
 from .test_row_ranges import assert_as_alone
 from .tiny_decoder import CONTRACT, ReferenceBackend
-from .trt_support import Fake, contract_of, decoder, play, serialised
+from .trt_decoder import play
+from .trt_support import CONTRACT_TRT, Fake, reference
 
-CONTRACT_TRT = contract_of("float32", max_batch=4)
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
-    path = tmp_path / "model.onnx"
-    path.write_bytes(serialised(decoder(CONTRACT_TRT, tmp_path)))
-    session = onnxruntime.InferenceSession(str(path))
-    return Fake(CONTRACT_TRT, tmp_path, monkeypatch, lambda feed: session.run(None, feed), by_index=True)
-
-
-def reference(folder: Path) -> OrtBackend:
-    return OrtBackend(CONTRACT_TRT, folder / "model.onnx", threads=1)
+pytest_plugins = ["tests.trt_support"]
 
 
 def test_ranges_are_rows_too(fake: Fake, tmp_path: Path) -> None:

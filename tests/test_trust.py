@@ -29,7 +29,8 @@ from less_export.tensorrt.trust import PluginFacts
 from . import bundles
 from .bundles import Run, refused
 from .test_plugin_build import Toolkit, toolkit  # noqa: F401  (a fixture)
-from .trt_support import Fake, contract_of
+from .trt_decoder import contract_of
+from .trt_support import Fake
 
 pytest_plugins = ["tests.bundles", "tests.trust_support"]
 

@@ -1,287 +1,37 @@
-"""For TensorRT's tests: a tiny decoder with its weights in a separate file, and a fake GPU in host memory."""
+"""For TensorRT's tests: a stand-in for the engine of a plan, on the stand-in for CUDA."""
 
 from __future__ import annotations
 
-import ctypes
 import enum
-import itertools
 import math
 import struct
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import onnx_ir as ir
+import onnxruntime
 import pytest
 
-from less_export.contract import OP_DOMAIN, OP_NAME, OP_VERSION, Contract, LayerSpec, Policy, SlotDtype, StateBits
+from less_export.contract import Contract
 from less_export.dtypes import DTYPES, numpy_dtype
-from less_export.exporter import onnx_nodes, onnx_op
 from less_export.runtime import device_sampler, trt_device
-from less_export.runtime.backend import Backend
+from less_export.runtime.ort import OrtBackend
 from less_export.runtime.trt import TrtBackend
 from less_export.tensorrt import engine
 from less_export.tensorrt.trust import PluginFacts
 
-from .oracle import table_of
-
-NUMPY = {
-    "float32": np.float32,
-    "float16": np.float16,
-    "bfloat16": ml_dtypes.bfloat16,
-    "int32": np.int32,
-    "int64": np.int64,
-    "int8": np.int8,
-}
-
-
-def contract_of(
-    dtype: str, chunk: int = 4, max_batch: int = 3, capacity: int = 6, slots: SlotDtype = "model",
-    max_distance: int | None = None, state_bits: StateBits = 32,
-) -> Contract:  # fmt: skip
-    """A layer of h2o, with a state of ``state_bits``, and one of window; ``slots`` is what they hold."""
-    heavy = capacity // 2
-    h2o = LayerSpec(4, 2, 8, 0.35, Policy.H2O, heavy, capacity - heavy, 0, True, capacity, 4)
-    window = LayerSpec(4, 2, 8, 0.35, Policy.WINDOW, 0, 5, 5, False, 5, 1)
-    h2o, window = (replace(s, slot_dtype=slots, max_distance=max_distance) for s in (h2o, window))
-    return Contract(
-        (replace(h2o, state_bits=state_bits), window), vocab_size=32, dtype=dtype, chunk=chunk, max_batch=max_batch
-    )
-
-
-def decoder(contract: Contract, folder: Path) -> ir.Model:
-    """Embedding, attention layers, head; the weights in ``folder``/weights.bin."""
-    kinds = {n: ir.DataType.from_numpy(np.dtype(t)) for n, t in NUMPY.items()}
-    op, random, blob = onnx_nodes.Nodes(), np.random.default_rng(0), bytearray()
-    initializers: list[ir.Value] = []
-
-    def constant(data: np.ndarray) -> ir.Value:
-        name, kind, shape = f"w{len(initializers)}", ir.DataType.from_numpy(data.dtype), data.shape
-        where = {"location": "weights.bin", "offset": len(blob), "length": data.nbytes}
-        tensor = ir.ExternalTensor(**where, dtype=kind, shape=ir.Shape(shape), name=name, base_dir=folder)
-        blob.extend(data.tobytes())
-        initializers.append(ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=ir.TensorType(kind)))
-        return initializers[-1]
-
-    def weight(*shape: int, scale: float = 1.0) -> ir.Value:
-        data = random.standard_normal(shape) * scale / math.sqrt(shape[0])
-        return constant(data.astype(NUMPY[contract.dtype]))
-
-    def values(specs: Any) -> list[ir.Value]:
-        return [ir.Value(name=s.name, shape=ir.Shape(s.shape), type=ir.TensorType(kinds[s.dtype])) for s in specs]
-
-    inputs = values(contract.inputs())
-    ids, *lengths = inputs[:3]
-    past, presents = iter(inputs[3:]), []
-    width = contract.layers[0].query_heads * contract.layers[0].head_dim
-    x = op.Gather(weight(contract.vocab_size, width, scale=5.0), ids)
-    for layer in contract.layers:
-
-        def heads(count: int, x: ir.Value = x, layer: LayerSpec = layer) -> ir.Value:
-            flat = op.MatMul(x, weight(width, count * layer.head_dim))
-            return op.Transpose(op.Reshape(flat, op.ints(0, 0, count, layer.head_dim)), perm=[0, 2, 1, 3])
-
-        q, k, v = heads(layer.query_heads), heads(layer.kv_heads), heads(layer.kv_heads)
-        log_phi = op.to_f32(op.MatMul(q, weight(layer.head_dim, layer.rank)))
-        psi = op.MatMul(k, weight(layer.head_dim, layer.rank, scale=float(layer.absorb)))
-        psi = op.Softmax(psi, axis=-1) if layer.absorb else psi
-        fields, size, centring = len(layer.state_fields), (layer.kv_heads, layer.head_dim), []
-        if layer.int8:
-            centring = [constant(np.full(size, x, np.float32)) for x in (0.1, 0.7)]
-        turning = [] if layer.max_distance is None else [constant(table_of(layer))]  # of some channels
-        out, *present = op.op_multi_out(
-            OP_NAME,
-            [q, k, v, log_phi, psi, *itertools.islice(past, fields), *lengths, *centring, *turning],
-            onnx_op.node_attributes(layer),
-            num_outputs=1 + fields,
-            domain=OP_DOMAIN,
-        )
-        presents += present
-        out = op.Reshape(op.Transpose(out, perm=[0, 2, 1, 3]), op.ints(0, 0, width))
-        x = op.Add(x, op.MatMul(out, weight(width, width)))
-    last = op.Max(op.Sub(op.Cast(lengths[1], to=ir.DataType.INT64), op.ints(1)), op.ints(0))
-    x = op.GatherND(x, op.Reshape(last, op.ints(-1, 1, 1)), batch_dims=1)
-    outputs = [op.to_f32(op.MatMul(x, weight(width, contract.vocab_size))), *presents]
-    for value, declared in zip(outputs, values(contract.outputs()), strict=True):
-        value.name, value.shape, value.type = declared.name, declared.shape, declared.type
-    graph = ir.Graph(
-        inputs,
-        outputs,
-        nodes=op.nodes,
-        initializers=initializers,
-        name="decoder",
-        opset_imports={"": onnx_op.OPSET, OP_DOMAIN: OP_VERSION},
-    )
-    (folder / "weights.bin").write_bytes(blob)
-    model = ir.Model(graph, ir_version=10)
-    onnx_op.add_bodies(model, decoding=False)
-    return model
-
-
-def serialised(model: ir.Model) -> bytes:
-    return ir.to_proto(model).SerializeToString()
-
+from .fake_cuda import FakeCuda
+from .trt_decoder import contract_of, decoder, serialised
 
 HEADER = struct.Struct("<4s12xQ4B").pack
 #: The plugin of a plan that contains it, of plans without rows by index.
 INSIDE = PluginFacts("libless_plugins.so", "0" * 64, "1", inside=True)
-
-
-class FakeCuda:
-    """The cuda-bindings calls that the backend uses. Queued work runs when the stream is synchronised.
-
-    Batches of copies are as CUDA 13's API reference says of cudaMemcpyBatchAsync: in any order among themselves, one
-    set of attributes from the first copy on, not on the default stream. CUDA 12 returns the index of a failed copy too.
-    """
-
-    cudaMemcpyKind = types.SimpleNamespace(
-        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="across"
-    )
-
-    def __init__(self) -> None:
-        self.memory: dict[int, np.ndarray] = {}
-        self.stream: list[Callable[[], None]] = []
-        self.room, self.next, self.version, self.devices = 1 << 30, 1 << 44, 13050, (0, 1)
-        self.host: dict[int, Any] = {}
-        self.calls: list[str] = []
-        #: Work that is being captured, graphs and what can be launched of them, whether capturing succeeds.
-        self.capturing: list[Callable[[], None]] | None = None
-        self.graphs: dict[int, list[Callable[[], None]]] = {}
-        self.captures = True
-
-    def cudaGetDeviceCount(self) -> tuple[int, int]:
-        return self.devices
-
-    def cudaDriverGetVersion(self) -> tuple[int, int]:
-        return 0, self.version
-
-    def cudaRuntimeGetVersion(self) -> tuple[int, int]:
-        return 0, 13050
-
-    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return 0, f"error {error}".encode()
-
-    def cudaStreamCreate(self) -> tuple[int, int]:
-        return 0, 77
-
-    # Captures are as the CUDA runtime's API reference says: what is queued meanwhile is recorded and does not run, a
-    # wait for the stream is an error that spoils the capture, and a graph that was instantiated lives on its own.
-
-    cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-
-    def queue(self, work: Callable[[], None]) -> None:
-        (self.stream if self.capturing is None else self.capturing).append(work)
-
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
-        assert self.capturing is None
-        assert (stream, mode) == (77, 1)
-        self.capturing = []
-        return (0,)
-
-    def cudaStreamEndCapture(self, stream: int) -> tuple[int, int | None]:
-        assert self.capturing is not None
-        work, self.capturing = self.capturing, None
-        if not self.captures:
-            return 901, None
-        self.calls.append("captured")
-        return 0, self._graph(work)
-
-    def _graph(self, work: list[Callable[[], None]]) -> int:
-        self.next += 1 << 20
-        self.graphs[self.next] = work
-        return self.next
-
-    def cudaGraphInstantiateWithFlags(self, graph: int, flags: int) -> tuple[int, int]:
-        assert flags == 0
-        return 0, self._graph(self.graphs[graph])
-
-    def cudaGraphDestroy(self, graph: int) -> tuple[int]:
-        del self.graphs[graph]
-        return (0,)
-
-    cudaGraphExecDestroy = cudaGraphDestroy
-
-    def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int]:
-        assert self.capturing is None
-        self.calls.append("launched")
-        self.stream += self.graphs[graph]
-        return (0,)
-
-    def cudaGetLastError(self) -> tuple[int]:
-        return (0,)
-
-    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
-        return (0,)
-
-    def cudaMalloc(self, size: int) -> tuple[int, int]:
-        if size > self.room:
-            return 2, 0
-        self.room -= size
-        self.next += 1 << 20
-        self.memory[self.next] = np.full(size, 0xA5, np.uint8)
-        return 0, self.next
-
-    def cudaFree(self, address: int) -> tuple[int]:
-        self.room += len(self.memory.pop(address))
-        return (0,)
-
-    def cudaMallocHost(self, size: int) -> tuple[int, int]:
-        memory = (ctypes.c_uint8 * size)(*b"\xa5" * size)
-        self.host[ctypes.addressof(memory)] = memory
-        return 0, ctypes.addressof(memory)
-
-    def cudaFreeHost(self, address: int) -> tuple[int]:
-        del self.host[address]
-        return (0,)
-
-    cudaMemcpyAttributes = types.SimpleNamespace
-    cudaMemcpySrcAccessOrder = types.SimpleNamespace(cudaMemcpySrcAccessOrderStream=1)
-
-    def cudaMemcpyBatchAsync(
-        self, targets: list[int], sources: list[int], sizes: list[int], count: int, attributes: list[Any],
-        attribute_places: list[int], attribute_count: int, stream: int,
-    ) -> tuple[int, ...]:  # fmt: skip
-        assert (len(targets), len(sources), len(sizes)) == (count, count, count)
-        assert (attribute_places, attribute_count) == ([0], 1)
-        assert [a.srcAccessOrder for a in attributes] == [1]
-        self.calls.append("batch")
-        for target, source, size in reversed([*zip(targets, sources, sizes, strict=True)]):
-            self._copy(target, source, size, "across", stream)
-        return (0,) if self.version >= 13000 else (0, 0)
-
-    def at(self, address: int, size: int) -> np.ndarray:
-        """Device memory at an address; an address that is not allocated is an error."""
-        base = max(a for a in self.memory if a <= address)
-        view = self.memory[base][address - base :][:size]
-        assert len(view) == size, "outside the allocation"
-        return view
-
-    def cudaMemcpyAsync(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
-        self.calls.append(kind)
-        return self._copy(target, source, size, kind, stream)
-
-    def _copy(self, target: int, source: int, size: int, kind: str, stream: int) -> tuple[int]:
-        assert stream == 77
-        if kind == "across":
-            views = self.at(target, size), self.at(source, size)
-            self.queue(lambda: np.copyto(*views))
-            return (0,)
-        host, device = (source, target) if kind == "up" else (target, source)
-        data = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
-        view = self.at(device, size)
-        self.queue(lambda: np.copyto(*((view, data) if kind == "up" else (data, view))))
-        return (0,)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
-        assert self.capturing is None, "a wait for a stream that is being captured"
-        while self.stream:
-            self.stream.pop(0)()
-        return (0,)
+#: Of the plan that takes rows by index.
+CONTRACT_TRT = contract_of("float32", max_batch=4)
 
 
 class FakeEngine:
@@ -452,28 +202,15 @@ class Fake:
         return TrtBackend(self.contract, self.plan, plugin, trust_code=True, **options)
 
 
-def play(backend: Backend) -> Iterator[tuple[str, np.ndarray]]:
-    """Results of ragged prefill, decode, parked, reset and copied rows, and reopening."""
-    random = np.random.default_rng(1)
-    with backend:
-        for rows in (3, 2):
-            backend.open(rows)
-            for step in range(12):
-                chunk = 1 if step % 3 == 2 else int(random.integers(1, 5))
-                if step == 5:
-                    backend.reset_rows([1])
-                if step == 7:
-                    backend.copy_row(1, 0)
-                new = random.integers(0, chunk + 1, rows)
-                logits = backend.step(random.integers(0, 32, (rows, chunk)), new)
-                yield f"logits {step}", logits[new > 0]
-                for row in range(rows):
-                    yield from ((f"{n} {step}", x) for n, x in backend.read_row(row).tensors.items())
-
-
 @pytest.fixture
-def weights(tmp_path: Path) -> Path:
-    """An empty folder for a graph's weights."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    return folder
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """A plan of the tiny decoder that takes rows by index; its graph is in ``tmp_path``."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(serialised(decoder(CONTRACT_TRT, tmp_path)))
+    session = onnxruntime.InferenceSession(str(path))
+    return Fake(CONTRACT_TRT, tmp_path, monkeypatch, lambda feed: session.run(None, feed), by_index=True)
+
+
+def reference(folder: Path) -> OrtBackend:
+    """The same decoder in ONNX Runtime."""
+    return OrtBackend(CONTRACT_TRT, folder / "model.onnx", threads=1)
