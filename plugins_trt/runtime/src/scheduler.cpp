@@ -1,10 +1,8 @@
 #include <algorithm>
-#include <deque>
 #include <iterator>
 #include <utility>
 
-#include "less_scheduler.hpp"
-#include "running.hpp"
+#include "scheduler_impl.hpp"
 
 namespace less {
 namespace {
@@ -21,377 +19,225 @@ int64_t within(std::optional<int64_t> const& asked, int64_t most, std::string co
 
 }  // namespace
 
-class Scheduler::Impl {
- public:
-    int64_t rows = 0, maxQueue;
-    Timing timing;
+Scheduler::Impl::Impl(Session& session, std::vector<int64_t> eosIds, SchedulerOptions const& options)
+    : maxQueue(options.maxQueue), session_(session), eosIds_(std::move(eosIds)) {
+    std::string const batch = std::to_string(session.contract().maxBatch);
+    std::string const chunk = std::to_string(session.contract().chunk);
+    rows = within(options.rows, session.contract().maxBatch, "1 to " + batch + " rows (--max-batch at export)");
+    piece_ = within(options.piece, session.contract().chunk,
+                    "prompts in pieces of 1 to " + chunk + " tokens (--chunk at export)");
+    require(maxQueue >= 0, "max_queue must be at least 0, not " + std::to_string(maxQueue));
+}
 
-    Impl(Session& session, std::vector<int64_t> eosIds, SchedulerOptions const& options)
-        : maxQueue(options.maxQueue), session_(session), eosIds_(std::move(eosIds)) {
-        std::string const batch = std::to_string(session.contract().maxBatch);
-        std::string const chunk = std::to_string(session.contract().chunk);
-        rows = within(options.rows, session.contract().maxBatch, "1 to " + batch + " rows (--max-batch at export)");
-        piece_ = within(options.piece, session.contract().chunk,
-                        "prompts in pieces of 1 to " + chunk + " tokens (--chunk at export)");
-        require(maxQueue >= 0, "max_queue must be at least 0, not " + std::to_string(maxQueue));
+int64_t Scheduler::Impl::running() const {
+    size_t count = decoding_.size();
+    for (Prefill const& prefill : prefilling_) count += prefill.sequences.size();
+    return static_cast<int64_t>(count);
+}
+
+void Scheduler::Impl::open() {
+    if (revision_) return;
+    session_.open(rows);
+    revision_ = session_.revision();
+}
+
+uint64_t Scheduler::Impl::submit(Request request) {
+    Contract const& contract = session_.contract();
+    checkParams(contract, request.params);
+    if (request.prefix) session_.check(*request.prefix);
+    Sequence sequence(contract, request.prompt, request.params, eosIds_, request.index, request.prefix.get());
+    if (full()) {
+        throw QueueFullError(std::to_string(waiting() + running()) +
+                             " requests are running or waiting, and this scheduler takes " +
+                             std::to_string(rows + maxQueue) + ": try again later");
     }
+    waiting_.push_back(std::make_shared<Running>(
+        Running{next_, std::move(request.prompt), std::move(request.prefix), request.keepState, std::move(sequence)}));
+    return next_++;
+}
 
-    int64_t waiting() const { return static_cast<int64_t>(waiting_.size()); }
-    int64_t running() const {
-        size_t count = decoding_.size();
-        for (Prefill const& prefill : prefilling_) count += prefill.sequences.size();
-        return static_cast<int64_t>(count);
-    }
-    bool full() const { return waiting() + running() >= rows + maxQueue; }
-    bool busy() const { return waiting() || running() || !lost_.empty(); }
-
-    void open() {
-        if (revision_) return;
-        session_.open(rows);
-        revision_ = session_.revision();
-    }
-
-    uint64_t submit(Request request) {
-        Contract const& contract = session_.contract();
-        checkParams(contract, request.params);
-        if (request.prefix) session_.check(*request.prefix);
-        Sequence sequence(contract, request.prompt, request.params, eosIds_, request.index, request.prefix.get());
-        if (full()) {
-            throw QueueFullError(std::to_string(waiting() + running()) +
-                                 " requests are running or waiting, and this scheduler takes " +
-                                 std::to_string(rows + maxQueue) + ": try again later");
-        }
-        waiting_.push_back(std::make_shared<Running>(Running{
-            next_, std::move(request.prompt), std::move(request.prefix), request.keepState, std::move(sequence)}));
-        return next_++;
-    }
-
-    bool cancel(uint64_t id) {
-        auto const isIt = [id](Ref const& s) { return s->id == id; };
-        auto const wait = std::find_if(waiting_.begin(), waiting_.end(), isIt);
-        if (wait != waiting_.end()) {
-            waiting_.erase(wait);
-            return true;
-        }
-        for (auto prefill = prefilling_.begin(); prefill != prefilling_.end(); ++prefill) {
-            auto const found = std::find_if(prefill->sequences.begin(), prefill->sequences.end(), isIt);
-            if (found == prefill->sequences.end()) continue;
-            if (!prefill->drop(Ref(*found))) prefilling_.erase(prefill);
-            return true;
-        }
-        auto const decodes = std::find_if(decoding_.begin(), decoding_.end(), isIt);
-        if (decodes == decoding_.end()) return false;
-        undisturbed();
-        release({*decodes});
-        revision_ = session_.revision();
+bool Scheduler::Impl::cancel(uint64_t id) {
+    auto const isIt = [id](Ref const& s) { return s->id == id; };
+    auto const wait = std::find_if(waiting_.begin(), waiting_.end(), isIt);
+    if (wait != waiting_.end()) {
+        waiting_.erase(wait);
         return true;
     }
+    for (auto prefill = prefilling_.begin(); prefill != prefilling_.end(); ++prefill) {
+        auto const found = std::find_if(prefill->sequences.begin(), prefill->sequences.end(), isIt);
+        if (found == prefill->sequences.end()) continue;
+        if (!prefill->drop(Ref(*found))) prefilling_.erase(prefill);
+        return true;
+    }
+    auto const decodes = std::find_if(decoding_.begin(), decoding_.end(), isIt);
+    if (decodes == decoding_.end()) return false;
+    undisturbed();
+    release({*decodes});
+    revision_ = session_.revision();
+    return true;
+}
 
-    std::vector<Event> step() {
-        undisturbed();
-        open();
-        Outcomes outcomes = admit();
-        auto const add = [&](Outcomes more) { std::move(more.begin(), more.end(), std::back_inserter(outcomes)); };
-        if (!prefilling_.empty()) add(feedPiece());
-        if (!decoding_.empty()) add(decode());
-        add(std::exchange(lost_, {}));
-        revision_ = session_.revision();
-        std::vector<Event> events;
-        for (Outcome& o : outcomes) {
-            events.push_back({o.sequence->id, o.token, o.finish, std::move(o.error), std::move(o.state)});
+std::vector<Event> Scheduler::Impl::step() {
+    undisturbed();
+    open();
+    Outcomes outcomes = admit();
+    auto const add = [&](Outcomes more) { std::move(more.begin(), more.end(), std::back_inserter(outcomes)); };
+    if (!prefilling_.empty()) add(feedPiece());
+    if (!decoding_.empty()) add(decode());
+    add(std::exchange(lost_, {}));
+    revision_ = session_.revision();
+    std::vector<Event> events;
+    for (Outcome& o : outcomes) {
+        events.push_back({o.sequence->id, o.token, o.finish, std::move(o.error), std::move(o.state)});
+    }
+    return events;
+}
+
+void Scheduler::Impl::undisturbed() const {
+    require(!revision_ || session_.revision() == *revision_,
+            "something else has used the rows of this session: give a scheduler a session of its own");
+}
+
+Outcomes Scheduler::Impl::admit() {
+    Outcomes outcomes;
+    while (!waiting_.empty() && running() < rows) {
+        Ref const sequence = std::move(waiting_.front());
+        waiting_.pop_front();
+        auto const same =
+            std::find_if(prefilling_.begin(), prefilling_.end(), [&](Prefill const& p) { return p.isFor(*sequence); });
+        if (same != prefilling_.end()) {
+            same->sequences.push_back(sequence);
+            continue;
         }
-        return events;
-    }
-
- private:
-    void undisturbed() const {
-        require(!revision_ || session_.revision() == *revision_,
-                "something else has used the rows of this session: give a scheduler a session of its own");
-    }
-
-    // Gives every free row to the next sequence; one whose prompt is being fed waits for it, and has a row then.
-    Outcomes admit() {
-        Outcomes outcomes;
-        while (!waiting_.empty() && running() < rows) {
-            Ref const sequence = std::move(waiting_.front());
-            waiting_.pop_front();
-            auto const same = std::find_if(prefilling_.begin(), prefilling_.end(),
-                                           [&](Prefill const& p) { return p.isFor(*sequence); });
-            if (same != prefilling_.end()) {
-                same->sequences.push_back(sequence);
-                continue;
-            }
-            int64_t const row = freeRow();
-            auto const error = errorOf([&] {
-                if (sequence->prefix) {
-                    session_.writeRow(row, *sequence->prefix);
-                } else {
-                    session_.resetRow(row);
-                }
-            });
-            if (error) {
-                outcomes.push_back(failed(sequence, *error));
-                continue;
-            }
-            sequence->row = row;
-            prefilling_.push_back({row, {sequence}});
-        }
-        return outcomes;
-    }
-
-    // The first row of no sequence, and not `but`. There is one wherever this is called.
-    int64_t freeRow(int64_t but = -1) const {
-        int64_t row = 0;
-        while (row == but || taken(row)) ++row;
-        return row;
-    }
-
-    // Whether a row decodes, or a prompt is fed in it.
-    bool taken(int64_t row) const {
-        return std::any_of(decoding_.begin(), decoding_.end(), [=](Ref const& s) { return s->row == row; }) ||
-               std::any_of(prefilling_.begin(), prefilling_.end(), [=](Prefill const& p) { return p.row == row; });
-    }
-
-    // Feeds the next piece; the last one gives the first token and joins the row to those that decode.
-    Outcomes feedPiece() {
-        Prefill prefill = std::move(prefilling_.front());
-        prefilling_.pop_front();
-        Running& leader = prefill.leader();
-        size_t const count = std::min(static_cast<size_t>(piece_), leader.prompt.size() - leader.fed);
-        auto const begin = leader.prompt.begin() + static_cast<ptrdiff_t>(leader.fed);
+        int64_t const row = freeRow();
         auto const error = errorOf([&] {
-            Clock const clock(timing.prefillSeconds);
-            feed({prefill.row}, {begin, begin + static_cast<ptrdiff_t>(count)});
-        });
-        if (error) return {lose(prefill, *error)};
-        leader.fed += count;
-        timing.prefillTokens += static_cast<int64_t>(count);
-        if (leader.fed < leader.prompt.size()) {
-            prefilling_.push_back(std::move(prefill));
-            return {};
-        }
-        Outcomes outcomes;
-        std::vector<Ref> const sequences = join(prefill, outcomes);
-        Outcomes joined = settle(accept(sequences, std::vector<int64_t>(sequences.size(), 0)));
-        std::move(joined.begin(), joined.end(), std::back_inserter(outcomes));
-        return outcomes;
-    }
-
-    // The end of the sequence whose prompt was fed; its twins begin again.
-    Outcome lose(Prefill const& prefill, std::string const& error) {
-        prefill.leader().row.reset();
-        waiting_.insert(waiting_.begin(), prefill.sequences.begin() + 1, prefill.sequences.end());
-        return failed(prefill.sequences.front(), error);
-    }
-
-    // Lets the sequences of a prompt decode from its state; returns those that do, and adds the errors of the others.
-    std::vector<Ref> join(Prefill const& prefill, Outcomes& errors) {
-        std::vector<Ref> joined;
-        int64_t source = prefill.row;
-        size_t const fed = prefill.leader().fed;
-        for (Ref const& sequence : prefill.sequences) {
-            sequence->row.reset();
-            sequence->fed = fed;
-            sequence->prefix.reset();  // a state takes memory: this one is in the row
-            if (auto const error = errorOf([&] { source = placeOf(source); })) {
-                errors.push_back(failed(sequence, *error));
-                continue;
-            }
-            sequence->row = source;
-            decoding_.push_back(sequence);
-            joined.push_back(sequence);
-        }
-        return joined;
-    }
-
-    // The row in which one more sequence decodes, with the state of row `source`: that one if it is free.
-    int64_t placeOf(int64_t source) {
-        auto place = static_cast<int64_t>(decoding_.size());
-        if (!session_.rowsByIndex()) {
-            copyToLast(source, place);
-        } else if (!taken(source)) {
-            place = source;
-        } else {
-            place = freeRow();
-            session_.copyRow(source, place);
-        }
-        return place;
-    }
-
-    // Copies a row to the one behind those that decode; a prompt that is fed there moves to another.
-    void copyToLast(int64_t source, int64_t place) {
-        if (source == place) return;
-        auto const found =
-            std::find_if(prefilling_.begin(), prefilling_.end(), [=](Prefill const& p) { return p.row == place; });
-        if (found == prefilling_.end()) {
-            session_.copyRow(source, place);
-            return;
-        }
-        // There may be no free row but `source`, so the state of the other one waits outside of the rows.
-        Prefill other = std::move(*found);
-        prefilling_.erase(found);
-        RowState state;
-        if (auto const error = errorOf([&] { state = session_.readRow(place); })) {
-            lost_.push_back(lose(other, *error));
-            session_.copyRow(source, place);
-            return;
-        }
-        auto const notCopied = errorOf([&] {
-            session_.copyRow(source, place);
-            other.row = freeRow(place);
-        });
-        if (auto const error = errorOf([&] { session_.writeRow(other.row, state); })) {
-            lost_.push_back(lose(other, *error));
-        } else {
-            other.leader().row = other.row;
-            prefilling_.push_front(std::move(other));
-        }
-        if (notCopied) throw BackendError(*notCopied);
-    }
-
-    // One token of every sequence whose prompt was fed.
-    Outcomes decode() {
-        double seconds = 0;
-        std::vector<Ref> const sequences = decoding_;
-        std::vector<int64_t> ids, places;
-        for (Ref const& s : sequences) {
-            ids.push_back(s->sequence.tokens.back());
-            places.push_back(s->row.value());
-        }
-        Outcomes outcomes;
-        {
-            Clock const clock(seconds);
-            if (auto const error = errorOf([&] { feed(places, ids); })) {
-                held_.clear();
-                decoding_.clear();
-                for (Ref const& s : sequences) {
-                    s->row.reset();
-                    outcomes.push_back(failed(s, *error));
-                }
-                return outcomes;
-            }
-            outcomes = held_;
-            std::vector<Ref> wanting;
-            std::vector<int64_t> rowsOf;
-            for (size_t i = 0; i < sequences.size(); ++i) {
-                if (isHeld(sequences[i])) continue;
-                wanting.push_back(sequences[i]);
-                rowsOf.push_back(static_cast<int64_t>(i));
-            }
-            for (Outcome& outcome : accept(wanting, rowsOf)) {
-                timing.decodeTokens += outcome.token.has_value();
-                outcomes.push_back(std::move(outcome));
-            }
-        }
-        timing.decodeSeconds += seconds;
-        return settle(std::move(outcomes));
-    }
-
-    // Frees the rows of sequences that have ended; those whose state lacks their last token run once more.
-    Outcomes settle(Outcomes outcomes) {
-        Outcomes settled;
-        for (Outcome& outcome : outcomes) {
-            bool const unseen = outcome.sequence->keepState && !isHeld(outcome.sequence);
-            if (unseen && outcome.token && outcome.finish == FinishReason::kLength) {
-                held_.push_back(std::move(outcome));
+            if (sequence->prefix) {
+                session_.writeRow(row, *sequence->prefix);
             } else {
-                settled.push_back(withState(std::move(outcome)));
+                session_.resetRow(row);
             }
+        });
+        if (error) {
+            outcomes.push_back(failed(sequence, *error));
+            continue;
         }
-        std::vector<Ref> ended;
-        for (Outcome const& o : settled) {
-            if (o.error || !o.sequence->sequence.active()) ended.push_back(o.sequence);
-        }
-        release(ended);
-        return settled;
+        sequence->row = row;
+        prefilling_.push_back({row, {sequence}});
     }
+    return outcomes;
+}
 
-    // The event, with the state of a sequence that ends with it; or the error that stands against it.
-    Outcome withState(Outcome outcome) {
-        Running const& s = *outcome.sequence;
-        if (outcome.error || !s.keepState || s.sequence.active()) return outcome;
-        auto const error =
-            errorOf([&] { outcome.state = std::make_shared<RowState const>(session_.readRow(s.row.value())); });
-        return error ? failed(outcome.sequence, *error) : outcome;
+Outcomes Scheduler::Impl::feedPiece() {
+    Prefill prefill = std::move(prefilling_.front());
+    prefilling_.pop_front();
+    Running& leader = prefill.leader();
+    size_t const count = std::min(static_cast<size_t>(piece_), leader.prompt.size() - leader.fed);
+    auto const begin = leader.prompt.begin() + static_cast<ptrdiff_t>(leader.fed);
+    auto const error = errorOf([&] {
+        Clock const clock(timing.prefillSeconds);
+        feed({prefill.row}, {begin, begin + static_cast<ptrdiff_t>(count)});
+    });
+    if (error) return {lose(prefill, *error)};
+    leader.fed += count;
+    timing.prefillTokens += static_cast<int64_t>(count);
+    if (leader.fed < leader.prompt.size()) {
+        prefilling_.push_back(std::move(prefill));
+        return {};
     }
+    Outcomes outcomes;
+    std::vector<Ref> const sequences = join(prefill, outcomes);
+    Outcomes joined = settle(accept(sequences, std::vector<int64_t>(sequences.size(), 0)));
+    std::move(joined.begin(), joined.end(), std::back_inserter(outcomes));
+    return outcomes;
+}
 
-    // Frees rows of decoding sequences.
-    void release(std::vector<Ref> const& sequences) {
-        if (!session_.rowsByIndex()) return fillGaps(sequences);
-        for (Ref const& sequence : sequences) {
-            decoding_.erase(std::find(decoding_.begin(), decoding_.end(), sequence));
-            leave(sequence);
-        }
+Outcomes Scheduler::Impl::decode() {
+    double seconds = 0;
+    std::vector<Ref> const sequences = decoding_;
+    std::vector<int64_t> ids, places;
+    for (Ref const& s : sequences) {
+        ids.push_back(s->sequence.tokens.back());
+        places.push_back(s->row.value());
     }
-
-    // Frees rows of decoding sequences; the last ones fill the gaps, or end if their state cannot be copied.
-    void fillGaps(std::vector<Ref> sequences) {
-        std::sort(sequences.begin(), sequences.end(), [](Ref const& a, Ref const& b) { return *a->row > *b->row; });
-        for (Ref const& sequence : sequences) {
-            int64_t const row = sequence->row.value();
-            while (true) {
-                Ref const last = std::move(decoding_.back());
-                decoding_.pop_back();
-                if (last == sequence) break;
-                auto const error = errorOf([&] { session_.copyRow(static_cast<int64_t>(decoding_.size()), row); });
-                if (error) {
-                    leave(last);
-                    lost_.push_back(failed(last, *error));
-                    continue;
-                }
-                decoding_[static_cast<size_t>(row)] = last;
-                last->row = row;
-                break;
+    Outcomes outcomes;
+    {
+        Clock const clock(seconds);
+        if (auto const error = errorOf([&] { feed(places, ids); })) {
+            held_.clear();
+            decoding_.clear();
+            for (Ref const& s : sequences) {
+                s->row.reset();
+                outcomes.push_back(failed(s, *error));
             }
-            leave(sequence);
+            return outcomes;
         }
-    }
-
-    void leave(Ref const& sequence) {
-        sequence->row.reset();
-        held_.erase(
-            std::remove_if(held_.begin(), held_.end(), [&](Outcome const& o) { return o.sequence == sequence; }),
-            held_.end());
-    }
-
-    bool isHeld(Ref const& sequence) const {
-        return std::any_of(held_.begin(), held_.end(), [&](Outcome const& o) { return o.sequence == sequence; });
-    }
-
-    // Adds a token to each sequence, by the logits of its row of the latest step.
-    Outcomes accept(std::vector<Ref> const& sequences, std::vector<int64_t> const& rowsOf) {
-        std::vector<Sampler*> samplers;
-        for (Ref const& s : sequences) samplers.push_back(&s->sequence.sampler());
-        std::vector<Choice> const choices = session_.choose(samplers, rowsOf);
-        Outcomes outcomes;
+        outcomes = held_;
+        std::vector<Ref> wanting;
+        std::vector<int64_t> rowsOf;
         for (size_t i = 0; i < sequences.size(); ++i) {
-            Sequence& sequence = sequences[i]->sequence;
-            if (auto const error = errorOf([&] { sequence.accept(choices[i]); })) {
-                outcomes.push_back(failed(sequences[i], *error));
-            } else {
-                outcomes.push_back({sequences[i], sequence.tokens.back(), sequence.finish});
-            }
+            if (isHeld(sequences[i])) continue;
+            wanting.push_back(sequences[i]);
+            rowsOf.push_back(static_cast<int64_t>(i));
         }
-        return outcomes;
+        for (Outcome& outcome : accept(wanting, rowsOf)) {
+            timing.decodeTokens += outcome.token.has_value();
+            outcomes.push_back(std::move(outcome));
+        }
     }
+    timing.decodeSeconds += seconds;
+    return settle(std::move(outcomes));
+}
 
-    // Runs rows, each with as many of `ids`.
-    void feed(std::vector<int64_t> const& places, std::vector<int64_t> const& ids) {
-        auto const count = static_cast<int32_t>(ids.size() / places.size());
-        session_.advanceRows(ids, std::vector<int32_t>(places.size(), count), places);
+Outcomes Scheduler::Impl::settle(Outcomes outcomes) {
+    Outcomes settled;
+    for (Outcome& outcome : outcomes) {
+        bool const unseen = outcome.sequence->keepState && !isHeld(outcome.sequence);
+        if (unseen && outcome.token && outcome.finish == FinishReason::kLength) {
+            held_.push_back(std::move(outcome));
+        } else {
+            settled.push_back(withState(std::move(outcome)));
+        }
     }
+    std::vector<Ref> ended;
+    for (Outcome const& o : settled) {
+        if (o.error || !o.sequence->sequence.active()) ended.push_back(o.sequence);
+    }
+    release(ended);
+    return settled;
+}
 
-    Session& session_;
-    std::vector<int64_t> eosIds_;
-    int64_t piece_ = 0;
-    uint64_t next_ = 0;
-    std::deque<Ref> waiting_;
-    std::deque<Prefill> prefilling_;  // the next one to feed first
-    std::vector<Ref> decoding_;       // by row, unless the plan takes rows by index
-    Outcomes held_;                   // last tokens of sequences that are fed once more for their state
-    Outcomes lost_;                   // errors of sequences whose row could not be moved
-    std::optional<uint64_t> revision_;
-};
+Outcome Scheduler::Impl::withState(Outcome outcome) {
+    Running const& s = *outcome.sequence;
+    if (outcome.error || !s.keepState || s.sequence.active()) return outcome;
+    auto const error =
+        errorOf([&] { outcome.state = std::make_shared<RowState const>(session_.readRow(s.row.value())); });
+    return error ? failed(outcome.sequence, *error) : outcome;
+}
+
+bool Scheduler::Impl::isHeld(Ref const& sequence) const {
+    return std::any_of(held_.begin(), held_.end(), [&](Outcome const& o) { return o.sequence == sequence; });
+}
+
+Outcomes Scheduler::Impl::accept(std::vector<Ref> const& sequences, std::vector<int64_t> const& rowsOf) {
+    std::vector<Sampler*> samplers;
+    for (Ref const& s : sequences) samplers.push_back(&s->sequence.sampler());
+    std::vector<Choice> const choices = session_.choose(samplers, rowsOf);
+    Outcomes outcomes;
+    for (size_t i = 0; i < sequences.size(); ++i) {
+        Sequence& sequence = sequences[i]->sequence;
+        if (auto const error = errorOf([&] { sequence.accept(choices[i]); })) {
+            outcomes.push_back(failed(sequences[i], *error));
+        } else {
+            outcomes.push_back({sequences[i], sequence.tokens.back(), sequence.finish});
+        }
+    }
+    return outcomes;
+}
+
+void Scheduler::Impl::feed(std::vector<int64_t> const& places, std::vector<int64_t> const& ids) {
+    auto const count = static_cast<int32_t>(ids.size() / places.size());
+    session_.advanceRows(ids, std::vector<int32_t>(places.size(), count), places);
+}
 
 Scheduler::Scheduler(Session& session, std::vector<int64_t> eosIds, SchedulerOptions const& options)
     : impl_(std::make_unique<Impl>(session, std::move(eosIds), options)) {}
