@@ -111,6 +111,56 @@ def test_rows_by_index_quickly() -> None:
     check_scattered(layer, "float16", in_place=False)  # copies all rows, also those that are not listed
 
 
+def padded(run: Run, layer: LayerSpec) -> Run:
+    """A run whose steps have parked rows behind the others; what these have is poison, and stays as it is.
+
+    Any indices: of rows of their own, of a row that runs, and out of range.
+    """
+    first, end = len(TOKENS), len(TOKENS) + len(layer.state_fields)
+    lengths = range(end, end + len(emulation.LENGTHS))
+
+    def parked(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        batch = len(arrays[0])
+        given = [*arrays]
+        for i in range(end):
+            given[i] = poisoned(arrays[i])
+            given[i][:batch] = arrays[i]
+        for i in lengths:
+            given[i] = np.append(arrays[i], np.zeros(OTHERS, np.int32))
+        rows = np.array([*range(batch), batch + 1, 0, batch + OTHERS, -1], np.int32)
+        out, *state = run([*given, rows])
+        assert not out[batch:].any()
+        for x, before in zip(state, given[first:end], strict=True):
+            assert bits(x[batch:]) == bits(before[batch:]), "a parked row has changed"
+        return [out[:batch], *(x[:batch] for x in state)]
+
+    return parked
+
+
+def check_padded(layer: LayerSpec, dtype: str, lengths: Sequence[tuple[int, ...]], path: Path | None = None) -> None:
+    """Compare all bits of all steps with those without parked rows."""
+    steps = scenario(layer, lengths, 6, normal(dtype))
+    fresh = empty(layer, emulation.DTYPES[dtype], len(lengths[0]))
+    for blocks in (512, 1):
+        emulation.set_blocks(blocks, path)
+        plain = play(emulated(layer, dtype, path=path), steps, fresh)
+        other = padded(emulated(layer, dtype, path=path, by_index=True), layer)
+        for (_, _, want), (_, _, got) in zip(plain, play(other, steps, fresh), strict=True):
+            for name in want:
+                assert bits(got[name]) == bits(want[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("policy", "group", "options"), KINDS)
+def test_parked_rows_are_neither_read_nor_written(policy: str, group: int, options: dict[str, Any], dtype: str) -> None:
+    check_padded(layer_of(policy, group, options), dtype, LENGTHS)
+
+
+def test_parked_rows_quickly() -> None:
+    check_padded(layer_of("h2o", 2, {}, slots=12), "float16", [(9, 4), (1, 1), (1, 1), (3, 5)])
+
+
 def test_a_row_does_not_depend_on_its_place_or_on_the_batch() -> None:
     layer = layer_of("h2o", 2, {}, slots=12)
     steps = scenario(layer, [(9,), (1,), (1,)], 2, normal("float16"))

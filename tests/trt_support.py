@@ -30,6 +30,8 @@ from .trt_decoder import contract_of, decoder, serialised
 HEADER = struct.Struct("<4s12xQ4B").pack
 #: The plugin of a plan that contains it, of plans without rows by index.
 INSIDE = PluginFacts("libless_plugins.so", "0" * 64, "1", inside=True)
+#: What a parked row's state is replaced by, by the kind of its dtype.
+POISON = {"f": np.nan, "i": -77, "u": 0x7FFF}
 #: Of the plan that takes rows by index.
 CONTRACT_TRT = contract_of("float32", max_batch=4)
 
@@ -38,7 +40,10 @@ class FakeEngine:
     """An engine and its execution contexts: ``graph`` maps inputs to outputs by name.
 
     Its plugin works in place if ``in_place``; as engines do, it does not tell unless ``reports`` says of which output.
-    With ``by_index``, ``rows`` is an input like the others; the plugin takes those rows of the state and no others.
+    With ``by_index``, ``rows`` is an input like the others; the plugin takes those rows of the state and no others, and
+    of these neither reads nor writes those that are parked (test_cuda_row_indices.py): the graph gets poison for them.
+    Contexts may share a profile, as NvInfer.h of TensorRT 10.0 to 10.16 says of ``kPROFILE_SHARING_0806``, and bring no
+    memory for activations if the caller manages it (NvInferRuntime.h, ``ExecutionContextAllocationStrategy``).
     """
 
     def __init__(
@@ -57,6 +62,10 @@ class FakeEngine:
         self.num_io_tensors = len(self.specs)
         self.profiles = engine.profiles(contract, by_index)
         self.num_optimization_profiles = len(self.profiles)
+        self.device_memory_size_v2 = 512
+        self.contexts: list[FakeContext] = []
+        #: How many can be created; for more there is no memory.
+        self.most_contexts = 99
         self.used: list[int] = []
         #: Numbers of rows of the steps that ran.
         self.batches: list[int] = []
@@ -79,16 +88,23 @@ class FakeEngine:
     def get_aliased_input_tensor(self, name: str) -> str | None:
         return self.reports.get(name)
 
-    def create_execution_context(self, strategy: str) -> FakeContext:
-        assert strategy == "on profile change"
-        return FakeContext(self)
+    def create_execution_context(self, strategy: str) -> FakeContext | None:
+        assert strategy == "user managed"
+        if len(self.contexts) >= self.most_contexts:
+            return None
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
 
 
 class FakeContext:
     """An execution context.
 
     NVIDIA's guide (CUDA Graphs, with dynamic shapes): after a change of input shapes, a step must run before one is
-    captured, and a graph may not run once the context that it was captured from has changed.
+    captured, and a graph may not run once the context that it was captured from has changed. So it is after a change of
+    addresses: the next step calls the plugins' ``onShapeChange`` first (NvInferRuntime.h, ``IPluginV3OneRuntime``).
+    The memory for activations is a part of a graph too (NVIDIA's guide to TensorRT-RTX, Limitations of CUDA Graphs), is
+    in use while a step runs, and has at least the size that the engine reports (NvInferRuntime.h,
+    ``setDeviceMemoryV2``).
     """
 
     def __init__(self, owner: FakeEngine) -> None:
@@ -96,6 +112,13 @@ class FakeContext:
         self.version, self.flushed = 0, False
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.memory = (0, 0)
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % 256 == 0
+        assert size >= self.owner.device_memory_size_v2
+        self.memory = address, size
+        self.version += 1
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         self.profile = index
@@ -118,13 +141,14 @@ class FakeContext:
     def set_tensor_address(self, name: str, address: int) -> bool:
         assert address % 256 == 0, "TensorRT takes aligned addresses only"
         self.addresses[name] = address
-        self.version += 1
+        self.version, self.flushed = self.version + 1, False
         return name in self.owner.specs
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert self.owner.cuda.capturing is None or self.flushed, "no step has run since the shapes changed"
+        assert self.owner.cuda.capturing is None or self.flushed, "no step has run since shapes or addresses changed"
         captured = self.owner.cuda.capturing is not None
         at, version = dict(self.addresses), self.version if captured else None
+        self.owner.cuda.at(*self.memory)
         self.owner.cuda.queue(lambda: self.run(at, version))
         self.owner.used.append(self.profile)
         self.flushed = True
@@ -144,15 +168,23 @@ class FakeContext:
             past = spec.name.replace("present", "past")
             assert [n for n in given if at[n] == at[spec.name]] == ([past] if shared else [])
         owner.batches.append(self.shapes["input_ids"][0])
+        owner.cuda.at(*self.memory)[:] = 0xA5
         feed = {n: tensor(n).copy() for n in given}
-        rows: Any = ...
+        rows, ran = ..., ...  # type: Any, Any
         if owner.by_index:
-            rows = feed.pop("rows")
+            rows, parked = feed.pop("rows"), feed["new_length"] == 0
             assert len({*rows.tolist()}) == len(rows)
-            feed = {n: x[rows] if n.startswith("past.") else x for n, x in feed.items()}
+            ran, rows = np.flatnonzero(~parked), rows[~parked]
+            for name in (n for n in feed if n.startswith("past.")):
+                taken = np.full((len(parked), *feed[name].shape[1:]), POISON[feed[name].dtype.kind], feed[name].dtype)
+                taken[ran] = feed[name][rows]
+                feed[name] = taken
         results = owner.graph(feed)
         for spec, result in zip(owner.outputs, results, strict=True):
-            tensor(spec.name)[rows if spec.name.startswith("present.") else ...] = result
+            if spec.name.startswith("present."):
+                tensor(spec.name)[rows] = result[ran]
+            else:
+                tensor(spec.name)[...] = result
 
 
 class Fake:
@@ -180,7 +212,7 @@ class Fake:
             Builder=object,
             ILogger=type("ILogger", (), {"Severity": severity}),
             TensorIOMode=types.SimpleNamespace(INPUT="in", OUTPUT="out"),
-            ExecutionContextAllocationStrategy=types.SimpleNamespace(ON_PROFILE_CHANGE="on profile change"),
+            ExecutionContextAllocationStrategy=types.SimpleNamespace(USER_MANAGED="user managed"),
             Runtime=lambda log: types.SimpleNamespace(deserialize_cuda_engine=lambda data: self.load(log, data)),
         )
         self.error = lambda log, text: log.log(severity.ERROR, text)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from . import device_sampler
 from .backend import Array, Backend, State
 from .device_sampler import DeviceSampler
 from .sampler import KeptLogits
+from .trt_contexts import Context, Contexts
 from .trt_device import Device
 from .trt_exchange import Exchange
 from .trt_plan import LoadedPlan, PlanHeader, inspect_plan, load_plan
@@ -34,9 +36,10 @@ __all__ = ["LoadedPlan", "PlanHeader", "TrtBackend", "inspect_plan", "load_plan"
 class TrtBackend(Backend):
     """An ``engine.plan`` on the first GPU.
 
-    One execution context per profile (decode, prefill). The state stays on the device. If the plan takes rows by index,
-    a step runs any rows where they are, and leaves out those that are parked. Its decode step is captured into a CUDA
-    graph, which runs any rows, but not another number of them: for that it is captured again.
+    The state stays on the device. If the plan takes rows by index, a step runs any rows where they are, and leaves out
+    those that are parked. Its decode step is captured into CUDA graphs, each of which runs any rows, but not another
+    number of them: one for each bucket of 1, 2, 4, 8, ... rows, and all that are open. A step runs in the smallest
+    bucket that holds its rows, behind which there are parked ones.
     If a step of a plan with the plugin fails on the GPU, the state of its rows is undefined: write, reset or copy over
     them.
     """
@@ -66,15 +69,12 @@ class TrtBackend(Backend):
         self._in_place = plugin is not None
         self.rows_by_index = plugin is not None and plugin.rows_by_index
         self._inputs, self._outputs = contract.inputs(self.rows_by_index), contract.outputs(self.rows_by_index)
-        self._profiles = profiles(contract, self.rows_by_index)
         self._check_aliases()
-        self._contexts = [self._context(index) for index in range(len(self._profiles))]
-        #: Of each context, the rows, tokens and rows of state that it has the shapes for.
-        self._shaped: list[tuple[int, int, int] | None] = [None] * len(self._profiles)
+        names = [profile.name for profile in profiles(contract, self.rows_by_index)]
+        self._contexts = Contexts(self._plan, names, int(self._device.stream))
         self._exchange: Exchange | None = None
         self._state: DeviceState | None = None
         self._captures = cuda_graphs and self.rows_by_index
-        self._graph: Any = None  # of the decode step, for the number of rows that its context has the shapes for
         #: What chooses tokens on the device, while rows are open, and whether the logits of a step stay there for it.
         self._sample = device_sampler.open_sampler() if contract.vocab_size <= MAX_VOCAB else None
         self._sampler: DeviceSampler | None = None
@@ -96,15 +96,6 @@ class TrtBackend(Backend):
             if alias and alias != tensor.past.name:
                 raise EngineError(f"{what}: build it again")
 
-    def _context(self, profile: int) -> Any:
-        strategy = self._plan.flavour.module.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        with self._log.listening():
-            context = self._plan.engine.create_execution_context(strategy)
-            if context is None or not context.set_optimization_profile_async(profile, int(self._device.stream)):
-                name = self._profiles[profile].name
-                raise EngineError(f"{self._plan.flavour.label} cannot prepare {name}: {self._log.reason()}")
-        return context
-
     def _open(self, batch: int) -> None:
         self._close()
         try:
@@ -115,6 +106,7 @@ class TrtBackend(Backend):
                 self._state = RangedState(self._device, self.contract, batch, self._in_place)
             if self._sample is not None:
                 self._sampler = DeviceSampler(self._device, self._sample, self.contract.vocab_size, batch)
+            activations = self._device.allocate(max(self._contexts.activation_bytes, 1))
             self._device.wait()
         except BackendError as error:
             self.close()
@@ -122,16 +114,16 @@ class TrtBackend(Backend):
                 f"not enough GPU memory for {batch} rows of {self.contract.state_bytes() / 1e6:.1f} MB: "
                 f"use fewer prompts at a time ({error})"
             ) from error
-        for context in self._contexts:
-            self._exchange.attach(context)
-            self._state.attach(context)
+        self._contexts.open(
+            batch, partial(_attach, self._exchange, self._state, activations, self._contexts.activation_bytes)
+        )
 
     def _close(self) -> None:
         if self._sampler is not None:
             self._sampler.begin_step()  # logits that are kept are gone with the memory
-        self._shaped = [None] * len(self._profiles)  # new addresses: a step has to run before one is captured
+        self._contexts.close()
         self._device.release()
-        self._exchange = self._state = self._graph = self._sampler = None
+        self._exchange = self._state = self._sampler = None
 
     def step_last(
         self,
@@ -183,64 +175,72 @@ class TrtBackend(Backend):
         rows: npt.NDArray[np.int32],
     ) -> npt.NDArray[np.float32]:
         batch, chunk = input_ids.shape
-        profile = 0 if chunk == 1 else 1
-        context, exchange, state = self._contexts[profile], self._exchange, self._state
+        exchange, state = self._exchange, self._state
         assert exchange is not None
         assert state is not None
+        if chunk > 1:
+            size, context = batch, self._contexts.of_prompts()
+        elif self._captures:
+            size, context = self._contexts.of_bucket(batch)
+        else:
+            size, context = batch, self._contexts.of_any_rows()
 
         def work() -> None:
-            exchange.upload(batch, chunk)
-            copies = state.bind(context, rows)
-            if not context.execute_async_v3(int(self._device.stream)):
+            exchange.upload(size, chunk)
+            copies = state.bind(context.execution, rows)
+            if not context.execution.execute_async_v3(int(self._device.stream)):
                 raise BackendError(f"{self._plan.flavour.label} cannot run this step: {self._log.reason()}")
             self._device.copies(copies)
 
         with self._log.listening():
-            exchange.put(input_ids, past_length, new_length, rows)
-            # After a change of shapes, TensorRT has to run a step once before it can be captured.
-            if self._shape(profile, batch, chunk) and profile == 0:
-                self._capture(work)
+            exchange.put(input_ids, past_length, new_length, self._padded(rows, size))
+            # After a change of shapes or addresses, TensorRT has to run a step once before it can be captured.
+            if self._has_shapes(context, size, chunk) and chunk == 1:
+                self._capture(context, work)
             try:
-                if profile == 0 and self._graph is not None:
-                    self._device.launch(self._graph)
+                if context.graph is not None:
+                    self._device.launch(context.graph)
                 else:
                     work()
                 logits = np.empty(0, np.float32) if self._keeps_logits else exchange.download(batch, chunk)
                 self._device.wait()
             except BackendError:
-                self._shaped[profile] = None
+                context.shaped = None
                 raise
         state.stepped(rows)
         return exchange.lasting(logits)
 
-    def _capture(self, work: Callable[[], None]) -> None:
-        """Capture the decode step, unless it is or cannot be."""
-        if not self._captures or self._graph is not None:
+    def _padded(self, rows: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
+        """``rows``, and parked ones behind them: others, so that all are distinct, as the plugin wants it."""
+        if len(rows) == size:
+            return rows
+        others = np.setdiff1d(np.arange(self.batch, dtype=np.int32), rows)
+        return np.concatenate((rows, others[: size - len(rows)]))
+
+    def _capture(self, context: Context, work: Callable[[], None]) -> None:
+        """Capture the decode step of a context, unless it is or cannot be."""
+        if not self._captures or context.graph is not None:
             return
         try:
-            self._graph = self._device.capture(work)
+            context.graph = self._device.capture(work)
         except BackendError as error:
             self._captures = False
+            self._drop_graphs()
             warnings.warn(f"decoding without a CUDA graph, as the step cannot be captured: {error}", stacklevel=5)
 
-    def _shape(self, profile: int, batch: int, chunk: int) -> bool:
-        """Whether a context has the input shapes already; if not, set them and check that the outputs fit."""
-        context, wanted = self._contexts[profile], (batch, chunk, self.batch if self.rows_by_index else batch)
-        if self._shaped[profile] == wanted:
+    def _has_shapes(self, context: Context, rows: int, chunk: int) -> bool:
+        """Whether a context has the input shapes already; if not, set them."""
+        sizes = (rows, chunk, self.batch if self.rows_by_index else rows)
+        if context.shaped == sizes:
             return True
-        self._shaped[profile] = None
-        if profile == 0:  # TensorRT: a graph may not run once the context that it was captured from has changed
-            self._device.drop_graphs()
-            self._graph = None
-        for spec in self._inputs:
-            if not context.set_input_shape(spec.name, spec.sized(*wanted)):
-                raise BackendError(f"the plan does not accept {spec.name} {spec.sized(*wanted)}: build it again")
-        for spec in self._outputs:
-            shape = tuple(context.get_tensor_shape(spec.name))
-            if shape != spec.sized(*wanted):
-                raise BackendError(f"the plan returns {spec.name} {shape}, not {spec.sized(*wanted)}: build it again")
-        self._shaped[profile] = wanted
+        if context.graph is not None:  # TensorRT: it may not run once its context has changed
+            self._drop_graphs()
+        context.set_shapes(sizes, self._inputs, self._outputs)
         return False
+
+    def _drop_graphs(self) -> None:
+        self._device.drop_graphs()
+        self._contexts.forget_graphs()
 
     def _opened(self) -> DeviceState:
         assert self._state is not None
@@ -263,3 +263,10 @@ class TrtBackend(Backend):
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
         self._opened().write(row, tensors)
         self._device.wait()
+
+
+def _attach(exchange: Exchange, state: DeviceState, activations: int, nbytes: int, execution: Any) -> None:
+    """Bind memory to an execution context of TensorRT."""
+    exchange.attach(execution)
+    state.attach(execution)
+    execution.set_device_memory(activations, nbytes)

@@ -51,7 +51,10 @@ class Exchange:
         new_length: npt.NDArray[np.int32],
         rows: npt.NDArray[np.int32],
     ) -> None:
-        """Take a step's inputs; the previous step's must be with the device."""
+        """Take a step's inputs; the previous step's must be with the device.
+
+        ``rows`` may have more elements than the others: those are parked.
+        """
         given: dict[str, Array] = {
             INPUT_IDS: input_ids,
             PAST_LENGTH: past_length,
@@ -59,9 +62,14 @@ class Exchange:
             ROWS: rows,
         }
         for spec in self._specs:
-            array = np.ascontiguousarray(given[spec.name], numpy_dtype(spec.dtype))
-            place = self._places[spec.name]
-            self._host[place : place + array.nbytes] = array.reshape(-1).view(np.uint8)
+            shape, dtype, place = (
+                spec.sized(len(rows), input_ids.shape[1]),
+                numpy_dtype(spec.dtype),
+                self._places[spec.name],
+            )
+            held = self._host[place:][: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+            count = len(given[spec.name])
+            held[:count], held[count:] = given[spec.name], 0
 
     def upload(self, batch: int, chunk: int) -> None:
         """Queue the copy of a step's inputs to the device."""

@@ -97,6 +97,9 @@ struct AttentionTensors {
 // present* is not past*. Callers ensure that the indices are distinct and within 0..N-1, which nothing checks: rows of
 // the step that share a row of the state leave it undefined, and an index out of range counts as N-1, so that no memory
 // outside of the tensors is touched. TensorRT times plugins on inputs of any content.
+//
+// A row with newLength 0 is parked: its out is zero, and nothing reads or writes its tokens and its row of the state.
+// Its index may be any, also that of another row of the step.
 
 // Size of the counters in device memory, with which a decode step that splits its slots over several blocks counts
 // the blocks that are done. They must be zero before the first launch; every launch leaves them zero. Launches that may

@@ -57,7 +57,8 @@ struct PlanTensor {
     Shape shape;
 };
 
-// A deserialised plan with one execution context per profile, on the stream of a device.
+// A deserialised plan with execution contexts, on the stream of a device. The first ones have the profile of their
+// place.
 class Plan {
  public:
     virtual ~Plan() = default;
@@ -67,10 +68,16 @@ class Plan {
     virtual std::pair<Shape, Shape> range(std::string const& input, int profile) const = 0;
     // The input whose memory an output shares if the engine says so, or "".
     virtual std::string aliasedInput(std::string const& output) const = 0;
-    virtual bool setShape(int profile, std::string const& input, Shape const& shape) = 0;
-    virtual Shape shape(int profile, std::string const& tensor) const = 0;
-    virtual void bind(int profile, std::string const& tensor, void* memory) = 0;
-    virtual void enqueue(int profile) = 0;
+    // The place of one more context of a profile, or -1 if it cannot be created.
+    virtual int addContext(int profile) = 0;
+    // Device memory that a step needs for activations, in whichever context, and what a context uses for it. Contexts
+    // may share it, as their steps run one after the other.
+    virtual size_t activationBytes() const = 0;
+    virtual void useMemory(int context, void* memory, size_t bytes) = 0;
+    virtual bool setShape(int context, std::string const& input, Shape const& shape) = 0;
+    virtual Shape shape(int context, std::string const& tensor) const = 0;
+    virtual void bind(int context, std::string const& tensor, void* memory) = 0;
+    virtual void enqueue(int context) = 0;
 };
 
 // Owns memory of a device.

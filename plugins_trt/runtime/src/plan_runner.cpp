@@ -4,23 +4,14 @@
 #include <cstdio>
 #include <cstring>
 
+#include "plan_checks.hpp"
+
 namespace less {
 namespace {
 
 constexpr size_t kAlignment = 256;
 
 size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-std::string text(Shape const& shape) {
-    std::string result = "[";
-    for (int64_t d : shape) result += (result.size() > 1 ? ", " : "") + std::to_string(d);
-    return result + "]";
-}
-
-bool fits(Shape const& actual, Shape const& declared) {
-    return actual.size() == declared.size() &&
-           std::equal(actual.begin(), actual.end(), declared.begin(), [](auto a, auto b) { return a == -1 || a == b; });
-}
 
 }  // namespace
 
@@ -29,74 +20,13 @@ PlanRunner::PlanRunner(Contract contract, std::unique_ptr<Device> device, std::u
     : contract_(std::move(contract)),
       device_(std::move(device)),
       plan_(std::move(plan)),
+      contexts_(*plan_),
       inPlace_(inPlace),
       graphs_(graphs),
       rowsByIndex_(rowsByIndex),
       sample_(contract_.vocabSize <= kLessMaxVocab ? std::move(sample) : SampleKernel{}) {
-    checkPlan();
-    checkAliases();
+    checkPlan(*plan_, contract_, inPlace_, rowsByIndex_);
     for (StateTensor& tensor : contract_.state()) slots_.push_back({std::move(tensor)});
-}
-
-void PlanRunner::checkAliases() const {
-    for (StateTensor const& tensor : contract_.state()) {
-        std::string const alias = plan_->aliasedInput(tensor.present.name);
-        if (alias.empty()) continue;
-        std::string const what = "the plan writes " + tensor.present.name + " into " + alias;
-        if (!inPlace_) throw EngineError(what + ", but its manifest names no plugin: build it again");
-        if (alias != tensor.past.name) throw EngineError(what + ": build it again");
-    }
-}
-
-void PlanRunner::checkPlan() const {
-    checkTensors(contract_.inputs(rowsByIndex_), true);
-    checkTensors(contract_.outputs(rowsByIndex_), false);
-    // Profile 0 decodes one token, profile 1 prefills up to a chunk.
-    int const expected = contract_.chunk > 1 ? 2 : 1;
-    if (plan_->profiles() != expected) {
-        throw EngineError("the plan has " + std::to_string(plan_->profiles()) + " profiles instead of " +
-                          std::to_string(expected) + ": build it again");
-    }
-    for (int profile = 0; profile < expected; ++profile) {
-        for (TensorSpec const& spec : contract_.inputs(rowsByIndex_)) {
-            auto const [minimum, maximum] = plan_->range(spec.name, profile);
-            Shape const low = spec.sized(1, 1), high = spec.sized(contract_.maxBatch, profile ? contract_.chunk : 1);
-            bool inside = minimum.size() == low.size() && maximum.size() == low.size();
-            for (size_t i = 0; inside && i < low.size(); ++i) inside = minimum[i] <= low[i] && high[i] <= maximum[i];
-            if (!inside) {
-                throw EngineError("the plan's profile " + std::to_string(profile) + " takes " + spec.name + " from " +
-                                  text(minimum) + " to " + text(maximum) + ", the contract needs " + text(low) +
-                                  " to " + text(high) + ": build it again");
-            }
-        }
-    }
-}
-
-void PlanRunner::checkTensors(std::vector<TensorSpec> const& specs, bool input) const {
-    std::vector<PlanTensor> tensors = plan_->tensors();
-    tensors.erase(std::remove_if(tensors.begin(), tensors.end(), [&](auto const& t) { return t.input != input; }),
-                  tensors.end());
-    auto const named = [](auto const& list, std::string const& name) {
-        return std::find_if(list.begin(), list.end(), [&](auto const& t) { return t.name == name; });
-    };
-    for (PlanTensor const& tensor : tensors) {
-        if (named(specs, tensor.name) == specs.end()) {
-            throw EngineError("the plan has the tensor " + tensor.name +
-                              ", which the contract lacks: export the bundle again");
-        }
-    }
-    for (TensorSpec const& spec : specs) {
-        auto const tensor = named(tensors, spec.name);
-        if (tensor == tensors.end()) {
-            throw EngineError("the plan lacks the tensor " + spec.name + ": export the bundle again");
-        }
-        Shape const declared = spec.sized(-1, -1);
-        if (tensor->dtype != nameOf(spec.type) || !fits(tensor->shape, declared)) {
-            throw EngineError("the plan has " + spec.name + " as " + tensor->dtype + " " + text(tensor->shape) +
-                              " where the contract says " + nameOf(spec.type) + " " + text(declared) +
-                              ": export the bundle again");
-        }
-    }
 }
 
 std::byte* PlanRunner::at(Slot const& slot, int64_t row, int side) const {
@@ -136,9 +66,9 @@ void PlanRunner::allocate(int64_t batch) try {
     logits_ = Memory(*device_, logits);
     hostLogits_ = Memory(*device_, logits, true);
     if (sample_) sampler_ = std::make_unique<DeviceSampler>(*device_, sample_, contract_.vocabSize, batch);
-    shaped_.assign(static_cast<size_t>(plan_->profiles()), {0, 0});
+    activations_ = Memory(*device_, std::max<size_t>(plan_->activationBytes(), 1));
     batch_ = batch;
-    for (int profile = 0; profile < plan_->profiles(); ++profile) bind(profile);
+    contexts_.open(batch, [this](int context) { bind(context); });
 } catch (BackendError const& error) {
     close();
     char megabytes[32];
@@ -158,10 +88,10 @@ void PlanRunner::drain() noexcept try {
 
 void PlanRunner::close() {
     drain();
-    decode_ = {};
+    contexts_.close();
     sampler_.reset();
     for (Memory& block : state_) block = Memory();
-    for (Memory* memory : {&empty_, &input_, &hostInput_, &logits_, &hostLogits_}) *memory = Memory();
+    for (Memory* memory : {&empty_, &input_, &hostInput_, &logits_, &hostLogits_, &activations_}) *memory = Memory();
     for (Slot& slot : slots_) {
         slot.staged = {};
         slot.stagedRows = 0;
@@ -170,17 +100,19 @@ void PlanRunner::close() {
     sides_.clear();
 }
 
-// Binds what no step changes: the tokens and the logits, and the state of a plan that takes rows by index.
-void PlanRunner::bind(int profile) {
-    plan_->bind(profile, contract_.pastLength().name, input_.get());
-    plan_->bind(profile, contract_.newLength().name, input_.get() + newOffset_);
-    plan_->bind(profile, contract_.inputIds().name, input_.get() + idsOffset_);
-    plan_->bind(profile, contract_.logits().name, logits_.get());
+// Binds what no step changes: the tokens and the logits, memory for activations, and the state of a plan that takes
+// rows by index.
+void PlanRunner::bind(int context) {
+    plan_->useMemory(context, activations_.get(), plan_->activationBytes());
+    plan_->bind(context, contract_.pastLength().name, input_.get());
+    plan_->bind(context, contract_.newLength().name, input_.get() + newOffset_);
+    plan_->bind(context, contract_.inputIds().name, input_.get() + idsOffset_);
+    plan_->bind(context, contract_.logits().name, logits_.get());
     if (!rowsByIndex_) return;
-    plan_->bind(profile, contract_.rows().name, input_.get() + rowsOffset_);
+    plan_->bind(context, contract_.rows().name, input_.get() + rowsOffset_);
     for (Slot const& slot : slots_) {
         for (TensorSpec const* spec : {&slot.tensor.past, &slot.tensor.present}) {
-            plan_->bind(profile, spec->name, at(slot, 0, 0));
+            plan_->bind(context, spec->name, at(slot, 0, 0));
         }
     }
 }
@@ -203,8 +135,27 @@ void PlanRunner::step(std::vector<int64_t> const& rows, int64_t const* ids, int6
         put(idsOffset_, running, ids + static_cast<int64_t>(i) * tokens, static_cast<size_t>(tokens));
         ran_[i] = static_cast<int64_t>(running++);
     }
-    if (running) launch({rowsByIndex_ ? 0 : rows[0], static_cast<int64_t>(running)}, tokens);
+    if (running) launch(rowsByIndex_ ? 0 : rows[0], static_cast<int64_t>(running), tokens);
     if (!sampler_) spread();
+}
+
+// Adds parked rows behind those of the input, up to `count`: others, so that all are distinct, as the plugin wants it.
+void PlanRunner::park(int64_t running, int64_t count, int64_t tokens) {
+    if (running == count) return;
+    auto const clear = [&](size_t offset, TensorSpec const& spec) {
+        auto const begin = static_cast<size_t>(spec.bytes(running, tokens)),
+                   end = static_cast<size_t>(spec.bytes(count, tokens));
+        std::memset(hostInput_.get() + offset + begin, 0, end - begin);
+    };
+    clear(0, contract_.pastLength());
+    clear(newOffset_, contract_.newLength());
+    clear(idsOffset_, contract_.inputIds());
+    auto* const rows = reinterpret_cast<int32_t*>(hostInput_.get() + rowsOffset_);
+    std::vector<bool> runs(static_cast<size_t>(batch_), false);
+    for (int64_t i = 0; i < running; ++i) runs[static_cast<size_t>(rows[i])] = true;
+    for (int32_t row = 0; running < count; ++row) {
+        if (!runs[static_cast<size_t>(row)]) rows[running++] = row;
+    }
 }
 
 // Moves the downloaded logits of the rows that ran to the places of these among all, and clears those of the others.
@@ -227,26 +178,40 @@ int64_t PlanRunner::onDevice(int64_t place) const {
     return row < 0 ? -1 : row * logitTokens_ + place % logitTokens_;
 }
 
-// Runs as many rows as the input holds: from a row on, or where the input says.
-void PlanRunner::launch(RowRange rows, int64_t tokens) {
-    int const profile = tokens == 1 ? 0 : 1;
+// Runs the rows that the input holds, as many as `running`: from a row on, or where the input says.
+void PlanRunner::launch(int64_t first, int64_t running, int64_t tokens) {
+    std::pair<int64_t, PlanContext*> chosen = {running, &contexts_.ofAnyRows()};
+    if (tokens > 1) {
+        chosen.second = &contexts_.ofPrompts();
+    } else if (rowsByIndex_ && graphs_) {
+        chosen = contexts_.ofBucket(running);
+    }
+    PlanContext& context = *chosen.second;
+    RowRange const rows = {first, chosen.first};
+    park(running, rows.count, tokens);
     int const side = rowsByIndex_ ? 0 : meet(rows);
-    // After a change of shapes, an engine has to run once before it can be captured.
-    bool const warm = shaped_[profile] == std::pair(rows.count, tokens);
-    if (!warm) reshape(profile, rows.count, tokens);
-    bool const captures = profile == 0 && rows.first == 0;  // always, by index
-    std::unique_ptr<Graph>& graph = decode_[side];
+    // After a change of shapes or addresses, an engine has to run once before it can be captured.
+    bool const warm = context.shaped == std::pair(rows.count, tokens);
+    if (!warm) reshape(context, rows.count, tokens);
+    bool const captures = tokens == 1 && first == 0;  // always, by index
+    std::unique_ptr<Graph>& graph = context.graphs[static_cast<size_t>(side)];
     if (graphs_ && warm && captures && !graph) {
-        graph = device_->capture([&] { run(profile, rows, side, tokens); });
+        graph = device_->capture([&] { run(context, rows, side, tokens, rows.count); });
         graphs_ = graph != nullptr;
+        if (!graphs_) contexts_.dropGraphs();
     }
-    if (captures && graph) {
-        graph->launch();
-    } else {
-        run(profile, rows, side, tokens);
+    try {
+        if (captures && graph) {
+            graph->launch();
+        } else {
+            run(context, rows, side, tokens, running);
+        }
+        device_->wait();
+    } catch (BackendError const&) {
+        context.shaped = {};
+        throw;
     }
-    device_->wait();
-    for (int64_t row = rows.first; !inPlace_ && row < rows.first + rows.count; ++row) sides_[row] = 1 - side;
+    for (int64_t row = first; !inPlace_ && row < first + rows.count; ++row) sides_[row] = 1 - side;
 }
 
 float const* PlanRunner::logits(std::vector<int64_t> const& places) {
@@ -295,28 +260,28 @@ int PlanRunner::meet(RowRange rows) {
     return side;
 }
 
-void PlanRunner::reshape(int profile, int64_t count, int64_t tokens) {
-    shaped_[profile] = {0, 0};
-    if (profile == 0 && (decode_[0] || decode_[1])) {
+void PlanRunner::reshape(PlanContext& context, int64_t count, int64_t tokens) {
+    context.shaped = {};
+    if (context.graphs[0] || context.graphs[1]) {
         device_->wait();
-        decode_ = {};  // they run other shapes
+        context.graphs = {};  // they run other shapes
     }
     int64_t const stateRows = rowsByIndex_ ? batch_ : count;
     for (TensorSpec const& spec : contract_.inputs(rowsByIndex_)) {
         Shape const shape = spec.sized(count, tokens, stateRows);
-        if (!plan_->setShape(profile, spec.name, shape)) {
-            throw BackendError("the plan does not accept " + spec.name + " " + text(shape) + ": build it again");
+        if (!plan_->setShape(context.index, spec.name, shape)) {
+            throw BackendError("the plan does not accept " + spec.name + " " + textOf(shape) + ": build it again");
         }
     }
     // The outputs must fit the memory allocated for them.
     for (TensorSpec const& spec : contract_.outputs(rowsByIndex_)) {
-        Shape const shape = spec.sized(count, tokens, stateRows), actual = plan_->shape(profile, spec.name);
+        Shape const shape = spec.sized(count, tokens, stateRows), actual = plan_->shape(context.index, spec.name);
         if (actual != shape) {
-            throw BackendError("the plan returns " + spec.name + " " + text(actual) + ", not " + text(shape) +
+            throw BackendError("the plan returns " + spec.name + " " + textOf(actual) + ", not " + textOf(shape) +
                                ": build it again");
         }
     }
-    shaped_[profile] = {count, tokens};
+    context.shaped = {count, tokens};
 }
 
 // Makes aligned memory for at least `count` rows of a tensor.
@@ -331,7 +296,8 @@ void PlanRunner::stage(Slot& slot, int64_t count) {
     slot.stagedRows = count;
 }
 
-void PlanRunner::run(int profile, RowRange rows, int side, int64_t tokens) {
+// Queues a step; the logits of its first `wanted` rows come back.
+void PlanRunner::run(PlanContext const& context, RowRange rows, int side, int64_t tokens, int64_t wanted) {
     std::vector<Slot const*> staged;
     for (Slot& slot : slots_) {
         if (rowsByIndex_) break;  // bound already
@@ -343,16 +309,16 @@ void PlanRunner::run(int profile, RowRange rows, int side, int64_t tokens) {
             past = slot.staged[0].get();
             present = slot.staged[inPlace_ ? 0 : 1].get();
         }
-        plan_->bind(profile, slot.tensor.past.name, past);
-        plan_->bind(profile, slot.tensor.present.name, present);
+        plan_->bind(context.index, slot.tensor.past.name, past);
+        plan_->bind(context.index, slot.tensor.present.name, present);
     }
     device_->copy(input_.get(), hostInput_.get(), idsOffset_ + contract_.inputIds().bytes(rows.count, tokens));
-    plan_->enqueue(profile);
+    plan_->enqueue(context.index);
     for (Slot const* slot : staged) {
         device_->copy(at(*slot, rows.first, 1 - side), slot->staged[inPlace_ ? 0 : 1].get(),
                       rows.count * slot->tensor.rowBytes);
     }
-    if (!sampler_) device_->copy(hostLogits_.get(), logits_.get(), contract_.logits().bytes(rows.count, tokens));
+    if (!sampler_) device_->copy(hostLogits_.get(), logits_.get(), contract_.logits().bytes(wanted, tokens));
 }
 
 void PlanRunner::resetRow(int64_t row) {

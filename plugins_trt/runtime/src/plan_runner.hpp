@@ -6,6 +6,7 @@
 
 #include "device_sampler.hpp"
 #include "engine.hpp"
+#include "plan_contexts.hpp"
 
 namespace less {
 
@@ -19,8 +20,8 @@ namespace less {
 //
 // The decode step of any rows, or of a range that begins at row 0, is captured into a graph (one for each block) that
 // copies tokens, lengths and rows from pinned memory, runs the engine and, unless tokens are chosen on the device,
-// copies the logits back. Another number of rows is captured again: TensorRT's documentation forbids to launch a graph
-// once its context has other shapes.
+// copies the logits back. By index there are graphs for several numbers of rows (PlanContexts), and a step has parked
+// rows behind the others if there is none for so many; of ranges, another number of rows is captured again.
 class PlanRunner {
  public:
     // `inPlace`: the plan has the plugin, as the manifest says; the engine need not say so. `rowsByIndex`: that plan
@@ -63,25 +64,24 @@ class PlanRunner {
         int64_t stagedRows = 0;
     };
 
-    void checkPlan() const;
-    void checkAliases() const;
-    void checkTensors(std::vector<TensorSpec> const& specs, bool input) const;
     void allocate(int64_t batch);
     void drain() noexcept;
     std::byte* at(Slot const& slot, int64_t row, int side) const;
     std::byte* rowOf(Slot const& slot, int64_t row) const { return at(slot, row, sides_[static_cast<size_t>(row)]); }
-    void bind(int profile);
+    void bind(int context);
     int meet(RowRange rows);
     void stage(Slot& slot, int64_t count);
-    void reshape(int profile, int64_t count, int64_t tokens);
-    void launch(RowRange rows, int64_t tokens);
-    void run(int profile, RowRange rows, int side, int64_t tokens);
+    void reshape(PlanContext& context, int64_t count, int64_t tokens);
+    void park(int64_t running, int64_t count, int64_t tokens);
+    void launch(int64_t first, int64_t running, int64_t tokens);
+    void run(PlanContext const& context, RowRange rows, int side, int64_t tokens, int64_t wanted);
     void spread();
     int64_t onDevice(int64_t place) const;
 
     Contract contract_;
     std::unique_ptr<Device> device_;
     std::unique_ptr<Plan> plan_;  // must outlive the graphs and memory below
+    PlanContexts contexts_;
     bool inPlace_, graphs_, rowsByIndex_;
     SampleKernel sample_;
     std::vector<Slot> slots_;
@@ -90,6 +90,7 @@ class PlanRunner {
     std::vector<int> sides_;       // which block holds each row: 0 or 1, always 0 if `inPlace_`
     std::array<Memory, 2> state_;  // only the first if `inPlace_`
     Memory empty_;                 // the state of an empty row, for resets
+    Memory activations_;           // of the step that runs
     // Lengths, rows and ids, and the logits, on the device and on the host.
     Memory input_, hostInput_, logits_, hostLogits_;
     std::unique_ptr<DeviceSampler> sampler_;
@@ -98,8 +99,6 @@ class PlanRunner {
     std::vector<int64_t> ran_;
     int64_t logitTokens_ = 1;  // of each row of the latest step
     size_t newOffset_ = 0, rowsOffset_ = 0, idsOffset_ = 0;
-    std::vector<std::pair<int64_t, int64_t>> shaped_;  // [B, T] that each profile's shapes are set to; 0, 0: not set
-    std::array<std::unique_ptr<Graph>, 2> decode_;
 };
 
 }  // namespace less

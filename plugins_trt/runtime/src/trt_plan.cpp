@@ -98,10 +98,8 @@ class TrtPlan : public Plan {
                               bundle.header.version + "): " + sharedLog().reason() +
                               ": build it again with this version, for this GPU");
         }
-        for (int profile = 0; profile < engine_->getNbOptimizationProfiles(); ++profile) {
-            contexts_.emplace_back(
-                engine_->createExecutionContext(trt::ExecutionContextAllocationStrategy::kON_PROFILE_CHANGE));
-            if (!contexts_.back() || !contexts_.back()->setOptimizationProfileAsync(profile, stream_)) {
+        for (int profile = 0; profile < profiles(); ++profile) {
+            if (addContext(profile) < 0) {
                 throw EngineError("TensorRT cannot prepare profile " + std::to_string(profile) + ": " +
                                   sharedLog().reason());
             }
@@ -119,7 +117,7 @@ class TrtPlan : public Plan {
         return result;
     }
 
-    int profiles() const override { return static_cast<int>(contexts_.size()); }
+    int profiles() const override { return engine_->getNbOptimizationProfiles(); }
 
     std::pair<Shape, Shape> range(std::string const& input, int profile) const override {
         auto const shape = [&](trt::OptProfileSelector selector) {
@@ -130,25 +128,39 @@ class TrtPlan : public Plan {
 
     std::string aliasedInput(std::string const& output) const override { return aliasOf(*engine_, output, 0); }
 
-    bool setShape(int profile, std::string const& input, Shape const& shape) override {
+    int addContext(int profile) override {
+        auto const strategy = trt::ExecutionContextAllocationStrategy::kUSER_MANAGED;
+        std::unique_ptr<trt::IExecutionContext> context(engine_->createExecutionContext(strategy));
+        if (!context || !context->setOptimizationProfileAsync(profile, stream_)) return -1;
+        contexts_.push_back(std::move(context));
+        return static_cast<int>(contexts_.size()) - 1;
+    }
+
+    size_t activationBytes() const override { return static_cast<size_t>(engine_->getDeviceMemorySizeV2()); }
+
+    void useMemory(int context, void* memory, size_t bytes) override {
+        contexts_[context]->setDeviceMemoryV2(memory, static_cast<int64_t>(bytes));
+    }
+
+    bool setShape(int context, std::string const& input, Shape const& shape) override {
         trt::Dims dims{};
         if (shape.size() > trt::Dims::MAX_DIMS) return false;
         dims.nbDims = static_cast<int32_t>(shape.size());
         std::copy(shape.begin(), shape.end(), dims.d);
-        return contexts_[profile]->setInputShape(input.c_str(), dims);
+        return contexts_[context]->setInputShape(input.c_str(), dims);
     }
 
-    Shape shape(int profile, std::string const& tensor) const override {
-        return shapeOf(contexts_[profile]->getTensorShape(tensor.c_str()));
+    Shape shape(int context, std::string const& tensor) const override {
+        return shapeOf(contexts_[context]->getTensorShape(tensor.c_str()));
     }
 
-    void bind(int profile, std::string const& tensor, void* memory) override {
-        if (!contexts_[profile]->setTensorAddress(tensor.c_str(), memory)) fail();
+    void bind(int context, std::string const& tensor, void* memory) override {
+        if (!contexts_[context]->setTensorAddress(tensor.c_str(), memory)) fail();
     }
 
-    void enqueue(int profile) override {
+    void enqueue(int context) override {
         sharedLog().reset(false);
-        if (!contexts_[profile]->enqueueV3(stream_)) fail();
+        if (!contexts_[context]->enqueueV3(stream_)) fail();
     }
 
  private:

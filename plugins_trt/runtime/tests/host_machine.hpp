@@ -6,9 +6,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <set>
 
@@ -39,7 +41,7 @@ inline float logit(uint64_t hash, int64_t token) {
     return static_cast<float>(x >> 40) * 0x1p-20f;
 }
 
-// What one run of the engine was given, row by row.
+// What one run of the engine was given, row by row, without parked ones if they came by index.
 struct Feed {
     std::vector<int64_t> rows;  // if the first state tensor was bound where it lies, or the rows came by index
     std::vector<std::vector<int64_t>> ids;
@@ -52,6 +54,7 @@ struct Machine {
     bool captures = true, runs = true;  // whether capturing and running a step succeed
     bool inPlace = true;                // the plan has the plugin
     bool byIndex = false;               // the plan takes rows by index, and works in place
+    int moreContexts = 99;              // that can be created; for others there is no memory
     int launches = 0, captured = 0, captureAttempts = 0;
     std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
     std::vector<Feed> feeds;
@@ -190,6 +193,7 @@ class HostPlan : public Plan {
         }
         profileCount = contract_.chunk > 1 ? 2 : 1;
         maxChunk = contract_.chunk;
+        for (int profile = 0; profile < profileCount; ++profile) contexts_.push_back({profile});
     }
 
     // Tests may change these.
@@ -209,47 +213,87 @@ class HostPlan : public Plan {
     std::string aliasedInput(std::string const& output) const override {
         return output == "present.0.key" ? alias : "";
     }
-    bool setShape(int profile, std::string const& input, Shape const& shape) override {
-        auto const [minimum, maximum] = range(input, profile);
+    int addContext(int profile) override {
+        if (machine_.moreContexts-- <= 0) return -1;
+        contexts_.push_back({profile});
+        return static_cast<int>(contexts_.size()) - 1;
+    }
+    size_t activationBytes() const override { return 512; }
+    void useMemory(int context, void* memory, size_t bytes) override {
+        if (bytes < activationBytes()) bug("too little memory for activations");
+        at(context).memory = memory;
+        at(context).changed();
+    }
+    bool setShape(int context, std::string const& input, Shape const& shape) override {
+        auto const [minimum, maximum] = range(input, at(context).profile);
         for (size_t i = 0; i < shape.size(); ++i) {
             if (shape[i] < minimum[i] || shape[i] > maximum[i]) return false;
         }
-        shapes_[{profile, input}] = shape;
+        at(context).shapes[input] = shape;
+        at(context).changed();
         return true;
     }
-    Shape shape(int profile, std::string const& tensor) const override {
-        Shape const& ids = shapes_.at({profile, contract_.inputIds().name});
+    Shape shape(int context, std::string const& tensor) const override {
+        Context const& of = contexts_.at(static_cast<size_t>(context));
+        Shape const& ids = of.shapes.at(contract_.inputIds().name);
         for (TensorSpec const& spec : contract_.outputs(machine_.byIndex)) {
-            if (spec.name == tensor) return spec.sized(ids[0], ids[1], stateRows(profile));
+            if (spec.name == tensor) return spec.sized(ids[0], ids[1], stateRows(of));
         }
-        return shapes_.at({profile, tensor});
+        return of.shapes.at(tensor);
     }
-    void bind(int profile, std::string const& tensor, void* memory) override {
+    void bind(int context, std::string const& tensor, void* memory) override {
         if (reinterpret_cast<uintptr_t>(memory) % 256) bug("an address is not aligned");
-        bound_[{profile, tensor}] = static_cast<unsigned char*>(memory);
+        at(context).bound[tensor] = static_cast<unsigned char*>(memory);
+        if (machine_.byIndex) at(context).changed();
     }
-    void enqueue(int profile) override {
+    void enqueue(int context) override {
         machine_.about("run");
         if (!machine_.runs) throw BackendError("TensorRT cannot run this step: the test forbids it");
-        Shape const ids = shapes_.at({profile, contract_.inputIds().name});
-        std::map<std::string, unsigned char*> at;
-        for (auto const& [key, memory] : bound_) {
-            if (key.first == profile) at[key.second] = memory;
-        }
+        Context& of = at(context);
+        bool const captured = machine_.sink != &machine_.stream;
+        if (captured && !of.ran) bug("captured before a step has run with these shapes and addresses");
+        of.ran = true;
+        Shape const ids = of.shapes.at(contract_.inputIds().name);
         auto const checkSize = [&](TensorSpec const& spec) {
-            Shape const shape = spec.sized(ids[0], ids[1], stateRows(profile));
-            if (shapes_.count({profile, spec.name}) && shapes_.at({profile, spec.name}) != shape) bug("sizes differ");
+            Shape const shape = spec.sized(ids[0], ids[1], stateRows(of));
+            if (of.shapes.count(spec.name) && of.shapes.at(spec.name) != shape) bug("sizes differ");
             int64_t bytes = bytesOf(spec.type);
             for (int64_t d : shape) bytes *= d;
-            machine_.check(at.at(spec.name), static_cast<size_t>(bytes));
+            machine_.check(of.bound.at(spec.name), static_cast<size_t>(bytes));
         };
         for (TensorSpec const& spec : contract_.inputs(machine_.byIndex)) checkSize(spec);
         for (TensorSpec const& spec : contract_.outputs(machine_.byIndex)) checkSize(spec);
-        machine_.sink->push_back([=] { run(profile, ids, at); });
+        machine_.check(of.memory, activationBytes());
+        machine_.sink->push_back([=, bound = of.bound, memory = of.memory, version = of.version] {
+            if (captured && at(context).version != version) bug("a graph of a context that has changed");
+            machine_.check(memory, activationBytes());
+            std::memset(memory, 0xA5, activationBytes());
+            run(at(context).profile, ids, bound);
+        });
     }
 
  private:
-    int64_t stateRows(int profile) const { return shapes_.at({profile, contract_.state()[0].past.name})[0]; }
+    // An execution context. NVIDIA's guide (CUDA Graphs, with dynamic shapes): after a change of input shapes, a step
+    // must run before one is captured, and a graph may not run once the context that it was captured from has changed.
+    // After a change of addresses, the next step calls plugins' onShapeChange first (NvInferRuntime.h,
+    // IPluginV3OneRuntime); that counts here for plans that take rows by index, as others bind theirs at every step.
+    // Activations: NvInferRuntime.h on setDeviceMemoryV2, and NVIDIA's guide to TensorRT-RTX, Limitations of CUDA
+    // Graphs, which says that they are a part of a graph.
+    struct Context {
+        int profile;
+        std::map<std::string, Shape> shapes = {};
+        std::map<std::string, unsigned char*> bound = {};
+        void* memory = nullptr;
+        int version = 0;
+        bool ran = false;  // since it has changed
+
+        void changed() {
+            ++version;
+            ran = false;
+        }
+    };
+    Context& at(int context) { return contexts_.at(static_cast<size_t>(context)); }
+    int64_t stateRows(Context const& of) const { return of.shapes.at(contract_.state()[0].past.name)[0]; }
 
     void run(int profile, Shape const& shape, std::map<std::string, unsigned char*> const& at) const {
         machine_.steps.emplace_back(profile, shape);
@@ -260,8 +304,10 @@ class HostPlan : public Plan {
         std::vector<StateTensor> const tensors = contract_.state();
         unsigned char const* firstPast = at.at(tensors[0].past.name);
         auto const* block = reinterpret_cast<unsigned char const*>(machine_.base(firstPast));
-        Feed feed{{}, {}, {past, past + shape[0]}};
+        Feed feed;
         for (int64_t row = 0; row < shape[0]; ++row) {
+            if (machine_.byIndex && newLength[row] == 0) continue;
+            feed.past.push_back(past[row]);
             feed.rows.push_back((firstPast - block) / tensors[0].rowBytes + row);
             if (machine_.byIndex) {
                 feed.rows.back() = reinterpret_cast<int32_t const*>(at.at(contract_.rows().name))[row];
@@ -272,6 +318,11 @@ class HostPlan : public Plan {
         machine_.feeds.push_back(feed);
         int64_t const logitTokens = contract_.allLogits ? shape[1] : 1;
         for (int64_t row = 0; row < shape[0]; ++row) {
+            if (machine_.byIndex && newLength[row] == 0) {  // neither reads nor writes its state (less_attention.h)
+                int64_t const width = logitTokens * contract_.vocabSize;
+                std::fill_n(logits + row * width, width, NAN);
+                continue;
+            }
             std::vector<uint64_t> hash(static_cast<size_t>(shape[1]), 0);
             for (int64_t t = newLength[row]; t < shape[1]; ++t) {
                 if (ids[row * shape[1] + t] != 0) bug("padding reaches the embedding");
@@ -303,8 +354,7 @@ class HostPlan : public Plan {
 
     Contract contract_;
     Machine& machine_;
-    std::map<std::pair<int, std::string>, Shape> shapes_;
-    std::map<std::pair<int, std::string>, unsigned char*> bound_;
+    std::deque<Context> contexts_;
 };
 
 // The engine of a contract on a host machine, run through graphs.

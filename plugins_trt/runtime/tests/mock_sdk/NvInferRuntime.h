@@ -14,7 +14,7 @@ namespace nvinfer1 {
 enum class DataType : int32_t { kFLOAT, kHALF, kINT8, kINT32, kBOOL, kUINT8, kFP8, kBF16, kINT64 };
 enum class TensorIOMode : int32_t { kNONE, kINPUT, kOUTPUT };
 enum class OptProfileSelector : int32_t { kMIN, kOPT, kMAX };
-enum class ExecutionContextAllocationStrategy : int32_t { kSTATIC, kON_PROFILE_CHANGE };
+enum class ExecutionContextAllocationStrategy : int32_t { kSTATIC, kON_PROFILE_CHANGE, kUSER_MANAGED };
 
 struct Dims {
     static constexpr int32_t MAX_DIMS = 8;
@@ -32,19 +32,21 @@ class ILogger {
 class IExecutionContext {
  public:
     bool setOptimizationProfileAsync(int32_t profile, cudaStream_t stream) noexcept;
+    void setDeviceMemoryV2(void* memory, int64_t size) noexcept;
     bool setInputShape(char const* name, Dims const& dims) noexcept;
     Dims getTensorShape(char const* name) const noexcept;
     bool setTensorAddress(char const* name, void* memory) noexcept;
     bool enqueueV3(cudaStream_t stream) noexcept;
 
  private:
-    int32_t profile_ = -1;
+    int32_t place_ = -1;
 };
 
 class ICudaEngine {
  public:
     int32_t getNbOptimizationProfiles() const noexcept;
     IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept;
+    int64_t getDeviceMemorySizeV2() const noexcept;
     int32_t getNbIOTensors() const noexcept;
     char const* getIOTensorName(int32_t index) const noexcept;
     TensorIOMode getTensorIOMode(char const* name) const noexcept;

@@ -167,25 +167,32 @@ static less::PlanTensor const& tensor(char const* name) {
 }
 
 bool IExecutionContext::setOptimizationProfileAsync(int32_t profile, cudaStream_t stream) noexcept {
-    profile_ = profile;
-    return stream != nullptr;
+    place_ = mockSdk().prepared.insert(profile).second ? profile : mockSdk().plan->addContext(profile);
+    return stream != nullptr && place_ >= 0;
+}
+void IExecutionContext::setDeviceMemoryV2(void* memory, int64_t size) noexcept {
+    mockSdk().plan->useMemory(place_, memory, static_cast<size_t>(size));
 }
 bool IExecutionContext::setInputShape(char const* name, Dims const& dims) noexcept {
-    return mockSdk().plan->setShape(profile_, name, Shape(dims.d, dims.d + dims.nbDims));
+    return mockSdk().plan->setShape(place_, name, Shape(dims.d, dims.d + dims.nbDims));
 }
 Dims IExecutionContext::getTensorShape(char const* name) const noexcept {
-    return dimsOf(mockSdk().plan->shape(profile_, name));
+    return dimsOf(mockSdk().plan->shape(place_, name));
 }
 bool IExecutionContext::setTensorAddress(char const* name, void* memory) noexcept {
-    mockSdk().plan->bind(profile_, name, memory);
+    mockSdk().plan->bind(place_, name, memory);
     return true;
 }
 bool IExecutionContext::enqueueV3(cudaStream_t) noexcept {
     if (!mockSdk().machine.runs) logError("a kernel\nis missing");
-    return statusOf([&] { mockSdk().plan->enqueue(profile_); }) == cudaSuccess;
+    return statusOf([&] { mockSdk().plan->enqueue(place_); }) == cudaSuccess;
 }
 int32_t ICudaEngine::getNbOptimizationProfiles() const noexcept { return mockSdk().plan->profiles(); }
-IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocationStrategy) noexcept {
+int64_t ICudaEngine::getDeviceMemorySizeV2() const noexcept {
+    return static_cast<int64_t>(mockSdk().plan->activationBytes());
+}
+IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept {
+    if (strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED) bug("contexts with memory of their own");
     if (!mockSdk().prepares) logError("out of memory");
     return mockSdk().prepares ? new IExecutionContext : nullptr;
 }
@@ -216,6 +223,7 @@ char const* ICudaEngine::getAliasedInputTensor(char const* name) const noexcept 
 void IRuntime::setEngineHostCodeAllowed(bool allowed) noexcept { mockSdk().hostCode = allowed; }
 ICudaEngine* IRuntime::deserializeCudaEngine(void const* data, size_t bytes) noexcept {
     if (bytes == 0 || data == nullptr) bug("an empty plan");
+    mockSdk().prepared.clear();
     if (!mockSdk().loads) logError("The engine plan file is generated on an incompatible device");
     return mockSdk().loads ? new ICudaEngine : nullptr;
 }

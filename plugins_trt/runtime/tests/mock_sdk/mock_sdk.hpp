@@ -11,6 +11,7 @@ struct MockSdk {
     std::unique_ptr<HostPlan> plan;  // every plan deserialises to this
     int devices = 1, driver = 13000, runtime = 13000, library = 101601;
     bool starts = true, loads = true, prepares = true, captures = true, hostCode = false;
+    std::set<int> prepared;  // profiles of this plan that have a context
     int streams = 0, graphs = 0, batches = 0, current = -1;
 };
 
