@@ -65,7 +65,7 @@ def prefill(data: dict[str, Any]) -> Table:
         [r["policy"], str(r["batch"]), str(r["chunk"]), _slots(r), f"{r['us']:.1f}", f"{r['tflop_per_s']:.1f}"]
         for r in data.get("prefill", [])
     ]
-    return header, rows or [["h2o, sink", "1, 8", "256, 1024", "256", *[MISSING] * 2]]
+    return header, rows or [["h2o, sink", "1, 8", "32, 256, 1024", "256", *[MISSING] * 2]]
 
 
 def sampling(data: dict[str, Any]) -> Table:

@@ -6,6 +6,7 @@ reads its slots from the cache. Both sides of a comparison run in this process, 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -129,7 +130,7 @@ def prefill(device: str, dry: bool) -> list[dict[str, Any]]:
     """Chunks of prefill; only the operations of attention count (two products per visible pair)."""
     rows = []
     for policy in ("h2o", "sink"):
-        for batch, chunk in ((1, 256), (1, 1024), (8, 256), (8, 1024)):
+        for batch, chunk in itertools.product((1, 8), (32, 256, 1024)):
             if dry and (policy, batch, chunk) != ("h2o", 1, 256):
                 continue
             slots, heads, tokens = 256, 1 if dry else 8, 8 if dry else chunk

@@ -76,9 +76,9 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         capacity = 150 if policy == "full" else 100
         layer = kernel_layer(policy, capacity, head_dim, group, rank, 1 if group > 8 else 2)
         layer = replace(layer, slot_dtype=slots, max_distance=farthest, state_bits=bits)
-        steps = scenario(layer, test_cuda.CHUNKS, 3, normal(dtype))
         name = f"{dtype} {policy} D{head_dim} G{group} R{rank} {slots} distance {farthest} state {bits}"
-        check(name, layer, steps, dtype)
+        for kind, lengths in (("long", test_cuda.CHUNKS), ("short", test_cuda.SHORT_CHUNKS)):
+            check(f"{name}, {kind} chunks", layer, scenario(layer, lengths, 3, normal(dtype)), dtype)
     rules = [*{**test_ops.VARIANTS, **test_ops.EDGES}.items()][: 4 if quick else None]
     rules += [*test_cuda_int8.RULES.items()][: 1 if quick else None]
     rules += [*STATE16_VARIANTS.items()][: 1 if quick else None]
@@ -142,7 +142,7 @@ def exercise(library: Path) -> None:
         ("h2o", "float16", 70, 1100, 64, 4),
     ]
     for policy, dtype, batch, slots, head_dim, group in kinds:
-        for chunk in (1, 70):
+        for chunk in (1, 9, 70):
             layer = kernel_layer(policy, slots, head_dim, group, 8, kv_heads=8)
             for one in (layer, replace(layer, slot_dtype="int8"), replace(layer, **SMALL)):
                 for farthest in (None, test_cuda_distance.FARTHEST):

@@ -27,15 +27,19 @@ class Fault:
 #: The kernel of decode steps.
 DECODE = ("decode_block.cuh", "decode_tiles.cuh", "decode_merge.cuh", "decode_settle.cuh", "decode.cuh")
 #: Those of prefill that read or write the state.
-PREFILL = ("attend.cuh", "turn.cuh", "score.cuh", "settle.cuh")
+PREFILL = ("attend.cuh", "turn.cuh", "score.cuh", "select.cuh", "settle.cuh")
 #: What only the decode kernel of float32 models has.
 FLOAT32 = ("decode_attend.cuh", "slots.cuh")
 
 
-def waits() -> dict[str, Fault]:
-    """Every barrier and every wait for a copy, removed."""
+#: What only short chunks have.
+SHORT = "short_chunk.cuh"
+
+
+def waits(files: tuple[str, ...] = (*DECODE, *FLOAT32, "tiles.cuh", *PREFILL)) -> dict[str, Fault]:
+    """Every barrier and every wait for a copy of these files, removed."""
     faults = {}
-    for file in (*DECODE, *FLOAT32, "tiles.cuh", "attend.cuh", "score.cuh", "settle.cuh"):
+    for file in files:
         text = (PLUGIN / "src" / file).read_text()
         for old in ("__syncthreads();", "awaitCopies<0>();", "awaitCopies<2>();"):
             for nth, match in enumerate(re.finditer(re.escape(old), text)):
@@ -120,7 +124,7 @@ FAULTS = {
         "attend.cuh", "all = fmaxf(all, logPhi[f] + __logf(z[f]));", ";"
     ),
     "prefill: scores of one head of the group": Fault(
-        "settle.cuh", "for (int g = 1; g < G; ++g) scores", "for (int g = 1; g < 0; ++g) scores"
+        "select.cuh", "for (int g = 1; g < G; ++g) scores", "for (int g = 1; g < 0; ++g) scores"
     ),
     "prefill: a tile too many hidden by the window": Fault(
         "attend.cuh", "max(0, first - rules.window + 1) / N", "max(0, first - rules.window + N) / N"
@@ -137,17 +141,17 @@ FAULTS = {
     "prefill: values of empty slots not dropped": Fault("attend.cuh", "if (empty >> (x / kVectors) & 1)", "if (false)"),
     "prefill: slots beyond the last are seen": Fault("attend.cuh", "shared.positions[stage][own] = -1;", ";"),
     "prefill: ties keep the higher index": Fault(
-        "settle.cuh", "ties + equal.before < threshold.ties", "ties + equal.before >= threshold.ties"
+        "select.cuh", "ties + equal.before < threshold.ties", "ties + equal.before >= threshold.ties"
     ),
-    "prefill: ties not carried to the next tile": Fault("settle.cuh", "ties += equal.total;", ";"),
-    "prefill: all ties stay": Fault("settle.cuh", "rank > threshold.rank ||", "rank >= threshold.rank ||"),
-    "prefill: a dropped byte of the rank": Fault("settle.cuh", "shift >= 0; shift -= 8", "shift >= 8; shift -= 8"),
-    "prefill: swapped slots": Fault("settle.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
-    "prefill: nothing absorbed": Fault("settle.cuh", "h[d] += total(d);", ";"),
-    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[head * R + first + r] += totalMass();", ";"),
-    "prefill: old scores forgotten": Fault("settle.cuh", "scores[n] += slotScores[n] * left;", ";"),
-    "prefill: old scores do not fade": Fault("settle.cuh", "slotScores[n] * left;", "slotScores[n];"),
-    "prefill: old scores fade once a step": Fault("settle.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
+    "prefill: ties not carried to the next tile": Fault("select.cuh", "ties += equal.total;", ";"),
+    "prefill: all ties stay": Fault("select.cuh", "rank > threshold.rank ||", "rank >= threshold.rank ||"),
+    "prefill: a dropped byte of the rank": Fault("select.cuh", "shift >= 0; shift -= 8", "shift >= 8; shift -= 8"),
+    "prefill: swapped slots": Fault("select.cuh", "freed[turn] : kRests", "freed[turn ^ 1] : kRests"),
+    "prefill: nothing absorbed": Fault("settle.cuh", "row[d] += total(d);", ";"),
+    "prefill: z not updated": Fault("settle.cuh", "p.t.presentZ[feature] += totalMass();", ";"),
+    "prefill: old scores forgotten": Fault("select.cuh", "scores[n] += slotScores[n] * left;", ";"),
+    "prefill: old scores do not fade": Fault("select.cuh", "slotScores[n] * left;", "slotScores[n];"),
+    "prefill: old scores fade once a step": Fault("select.cuh", "fadedBy(p.rules, count)", "fadedBy(p.rules, 1)"),
     "prefill: scores of the chunk do not fade": Fault("score.cuh", "fadedBy(rules, count - 1 - query)", "1.f"),
     "prefill: scores of the chunk fade a token too long": Fault("score.cuh", "count - 1 - query", "count - query"),
     "decode: scores do not fade": Fault(
@@ -233,7 +237,7 @@ INT8_FAULTS = {
     "a leaver's scale forgotten": Fault("slots.cuh", "kCoded<S> ? element * scales[slot] : element", "element"),
     "prefill: a leaver's scale forgotten": Fault("settle.cuh", "out[i] *= value.scale;", ";"),
     "tokens of the chunk absorbed as they are": Fault("settle.cuh", "out[i] = codeOf(out[i], scale) * scale;", ";"),
-    "scales of the chunk not measured": Fault("settle.cuh", "p.rounding[head * chunk + i] = scale;", ";"),
+    "scales of the chunk not measured": Fault("settle.cuh", "p.rounding[h.head * chunk + i] = scale;", ";"),
     "scale of a new token not stored": Fault("slots.cuh", "if (kCoded<S> && lane == 0) scales[slot] = scale;", ";"),
     "scale of one lane": Fault("slots.cuh", "scaleOf(warpMax(largest))", "scaleOf(largest)"),
     "scale of 128 codes": Fault("slots.cuh", "__fdiv_rn(largest, kLargestCode)", "__fdiv_rn(largest, 128.f)"),
@@ -268,9 +272,7 @@ STATE16_FAULTS = {
     "dither without the position": Fault("state.cuh", "past % kPeriod * kStep +", ""),
     "dither without the feature": Fault("state.cuh", "+ feature * kFeatureStep", ""),
     "dither without the channel": Fault("state.cuh", "+ channel * kChannelStep", ""),
-    "prefill: dither of the position after the chunk": Fault(
-        "settle.cuh", "mine, p.t.pastLength[batch]);", "mine, p.t.pastLength[batch] + count);"
-    ),
+    "prefill: dither of the position after the chunk": Fault("settle.cuh", "mine, h.past);", "mine, h.past + count);"),
     "decode: dither of the next position": Fault("decode_settle.cuh", "block.now);", "next);"),
     "decode: scale forgotten": Fault("decode_merge.cuh", "part * means.scales[r]", "part"),
     "prefill: scale forgotten": Fault("attend.cuh", "part * means.scales[f]", "part"),
@@ -297,7 +299,7 @@ STATE16_FAULTS = {
         "settle.cuh", "inMeans ? shareOf(codes[r], sum)", "inMeans && n < C ? shareOf(codes[r], sum)"
     ),
     "prefill: psi of slots not summed": Fault(
-        "settle.cuh", "if (lane == 0) p.psiSums[n] = sum;", "if (lane == 0 && from.chunk) p.psiSums[n] = sum;"
+        "settle.cuh", "if (lane == 0) p.psiSums", "if (lane == 0 && from.chunk) p.psiSums"
     ),
     "prefill: psi stays behind": Fault("settle.cuh", "move(static_cast<int8_t*>(p.t.presentPsi), p.psis);", ";"),
     "decode: psi stays behind": Fault("decode_settle.cuh", "if (warp == 2) storePsi(", "if (warp == 5) storePsi("),
@@ -305,6 +307,25 @@ STATE16_FAULTS = {
         "decode_settle.cuh", "several ? C : moves.leaver + 1", "moves.leaver + 1"
     ),
     "decode: nothing absorbed": Fault("decode_settle.cuh", "if (any && inMeans) {", "if (false) {"),
+}
+
+#: Faults in what short chunks have of their own.
+SHORT_FAULTS = {
+    "tova counts all queries": Fault(SHORT, "== Policy::kTova ? count - 1 : 0", "== Policy::kTova ? 0 : 0"),
+    "the last query does not count": Fault(SHORT, "query < count; ++query", "query < count - 1; ++query"),
+    "logits of the chunk in the slots' place": Fault(SHORT, "tilesOf(s.slots) * kTileRows + index", "index"),
+    "logits of half the queries": Fault(SHORT, "for (int r = 0; r < 2; ++r)", "for (int r = 0; r < 1; ++r)"),
+    "logits of padding": Fault(SHORT, " || query >= count) continue;", ") continue;"),
+    "scores do not fade": Fault(SHORT, "fadedBy(p.rules, count - 1 - query)", "1.f"),
+    "scores fade a token too long": Fault(SHORT, "count - 1 - query", "count - query"),
+    "queries not turned": Fault(SHORT, "turnQueries<T>(p, 0);", ";"),
+    "values not measured": Fault(SHORT, "measureTile<T>(p, h, 0);", ";"),
+    "psi of the chunk not rounded": Fault(SHORT, "tile <= tilesOf(p.shape.slots)", "tile < tilesOf(p.shape.slots)"),
+    "psi of slots not summed": Fault(
+        SHORT, "int tile = 0; tile <= tilesOf", "int tile = tilesOf(p.shape.slots); tile <= tilesOf"
+    ),
+    "only the first features absorb": Fault(SHORT, "first < p.shape.rank;", "first < 1;"),
+    "new tokens not stored": Fault(SHORT, "placeTile<T, S>(p, h, 0);", ";"),
 }
 
 #: Faults in what distances add.

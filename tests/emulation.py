@@ -191,6 +191,16 @@ def set_blocks(wanted: int, path: Path | None = None) -> None:
     load(path or library()).less_host_set_blocks(wanted)
 
 
+def set_short_chunk(tokens: int, path: Path | None = None) -> None:
+    """Set the longest chunk that takes the kernels of short chunks: 64 is the kernels' own value, 0 stands for none."""
+    load(path or library()).less_host_set_short_chunk(tokens)
+
+
+def launches(path: Path | None = None) -> int:
+    """Kernels launched so far."""
+    return int(load(path or library()).less_host_launches())
+
+
 def why_unsupported(layer: LayerSpec, dtype: str = "float16", **changes: int) -> str:
     """The launcher's reason to refuse a layer, or ""; ``changes`` are numbers that differ from the layer's."""
     rules, shape = _Rules.of(layer), _shape(layer, dtype, 1, 1)

@@ -24,8 +24,12 @@ from .test_state16 import CODES
 
 #: Allowance for float32 rounding on top of twice the reference's error, as for the ONNX bodies.
 FLOOR = 5e-7
-#: Prefill past the budget, decode, a parked row, a second chunk, an end in mid-chunk.
+#: Prefill past the budget, decode, a parked row, a second chunk, an end in mid-chunk; chunks are long.
 CHUNKS = [(70, 9), (1, 1), (1, 0), (1, 1), (30, 66), (0, 1), (1, 1)]
+#: The same with short chunks, of at most 64 tokens.
+SHORT_CHUNKS = [(50, 9), (1, 1), (1, 0), (60, 33), (0, 1), (1, 1)]
+#: Decode with the slots of a head split over blocks, and in one, each with chunks of one kind.
+CUTS = [(512, CHUNKS), (1, SHORT_CHUNKS)]
 
 POLICIES = ("h2o", "sink", "tova", "window", "full")
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -64,6 +68,7 @@ def upwards() -> Iterator[None]:
     torch.set_num_threads(threads)
     emulation.set_order(0)
     emulation.set_blocks(512)
+    emulation.set_short_chunk(64)
 
 
 def allowed(layer: LayerSpec, reference: dict[str, float]) -> dict[str, float]:
@@ -85,11 +90,10 @@ def check_shape(dtype: str, policy: str, head_dim: int, group: int, rank: int) -
     kv_heads = 1 if group > 8 else 2
     capacity = 150 if policy == "full" else 100  # several tiles, and several blocks a head in decode
     layer = kernel_layer(policy, capacity, head_dim, group, rank, kv_heads)
-    lengths = [(7, 3), (1, 1), (1, 0), (1, 1), (4, 100)] if group > 8 else CHUNKS
-    steps = scenario(layer, lengths, 3, normal(dtype))
-    for blocks in (512, 1):  # decode with the slots of a head split over blocks, and in one
+    crowded = [(512, [(7, 3), (1, 1), (1, 0), (1, 1), (4, 100)]), (1, [(4, 50), (1, 1), (3, 60), (1, 1)])]
+    for blocks, lengths in crowded if group > 8 else CUTS:
         emulation.set_blocks(blocks)
-        check_accuracy(layer, steps, dtype)
+        check_accuracy(layer, scenario(layer, lengths, 3, normal(dtype)), dtype)
 
 
 @pytest.mark.slow
@@ -122,6 +126,14 @@ def test_every_rule(name: str, heads: str, decode: bool) -> None:
         assert layer.policy.name != "window"
         return
     check_accuracy(layer, ordinary(layer, decode))
+
+
+@pytest.mark.parametrize("name", ["h2o", "h2o fading sparse sliding", "tova sliding", "sink sliding", "tova one slot"])
+def test_kernels_of_long_chunks_on_short_ones(name: str) -> None:
+    """Rules that long chunks of the other tests do not reach."""
+    emulation.set_short_chunk(0)
+    layer = {**VARIANTS, **EDGES}[name]
+    check_accuracy(layer, ordinary(layer, False))
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "elsewhere"])
@@ -176,7 +188,7 @@ def test_200_steps_do_not_drift(policy: str) -> None:
 def check_thread_order(layer: LayerSpec, dtype: str, blocks: int, order: int) -> None:
     """Results are bitwise those of the usual order, and right."""
     emulation.set_blocks(blocks)
-    steps = scenario(layer, [(90, 9), (1, 1), (1, 0), (20, 66), (1, 1)], 6, normal(dtype))
+    steps = scenario(layer, [(60, 9), (1, 1), (1, 0), (20, 66), (33, 5), (1, 1)], 6, normal(dtype))
     fresh = empty(layer, DTYPES[dtype], 2)
     emulation.set_order(0)
     usual = [got for _, _, got in play(emulated(layer, dtype), steps, fresh)]

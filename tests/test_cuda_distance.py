@@ -14,7 +14,7 @@ from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import ROTATED, Arrays
 from .scenarios import Step, play, scenario
-from .test_cuda import CHUNKS, check_accuracy, check_thread_order, upwards
+from .test_cuda import CHUNKS, CUTS, check_accuracy, check_thread_order, upwards
 from .test_ops import empty, ordinary
 
 __all__ = ["upwards"]  # a fixture that is used here too
@@ -59,10 +59,9 @@ def test_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: int, s
     """Prefill past the budget and decode, with the slots of a head in one block and split over several."""
     layer = kernel_layer(policy, 150 if policy == "full" else 100, head_dim, group, rank, kv_heads=1)
     layer = replace(layer, slot_dtype=slots, max_distance=FARTHEST)
-    steps = scenario(layer, CHUNKS, 3, normal(dtype))
-    for blocks in (512, 1):
+    for blocks, lengths in CUTS:
         emulation.set_blocks(blocks)
-        check_accuracy(layer, steps, dtype)
+        check_accuracy(layer, scenario(layer, lengths, 3, normal(dtype)), dtype)
 
 
 @pytest.mark.parametrize("dtype", exhaustive_but(DTYPES, "bfloat16"))

@@ -29,6 +29,8 @@ from .cuda_faults import (
     FLOAT32_FAULTS,
     INT8_FAULTS,
     MERGE_FAULTS,
+    SHORT,
+    SHORT_FAULTS,
     STATE16_FAULTS,
     Fault,
     row_faults,
@@ -164,6 +166,20 @@ def state16_cases() -> list[Case]:
 
 
 @functools.cache
+def short_cases() -> list[Case]:
+    """Cases that reach every rule of short chunks: full slots and more, padding, and queries of three warps."""
+    chunks = [(50, 9), (1, 1), (1, 0), (20, 63), (1, 1)]
+    h2o, tova, sink = (kernel_layer(p, 40, 40, 2, 9, kv_heads=1) for p in ("h2o", "tova", "sink"))
+    layers = [
+        replace(h2o, score_half_life=20),
+        replace(h2o, max_distance=30, slot_dtype="int8"),
+        tova,
+        replace(sink, max_distance=30, slot_dtype="int8", state_bits=16),
+    ]
+    return [case(la, scenario(la, chunks, 6, normal("float16"))) for la in layers]
+
+
+@functools.cache
 def float32_cases() -> list[Case]:
     """Cases that reach every rule of the decode kernel of float32 models."""
     chunks = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1), (1, 1)]
@@ -203,6 +219,7 @@ CASES = {
     "distance": distance_cases,
     "state16": state16_cases,
     "rows": row_cases,
+    "short": short_cases,
     "float32": float32_cases,
 }
 HOLDS: dict[str, tuple[SlotDtype, StateBits]] = {"int8": ("int8", 32), "state16": ("int8", 16)}
@@ -274,7 +291,7 @@ def one_thread() -> None:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_kernels_without_a_fault_pass(kind: str) -> None:
-    orders = {"rules": ORDERS, "merge": MERGE_ORDERS, "rows": ORDERS[:1]}.get(kind, ORDERS[:2])
+    orders = {"rules": ORDERS, "merge": MERGE_ORDERS, "rows": ORDERS[:1], "short": ORDERS}.get(kind, ORDERS[:2])
     assert not caught(sound("float32" if kind == "float32" else "rules"), orders, kind)
 
 
@@ -303,6 +320,16 @@ def test_fault_of_float32_is_caught(name: str, tmp_path: Path) -> None:
     assert caught(broken(tmp_path, FLOAT32_FAULTS[name], "float32"), ORDERS[:1], "float32")
 
 
+def short_faults() -> dict[str, Fault]:
+    return {**SHORT_FAULTS, **waits((SHORT,))}
+
+
+@pytest.mark.parametrize("name", exhaustive_but(short_faults(), *[*short_faults()][::8]))
+def test_fault_of_short_chunks_is_caught(name: str, tmp_path: Path) -> None:
+    orders = ORDERS[:1] if name in SHORT_FAULTS else ORDERS
+    assert caught(broken(tmp_path, short_faults()[name]), orders, "short")
+
+
 @pytest.mark.parametrize("name", exhaustive_but(INT8_FAULTS, *[*INT8_FAULTS][5::9]))
 def test_fault_of_int8_slots_is_caught(name: str, tmp_path: Path) -> None:
     assert caught(broken(tmp_path, INT8_FAULTS[name]), ORDERS[:1], "int8")
@@ -325,3 +352,10 @@ def test_fault_of_rows_by_index_is_caught(name: str, tmp_path: Path) -> None:
 
 def test_survivors_are_faults() -> None:
     assert set(SURVIVORS) <= {*FAULTS, *waits()}
+
+
+def test_every_fault_changes_its_file() -> None:
+    kinds = (FAULTS, FLOAT32_FAULTS, MERGE_FAULTS, INT8_FAULTS, STATE16_FAULTS, DISTANCE_FAULTS, short_faults())
+    for fault in (f for faults in (*kinds, waits(), row_faults()) for f in faults.values()):
+        text = (PLUGIN / "src" / fault.file).read_text()
+        assert fault.applied(text) != text, fault

@@ -14,7 +14,7 @@ from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import SCALES, Arrays, layer_of
 from .scenarios import OneHot, play, scenario
-from .test_cuda import CHUNKS, HEAD_DIMS, check_accuracy, check_thread_order, compare_on_scattered_states, upwards
+from .test_cuda import CHUNKS, CUTS, HEAD_DIMS, check_accuracy, check_thread_order, compare_on_scattered_states, upwards
 from .test_int8 import INT8_EDGES, far
 from .test_ops import DECODE, INT8_VARIANTS, MIXED, empty, ordinary, tie_steps, tied
 
@@ -58,10 +58,9 @@ def test_every_rule(name: str, decode: bool) -> None:
 def test_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: int) -> None:
     """Prefill past the budget and decode, with the slots of a head in one block and split over several."""
     layer = int8(kernel_layer(policy, 150 if policy == "full" else 100, head_dim, group, rank, kv_heads=1))
-    steps = scenario(layer, CHUNKS, 3, normal(dtype))
-    for blocks in (512, 1):
+    for blocks, lengths in CUTS:
         emulation.set_blocks(blocks)
-        check_accuracy(layer, steps, dtype)
+        check_accuracy(layer, scenario(layer, lengths, 3, normal(dtype)), dtype)
 
 
 @pytest.mark.parametrize("dtype", exhaustive_but(DTYPES, "bfloat16"))

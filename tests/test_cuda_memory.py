@@ -21,7 +21,7 @@ from .test_ops import empty
 pytestmark = pytest.mark.slow
 
 FLAGS = ("-O1", "-DLESS_TRIAL=__half", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-CHUNKS = [(70, 9), (1, 1), (1, 0), (20, 66), (1, 1)]
+CHUNKS = [(60, 9), (1, 1), (1, 0), (20, 66), (25, 7), (1, 1)]
 #: Policy, head_dim, group, rank, what the slots hold, the largest distance, and the bits of the state.
 KINDS: list[tuple[str, int, int, int, SlotDtype, int | None, StateBits]] = [
     ("h2o", 64, 2, 8, "model", None, 32),

@@ -15,7 +15,7 @@ from .emulation import DTYPES, ORDERS, emulated, kernel_layer, normal
 from .marks import exhaustive_but
 from .oracle import Arrays
 from .scenarios import DIFFERENT, Normal, codes_of, compare, play, scenario
-from .test_cuda import CHUNKS, HEAD_DIMS, check_accuracy, check_thread_order, compare_on_scattered_states, upwards
+from .test_cuda import CHUNKS, CUTS, HEAD_DIMS, check_accuracy, check_thread_order, compare_on_scattered_states, upwards
 from .test_ops import MIXED, empty, moved, ordinary, torch_run
 from .test_state16 import CODES, SMALL, STATE16_VARIANTS
 
@@ -55,10 +55,9 @@ def test_every_rule(name: str, decode: bool) -> None:
 def test_shapes(dtype: str, policy: str, head_dim: int, group: int, rank: int) -> None:
     """Prefill past the budget and decode, with the slots of a head in one block and split over several."""
     layer = small(kernel_layer(policy, 100, head_dim, group, rank, kv_heads=1))
-    steps = scenario(layer, CHUNKS, 3, normal(dtype))
-    for blocks in (512, 1):
+    for blocks, lengths in CUTS:
         emulation.set_blocks(blocks)
-        check_accuracy(layer, steps, dtype)
+        check_accuracy(layer, scenario(layer, lengths, 3, normal(dtype)), dtype)
 
 
 @pytest.mark.parametrize("dtype", exhaustive_but(DTYPES, "bfloat16"))

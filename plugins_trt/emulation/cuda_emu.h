@@ -31,6 +31,7 @@
 #include <utility>
 #include <vector>
 
+#include "switches.h"
 #include "weak_memory.h"
 
 #define LESS_EMULATION 1
@@ -103,18 +104,6 @@ struct Machine {
 inline Machine& machine() {
     static Machine m;
     return m;
-}
-
-// Initialised from the environment; may be changed between launches.
-inline int& order() {
-    static int value = std::getenv("EMU_ORDER") != nullptr ? std::atoi(std::getenv("EMU_ORDER")) : 0;
-    return value;
-}
-
-// Number of blocks to split a launch into. Tests change it to take other code paths with the same shapes.
-inline int& blocksWanted() {
-    static int wanted = 512;
-    return wanted;
 }
 
 inline bool interleaved() { return order() == 3 || order() == 6; }
@@ -275,6 +264,7 @@ inline void runBlocks(int count, int threads, Shuffle& shuffle) {
 template <class Kernel>
 cudaError_t launch(dim3 grid, int threads, size_t sharedBytes, Kernel&& kernel) {
     Machine& m = machine();
+    ++launches();
     m.kernel = kernel;
     m.gridSize = grid;
     m.blockSize = dim3(threads);

@@ -10,6 +10,8 @@ extern "C" char const* less_why_unsupported(less::AttentionShape const* shape, l
 
 extern "C" void less_host_set_order(int order) { emu::order() = order; }
 extern "C" void less_host_set_blocks(int wanted) { emu::blocksWanted() = wanted; }
+extern "C" void less_host_set_short_chunk(int tokens) { emu::longestShortChunk() = tokens; }
+extern "C" int less_host_launches() { return emu::launches(); }
 
 // Returns a cudaError_t, or -1 if the counters are not zero afterwards.
 extern "C" int less_host_step(less::AttentionShape const* shape, less::AttentionRules const* rules,

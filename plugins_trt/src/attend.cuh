@@ -1,7 +1,9 @@
 // Prefill (T > 1): attention.
 //
-// attendKernel: grid (ceil(T / 64), Hq, B), 16 query rows per warp; iterates over tiles of the slots and of the chunk.
-// With Turns, for layers with and without a largest distance.
+// A block has 64 query rows of a head, 16 per warp, and iterates over tiles of the slots and of the chunk. With Turns,
+// for layers with and without a largest distance.
+//
+// attendKernel: grid (ceil(T / 64), Hq, B).
 #pragma once
 
 #include "turn.cuh"
@@ -15,21 +17,32 @@ struct AttendShared {
     int positions[Tiles::kStages][Tiles::kRows];  // -1: not visible to any query
 };
 
-template <class T, int W, bool Turns>
-__global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) {
+// What scoreKernel needs of attention: the softmax of each query.
+struct KeptSoftmaxes {
+    float *peaks, *scales;  // [T] of the head
+
+    template <int N>
+    __device__ __forceinline__ void keepLogits(float const (&)[N / 8][4], Source const&, int, int) const {}
+    __device__ __forceinline__ void keepSoftmax(int query, float peak, float mass) const {
+        peaks[query] = peak;
+        scales[query] = 1.f / mass;
+    }
+};
+
+// Attention of the queries [first, first + 64) of the block's head; called by all threads. What the scores need goes to
+// `kept`.
+template <class T, int W, bool Turns, class Kept>
+__device__ __forceinline__ void attendQueries(PrefillParams const& p, AttendShared<T, W>& shared, int first,
+                                              Kept const& kept) {
     using Tiles = Tiling<T, W>;
     constexpr int N = Tiles::kRows;
-    LESS_SHARED_MEMORY(raw);
-    auto& shared = *reinterpret_cast<AttendShared<T, W>*>(raw);
     AttentionRules const rules = p.rules;
     int const tid = threadIdx.x, warp = tid / kWarpSize, lane = tid % kWarpSize, g = lane / 4, t = lane % 4;
     int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
               R = p.shape.rank, chunk = p.shape.chunk;
     int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
-    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G,
-               stateHead = stateHeadOf(p.t, p.shape, head);
-    // The last rows see the most keys, so they start first. A thread has the rows low and low + 8.
-    int const first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kTileRows, low = first + warp * 16 + g;
+    long const queryHead = queryHeadOf(p), head = queryHead / G, stateHead = stateHeadOf(p.t, p.shape, head);
+    int const low = first + warp * 16 + g;  // a thread has the rows low and low + 8
     T* const out = static_cast<T*>(p.t.out) + queryHead * chunk * D;
     if (first >= count) {  // padding only
         for (int x = tid; x < min(kTileRows, chunk - first) * D; x += kThreads) out[first * D + x] = fromFloat<T>(0.f);
@@ -53,8 +66,11 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
         return part < 2 ? shared.keys[part].x : shared.values[Tiles::kStages - 1].x;
     };
     constexpr int kVectors = W / Tiles::kVector, kOwnRows = N / kWarps;  // a warp copies its own rows
+    auto const placeOf = [&](int tile) {
+        return sourceOf(tile < slotTiles ? tile : tile + hidden, slotTiles, N, C, chunk);
+    };
     auto const fetch = [&](int tile, int stage) {
-        Source const from = sourceOf(tile < slotTiles ? tile : tile + hidden, slotTiles, N, C, chunk);
+        Source const from = placeOf(tile);
         bool const decodes = codes && !from.chunk;
         T* parts[kParts<T>];
         for (int i = 0; i < kParts<T>; ++i) parts[i] = partTile(i);
@@ -92,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     };
     // Zeroes the values of empty slots, which may hold anything, in the rows that the warp has copied.
     auto const clearEmpty = [&](int tile, int stage) {
-        Source const from = sourceOf(tile < slotTiles ? tile : tile + hidden, slotTiles, N, C, chunk);
+        Source const from = placeOf(tile);
         if (from.chunk) return;
         int const own = warp * kOwnRows + lane % kOwnRows;
         if (lane < kOwnRows && from.base + own >= C) shared.positions[stage][own] = -1;
@@ -107,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
     float o[W / 8][4], peak[2] = {-kInfinity, -kInfinity}, mass[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < W / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
-    auto const attend = [&](int stage, bool converted) {
+    auto const attend = [&](int tile, int stage, bool converted) {
         float s[N / 8][4];
         queries.template multiply<N>(s, shared.keys[stage].x, Tiles::kStride, D, lane);
         if constexpr (kParts<T> > 1) {
@@ -135,6 +151,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
                 top[e >> 1] = fmaxf(top[e >> 1], s[i][e]);
             }
         }
+        kept.template keepLogits<N>(s, placeOf(tile), low, t);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
@@ -167,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
         Ring<1> ring(Tiles::kStages > 1 && !converted ? 2 : 1, end - from);
         if (Tiles::kStages > 1 && !converted) ring.start(copy);
         for (int tile = from; tile < end; ++tile)
-            attend(ring.next(copy, [&](int stage) { clearEmpty(tile, stage); }), converted);
+            attend(tile, ring.next(copy, [&](int stage) { clearEmpty(tile, stage); }), converted);
     }
 
     // ---- low-rank term and output
@@ -224,11 +241,18 @@ __global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) 
             int const d = i * 8 + t * 2;
             if (d < D) storePair(out + query * D + d, o[i][2 * r] / total, o[i][2 * r + 1] / total);
         }
-        if (t == 0 && keepsScores(rules)) {
-            p.peaks[queryHead * chunk + query] = peak[r];
-            p.scales[queryHead * chunk + query] = 1.f / mass[r];
-        }
+        if (t == 0 && keepsScores(rules)) kept.keepSoftmax(query, peak[r], mass[r]);
     }
+}
+
+template <class T, int W, bool Turns>
+__global__ void __launch_bounds__(kThreads) attendKernel(PrefillParams const p) {
+    LESS_SHARED_MEMORY(raw);
+    long const queries = queryHeadOf(p) * p.shape.chunk;
+    // The last rows see the most keys, so they start first.
+    int const first = static_cast<int>(gridDim.x - 1 - blockIdx.x) * kTileRows;
+    attendQueries<T, W, Turns>(p, *reinterpret_cast<AttendShared<T, W>*>(raw), first,
+                               KeptSoftmaxes{p.peaks + queries, p.scales + queries});
 }
 
 }  // namespace less

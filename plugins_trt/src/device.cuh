@@ -216,6 +216,13 @@ inline int blocksWanted() { return emu::blocksWanted(); }
 inline int blocksWanted() { return 512; }
 #endif
 
+// Chunks of up to so many tokens are short (short_chunk.cuh), if they are one tile of queries.
+#ifdef LESS_EMULATION
+inline int longestShortChunk() { return emu::longestShortChunk(); }
+#else
+inline int longestShortChunk() { return 64; }
+#endif
+
 // The same code path prepares a launch (loads the kernel and raises its shared memory limit) and performs it.
 enum class Mode { kPrepare, kLaunch };
 

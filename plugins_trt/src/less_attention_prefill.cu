@@ -1,9 +1,11 @@
-// Prefills one chunk with up to eight kernels, one after another.
+// Prefills one chunk: a short one with two kernels, a longer one with up to eight, one after another.
 #include <algorithm>
+#include <type_traits>
 
 #include "attend.cuh"
 #include "score.cuh"
 #include "settle.cuh"
+#include "short_chunk.cuh"
 #include "steps.h"
 
 namespace less {
@@ -33,11 +35,17 @@ size_t turnedBytes(AttentionShape const& s) {
     return partsOf(s.dtype) * s.batch * s.queryHeads * s.chunk * s.headDim * item;
 }
 
+size_t logitBytes(AttentionShape const& s, AttentionRules const& rules) {
+    size_t const perHead = static_cast<size_t>(KeptLogits::queriesOf(s, rules)) * KeptLogits::widthOf(s);
+    return perHead * s.batch * s.queryHeads * sizeof(float);
+}
+
 struct Workspace {
     // Aligned bytes of each part; there are two statistics.
-    size_t statistics, gained, fates, freed, rounding, psis, psiSums, turned;
+    size_t statistics, logits, gained, fates, freed, rounding, psis, psiSums, turned;
     Workspace(AttentionShape const& s, AttentionRules const& rules)
-        : statistics(aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
+        : statistics(isShort(s) ? 0 : aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
+          logits(isShort(s) && keepsScores(rules) ? aligned(logitBytes(s, rules)) : 0),
           gained(aligned(static_cast<size_t>(s.batch) * s.queryHeads * (s.slots + s.chunk) * sizeof(float))),
           fates(aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(int))),
           freed(aligned(headsOf(s) * s.slots * sizeof(int))),
@@ -45,12 +53,58 @@ struct Workspace {
           psis(keepsMeans(s) ? aligned(headsOf(s) * s.chunk * s.rank) : 0),
           psiSums(keepsMeans(s) ? aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(float)) : 0),
           turned(rules.maxDistance > 0 ? aligned(turnedBytes(s)) : 0) {}
-    size_t total() const { return 2 * statistics + gained + fates + freed + rounding + psis + psiSums + turned; }
+    size_t total() const {
+        return 2 * statistics + logits + gained + fates + freed + rounding + psis + psiSums + turned;
+    }
 };
 
-unsigned tilesOf(int n) { return static_cast<unsigned>((n + kTileRows - 1) / kTileRows); }
+// Calls f with the width of a tile, which is D rounded up.
+template <class F>
+cudaError_t withWidth(int D, F&& f) {
+    if (D <= 64) return f(std::integral_constant<int, 64>{});
+#ifdef LESS_TRIAL
+    return cudaErrorNotSupported;
+#else
+    if (D <= 96) return f(std::integral_constant<int, 96>{});
+    if (D <= 128) return f(std::integral_constant<int, 128>{});
+    return f(std::integral_constant<int, 256>{});
+#endif
+}
 
-// Wide heads leave no registers for what layers without a largest distance do not need.
+// The scale of the logits makes up for kReduction.
+template <class T>
+PrefillParams forTurned(PrefillParams params) {
+    if (turns(params)) params.rules.scale /= kReduction<T> * kReduction<T>;
+    return params;
+}
+
+// Kernels with and without a largest distance are one, unless heads are so wide that what turns takes registers which
+// the others need.
+
+// ---- short chunks
+
+template <class T, int W, bool Turns>
+cudaError_t runShortAttention(Mode mode, PrefillParams const& params, cudaStream_t stream) {
+    dim3 const heads(1, params.shape.queryHeads, params.shape.batch);
+    return run(mode, shortAttendKernel<T, W, Turns>, heads, sizeof(ShortShared<T, W>), params, stream);
+}
+
+template <class T, class S>
+cudaError_t runShort(Mode mode, PrefillParams const& params, cudaStream_t stream) {
+    cudaError_t const status = withWidth(params.shape.headDim, [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        if constexpr (W > 128) {
+            if (!turns(params)) return runShortAttention<T, W, false>(mode, params, stream);
+        }
+        return runShortAttention<T, W, true>(mode, forTurned<T>(params), stream);
+    });
+    if (status != cudaSuccess) return status;
+    dim3 const heads(params.shape.kvHeads, params.shape.batch);
+    return run(mode, shortSettleKernel<T, S>, heads, shortSettleBytes(params.shape.headDim), params, stream);
+}
+
+// ---- long chunks
+
 template <class T, int W>
 auto attendKernelOf(PrefillParams const& params) {
     if constexpr (W > 128) {
@@ -73,33 +127,25 @@ cudaError_t runAttention(Mode mode, PrefillParams const& params, cudaStream_t st
 }
 
 template <class T>
-cudaError_t attention(Mode mode, PrefillParams params, cudaStream_t stream) {
+cudaError_t attention(Mode mode, PrefillParams const& params, cudaStream_t stream) {
     if (turns(params)) {
         dim3 const grid(tilesOf(params.shape.chunk), params.shape.queryHeads, params.shape.batch);
         cudaError_t const status = run(mode, turnKernel<T>, grid, 0, params, stream);
         if (status != cudaSuccess) return status;
-        params.rules.scale /= kReduction<T> * kReduction<T>;
     }
-    int const width = params.shape.headDim;
-    if (width <= 64) return runAttention<T, 64>(mode, params, stream);
-#ifdef LESS_TRIAL
-    return cudaErrorNotSupported;
-#else
-    if (width <= 96) return runAttention<T, 96>(mode, params, stream);
-    if (width <= 128) return runAttention<T, 128>(mode, params, stream);
-    return runAttention<T, 256>(mode, params, stream);
-#endif
+    return withWidth(params.shape.headDim, [&](auto width) {
+        return runAttention<T, decltype(width)::value>(mode, forTurned<T>(params), stream);
+    });
 }
 
 template <class T, class S>
-cudaError_t runPrefill(Mode mode, PrefillParams const& params, cudaStream_t stream) {
+cudaError_t runLong(Mode mode, PrefillParams const& params, cudaStream_t stream) {
     AttentionShape const& s = params.shape;
     auto const heads = static_cast<unsigned>(s.kvHeads), batch = static_cast<unsigned>(s.batch);
     dim3 const tokens(tilesOf(s.chunk), heads, batch);
     cudaError_t status = attention<T>(mode, params, stream);
     if (status != cudaSuccess) return status;
-    size_t const scratch = (kBins + 2) * sizeof(int);
-    status = run(mode, selectKernel, dim3(heads, batch), scratch, params, stream);
+    status = run(mode, selectKernel, dim3(heads, batch), kSelectInts * sizeof(int), params, stream);
     if (status != cudaSuccess) return status;
     if (measures(s, params.rules)) {
         status = run(mode, measureKernel<T>, tokens, 0, params, stream);
@@ -111,18 +157,24 @@ cudaError_t runPrefill(Mode mode, PrefillParams const& params, cudaStream_t stre
         if (status != cudaSuccess) return status;
     }
     if (params.rules.absorb) {
-        int const lanes = kThreads / (s.headDim / 8);
         dim3 const grid((s.rank + kFeatures - 1) / kFeatures, heads, batch);
-        status = run(mode, absorbKernel<T, S>, grid, lanes * (s.headDim + 1) * sizeof(float), params, stream);
+        status = run(mode, absorbKernel<T, S>, grid, absorbBytes(s.headDim), params, stream);
         if (status != cudaSuccess) return status;
     }
     return run(mode, placeKernel<T, S>, tokens, 0, params, stream);
 }
 
+template <class T, class S>
+cudaError_t runPrefill(Mode mode, PrefillParams const& params, cudaStream_t stream) {
+    return isShort(params.shape) ? runShort<T, S>(mode, params, stream) : runLong<T, S>(mode, params, stream);
+}
+
 }  // namespace
 
 size_t prefillWorkspaceBytes(AttentionShape const& shape, AttentionRules const& rules) {
-    return Workspace(shape, rules).total();
+    AttentionShape shorter = shape;
+    shorter.chunk = std::min(shape.chunk, kTileRows);
+    return std::max(Workspace(shape, rules).total(), Workspace(shorter, rules).total());
 }
 
 cudaError_t prefill(Mode mode, AttentionShape const& shape, AttentionRules const& rules,
@@ -140,6 +192,7 @@ cudaError_t prefill(Mode mode, AttentionShape const& shape, AttentionRules const
     params.t = tensors;
     params.peaks = reinterpret_cast<float*>(take(bytes.statistics));
     params.scales = reinterpret_cast<float*>(take(bytes.statistics));
+    params.logits = reinterpret_cast<float*>(take(bytes.logits));
     params.gained = reinterpret_cast<float*>(take(bytes.gained));
     params.fates = reinterpret_cast<int*>(take(bytes.fates));
     params.freed = reinterpret_cast<int*>(take(bytes.freed));

@@ -14,6 +14,7 @@ struct PrefillParams {
     AttentionTensors t;
     float* peaks;     // [B,Hq,T] maximum logit of each query over slots and chunk
     float* scales;    // [B,Hq,T] 1 / sum of exp(logit - maximum) over those
+    float* logits;    // of a short chunk instead of these: see short_chunk.cuh
     float* gained;    // [B,Hq,C+T] score from this chunk
     int* fates;       // [B,Hk,C+T] what happens to each token, see settle.cuh
     int* freed;       // [B,Hk,C] slots to fill
@@ -49,6 +50,24 @@ __device__ __forceinline__ Rows<int8_t> codedKeys(PrefillParams const& p, long h
     return {SlotRows<int8_t>(p.t.presentKey, p.t.presentKeyScale, head, p.shape.slots, D),
             Centring<int8_t>::of(p.t, static_cast<int>(head % p.shape.kvHeads), D)};
 }
+
+// The query head of a block in a grid (any, Hq, B).
+__device__ __forceinline__ long queryHeadOf(PrefillParams const& p) {
+    return static_cast<long>(blockIdx.z) * p.shape.queryHeads + blockIdx.y;
+}
+
+// A KV head of the step, and what a kernel that settles the chunk knows of it.
+struct ChunkHead {
+    int kvHead, past, count;  // count: valid tokens of the chunk
+    long head, stateHead;     // of the step, and of the state, which may have other rows
+    int* fates;               // [C+T]
+
+    __device__ __forceinline__ static ChunkHead of(PrefillParams const& p, int kvHead, int batch) {
+        long const head = static_cast<long>(batch) * p.shape.kvHeads + kvHead;
+        return {kvHead, p.t.pastLength[batch],           min(p.t.newLength[batch], p.shape.chunk),
+                head,   stateHeadOf(p.t, p.shape, head), p.fates + head * (p.shape.slots + p.shape.chunk)};
+    }
+};
 
 // Position of a tile within [slots, chunk]. No tile spans both.
 struct Source {

@@ -77,8 +77,7 @@ __global__ void __launch_bounds__(kThreads) scoreKernel(PrefillParams const p) {
     int const Hk = p.shape.kvHeads, G = p.shape.queryHeads / Hk, C = p.shape.slots, D = p.shape.headDim,
               chunk = p.shape.chunk;
     int const batch = blockIdx.z, count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
-    long const queryHead = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y, head = queryHead / G,
-               stateHead = stateHeadOf(p.t, p.shape, head);
+    long const queryHead = queryHeadOf(p), head = queryHead / G, stateHead = stateHeadOf(p.t, p.shape, head);
     if (count <= 0) return;
     Source const from = sourceOf(blockIdx.x, (C + kTileRows - 1) / kTileRows, kTileRows, C, chunk);
     if (from.chunk && from.base >= count) return;

@@ -1,228 +1,62 @@
-// Prefill (T > 1), second part: decides which tokens keep a slot and which are absorbed into H and z.
+// Prefill (T > 1): absorbs the tokens that leave into H and z, and stores those that stay.
 //
-// selectKernel: grid (Hk, B), decides what happens to every token and updates scores and positions.
-// absorbKernel: grid (ceil(R / 8), Hk, B), adds all tokens that leave to H and z.
 // measureKernel: grid (ceil(T / 64), Hk, B), finds the scales of values that are absorbed, with int8 slots.
 // psiKernel: grid (ceil(C / 64) + ceil(T / 64), Hk, B), rounds psi, with a state of 16 bits.
+// absorbKernel: grid (ceil(R / 8), Hk, B), adds all tokens that leave to H and z.
 // placeKernel: grid (ceil(T / 64), Hk, B), stores new tokens that stay in their slots.
-// S is the type of the slots.
+// T is the compute dtype, S the type of the slots. The functions behind them are called by all threads of a block.
 #pragma once
 
-#include "prefill.cuh"
+#include "select.cuh"
 
 namespace less {
 
-// What happens to a token of [slots, chunk]: the slot number for a new token that stays, or one of these.
-constexpr int kRests = -1;   // nothing to do: the token stays in its slot, or there is no token
-constexpr int kLeaves = -2;  // the token loses its slot, or gets none
+constexpr int kFeatures = 8;  // features of H that a block updates at a time
 
-constexpr int kBins = 256;
+// Tokens that a block absorbs at a time, eight columns a thread, and the shared memory that their sums take.
+__host__ __device__ __forceinline__ int absorbLanes(int D) { return kThreads / (D / 8); }
+__host__ __device__ __forceinline__ size_t absorbBytes(int D) { return absorbLanes(D) * (D + 1) * sizeof(float); }
 
-// The number of threads before this one in the block whose `mine` is true, and the number in the whole block.
-struct Standing {
-    int before, total;
-};
-__device__ __forceinline__ Standing blockStanding(bool mine, int* scratch) {
-    int const tid = threadIdx.x, warp = tid / kWarpSize, lane = tid % kWarpSize;
-    unsigned const votes = __ballot_sync(~0u, mine);
-    __syncthreads();  // other threads may still read the scratch memory
-    if (lane == 0) scratch[warp] = __popc(votes);
-    __syncthreads();
-    Standing standing{__popc(votes & ((1u << lane) - 1u)), 0};
-    for (int w = 0; w < kWarps; ++w) {
-        if (w < warp) standing.before += scratch[w];
-        standing.total += scratch[w];
-    }
-    return standing;
-}
-
-// The tokens of one KV head, slots first.
-struct Candidates {
-    AttentionRules rules;
-    int const* positions;  // [C]
-    float const* scores;   // [C + T], final
-    int slots, past, end;
-
-    __device__ __forceinline__ int position(int n) const { return n < slots ? positions[n] : past + n - slots; }
-    __device__ __forceinline__ bool stays(int n) const { return mayStay(rules, position(n), end); }
-    __device__ __forceinline__ uint32_t rank(int n) const { return rankOf(rules, position(n), scores[n], end); }
-};
-
-// The rank of the `wanted`-th best of the tokens that may stay, and how many tokens of exactly that rank are among the
-// best `wanted`.
-struct Threshold {
-    uint32_t rank;
-    int ties;
-};
-
-// Radix selection, one byte at a time, most significant first. `scratch` has kBins + 2 ints.
-__device__ __forceinline__ Threshold thresholdOf(Candidates const& candidates, int count, int wanted, int* scratch) {
-    int const tid = threadIdx.x;
-    int* const bins = scratch;
-    int* const selected = scratch + kBins;  // the bin, and how many tokens to take from it
-    uint32_t prefix = 0, mask = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        __syncthreads();
-        for (int b = tid; b < kBins; b += kThreads) bins[b] = 0;
-        __syncthreads();
-        for (int n = tid; n < count; n += kThreads) {
-            if (!candidates.stays(n)) continue;
-            uint32_t const rank = candidates.rank(n);
-            if ((rank & mask) == prefix) atomicAdd(&bins[rank >> shift & 0xffu], 1);
-        }
-        __syncthreads();
-        if (tid < kWarpSize) {  // lane i owns the i-th eight bins from the top
-            constexpr int kPerLane = kBins / kWarpSize;
-            int const top = kBins - 1 - tid * kPerLane;
-            int own = 0;
-            for (int b = 0; b < kPerLane; ++b) own += bins[top - b];
-            int above = own;  // inclusive prefix sum over the lanes
-            for (int offset = 1; offset < kWarpSize; offset *= 2) {
-                int const other = __shfl_sync(~0u, above, max(tid - offset, 0));
-                if (tid >= offset) above += other;
-            }
-            above -= own;
-            if (above < wanted && above + own >= wanted) {
-                int b = 0;
-                for (; above + bins[top - b] < wanted; ++b) above += bins[top - b];
-                selected[0] = top - b;
-                selected[1] = wanted - above;
-            }
-        }
-        __syncthreads();
-        prefix |= static_cast<uint32_t>(selected[0]) << shift;
-        mask |= 0xffu << shift;
-        wanted = selected[1];
-    }
-    return {prefix, wanted};
-}
-
-static __global__ void __launch_bounds__(kThreads) selectKernel(PrefillParams const p) {
-    LESS_SHARED_MEMORY(raw);
-    int* const scratch = reinterpret_cast<int*>(raw);
-    int const tid = threadIdx.x, batch = blockIdx.y, C = p.shape.slots, chunk = p.shape.chunk;
-    int const count = min(p.t.newLength[batch], chunk), past = p.t.pastLength[batch];
-    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.x;
-    if (count <= 0) return;  // parked: the state does not change
-    long const stateHead = stateHeadOf(p.t, p.shape, head);
-    int* const positions = p.t.presentPosition + stateHead * C;
-    float* const slotScores = p.t.presentScore + stateHead * C;
-    int const G = p.shape.queryHeads / p.shape.kvHeads;
-    float* const scores = p.gained + head * G * (C + chunk);  // of the group's first head, later of the whole group
-    int* const fates = p.fates + head * (C + chunk);
-    int* const freed = p.freed + head * C;
-    Candidates const candidates{p.rules, positions, scores, C, past, past + count};
-    bool const scored = keepsScores(p.rules);
-    float const left = fadedBy(p.rules, count);
-
-    // Final scores, and the number of tokens whose position allows them to stay.
-    int staying = 0;
-    for (int n = tid; n < C + count; n += kThreads) {
-        bool const held = candidates.position(n) >= 0;
-        if (scored && held) {
-            for (int g = 1; g < G; ++g) scores[n] += scores[g * (C + chunk) + n];
-            if (n < C && p.rules.policy == Policy::kH2O) scores[n] += slotScores[n] * left;
-            if (n < C) slotScores[n] = scores[n];
-        }
-        staying += candidates.stays(n);
-    }
-    staying = warpSum(staying);
-    if (tid % kWarpSize == 0) scratch[tid / kWarpSize] = staying;
-    __syncthreads();
-    staying = 0;
-    for (int w = 0; w < kWarps; ++w) staying += scratch[w];
-
-    bool const crowded = scored && staying > C;
-    Threshold threshold{0, 0};
-    if (crowded) threshold = thresholdOf(candidates, C + count, C, scratch);
-
-    int ties = 0, free = 0, arrived = 0;
-    for (int base = 0; base < C; base += kThreads) {
-        int const n = base + tid;
-        bool const stays = n < C && candidates.stays(n), held = n < C && positions[n] >= 0;
-        uint32_t const rank = crowded && stays ? candidates.rank(n) : 0;
-        Standing const equal = blockStanding(crowded && stays && rank == threshold.rank, scratch);
-        bool const keepsSlot = stays && (!crowded || rank > threshold.rank ||
-                                         (rank == threshold.rank && ties + equal.before < threshold.ties));
-        ties += equal.total;
-        Standing const open = blockStanding(n < C && !keepsSlot, scratch);
-        if (n < C) {
-            fates[n] = held && !keepsSlot ? kLeaves : kRests;
-            if (!keepsSlot) {
-                freed[free + open.before] = n;
-                positions[n] = -1;
-            }
-        }
-        free += open.total;
-    }
-    for (int base = 0; base < count; base += kThreads) {
-        int const i = base + tid, n = C + i;
-        bool const stays = i < count && candidates.stays(n);
-        uint32_t const rank = crowded && stays ? candidates.rank(n) : 0;
-        Standing const equal = blockStanding(crowded && stays && rank == threshold.rank, scratch);
-        bool const keepsSlot = stays && (!crowded || rank > threshold.rank ||
-                                         (rank == threshold.rank && ties + equal.before < threshold.ties));
-        ties += equal.total;
-        Standing const arrival = blockStanding(keepsSlot, scratch);
-        if (i < count) {
-            int const turn = arrived + arrival.before;
-            // The callers refuse policy full with more tokens than slots.
-            fates[n] = !keepsSlot ? kLeaves : turn < free ? freed[turn] : kRests;
-            if (fates[n] >= 0) {
-                positions[fates[n]] = past + i;
-                slotScores[fates[n]] = scored ? scores[n] : 0.f;
-            }
-        }
-        arrived += arrival.total;
-    }
-}
-
-constexpr int kFeatures = 8;  // features of H that a block updates
-
+// Finds the scales of the values in a tile of the chunk whose tokens leave.
 template <class T>
-__global__ void __launch_bounds__(kThreads) measureKernel(PrefillParams const p) {
-    int const warp = threadIdx.x / kWarpSize, batch = blockIdx.z;
-    int const C = p.shape.slots, D = p.shape.headDim, chunk = p.shape.chunk;
-    int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kTileRows;
-    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
-    for (int i = first + warp; i < min(count, first + kTileRows); i += kWarps) {
-        if (p.fates[head * (C + chunk) + C + i] != kLeaves) continue;
-        T const* const value = static_cast<T const*>(p.t.v) + (head * chunk + i) * D;
+__device__ __forceinline__ void measureTile(PrefillParams const& p, ChunkHead const& h, int tile) {
+    int const warp = threadIdx.x / kWarpSize, C = p.shape.slots, D = p.shape.headDim, chunk = p.shape.chunk;
+    for (int i = tile * kTileRows + warp; i < min(h.count, (tile + 1) * kTileRows); i += kWarps) {
+        if (h.fates[C + i] != kLeaves) continue;
+        T const* const value = static_cast<T const*>(p.t.v) + (h.head * chunk + i) * D;
         float const scale = warpScale([&](int d) { return toFloat(value[d]); }, D);
-        if (threadIdx.x % kWarpSize == 0) p.rounding[head * chunk + i] = scale;
+        if (threadIdx.x % kWarpSize == 0) p.rounding[h.head * chunk + i] = scale;
     }
 }
 
-static __global__ void __launch_bounds__(kThreads) psiKernel(PrefillParams const p) {
-    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, batch = blockIdx.z;
-    int const C = p.shape.slots, R = p.shape.rank, chunk = p.shape.chunk, count = min(p.t.newLength[batch], chunk);
-    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
-    Source const from =
-        sourceOf(static_cast<int>(blockIdx.x), (C + kTileRows - 1) / kTileRows, kTileRows, C, max(count, 0));
-    Elements<AnyType> const psi(p.t.psiK, p.shape.dtype, head * chunk * R);
-    long const stateHead = stateHeadOf(p.t, p.shape, head);
-    int8_t* const held = static_cast<int8_t*>(p.t.presentPsi) + stateHead * C * R;
-    int8_t* const fresh = p.psis + head * chunk * R;
-    int const end = count > 0 ? min(from.length, from.base + kTileRows) : 0;
+// Rounds psi of a tile of the chunk, or sums the codes of those in a tile of the slots that leave.
+__device__ __forceinline__ void roundPsiTile(PrefillParams const& p, ChunkHead const& h, int tile) {
+    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+    int const C = p.shape.slots, R = p.shape.rank, chunk = p.shape.chunk;
+    Source const from = sourceOf(tile, tilesOf(C), kTileRows, C, max(h.count, 0));
+    Elements<AnyType> const psi(p.t.psiK, p.shape.dtype, h.head * chunk * R);
+    int8_t* const held = static_cast<int8_t*>(p.t.presentPsi) + h.stateHead * C * R;
+    int8_t* const fresh = p.psis + h.head * chunk * R;
+    int const end = h.count > 0 ? min(from.length, from.base + kTileRows) : 0;
     for (int i = from.base + warp; i < end; i += kWarps) {
-        long const n = head * (C + chunk) + (from.chunk ? C : 0) + i, row = static_cast<long>(i) * R;
+        long const n = (from.chunk ? C : 0) + i, row = static_cast<long>(i) * R;
         if (from.chunk) {
             storePsi(fresh + row, [&](int r) { return psi[row + r]; }, R);
-        } else if (p.fates[n] != kLeaves) {
+        } else if (h.fates[n] != kLeaves) {
             continue;
         }
         float const sum = warpCodeSum((from.chunk ? fresh : held) + row, R);
-        if (lane == 0) p.psiSums[n] = sum;
+        if (lane == 0) p.psiSums[h.head * (C + chunk) + n] = sum;
     }
 }
 
 // Eight columns of the value of a token of [slots, chunk] as the state absorbs them, zeros unless it leaves.
 template <class T, class S>
-__device__ __forceinline__ void leavingValue(PrefillParams const& p, long head, long stateHead, int n, int column,
-                                             bool leaves, float (&out)[8]) {
+__device__ __forceinline__ void leavingValue(PrefillParams const& p, ChunkHead const& h, int n, int column, bool leaves,
+                                             float (&out)[8]) {
     int const C = p.shape.slots, D = p.shape.headDim;
-    SlotRows<S> const slots(p.t.presentValue, p.t.presentValueScale, stateHead, C, D);
-    long const token = head * p.shape.chunk + (n - C);
+    SlotRows<S> const slots(p.t.presentValue, p.t.presentValueScale, h.stateHead, C, D);
+    long const token = h.head * p.shape.chunk + (n - C);
     T const* const fresh = static_cast<T const*>(p.t.v) + token * D;
     if constexpr (!kCoded<S>) {
         Vec8<T> value;
@@ -248,18 +82,14 @@ __device__ __forceinline__ void leavingValue(PrefillParams const& p, long head, 
     }
 }
 
+// Adds the tokens that leave to the features [first, first + kFeatures) of H and z. `sums` has absorbBytes(D).
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) {
-    LESS_SHARED_MEMORY(raw);
-    int const tid = threadIdx.x, batch = blockIdx.z, C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank,
-              chunk = p.shape.chunk;
-    int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kFeatures;
-    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
+__device__ __forceinline__ void absorbInto(PrefillParams const& p, ChunkHead const& h, int first, float* sums) {
+    int const tid = threadIdx.x, C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank, chunk = p.shape.chunk,
+              count = h.count;
     if (count <= 0) return;
-    long const stateHead = stateHeadOf(p.t, p.shape, head);
-    int const* const fates = p.fates + head * (C + chunk);
     bool const inMeans = keepsMeans<S>(p.shape);
-    int const vectors = D / 8, lanes = kThreads / vectors;  // tokens that the block processes at a time
+    int const vectors = D / 8, lanes = absorbLanes(D);
     int const column = tid % vectors * 8, lane = tid / vectors;
     float acc[kFeatures][8], mass[kFeatures];
 #pragma unroll
@@ -274,12 +104,12 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
 #pragma unroll
         for (int u = 0; u < kAhead; ++u) {
             int const n = base + u * lanes;
-            bool const leaves = n < C + count && fates[n] == kLeaves;
-            long const row = n < C ? stateHead * C + n : head * chunk + (n - C);
+            bool const leaves = n < C + count && h.fates[n] == kLeaves;
+            long const row = n < C ? h.stateHead * C + n : h.head * chunk + (n - C);
             T const* const psi = static_cast<T const*>(n < C ? p.t.presentPsi : p.t.psiK) + row * R + first;
             int8_t const* const codes = (n < C ? static_cast<int8_t const*>(p.t.presentPsi) : p.psis) + row * R + first;
-            float const sum = inMeans && leaves ? p.psiSums[head * (C + chunk) + n] : 0.f;
-            leavingValue<T, S>(p, head, stateHead, n, column, leaves, values[u]);
+            float const sum = inMeans && leaves ? p.psiSums[h.head * (C + chunk) + n] : 0.f;
+            leavingValue<T, S>(p, h, n, column, leaves, values[u]);
 #pragma unroll
             for (int r = 0; r < kFeatures; ++r) {
                 features[u][r] = 0.f;
@@ -296,8 +126,7 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
             }
         }
     }
-    float* const sums = reinterpret_cast<float*>(raw);  // [lanes][D]
-    float* const masses = sums + lanes * D;             // [lanes]
+    float* const masses = sums + lanes * D;  // [lanes], behind the sums [lanes][D]
     for (int r = 0; r < kFeatures && first + r < R; ++r) {
         __syncthreads();
         if (lane < lanes) {
@@ -321,30 +150,29 @@ __global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) 
         };
         if (inMeans) {
             auto const mine = [&](int i) { return total(tid + i * kWarpSize); };
-            Means const means = Means::of(p.t, stateHead, p.shape);
-            if (tid < kWarpSize) means.absorb<256>(first + r, totalMass(), mine, p.t.pastLength[batch]);
+            Means const means = Means::of(p.t, h.stateHead, p.shape);
+            if (tid < kWarpSize) means.absorb<256>(first + r, totalMass(), mine, h.past);
             continue;
         }
-        float* const h = static_cast<float*>(p.t.presentH) + (stateHead * R + first + r) * D;
-        for (int d = tid; d < D; d += kThreads) h[d] += total(d);
-        if (tid == 0) p.t.presentZ[stateHead * R + first + r] += totalMass();
+        long const feature = h.stateHead * R + first + r;
+        float* const row = static_cast<float*>(p.t.presentH) + feature * D;
+        for (int d = tid; d < D; d += kThreads) row[d] += total(d);
+        if (tid == 0) p.t.presentZ[feature] += totalMass();
     }
 }
 
+// Stores the tokens of a tile of the chunk that stay.
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
-    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, batch = blockIdx.z;
+__device__ __forceinline__ void placeTile(PrefillParams const& p, ChunkHead const& h, int tile) {
+    int const warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
     int const C = p.shape.slots, D = p.shape.headDim, R = p.shape.rank, chunk = p.shape.chunk;
-    int const count = min(p.t.newLength[batch], chunk), first = static_cast<int>(blockIdx.x) * kTileRows;
-    long const head = static_cast<long>(batch) * p.shape.kvHeads + blockIdx.y;
-    long const stateHead = stateHeadOf(p.t, p.shape, head);
-    SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, stateHead, C, D);
-    SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, stateHead, C, D);
-    auto const centring = Centring<S>::of(p.t, static_cast<int>(blockIdx.y), D);
-    for (int i = first + warp; i < min(count, first + kTileRows); i += kWarps) {
-        int const slot = p.fates[head * (C + chunk) + C + i];
+    SlotRows<S> const keys(p.t.presentKey, p.t.presentKeyScale, h.stateHead, C, D);
+    SlotRows<S> const values(p.t.presentValue, p.t.presentValueScale, h.stateHead, C, D);
+    auto const centring = Centring<S>::of(p.t, h.kvHead, D);
+    for (int i = tile * kTileRows + warp; i < min(h.count, (tile + 1) * kTileRows); i += kWarps) {
+        int const slot = h.fates[C + i];
         if (slot < 0) continue;
-        long const from = head * chunk + i, to = stateHead * C + slot;
+        long const from = h.head * chunk + i, to = h.stateHead * C + slot;
         T const *const key = static_cast<T const*>(p.t.k) + from * D, *const value =
                                                                           static_cast<T const*>(p.t.v) + from * D;
         keys.store(slot, [&](int d) { return centring.centred(toFloat(key[d]), d); });
@@ -358,6 +186,29 @@ __global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
             move(static_cast<T*>(p.t.presentPsi), static_cast<T const*>(p.t.psiK));
         }
     }
+}
+
+// ---- the kernels of long chunks
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) measureKernel(PrefillParams const p) {
+    measureTile<T>(p, ChunkHead::of(p, blockIdx.y, blockIdx.z), blockIdx.x);
+}
+
+static __global__ void __launch_bounds__(kThreads) psiKernel(PrefillParams const p) {
+    roundPsiTile(p, ChunkHead::of(p, blockIdx.y, blockIdx.z), blockIdx.x);
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(kThreads) absorbKernel(PrefillParams const p) {
+    LESS_SHARED_MEMORY(raw);
+    absorbInto<T, S>(p, ChunkHead::of(p, blockIdx.y, blockIdx.z), blockIdx.x * kFeatures,
+                     reinterpret_cast<float*>(raw));
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(kThreads) placeKernel(PrefillParams const p) {
+    placeTile<T, S>(p, ChunkHead::of(p, blockIdx.y, blockIdx.z), blockIdx.x);
 }
 
 }  // namespace less

@@ -9,6 +9,7 @@
 namespace less {
 
 constexpr int kTileRows = 64;  // rows that a block owns, 16 per warp
+__host__ __device__ __forceinline__ int tilesOf(int rows) { return (rows + kTileRows - 1) / kTileRows; }
 
 // Tiles that stream through a ring of stages in shared memory: some are on their way while one is in use. Decode and
 // prefill have the same ring. Its methods are called by all threads. Items come in order; copy(item, stage) starts a

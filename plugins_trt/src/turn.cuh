@@ -68,12 +68,11 @@ __device__ __forceinline__ void readTurnedKeys(PrefillParams const& p, Source co
     }
 }
 
-// Turns the queries of the chunk: grid (ceil(T / 64), Hq, B).
+// Turns the queries [first, first + 64) of the block's head; called by all threads.
 template <class T>
-__global__ void __launch_bounds__(kThreads) turnKernel(PrefillParams const p) {
-    int const chunk = p.shape.chunk, D = p.shape.headDim, batch = blockIdx.z;
-    int const first = static_cast<int>(blockIdx.x) * kTileRows, count = min(p.t.newLength[batch], chunk);
-    long const head = static_cast<long>(batch) * p.shape.queryHeads + blockIdx.y;
+__device__ __forceinline__ void turnQueries(PrefillParams const& p, int first) {
+    int const chunk = p.shape.chunk, D = p.shape.headDim, count = min(p.t.newLength[blockIdx.z], chunk);
+    long const head = queryHeadOf(p);
     auto const rows = plainRows<T>(p, p.t.q, head, chunk);
     Rotary const rotary = Rotary::of(p.shape, p.rules, p.t);
     int const vectors = D / 8;
@@ -85,6 +84,12 @@ __global__ void __launch_bounds__(kThreads) turnKernel(PrefillParams const p) {
         for (int part = 0; part < kParts<T>; ++part) targets[part] = queriesOf<T>(p, part, head) + query * D + column;
         storeTurned(element, targets);
     }
+}
+
+// Turns the queries of the chunk: grid (ceil(T / 64), Hq, B).
+template <class T>
+__global__ void __launch_bounds__(kThreads) turnKernel(PrefillParams const p) {
+    turnQueries<T>(p, static_cast<int>(blockIdx.x) * kTileRows);
 }
 
 }  // namespace less
