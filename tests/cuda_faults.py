@@ -25,7 +25,14 @@ class Fault:
 
 
 #: The kernel of decode steps.
-DECODE = ("decode_block.cuh", "decode_tiles.cuh", "decode_merge.cuh", "decode_settle.cuh", "decode.cuh")
+DECODE = (
+    "decode_block.cuh",
+    "decode_logits.cuh",
+    "decode_tiles.cuh",
+    "decode_merge.cuh",
+    "decode_settle.cuh",
+    "decode.cuh",
+)
 #: Those of prefill that read or write the state.
 PREFILL = ("attend.cuh", "turn.cuh", "score.cuh", "select.cuh", "settle.cuh")
 #: What only the decode kernel of float32 models has.
@@ -77,10 +84,10 @@ FAULTS = {
         "decode_tiles.cuh", "clear();\n                for", "if (tile == 0) clear();\n                for"
     ),
     "decode: slots beyond the last are seen": Fault(
-        "decode_tiles.cuh", "{row < copies.end - base, row + 1 <", "{true, row + 1 <"
+        "decode_logits.cuh", "{row < end - base, row + 1 <", "{true, row + 1 <"
     ),
     "decode: parts of queries that do not exist": Fault(
-        "decode_tiles.cuh", "scratch.none[x] = fromFloat<Key>(0.f);", "scratch.none[x] = fromFloat<Key>(1.f);"
+        "decode_logits.cuh", "scratch.none[x] = fromFloat<Key>(0.f);", "scratch.none[x] = fromFloat<Key>(1.f);"
     ),
     "decode: mass of one lane": Fault("decode_tiles.cuh", "mass[octet] += __shfl_xor_sync(~0u, mass[octet], 2);", ";"),
     "decode: every stage is the first": Fault("tiles.cuh", "stage + 1 < stages_ ? stage + 1 : 0", "0 * stage"),
@@ -216,13 +223,13 @@ INT8_FAULTS = {
     "keys that are scored without std": Fault("slots.cuh", "fmaf(stored, std[d], mean[d])", "stored + mean[d]"),
     "keys of one part": Fault("attend.cuh", "int part = 1; converted &&", "int part = 1; !converted &&"),
     "keys that are scored of one part": Fault("score.cuh", "if (converted) shared.keys", "if (!coded(p)) shared.keys"),
-    "decode: keys without their scale": Fault("decode_tiles.cuh", "scratch.units[h] * scales[e]", "scratch.units[h]"),
+    "decode: keys without their scale": Fault("decode_logits.cuh", "scratch.units[h] * scales[e]", "scratch.units[h]"),
     "decode: keys without std": Fault(
-        "decode_tiles.cuh", "*= centring.std[column + e] * scratch.factors[h]", "*= scratch.factors[h]"
+        "decode_logits.cuh", "*= centring.std[column + e] * scratch.factors[h]", "*= scratch.factors[h]"
     ),
-    "decode: keys without mean": Fault("decode_tiles.cuh", "shift += element * centring.mean[d];", ";"),
+    "decode: keys without mean": Fault("decode_logits.cuh", "shift += element * centring.mean[d];", ";"),
     "decode: queries in one part": Fault(
-        "decode_tiles.cuh", "kCoded<S> ? s[octet][e] + s[octet][2 + e]", "kCoded<S> ? s[octet][e]"
+        "decode_logits.cuh", "kCoded<S> ? s[octet][e] + s[octet][2 + e]", "kCoded<S> ? s[octet][e]"
     ),
     "decode: values without their scale": Fault("decode_tiles.cuh", "weight[i] *= scale[i];", ";"),
     "decode: sums not rescaled to the largest scale": Fault(
@@ -232,7 +239,7 @@ INT8_FAULTS = {
         "decode_tiles.cuh", "4 * t + 2 * e : 2 * t", "4 * t + 2 * (1 - e) : 2 * t"
     ),
     "prefill: values without their scale": Fault("slots.cuh", "element[i] *= piece.scale;", ";"),
-    "decode: scales of empty slots are read": Fault("decode_tiles.cuh", "seen[0] ? scales.x : 0.f", "scales.x"),
+    "decode: scales of empty slots are read": Fault("decode_logits.cuh", "seen[0] ? scales.x : 0.f", "scales.x"),
     "prefill: empty slots are read": Fault("slots.cuh", "&& positions[slot] >= 0", "&& positions[slot] >= -1"),
     "a leaver's scale forgotten": Fault("slots.cuh", "kCoded<S> ? element * scales[slot] : element", "element"),
     "prefill: a leaver's scale forgotten": Fault("settle.cuh", "out[i] *= value.scale;", ";"),
@@ -344,16 +351,16 @@ DISTANCE_FAULTS = {
         "rotary.cuh", "float const sign = d < half ? -turn.sign : turn.sign;", "float const sign = turn.sign;"
     ),
     "the rest rotated too": Fault("rotary.cuh", "return d < 2 * half;", "return true;"),
-    "decode: slots not turned": Fault("decode_tiles.cuh", "multiplyTurned(stage, s);", "multiplyStored(stage, s);"),
+    "decode: slots not turned": Fault("decode_logits.cuh", "multiplyTurned(stage, s);", "multiplyStored(stage, s);"),
     "decode: partners of another slot": Fault(
-        "decode_tiles.cuh", "keys.piece(row, other), other", "keys.piece(row ^ 1, other), other"
+        "decode_logits.cuh", "keys.piece(row, other), other", "keys.piece(row ^ 1, other), other"
     ),
     "decode: partners with others' mean": Fault(
-        "decode_tiles.cuh", "other), other, partners);", "other), column, partners);"
+        "decode_logits.cuh", "other), other, partners);", "other), column, partners);"
     ),
-    "decode: keys in one part": Fault("decode_tiles.cuh", "part < kParts<Key>; ++part", "part < 1; ++part"),
+    "decode: keys in one part": Fault("decode_logits.cuh", "part < kParts<Key>; ++part", "part < 1; ++part"),
     "decode: scale of reduced keys": Fault(
-        "decode_tiles.cuh", "kReduction<std::conditional_t<Turns, Key, float>>", "1.f"
+        "decode_logits.cuh", "kReduction<std::conditional_t<Turns, Key, float>>", "1.f"
     ),
     "prefill: queries not turned": Fault("turn.cuh", "rotary.ahead(query)", "rotary.ahead(0)"),
     "prefill: tokens not turned": Fault("turn.cuh", "rotary.ahead(row)", "rotary.ahead(0)"),
