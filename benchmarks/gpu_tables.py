@@ -170,7 +170,7 @@ def kernels(data: dict[str, Any]) -> Table:
 def provider(data: dict[str, Any]) -> Table:
     """What ONNX Runtime's CUDA provider makes of graphs, from ``ort_cuda.json``."""
     header = ["graph", "LessAttention", "nodes on CUDA", "shape arithmetic on the CPU"]
-    header += ["without a CUDA kernel", "copies", "captured"]
+    header += ["without a CUDA kernel", "copies", "accepted for capture"]
     return header, [
         [
             name,
@@ -179,7 +179,7 @@ def provider(data: dict[str, Any]) -> Table:
             str(x["cpu"] - sum(x["no_cuda_kernel"].values())),
             str(sum(x["no_cuda_kernel"].values())),
             str(x["copies"]),
-            "yes" if x["captured"] else "no",
+            "no" if x["refusal"] else "yes",
         ]
         for name, kinds in data["graphs"].items()
         for kind, x in kinds.items()

@@ -28,6 +28,7 @@ import gpu_stress
 import torch
 from bench_common import RESULTS
 
+from less_export.native import nvcc, ort_cuda
 from less_export.tensorrt import plugin
 from tests import test_cuda, test_cuda_distance, test_cuda_int8, test_cuda_primitives, test_cuda_state16, test_ops
 from tests.emulation import DTYPES, kernel_layer, normal
@@ -152,13 +153,27 @@ def exercise(library: Path) -> None:
 
 
 def in_process(script: str, kinds: Sequence[str], dry_run: bool) -> dict[str, Any]:
-    """A script in its own process: TensorRT-RTX may abort on a GPU that it does not support."""
+    """What a script in its own process prints, or of each kind why the process ended."""
     command = [sys.executable, str(Path(__file__).with_name(script)), *["--dry-run"] * dry_run]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return dict.fromkeys(kinds, f"exit code {done.returncode}: {done.stderr[-200:]}")
     return dict(json.loads(lines[-1]))
+
+
+def engine(dry_run: bool) -> dict[str, Any]:
+    """Plans on TensorRT-RTX, which may abort on a GPU that it does not support: that is told, and no failure."""
+    return in_process("gpu_engine.py", gpu_engine.KINDS, dry_run)
+
+
+def onnx_runtime(dry_run: bool) -> dict[str, Any]:
+    """Graphs on ONNX Runtime's CUDA provider, with the native operator for this GPU."""
+    if not dry_run and (arch := nvcc.gpu_arch()):
+        ort_cuda.library((arch,))
+    outcomes = in_process("gpu_ort.py", list(gpu_ort.KINDS), dry_run)
+    ended = [f"{kind}: {x}" for kind, x in outcomes.items() if str(x).startswith("exit code")]
+    return {"failed": ended, **outcomes}
 
 
 def machine() -> dict[str, Any]:
@@ -214,8 +229,7 @@ def main() -> int:
     if args.only != "time" and library is not None:
         parts |= {"sanitizers": lambda: sanitize(library)}
     if args.only != "time":
-        parts |= {"engine": lambda: in_process("gpu_engine.py", gpu_engine.KINDS, args.dry_run)}
-        parts |= {"onnxruntime": lambda: in_process("gpu_ort.py", list(gpu_ort.KINDS), args.dry_run)}
+        parts |= {"engine": lambda: engine(args.dry_run), "onnxruntime": lambda: onnx_runtime(args.dry_run)}
     for name, run in parts.items():
         try:
             data[name] = run()

@@ -111,12 +111,17 @@ def torch_run(layer: LayerSpec, opaque: bool = False, dtype: torch.dtype = torch
     return run
 
 
+def model_of(layer: LayerSpec, half: bool = False) -> bytes:
+    """The operator's ONNX model."""
+    table = table_of(layer).shape if layer.max_distance else (0, 0)
+    return testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, table)
+
+
 def session_of(
     layer: LayerSpec, half: bool = False, library: Path | None = None, threads: int = 1
 ) -> onnxruntime.InferenceSession:
     """The operator's ONNX model on ONNX Runtime, with the kernel of ``library``, else with its body."""
-    table = table_of(layer).shape if layer.max_distance else (0, 0)
-    model = testing.operator_model(layer, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT, table)
+    model = model_of(layer, half)
     onnx.checker.check_model(onnx.load_from_string(model), full_check=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads

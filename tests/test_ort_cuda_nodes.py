@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
-import onnx_ir as ir
 import pytest
 
-from less_export import testing
-
-from .oracle import table_of
 from .test_cuda_operator import VARIANTS
+from .test_ops import model_of
 
 ROOT = Path(__file__).parents[1]
-#: Nodes that ``scripts/ort_cuda_nodes.py`` found on the CPU with onnxruntime-gpu 1.31.1, whatever their inputs.
-NO_KERNEL = {"ArgMin"}
-#: And those with int8 inputs.
-NO_INT8_KERNEL = {"GatherND", "Where"}
-#: Lines of that version's log of loading a graph that had these nodes.
+#: Lines of the log of onnxruntime-gpu 1.31.1 while it loads a graph with an ArgMin.
 LOG = """\
 \x1b[0;93m2026-11-28 01:29:16 [I:onnxruntime:, fallback_cpu_capability.cc:167 GetCpuPreferredNodes] ORT optimization- \
 Force fallback to CPU execution for node: node_Concat_48 because the CPU execution path is deemed faster than overhead \
@@ -39,48 +31,46 @@ MemcpyToHost (Memcpy_token_6)
 """
 
 
-def nodes_of(graph: onnx.GraphProto, types: dict[str, int]) -> Iterator[tuple[str, list[int]]]:
-    """Operators and the types of their inputs, those of branches too."""
-    types = dict(types)
-    for value in (*graph.input, *graph.value_info, *graph.output):
-        types[value.name] = value.type.tensor_type.elem_type
-    for tensor in graph.initializer:
-        types[tensor.name] = tensor.data_type
-    for node in graph.node:
-        yield node.op_type, [types[x] for x in node.input if x in types]
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield from nodes_of(attribute.g, types)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_node_has_a_cuda_kernel(name: str) -> None:
-    """A node without one would move the state of its layer to the host and back in every step."""
-    layer = VARIANTS[name]
-    table = table_of(layer).shape if layer.max_distance else (0, 0)
-    model = onnx.load_from_string(testing.operator_model(layer, ir.DataType.FLOAT16, table))
-    inlined = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
-    nodes = [*nodes_of(inlined.graph, {})]
-    used = {op for op, _ in nodes}
-    assert {"Where", "MatMul"} <= used
-    assert not used & NO_KERNEL
-    int8 = {op for op, types in nodes if onnx.TensorProto.INT8 in types}
-    assert bool(int8) is (layer.slot_dtype == "int8")
-    assert not int8 & NO_INT8_KERNEL
-
-
-def test_placement_from_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert placed(monkeypatch)(LOG) == {"cuda": 1, "cpu": 2, "no_cuda_kernel": {"ArgMin": 1}, "copies": 1}
-
-
-def test_a_log_without_nodes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="no nodes in ONNX Runtime's log"):
-        placed(monkeypatch)("Failed to load library")
-
-
-def placed(monkeypatch: pytest.MonkeyPatch) -> Any:
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import ort_cuda_nodes
 
-    return ort_cuda_nodes.placement
+    return ort_cuda_nodes
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_cuda_kernels_are_known_for_every_node(script: Any, name: str, half: bool) -> None:
+    """A node without one would move the state of its layer to the host and back in every step.
+
+    Where this fails, ask ONNX Runtime: ``scripts/ort_cuda_nodes.py``.
+    """
+    known = set(json.loads((ROOT / "benchmarks/results/ort_cuda.json").read_text())["known"])
+    used = script.typed_operators(onnx.load_from_string(model_of(VARIANTS[name], half)))
+    assert len(used) > 30
+    assert sorted(used - known) == []
+
+
+def test_types_of_operators_in_branches(script: Any) -> None:
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 23]>
+        agraph (bool c, float[2] x, int8[2] y) => (float[2] z) {
+            z = If (c) <then_branch = a () => (float[2] p) { p = Where (c, x, x) },
+                        else_branch = b () => (float[2] q) { r = Add (y, y) q = Cast <to = 1> (r) }>
+        }""")
+    assert script.typed_operators(model) == {"If(bool)", "Where(bool,float,float)", "Add(int8,int8)", "Cast(int8)"}
+
+
+def test_placement_from_a_log(script: Any) -> None:
+    assert script.placement(LOG) == {"cuda": 1, "cpu": 2, "no_cuda_kernel": {"ArgMin": 1}, "copies": 1}
+
+
+def test_placement_of_all_nodes(script: Any) -> None:
+    line = "session_state.cc:1581 VerifyEachNodeIsAssignedToAnEp]  All nodes placed on [CUDAExecutionProvider]. Number of nodes: 3"
+    assert script.placement(line) == {"cuda": 3, "cpu": 0, "no_cuda_kernel": {}, "copies": 0}
+
+
+def test_a_log_without_nodes_is_an_error(script: Any) -> None:
+    with pytest.raises(SystemExit, match="no nodes in ONNX Runtime's log"):
+        script.placement("Failed to load library")

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from less_export.errors import BackendError
-from less_export.runtime import ort_graphs
+from less_export.runtime import ort, ort_graphs
 from less_export.runtime.ort import OrtBackend
 from less_export.runtime.ort_graphs import DecodeGraphs
 
@@ -34,6 +34,7 @@ class Capturing:
         self.graphs: dict[str, Any] = {}
         self.plain, self.replays = 0, 0
         self.fails = False
+        self.captures = True
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
@@ -49,6 +50,8 @@ class Capturing:
         times = 1
         if number in self.graphs:
             self.replays += 1
+        elif not self.captures:
+            raise RuntimeError("out of memory")
         else:
             self.graphs[number], times = binding, 3
         for _ in range(times):
@@ -91,13 +94,14 @@ def test_captured_steps_are_the_same(pair: tuple[OrtBackend, OrtBackend, Capturi
     assert session.replays == 4 * WIDTHS.count(1)
 
 
-def test_another_state_is_captured_anew(pair: tuple[OrtBackend, OrtBackend, Capturing]) -> None:
+def test_graphs_stay_while_the_state_stays(pair: tuple[OrtBackend, OrtBackend, Capturing]) -> None:
+    """Fewer rows are the first of those that are there, and empty; more rows move the state."""
     ours, truth, session = pair
-    for batch in (2, 3):
+    for batch in (2, 1, 2, 3, 2):
         ours.open(batch)
         truth.open(batch)
-        same_steps(ours, truth, slice(0, 2))
-    assert len(session.graphs) == 2
+        same_steps(ours, truth, slice(0, batch), batch)
+    assert len(session.graphs) == 2 + 2
 
 
 def test_no_more_graphs_than_a_session_may_keep(
@@ -108,8 +112,23 @@ def test_no_more_graphs_than_a_session_may_keep(
     ours.open(3)
     truth.open(3)
     same_steps(ours, truth, slice(0, 2))
-    same_steps(ours, truth, slice(1, 3))
+    with pytest.warns(RuntimeWarning, match="run without CUDA graphs: a session keeps up to 1"):
+        same_steps(ours, truth, slice(1, 3))
+    same_steps(ours, truth, slice(0, 2))
     assert len(session.graphs) == 1
+
+
+def test_a_capture_that_fails(pair: tuple[OrtBackend, OrtBackend, Capturing]) -> None:
+    """The step runs without one, and so do those that follow."""
+    ours, truth, session = pair
+    session.captures = False
+    ours.open(2)
+    truth.open(2)
+    with pytest.warns(RuntimeWarning, match="run without CUDA graphs: out of memory") as warned:
+        same_steps(ours, truth, slice(0, 2))
+    assert len(warned) == 1
+    assert session.replays == 0
+    assert session.plain == len(WIDTHS)
 
 
 def test_failure_of_a_captured_step(pair: tuple[OrtBackend, OrtBackend, Capturing]) -> None:
@@ -119,3 +138,38 @@ def test_failure_of_a_captured_step(pair: tuple[OrtBackend, OrtBackend, Capturin
     session.fails = True
     with pytest.raises(BackendError, match="ONNX Runtime failed: a kernel failed"):
         ours.step([[1]])
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_session_that_may_capture(refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless ONNX Runtime refuses to, which it does when it loads a graph."""
+    path = onnx_decoder(CONTRACT, tmp_path / "model.onnx")
+    asked: list[dict[str, str]] = []
+    load = onnxruntime.InferenceSession
+
+    class OnCuda:
+        def __init__(self, path: str, options: Any, providers: list[Any]) -> None:
+            own = dict(providers[0][1]) if isinstance(providers[0], tuple) else {}
+            asked.append(own)
+            if refused and own:
+                raise RuntimeError("This session cannot use the graph capture feature")
+            self._session = load(path, options, providers=["CPUExecutionProvider"])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._session, name)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", OnCuda)
+    monkeypatch.setitem(ort._KERNELS, "cuda", ort._KERNELS["cpu"])
+    OrtBackend(CONTRACT, path, provider="cuda", cuda_graphs=False)
+    assert asked == [{}]
+    if refused:
+        with pytest.warns(RuntimeWarning, match="run without CUDA graphs: This session cannot use the graph capture"):
+            OrtBackend(CONTRACT, path, provider="cuda")
+        assert asked == [{}, {"enable_cuda_graph": "1"}, {}]
+    else:
+        OrtBackend(CONTRACT, path, provider="cuda")
+        assert asked == [{}, {"enable_cuda_graph": "1"}]

@@ -327,14 +327,15 @@ def _general(body: Body, x: SimpleNamespace) -> tuple[Nodes, dict[str, ir.Value]
 
     source = _place(op, s, kept)
     index = op.Max(source, op.ints(0))
-    rows = op.Unsqueeze(index, op.ints(-1))
+    # Rows of all heads one after another: ONNX Runtime's CUDA provider has Gather for int8, and no GatherND.
+    count = op.Squeeze(op.Mul(op.dim(x.past_key, 0), op.dim(x.past_key, 1)), op.ints(0))
+    heads = op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
+    begin = op.Reshape(op.Mul(heads, tokens), op.shape(s.heads, op.ints(1)))
+    rows = op.Add(index, begin)
 
-    def filled(past: ir.Value, new: ir.Value, *, codes: bool) -> ir.Value:
+    def filled(past: ir.Value, new: ir.Value) -> ir.Value:
         held = op.Concat(past, new, axis=2)
-        if not codes:
-            return op.GatherND(held, rows, batch_dims=2)
-        # Through f32: ONNX Runtime's CUDA provider has no kernel for int8.
-        return op.codes(op.GatherND(op.to_f32(held), rows, batch_dims=2))
+        return op.Gather(op.Reshape(held, op.shape(op.ints(-1), op.dim(held, 3))), rows, axis=0)
 
     position = op.GatherElements(s.position, index, axis=2)
     position = op.Where(op.GreaterOrEqual(source, op.ints(0)), position, op.i32(-1))
@@ -348,9 +349,12 @@ def _general(body: Body, x: SimpleNamespace) -> tuple[Nodes, dict[str, ir.Value]
     after |= {
         "score": op.GatherElements(score, index, axis=2),
         "position": position,
-        "psi": filled(*state.fill, codes=form.state16),
-        **{n: filled(*pair, codes=form.int8 and n in ("key", "value")) for n, pair in slots.fills.items()},
+        "psi": filled(*state.fill),
+        **{name: filled(*slots.fills[name]) for name in ("key", "value")},
     }
+    if form.int8:
+        scales = {name: op.Concat(*slots.fills[name], axis=2) for name in ("key_scale", "value_scale")}
+        after |= {name: op.GatherElements(scale, index, axis=2) for name, scale in scales.items()}
     return op, {"out": out, **{f"present_{name}": value for name, value in after.items()}}
 
 

@@ -179,7 +179,7 @@ class OrtBackend(Backend):
         super().__init__(contract)
         self._values: list[dict[str, Any]] = []
         self._bindings: dict[tuple[int, int], list[Any]] = {}
-        self._sides = RowSides(0)
+        self._sides, self._allocated = RowSides(0), 0
         self._scratch = False  # whether the arena still holds the scratch memory of a chunk
         if contract.dtype == "bfloat16":
             raise BackendError(
@@ -210,8 +210,9 @@ class OrtBackend(Backend):
         try:
             session = load(provider, CAPTURING)
         except BackendError as error:
-            session = load(provider, {})
-            warnings.warn(f"decoding without CUDA graphs: {error}", RuntimeWarning, stacklevel=4)
+            session = load(provider, {})  # raises if the reason is another one
+            reason = _reason(error.__cause__ or error)
+            warnings.warn(f"decode steps run without CUDA graphs: {reason}", RuntimeWarning, stacklevel=4)
             return session, None
         return session, DecodeGraphs(self._ort, session, self.contract, self._device)
 
@@ -276,17 +277,23 @@ class OrtBackend(Backend):
     # ------------------------------------------------------------ Backend
 
     def _open(self, batch: int) -> None:
+        if self._graphs is not None and self._values and batch <= self._allocated:  # graphs stay where the state stays
+            for s in self.contract.state():
+                self._values[0][s.past.name].update_inplace(empty(s, self._allocated))
+            return
         self._close()
         from_numpy = self._ort.OrtValue.ortvalue_from_numpy  # on a CPU the value shares the array's memory
         state = list(self.contract.state())
         sets = 1 if self.operator == "native" else 2
         self._values = [{s.past.name: from_numpy(empty(s, batch), self._device) for s in state} for _ in range(sets)]
-        self._sides = RowSides(batch)
+        self._sides, self._allocated = RowSides(batch), batch
+        if self._graphs is not None:
+            self._graphs.open(batch)
         self._range_bindings(0, batch)
 
     def _close(self) -> None:
         if self._graphs is not None:
-            self._graphs.clear()
+            self._graphs.close()
         self._bindings = {}
         self._values = []
 
