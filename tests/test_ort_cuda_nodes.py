@@ -67,7 +67,7 @@ def test_placement_from_a_log(script: Any) -> None:
 
 
 def test_placement_of_all_nodes(script: Any) -> None:
-    line = "session_state.cc:1581 VerifyEachNodeIsAssignedToAnEp]  All nodes placed on [CUDAExecutionProvider]. Number of nodes: 3"
+    line = "VerifyEachNodeIsAssignedToAnEp]  All nodes placed on [CUDAExecutionProvider]. Number of nodes: 3"
     assert script.placement(line) == {"cuda": 3, "cpu": 0, "no_cuda_kernel": {}, "copies": 0}
 
 
