@@ -13,6 +13,9 @@ import numpy as np
 class FakeCuda:
     """The cuda-bindings calls that the backend uses. Queued work runs when the stream is synchronised.
 
+    Copies from the host read it then. That is as late as CUDA's API reference allows for page-locked memory (API
+    synchronization behavior), and a wait returns errors of what was queued before (cudaStreamSynchronize).
+
     Batches of copies are as CUDA 13's API reference says of cudaMemcpyBatchAsync: in any order among themselves, one
     set of attributes from the first copy on, not on the default stream. CUDA 12 returns the index of a failed copy too.
     """
@@ -31,6 +34,8 @@ class FakeCuda:
         self.capturing: list[Callable[[], None]] | None = None
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.captures = True
+        #: How often the stream was waited for, and the error that the next wait returns.
+        self.waits, self.fault = 0, 0
 
     def cudaGetDeviceCount(self) -> tuple[int, int]:
         return self.devices
@@ -157,6 +162,8 @@ class FakeCuda:
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
         assert self.capturing is None, "a wait for a stream that is being captured"
+        self.waits += 1
         while self.stream:
             self.stream.pop(0)()
-        return (0,)
+        fault, self.fault = self.fault, 0
+        return (fault,)

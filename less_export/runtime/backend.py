@@ -149,7 +149,9 @@ class Backend(abc.ABC):
     ) -> npt.NDArray[np.float32] | KeptLogits:
         """As :meth:`step`, for the logits [B, V] f32 after each row's last valid token.
 
-        A backend may keep them on its device; they are gone with the next step then.
+        A backend may keep them on its device; they are gone with the next step then. It need not wait for the step
+        either: what fails later is said by the choice from the logits, and by every use of the rows until they are
+        written.
         """
         logits = self.step(input_ids, new_length, rows)
         return logits[np.arange(len(logits)), self._last(new_length)]

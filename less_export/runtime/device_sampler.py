@@ -7,7 +7,7 @@ the host: their logits, and no others, are downloaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,13 +40,17 @@ class DeviceSampler:
         sample: the kernel.
         vocab: size of the vocabulary.
         rows: most tokens that are chosen at a time.
+        wait: waits for the device, also for the step that it chooses after; default that of the device.
 
     A sequence with penalties has a history [V] u32 on the device, which the kernel keeps; there are ``rows`` of them,
     from the first such sequence on. It is uploaded when a sequence gets one, and when the host has chosen meanwhile.
     """
 
-    def __init__(self, device: Device, sample: native.Sample, vocab: int, rows: int) -> None:
+    def __init__(
+        self, device: Device, sample: native.Sample, vocab: int, rows: int, wait: Callable[[], None] | None = None
+    ) -> None:
         self._device = device
+        self._wait = wait or device.wait
         self._sample = sample
         self._vocab = vocab
         self._capacity = rows
@@ -93,14 +97,14 @@ class DeviceSampler:
         logits = np.empty((len(rows), self._vocab), np.float32)
         for target, row in zip(logits, rows, strict=True):
             self._device.download(address + int(row) * target.nbytes, target)
-        self._device.wait()
+        self._wait()
         return logits
 
     def pick(self, address: int, rows: npt.NDArray[np.int64], samplers: Sequence[Sampler]) -> list[int]:
         """A token for each of ``rows``, or NO_CHOICE; draws a number where the temperature asks for one.
 
         Raises:
-            BackendError: the kernel cannot be launched, or the device has failed.
+            BackendError: the kernel cannot be launched, or the device has failed, perhaps in the step itself.
         """
         asked = np.array([self._row(*each, samplers) for each in zip(rows, samplers, strict=True)], native.ROW)
         picks = np.empty(len(rows), np.int32)
@@ -110,7 +114,11 @@ class DeviceSampler:
         if error:
             raise BackendError(f"the sampler cannot be launched on the GPU (CUDA error {error})")
         self._device.download(self._picks, picks)
-        self._device.wait()
+        try:
+            self._wait()
+        except BackendError:
+            self._places.clear()  # the histories hold anything
+            raise
         for sampler, token in zip(samplers, picks, strict=True):
             if sampler in self._places and token != native.NO_CHOICE:
                 self._places[sampler] = (self._places[sampler][0], sampler.count + 1)

@@ -224,8 +224,11 @@ class Scheduler:
             if event.error is None or prefill.drop(sequence):
                 self._prefilling.append(prefill)
             return [] if event.error is None else [event]
+        begin = time.perf_counter()
         joined, failed = self._join(prefill)
-        return failed + self._settle(accept(joined, logits[[0] * len(joined)]))
+        events = accept(joined, logits[[0] * len(joined)])  # which waits for the piece where the backend did not
+        self.timing.prefill_seconds += time.perf_counter() - begin
+        return failed + self._settle(events)
 
     def _lose(self, prefill: Prefill, error: Exception) -> Event:
         """The end of the sequence whose prompt was fed; its twins begin again."""

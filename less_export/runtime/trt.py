@@ -23,6 +23,7 @@ from ..tensorrt.trust import PluginFacts
 from . import device_sampler
 from .backend import Array, Backend, State
 from .device_sampler import DeviceSampler
+from .in_flight import InFlight
 from .sampler import KeptLogits
 from .trt_contexts import Context, Contexts
 from .trt_device import Device
@@ -41,7 +42,8 @@ class TrtBackend(Backend):
     number of them: one for each bucket of 1, 2, 4, 8, ... rows, and all that are open. A step runs in the smallest
     bucket that holds its rows, behind which there are parked ones.
     If a step of a plan with the plugin fails on the GPU, the state of its rows is undefined: write, reset or copy over
-    them.
+    them. A decode step by index whose logits stay on the GPU is not waited for: its failure is said by what is chosen
+    from the logits, and by what uses its rows.
     """
 
     name = "trt"
@@ -64,6 +66,7 @@ class TrtBackend(Backend):
         """
         super().__init__(contract)
         self._device = Device()  # first: its message about a missing driver is the clearest
+        self._in_flight = InFlight(self._device)
         self._plan = load_plan(plan_path, contract, plugin, trust_code)
         self._log = log_of(self._plan.flavour.module)
         self._in_place = plugin is not None
@@ -105,7 +108,9 @@ class TrtBackend(Backend):
             else:
                 self._state = RangedState(self._device, self.contract, batch, self._in_place)
             if self._sample is not None:
-                self._sampler = DeviceSampler(self._device, self._sample, self.contract.vocab_size, batch)
+                self._sampler = DeviceSampler(
+                    self._device, self._sample, self.contract.vocab_size, batch, self._in_flight.wait
+                )
             activations = self._device.allocate(max(self._contexts.activation_bytes, 1))
             self._device.wait()
         except BackendError as error:
@@ -121,6 +126,7 @@ class TrtBackend(Backend):
     def _close(self) -> None:
         if self._sampler is not None:
             self._sampler.begin_step()  # logits that are kept are gone with the memory
+        self._in_flight.close()
         self._contexts.close()
         self._device.release()
         self._exchange = self._state = self._sampler = None
@@ -154,7 +160,9 @@ class TrtBackend(Backend):
     ) -> npt.NDArray[np.float32]:
         if self._sampler is not None:
             self._sampler.begin_step()
+        self._in_flight.end()  # it reads its inputs where those of this step will be
         active = np.flatnonzero(new_length)
+        self._in_flight.check(rows[active].tolist())
         if not self.rows_by_index or len(active) == len(rows):
             return self._run(input_ids, past_length, new_length, rows)
         ran = np.empty(0, np.float32)
@@ -203,7 +211,10 @@ class TrtBackend(Backend):
                 else:
                     work()
                 logits = np.empty(0, np.float32) if self._keeps_logits else exchange.download(batch, chunk)
-                self._device.wait()
+                if self._keeps_logits and self.rows_by_index and chunk == 1:
+                    self._in_flight.begin(rows.tolist())  # what is chosen from the logits waits for both
+                else:
+                    self._device.wait()
             except BackendError:
                 context.shaped = None
                 raise
@@ -247,22 +258,31 @@ class TrtBackend(Backend):
         return self._state
 
     def _copy_row(self, source: int, target: int) -> None:
+        self._in_flight.finish()
+        self._in_flight.check([source])
         self._opened().copy_row(source, target)
         self._device.wait()
+        self._in_flight.written([target])
 
     def _reset_rows(self, rows: Sequence[int]) -> None:
+        self._in_flight.finish()
         self._opened().reset_rows(rows)
         self._device.wait()
+        self._in_flight.written(rows)
 
     def _read_row(self, row: int) -> State:
         return self._read_tensors(row, [s.past.name for s in self.contract.state()])
 
     def _read_tensors(self, row: int, names: Collection[str]) -> State:
+        self._in_flight.finish()
+        self._in_flight.check([row])
         return self._opened().read(row, names)
 
     def _write_row(self, row: int, tensors: Mapping[str, Array]) -> None:
+        self._in_flight.finish()
         self._opened().write(row, tensors)
         self._device.wait()
+        self._in_flight.written([row])
 
 
 def _attach(exchange: Exchange, state: DeviceState, activations: int, nbytes: int, execution: Any) -> None:

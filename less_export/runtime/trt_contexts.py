@@ -46,7 +46,8 @@ class Contexts:
     open. A bucket gets its context when a step first needs it, that of all rows at once; contexts are kept when rows
     are opened again. Contexts may share a profile since TensorRT 10.0 (NvInfer.h on ``kPROFILE_SHARING_0806``: on, and
     cannot be changed), and memory for activations, as only one of them runs at a time: NVIDIA's guide to TensorRT-RTX
-    recommends a context for each captured graph, with memory that they share.
+    recommends a context for each captured graph, with memory that they share. The calls for that are in TensorRT's
+    bindings since 10.1, and in those of TensorRT-RTX.
 
     Args:
         plan: the contexts are of its engine.

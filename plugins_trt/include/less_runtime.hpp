@@ -299,13 +299,14 @@ class Session {
     bool rowsByIndex() const noexcept;
 
     // As step() and stepRows(), for choose(): the logits stay on the device if it can choose tokens
-    // (SessionOptions::sampler).
+    // (SessionOptions::sampler). Such a step of one token a row, with rowsByIndex(), is not waited for: if it fails,
+    // choose() says so, and its rows are refused as after any failure.
     void advance(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength, RowRange rows);
     void advanceRows(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
                      std::vector<int64_t> const& rows);
     // A token for each of at most batch() `samplers`, by the logits after the last token of one of the `rows` of the
     // latest step, counted as in Logits. Where the device can choose, 4 bytes a row are copied from it. Throws
-    // BackendError if that step failed or has no such row.
+    // BackendError if that step failed at once or has no such row; what fails later is in the choices.
     std::vector<Choice> choose(std::vector<Sampler*> const& samplers, std::vector<int64_t> const& rows);
 
     void resetRow(int64_t row);
@@ -323,6 +324,7 @@ class Session {
                    std::vector<int64_t> const& rows) const;
     void run(std::vector<int64_t> const& ids, std::vector<int32_t> const& newLength, std::vector<int64_t> const& rows);
     Logits latest();
+    void finish();
     void change(std::vector<int64_t> const& rows, std::function<void()> const& action);
 
     Contract contract_;
@@ -332,6 +334,7 @@ class Session {
     std::vector<int64_t> padded_;  // the ids of a step, padding replaced by 0
     std::vector<int32_t> past_;    // the lengths of its rows
     std::vector<bool> undefined_;  // rows whose state a failure has left undefined
+    std::vector<int64_t> latest_;  // rows of the latest step, until it is known whether it has failed
     std::vector<int64_t> last_;    // of the latest step, unless it failed: where each row's last logits are in Logits
     int64_t logitTokens_ = 1;      // of each row of the latest step
     uint64_t revision_ = 0;

@@ -31,8 +31,8 @@ bool DeviceSampler::hasHistories() {
     return true;
 }
 
-std::vector<int32_t> DeviceSampler::pick(float const* logits, std::vector<Sampler*> const& samplers,
-                                         std::vector<int64_t> const& places) {
+void DeviceSampler::ask(float const* logits, std::vector<Sampler*> const& samplers,
+                        std::vector<int64_t> const& places) {
     ++calls_;
     auto* const asked = reinterpret_cast<LessSampleRow*>(hostAsked_.get());
     for (size_t i = 0; i < samplers.size(); ++i) {
@@ -56,7 +56,9 @@ std::vector<int32_t> DeviceSampler::pick(float const* logits, std::vector<Sample
     kernel_(logits, vocab_, rows, static_cast<int32_t>(samplers.size()), reinterpret_cast<uint32_t*>(memory_.get()),
             chosen);
     device_.copy(hostPicks_.get(), chosen, samplers.size() * sizeof *chosen);
-    device_.wait();
+}
+
+std::vector<int32_t> DeviceSampler::chosen(std::vector<Sampler*> const& samplers) {
     copied_.clear();
     auto const* const picks = reinterpret_cast<int32_t const*>(hostPicks_.get());
     for (size_t i = 0; i < samplers.size(); ++i) {
@@ -67,6 +69,11 @@ std::vector<int32_t> DeviceSampler::pick(float const* logits, std::vector<Sample
         }
     }
     return {picks, picks + samplers.size()};
+}
+
+void DeviceSampler::forget() {
+    copied_.clear();
+    histories_.assign(histories_.size(), {});
 }
 
 // The place of a sequence's history, which is up to date.

@@ -23,10 +23,13 @@ class DeviceSampler {
     // Whether the kernel can choose for a sequence: not with penalties if there is no memory for histories.
     bool suits(Sampler const& sampler);
 
-    // A token for each of `samplers`, or kLessNoChoice, by the rows `places` of `logits` [*, vocab] on the device.
-    // Throws BackendError.
-    std::vector<int32_t> pick(float const* logits, std::vector<Sampler*> const& samplers,
-                              std::vector<int64_t> const& places);
+    // Queues the choice of a token for each of `samplers` by the rows `places` of `logits` [*, vocab] on the device;
+    // nothing that was queued before is under way any more when the device has been waited for. Throws BackendError.
+    void ask(float const* logits, std::vector<Sampler*> const& samplers, std::vector<int64_t> const& places);
+    // What was chosen, or kLessNoChoice, once the device has been waited for.
+    std::vector<int32_t> chosen(std::vector<Sampler*> const& samplers);
+    // Forgets the histories: the device has failed, and they may hold anything.
+    void forget();
 
  private:
     // Whose history a place has, with how many choices, and the call of pick() that used it last; 0: nobody's.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "plan_checks.hpp"
 
@@ -88,6 +89,7 @@ void PlanRunner::drain() noexcept try {
 
 void PlanRunner::close() {
     drain();
+    inFlight_ = false;
     contexts_.close();
     sampler_.reset();
     for (Memory& block : state_) block = Memory();
@@ -120,6 +122,7 @@ void PlanRunner::bind(int context) {
 void PlanRunner::step(std::vector<int64_t> const& rows, int64_t const* ids, int64_t tokens, int32_t const* pastLength,
                       int32_t const* newLength) {
     device_->activate();
+    failure_ = nullptr;
     auto const put = [&](size_t offset, size_t index, auto const* values, size_t count) {
         std::memcpy(hostInput_.get() + offset + index * count * sizeof *values, values, count * sizeof *values);
     };
@@ -206,12 +209,35 @@ void PlanRunner::launch(int64_t first, int64_t running, int64_t tokens) {
         } else {
             run(context, rows, side, tokens, running);
         }
-        device_->wait();
+        inFlight_ = sampler_ && rowsByIndex_ && tokens == 1;  // what is chosen by the logits waits for both
+        if (!inFlight_) device_->wait();
     } catch (BackendError const&) {
         context.shaped = {};
         throw;
     }
     for (int64_t row = first; !inPlace_ && row < first + rows.count; ++row) sides_[row] = 1 - side;
+}
+
+// Waits for the device; throws what it failed with, or what the step failed with that was in flight.
+void PlanRunner::wait() {
+    bool const step = std::exchange(inFlight_, false);
+    try {
+        device_->wait();
+    } catch (BackendError const&) {
+        if (step) failure_ = std::current_exception();
+        throw;
+    }
+    if (failure_) std::rethrow_exception(failure_);
+}
+
+bool PlanRunner::finish() try {
+    if (inFlight_) {
+        device_->activate();
+        wait();
+    }
+    return !failure_;
+} catch (BackendError const&) {
+    return false;
 }
 
 float const* PlanRunner::logits(std::vector<int64_t> const& places) {
@@ -234,7 +260,7 @@ float const* PlanRunner::logits(std::vector<int64_t> const& places) {
             }
             i += static_cast<size_t>(count);
         }
-        device_->wait();
+        wait();
     }
     return reinterpret_cast<float const*>(hostLogits_.get());
 }
@@ -243,7 +269,16 @@ std::vector<int32_t> PlanRunner::pick(std::vector<Sampler*> const& samplers, std
     device_->activate();
     std::vector<int64_t> from;  // for parked rows, which have no logits, any
     for (int64_t place : places) from.push_back(std::max<int64_t>(onDevice(place), 0));
-    return sampler_->pick(reinterpret_cast<float const*>(logits_.get()), samplers, from);
+    try {
+        sampler_->ask(reinterpret_cast<float const*>(logits_.get()), samplers, from);
+        wait();
+    } catch (BackendError const&) {
+        finish();
+        drain();  // what was queued of the choice
+        sampler_->forget();
+        throw;
+    }
+    return sampler_->chosen(samplers);
 }
 
 // Brings rows into the block where most of them are; returns that block.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <exception>
 #include <memory>
 
 #include "device_sampler.hpp"
@@ -37,9 +38,13 @@ class PlanRunner {
     void open(int64_t batch);  // empties all rows; memory and graphs are reused if the batch is the same
     void close();
     bool rowsByIndex() const noexcept { return rowsByIndex_; }
-    // Runs `rows` alone; the arrays hold these rows. They are distinct, and adjacent unless rowsByIndex().
+    // Runs `rows` alone; the arrays hold these rows. They are distinct, and adjacent unless rowsByIndex(). A step of
+    // one token by index whose logits stay on the device is not waited for: it is in flight until finish(), logits() or
+    // pick(), of which the last two throw its BackendError, and must be finished before anything else is called.
     void step(std::vector<int64_t> const& rows, int64_t const* inputIds, int64_t tokens, int32_t const* pastLength,
               int32_t const* newLength);
+    // Waits for the step in flight, if there is one; false if it has failed, then and until the next step.
+    bool finish();
     // Logits [*, vocab] of all rows given to the latest step in pinned memory, valid until the next one; only those at
     // `places` are defined.
     float const* logits(std::vector<int64_t> const& places);
@@ -73,6 +78,7 @@ class PlanRunner {
     void stage(Slot& slot, int64_t count);
     void reshape(PlanContext& context, int64_t count, int64_t tokens);
     void park(int64_t running, int64_t count, int64_t tokens);
+    void wait();
     void launch(int64_t first, int64_t running, int64_t tokens);
     void run(PlanContext const& context, RowRange rows, int side, int64_t tokens, int64_t wanted);
     void spread();
@@ -97,7 +103,9 @@ class PlanRunner {
     // Of each row given to the latest step, its place among those that ran, which alone have logits on the device; -1:
     // it was parked and left out.
     std::vector<int64_t> ran_;
-    int64_t logitTokens_ = 1;  // of each row of the latest step
+    int64_t logitTokens_ = 1;     // of each row of the latest step
+    bool inFlight_ = false;       // whether it has not been waited for
+    std::exception_ptr failure_;  // of the latest step, if it was in flight
     size_t newOffset_ = 0, rowsOffset_ = 0, idsOffset_ = 0;
 };
 

@@ -144,9 +144,13 @@ Outcomes Scheduler::Impl::feedPiece() {
         prefilling_.push_back(std::move(prefill));
         return {};
     }
-    Outcomes outcomes;
-    std::vector<Ref> const sequences = join(prefill, outcomes);
-    Outcomes joined = settle(accept(sequences, std::vector<int64_t>(sequences.size(), 0)));
+    Outcomes outcomes, joined;
+    {
+        Clock const clock(timing.prefillSeconds);  // a choice waits for the piece where the step did not
+        std::vector<Ref> const sequences = join(prefill, outcomes);
+        joined = accept(sequences, std::vector<int64_t>(sequences.size(), 0));
+    }
+    joined = settle(std::move(joined));
     std::move(joined.begin(), joined.end(), std::back_inserter(outcomes));
     return outcomes;
 }

@@ -27,6 +27,7 @@ void Session::open(int64_t batch) {
     require(batch >= 1 && batch <= contract_.maxBatch,
             "batch " + std::to_string(batch) + " is outside 1.." + std::to_string(contract_.maxBatch) +
                 ": use fewer rows at a time or export with a larger --max-batch");
+    finish();
     ++revision_;
     lengths_.clear();
     last_.clear();
@@ -36,6 +37,7 @@ void Session::open(int64_t batch) {
 }
 
 void Session::close() {
+    finish();
     ++revision_;
     lengths_.clear();
     last_.clear();
@@ -66,7 +68,21 @@ Logits Session::stepRows(std::vector<int64_t> const& inputIds, std::vector<int32
 Logits Session::latest() {
     std::vector<int64_t> places(last_.size() * static_cast<size_t>(logitTokens_));
     std::iota(places.begin(), places.end(), int64_t{0});
-    return {runner_->logits(places), logitTokens_, contract_.vocabSize};
+    try {
+        return {runner_->logits(places), logitTokens_, contract_.vocabSize};
+    } catch (BackendError const&) {
+        finish();
+        throw;
+    }
+}
+
+// Waits for a step in flight. If it has failed, the state of its rows is undefined.
+void Session::finish() {
+    bool const well = runner_->finish();
+    for (int64_t row : latest_) {
+        if (!well) undefined_[static_cast<size_t>(row)] = true;
+    }
+    latest_.clear();
 }
 
 std::vector<Choice> Session::choose(std::vector<Sampler*> const& samplers, std::vector<int64_t> const& rows) {
@@ -111,6 +127,7 @@ std::vector<Choice> Session::choose(std::vector<Sampler*> const& samplers, std::
             }
         }
     } catch (BackendError const&) {  // the device has failed
+        finish();
         for (Choice& choice : choices) {
             if (choice.token < 0) choice.error = std::current_exception();
         }
@@ -147,6 +164,7 @@ bool Session::rowsByIndex() const noexcept { return runner_->rowsByIndex(); }
 
 void Session::run(std::vector<int64_t> const& inputIds, std::vector<int32_t> const& newLength,
                   std::vector<int64_t> const& rows) {
+    finish();  // it reads its inputs where those of this step will be
     checkDefined(rows);
     auto const count = static_cast<int64_t>(rows.size());
     int64_t const tokens = static_cast<int64_t>(inputIds.size()) / count;
@@ -161,7 +179,10 @@ void Session::run(std::vector<int64_t> const& inputIds, std::vector<int32_t> con
     for (int64_t row : rows) past_.push_back(lengths_[static_cast<size_t>(row)]);
     last_.clear();
     change(rows, [&] { runner_->step(rows, padded_.data(), tokens, past_.data(), newLength.data()); });
-    for (size_t i = 0; i < rows.size(); ++i) lengths_[static_cast<size_t>(rows[i])] += newLength[i];
+    for (size_t i = 0; i < rows.size(); ++i) {
+        lengths_[static_cast<size_t>(rows[i])] += newLength[i];
+        if (newLength[i] > 0) latest_.push_back(rows[i]);
+    }
     logitTokens_ = contract_.allLogits ? tokens : 1;
     for (int32_t fed : newLength) {
         int64_t const at = contract_.allLogits ? std::max(fed - 1, 0) : 0;
@@ -228,6 +249,7 @@ void Session::check(RowState const& state) const {
 
 void Session::resetRow(int64_t row) {
     checkRow(row);
+    finish();
     change({row}, [&] { runner_->resetRow(row); });
     lengths_[static_cast<size_t>(row)] = 0;
 }
@@ -235,6 +257,7 @@ void Session::resetRow(int64_t row) {
 void Session::copyRow(int64_t from, int64_t to) {
     checkRow(from);
     checkRow(to);
+    finish();
     checkDefined({from});
     if (from == to) return;
     change({to}, [&] { runner_->copyRow(from, to); });
@@ -243,6 +266,7 @@ void Session::copyRow(int64_t from, int64_t to) {
 
 RowState Session::readRow(int64_t row) {
     checkRow(row);
+    finish();
     checkDefined({row});
     RowState state{length(row), std::vector<std::byte>(static_cast<size_t>(contract_.stateBytes())), identity_,
                    layout_};
@@ -253,6 +277,7 @@ RowState Session::readRow(int64_t row) {
 void Session::writeRow(int64_t row, RowState const& state) {
     checkRow(row);
     check(state);
+    finish();
     change({row}, [&] { runner_->writeRow(row, state.data.data()); });
     lengths_[static_cast<size_t>(row)] = static_cast<int32_t>(state.length);
 }

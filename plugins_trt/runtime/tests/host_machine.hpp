@@ -13,6 +13,7 @@
 #include <deque>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "engine.hpp"
 #include "plan_runner.hpp"
@@ -54,7 +55,9 @@ struct Machine {
     bool captures = true, runs = true;  // whether capturing and running a step succeed
     bool inPlace = true;                // the plan has the plugin
     bool byIndex = false;               // the plan takes rows by index, and works in place
-    int moreContexts = 99;              // that can be created; for others there is no memory
+    bool fault = false;                 // the next wait throws, after what is queued
+    int waits = 0;
+    int moreContexts = 99;  // that can be created; for others there is no memory
     int launches = 0, captured = 0, captureAttempts = 0;
     std::vector<std::pair<int, Shape>> steps;  // profile and [B, T]
     std::vector<Feed> feeds;
@@ -143,8 +146,11 @@ class HostDevice : public Device {
         machine_.sink->push_back([=] { std::memset(at, byte, bytes); });
     }
     void wait() override {
+        ++machine_.waits;
         for (auto const& work : machine_.stream) work();
         machine_.stream.clear();
+        // CUDA's reference on cudaStreamSynchronize: it returns errors of what was queued before.
+        if (std::exchange(machine_.fault, false)) throw BackendError("the step failed on the GPU: a fault");
     }
     std::unique_ptr<Graph> capture(std::function<void()> const& work) override;
 

@@ -97,6 +97,21 @@ TEST(rows_by_index) {
     resetMockSdk(twoLayers());
 }
 
+TEST(buckets_without_a_context) {
+    Rig rig;
+    mockSdk().machine.inPlace = mockSdk().machine.byIndex = true;
+    mockSdk().plan = std::make_unique<HostPlan>(rig.bundle.contract, mockSdk().machine);
+    rig.bundle.plugin = PluginFacts{{}, "", true, true};
+    rig.bundle.trustCode = true;
+    Session session = openSession(rig.bundle);
+    session.open(3);
+    session.stepRows({7}, {1}, {2});
+    CHECK(mockSdk().machine.steps.back().second == (Shape{1, 1}));
+    mockSdk().prepares = false;
+    session.stepRows({7, 8}, {1, 1}, {2, 0});
+    CHECK(mockSdk().machine.steps.back().second == (Shape{3, 1}));
+}
+
 TEST(unusable_machines) {
     Rig rig;
     auto const refused = [&](char const* text, SessionOptions const& options = {}) {
