@@ -13,8 +13,9 @@ import numpy as np
 class FakeCuda:
     """The cuda-bindings calls that the backend uses. Queued work runs when the stream is synchronised.
 
-    Copies from the host read it then. That is as late as CUDA's API reference allows for page-locked memory (API
-    synchronization behavior), and a wait returns errors of what was queued before (cudaStreamSynchronize).
+    Copies read the host's memory then, which is as late as CUDA's API reference allows (cudaMemcpyAsync: the call may
+    return before the copy is complete), and a wait may return errors of what was queued before (the note "error codes
+    from previous, asynchronous launches").
 
     Batches of copies are as CUDA 13's API reference says of cudaMemcpyBatchAsync: in any order among themselves, one
     set of attributes from the first copy on, not on the default stream. CUDA 12 returns the index of a failed copy too.

@@ -149,7 +149,7 @@ class HostDevice : public Device {
         ++machine_.waits;
         for (auto const& work : machine_.stream) work();
         machine_.stream.clear();
-        // CUDA's reference on cudaStreamSynchronize: it returns errors of what was queued before.
+        // CUDA's API reference on most calls: they may return error codes from previous, asynchronous launches.
         if (std::exchange(machine_.fault, false)) throw BackendError("the step failed on the GPU: a fault");
     }
     std::unique_ptr<Graph> capture(std::function<void()> const& work) override;
