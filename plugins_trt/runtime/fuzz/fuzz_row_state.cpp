@@ -31,8 +31,8 @@ void use(std::string_view file, Contract const& contract) {
         bool const same = again.data == state.data && again.length == state.length && again.identity == state.identity;
         if (!same || !invalidValues(state, contract).empty()) std::abort();
 #ifdef LESS_FUZZ_PLANTED_FAULT
-        std::vector<char> const table(100);  // the lengths of the corpus are smaller
-        char volatile read = table.data()[std::min<int64_t>(state.length, 100)];
+        std::vector<char> const table(10);  // the lengths of the corpus are smaller
+        char volatile read = table.data()[std::min<int64_t>(state.length, 10)];
         static_cast<void>(read);
 #endif
     } catch (JsonError const&) {
