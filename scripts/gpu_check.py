@@ -69,10 +69,10 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
             if ratio > 1:
                 failed.append(f"{kind}: {ratio:.2f} times the limit")
 
-    shapes = [(*x, "model", None, 32) for x in test_cuda.CHOSEN[: 3 if quick else None]]
-    shapes += [(*x, "int8", None, 32) for x in test_cuda_int8.SHAPES[: 2 if quick else None]]
-    shapes += [(*x, test_cuda_distance.FARTHEST, 32) for x in test_cuda_distance.SHAPES[: 2 if quick else None]]
-    shapes += [(*x, "int8", None, 16) for x in test_cuda_state16.SHAPES[: 2 if quick else None]]
+    shapes = [(*x, "model", None, 32) for x in test_cuda.CHOSEN[: 1 if quick else None]]
+    shapes += [(*x, "int8", None, 32) for x in test_cuda_int8.SHAPES[: 1 if quick else None]]
+    shapes += [(*x, test_cuda_distance.FARTHEST, 32) for x in test_cuda_distance.SHAPES[: 1 if quick else None]]
+    shapes += [(*x, "int8", None, 16) for x in test_cuda_state16.SHAPES[: 1 if quick else None]]
     for dtype, policy, head_dim, group, rank, slots, farthest, bits in shapes:
         capacity = 150 if policy == "full" else 100
         layer = kernel_layer(policy, capacity, head_dim, group, rank, 1 if group > 8 else 2)
@@ -80,7 +80,7 @@ def parity(device: str, quick: bool) -> dict[str, Any]:
         name = f"{dtype} {policy} D{head_dim} G{group} R{rank} {slots} distance {farthest} state {bits}"
         for kind, lengths in (("long", test_cuda.CHUNKS), ("short", test_cuda.SHORT_CHUNKS)):
             check(f"{name}, {kind} chunks", layer, scenario(layer, lengths, 3, normal(dtype)), dtype)
-    rules = [*{**test_ops.VARIANTS, **test_ops.EDGES}.items()][: 4 if quick else None]
+    rules = [*{**test_ops.VARIANTS, **test_ops.EDGES}.items()][: 1 if quick else None]
     rules += [*test_cuda_int8.RULES.items()][: 1 if quick else None]
     rules += [*STATE16_VARIANTS.items()][: 1 if quick else None]
     rules += [(f"{n} distance", x) for n, x in [*test_cuda_distance.RULES.items()][: 1 if quick else None]]
