@@ -201,6 +201,13 @@ def launches(path: Path | None = None) -> int:
     return int(load(path or library()).less_host_launches())
 
 
+def prefetches(tensor: torch.Tensor) -> list[int]:
+    """How often the last launch prefetched each of a tensor's lines of 128 bytes."""
+    start, size = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    lines = range(start - start % 128, start + size, 128)
+    return [int(load(library()).less_host_prefetches(ctypes.c_void_p(line))) for line in lines]
+
+
 def why_unsupported(layer: LayerSpec, dtype: str = "float16", **changes: int) -> str:
     """The launcher's reason to refuse a layer, or ""; ``changes`` are numbers that differ from the layer's."""
     rules, shape = _Rules.of(layer), _shape(layer, dtype, 1, 1)
@@ -219,11 +226,17 @@ def _shape(layer: LayerSpec, dtype: str, batch: int, chunk: int, state_rows: int
 
 
 def emulated(
-    layer: LayerSpec, dtype: str = "float32", in_place: bool = True, path: Path | None = None, by_index: bool = False
+    layer: LayerSpec,
+    dtype: str = "float32",
+    in_place: bool = True,
+    path: Path | None = None,
+    by_index: bool = False,
+    watch: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
 ) -> Run:
     """Run the kernels on arrays; float32 holds 16-bit values as in ``test_ops.torch_run``.
 
-    With ``by_index``, the last array is ``rows``, and the state has any number of rows.
+    With ``by_index``, the last array is ``rows``, and the state has any number of rows. ``watch`` gets the tensors of a
+    launch by name after it.
     """
     lib, rules = load(path or library()), _Rules.of(layer)
     names = input_names(layer, by_index)
@@ -245,6 +258,7 @@ def emulated(
         pointers = _Tensors(**{n: t.data_ptr() for n, t in named.items()})
         status = lib.less_host_step(ctypes.byref(shape), ctypes.byref(rules), ctypes.byref(pointers))
         assert status == 0, f"less_host_step says {status}"
+        watch(named)
         return [t.float().numpy() if t.is_floating_point() else t.numpy() for t in (out, *present)]
 
     return run

@@ -265,6 +265,7 @@ template <class Kernel>
 cudaError_t launch(dim3 grid, int threads, size_t sharedBytes, Kernel&& kernel) {
     Machine& m = machine();
     ++launches();
+    prefetches().clear();
     m.kernel = kernel;
     m.gridSize = grid;
     m.blockSize = dim3(threads);

@@ -11,6 +11,11 @@ extern "C" char const* less_why_unsupported(less::AttentionShape const* shape, l
 extern "C" void less_host_set_order(int order) { emu::order() = order; }
 extern "C" void less_host_set_blocks(int wanted) { emu::blocksWanted() = wanted; }
 extern "C" void less_host_set_short_chunk(int tokens) { emu::longestShortChunk() = tokens; }
+// How often the last launch prefetched the line of an address.
+extern "C" int less_host_prefetches(void const* address) {
+    auto const found = emu::prefetches().find(reinterpret_cast<uintptr_t>(address) / 128);
+    return found == emu::prefetches().end() ? 0 : found->second;
+}
 extern "C" int less_host_launches() { return emu::launches(); }
 
 // Returns a cudaError_t, or -1 if the counters are not zero afterwards.

@@ -1,7 +1,9 @@
 // What tests of emulated kernels set, and what they count.
 #pragma once
 
+#include <cstdint>
 #include <cstdlib>
+#include <map>
 
 namespace emu {
 
@@ -27,6 +29,17 @@ inline int& longestShortChunk() {
 inline int& launches() {
     static int count = 0;
     return count;
+}
+
+// The lines of 128 bytes that the last launch prefetched, and how often.
+inline std::map<uintptr_t, int>& prefetches() {
+    static std::map<uintptr_t, int> lines;
+    return lines;
+}
+// Reads a byte, so that the address sanitizer sees it.
+inline void prefetch(char const* address) {
+    static_cast<void>(*static_cast<char const volatile*>(address));
+    ++prefetches()[reinterpret_cast<uintptr_t>(address) / 128];
 }
 
 }  // namespace emu

@@ -1,10 +1,11 @@
 // One decode step (T = 1) of a layer in one launch: grid (blocks per head, Hk, B).
 //
-// Each block reads its splits of a KV head's slots once, for all query heads of the group. The block that finishes last
-// merges the splits in order, adds the new token and the low-rank term, updates the scores, chooses which token leaves,
-// absorbs it into H and z while reading H for the output (means of 16 bits: afterwards, as they are rounded together),
-// and stores the new token. S is the type of the slots. With Turns, for a layer with a largest distance, the slots'
-// keys are rotated as they are read; the new token and its queries are at distance 0, which leaves them as they are.
+// Each block reads its splits of a KV head's slots once, for all query heads of the group, while H and z are on their
+// way to the L2 cache. The block that finishes last merges the splits in order, adds the new token and the low-rank
+// term, updates the scores, chooses which token leaves, absorbs it into H and z while reading H for the output (means
+// of 16 bits: afterwards, as they are rounded together), and stores the new token. S is the type of the slots. With
+// Turns, for a layer with a largest distance, the slots' keys are rotated as they are read; the new token and its
+// queries are at distance 0, which leaves them as they are.
 //
 // Models of 16 bits have decodeTilesKernel, which multiplies on tensor cores, those of float32 decodeKernel.
 #pragma once
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kThreads, GT > 2 || Turns ? 2 : 4) decodeKerne
     auto& sums = *reinterpret_cast<typename Attention::Sums*>(raw);
     SplitBlock<S, LPR, GT> const block(p, raw + sizeof sums, sums.sums);
     if (parked(block)) return;
+    prefetchRest(block);
     Attention const attention(block, sums);
     int const first = static_cast<int>(blockIdx.x) * p.splitsPerBlock;
     for (int split = first; split < min(p.splits, first + p.splitsPerBlock); ++split) attention.attend(split);
@@ -64,6 +66,7 @@ __global__ void __launch_bounds__(kThreads, tileBlocks(kCoded<S>, W, GT, Turns))
     auto* const ring = reinterpret_cast<typename Attention::Stage*>(raw);
     TileBlock<S, W, GT, Turns> const block(p, ring + p.stages, ring);
     if (parked(block)) return;
+    prefetchRest(block);
     Attention attention(block, ring);
     attention.attend();
     finish(block);

@@ -144,6 +144,31 @@ struct DecodeBlock {
     }
 };
 
+// Asks for what the last block of a head reads beside the slots, so that it comes while they are attended; called by
+// all threads. One block of a head does it for all.
+template <class Block>
+__device__ __forceinline__ void prefetchRest(Block const& block) {
+    if (blockIdx.x != 0) return;
+    AttentionShape const& s = block.p.shape;
+    AttentionTensors const& t = block.p.t;
+    size_t const item = s.dtype == DType::kFloat32 ? sizeof(float) : sizeof(__half), R = s.rank, D = s.headDim;
+    auto const ask = [&](void const* tensor, long head, size_t bytes) {
+        prefetch(static_cast<char const*>(tensor) + head * bytes, bytes);
+    };
+    ask(t.k, block.head, D * item);
+    ask(t.v, block.head, D * item);
+    ask(t.psiK, block.head, R * item);
+    if (block.p.rules.absorb == 0) return;
+    ask(t.logPhiQ, block.head, block.G * R * sizeof(float));
+    ask(t.presentZ, block.stateHead, R * sizeof(float));
+    if (keepsMeans<typename Block::Slot>(s)) {
+        ask(t.presentH, block.stateHead, R * 2 * D);
+        ask(t.presentHScale, block.stateHead, R * sizeof(float));
+    } else {
+        ask(t.presentH, block.stateHead, R * D * sizeof(float));
+    }
+}
+
 // Whether this block is the last of `blocks` that get here; called by all threads. What any thread of the others wrote
 // before is then visible to all threads of the last one: the barrier orders a block's writes before the fence of its
 // first thread, which makes them visible, whoever wrote them, before the addition (release); in the last block the

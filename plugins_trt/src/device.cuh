@@ -127,6 +127,23 @@ __device__ __forceinline__ float4 loadPublished(float const* source) {
 #endif
 }
 
+// Asks for memory that will be read later, without waiting for it: each line of 128 bytes once, by the threads of a
+// block.
+__device__ __forceinline__ void prefetch(void const* start, size_t bytes) {
+    constexpr size_t kLine = 128;
+    auto const* const first = static_cast<char const*>(start);
+    size_t const ahead = reinterpret_cast<size_t>(start) % kLine;  // bytes of the first line before the start
+#pragma unroll 1
+    for (size_t x = threadIdx.x * kLine; x < ahead + bytes; x += kThreads * kLine) {
+        char const* const line = first + (x > ahead ? x - ahead : 0);
+#ifdef LESS_EMULATION
+        emu::prefetch(line);
+#else
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#endif
+    }
+}
+
 // ---- tensors of the compute dtype
 
 template <class T>
