@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -38,15 +40,18 @@ def compiling() -> Iterator[None]:
     """
     print(f"meanwhile, the TensorRT plugin is compiled for {GPU_ARCH} alone", flush=True)
     commands = (["build-plugin", "--gpu-arch", GPU_ARCH], ["build-operator"])
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
     running = [subprocess.Popen(["nice", "-n", "19", PROGRAM, *c], **quiet) for c in commands]
     try:
         yield
+    except BaseException:
         for process in running:
-            process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # the compilers, too
+        raise
     finally:
         for process in running:
-            process.terminate()
+            process.wait()
 
 
 def run(*command: str | Path) -> float:

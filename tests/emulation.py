@@ -285,11 +285,15 @@ def normal(dtype: str, logit: float = 1.5, log_phi: tuple[float, float] = (-4.0,
 def fails(check: Callable[[], object], seconds: int) -> bool:
     """Whether a check of kernels with a fault fails, in a process of its own, as they hang or crash.
 
-    It also fails if it takes more than ``seconds`` of processor time, which others on the machine do not lengthen.
+    It also fails if it takes more than ``seconds`` of processor time, which others on the machine do not lengthen. One
+    that takes none for long is an error of the test.
     """
     process = multiprocessing.get_context("fork").Process(target=_work, args=(check, seconds))
     process.start()
-    process.join()
+    process.join(60 * seconds)
+    if process.is_alive():
+        process.kill()
+        raise TimeoutError("the check neither ends nor takes processor time")
     return process.exitcode != 0
 
 

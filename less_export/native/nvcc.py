@@ -244,12 +244,17 @@ def compile_library(
 
 
 def cached(product: Product, folder: Path, archs: Sequence[str]) -> Path | None:
-    """The library for ``archs`` in a folder of the cache, of whatever toolchain.
+    """The library for ``archs`` in a folder of the cache: of this machine's toolchain, else of whatever one.
 
     Raises:
         EngineError: the cache is another user's, or cannot be read.
     """
-    return cache.first_known(folder, sorted(folder.glob(f"{digest(product.files, *archs)}-*/{product.file}")))
+    try:
+        own = [_place(product, folder, archs, find(product.name))]
+    except EngineError:
+        own = []
+    others = sorted(folder.glob(f"{digest(product.files, *archs)}-*/{product.file}"))
+    return cache.first_known(folder, [*own, *others])
 
 
 def library(product: Product, folder: Path, archs: Sequence[str], progress: Progress | None) -> Path:
@@ -262,11 +267,15 @@ def library(product: Product, folder: Path, archs: Sequence[str], progress: Prog
     if found := cached(product, folder, archs):
         return found
     tools = find(product.name)
-    target = folder / f"{digest(product.files, *archs)}-{key(tools, archs)}" / product.file
+    target = _place(product, folder, archs, tools)
     with cache.building(product.name, target) as scratch:
         compile_library(scratch / product.file, product, archs, tools, progress=progress)
         cache.store(scratch / product.file, target)
     return target
+
+
+def _place(product: Product, folder: Path, archs: Sequence[str], tools: Tools) -> Path:
+    return folder / f"{digest(product.files, *archs)}-{key(tools, archs)}" / product.file
 
 
 # ------------------------------------------------------------------ layers they can run
