@@ -173,8 +173,8 @@ class FakeContext:
         rows, ran = ..., ...  # type: Any, Any
         if owner.by_index:
             rows, parked = feed.pop("rows"), feed["new_length"] == 0
-            assert len({*rows.tolist()}) == len(rows)
             ran, rows = np.flatnonzero(~parked), rows[~parked]
+            assert len({*rows.tolist()}) == len(rows)  # less_attention.h: but those of parked rows may be any
             for name in (n for n in feed if n.startswith("past.")):
                 taken = np.full((len(parked), *feed[name].shape[1:]), POISON[feed[name].dtype.kind], feed[name].dtype)
                 taken[ran] = feed[name][rows]

@@ -222,11 +222,8 @@ class TrtBackend(Backend):
         return exchange.lasting(logits)
 
     def _padded(self, rows: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
-        """``rows``, and parked ones behind them: others, so that all are distinct, as the plugin wants it."""
-        if len(rows) == size:
-            return rows
-        others = np.setdiff1d(np.arange(self.batch, dtype=np.int32), rows)
-        return np.concatenate((rows, others[: size - len(rows)]))
+        """``rows``, and parked ones behind them; which row of the state they name does not matter."""
+        return np.pad(rows, (0, size - len(rows)))
 
     def _capture(self, context: Context, work: Callable[[], None]) -> None:
         """Capture the decode step of a context, unless it is or cannot be."""
@@ -245,7 +242,8 @@ class TrtBackend(Backend):
         if context.shaped == sizes:
             return True
         if context.graph is not None:  # TensorRT: it may not run once its context has changed
-            self._drop_graphs()
+            self._device.drop_graph(context.graph)
+            context.graph = None
         context.set_shapes(sizes, self._inputs, self._outputs)
         return False
 

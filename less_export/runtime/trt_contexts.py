@@ -41,8 +41,8 @@ class Context:
 class Contexts:
     """The execution contexts of a plan: one for prompts, and those that decode.
 
-    A CUDA graph of the decode step is of one number of rows, and TensorRT forbids to launch it once the context that it
-    was captured from has other shapes. So there is a context for each bucket: 1, 2, 4, 8, ... rows, and all that are
+    A CUDA graph of the decode step serves one number of rows, and TensorRT forbids launching it once the context that
+    it was captured from has other shapes. So there is a context for each bucket: 1, 2, 4, 8, ... rows, and all that are
     open. A bucket gets its context when a step first needs it, that of all rows at once; contexts are kept when rows
     are opened again. Contexts may share a profile since TensorRT 10.0 (NvInfer.h on ``kPROFILE_SHARING_0806``: on, and
     cannot be changed), and memory for activations, as only one of them runs at a time: NVIDIA's guide to TensorRT-RTX
@@ -113,7 +113,7 @@ class Contexts:
         raise AssertionError(f"a step of {rows} rows, which are not open")
 
     def _another(self) -> Context | None:
-        """A context more that decodes; None if there is no memory for it."""
+        """One more context that decodes; None if there is no memory for it."""
         if not self._free:
             try:
                 self._more.append(self._created(0))

@@ -149,6 +149,12 @@ class Device:
         """Queue the work of a graph."""
         self.call("cudaGraphLaunch", graph, self.stream)
 
+    def drop_graph(self, graph: Any) -> None:
+        """Destroy a graph, after what still runs of it."""
+        self.wait()
+        self._graphs.remove(graph)
+        self.call("cudaGraphExecDestroy", graph)
+
     def drop_graphs(self) -> None:
         """Destroy all graphs, after what still runs of them."""
         if self._graphs:

@@ -343,7 +343,7 @@ class Session {
 struct SessionOptions {
     int device = 0;          // CUDA device
     bool cudaGraphs = true;  // capture the decode step if the engine allows it
-    bool verbose = false;    // print TensorRT's log to stderr
+    bool verbose = false;    // print TensorRT's log to stderr, and what makes steps slower than they could be
     // libless_sampler.so (plugins_trt/README.md), which chooses tokens on the device for generate() and Scheduler.
     // Empty: the host chooses. It is loaded without a question, so name only a library that you trust.
     std::filesystem::path sampler = {};

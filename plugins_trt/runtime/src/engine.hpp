@@ -78,6 +78,8 @@ class Plan {
     virtual Shape shape(int context, std::string const& tensor) const = 0;
     virtual void bind(int context, std::string const& tensor, void* memory) = 0;
     virtual void enqueue(int context) = 0;
+    // Writes to the log that SessionOptions::verbose prints.
+    virtual void note(std::string const&) {}
 };
 
 // Owns memory of a device.

@@ -40,11 +40,14 @@ std::pair<int64_t, PlanContext*> PlanContexts::ofBucket(int64_t rows) {
     return {bucket->first, &contexts_[static_cast<size_t>(bucket->second)]};
 }
 
-// A context more that decodes, or kNone.
+// One more context that decodes, or kNone.
 int PlanContexts::another() {
     if (used_ == contexts_.size()) {
         int const index = plan_.addContext(0);
-        if (index < 0) return kNone;
+        if (index < 0) {
+            plan_.note("less: steps of few rows are padded to more: no context for them");
+            return kNone;
+        }
         contexts_.push_back({index});
     }
     attach_(contexts_[used_].index);

@@ -15,8 +15,8 @@ struct PlanContext {
     std::array<std::unique_ptr<Graph>, 2> graphs = {};  // of its step, one for each block of state
 };
 
-// One context for prompts, if the plan takes them, and those that decode. A CUDA graph of the decode step is of one
-// number of rows, and TensorRT forbids to launch it once the context that it was captured from has other shapes. So
+// One context for prompts, if the plan takes them, and those that decode. A CUDA graph of the decode step serves
+// one number of rows, and TensorRT forbids launching it once the context that it was captured from has other shapes. So
 // there is a context for each bucket: 1, 2, 4, 8, ... rows, and all that are open. A bucket gets its context when a
 // step first needs it, that of all rows at once; contexts are kept when rows are opened again. See
 // less_export/runtime/trt_contexts.py for what TensorRT says of contexts that share a profile and memory.

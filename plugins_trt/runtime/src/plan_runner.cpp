@@ -142,7 +142,7 @@ void PlanRunner::step(std::vector<int64_t> const& rows, int64_t const* ids, int6
     if (!sampler_) spread();
 }
 
-// Adds parked rows behind those of the input, up to `count`: others, so that all are distinct, as the plugin wants it.
+// Adds parked rows behind those of the input, up to `count`; which row of the state they name does not matter.
 void PlanRunner::park(int64_t running, int64_t count, int64_t tokens) {
     if (running == count) return;
     auto const clear = [&](size_t offset, TensorSpec const& spec) {
@@ -153,12 +153,7 @@ void PlanRunner::park(int64_t running, int64_t count, int64_t tokens) {
     clear(0, contract_.pastLength());
     clear(newOffset_, contract_.newLength());
     clear(idsOffset_, contract_.inputIds());
-    auto* const rows = reinterpret_cast<int32_t*>(hostInput_.get() + rowsOffset_);
-    std::vector<bool> runs(static_cast<size_t>(batch_), false);
-    for (int64_t i = 0; i < running; ++i) runs[static_cast<size_t>(rows[i])] = true;
-    for (int32_t row = 0; running < count; ++row) {
-        if (!runs[static_cast<size_t>(row)]) rows[running++] = row;
-    }
+    clear(rowsOffset_, contract_.rows());
 }
 
 // Moves the downloaded logits of the rows that ran to the places of these among all, and clears those of the others.
@@ -201,7 +196,10 @@ void PlanRunner::launch(int64_t first, int64_t running, int64_t tokens) {
     if (graphs_ && warm && captures && !graph) {
         graph = device_->capture([&] { run(context, rows, side, tokens, rows.count); });
         graphs_ = graph != nullptr;
-        if (!graphs_) contexts_.dropGraphs();
+        if (!graphs_) {
+            contexts_.dropGraphs();
+            plan_->note("less: decoding without CUDA graphs, as the step cannot be captured");
+        }
     }
     try {
         if (captures && graph) {

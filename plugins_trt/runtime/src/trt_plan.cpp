@@ -128,6 +128,8 @@ class TrtPlan : public Plan {
 
     std::string aliasedInput(std::string const& output) const override { return aliasOf(*engine_, output, 0); }
 
+    void note(std::string const& what) override { sharedLog().log(trt::ILogger::Severity::kWARNING, what.c_str()); }
+
     int addContext(int profile) override {
         auto const strategy = trt::ExecutionContextAllocationStrategy::kUSER_MANAGED;
         std::unique_ptr<trt::IExecutionContext> context(engine_->createExecutionContext(strategy));
