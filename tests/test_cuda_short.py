@@ -61,6 +61,13 @@ def test_launches(policy: str, options: dict[str, Any], long: int, dtype: str) -
     assert [launched(layer, dtype, n) for n in (1, 2, 33, 64, 65)] == [1, 2, 2, 2, long]
 
 
+def test_more_logits_than_are_kept_take_the_kernels_of_long_chunks() -> None:
+    """Up to 4 MiB a row: 8 heads, 64 queries and 2,048 slots with the chunk are more."""
+    h2o, tova = (kernel_layer(policy, 2048, 16, 8, 8, kv_heads=1) for policy in ("h2o", "tova"))
+    assert [launched(h2o, "float16", n) for n in (32, 64)] == [2, 5]
+    assert launched(tova, "float16", 64) == 2  # of the last query alone
+
+
 @pytest.mark.parametrize(("policy", "options", "long"), KINDS)
 def test_long_and_short_kernels_agree(policy: str, options: dict[str, Any], long: int) -> None:
     """The same chunks through both: equal but for the order of sums."""

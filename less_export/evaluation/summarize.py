@@ -53,7 +53,7 @@ def summarize(
 ) -> list[Summaries]:
     """Summarise the first ``count`` texts of a .jsonl file (None: all) greedily and score them with ROUGE F1.
 
-    Each line is an object with ``text`` and ``summary``, the reference. Generation stops at the first line break.
+    Each line is an object with ``text`` and ``summary``, the reference. The summary is the first line that is not empty.
     Intervals are by bootstrap over the items.
 
     Args:
@@ -97,8 +97,9 @@ def rouge(
         UsageError: rouge-score is not installed.
     """
     scorer = _scorer()
-    params = SamplingParams(max_new_tokens=max_new_tokens, stop=("\n",))
-    texts = tuple(c.text for c in generator.generate([_PROMPT.format(text=text) for text, _ in items], params))
+    params = SamplingParams(max_new_tokens=max_new_tokens)
+    answers = generator.generate([_PROMPT.format(text=text) for text, _ in items], params)
+    texts = tuple(a.text.strip().partition("\n")[0].strip() for a in answers)  # models may begin with a line break
     scores = [scorer.score(reference, text) for (_, reference), text in zip(items, texts, strict=True)]
     return {n: np.array([s[n].fmeasure for s in scores]) for n in METRICS}, texts
 

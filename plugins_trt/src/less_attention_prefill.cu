@@ -35,17 +35,12 @@ size_t turnedBytes(AttentionShape const& s) {
     return partsOf(s.dtype) * s.batch * s.queryHeads * s.chunk * s.headDim * item;
 }
 
-size_t logitBytes(AttentionShape const& s, AttentionRules const& rules) {
-    size_t const perHead = static_cast<size_t>(KeptLogits::queriesOf(s, rules)) * KeptLogits::widthOf(s);
-    return perHead * s.batch * s.queryHeads * sizeof(float);
-}
-
 struct Workspace {
     // Aligned bytes of each part; there are two statistics.
     size_t statistics, logits, gained, fates, freed, rounding, psis, psiSums, turned;
     Workspace(AttentionShape const& s, AttentionRules const& rules)
-        : statistics(isShort(s) ? 0 : aligned(static_cast<size_t>(s.batch) * s.queryHeads * s.chunk * sizeof(float))),
-          logits(isShort(s) && keepsScores(rules) ? aligned(logitBytes(s, rules)) : 0),
+        : statistics(isShort(s, rules) ? 0 : aligned(sizeof(float) * s.batch * s.queryHeads * s.chunk)),
+          logits(isShort(s, rules) ? aligned(s.batch * KeptLogits::bytesOfRow(s, rules)) : 0),
           gained(aligned(static_cast<size_t>(s.batch) * s.queryHeads * (s.slots + s.chunk) * sizeof(float))),
           fates(aligned(headsOf(s) * (s.slots + s.chunk) * sizeof(int))),
           freed(aligned(headsOf(s) * s.slots * sizeof(int))),
@@ -166,14 +161,16 @@ cudaError_t runLong(Mode mode, PrefillParams const& params, cudaStream_t stream)
 
 template <class T, class S>
 cudaError_t runPrefill(Mode mode, PrefillParams const& params, cudaStream_t stream) {
-    return isShort(params.shape) ? runShort<T, S>(mode, params, stream) : runLong<T, S>(mode, params, stream);
+    return isShort(params.shape, params.rules) ? runShort<T, S>(mode, params, stream)
+                                               : runLong<T, S>(mode, params, stream);
 }
 
 }  // namespace
 
 size_t prefillWorkspaceBytes(AttentionShape const& shape, AttentionRules const& rules) {
-    AttentionShape shorter = shape;
+    AttentionShape shorter = shape;  // the longest short chunk
     shorter.chunk = std::min(shape.chunk, kTileRows);
+    while (shorter.chunk > 1 && !isShort(shorter, rules)) --shorter.chunk;
     return std::max(Workspace(shape, rules).total(), Workspace(shorter, rules).total());
 }
 

@@ -5,7 +5,8 @@
 // for that. For longer chunks, scoreKernel multiplies again: a logit takes 2 D operations, but 8 bytes to write and
 // read. With D = 128 and nominal figures of the GPUs (computed, not measured), that is 0.26 ps against 2.4 ps on an
 // H100 (989 TFLOP/s, 3.35 TB/s) and 3.6 ps against 8.5 ps on an RTX 3090 (71 TFLOP/s with sums in float32, 936 GB/s).
-// The logits of a short chunk may stay in the L2 cache, and keys in int8 or to be turned are converted only once.
+// The logits of a short chunk stay in the L2 cache, which kMostKeptBytes sees to, and keys in int8 or to be turned are
+// converted only once.
 // shortSettleKernel: grid (Hk, B), everything after that.
 #pragma once
 
@@ -15,9 +16,6 @@
 #include "settle.cuh"
 
 namespace less {
-
-// T decides, not a row's valid tokens, so that a row does not depend on the others.
-inline bool isShort(AttentionShape const& s) { return s.chunk <= std::min(kTileRows, longestShortChunk()); }
 
 // ---- attention and scores
 
@@ -33,6 +31,10 @@ struct KeptLogits {
     __device__ __forceinline__ static int columnOf(AttentionShape const& s, bool ofChunk, int index) {
         return ofChunk ? tilesOf(s.slots) * kTileRows + index : index;
     }
+    static size_t bytesOfRow(AttentionShape const& s, AttentionRules const& rules) {
+        if (!keepsScores(rules)) return 0;
+        return static_cast<size_t>(s.queryHeads) * queriesOf(s, rules) * widthOf(s) * sizeof(float);
+    }
     // The first query of the chunk whose logits are kept.
     __device__ __forceinline__ static int firstOf(AttentionRules const& rules, int count) {
         return rules.policy == Policy::kTova ? count - 1 : 0;
@@ -42,6 +44,14 @@ struct KeptLogits {
         return p.logits + above * widthOf(p.shape);
     }
 };
+
+// Most bytes of logits that a row keeps, in the workspace.
+constexpr size_t kMostKeptBytes = size_t{4} << 20;
+
+// T and the layer decide, not how many tokens of a row are valid, which the host does not know, nor the batch.
+inline bool isShort(AttentionShape const& s, AttentionRules const& rules) {
+    return s.chunk <= std::min(kTileRows, longestShortChunk()) && KeptLogits::bytesOfRow(s, rules) <= kMostKeptBytes;
+}
 
 // What a query adds to the score of a key: share * exp(logit - peak).
 struct QueryShare {
