@@ -130,7 +130,7 @@ inline size_t shortSettleBytes(int D) {
 }
 
 template <class T, class S>
-__global__ void __launch_bounds__(kThreads) shortSettleKernel(PrefillParams const p) {
+__global__ void __launch_bounds__(kThreads, 2) shortSettleKernel(PrefillParams const p) {
     LESS_SHARED_MEMORY(raw);
     ChunkHead const h = ChunkHead::of(p, blockIdx.x, blockIdx.y);
     if (h.count <= 0) return;  // parked
