@@ -53,8 +53,8 @@ def summarize(
 ) -> list[Summaries]:
     """Summarise the first ``count`` texts of a .jsonl file (None: all) greedily and score them with ROUGE F1.
 
-    Each line is an object with ``text`` and ``summary``, the reference. The summary is the first line that is not empty.
-    Intervals are by bootstrap over the items.
+    Each line is an object with ``text`` and ``summary``, the reference. The first line of an answer that is not empty
+    is the summary. Intervals are by bootstrap over the items.
 
     Args:
         compare: kinds of caches; if empty, the bundle or model as it is. cache, kernel_file: for a MODEL only.
