@@ -84,6 +84,7 @@ class Chip:
     dram_gb_per_s: float = 3350.0
     copy_share: float = 0.9  # of that, what a copy reaches
     latency_ns: float = 650.0  # of a load from DRAM
+    cache_latency_ns: float = 200.0  # of a load from the L2 cache
     launch_us: float = 2.0
 
 
@@ -199,10 +200,10 @@ def predicted(chip: Chip, kernel: Kernel, layer: LayerSpec, batch: int) -> dict[
     bandwidth = min(copy, min(busiest, resident) * min(blocks, chip.sms) * ahead / chip.latency_ns)
     balance = busiest * min(blocks, chip.sms) / blocks
     memory = moved / bandwidth / 1e3 * balance
-    # Loads that wait for one another: what begins and ends the step; features and splits, four at a time; of two slots
-    # a thread, positions and the logits of two heads at a time.
-    trips = 8 + -(-layer.rank // 4) + -(-splits // 4) + -(-layer.capacity // 256) * (1 + -(-layer.group // 2))
-    merge = trips * chip.latency_ns / 1e3
+    # Loads that wait for one another: what begins and ends the step; splits, four at a time; of two slots a thread,
+    # positions and the logits of two heads at a time; features, two at a time, which are in the L2 cache by then.
+    trips = 8 + -(-splits // 4) + -(-layer.capacity // 256) * (1 + -(-layer.group // 2))
+    merge = (trips * chip.latency_ns + -(-layer.rank // 2) * chip.cache_latency_ns) / 1e3
     micros = chip.launch_us + max(memory, issue) + merge
     share = moved / micros / 1e3 / copy
     parts = {"issue": issue, "memory": memory, "launch and merge": chip.launch_us + merge}

@@ -161,7 +161,7 @@ struct Settling {
     __device__ __forceinline__ void addFeatures(int g, int d, float4& result) const {
         float const* const weights = block.arrays().lowWeights + g * R;
         auto const add = [&](auto const& elements) {
-#pragma unroll 4
+#pragma unroll 2  // registers: four at a time spill on sm_90
             for (int r = 0; r < R; ++r) {
                 float4 const x = elements(r);
                 result.x += weights[r] * x.x;
