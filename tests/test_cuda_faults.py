@@ -52,7 +52,9 @@ pytestmark = pytest.mark.slow
 
 
 #: Faults that cannot be detected here, and why.
-SURVIVORS: dict[str, str] = {}
+SURVIVORS: dict[str, str] = {
+    "prefill: padding is a key": "padding comes after every token of its row, so that causality hides it",
+}
 
 
 def _halves(rng: np.random.Generator, layer: LayerSpec, positions: np.ndarray) -> Arrays:
