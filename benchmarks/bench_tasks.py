@@ -2,7 +2,9 @@
 
 Three bundles of a model are exported into ``--work``, and lm-evaluation-harness runs each task over each of them. LESS
 has the slots that its kernels were trained with; layers that training left without a low-rank term are the same in
-both. Bundles that evict are fed one token a step. Items of most tasks are short, so each has as many
+both. ``--kinds fewer`` runs one with the slots of LESS and no state: what the state does, and what its bytes would do.
+
+Bundles that evict are fed one token a step. Items of most tasks are short, so each has as many
 examples before it as fill several times the slots; the paper's five would leave some tasks without any eviction. The
 examples are the first of the file, the same for all items, and the items come after them. ``--data`` holds the tasks as
 JSON lines. With ``--summaries``, a file of articles, summaries are scored with ROUGE. The result is
@@ -41,7 +43,7 @@ from less_export.less.feature_maps import Kernels
 from less_export.less.memory import extra_tokens, layer_bytes
 
 FILE = RESULTS / "tasks.json"
-KINDS = ("full", "sparse", "less")
+KINDS = ("full", "sparse", "less", "fewer")
 #: Most tokens of an item, the context of the full cache.
 LENGTH = 2048
 #: Rows of a bundle; tokens per step of the full cache, whose results do not depend on it.
@@ -100,7 +102,7 @@ def budgets(plan: Sequence[LayerSpec], kernels: Kernels, dtype: str) -> dict[str
     sparse = dict(less)
     for i, maps in kernels.layers.items():
         sparse[i] += extra_tokens(replace(plan[i], absorb=True, rank=maps.rank, capacity=less[i]), dtype)
-    return {"sparse": sparse, "less": less}
+    return {"sparse": sparse, "less": less, "fewer": dict(less)}
 
 
 def configurations(model: str, file: Path, constants: Path) -> dict[str, ExportConfig]:
@@ -137,12 +139,13 @@ def configurations(model: str, file: Path, constants: Path) -> dict[str, ExportC
     return {"full": replace(common, policy="full", chunk=CHUNK), **found}
 
 
-def bundles(model: str, file: Path, digest: str, work: Path, progress: Bars) -> dict[str, Path]:
+def bundles(model: str, file: Path, digest: str, work: Path, kinds: Sequence[str], progress: Bars) -> dict[str, Path]:
     """The exports in ``work``, by kind; those that are there already are kept."""
     work.mkdir(parents=True, exist_ok=True)
     name = resolve(model).name.replace("/", "-")
     found = {}
-    for kind, config in configurations(model, file, work / f"{digest}.constants.safetensors").items():
+    made = configurations(model, file, work / f"{digest}.constants.safetensors")
+    for kind, config in ((kind, made[kind]) for kind in kinds):
         path = work / (f"{name}-full" if kind == "full" else f"{name}-{digest}-{kind}")
         if not path.exists():
             progress.say(f"exporting {path.name}")
@@ -259,6 +262,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="of the bundles, which are kept")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="the tasks, TASK.jsonl each")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=list(TASKS), metavar="TASK", help="(default: all)")
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS[:3],
+        metavar="KIND",
+        help="of caches (default: the first three)",
+    )
     parser.add_argument("--items", type=int, default=100, metavar="N", help="of each task (default: 100)")
     parser.add_argument("--summaries", type=Path, metavar="FILE", help="articles with summaries, JSON lines")
     parser.add_argument("--articles", type=int, default=50, metavar="N", help="with --summaries (default: 50)")
@@ -270,7 +281,7 @@ def main() -> None:
     digest = hashlib.sha256(args.kernels.read_bytes()).hexdigest()[:12]
     policy = Kernels.load(args.kernels).provenance["policy"]
     file: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
-    exported = bundles(args.model, args.kernels, digest, args.work, progress)
+    exported = bundles(args.model, args.kernels, digest, args.work, args.kinds, progress)
 
     def measure(task: str, limit: int, facts: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> None:
         for kind, bundle in exported.items():

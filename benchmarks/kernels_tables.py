@@ -95,8 +95,12 @@ def tasks(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         among = ""
         if "among" in less:
             among = _change(np.array(less["among"]) - np.array(caches["sparse"]["among"]), 3)
-        rows.append([*what, _change(gold["less"] - gold["sparse"], 3), among])
-    return [*header, "LESS - int8 slots, right answer", "among the choices"], rows
+        state = ["", ""]
+        if fewer := caches.get("fewer"):
+            state = [_accuracy(fewer["right"]), _change(gold["less"] - np.array(fewer["gold"]), 3)]
+        rows.append([*what, _change(gold["less"] - gold["sparse"], 3), among, *state])
+    header += ["LESS - int8 slots, right answer", "among the choices"]
+    return [*header, "LESS without its state", "what the state adds, right answer"], rows
 
 
 def summaries(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -114,8 +118,8 @@ def summaries(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _compared(data: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, dict[str, Any]]]:
-    """Rows by cache, for each task and kernels that all caches were measured of, on as many items; the full cache has
-    no kernels, and is compared with those of all."""
+    """Rows by cache, for each task and kernels that all of TASK_CACHES were measured of, on as many items; the full
+    cache has no kernels, and is compared with those of all."""
     chosen = [row for row in data["rows"] if wanted(row)]
     full = {(row["model"], row["task"], row["limit"]): row for row in chosen if row["kind"] == "full"}
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
@@ -123,7 +127,7 @@ def _compared(data: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) ->
         key = (row["model"], row["task"], row["limit"])
         if row["kind"] != "full" and key in full:
             found.setdefault((*key, row["kernels"]), {"full": full[key]})[row["kind"]] = row
-    return [caches for caches in found.values() if caches.keys() == TASK_CACHES.keys()]
+    return [caches for caches in found.values() if caches.keys() >= TASK_CACHES.keys()]
 
 
 def _change(values: np.ndarray, digits: int) -> str:
