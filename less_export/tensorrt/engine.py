@@ -280,6 +280,9 @@ def _build(
     config = _configure(module, builder, profiles(contract, by_index), archs)
     if library is not None:
         config.set_preview_feature(module.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        # TensorRT-RTX 1.2: without it, a step may allocate memory, and cannot be captured into a CUDA graph.
+        if flag := getattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION", None):
+            config.set_flag(flag)
         if _embeds(chosen):
             config.plugins_to_serialize = [os.fspath(library)]
     monitor = implement(  # bound to a name: TensorRT does not keep it alive
