@@ -20,7 +20,7 @@ from . import emulation
 from .emulation import emulated, kernel_layer, normal
 from .oracle import TOKENS
 from .plugin_host import Plugin, describe, described, harness, log, plugin_run
-from .scenarios import POISON, Run, follow, play, scenario
+from .scenarios import POISON, Run, Step, follow, play, scenario
 from .test_ops import empty
 
 #: Of three rows: prefill, decode, parked rows, prefill past the budget, and a chunk that reads what was absorbed.
@@ -47,6 +47,16 @@ def usual() -> Iterator[None]:
 def layer_of(policy: str, group: int, options: dict[str, Any], slots: int = 90, kv_heads: int = 2) -> LayerSpec:
     rank = 1 if policy == "window" else 8
     return replace(kernel_layer(policy, slots, 40, group, rank, kv_heads), **options)
+
+
+def unpadded(steps: Sequence[Step]) -> list[Step]:
+    """Steps as wide as their longest row: a single token goes to decode."""
+    widths = [max(1, int(s.inputs["new_length"].max())) for s in steps]
+    assert 1 in widths
+    return [
+        replace(s, inputs={n: x[:, :, :width] if n in TOKENS else x for n, x in s.inputs.items()})
+        for s, width in zip(steps, widths, strict=True)
+    ]
 
 
 def poisoned(x: np.ndarray) -> np.ndarray:
@@ -87,7 +97,7 @@ def scattered(run: Run, layer: LayerSpec, places: Sequence[int] | None = None) -
 
 def check_scattered(layer: LayerSpec, dtype: str, path: Path | None = None, in_place: bool = True) -> None:
     """Compare all bits of all steps with those of rows in order."""
-    steps = scenario(layer, LENGTHS, 6, normal(dtype))
+    steps = unpadded(scenario(layer, LENGTHS, 6, normal(dtype)))
     fresh = empty(layer, emulation.DTYPES[dtype], len(LENGTHS[0]))
     for blocks in (512, 1):  # decode with the slots of a head split over blocks, and in one
         emulation.set_blocks(blocks, path)
@@ -139,7 +149,7 @@ def padded(run: Run, layer: LayerSpec) -> Run:
 
 def check_padded(layer: LayerSpec, dtype: str, lengths: Sequence[tuple[int, ...]], path: Path | None = None) -> None:
     """Compare all bits of all steps with those without parked rows."""
-    steps = scenario(layer, lengths, 6, normal(dtype))
+    steps = unpadded(scenario(layer, lengths, 6, normal(dtype)))
     fresh = empty(layer, emulation.DTYPES[dtype], len(lengths[0]))
     for blocks in (512, 1):
         emulation.set_blocks(blocks, path)
