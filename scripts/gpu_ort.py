@@ -18,6 +18,7 @@ from typing import Any
 import onnxruntime
 from bench_common import random_checkpoint
 from gpu_engine import difference
+from ort_load import PROVIDERS
 
 import less_export
 from less_export.runtime.ort import OrtBackend
@@ -29,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "operator": {"operator": "native", "cuda_graphs": False},
     "nodes": {"operator": "onnx"},
 }
-DTYPE, PROVIDER = "float32", "CUDAExecutionProvider"
+DTYPE = "float32"
 
 
 def steps(options: Mapping[str, Any]) -> str:
@@ -42,30 +43,34 @@ def steps(options: Mapping[str, Any]) -> str:
             return difference(backend, OrtBackend(contract, path, threads=1, operator="onnx"))
 
 
-def speed(options: Mapping[str, Any]) -> str:
-    """Tokens per second of two layers of TinyLlama's shape."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        random_checkpoint(folder / "model", "float16", layers=2)
-        common: dict[str, Any] = {"target": "ort", "dtype": "float16", "budget": "256", "validate": False}
-        less_export.export(str(folder / "model"), folder / "bundle", less_export.ExportConfig(**common))
-        model = less_export.open_bundle(folder / "bundle", "ort", **options)
-        model.generate([[1, 2, 3] * 100], max_new_tokens=200)
+def exported(folder: Path) -> Path:
+    """A bundle of two layers of TinyLlama's shape."""
+    random_checkpoint(folder / "model", "float16", layers=2)
+    common: dict[str, Any] = {"target": "ort", "dtype": "float16", "budget": "256", "validate": False}
+    less_export.export(str(folder / "model"), folder / "bundle", less_export.ExportConfig(**common))
+    return folder / "bundle"
+
+
+def speed(bundle: Path, options: Mapping[str, Any]) -> str:
+    """Tokens per second of a bundle."""
+    model = less_export.open_bundle(bundle, "ort", **options)
+    model.generate([[1, 2, 3] * 100], max_new_tokens=200)
     return f"{model.timing.decode_rate:.1f} tokens/s (2 layers of TinyLlama's shape, float16)"
 
 
-def measured(dry_run: bool) -> dict[str, Any]:
-    """Of each way to run a graph: whether its steps agree, and its speed."""
+def measured(dry_run: bool, folder: Path) -> dict[str, Any]:
+    """Of each way to run a graph: whether its steps agree, and its speed. ``folder`` is for files, and empty."""
     outcomes: dict[str, Any] = {"failed": []}
-    if not dry_run and PROVIDER not in onnxruntime.get_available_providers():
+    if not dry_run and PROVIDERS[0] not in onnxruntime.get_available_providers():
         return dict.fromkeys(KINDS, "not run: ONNX Runtime has no CUDA provider here (pip install onnxruntime-gpu)")
+    bundle = None if dry_run else exported(folder)
     for kind, options in KINDS.items():
         provider = {"threads": 1} if dry_run else {"provider": "cuda"}
         try:
             wrong = steps({**options, **provider})
             outcomes["failed"] += [f"{kind}: {wrong}"] if wrong else []
             outcomes[f"{kind}, steps"] = wrong or "agree"
-            outcomes[kind] = "not timed" if dry_run else speed({**options, **provider})
+            outcomes[kind] = "not timed" if bundle is None else speed(bundle, {**options, **provider})
         except Exception as error:
             outcomes[kind] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             outcomes["failed"].append(f"{kind}: {outcomes[kind]}")
@@ -73,4 +78,5 @@ def measured(dry_run: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measured("--dry-run" in sys.argv)))
+    with tempfile.TemporaryDirectory() as scratch:
+        print(json.dumps(measured("--dry-run" in sys.argv, Path(scratch))))

@@ -14,7 +14,6 @@ With ``--operator`` graphs are loaded with the native operator too (``less-expor
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from bench_common import RESULTS, TINYLLAMA, kernels, random_checkpoint
 from ort_load import PROVIDERS
 
 from less_export import ExportConfig, export
+from less_export.native import nvcc
 from tests import test_cuda_operator, test_ops
 
 SMALL = {
@@ -73,14 +73,6 @@ def exported(folder: Path) -> Iterator[tuple[str, Path]]:
             path = folder / f"{name}-{half}.onnx"
             path.write_bytes(test_ops.model_of(layer, half))
             yield f"one layer, {name}, {'float16' if half else 'float32'}", path
-
-
-def driver() -> bool:
-    """Whether this machine has CUDA's driver."""
-    try:
-        return bool(ctypes.CDLL("libcuda.so.1"))
-    except OSError:
-        return False
 
 
 def logged(
@@ -156,7 +148,7 @@ def main() -> int:
         sys.exit("ort_cuda_nodes: this ONNX Runtime was built without CUDA: pip install onnxruntime-gpu")
     with tempfile.TemporaryDirectory() as name:
         folder, libraries = Path(name), None
-        if not driver():
+        if nvcc.gpu_arch() is None:  # no driver, or no GPU
             libraries = folder
             capi = Path(onnxruntime.__file__).parent / "capi"
             cuda_stand_in.build(capi / "libonnxruntime_providers_cuda.so", folder)
