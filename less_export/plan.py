@@ -201,6 +201,11 @@ def sparse_layer(layer: LayerSpec, slots: int) -> LayerSpec:
     return replace(layer.without_state(), heavy=heavy, recent=recent, capacity=slots)
 
 
+def resized(layer: LayerSpec, slots: int) -> LayerSpec:
+    """The layer with ``slots`` slots, split as its policy splits a budget, and its low-rank term."""
+    return replace(sparse_layer(layer, slots), absorb=layer.absorb, rank=layer.rank, state_bits=layer.state_bits)
+
+
 def exact_layer(layer: LayerSpec, context: int) -> LayerSpec:
     """The layer with every token that it would see without LESS, at its true distance, in the compute dtype."""
     distance = None if layer.max_distance is None else max(layer.max_distance, context)

@@ -15,13 +15,15 @@ from less_export import export, open_bundle
 from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec, Policy
 from less_export.errors import UsageError
+from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.sources import resolve
 from less_export.hf.surgery import discover
-from less_export.less.feature_maps import Kernels
+from less_export.less.feature_maps import Kernels, random_kernels
 from less_export.plan import exact_layer, layer_tokens, plan_layers, sparse_layer
 from less_export.progress import Silent
 from less_export.runtime.torch import ModelBackend
-from less_export.training import allocate
+from less_export.training import allocate, end_to_end
+from less_export.training.end_to_end import Comparison, Measured
 
 from .training_support import model_folder, sliding_folder, text, trained
 
@@ -100,7 +102,7 @@ def test_costs_are_those_of_a_streaming_run_in_which_one_layer_evicts(text: Path
     layers = discover(model)
     layer_plan = plan_layers(layers, ExportConfig(budget="8"), 48, dict.fromkeys(range(2), 2))
     ids = torch.randint(3, 60, (allocate.SEQUENCES + 1, 48), generator=torch.Generator().manual_seed(1))
-    result = allocate.measure(model, ids, layer_plan, [0, 1], Silent())
+    result = allocate.measure(LayerwiseDecoder(model, layer_plan), ids, layer_plan, [0, 1], Silent())
     assert {i: sorted(at) for i, at in result.items()} == {0: [4, 8, 16], 1: [4, 8, 16]}
 
     def stream(caches: list[LayerSpec]) -> torch.Tensor:
@@ -122,12 +124,30 @@ def test_costs_are_those_of_a_streaming_run_in_which_one_layer_evicts(text: Path
         assert divergence > 1e-4
 
 
+@pytest.mark.slow
+def test_costs_with_kernels_are_those_of_the_layer_with_its_state(tmp_path: Path) -> None:
+    model = resolve(str(model_folder(tmp_path / "model"))).load(torch.float32)
+    layer_plan = plan_layers(discover(model), ExportConfig(budget="8", slots="model"), 48, {0: 2, 1: 2})
+    ids = torch.randint(3, 60, (allocate.SEQUENCES, 48), generator=torch.Generator().manual_seed(1))
+    kernels = random_kernels([s.heads for s in layer_plan], [1], 2, 8)
+    decoder = LayerwiseDecoder(model, layer_plan)
+    result = allocate.measure(decoder, ids, layer_plan, [0, 1], Silent(), maps=kernels.layers)
+    without = allocate.measure(decoder, ids, layer_plan, [0, 1], Silent())
+    assert result[0] == without[0]
+    plan = [exact_layer(layer_plan[0], 48), layer_plan[1]]
+    compared = Comparison(decoder, ids, plan, 1, {}, ())
+    at = torch.arange(17, 47)
+    wanted = sum(float(compared.divergence(row, 48, at, kernels.layers).mean()) for row in range(len(ids))) / len(ids)
+    assert result[1][8] == pytest.approx(wanted, rel=1e-4)
+    assert result[1][8] != pytest.approx(without[1][8], rel=1e-2)
+
+
 def test_no_slots_beyond_a_window(tmp_path: Path) -> None:
     model = resolve(str(sliding_folder(tmp_path / "model"))).load(torch.float32)
     config = ExportConfig(budget="10", compress_sliding=True)
     layer_plan = plan_layers(discover(model), config, 48, dict.fromkeys(range(2), 2))
     ids = torch.randint(3, 60, (2, 48), generator=torch.Generator().manual_seed(1))
-    result = allocate.measure(model, ids, layer_plan, [0, 1], Silent())
+    result = allocate.measure(LayerwiseDecoder(model, layer_plan), ids, layer_plan, [0, 1], Silent())
     assert {i: sorted(at) for i, at in result.items()} == {0: [4, 10, 14], 1: [4, 10, 20]}
 
 
@@ -159,6 +179,29 @@ def test_training_divides_the_budget_and_says_how(text: Path, tmp_path: Path, mo
     assert slots != {0: 8, 1: 8}, "a division that changes nothing tests nothing"
     _, again = trained(folder, text, layer_budgets=facts["layer_budgets"], steps=5)
     assert [(r.slots, r.less) for r in again] == [(r.slots, r.less) for r in reports]
+
+
+@pytest.mark.slow
+def test_the_budget_is_divided_again_by_what_eviction_costs_with_kernels(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels that are measured are the fitted ones, and the new slots are those they are tuned with."""
+    seen: list[tuple[LayerSpec, ...]] = []
+    monkeypatch.setattr(end_to_end, "choose", lambda maps, plan, *_: seen.append(plan) or Measured(1, 2, 2, {}, plan))
+    file, reports = trained(
+        model_folder(tmp_path / "model"), text, layer_budgets="auto", steps=40, end_to_end=True, tune_steps=1
+    )
+    facts = Kernels.load(file).provenance
+    costs, again = (
+        {int(i): {int(n): x for n, x in at.items()} for i, at in facts[name].items()}
+        for name in ("eviction_costs", "eviction_costs_with_kernels")
+    )
+    first = allocate.divide(costs, [spec(8)] * 2)
+    second = allocate.divide(again, [spec(n) for n in first.values()])
+    assert {i: s.capacity for i, s in enumerate(seen[0])} == second == {r.layer: r.slots for r in reports}
+    both = [(i, n) for i in costs for n in costs[i].keys() & again[i].keys()]
+    assert both
+    assert all(again[i][n] < costs[i][n] for i, n in both), "a state that does good makes eviction cheaper"
 
 
 @pytest.mark.parametrize("budget", [2, 3])

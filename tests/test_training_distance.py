@@ -16,10 +16,13 @@ from less_export.evaluation import perplexity
 from less_export.evaluation.subject import open_subject
 from less_export.evaluation.variants import Variant
 from less_export.hf import rotary as probes
+from less_export.hf.layerwise import LayerwiseDecoder
+from less_export.hf.rotary import arranged
 from less_export.hf.weights import bare_model
 from less_export.less import rotary, simulate
 from less_export.less.feature_maps import Kernels
-from less_export.training import divergence, fit, initialisation, job
+from less_export.plan import exact_layer
+from less_export.training import attention, fit, initialisation, job
 from less_export.training.additions import Addition
 
 from . import bundles
@@ -82,8 +85,11 @@ def test_full_caches_are_the_models_own(tmp_path: Path) -> None:
     tables = probes.tables(probes.probe(bare_model(model.config, torch.float32)), LENGTH)
     ids = torch.arange(LENGTH) * 7 % 300
     positions = torch.arange(5, LENGTH - 1)
-    got = divergence.full_cache(model, ids, [replace(s, max_distance=99) for s in plan], positions, tables)
+    caches, decoder = [exact_layer(s, LENGTH) for s in plan], LayerwiseDecoder(model, plan)
     with torch.no_grad():
+        passed = decoder.run(ids[None], lambda call: attention.attend(*arranged(call, tables), caches, {}, {}), False)
+        assert passed.last is not None
+        got = decoder.log_probabilities(passed.last[0, positions])
         want = torch.log_softmax(model(input_ids=ids[None]).logits[0, positions], -1)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 

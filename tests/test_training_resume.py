@@ -133,7 +133,7 @@ def same(folder: Path, whole: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, None])
-@pytest.mark.parametrize("name", ["layer_budgets.json", "layer_0.safetensors"])
+@pytest.mark.parametrize("name", ["eviction_costs.json", "layer_0.safetensors"])
 def test_damaged_while_layers_are_fitted(
     name: str, damage: str | None, while_fitting: Path, text: Path, tmp_path: Path, whole: dict[str, torch.Tensor]
 ) -> None:
@@ -175,7 +175,7 @@ def test_whole_activations_are_not_collected_again(
 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, None])
-@pytest.mark.parametrize("name", ["end_to_end.pt", "layer_1.safetensors"])
+@pytest.mark.parametrize("name", ["end_to_end.pt", "layer_1.safetensors", "eviction_costs_with_kernels.json"])
 def test_damaged_in_the_last_stage(
     name: str, damage: str | None, while_tuning: Path, text: Path, tmp_path: Path, whole: dict[str, torch.Tensor]
 ) -> None:
@@ -194,7 +194,7 @@ def test_a_layers_file_of_another_layer(while_tuning: Path, tmp_path: Path) -> N
     assert work.load_layer(tmp_path / "facts", 0) is None
 
 
-@pytest.mark.parametrize("name", ["layer_budgets.json", "layer_0.safetensors", "collected.json"])
+@pytest.mark.parametrize("name", ["eviction_costs.json", "layer_0.safetensors", "collected.json"])
 def test_a_file_that_cannot_be_read_is_named(name: str, while_fitting: Path, text: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(while_fitting, tmp_path / "copy")
     (left,) = folder.glob(".model.safetensors.*")
@@ -265,7 +265,16 @@ def test_a_folder_that_another_training_has_just_removed(tmp_path: Path, monkeyp
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("name", ["layer_budgets.json", "collected.json", "layer_1.safetensors", "end_to_end.pt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eviction_costs.json",
+        "collected.json",
+        "layer_1.safetensors",
+        "eviction_costs_with_kernels.json",
+        "end_to_end.pt",
+    ],
+)
 def test_a_disk_that_is_full_while_work_is_saved(
     name: str, text: Path, tmp_path: Path, whole: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +294,7 @@ def test_a_disk_that_is_full_while_work_is_saved(
     fitted, true = [], fit.fit
     monkeypatch.setattr(fit, "fit", lambda *args: fitted.append(args[0].layer) or true(*args))
     trained(folder, text, **OPTIONS)
-    assert len(fitted) == {"layer_1.safetensors": 1, "end_to_end.pt": 0}.get(name, 2)
+    assert len(fitted) == {"eviction_costs.json": 2, "collected.json": 2, "layer_1.safetensors": 1}.get(name, 0)
     assert same(tmp_path, whole)
 
 
@@ -298,5 +307,10 @@ def test_a_device_is_no_kernel_file(text: Path, tmp_path: Path) -> None:
 
 def test_costs_are_saved_as_they_were_measured(while_tuning: Path) -> None:
     (left,) = while_tuning.glob(".model.safetensors.*")
-    costs = json.loads(work.load(left / "layer_budgets.json") or b"")
+    costs, again = (
+        json.loads(work.load(left / f"{name}.json") or b"")
+        for name in ("eviction_costs", "eviction_costs_with_kernels")
+    )
     assert {(i, slots) for i, slots, _ in costs} == {(i, slots) for i in (0, 1) for slots in (4, 8, 16)}
+    assert {i for i, _, _ in again} == {0, 1}
+    assert again != costs

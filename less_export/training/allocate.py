@@ -2,25 +2,30 @@
 
 One layer at a time evicts, at several budgets, and the model's next-token distributions are compared with those of its
 full cache. The total is then divided so that the sum of these costs is smallest. That the costs of layers add up is an
-assumption; ``benchmarks`` measures the result.
+assumption; ``benchmarks`` measures the result. Costs are measured twice: without low-rank terms, for the slots that
+kernels are fitted with, and with these kernels, for the slots that they are tuned and served with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..contract import LayerSpec
+from ..hf.layerwise import LayerwiseDecoder, Passed
+from ..hf.rotary import arranged
+from ..hf.surgery import AttentionCall
+from ..less.feature_maps import FeatureMap
 from ..less.int8 import Centring
 from ..less.rotary import RotaryTable
-from ..plan import exact_layer, sparse_layer
+from ..plan import exact_layer, resized
 from ..progress import Progress
-from .divergence import divergence, full_cache
+from .attention import attend
 
 #: Budgets to measure, as shares of the layer's own; the smallest and the largest bound what a layer can get.
 SHARES = (0.25, 0.5, 1.0, 2.0)
@@ -35,33 +40,52 @@ Costs = Mapping[int, Mapping[int, float]]
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, ids: Tensor, plan: Sequence[LayerSpec], layers: Sequence[int], progress: Progress,
+    decoder: LayerwiseDecoder, ids: Tensor, plan: Sequence[LayerSpec], layers: Sequence[int], progress: Progress,
     centring: Mapping[int, Centring] | None = None, rotary: Sequence[RotaryTable] = (),
+    maps: Mapping[int, FeatureMap] = MappingProxyType({}),
 ) -> dict[int, dict[int, float]]:  # fmt: skip
     """Measure the cost of eviction in each of ``layers`` alone, at each of :data:`SHARES` of its budget.
 
     Args:
         ids: [N,T], of which the first :data:`SEQUENCES` are used. plan: every layer's cache. centring: of keys in int8
-            slots, by layer. rotary: tables of distances below T, for plans that limit distances.
+            slots, by layer. rotary: tables of distances below T, for plans that limit distances. maps: kernels by
+            layer; layers without them evict without a low-rank term.
 
     Returns:
         By layer and slots: mean KL divergence from the full cache's next-token distribution, in nats per token, at
             positions past the largest budget.
     """
     full_caches = [exact_layer(s, ids.shape[1]) for s in plan]
-    budgets = {i: sorted({_slots(plan[i], share, ids.shape[1]) for share in SHARES}) for i in layers}
+    budgets = {i: sorted({_slots(plan[i], share, ids.shape[1]) for share in SHARES}) for i in sorted(layers)}
     start = max(map(max, budgets.values())) + 1
-    positions = torch.linspace(start, ids.shape[1] - 2, _POSITIONS).long().unique()
+    positions = torch.linspace(start, ids.shape[1] - 2, _POSITIONS).long().unique().to(decoder.model.device)
     costs = {i: dict.fromkeys(slots, 0.0) for i, slots in budgets.items()}
-    rows = ids[:SEQUENCES]
+    rows, constants = ids[:SEQUENCES].split(1), centring or {}
+
+    def run(row: Tensor, caches: Sequence[LayerSpec], begin: int, hidden: Tensor | None, stop: int | None) -> Passed:
+        """Run the layers from ``begin``, whose input is ``hidden``, to the input of ``stop``, or to the head."""
+
+        def handler(call: AttentionCall) -> Tensor:
+            return attend(*arranged(call, rotary), caches, maps, constants)
+
+        return decoder.run(row, handler, not rotary, begin, hidden, stop, stop)
+
+    def predicted(passed: Passed) -> Tensor:
+        assert passed.last is not None
+        return decoder.log_probabilities(passed.last[0, positions])
+
     runs = len(rows) * sum(map(len, budgets.values()))
     with progress.phase("measuring the cost of eviction in each layer", runs) as step:
         for row in rows:
-            reference = full_cache(model, row, full_caches, positions, rotary)
-            for i, by_slots in costs.items():
+            reference = predicted(run(row, full_caches, 0, None, None))
+            begin, hidden = 0, None
+            for i, by_slots in costs.items():  # what the layers below it do is the same whatever its cache
+                hidden = run(row, full_caches, begin, hidden, i).kept
+                begin = i
                 for slots in by_slots:
-                    caches = [*full_caches[:i], sparse_layer(plan[i], slots), *full_caches[i + 1 :]]
-                    cost = float(divergence(reference, model, row, caches, {}, positions, centring, rotary))
+                    caches = [*full_caches[:i], resized(plan[i], slots), *full_caches[i + 1 :]]
+                    other = predicted(run(row, caches, i, hidden, None))
+                    cost = float((reference.exp() * (reference - other)).sum(-1).mean())
                     by_slots[slots] += cost / len(rows)
                     step(f"layer {i}, {slots} slots: {cost:.4f}")
     return costs

@@ -30,7 +30,7 @@ from ..less.rotary import RotaryTable
 from ..plan import sparse_layer
 from ..progress import Progress
 from . import work
-from .divergence import attend
+from .attention import attend
 
 #: Vocabularies up to this size are compared whole; of larger ones the corpus's own tokens and as many again.
 _VOCABULARY = 65_536

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..errors import LessExportError, UsageError
 from ..hf import calibration, running
 from ..hf.layerwise import LayerwiseDecoder
 from ..less.feature_maps import FeatureMap, Kernels
-from ..plan import sparse_layer
+from ..plan import resized
 from ..progress import AnyProgress, as_progress
 from . import allocate, card, collect, end_to_end, fit, work
 from .additions import Addition, additions
@@ -36,10 +36,10 @@ from .preparation import TrainJob, prepare
 class LayerReport:
     """One layer: its errors when it was fitted, see :class:`~less_export.training.fit.Errors`.
 
-    slots: those to serve it with: more than it was fitted with if the file has no kernels for it because the bytes of
-    its low-rank term are worth more in slots. used: whether the file has kernels for it. gain: how much larger the
-    divergence of the model on held-back text is with these bytes in slots, in nats per token, once all layers have
-    been tuned together; None if they were not.
+    slots: those to serve it with: others than it was fitted with if the budget was divided again, or if the file
+    has no kernels for it because the bytes of its low-rank term are worth more in slots. used: whether the file has
+    kernels for it. gain: how much larger the divergence of the model on held-back text is with these bytes in
+    slots, in nats per token, once all layers have been tuned together; None if they were not.
     """
 
     layer: int
@@ -98,6 +98,8 @@ def _train(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
         if job.config.divided:
             _divide(job)
         _fit_all(job)
+        if job.config.divided and job.config.tuned:
+            _divide(job, _used(_fitted(job)))
         return _finish(job, out)
     except BaseException:
         with contextlib.suppress(OSError):  # fails, and keeps the folder, if it holds finished layers
@@ -120,11 +122,19 @@ def _centre(job: TrainJob) -> None:
     job.centring = work.written(work.load_kernels(file), file).centring
 
 
-def _divide(job: TrainJob) -> None:
-    """Divide the budget among the layers; the first process measures the costs and saves them beside the layers."""
-    file = job.work / "layer_budgets.json"
+def _divide(job: TrainJob, maps: Mapping[int, FeatureMap] | None = None) -> None:
+    """Divide the budget among the layers; the first process measures the costs and saves them beside the layers.
+
+    ``maps``: kernels that were fitted with the present division; by default there are none yet.
+    """
+    name = "eviction_costs" if maps is None else "eviction_costs_with_kernels"
+    file = job.work / f"{name}.json"
     if job.processes.first and work.load(file, job.progress) is None:
-        measured = allocate.measure(job.model(), job.ids, job.plan, job.layers, job.progress, job.centring, job.rotary)
+        used = {i: m.to(job.device) for i, m in (maps or {}).items()}
+        measured = allocate.measure(
+            LayerwiseDecoder(job.model(), job.plan), job.ids, job.plan, job.layers, job.progress, job.centring,
+            job.rotary, used,
+        )  # fmt: skip
         work.save(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
     job.processes.wait()
     costs: dict[int, dict[int, float]] = {i: {} for i in job.layers}
@@ -133,11 +143,11 @@ def _divide(job: TrainJob) -> None:
     divided = allocate.divide(costs, job.plan)
     plan = list(job.plan)
     for i, slots in divided.items():
-        plan[i] = replace(sparse_layer(plan[i], slots), absorb=True, rank=plan[i].rank, state_bits=plan[i].state_bits)
+        plan[i] = resized(plan[i], slots)
     job.plan = tuple(plan)
     job.facts |= {
         **allocate.provenance({i: plan[i] for i in divided}),
-        "eviction_costs": {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()},
+        name: {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()},
     }
     job.progress.say(f"budgets of the layers: {job.facts['layer_budgets']}")
 
@@ -206,8 +216,8 @@ def _collect(
     job.processes.wait()  # all have looked before the first writes
     if begin == layer:
         return
-    below = {i: work.written(work.load_layer(job.layer_file(i), i), job.layer_file(i)) for i in job.layers if i < layer}
-    maps = {i: k.layers[i].to(job.device) for i, k in below.items() if k.provenance["used"]}
+    below = _used(_fitted(job, layer))
+    maps = {i: m.to(job.device) for i, m in below.items()}
     if job.processes.first:
         activations.reserve(layer)
     job.processes.wait()
@@ -248,13 +258,23 @@ def _fit_layer(job: TrainJob, layer: int, activations: collect.Activations, addi
     work.save_layer(job.layer_file(layer), layer, feature_map.cpu(), facts)
 
 
+def _fitted(job: TrainJob, end: int | None = None) -> dict[int, Kernels]:
+    """The fitted layers, or those below ``end``, each in kernels of its own."""
+    files = {i: job.layer_file(i) for i in job.layers if end is None or i < end}
+    return {i: work.written(work.load_layer(file, i), file) for i, file in files.items()}
+
+
+def _used(fitted: Mapping[int, Kernels]) -> dict[int, FeatureMap]:
+    """The feature maps that make their layers better."""
+    return {i: kernels.layers[i] for i, kernels in fitted.items() if kernels.provenance["used"]}
+
+
 def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     """Join the layers, tune them together if configured, and write the file (first process only)."""
-    files = {i: job.layer_file(i) for i in job.layers}
-    loaded = {i: work.written(work.load_layer(file, i), file) for i, file in files.items()}
+    loaded = _fitted(job)
     job.processes.wait()  # all must have read them before the first deletes them
     reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
-    maps = {r.layer: loaded[r.layer].layers[r.layer] for r in reports if r.used}
+    maps = _used(loaded)
     for feature_map in maps.values():
         feature_map.length = job.length
     device = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
@@ -264,7 +284,7 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
             maps, plan, tuning = _tune(job, maps)
             facts["end_to_end"] = tuning
             if plan != job.plan:
-                facts |= allocate.provenance({i: plan[i] for i in files})
+                facts |= allocate.provenance({i: plan[i] for i in loaded})
             gains = {int(i): gain for i, gain in tuning["gains"].items()}
             reports = tuple(
                 replace(r, slots=plan[r.layer].capacity, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports
