@@ -1,8 +1,9 @@
 """What trained kernels add to int8 slots: KL from the full cache, against a sparse cache of the same bytes.
 
 Sequences of held-out text run through the simulation, one token a step. Every cache takes the bytes of the given budget
-in 16-bit slots, in every evicting layer: LESS has fewer slots than the sparse cache, as its state costs bytes, and its
-kernels must have been trained with that number, which ``--print-slots`` shows. The last cache has the slots of LESS and
+in 16-bit slots, in all evicting layers together: LESS has fewer slots than the sparse cache, as its state costs bytes.
+Train its kernels with the number that ``--print-slots`` shows, in every layer or divided among them; where they are
+divided, a sparse cache with the bytes of LESS in each layer is measured too. The last cache has the slots of LESS and
 no state: what the state does, and what its bytes would do as slots. Layers that evict nothing are exact in all of them.
 ``benchmarks/results/kernels.json`` is written after every text; texts that are in it already, with the same kernels,
 are not measured again.
@@ -29,8 +30,8 @@ from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.model import open_model
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
-from less_export.less.memory import layer_bytes
-from less_export.plan import sparse_layer
+from less_export.less.memory import extra_tokens, layer_bytes
+from less_export.plan import resized, sparse_layer
 from less_export.training.end_to_end import Comparison
 from less_export.training.options import DEFAULT_RANK
 
@@ -38,24 +39,36 @@ FILE = RESULTS / "kernels.json"
 #: Context that a budget in percent refers to.
 CONTEXT = 1024
 STRIDE, DTYPE = 8, "bfloat16"
-KINDS = ("16-bit", "sparse", "less", "fewer")
+KINDS = ("16-bit", "sparse", "divided", "less", "fewer")
+#: Largest part of the bytes that LESS may leave to the other caches: slots are whole.
+UNUSED = 0.02
 
 
-def caches(layer: LayerSpec, slots: int) -> dict[str, LayerSpec]:
-    """The caches of a layer that take the bytes of ``slots`` slots in 16 bits, and LESS without its state.
+def most(layer: LayerSpec, room: int) -> LayerSpec:
+    """The layer with as many slots as fit in ``room`` bytes."""
+    return resized(layer, max(n for n in range(1, room) if layer_bytes(layer, DTYPE, n) <= room))
 
-    ``layer`` has a state and int8 slots.
+
+def caches(layer: LayerSpec, slots: int, trained: int | None, used: bool = True) -> dict[str, LayerSpec]:
+    """The caches of a layer by kind, see above.
+
+    Args:
+        layer: has a state and int8 slots. slots: those in 16 bits whose bytes the caches of a layer take.
+        trained: slots of LESS; None for as many as fit. used: whether LESS has a state in this layer.
     """
-    wide = replace(sparse_layer(layer, slots), slot_dtype="model")
-    plain = sparse_layer(layer, slots)
+    wide, plain = replace(sparse_layer(layer, slots), slot_dtype="model"), layer.without_state()
     room = layer_bytes(wide, DTYPE)
-
-    def most(spec: LayerSpec) -> int:
-        return max(n for n in range(1, 4 * slots) if layer_bytes(spec, DTYPE, n) <= room)
-
-    less = replace(sparse_layer(layer, most(layer)), absorb=True, rank=layer.rank, state_bits=layer.state_bits)
+    less = most(layer, room) if trained is None else resized(layer, trained)
+    divided = most(plain, layer_bytes(less, DTYPE))
     fewer = sparse_layer(layer, less.capacity)
-    return dict(zip(KINDS, (wide, sparse_layer(layer, most(plain)), less, fewer), strict=True))
+    same = (less, fewer) if used else (divided, divided)
+    return dict(zip(KINDS, (wide, most(plain, room), divided, *same), strict=True))
+
+
+def slots_of(kernels: Kernels, layer: int, spec: LayerSpec) -> int:
+    """The slots that a layer had beside its state in training; the bytes of a state that does not pay become slots."""
+    stated = sum(kernels.provenance["slots"][str(layer)])
+    return stated if layer in kernels.layers else stated - extra_tokens(spec, DTYPE)
 
 
 def half_life_of(kernels: Path) -> HalfLife:
@@ -89,16 +102,19 @@ def measure(name: str, kernels: Path | None, args: argparse.Namespace, rows: Row
     plans = {kind: list(opened.plan) for kind in KINDS}
     for i in evicting:
         layer = replace(opened.plan[i], absorb=True, rank=ranks.get(i, min(ranks.values())))
-        own = caches(layer, layer.capacity)
+        stated = None if kernels is None else slots_of(loaded, i, layer)
+        own = caches(layer, layer.capacity, stated, i in ranks)
         for kind, plan in plans.items():
-            plan[i] = own["sparse" if i not in ranks and kind in ("less", "fewer") else kind]
+            plan[i] = own[kind]
     counts = {kind: [plan[i].capacity for i in evicting] for kind, plan in plans.items()}
     if kernels is None:
         print(f"train with --budget {counts['less'][0]}; the caches have {counts} slots")
         return
-    trained = {sum(loaded.provenance["slots"][str(i)]) for i in ranks}
-    if trained != {plans["less"][i].capacity for i in ranks}:
-        raise SystemExit(f"{kernels} was trained with {sorted(trained)} slots: use --budget {counts['less'][0]}")
+    room, taken = (sum(layer_bytes(plans[kind][i], DTYPE) for i in evicting) for kind in ("sparse", "less"))
+    if not (1 - UNUSED) * room <= taken <= room:
+        raise SystemExit(f"{kernels} was trained with slots of {taken:,} bytes, not {room:,}: see --print-slots")
+    if counts["divided"] == counts["sparse"]:
+        del plans["divided"], counts["divided"]
     if calibration.lacking(loaded, opened.plan):
         raise SystemExit(f"{kernels} holds no constants of int8 slots: train with int8 slots")
     digest = hashlib.sha256(kernels.read_bytes()).hexdigest()[:12]
@@ -153,11 +169,12 @@ def main() -> None:
             f"{row['model']}, {row['policy']}, {row['text']}: "
             + ", ".join(f"{n} {x.mean():.4f}" for n, x in kl.items())
         )
-        change = statistics.mean((kl["less"] - kl["sparse"]).mean(1).numpy())
-        tokens = (kl["less"] - kl["sparse"]).flatten()
+        slots = kl.get("divided", kl["sparse"])
+        change = statistics.mean((kl["less"] - slots).mean(1).numpy())
+        tokens = (kl["less"] - slots).flatten()
         rest = tokens[tokens.abs().argsort()[: len(tokens) * 99 // 100]]
         interval = f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
-        print(f"  less - sparse {interval}, without the 1% of tokens that change most {rest.mean():+.4f}")
+        print(f"  less - slots {interval}, without the 1% of tokens that change most {rest.mean():+.4f}")
     print(f"wrote {args.out}")
 
 

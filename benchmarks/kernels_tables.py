@@ -11,9 +11,13 @@ import numpy as np
 from less_export.config import DEFAULT_HALF_LIFE
 from less_export.evaluation import statistics
 
-CACHES = {"16-bit": "16-bit slots", "sparse": "int8 slots", "less": "LESS"}
-#: A cache that earlier rows lack.
-FEWER = "LESS without its state"
+CACHES = {
+    "16-bit": "16-bit slots",
+    "sparse": "int8 slots",
+    "divided": "int8 slots, divided",
+    "less": "LESS",
+    "fewer": "LESS without its state",
+}
 
 
 def kernels_kl(data: dict[str, Any], half_life: int | None) -> tuple[list[str], list[list[str]]]:
@@ -30,7 +34,6 @@ def kernels_kl(data: dict[str, Any], half_life: int | None) -> tuple[list[str], 
         "sequences",
         "tokens",
         *CACHES.values(),
-        FEWER,
         "LESS to int8 slots",
         "of 16-bit's KL",
     ]
@@ -38,10 +41,10 @@ def kernels_kl(data: dict[str, Any], half_life: int | None) -> tuple[list[str], 
     for row in data["rows"]:
         if row["half_life"] != half_life:
             continue
-        kl = {name: np.array(row["kl"][name]).mean(1) for name in CACHES}
-        cells = [f"{x.mean():.4f} ({_slots(row['slots'][name])})" for name, x in kl.items()]
-        base = kl["sparse"].mean()
-        change = statistics.mean((kl["less"] - kl["sparse"]) / base)
+        kl = {name: np.array(x).mean(1) for name, x in row["kl"].items()}
+        cells = [f"{kl[n].mean():.4f} ({_slots(row['slots'][n])})" if n in kl else "" for n in CACHES]
+        base = kl.get("divided", kl["sparse"])
+        change = statistics.mean((kl["less"] - base) / base.mean())
         shown = f"{change.value:+.0%} [{change.low:+.0%}, {change.high:+.0%}]"
         left = f"{kl['less'].mean() / kl['16-bit'].mean():.0%}"
         trained = f"{_texts(row['trained']['texts'])}, {row['trained']['sequences']}"
@@ -54,8 +57,7 @@ def kernels_kl(data: dict[str, Any], half_life: int | None) -> tuple[list[str], 
             str(len(kl["less"])),
             f"{row['length']:,}",
         ]
-        fewer = f"{np.mean(row['kl']['fewer']):.4f}" if "fewer" in row["kl"] else ""
-        rows.append([*what, *cells, fewer, shown, left])
+        rows.append([*what, *cells, shown, left])
     return header, rows
 
 
@@ -148,7 +150,8 @@ HEADLINE_TEXTS = ("austen", "code", "c4", "languages", "reviews", "wiki")
 
 
 def headline(data: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """By model, the mean KL of six texts with LESS and with int8 slots of the same bytes; kernels of the defaults."""
+    """By model, the mean KL of six texts with LESS and with int8 slots of the same bytes in each layer; kernels of the
+    defaults."""
     chosen: dict[str, list[list[float]]] = {}
     for row in data["rows"]:
         if (
@@ -159,7 +162,8 @@ def headline(data: dict[str, Any]) -> list[tuple[str, float, float]]:
             and row["rank"] == HEADLINE_RANK
             and _texts(row["trained"]["texts"]) == "shipped"
         ):
-            means = [float(np.mean(row["kl"][name])) for name in ("less", "sparse")]
+            slots = "divided" if "divided" in row["kl"] else "sparse"
+            means = [float(np.mean(row["kl"][name])) for name in ("less", slots)]
             chosen.setdefault(row["model"], []).append(means)
     return [(model, *np.mean(found, 0)) for model, found in chosen.items()]
 
@@ -169,5 +173,7 @@ def _texts(names: list[str]) -> str:
 
 
 def _slots(counts: list[int]) -> str:
-    """The slots of the layers that evict."""
-    return "/".join(map(str, sorted(set(counts))))
+    """The slots of the layers that evict, or their mean and range if they are many."""
+    if len(set(counts)) <= 3:
+        return "/".join(map(str, sorted(set(counts))))
+    return f"{np.mean(counts):.0f}, {min(counts)} to {max(counts)}"

@@ -8,6 +8,7 @@ kernels are fitted with, and with these kernels, for the slots that they are tun
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,8 @@ SHARES = (0.25, 0.5, 1.0, 2.0)
 SEQUENCES, _POSITIONS = 4, 96
 #: Slots that a layer gains at a time.
 _STEP = 2
+#: Least cost that counts, in nats: rounding is as large.
+_LEAST = 1e-6
 
 #: Cost of eviction in nats per token, by layer and slots.
 Costs = Mapping[int, Mapping[int, float]]
@@ -94,14 +97,15 @@ def measure(
 def divide(costs: Costs, plan: Sequence[LayerSpec]) -> dict[int, int]:
     """Divide the bytes that the layers of ``costs`` take in ``plan`` among them; returns each one's slots.
 
-    Starts with the fewest slots that were measured and gives more to the layer that gains most per byte. Between
-    measurements the cost is interpolated as a power of the slots.
+    The cost of a layer is taken to be a power of its slots: the one nearest to the measurements, which are noisy, in
+    logarithms. Starts with the fewest slots that were measured and gives more to the layer that gains most per byte,
+    which is best where costs are convex, as such powers are.
     """
+    laws = {i: _law(by_slots) for i, by_slots in costs.items()}
 
     def cost(layer: int, slots: int) -> float:
-        measured = sorted(costs[layer])
-        logs = [np.log(max(costs[layer][s], 1e-12)) for s in measured]
-        return float(np.exp(np.interp(np.log(slots), np.log(measured), logs)))
+        exponent, constant = laws[layer]
+        return math.exp(constant + exponent * math.log(slots))
 
     def size(layer: int) -> int:
         return plan[layer].kv_heads * plan[layer].head_dim
@@ -115,6 +119,16 @@ def divide(costs: Costs, plan: Sequence[LayerSpec]) -> dict[int, int]:
         best = max(candidates, key=lambda i: (cost(i, slots_of[i]) - cost(i, slots_of[i] + _STEP)) / size(i))
         slots_of[best] += _STEP
         spare -= _STEP * size(best)
+
+
+def _law(by_slots: Mapping[int, float]) -> tuple[float, float]:
+    """The exponent, at most 0, and the logarithm of the factor of the power of slots nearest to the costs."""
+    slots = np.log(sorted(by_slots))
+    logs = np.log([max(by_slots[n], _LEAST) for n in sorted(by_slots)])
+    exponent = 0.0
+    if len(slots) > 1:
+        exponent = min(0.0, float(np.polyfit(slots, logs, 1)[0]))
+    return exponent, float(logs.mean() - exponent * slots.mean())
 
 
 def option(slots: Mapping[int, int]) -> str:
