@@ -103,7 +103,7 @@ def test_costs_are_those_of_a_streaming_run_in_which_one_layer_evicts(text: Path
     layer_plan = plan_layers(layers, ExportConfig(budget="8"), 48, dict.fromkeys(range(2), 2))
     ids = torch.randint(3, 60, (allocate.SEQUENCES + 1, 48), generator=torch.Generator().manual_seed(1))
     result = allocate.measure(LayerwiseDecoder(model, layer_plan), ids, layer_plan, [0, 1], Silent())
-    assert {i: sorted(at) for i, at in result.items()} == {0: [4, 8, 16], 1: [4, 8, 16]}
+    assert {i: sorted(at) for i, at in result.items()} == {0: [4, 8, 24], 1: [4, 8, 24]}
 
     def stream(caches: list[LayerSpec]) -> torch.Tensor:
         """Log probabilities past the largest budget, token by token through a backend."""
@@ -111,12 +111,12 @@ def test_costs_are_those_of_a_streaming_run_in_which_one_layer_evicts(text: Path
         backend.open(len(ids))
         steps = [backend.step(ids[:, t : t + 1].numpy(), np.ones(len(ids), np.int32)) for t in range(48)]
         backend.close()
-        logits = torch.from_numpy(np.concatenate(steps, 1))[: allocate.SEQUENCES, 17:47]
+        logits = torch.from_numpy(np.concatenate(steps, 1))[: allocate.SEQUENCES, 25:47]
         return torch.log_softmax(logits.double(), -1)
 
     exact = [exact_layer(s, 48) for s in layer_plan]
     wanted = stream(exact)
-    for layer, slots in itertools.product((0, 1), (4, 8, 16)):
+    for layer, slots in itertools.product((0, 1), (4, 8, 24)):
         caches = list(exact)
         caches[layer] = sparse_layer(layer_plan[layer], slots)
         divergence = (wanted.exp() * (wanted - stream(caches))).sum(-1).mean()
@@ -136,7 +136,7 @@ def test_costs_with_kernels_are_those_of_the_layer_with_its_state(tmp_path: Path
     assert result[0] == without[0]
     plan = [exact_layer(layer_plan[0], 48), layer_plan[1]]
     compared = Comparison(decoder, ids, plan, 1, {}, ())
-    at = torch.arange(17, 47)
+    at = torch.arange(25, 47)
     wanted = sum(float(compared.divergence(row, 48, at, kernels.layers).mean()) for row in range(len(ids))) / len(ids)
     assert result[1][8] == pytest.approx(wanted, rel=1e-4)
     assert result[1][8] != pytest.approx(without[1][8], rel=1e-2)
@@ -148,7 +148,7 @@ def test_no_slots_beyond_a_window(tmp_path: Path) -> None:
     layer_plan = plan_layers(discover(model), config, 48, dict.fromkeys(range(2), 2))
     ids = torch.randint(3, 60, (2, 48), generator=torch.Generator().manual_seed(1))
     result = allocate.measure(LayerwiseDecoder(model, layer_plan), ids, layer_plan, [0, 1], Silent())
-    assert {i: sorted(at) for i, at in result.items()} == {0: [4, 10, 14], 1: [4, 10, 20]}
+    assert {i: sorted(at) for i, at in result.items()} == {0: [4, 10, 14], 1: [4, 10, 24]}
 
 
 # ------------------------------------------------------------------ division
@@ -212,9 +212,7 @@ def test_the_budget_is_divided_again_by_what_eviction_costs_with_kernels(
     first = allocate.divide(costs, [spec(8)] * 2)
     second = allocate.divide(again, [spec(n) for n in first.values()])
     assert {i: s.capacity for i, s in enumerate(seen[0])} == second == {r.layer: r.slots for r in reports}
-    both = [(i, n) for i in costs for n in costs[i].keys() & again[i].keys()]
-    assert both
-    assert all(again[i][n] < costs[i][n] for i, n in both), "a state that does good makes eviction cheaper"
+    assert all(again[i][4] < costs[i][4] for i in costs), "a state that does good makes eviction cheaper"
 
 
 @pytest.mark.parametrize("budget", [2, 3])

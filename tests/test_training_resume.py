@@ -311,6 +311,6 @@ def test_costs_are_saved_as_they_were_measured(while_tuning: Path) -> None:
         json.loads(work.load(left / f"{name}.json") or b"")
         for name in ("eviction_costs", "eviction_costs_with_kernels")
     )
-    assert {(i, slots) for i, slots, _ in costs} == {(i, slots) for i in (0, 1) for slots in (4, 8, 16)}
+    assert {(i, slots) for i, slots, _ in costs} == {(i, slots) for i in (0, 1) for slots in (4, 8, 24)}
     assert {i for i, _, _ in again} == {0, 1}
     assert again != costs

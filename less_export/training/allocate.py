@@ -29,7 +29,7 @@ from ..progress import Progress
 from .attention import attend
 
 #: Budgets to measure, as shares of the layer's own; the smallest and the largest bound what a layer can get.
-SHARES = (0.25, 0.5, 1.0, 2.0)
+SHARES = (0.25, 1.0, 4.0)
 #: Sequences that are measured, and positions of each.
 SEQUENCES, _POSITIONS = 4, 96
 #: Slots that a layer gains at a time.
