@@ -27,6 +27,7 @@ from less_export.cli.progress import Bars
 from less_export.contract import Contract, LayerSpec
 from less_export.evaluation import perplexity, statistics, variants
 from less_export.hf import data
+from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.sources import resolve
 from less_export.hf.surgery import discover
 from less_export.less.feature_maps import FeatureMap, Kernels
@@ -124,7 +125,7 @@ class Bench:
         def make() -> dict[str, Any]:
             plan, used = self._plan(s)
             ids = self.training_text(count=TRAIN + _validation_count(TRAIN)).ids
-            costs = allocate.measure(self.model, ids, plan, used, self.bars)
+            costs = allocate.measure(LayerwiseDecoder(self.model, plan), ids, plan, used, self.bars)
             rounded = {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()}
             return {"costs": rounded, "layer_budgets": allocate.option(allocate.divide(costs, plan))}
 

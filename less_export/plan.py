@@ -118,7 +118,7 @@ def layer_tokens(text: str, context: int) -> dict[int, int]:
         UsageError: not such a list, a layer named twice, or an invalid budget.
     """
     if text == "auto":
-        raise UsageError("--layer-budgets auto is for less-export train, which prints the value to give here")
+        raise UsageError("--layer-budgets auto is for less-export train: its kernels state the budgets that it finds")
     budgets: dict[int, int] = {}
     for part in text.split(","):
         name, colon, budget = part.strip().partition(":")

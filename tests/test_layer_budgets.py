@@ -14,8 +14,9 @@ import torch
 from less_export import export, open_bundle
 from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec, Policy
-from less_export.errors import UsageError
+from less_export.errors import KernelError, UsageError
 from less_export.hf.layerwise import LayerwiseDecoder
+from less_export.hf.model import open_model
 from less_export.hf.sources import resolve
 from less_export.hf.surgery import discover
 from less_export.less.feature_maps import Kernels, random_kernels
@@ -91,6 +92,49 @@ def test_a_bundle_runs_with_layers_of_different_budgets(tmp_path: Path) -> None:
     ]
     assert len(texts[0]) == 30
     assert texts[0] == texts[1]
+
+
+# ------------------------------------------------------------------ budgets that kernels state
+
+
+def stating(folder: Path, **facts: Any) -> Path:
+    """Kernels of a model with two layers, and their provenance."""
+    heads = [x.heads for x in discover(resolve(str(folder)).load(torch.float32))]
+    file = folder.parent / "stating.safetensors"
+    Kernels(random_kernels(heads, [0, 1], 2, 8).layers, facts).save(file)
+    return file
+
+
+def slots_of(folder: Path, **options: Any) -> list[int]:
+    opened = open_model(resolve(str(folder)), ExportConfig(context=64, max_distance="none", **options))
+    return [s.capacity for s in opened.plan]
+
+
+def test_kernels_come_with_the_budgets_they_were_trained_for(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file = stating(folder, policy="h2o", layer_budgets="0:6,1:20")
+    assert slots_of(folder, kernels=file) == [6, 20]
+    assert slots_of(folder, kernels=file, policy="h2o", chunk=4) == [6, 20]
+    assert slots_of(folder, kernels=file, layer_budgets="1:12", budget="8") == [8, 12]
+    for others in ({"budget": "8"}, {"heavy": 4, "recent": 4}, {"budget": "8", "policy": "sink"}):
+        assert slots_of(folder, kernels=file, **others) == [8, 8]
+    assert slots_of(folder, budget="8", kernels=stating(folder, policy="h2o")) == [8, 8]
+    with pytest.raises(UsageError, match=r"layer_budgets names layer 9|names layer 9, but the model has 2 layers"):
+        slots_of(folder, kernels=stating(folder, policy="h2o", layer_budgets="9:4"))
+
+
+@pytest.mark.parametrize("stated", ["", "0:6,0:8", "0:", "auto", "0:-3", "0:1e9"])
+def test_budgets_that_no_training_writes_are_refused(stated: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    with pytest.raises(KernelError, match=r"states impossible budgets of layers \(.*\): give --budget") as caught:
+        slots_of(folder, kernels=stating(folder, policy="h2o", layer_budgets=stated))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", [None, 7, ["0:6"], {"0": 6}])
+def test_budgets_of_another_type_count_as_none(stated: Any, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    assert slots_of(folder, kernels=stating(folder, policy="h2o", layer_budgets=stated)) == [2, 2]
 
 
 # ------------------------------------------------------------------ cost of eviction

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         _print_layers(reports)
         if config.divided or not all(r.used for r in reports):
             budgets = ",".join(f"{r.layer}:{r.slots}" for r in reports)
-            print(f"pass the same budgets to export and eval: --layer-budgets {budgets}")
+            print(f"budgets of layers, which exports and evaluations with these kernels take: {budgets}")
         print(out)
     return 0
 

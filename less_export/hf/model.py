@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..config import DEFAULT_CHUNK, ExportConfig
+from ..config import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_POLICY, ExportConfig
 from ..contract import LayerSpec, limits_distances
-from ..errors import UnsupportedModelError, UsageError
+from ..errors import KernelError, UnsupportedModelError, UsageError
 from ..less.feature_maps import Kernels, state_for
 from ..less.rotary import RotaryTable, table_length
-from ..plan import AttentionLayer, default_context, max_distance_of, plan_layers
+from ..plan import AttentionLayer, default_context, layer_tokens, max_distance_of, plan_layers
 from ..versions import EXPORT_PACKAGES, warn_if_untested
 from . import rotary, weights
 from .config_layers import keep_first
@@ -94,7 +94,7 @@ def open_model(
 
     Args:
         rank: plan every evicting layer with a low-rank term of this rank (to be trained); default the kernels' ranks.
-        equal_budgets: leave out the layer budgets of the recipe.
+        equal_budgets: leave out the layer budgets of the recipe and of the kernels.
 
     Raises:
         ModelError: config.json is unreadable. UnsupportedModelError: LESS cannot express the model.
@@ -102,9 +102,13 @@ def open_model(
     """
     warn_if_untested(*EXPORT_PACKAGES)
     defaults = source.recipe.options() if source.recipe else {}
-    config = config.with_defaults({**defaults, "layer_budgets": None} if equal_budgets else defaults)
-    architecture = open_architecture(source, config.num_hidden_layers)
     kernels = Kernels({}, {}) if config.kernels is None else Kernels.load(config.kernels)
+    if equal_budgets:
+        defaults["layer_budgets"] = None
+    elif stated := _budgets_of(kernels, config, defaults):
+        config = replace(config, layer_budgets=stated)
+    config = config.with_defaults(defaults)
+    architecture = open_architecture(source, config.num_hidden_layers)
     kernels.check([x.heads for x in architecture.layers])
     for index, maps in kernels.layers.items():
         if config.rank is not None and config.rank != maps.rank:
@@ -122,6 +126,22 @@ def open_model(
         **vars(architecture), config=config, kernels=kernels, context=context, ranks=ranks, plan=plan,
         rotations=rotations,
     )  # fmt: skip
+
+
+def _budgets_of(kernels: Kernels, config: ExportConfig, recipe: Mapping[str, Any]) -> str | None:
+    """The layer budgets that kernels were trained with, if the options give none and the policy is the same."""
+    facts, options = kernels.provenance, {**recipe, **{n: v for n, v in vars(config).items() if v is not None}}
+    same = facts.get("policy") == options.get("policy", DEFAULT_POLICY)
+    same &= bool(facts.get("compress_sliding")) == bool(options.get("compress_sliding"))
+    given = (config.layer_budgets, config.budget, config.heavy, config.recent, config.num_hidden_layers)
+    stated = facts.get("layer_budgets")
+    if not same or not isinstance(stated, str) or any(x is not None for x in given):
+        return None
+    try:
+        layer_tokens(stated, config.context or DEFAULT_CONTEXT)
+    except UsageError as error:
+        raise KernelError(f"{config.kernels} states impossible budgets of layers ({error}): give --budget") from None
+    return stated
 
 
 def distances(
