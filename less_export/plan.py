@@ -117,8 +117,10 @@ def layer_tokens(text: str, context: int) -> dict[int, int]:
     Raises:
         UsageError: not such a list, a layer named twice, or an invalid budget.
     """
-    if text == "auto":
-        raise UsageError("--layer-budgets auto is for less-export train: its kernels state the budgets that it finds")
+    if text in ("auto", "equal"):
+        raise UsageError(
+            f"--layer-budgets {text} is for less-export train: its kernels state the budgets that it finds"
+        )
     budgets: dict[int, int] = {}
     for part in text.split(","):
         name, colon, budget = part.strip().partition(":")

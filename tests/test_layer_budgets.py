@@ -210,6 +210,21 @@ def test_bytes_are_what_is_divided() -> None:
     assert result[0] * 8 + result[1] * 16 <= 16 * (8 + 16) < result[0] * 8 + (result[1] + 2) * 16
 
 
+def test_training_divides_the_budget_by_default(text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    file, reports = trained(folder, text, layer_budgets=None, steps=2)
+    facts = Kernels.load(file).provenance
+    assert facts["eviction_costs"]
+    assert facts["layer_budgets"] == allocate.option({r.layer: r.slots for r in reports})
+    file, reports = trained(folder, text, layer_budgets="equal", steps=2)
+    assert [r.slots for r in reports] == [8, 8]
+    assert Kernels.load(file).provenance["layer_budgets"] is None
+    file, reports = trained(folder, text, layer_budgets="1:12", steps=2)
+    assert [r.slots for r in reports] == [8, 12]
+    _, reports = trained(folder, text, layer_budgets=None, layers="1", steps=2)
+    assert [r.slots for r in reports] == [8], "there is nothing to divide in one layer"
+
+
 def test_one_measurement_that_is_off_decides_nothing() -> None:
     """Costs as measured in three layers of Gemma 3 270M: that layer 11 gains nothing from 22 to 46 slots is noise."""
     costs = {

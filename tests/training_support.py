@@ -16,9 +16,9 @@ from . import bundles
 LENGTH = 48
 #: A quick training: 4 + 4 slots of 48 tokens, 2 layers.
 QUICK: dict[str, Any] = {"budget": "8", "rank": 3, "hidden": 8, "steps": 40, "seqs": 8, "seq_len": LENGTH}
-QUICK |= {"slots": "model", "max_distance": "none", "end_to_end": False}
+QUICK |= {"slots": "model", "max_distance": "none", "layer_budgets": "equal", "end_to_end": False}
 OPTIONS = ("--budget", 8, "--rank", 3, "--hidden", 8, "--steps", 5, "--seqs", 6, "--seq-len", LENGTH)
-OPTIONS += ("--slots", "model", "--max-distance", "none", "--no-end-to-end")
+OPTIONS += ("--slots", "model", "--max-distance", "none", "--layer-budgets", "equal", "--no-end-to-end")
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,8 @@ def parser() -> Parser:
     paths.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     paths.add_argument("--out", required=True, type=Path, metavar="FILE", help="kernel file to write (.safetensors)")
     paths.add_argument("--data", nargs="+", default=[], metavar="TEXT", help=DATA_HELP)
-    cache_options(parser, layer_budgets_note="; auto divides the budget by what eviction costs in each layer")
+    note = "; auto divides the budget by what eviction costs in each layer, equal does not (default: recipe's, or auto)"
+    cache_options(parser, layer_budgets_note=note)
     kernels = parser.add_argument_group("kernels")
     kernels.add_argument("--rank", type=int, metavar="R", help="number of features (default: recipe's, or 4)")
     kernels.add_argument("--hidden", type=int, metavar="N", help="hidden width (default: recipe's, or 128)")

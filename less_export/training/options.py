@@ -20,8 +20,8 @@ Quality = Literal["fast", "high"]
 #: Steps per layer, training sequences, and steps in which all kernels are tuned together, of each quality.
 QUALITIES: dict[str, tuple[int, int, int]] = {"fast": (200, 48, 120), "high": (500, 192, 480)}
 DEFAULT_RANK, DEFAULT_HIDDEN, DEFAULT_LENGTH = 4, 128, 1024
-#: Value of ``layer_budgets`` that divides the budget by measured costs.
-AUTO = "auto"
+#: Values of ``layer_budgets``: divide the budget by measured costs; give every layer the same.
+AUTO, EQUAL = "auto", "equal"
 #: Largest seed: layers add their number to it, and torch takes 64 bits.
 _SEED = 2**63 - 1
 #: How long processes wait for each other: one may train for hours while the others are idle.
@@ -35,7 +35,8 @@ class TrainConfig:
     Args:
         policy: as in :class:`~less_export.config.ExportConfig`, without ``"full"``.
         budget: as in an export.
-        layer_budgets: as in an export, or ``"auto"``: divide the budget by what eviction costs in each layer.
+        layer_budgets: as in an export; ``"auto"``, the default where the recipe has none: divide the budget by what
+            eviction costs in each layer; ``"equal"``: the same budget for every layer.
         score_half_life: as in an export.
         slots: as in an export.
         state: as in an export; 32 for ``"paper"``, whose psi does not sum to one.
@@ -107,7 +108,7 @@ class TrainConfig:
     def cache(self) -> ExportConfig:
         """The options of the cache."""
         return ExportConfig(
-            policy=self.policy, budget=self.budget, layer_budgets=None if self.divided else self.layer_budgets,
+            policy=self.policy, budget=self.budget, layer_budgets=None if self.own_division else self.layer_budgets,
             score_half_life=self.score_half_life, slots=self.slots,
             state=state_for(self.parametrisation, self.state), max_distance=self.max_distance,
             context=self.context, compress_sliding=self.compress_sliding,
@@ -117,6 +118,11 @@ class TrainConfig:
     def divided(self) -> bool:
         """Whether the budget is divided by measured costs."""
         return self.layer_budgets == AUTO
+
+    @property
+    def own_division(self) -> bool:
+        """Whether training decides on the budgets of layers, and neither the user nor the recipe."""
+        return self.layer_budgets in (AUTO, EQUAL)
 
     @property
     def tuned(self) -> bool:

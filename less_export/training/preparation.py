@@ -25,7 +25,7 @@ from ..less.int8 import Centring
 from ..less.rotary import RotaryTable, table_of
 from ..progress import Progress
 from . import end_to_end, fit, work
-from .options import DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, parse_layers
+from .options import AUTO, DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, parse_layers
 
 #: Training sequences per validation sequence.
 _VALIDATION = 8
@@ -99,7 +99,7 @@ def prepare(
     recipe = source.recipe
     rank = config.rank or (recipe.rank if recipe else DEFAULT_RANK)
     config = replace(config, rank=rank, hidden=config.hidden or (recipe.hidden if recipe else DEFAULT_HIDDEN))
-    opened = open_model(source, config.cache(), rank=rank, equal_budgets=config.divided)
+    opened = open_model(source, config.cache(), rank=rank, equal_budgets=config.own_division)
     cache, plan, limit = opened.config, opened.plan, opened.trained_length
     length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if length > (opened.position_limit or length):
@@ -108,6 +108,8 @@ def prepare(
     if not evicting:
         raise UsageError("no layer evicts anything: all layers keep their sliding window; see --compress-sliding")
     chosen = parse_layers(config.layers, evicting)
+    if config.layer_budgets is None and cache.layer_budgets is None and len(chosen) > 1:
+        config = replace(config, layer_budgets=AUTO)
     slots = max(plan[i].capacity for i in chosen)
     if length < slots + 2:
         raise UsageError(
