@@ -30,9 +30,9 @@ from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.model import open_model
 from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
-from less_export.less.memory import extra_tokens, layer_bytes
+from less_export.less.memory import layer_bytes
 from less_export.plan import resized, sparse_layer
-from less_export.training.end_to_end import Comparison
+from less_export.training.end_to_end import Comparison, slots_instead
 from less_export.training.options import DEFAULT_RANK
 
 FILE = RESULTS / "kernels.json"
@@ -46,7 +46,8 @@ UNUSED = 0.02
 
 def most(layer: LayerSpec, room: int) -> LayerSpec:
     """The layer with as many slots as fit in ``room`` bytes."""
-    return resized(layer, max(n for n in range(1, room) if layer_bytes(layer, DTYPE, n) <= room))
+    slots = range(1, room // (2 * layer.kv_heads * layer.head_dim) + 1)
+    return resized(layer, max(n for n in slots if layer_bytes(layer, DTYPE, n) <= room))
 
 
 def caches(layer: LayerSpec, slots: int, trained: int | None, used: bool = True) -> dict[str, LayerSpec]:
@@ -67,8 +68,11 @@ def caches(layer: LayerSpec, slots: int, trained: int | None, used: bool = True)
 
 def slots_of(kernels: Kernels, layer: int, spec: LayerSpec) -> int:
     """The slots that a layer had beside its state in training; the bytes of a state that does not pay become slots."""
-    stated = sum(kernels.provenance["slots"][str(layer)])
-    return stated if layer in kernels.layers else stated - extra_tokens(spec, DTYPE)
+    stated = kernels.slots[layer]
+    if layer in kernels.layers:
+        return stated
+    before = (n for n in range(stated, 0, -1) if slots_instead(resized(spec, n)).capacity == stated)
+    return next(before, stated)
 
 
 def half_life_of(kernels: Path) -> HalfLife:
@@ -110,7 +114,7 @@ def measure(name: str, kernels: Path | None, args: argparse.Namespace, rows: Row
     if kernels is None:
         print(f"train with --budget {counts['less'][0]}; the caches have {counts} slots")
         return
-    room, taken = (sum(layer_bytes(plans[kind][i], DTYPE) for i in evicting) for kind in ("sparse", "less"))
+    room, taken = (sum(layer_bytes(plans[kind][i], DTYPE) for i in evicting) for kind in ("16-bit", "less"))
     if not (1 - UNUSED) * room <= taken <= room:
         raise SystemExit(f"{kernels} was trained with slots of {taken:,} bytes, not {room:,}: see --print-slots")
     if counts["divided"] == counts["sparse"]:

@@ -48,6 +48,9 @@ def texts(extra: list[str]) -> Iterator[tuple[str, str]]:
     """Held-out texts of the package, and the last fifth of the files given as NAME=FILE."""
     for file in sorted(SHIPPED.iterdir(), key=lambda f: f.name):
         yield file.name.removesuffix(".txt"), file.read_text(encoding="utf-8")
+    named = {file.name.removesuffix(".txt") for file in SHIPPED.iterdir()} & {item.partition("=")[0] for item in extra}
+    if named:
+        raise SystemExit(f"--text {', '.join(sorted(named))}: the package has a text of that name; give another one")
     yield from fifths(extra, 4)
 
 

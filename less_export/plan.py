@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -40,6 +41,8 @@ def budget_tokens(budget: str, context: int, option: str = "--budget") -> int:
     """
     text = str(budget).strip()
     try:  # exact: 29% of 200 are 58, floats give 57
+        if not re.fullmatch(r"-?[0-9./]{1,20}%?", text):
+            raise ValueError(text)
         tokens = 2 * math.floor(Fraction(text[:-1]) * context / 200) if text.endswith("%") else int(text)
     except (ValueError, ZeroDivisionError):
         raise UsageError(f"{option} '{budget}' is neither a number of tokens nor a percentage like 5%") from None
@@ -118,9 +121,7 @@ def layer_tokens(text: str, context: int) -> dict[int, int]:
         UsageError: not such a list, a layer named twice, or an invalid budget.
     """
     if text in ("auto", "equal"):
-        raise UsageError(
-            f"--layer-budgets {text} is for less-export train: its kernels state the budgets that it finds"
-        )
+        raise UsageError(f"--layer-budgets {text} is for less-export train: leave it out to use the kernels' budgets")
     budgets: dict[int, int] = {}
     for part in text.split(","):
         name, colon, budget = part.strip().partition(":")

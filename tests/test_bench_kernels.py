@@ -54,4 +54,7 @@ def test_slots_that_a_layer_was_trained_with(bench: ModuleType) -> None:
     stated = {"0": [40, 40], "1": [44, 43]}
     kernels = Kernels(random_kernels([LAYER.heads] * 2, [0], 4, 8).layers, {"slots": stated})
     assert bench.slots_of(kernels, 0, LAYER) == 80
-    assert bench.slots_of(kernels, 1, LAYER) == 87 - bench.extra_tokens(LAYER, "bfloat16")
+    for before in (20, 81, 400):
+        instead = bench.slots_instead(bench.resized(LAYER, before))
+        kernels.provenance["slots"]["1"] = [instead.heavy, instead.recent]
+        assert bench.slots_of(kernels, 1, LAYER) == before

@@ -14,7 +14,7 @@ import torch
 from less_export import export, open_bundle
 from less_export.config import ExportConfig
 from less_export.contract import Contract, LayerSpec, Policy
-from less_export.errors import KernelError, UsageError
+from less_export.errors import UsageError
 from less_export.hf.layerwise import LayerwiseDecoder
 from less_export.hf.model import open_model
 from less_export.hf.sources import resolve
@@ -26,7 +26,7 @@ from less_export.runtime.torch import ModelBackend
 from less_export.training import allocate, end_to_end
 from less_export.training.end_to_end import Comparison, Measured
 
-from .training_support import model_folder, sliding_folder, text, trained
+from .training_support import QUICK, model_folder, sliding_folder, text, trained
 
 __all__ = ["text"]
 
@@ -94,7 +94,7 @@ def test_a_bundle_runs_with_layers_of_different_budgets(tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-# ------------------------------------------------------------------ budgets that kernels state
+# ------------------------------------------------------------------ slots that kernels state
 
 
 def stating(folder: Path, **facts: Any) -> Path:
@@ -105,36 +105,74 @@ def stating(folder: Path, **facts: Any) -> Path:
     return file
 
 
-def slots_of(folder: Path, **options: Any) -> list[int]:
-    opened = open_model(resolve(str(folder)), ExportConfig(context=64, max_distance="none", **options))
-    return [s.capacity for s in opened.plan]
+def slots_of(folder: Path, equal_budgets: bool = False, **options: Any) -> list[int]:
+    config = ExportConfig(**{"context": 64, "max_distance": "none"} | options)
+    return [s.capacity for s in open_model(resolve(str(folder)), config, equal_budgets=equal_budgets).plan]
 
 
-def test_kernels_come_with_the_budgets_they_were_trained_for(tmp_path: Path) -> None:
+STATED: dict[str, Any] = {"policy": "h2o", "slots": {"0": [3, 3], "1": [10, 10]}, "budget": 8}
+
+
+def test_kernels_come_with_the_slots_they_were_trained_for(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    file = stating(folder, policy="h2o", layer_budgets="0:6,1:20")
+    file = stating(folder, **STATED)
     assert slots_of(folder, kernels=file) == [6, 20]
+    assert slots_of(folder, kernels=file, context=128) == [6, 20]
     assert slots_of(folder, kernels=file, policy="h2o", chunk=4) == [6, 20]
+    for same in ("8", "12.5%"):
+        assert slots_of(folder, kernels=file, budget=same) == [6, 20]
     assert slots_of(folder, kernels=file, layer_budgets="1:12", budget="8") == [8, 12]
-    for others in ({"budget": "8"}, {"heavy": 4, "recent": 4}, {"budget": "8", "policy": "sink"}):
-        assert slots_of(folder, kernels=file, **others) == [8, 8]
-    assert slots_of(folder, budget="8", kernels=stating(folder, policy="h2o")) == [8, 8]
-    with pytest.raises(UsageError, match=r"layer_budgets names layer 9|names layer 9, but the model has 2 layers"):
-        slots_of(folder, kernels=stating(folder, policy="h2o", layer_budgets="9:4"))
+    assert slots_of(folder, kernels=file, heavy=4, recent=4) == [8, 8]
+    assert slots_of(folder, kernels=file, policy="sink") == [2, 2]
+    assert slots_of(folder, kernels=file, equal_budgets=True) == [2, 2]
+    with pytest.warns(
+        UserWarning, match=r"slots that .*stating\.safetensors states for each layer are not used, because"
+    ):
+        assert slots_of(folder, kernels=file, budget="10") == [10, 10]
+    with pytest.raises(UsageError, match="more than the context of 16"):
+        slots_of(folder, kernels=file, context=16)
 
 
-@pytest.mark.parametrize("stated", ["", "0:6,0:8", "0:", "auto", "0:-3", "0:1e9"])
-def test_budgets_that_no_training_writes_are_refused(stated: str, tmp_path: Path) -> None:
+def test_slots_of_other_kinds_of_layers_are_not_taken(tmp_path: Path) -> None:
+    folder = sliding_folder(tmp_path / "model")
+    file = stating(folder, **STATED, compress_sliding=True)
+    assert slots_of(folder, kernels=file, compress_sliding=True) == [6, 20]
+    assert slots_of(folder, kernels=file) == [16, 2]
+
+
+@pytest.mark.parametrize(
+    "slots", [None, 7, [3, 3], {}, {"0": 6}, {"0": ["3", 3]}, {"x": [3, 3]}, {"0": [0, 0]}, {"9" * 5000: [3, 3]}]
+)
+def test_slots_that_no_training_states_count_as_none(slots: Any, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    with pytest.raises(KernelError, match=r"states impossible budgets of layers \(.*\): give --budget") as caught:
-        slots_of(folder, kernels=stating(folder, policy="h2o", layer_budgets=stated))
-    assert "\n" not in str(caught.value)
+    assert slots_of(folder, kernels=stating(folder, policy="h2o", slots=slots)) == [2, 2]
 
 
-@pytest.mark.parametrize("stated", [None, 7, ["0:6"], {"0": 6}])
-def test_budgets_of_another_type_count_as_none(stated: Any, tmp_path: Path) -> None:
+def test_slots_of_a_layer_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
-    assert slots_of(folder, kernels=stating(folder, policy="h2o", layer_budgets=stated)) == [2, 2]
+    with pytest.raises(UsageError, match=r"names layer 9, but the model has 2 layers"):
+        slots_of(folder, kernels=stating(folder, policy="h2o", slots={"9": [2, 2]}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layer_budgets": "auto"},
+        {"layer_budgets": "equal"},
+        {"layers": "1", "layer_budgets": "0:12"},
+        {"end_to_end": True},
+    ],
+    ids=str,
+)
+def test_an_export_takes_the_slots_of_the_training(options: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    options = {"tune_steps": 1, "steps": 5} | options
+    file, reports = trained(folder, text, **options)
+    slots = slots_of(folder, kernels=file)
+    assert {r.layer: slots[r.layer] for r in reports} == {r.layer: r.slots for r in reports}
+    assert slots == {"equal": [8, 8], "0:12": [12, 8]}.get(options.get("layer_budgets", ""), slots)
+    assert slots_of(folder, kernels=file, budget=QUICK["budget"]) == slots
 
 
 # ------------------------------------------------------------------ cost of eviction
@@ -218,11 +256,24 @@ def test_training_divides_the_budget_by_default(text: Path, tmp_path: Path) -> N
     assert facts["layer_budgets"] == allocate.option({r.layer: r.slots for r in reports})
     file, reports = trained(folder, text, layer_budgets="equal", steps=2)
     assert [r.slots for r in reports] == [8, 8]
-    assert Kernels.load(file).provenance["layer_budgets"] is None
+    assert Kernels.load(file).provenance["layer_budgets"] == "0:8,1:8"
     file, reports = trained(folder, text, layer_budgets="1:12", steps=2)
     assert [r.slots for r in reports] == [8, 12]
     _, reports = trained(folder, text, layer_budgets=None, layers="1", steps=2)
     assert [r.slots for r in reports] == [8], "there is nothing to divide in one layer"
+
+
+def test_a_budget_of_most_of_a_sequence_stays_the_layers_own(text: Path, tmp_path: Path) -> None:
+    _, reports = trained(model_folder(tmp_path / "model"), text, budget="40", layer_budgets="auto", steps=1)
+    assert sum(r.slots for r in reports) == 80
+
+
+def test_a_cost_that_is_not_finite_is_a_large_one() -> None:
+    assert allocate.divide({0: {4: 1.0, 16: 0.5}, 1: {4: 1e6, 16: 1e6}}, [spec(8)] * 2) == {0: 4, 1: 12}
+
+
+def test_layers_whose_eviction_costs_nothing_keep_equal_shares() -> None:
+    assert allocate.divide({i: {2: 0.0, 8: 0.0, 32: 0.0} for i in range(3)}, [spec(8)] * 3) == {0: 8, 1: 8, 2: 8}
 
 
 def test_one_measurement_that_is_off_decides_nothing() -> None:
@@ -287,9 +338,9 @@ def test_what_is_measured_is_not_measured_twice(text: Path, tmp_path: Path, monk
     measured: list[int] = []
     true = allocate.measure
 
-    def measure(*args: Any) -> Any:
+    def measure(*args: Any, **options: Any) -> Any:
         measured.append(1)
-        return true(*args)
+        return true(*args, **options)
 
     monkeypatch.setattr(allocate, "measure", measure)
     with monkeypatch.context() as broken:

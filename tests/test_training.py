@@ -97,7 +97,7 @@ def test_provenance(text: Path, tmp_path: Path) -> None:
     facts = Kernels.load(file).provenance
     assert facts["model"] == "model"
     assert len(facts["model_sha256"]) == 64
-    assert (facts["policy"], facts["slots"]) == ("h2o", {"1": [4, 4]})
+    assert (facts["policy"], facts["slots"]) == ("h2o", {"0": [4, 4], "1": [4, 4]})
     assert facts["data"][0]["name"] == "text.txt"
     assert facts["sequences"]["length"] == LENGTH
     assert facts["sequences"]["shares"] == {"text.txt": 9}

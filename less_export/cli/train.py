@@ -83,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
     reports = job.train(model, out, texts, config, progress=Bars())
     if Processes.here().first:
         _print_layers(reports)
-        if config.divided or not all(r.used for r in reports):
+        if len({r.slots for r in reports}) > 1:
             budgets = ",".join(f"{r.layer}:{r.slots}" for r in reports)
-            print(f"budgets of layers, which exports and evaluations with these kernels take: {budgets}")
+            print(f"layer budgets, used by exports and evaluations with these kernels: {budgets}")
         print(out)
     return 0
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..config import DEFAULT_CHUNK, DEFAULT_CONTEXT, DEFAULT_POLICY, ExportConfig
+from ..config import DEFAULT_CHUNK, DEFAULT_POLICY, ExportConfig
 from ..contract import LayerSpec, limits_distances
-from ..errors import KernelError, UnsupportedModelError, UsageError
+from ..errors import UnsupportedModelError, UsageError
 from ..less.feature_maps import Kernels, state_for
 from ..less.rotary import RotaryTable, table_length
-from ..plan import AttentionLayer, default_context, layer_tokens, max_distance_of, plan_layers
+from ..plan import AttentionLayer, budget_tokens, default_context, max_distance_of, plan_layers
 from ..versions import EXPORT_PACKAGES, warn_if_untested
 from . import rotary, weights
 from .config_layers import keep_first
@@ -102,13 +102,9 @@ def open_model(
     """
     warn_if_untested(*EXPORT_PACKAGES)
     defaults = source.recipe.options() if source.recipe else {}
-    kernels = Kernels({}, {}) if config.kernels is None else Kernels.load(config.kernels)
-    if equal_budgets:
-        defaults["layer_budgets"] = None
-    elif stated := _budgets_of(kernels, config, defaults):
-        config = replace(config, layer_budgets=stated)
-    config = config.with_defaults(defaults)
+    given, config = config, config.with_defaults({**defaults, "layer_budgets": None} if equal_budgets else defaults)
     architecture = open_architecture(source, config.num_hidden_layers)
+    kernels = Kernels({}, {}) if config.kernels is None else Kernels.load(config.kernels)
     kernels.check([x.heads for x in architecture.layers])
     for index, maps in kernels.layers.items():
         if config.rank is not None and config.rank != maps.rank:
@@ -118,6 +114,8 @@ def open_model(
     if rank is not None:
         ranks = dict.fromkeys(range(len(architecture.layers)), rank)
     context = config.context or default_context(architecture.trained_length)
+    if not equal_budgets:
+        config = _with_budgets(given, config, kernels, context)
     distance, rotations = distances(architecture, config, kernels)
     limited = {i: distance for i, r in enumerate(rotations) if r is not None and distance is not None}
     plan = plan_layers(architecture.layers, config, context, ranks, limited)
@@ -128,20 +126,23 @@ def open_model(
     )  # fmt: skip
 
 
-def _budgets_of(kernels: Kernels, config: ExportConfig, recipe: Mapping[str, Any]) -> str | None:
-    """The layer budgets that kernels were trained with, if the options give none and the policy is the same."""
-    facts, options = kernels.provenance, {**recipe, **{n: v for n, v in vars(config).items() if v is not None}}
-    same = facts.get("policy") == options.get("policy", DEFAULT_POLICY)
-    same &= bool(facts.get("compress_sliding")) == bool(options.get("compress_sliding"))
-    given = (config.layer_budgets, config.budget, config.heavy, config.recent, config.num_hidden_layers)
-    stated = facts.get("layer_budgets")
-    if not same or not isinstance(stated, str) or any(x is not None for x in given):
-        return None
-    try:
-        layer_tokens(stated, config.context or DEFAULT_CONTEXT)
-    except UsageError as error:
-        raise KernelError(f"{config.kernels} states impossible budgets of layers ({error}): give --budget") from None
-    return stated
+def _with_budgets(given: ExportConfig, config: ExportConfig, kernels: Kernels, context: int) -> ExportConfig:
+    """The options with the slots that kernels were trained with, unless ``given``, what the user asks for, has others.
+
+    Kernels for another policy or other kinds of layers say nothing about this one.
+    """
+    facts, slots = kernels.provenance, kernels.slots
+    same = facts.get("policy") == (config.policy or DEFAULT_POLICY)
+    same &= bool(facts.get("compress_sliding")) == bool(config.compress_sliding)
+    others = (given.layer_budgets, given.heavy, given.recent, given.num_hidden_layers)
+    if not slots or not same or any(x is not None for x in others):
+        return config
+    if given.budget is not None and budget_tokens(given.budget, context) != facts.get("budget"):
+        if len({*slots.values()}) > 1:
+            reason = "because --budget is another one: leave it out to use them"
+            warnings.warn(f"the slots that {config.kernels} states for each layer are not used, {reason}", stacklevel=3)
+        return config
+    return replace(config, layer_budgets=",".join(f"{i}:{n}" for i, n in slots.items()))
 
 
 def distances(

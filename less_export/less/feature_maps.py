@@ -206,6 +206,14 @@ class Kernels:
     def hidden(self) -> int | None:
         return next((m.hidden for m in self.layers.values()), None)
 
+    @property
+    def slots(self) -> dict[int, int]:
+        """The slots of the layers they were trained for, as provenance states them."""
+        stated = self.provenance.get("slots")
+        names = [x for x in stated if x.isdecimal() and len(x) < 6] if isinstance(stated, dict) else []
+        found = {int(x): _slots(stated, int(x)) for x in names}
+        return {i: n for i, n in sorted(found.items()) if n is not None and 0 < n < 2**31}
+
     def tensors(self) -> dict[str, Tensor]:
         """Tensors under their names in the file."""
         maps = {f"layers.{i}.{n}": p.data for i, m in self.layers.items() for n, p in m.named_parameters()}

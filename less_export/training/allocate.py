@@ -34,8 +34,10 @@ SHARES = (0.25, 1.0, 4.0)
 SEQUENCES, _POSITIONS = 4, 96
 #: Slots that a layer gains at a time.
 _STEP = 2
-#: Least cost that counts, in nats: rounding is as large.
-_LEAST = 1e-6
+#: Costs below this, in nats, are errors of rounding; this is what a cost that is not finite counts.
+_LEAST, _MOST = 1e-6, 1e6
+#: Least fall of the cost: where it seems not to fall with the slots, that is an error of measurement.
+_LEAST_EXPONENT = -0.05
 
 #: Cost of eviction in nats per token, by layer and slots.
 Costs = Mapping[int, Mapping[int, float]]
@@ -45,21 +47,23 @@ Costs = Mapping[int, Mapping[int, float]]
 def measure(
     decoder: LayerwiseDecoder, ids: Tensor, plan: Sequence[LayerSpec], layers: Sequence[int], progress: Progress,
     centring: Mapping[int, Centring] | None = None, rotary: Sequence[RotaryTable] = (),
-    maps: Mapping[int, FeatureMap] = MappingProxyType({}),
+    maps: Mapping[int, FeatureMap] = MappingProxyType({}), *, most: int | None = None,
 ) -> dict[int, dict[int, float]]:  # fmt: skip
     """Measure the cost of eviction in each of ``layers`` alone, at each of :data:`SHARES` of its budget.
 
     Args:
         ids: [N,T], of which the first :data:`SEQUENCES` are used. plan: every layer's cache. centring: of keys in int8
             slots, by layer. rotary: tables of distances below T, for plans that limit distances. maps: kernels by
-            layer; layers without them evict without a low-rank term.
+            layer; layers without them evict without a low-rank term. most: slots that no layer may get more of, unless
+            it has them; default half of T.
 
     Returns:
         By layer and slots: mean KL divergence from the full cache's next-token distribution, in nats per token, at
             positions past the largest budget.
     """
     full_caches = [exact_layer(s, ids.shape[1]) for s in plan]
-    budgets = {i: sorted({_slots(plan[i], share, ids.shape[1]) for share in SHARES}) for i in sorted(layers)}
+    most = ids.shape[1] // 2 if most is None else min(most, ids.shape[1] // 2)
+    budgets = {i: sorted({_slots(plan[i], share, most) for share in SHARES}) for i in sorted(layers)}
     start = max(map(max, budgets.values())) + 1
     positions = torch.linspace(start, ids.shape[1] - 2, _POSITIONS).long().unique().to(decoder.model.device)
     costs = {i: dict.fromkeys(slots, 0.0) for i, slots in budgets.items()}
@@ -77,8 +81,8 @@ def measure(
         assert passed.last is not None
         return decoder.log_probabilities(passed.last[0, positions])
 
-    runs = len(rows) * sum(map(len, budgets.values()))
-    with progress.phase("measuring the cost of eviction in each layer", runs) as step:
+    runs, kind = len(rows) * sum(map(len, budgets.values())), "with kernels" if maps else "without kernels"
+    with progress.phase(f"measuring the cost of eviction in each layer, {kind}", runs) as step:
         for row in rows:
             reference = predicted(run(row, full_caches, 0, None, None))
             begin, hidden = 0, None
@@ -89,7 +93,7 @@ def measure(
                     caches = [*full_caches[:i], resized(plan[i], slots), *full_caches[i + 1 :]]
                     other = predicted(run(row, caches, i, hidden, None))
                     cost = float((reference.exp() * (reference - other)).sum(-1).mean())
-                    by_slots[slots] += cost / len(rows)
+                    by_slots[slots] += (cost if math.isfinite(cost) else _MOST) / len(rows)
                     step(f"layer {i}, {slots} slots: {cost:.4f}")
     return costs
 
@@ -97,9 +101,9 @@ def measure(
 def divide(costs: Costs, plan: Sequence[LayerSpec]) -> dict[int, int]:
     """Divide the bytes that the layers of ``costs`` take in ``plan`` among them; returns each one's slots.
 
-    The cost of a layer is taken to be a power of its slots: the one nearest to the measurements, which are noisy, in
-    logarithms. Starts with the fewest slots that were measured and gives more to the layer that gains most per byte,
-    which is best where costs are convex, as such powers are.
+    A power law in the number of slots is fitted to the costs of each layer, in logarithms, because measurements are
+    noisy. Starts with the fewest slots that were measured and gives more to the layer that gains most per byte, which
+    is best where costs are convex, as power laws are; of equal gains, to the one with the smallest share of its slots.
     """
     laws = {i: _law(by_slots) for i, by_slots in costs.items()}
 
@@ -116,18 +120,23 @@ def divide(costs: Costs, plan: Sequence[LayerSpec]) -> dict[int, int]:
         candidates = [i for i, n in slots_of.items() if n + _STEP <= max(costs[i]) and _STEP * size(i) <= spare]
         if not candidates:
             return slots_of
-        best = max(candidates, key=lambda i: (cost(i, slots_of[i]) - cost(i, slots_of[i] + _STEP)) / size(i))
+        best = max(
+            candidates,
+            key=lambda i: (
+                (cost(i, slots_of[i]) - cost(i, slots_of[i] + _STEP)) / size(i), -slots_of[i] / plan[i].capacity,
+            ),
+        )  # fmt: skip
         slots_of[best] += _STEP
         spare -= _STEP * size(best)
 
 
 def _law(by_slots: Mapping[int, float]) -> tuple[float, float]:
-    """The exponent, at most 0, and the logarithm of the factor of the power of slots nearest to the costs."""
+    """The exponent and the logarithm of the factor of the power law nearest to the costs."""
     slots = np.log(sorted(by_slots))
     logs = np.log([max(by_slots[n], _LEAST) for n in sorted(by_slots)])
-    exponent = 0.0
+    exponent = _LEAST_EXPONENT
     if len(slots) > 1:
-        exponent = min(0.0, float(np.polyfit(slots, logs, 1)[0]))
+        exponent = min(exponent, float(np.polyfit(slots, logs, 1)[0]))
     return exponent, float(logs.mean() - exponent * slots.mean())
 
 
@@ -136,18 +145,21 @@ def option(slots: Mapping[int, int]) -> str:
     return ",".join(f"{i}:{n}" for i, n in sorted(slots.items()))
 
 
-def provenance(layers: Mapping[int, LayerSpec]) -> dict[str, Any]:
-    """Provenance of layers with budgets of their own."""
+def provenance(plan: Sequence[LayerSpec]) -> dict[str, Any]:
+    """Provenance of the budgets of layers that evict."""
+    layers = {i: s for i, s in enumerate(plan) if s.policy.evicts}
     return {
         "layer_budgets": option({i: s.capacity for i, s in layers.items()}),
         "slots": {str(i): [s.heavy, s.recent] for i, s in layers.items()},
     }
 
 
-def _slots(layer: LayerSpec, share: float, length: int) -> int:
-    """``share`` of the layer's slots: an even number, fewer than its window and few enough that something is evicted.
+def _slots(layer: LayerSpec, share: float, most: int) -> int:
+    """``share`` of the layer's slots: an even number, fewer than its window and at most ``most``, unless it has more.
 
     At least 4, or the layer's own number of slots where that is smaller.
     """
-    limit = min(layer.window - 1 if layer.window else length, length // 2)
+    limit = max(most, layer.capacity)
+    if layer.window:
+        limit = min(limit, layer.window - 1)
     return max(min(2 * _STEP, layer.capacity), min(int(layer.capacity * share), limit) // _STEP * _STEP)

@@ -179,7 +179,7 @@ def tune(
     held = Comparison(decoder, validation, plan, min(maps), constants, rotary)
     tuned = {i: copy.deepcopy(m).to(device) for i, m in maps.items()}
     lengths = [min(int(x * length), train.shape[1]) for x in recipe.lengths]
-    lengths = [x for x in lengths if x > 2 * first] or [train.shape[1]]
+    lengths = [x for x in lengths if x - first > recipe.positions] or [train.shape[1]]
     vocabulary = _vocabulary(train, decoder.model.get_input_embeddings().weight.shape[0], seed)
 
     @torch.no_grad()
@@ -236,8 +236,9 @@ def tune(
 
 
 def slots_instead(layer: LayerSpec) -> LayerSpec:
-    """The layer without a low-rank term, whose bytes are slots."""
-    return sparse_layer(layer, layer.capacity + extra_tokens(layer, "bfloat16"))
+    """The layer without a low-rank term, whose bytes are slots, but fewer than its window has tokens."""
+    slots = layer.capacity + extra_tokens(layer, "bfloat16")
+    return sparse_layer(layer, min(slots, layer.window - 1) if layer.window else slots)
 
 
 def choose(

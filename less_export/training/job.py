@@ -99,7 +99,9 @@ def _train(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
             _divide(job)
         _fit_all(job)
         if job.config.divided and job.config.tuned:
-            _divide(job, _used(_fitted(job)))
+            maps = _used(_fitted(job))
+            if maps:
+                _divide(job, maps)
         return _finish(job, out)
     except BaseException:
         with contextlib.suppress(OSError):  # fails, and keeps the folder, if it holds finished layers
@@ -127,13 +129,15 @@ def _divide(job: TrainJob, maps: Mapping[int, FeatureMap] | None = None) -> None
 
     ``maps``: kernels that were fitted with the present division; by default there are none yet.
     """
-    name = "eviction_costs" if maps is None else "eviction_costs_with_kernels"
+    name, ids = "eviction_costs", job.ids
+    if maps:  # on sequences that they were not fitted on
+        name, ids = "eviction_costs_with_kernels", job.ids[-job.validation :]
     file = job.work / f"{name}.json"
     if job.processes.first and work.load(file, job.progress) is None:
         used = {i: m.to(job.device) for i, m in (maps or {}).items()}
         measured = allocate.measure(
-            LayerwiseDecoder(job.model(), job.plan), job.ids, job.plan, job.layers, job.progress, job.centring,
-            job.rotary, used,
+            LayerwiseDecoder(job.model(), job.plan), ids, job.plan, job.layers, job.progress, job.centring, job.rotary,
+            used, most=job.context,
         )  # fmt: skip
         work.save(file, json.dumps([[i, *x] for i, at in measured.items() for x in at.items()]).encode())
     job.processes.wait()
@@ -146,7 +150,7 @@ def _divide(job: TrainJob, maps: Mapping[int, FeatureMap] | None = None) -> None
         plan[i] = resized(plan[i], slots)
     job.plan = tuple(plan)
     job.facts |= {
-        **allocate.provenance({i: plan[i] for i in divided}),
+        **allocate.provenance(plan),
         name: {str(i): {str(n): round(x, 5) for n, x in at.items()} for i, at in costs.items()},
     }
     job.progress.say(f"budgets of the layers: {job.facts['layer_budgets']}")
@@ -283,8 +287,7 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
         if job.config.tuned and maps:
             maps, plan, tuning = _tune(job, maps)
             facts["end_to_end"] = tuning
-            if plan != job.plan:
-                facts |= allocate.provenance({i: plan[i] for i in loaded})
+            facts |= allocate.provenance(plan)
             gains = {int(i): gain for i, gain in tuning["gains"].items()}
             reports = tuple(
                 replace(r, slots=plan[r.layer].capacity, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports

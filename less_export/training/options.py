@@ -108,7 +108,8 @@ class TrainConfig:
     def cache(self) -> ExportConfig:
         """The options of the cache."""
         return ExportConfig(
-            policy=self.policy, budget=self.budget, layer_budgets=None if self.own_division else self.layer_budgets,
+            policy=self.policy, budget=self.budget,
+            layer_budgets=None if self.division_by_training else self.layer_budgets,
             score_half_life=self.score_half_life, slots=self.slots,
             state=state_for(self.parametrisation, self.state), max_distance=self.max_distance,
             context=self.context, compress_sliding=self.compress_sliding,
@@ -120,7 +121,7 @@ class TrainConfig:
         return self.layer_budgets == AUTO
 
     @property
-    def own_division(self) -> bool:
+    def division_by_training(self) -> bool:
         """Whether training decides on the budgets of layers, and neither the user nor the recipe."""
         return self.layer_budgets in (AUTO, EQUAL)
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from .._version import __version__
 from ..bundle.files import sha256
+from ..config import DEFAULT_BUDGET
 from ..contract import LayerSpec
 from ..errors import UsageError
 from ..hf import data, running
@@ -23,9 +24,10 @@ from ..hf.sources import ModelSource, resolve
 from ..hf.weight_files import checkpoint_files
 from ..less.int8 import Centring
 from ..less.rotary import RotaryTable, table_of
+from ..plan import budget_tokens
 from ..progress import Progress
-from . import end_to_end, fit, work
-from .options import AUTO, DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, Processes, TrainConfig, parse_layers
+from . import allocate, end_to_end, fit, work
+from .options import AUTO, DEFAULT_HIDDEN, DEFAULT_LENGTH, DEFAULT_RANK, EQUAL, Processes, TrainConfig, parse_layers
 
 #: Training sequences per validation sequence.
 _VALIDATION = 8
@@ -35,11 +37,11 @@ _VALIDATION = 8
 class TrainJob:
     """State that the steps of one training run share.
 
-    layers: layers to train. corpus: training sequences, then validation. length: tokens of each that layers are fitted
-    on. facts: provenance, for the kernel file.
-    width: hidden size of the model. work: folder of finished work, until the kernel file is written.
-    centring: of the keys of every layer with int8 slots, once it is measured. rotary: tables of distances within a
-    sequence, where the plan limits distances.
+    layers: layers to train. corpus: training sequences, then validation. length: tokens of each that layers are
+    fitted on. facts: provenance, for the kernel file. width: hidden size of the model. context: tokens that
+    percentages refer to. work: folder of finished work, until the kernel file is written. centring: of the keys of
+    every layer with int8 slots, once it is measured. rotary: tables of distances within a sequence, where the plan
+    limits distances.
     """
 
     source: ModelSource
@@ -52,6 +54,7 @@ class TrainJob:
     device: str
     dtype: torch.dtype
     width: int
+    context: int
     work: Path
     processes: Processes
     progress: Progress
@@ -99,7 +102,7 @@ def prepare(
     recipe = source.recipe
     rank = config.rank or (recipe.rank if recipe else DEFAULT_RANK)
     config = replace(config, rank=rank, hidden=config.hidden or (recipe.hidden if recipe else DEFAULT_HIDDEN))
-    opened = open_model(source, config.cache(), rank=rank, equal_budgets=config.own_division)
+    opened = open_model(source, config.cache(), rank=rank, equal_budgets=config.division_by_training)
     cache, plan, limit = opened.config, opened.plan, opened.trained_length
     length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if length > (opened.position_limit or length):
@@ -136,7 +139,8 @@ def prepare(
         "model": source.name,
         "model_sha256": _model_hash(source, progress),
         "policy": cache.policy or plan[chosen[0]].policy.name,
-        "slots": {str(i): [plan[i].heavy, plan[i].recent] for i in chosen},
+        **allocate.provenance(plan),
+        "budget": budget_tokens(cache.budget or DEFAULT_BUDGET, opened.context),
         "score_half_life": plan[chosen[0]].score_half_life,
         "slot_dtype": plan[chosen[0]].slot_dtype,
         "state_bits": plan[chosen[0]].state_bits,
@@ -155,7 +159,7 @@ def prepare(
         "hidden": config.hidden,
         "parametrisation": config.parametrisation,
         "fit": asdict(fit.Fit(steps=config.step_count)),
-        "layer_budgets": config.layer_budgets if config.divided else cache.layer_budgets,
+        "division": config.layer_budgets if config.division_by_training else "given" if cache.layer_budgets else EQUAL,
         "end_to_end": asdict(end_to_end.Tuning(steps=config.tune_step_count)) if config.tuned else False,
         "seed": config.seed,
         "less_export": __version__,
@@ -165,8 +169,8 @@ def prepare(
         work.warn_of_others(out, folder)
     dtype, width = running.compute_dtype(opened.hf_config, device), int(getattr(opened.text_config, "hidden_size", 0))
     return TrainJob(
-        source, config, plan, chosen, corpus, length, facts, device, dtype, width, folder, processes, progress,
-        opened.rotary_tables(corpus.ids.shape[1]),
+        source, config, plan, chosen, corpus, length, facts, device, dtype, width, opened.context, folder, processes,
+        progress, opened.rotary_tables(corpus.ids.shape[1]),
     )  # fmt: skip
 
 
