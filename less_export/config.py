@@ -59,7 +59,8 @@ class ExportConfig:
         target: graph for ``"ort"``, ``"trt"`` or ``"both"``; default by what is written.
         policy: which tokens keep a slot: ``"h2o"``, ``"tova"``, ``"sink"`` or ``"full"``.
         budget: slots per layer and KV head, in tokens (``"256"``) or as a share of ``context`` (``"5%"``).
-        layer_budgets: budgets of single layers, like ``"5:4%,11:88"``.
+        layer_budgets: budgets of single layers, like ``"5:4%,11:88"``; default those that ``kernels`` were trained
+            with, unless ``budget``, ``heavy`` or ``recent`` differ, or the policy does.
         score_half_life: tokens after which a score of policy h2o counts half (default 128), or ``"none"``: scores
             never fade, as in the H2O paper.
         slots: what slots hold keys and values in: ``"int8"`` (the default), or the compute dtype (``"model"``, the

@@ -106,7 +106,7 @@ def main() -> None:
     results.add_row("prefill", f"{timing.prefill_rate:.0f} tokens/s")
     results.add_row("decode", f"{timing.decode_rate:.1f} tokens/s")
     show(results)
-    # The kernels were not trained on held_out: later passages of the text that ships with less-export.
+    # The kernels were not trained on held_out: other passages of the works that ship with less-export.
     options = ("--compare", "full,sparse,sparse+bytes,less", "--seqs", "6", "--positions", "128")
     run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", "held_out", *options)
 

@@ -67,6 +67,13 @@ def call(runtime: Path, folder: Path, *command: object) -> subprocess.CompletedP
     return subprocess.run(line, capture_output=True, text=True, env=clean(), cwd=folder)
 
 
+def test_the_licences_of_the_texts_are_there(runtime: Path) -> None:
+    (facts,) = runtime.parent.glob("lib/python*/site-packages/less_export-*.dist-info")
+    assert "License-Expression: Apache-2.0 AND CC-BY-4.0" in (facts / "METADATA").read_text().splitlines()
+    texts = (facts / "licenses" / "less_export" / "data" / "README.md").read_text()
+    assert {f.name for f in (ROOT / "less_export" / "data").rglob("*.txt") if f"`{f.name}`" not in texts} == set()
+
+
 def test_only_the_runtime_is_there(runtime: Path) -> None:
     command = [runtime / "python", "-m", "pip", "list", "--format", "json"]
     done = subprocess.run(command, capture_output=True, text=True, env=clean(), check=True)

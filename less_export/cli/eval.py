@@ -90,7 +90,9 @@ def parser() -> Parser:
     perplexity = parser.add_argument_group("perplexity")
     perplexity.add_argument("--seq-len", type=int, metavar="N", help="tokens per sequence (default: 1024)")
     perplexity.add_argument("--positions", type=int, metavar="N", help="scored positions (default: 256)")
-    perplexity.add_argument("--budgets", metavar="A,B", help="more budgets, e.g. 2%%,5%%,10%% (MODEL only)")
+    perplexity.add_argument(
+        "--budgets", metavar="A,B", help="more budgets, the same in all layers, e.g. 2%%,5%%,10%% (MODEL only)"
+    )
     summaries = parser.add_argument_group("summaries")
     summaries.add_argument("--max-new-tokens", type=int, metavar="N", help="most tokens of a summary (default: 64)")
     output = parser.add_argument_group("output")

@@ -111,7 +111,7 @@ def general_options(parser: argparse.ArgumentParser) -> None:
 
 
 def cache_options(
-    parser: argparse.ArgumentParser, *, full: bool = False, layer_budgets_note: str = ""
+    parser: argparse.ArgumentParser, *, full: bool = False, layer_budgets_note: str = " (default: kernels' or recipe's)"
 ) -> argparse._ArgumentGroup:
     """Options of a cache; with ``full``, of one that may also keep every token."""
     group = parser.add_argument_group("cache")

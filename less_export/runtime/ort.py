@@ -48,7 +48,7 @@ from .row_sides import RowSides
 _LOG = logging.getLogger(__name__)
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-#: Options that a session gets on each device. By default, CUDA multiplies float32 with 10 bits of the mantissa.
+#: Options that a session gets on each device. By default, CUDA multiplies float32 in TF32, whose mantissa has 10 bits.
 _OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 #: Most ranges of rows whose bindings are kept.
 _MAX_RANGES = 64
@@ -236,8 +236,8 @@ class OrtBackend(Backend):
         if threads is not None:
             options.intra_op_num_threads = threads
         providers: list[Any] = list(dict.fromkeys([provider, _PROVIDERS["cpu"]]))
-        if own := _OPTIONS[self._device] | provider_options:
-            providers[0] = (provider, own)
+        if chosen := _OPTIONS[self._device] | provider_options:
+            providers[0] = (provider, chosen)
         try:
             if kernel is not None:
                 options.register_custom_ops_library(str(kernel))
