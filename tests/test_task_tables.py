@@ -1,4 +1,4 @@
-"""The tables of tasks: accuracies by hand, pairs of the same items, and rows that lack a cache."""
+"""The tables of kernels and tasks: figures by hand, pairs of the same items, and rows that lack a cache."""
 
 from __future__ import annotations
 
@@ -72,3 +72,31 @@ def test_summaries(tables: ModuleType) -> None:
     assert {len(x) for x in found} == {len(header)}
     assert found[0][3:] == ["1,234", "2", "30.0", "10.0", "20.0", "+10.0 [+10.0, +10.0]"]
     assert tables.tasks({"rows": rows})[1] == []
+
+
+def kernels(text: str, kl: dict[str, float], **more: Any) -> dict[str, Any]:
+    """Two sequences, whose KL is that and twice that."""
+    facts = {"model": "m", "policy": "h2o", "text": text, "length": 1024, "half_life": 128, "rank": 4}
+    trained = {"texts": ["calibration"], "sequences": 54}
+    slots = {n: [50, 50] if n == "16-bit" else [20, 70, 80, 90] for n in kl}
+    return {**facts, "trained": trained, "slots": slots, "kl": {n: [[x], [2 * x]] for n, x in kl.items()}, **more}
+
+
+DIVIDED = {"16-bit": 0.4, "sparse": 0.2, "divided": 0.16, "less": 0.12, "fewer": 0.18}
+
+
+def test_kernels_are_compared_with_slots_that_are_divided_like_theirs(tables: ModuleType) -> None:
+    equal = {n: x for n, x in DIVIDED.items() if n != "divided"}
+    _, rows = tables.kernels_kl({"rows": [kernels("a", DIVIDED), kernels("b", equal)]}, 128)
+    assert rows[0][7:12] == ["0.6000 (50)", *(f"{1.5 * DIVIDED[n]:.4f} (65, 20 to 90)" for n in list(DIVIDED)[1:])]
+    assert rows[1][9] == ""
+    assert [row[12].partition(" ")[0] for row in rows] == ["-25%", "-40%"]
+    assert [row[13] for row in rows] == ["30%", "30%"]
+
+
+def test_headline_is_a_mean_of_texts(tables: ModuleType) -> None:
+    rows = [kernels(text, DIVIDED) for text in tables.HEADLINE_TEXTS]
+    large = dict.fromkeys(DIVIDED, 9.0)
+    others = [kernels("x", large), *(kernels("c4", large, **x) for x in ({"length": 4096}, {"policy": "sink"}))]
+    ((model, less, slots),) = tables.headline({"rows": rows + others})
+    assert (model, less, slots) == ("m", pytest.approx(0.18), pytest.approx(0.24))
