@@ -11,6 +11,8 @@ import numpy as np
 from less_export.config import DEFAULT_HALF_LIFE
 from less_export.evaluation import statistics
 
+#: How rows name the text of the package before it had reviews, the Factbook, SQLite's pages and the code of others.
+EARLIER_TEXT = "calibration, earlier"
 CACHES = {
     "16-bit": "16-bit slots",
     "sparse": "int8 slots",
@@ -20,10 +22,13 @@ CACHES = {
 }
 
 
-def kernels_kl(data: dict[str, Any], half_life: int | None) -> tuple[list[str], list[list[str]]]:
+def kernels_kl(
+    data: dict[str, Any], half_life: int | None, earlier: bool | None = None
+) -> tuple[list[str], list[list[str]]]:
     """KL from the full cache by model, kernels and text, and what LESS changes on the same sequences.
 
-    Rows whose scores have this half-life; None: of policies without scores.
+    Rows whose scores have this half-life; None: of policies without scores. ``earlier``: of kernels that were, or were
+    not, trained on an earlier text of the package; None: of both.
     """
     header = [
         "model",
@@ -39,7 +44,8 @@ def kernels_kl(data: dict[str, Any], half_life: int | None) -> tuple[list[str], 
     ]
     rows = []
     for row in data["rows"]:
-        if row["half_life"] != half_life:
+        old = EARLIER_TEXT in row["trained"]["texts"]
+        if row["half_life"] != half_life or earlier not in (None, old):
             continue
         kl = {name: np.array(x).mean(1) for name, x in row["kl"].items()}
         cells = [f"{kl[n].mean():.4f} ({_slots(row['slots'][n])})" if n in kl else "" for n in CACHES]
@@ -169,7 +175,8 @@ def headline(data: dict[str, Any]) -> list[tuple[str, float, float]]:
 
 
 def _texts(names: list[str]) -> str:
-    return "shipped" if names == ["calibration"] else "shipped, web"
+    known = {("calibration",): "shipped", (EARLIER_TEXT,): "shipped earlier"}
+    return known.get(tuple(names), "shipped earlier, web")
 
 
 def _slots(counts: list[int]) -> str:

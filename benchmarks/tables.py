@@ -238,11 +238,11 @@ def int4() -> str:
     return table(*slots_tables.int4(data)) + f"\n\n({note}; {where(data)})"
 
 
-def kernels_kl(half_life: int | None) -> str:
+def kernels_kl(half_life: int | None, earlier: bool | None = None) -> str:
     """What kernels add to int8 slots."""
     data = results("kernels")
     note = f"one token a step, every {data['stride']}th position past the slots"
-    return table(*kernels_tables.kernels_kl(data, half_life)) + f"\n\n({note}; {where(data)})"
+    return table(*kernels_tables.kernels_kl(data, half_life, earlier)) + f"\n\n({note}; {where(data)})"
 
 
 def half_lives() -> str:
@@ -303,7 +303,10 @@ def rendered(text: str) -> str:
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
     makers |= {name: lambda maker=maker: table(*maker()) for name, maker in plan_tables.PARTS.items()}
     makers |= {
-        f"kernels_kl_{n}": functools.partial(kernels_kl, h) for n, h in (("128", 128), ("512", 512), ("sink", None))
+        "kernels_kl": functools.partial(kernels_kl, 128, False),
+        "kernels_kl_equal": functools.partial(kernels_kl, 128, True),
+        "kernels_kl_512": functools.partial(kernels_kl, 512),
+        "kernels_kl_sink": functools.partial(kernels_kl, None),
     }
     makers |= {"half_lives": half_lives, "tasks": tasks, "summaries": summaries, "state_kl": state_kl, "recall": recall}
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}

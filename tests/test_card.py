@@ -39,6 +39,12 @@ def test_training_writes_a_card(text: Path, tmp_path: Path, run: Run) -> None:
     assert (result.code, result.out) == (0, written)
 
 
+@pytest.mark.parametrize(("totals", "shown"), [((8, 8), "8"), ((4, 8, 12), "4, 8, 12"), ((4, 8, 12, 40), "4 to 40")])
+def test_many_numbers_of_slots_are_a_range(totals: tuple[int, ...], shown: str) -> None:
+    slots = {str(i): [n // 2, n // 2] for i, n in enumerate(totals)}
+    assert f"| slots per layer and KV head | {shown} |" in card.card(Kernels({}, {"slots": slots})).splitlines()
+
+
 def test_kernels_that_do_not_pay_are_named() -> None:
     (line,) = card.doubts({"end_to_end": {"divergence_after": 0.1, "divergence_sparse_bytes": 0.1}})
     assert "pays in no layer: KL 0.1000 if its bytes are spent on slots" in line

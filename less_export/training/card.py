@@ -69,7 +69,8 @@ def _cache(facts: Mapping[str, Any]) -> Iterator[str]:
     rows = [(title, facts[name]) for name, title in _CACHE.items() if facts.get(name) is not None]
     slots = sorted({sum(x) for x in _lists(facts.get("slots"))})
     if slots:
-        rows.insert(1, ("slots per layer and KV head", ", ".join(map(str, slots))))
+        many = f"{slots[0]} to {slots[-1]}" if len(slots) > 3 else ", ".join(map(str, slots))
+        rows.insert(1, ("slots per layer and KV head", many))
     if rows:
         yield from _table(("option", "value"), rows)
 
