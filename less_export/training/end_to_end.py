@@ -179,7 +179,7 @@ def tune(
     held = Comparison(decoder, validation, plan, min(maps), constants, rotary)
     tuned = {i: copy.deepcopy(m).to(device) for i, m in maps.items()}
     lengths = [min(int(x * length), train.shape[1]) for x in recipe.lengths]
-    lengths = [x for x in lengths if x - first > recipe.positions] or [train.shape[1]]
+    lengths = [x for x in lengths if x - first > min(first, recipe.positions)] or [train.shape[1]]
     vocabulary = _vocabulary(train, decoder.model.get_input_embeddings().weight.shape[0], seed)
 
     @torch.no_grad()
