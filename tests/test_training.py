@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from less_export.errors import LessExportError, ModelError, UsageError
-from less_export.hf import data
+from less_export.hf import calibration, data
+from less_export.hf.sources import resolve
 from less_export.less.feature_maps import Kernels
 from less_export.training import collect, fit, job
 
@@ -219,6 +221,24 @@ def test_wikitext_is_put_back_to_plain_text() -> None:
     raw = " = = Robert Boulter = = \n \n He was 24 @-@ year old , and ( in 2000 ) won 1 @,@ 000 prizes . \n"
     assert data.plain(raw) == "Robert Boulter\nHe was 24-year old, and (in 2000) won 1,000 prizes. \n"
     assert data.plain("a , b") == "a , b"
+
+
+def test_special_tokens_that_are_written_in_a_text_are_named(text: Path, tmp_path: Path, run: Run) -> None:
+    folder = model_folder(tmp_path / "model")
+    token, *_ = tokens = data.special_tokens(resolve(str(folder)).tokenizer())
+    assert len(token) > 2
+    raw = tmp_path / "raw.txt"
+    raw.write_text(f"{token} {text.read_text()} {token}")
+    says = rf"raw.txt contains special tokens of the model: {re.escape(token)} \(2 times\); remove them, unless"
+    with pytest.warns(UserWarning, match=says):
+        trained(folder, raw, steps=0)
+    with pytest.warns(UserWarning, match=says):
+        calibration.calibrate(str(folder), tmp_path / "c.safetensors", [str(raw)], seqs=2, seq_len=LENGTH)
+    options = ("--seqs", 2, "--seq-len", LENGTH, "--positions", 8, "--budget", 8, "--compare", "full")
+    assert re.search(says, run("eval", folder, "--data", raw, *options).err)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.warn_of_special_tokens(data.read([str(text)]), tokens)
 
 
 def test_shipped_texts_do_not_overlap() -> None:

@@ -127,6 +127,7 @@ def _refuse_backend(subject: Subject, variants: Sequence[Variant], config: EvalC
 
 def _ids(subject: Subject, source: data.Source, config: EvalConfig) -> torch.Tensor:
     """The sequences of a text, [N,L]; warns if there are fewer than ``config.seqs``."""
+    data.warn_of_special_tokens([source], subject.special_tokens)
     ids = data.sequences([source], subject.encode, subject.bos, config.seqs, config.seq_len, None).ids
     if len(ids) < config.seqs:
         available = f"{len(ids)} sequence{'s' if len(ids) > 1 else ''} of {config.seq_len} tokens"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Subject:
 
     own: opens the bundle's artifact on the named backend (None: the one for what the bundle holds), once each; None
     for a model. cache_dtype: dtype that state bytes are counted in. tokenizer, chunk: for generation.
+    special_tokens: of the tokenizer, as they are written.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Subject:
     plan_for: Callable[[str], tuple[LayerSpec, ...]] | None = None
     own: Callable[[str | None], Backend] | None = None
     rotations: tuple[Rotation | None, ...] = ()
+    special_tokens: Collection[str] = ()
 
     def rotary_tables(self, plan: Sequence[LayerSpec], length: int) -> tuple[RotaryTable, ...]:
         """Tables of distances below ``length`` for ``plan``; none where it does not limit distances."""
@@ -132,7 +134,7 @@ def open_subject(
     chunk = cache.chunk or DEFAULT_CHUNK
     return Subject(
         target, model, opened.plan, kernels, encode, bos, "bfloat16", runtime_tokenizer, chunk, plan_for,
-        rotations=opened.rotations,
+        rotations=opened.rotations, special_tokens=data.special_tokens(tokenizer),
     )  # fmt: skip
 
 
@@ -162,5 +164,5 @@ def _bundle(path: Path, trust_code: bool) -> Subject:
     return Subject(
         str(path), model, contract.layers, bundle_kernels(bundle), encode, bos, contract.dtype, tokenizer,
         contract.chunk, own=functools.cache(lambda name: load_backend(bundle, name, trust_code=trust_code)),
-        rotations=rotations,
+        rotations=rotations, special_tokens=tuple(tokenizer.special_tokens.values()),
     )  # fmt: skip

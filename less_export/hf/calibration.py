@@ -192,6 +192,7 @@ def calibrate(
     tokenizer, reason = source.tokenizer_or_reason()
     if tokenizer is None:
         raise UsageError(f"{reason}; calibration of {source.name} needs one: add one to its folder")
+    data.warn_of_special_tokens(sources, data.special_tokens(tokenizer))
     corpus = data.sequences(sources, *data.encoder(tokenizer), seqs, length, None)
     if len(corpus.ids) < seqs:
         warnings.warn(f"the text has {len(corpus.ids)} sequences of {length} tokens, not {seqs}", stacklevel=2)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import re
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,25 @@ def distinct(sources: Sequence[Source]) -> tuple[list[Source], list[str]]:
     by_hash: dict[str, Source] = {}
     duplicates = [s.name for s in sources if by_hash.setdefault(s.facts()["sha256"], s) is not s]
     return list(by_hash.values()), duplicates
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens of a Hugging Face tokenizer, as they are written."""
+    return tuple(map(str, getattr(tokenizer, "all_special_tokens", ())))
+
+
+def warn_of_special_tokens(sources: Sequence[Source], tokens: Collection[str]) -> None:
+    """Warn of sources in which special tokens of a model are written: it reads them as such, and not as text.
+
+    WikiText writes rare words as ``<unk>``: what was gained on it came from that token.
+    """
+    for source in sources:
+        counts = {t: source.text.count(t) for t in tokens if len(t) > 2}
+        found = [f"{t} ({n:,} times)" for t, n in counts.items() if n]
+        if found:
+            named = f"{', '.join(found[:3])}{' and others' if len(found) > 3 else ''}"
+            advice = "remove them, unless it is to read them so"
+            warnings.warn(f"{source.name} contains special tokens of the model: {named}; {advice}", stacklevel=3)
 
 
 def shipped(folder: str) -> Source:

@@ -123,6 +123,8 @@ def prepare(
     if tokenizer is None:
         raise UsageError(f"{reason}; training of {source.name} needs one: add one to its folder")
     encode, bos = data.encoder(tokenizer)
+    if processes.first:
+        data.warn_of_special_tokens(sources, data.special_tokens(tokenizer))
     count = config.sequence_count + max(1, config.sequence_count // _VALIDATION)
     corpus = _corpus(sources, encode, bos, count, length, opened.trained_length, config)
     if len(corpus.ids) < 2:
