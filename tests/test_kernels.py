@@ -240,6 +240,8 @@ def test_constants_of_another_model() -> None:
     plan = [LayerSpec(6, 2, 8, 0.3, Policy.H2O, 8, 8, 0, False, 16, 1, None, "int8")]
     says = "the kernels were calibrated for org/other: if name is another model, calibrate its own"
     assert Kernels({}, {"model": "org/other"}, centring).doubts(["name"], plan) == [says]
+    trained = {"model": "org/name", "policy": "h2o", "score_half_life": 128}
+    assert Kernels({}, trained, centring).doubts(["name"], plan) == [], "no layer has a state that half-lives matter to"
 
 
 def test_kernels_for_what_they_were_trained_for() -> None:

@@ -263,7 +263,8 @@ class Kernels:
         if isinstance(policy, str) and others:
             found.append(f"the kernels were trained for policy {policy}, not {others[0]}: quality may suffer")
         then, now = facts.get("score_half_life"), next((s.score_half_life for s in used.values()), None)
-        if isinstance(policy, str) and not others and (then is None or isinstance(then, int)) and then != now:
+        known = used and isinstance(policy, str) and not others and (then is None or isinstance(then, int))
+        if known and then != now:
             found.append(
                 f"the kernels were trained with --score-half-life {then or 'none'}, not {now or 'none'}: "
                 "quality may suffer"
