@@ -114,7 +114,7 @@ def main() -> None:
     results.add_row("decode", f"{timing.decode_rate:.1f} tokens/s")
     show(results)
     states = bool(Kernels.load(KERNELS).layers)  # training leaves out a state that does not pay
-    caches = "full,sparse,sparse+bytes,less" if states else "full,sparse"
+    caches = "full,sparse+bytes,less" if states else "full,sparse"
     options = ("--compare", caches, "--seqs", "2", "--positions", "128")
     run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", *(TEXTS / "held_out" / b for b in WORKS), *options)
 
