@@ -28,7 +28,7 @@ KERNELS = OUT / "kernels.safetensors"
 WORKS = ("austen.txt", "newton.txt", "presidents.txt")
 TEXTS = Path("less_export") / "data"
 #: Less than --quality fast takes: the demo ends within minutes.
-QUICK = ("--seqs", "20", "--steps", "150", "--tune-steps", "40")
+QUICK = ("--seqs", "20", "--steps", "150", "--tune-steps", "32")
 NEW_TOKENS = 80
 #: One architecture: the first run compiles the plugin for it.
 GPU_ARCH = "sm_89"
