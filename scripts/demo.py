@@ -74,7 +74,13 @@ def main() -> None:
     OUT.mkdir()
     with compiling():
         train_seconds = run(
-            "train", "gemma3-270m", "--data", *(TEXTS / "calibration" / b for b in WORKS), "--out", KERNELS, *QUICK
+            "train",
+            "gemma3-270m",
+            "--data",
+            *(TEXTS / "calibration" / work for work in WORKS),
+            "--out",
+            KERNELS,
+            *QUICK,
         )
     engine = ("--target", "both", "--engine", "--gpu-arch", GPU_ARCH)
     export_seconds = run("export", "gemma3-270m", "--out", BUNDLE, "--kernels", KERNELS, *engine)
@@ -116,7 +122,7 @@ def main() -> None:
     states = bool(Kernels.load(KERNELS).layers)  # training leaves out a state that does not pay
     caches = "full,sparse+bytes,less" if states else "full,sparse"
     options = ("--compare", caches, "--seqs", "2", "--positions", "128")
-    run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", *(TEXTS / "held_out" / b for b in WORKS), *options)
+    run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", *(TEXTS / "held_out" / work for work in WORKS), *options)
 
 
 if __name__ == "__main__":
