@@ -39,12 +39,13 @@ PROGRAM = Path(sysconfig.get_path("scripts")) / "less-export"
 def compiling() -> Iterator[None]:
     """Compile the plugin and the operator with what is left of the processor, and wait for both at the end.
 
-    Threads of torch wait for one another, so a compiler beside them must not take turns with them: niceness 19. If
-    something cannot be compiled, the command that needs it says so.
+    Threads of torch wait for one another, so a compiler beside them must not take turns with them: niceness 19, in this
+    session, as Linux may share the processor among sessions whatever their niceness. If something cannot be compiled,
+    the command that needs it says so.
     """
     print(f"meanwhile, the TensorRT plugin is compiled for {GPU_ARCH} alone", flush=True)
     commands = (["build-plugin", "--gpu-arch", GPU_ARCH], ["build-operator"])
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "process_group": 0}
     running = [subprocess.Popen(["nice", "-n", "19", PROGRAM, *c], **quiet) for c in commands]
     try:
         yield
