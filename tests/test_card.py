@@ -32,6 +32,9 @@ def test_training_writes_a_card(text: Path, tmp_path: Path, run: Run) -> None:
         (line,) = (x for x in lines if x.startswith(f"| {r.layer} | "))
         assert f"| {r.sparse:.4f} | {r.start:.4f} | {r.less:.4f} |" in line
         assert line.endswith("slots instead |") == (not r.used)
+    run_facts = kernels.provenance["run"]
+    assert f"at most {run_facts['peak_memory_bytes'] / 1e9:.2f} GB of memory" in written
+    assert 0.1e9 < run_facts["peak_memory_bytes"] < 100e9
     tuned = kernels.provenance["end_to_end"]
     assert f"| kernels tuned together | {tuned['divergence_tuned']:.4f} |" in lines
     assert f"| the file's kernels and slots | {tuned['divergence_after']:.4f} |" in lines

@@ -128,6 +128,20 @@ def test_the_best_state_is_kept(text: Path, tmp_path: Path, monkeypatch: pytest.
     assert all(torch.equal(x, before[n]) for n, x in after.tensors().items())
 
 
+def test_a_loss_that_is_not_finite_ends_tuning(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true, steps = end_to_end.Comparison.divergence, itertools.count()  # the first is that of the memory
+
+    def divergence(*args: Any) -> Tensor:
+        return true(*args) * (float("nan") if torch.is_grad_enabled() and next(steps) == 3 else 1)
+
+    monkeypatch.setattr(end_to_end.Comparison, "divergence", divergence)
+    with pytest.warns(UserWarning, match="the loss is not finite at step 3: tuning ends"):
+        file, _ = trained(model_folder(tmp_path / "model"), text, **TUNED)
+    kernels = Kernels.load(file)
+    assert kernels.provenance["end_to_end"]["steps"] == 2
+    assert all(bool(x.isfinite().all()) for x in kernels.tensors().values())
+
+
 @pytest.mark.slow
 def test_tuning_helps(text: Path, tmp_path: Path) -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}

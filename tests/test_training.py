@@ -91,6 +91,8 @@ def test_layers_that_lose_are_switched_off(text: Path, tmp_path: Path, monkeypat
     assert [r.used for r in reports] == [True, False]
     assert list(kernels.layers) == [0]
     assert kernels.provenance["layers"]["1"]["used"] is False
+    assert [r.slots for r in reports] == [kernels.slots[0], kernels.slots[1]]
+    assert reports[1].slots > reports[0].slots == 8, "the bytes of the state are slots"
 
 
 def test_provenance(text: Path, tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from less_export.config import ExportConfig
 from less_export.contract import LayerSpec, Policy
 from less_export.errors import LessExportError, UsageError
 from less_export.hf import data, running
-from less_export.hf.sources import ModelSource
-from less_export.less.feature_maps import Kernels
+from less_export.hf.layerwise import LayerwiseDecoder
+from less_export.hf.model import open_model
+from less_export.hf.sources import ModelSource, resolve
+from less_export.less.feature_maps import Kernels, random_kernels
+from less_export.less.int8 import Centring
 from less_export.progress import Silent
-from less_export.training import collect, fit, job, resources
+from less_export.training import collect, end_to_end, fit, job, resources
 from less_export.training.additions import Addition
 from less_export.training.options import Processes
 
@@ -187,6 +191,47 @@ def test_what_fitting_takes_is_said_and_must_be_free(
         trained(folder, text, steps=1)
     monkeypatch.setattr(running, "free_memory", lambda device: most)
     trained(folder, text, steps=1)
+
+
+def test_saved_bytes_are_those_of_gradients() -> None:
+    """The input of a square once however often it is used, a weight's input, and no weight."""
+    layer = torch.nn.Linear(8, 4, bias=False)
+    x, other = torch.randn(16, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+    assert resources.saved_bytes(lambda: (x * x + x**2).sum(), layer) == 16 * 8 * 4
+    assert resources.saved_bytes(lambda: (x * other).sum(), layer) == 2 * 16 * 8 * 4
+    assert resources.saved_bytes(lambda: layer(x).sum(), layer) == 16 * 8 * 4
+    assert resources.saved_bytes(lambda: (x + other).sum(), layer) == 0
+
+
+def test_memory_estimate_of_tuning(tmp_path: Path) -> None:
+    """Of a longest prefix four times the shortest."""
+    model = model_folder(tmp_path / "model", hidden_size=128, intermediate_size=256, max_position_embeddings=1024)
+    source = resolve(str(model))
+    opened = open_model(source, ExportConfig(budget="16", max_distance="none"), rank=4)
+    plan, decoder = opened.plan, LayerwiseDecoder(source.load(torch.float32), opened.plan)
+    constants = {i: Centring.none(s.kv_heads, s.head_dim) for i, s in enumerate(plan)}
+    maps, train = random_kernels(plan, range(2), 4, 16).layers, torch.randint(3, 300, (3, 512))
+    recipe = end_to_end.Tuning(steps=3, lengths=(0.5, 2.0), positions=24, spread=24)
+    estimate = end_to_end.memory(decoder, train, 256, plan, maps, recipe, constants, ())
+
+    def tuned() -> None:
+        end_to_end.tune(decoder, train, train[:1], 256, plan, maps, recipe, 0, Silent(), None, constants)
+
+    assert estimate / 3 < peak(tuned) < 1.2 * estimate
+
+
+def test_what_tuning_takes_is_said_and_must_be_free(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, progress = model_folder(tmp_path / "model"), RecordedProgress()
+    options = {"steps": 1, "end_to_end": True, "tune_steps": 1}
+    trained(folder, text, **options, progress=progress)
+    (line,) = (x for x in progress.lines if "tuned together" in x)
+    assert line.startswith("about 0.00 GB of memory beside the model")
+    monkeypatch.setattr(end_to_end, "memory", lambda *_: 1 << 50)
+    with pytest.raises(LessExportError, match=r"takes about 1125899\.91 GB of memory, .* or --no-end-to-end"):
+        trained(folder, text, **options | {"seed": 1})
+    assert not [name for name in files_in(tmp_path) if name.startswith(".")], "nothing is left"
 
 
 def test_free_memory_is_a_number() -> None:

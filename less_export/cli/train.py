@@ -20,8 +20,9 @@ def parser() -> Parser:
     parser = Parser(
         "train",
         "MODEL --out FILE [options]",
-        "Train the kernels of the low-rank term on text, layer by layer. Finished layers survive an interrupt: rerun "
-        "the same command to resume. Under torchrun, the processes share the layers.",
+        "Train the kernels of the low-rank term on text: layer by layer, then all together. Finished layers and steps "
+        "survive an interrupt: rerun the same command to resume. Under torchrun, the processes share the sequences "
+        "while the inputs of a layer are collected.",
         (
             "less-export train gemma3-270m --out kernels.safetensors",
             "less-export train ./checkpoint --data a.txt b.txt --out k.safetensors",

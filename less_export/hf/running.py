@@ -55,6 +55,17 @@ def free_memory(device: str) -> int | None:
         return None
 
 
+def peak_memory(device: str) -> int | None:
+    """The most bytes of memory that this process has taken so far: of ``device`` if it is a GPU; None if unknown."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        with open("/proc/self/status") as file:
+            return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):  # not Linux
+        return None
+
+
 def position_ids(ids: Tensor, rotates: bool = True) -> Tensor:
     """Positions of whole sequences ``ids`` [B,T]; all 0 for a model that leaves the rotation to attention."""
     steps = torch.arange(ids.shape[1], device=ids.device) * rotates

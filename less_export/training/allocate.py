@@ -54,8 +54,8 @@ def measure(
     Args:
         ids: [N,T], of which the first :data:`SEQUENCES` are used. plan: every layer's cache. centring: of keys in int8
             slots, by layer. rotary: tables of distances below T, for plans that limit distances. maps: kernels by
-            layer; layers without them evict without a low-rank term. most: slots that no layer may get more of, unless
-            it has them; default half of T.
+            layer; layers without them evict without a low-rank term. most: the most slots of a layer that has no more
+            already; at most, and by default, half of T.
 
     Returns:
         By layer and slots: mean KL divergence from the full cache's next-token distribution, in nats per token, at

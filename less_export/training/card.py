@@ -86,6 +86,10 @@ def _texts(facts: Mapping[str, Any]) -> Iterator[str]:
         longest = count.get("longest", count["length"])
         yield ""
         yield f"{count['count']:.0f} sequences of {count['length']:.0f} tokens (tuned on up to {longest:.0f})."
+    run = _numbers(facts.get("run"))
+    if "seconds" in run:
+        memory = f" and at most {run['peak_memory_bytes'] / 1e9:.2f} GB of memory" if "peak_memory_bytes" in run else ""
+        yield f"The run took {run['seconds'] / 60:.0f} minutes{memory}; if it resumed another, without that one."
 
 
 def _layers(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -115,6 +119,8 @@ def _together(facts: Mapping[str, Any]) -> Iterator[str]:
     rows = [(title, f"{tuned[name]:.4f}") for name, title in names.items() if name in tuned]
     if rows:
         yield from _table(("cache", "KL from the full cache, nats"), rows)
+        yield ""
+        yield "On held-back text, which also chose among states, slots and steps: on other text expect a little more."
         yield ""
     yield from (f"**Doubt:** {line}." for line in doubts(facts))
     yield f"Measure on your own text: `less-export eval {facts.get('model', 'MODEL')} --kernels FILE --data TEXT`."

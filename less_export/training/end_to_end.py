@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from ..less.memory import extra_tokens
 from ..less.rotary import RotaryTable
 from ..plan import sparse_layer
 from ..progress import Progress
-from . import work
+from . import resources, work
 from .attention import attend
 
 #: Vocabularies up to this size are compared whole; of larger ones the corpus's own tokens and as many again.
@@ -160,7 +161,7 @@ def tune(
     centring: Mapping[int, Centring] | None = None,
     rotary: Sequence[RotaryTable] = (),
 ) -> tuple[dict[int, FeatureMap], tuple[LayerSpec, ...], dict[str, Any]]:
-    """Minimise KL(full cache || LESS) of the next-token distributions at positions past the budget.
+    """Minimise KL(full cache || LESS) of the next-token distributions at positions past the largest budget.
 
     Args:
         train, validation: sequences [N,T] whose prefixes are used. length: tokens that layers were fitted on.
@@ -173,13 +174,11 @@ def tune(
         and of the result, and the gain of every layer.
     """
     decoder.model.requires_grad_(False)
-    first = max(plan[i].capacity for i in maps) + 1
+    first, lengths = _prefixes(plan, maps, train.shape[1], length, recipe)
     constants, device = centring or {}, decoder.model.device
     training = Comparison(decoder, train, plan, min(maps), constants, rotary)
     held = Comparison(decoder, validation, plan, min(maps), constants, rotary)
     tuned = {i: copy.deepcopy(m).to(device) for i, m in maps.items()}
-    lengths = [min(int(x * length), train.shape[1]) for x in recipe.lengths]
-    lengths = [x for x in lengths if x - first > min(first, recipe.positions)] or [train.shape[1]]
     vocabulary = _vocabulary(train, decoder.model.get_input_embeddings().weight.shape[0], seed)
 
     @torch.no_grad()
@@ -210,6 +209,9 @@ def tune(
             positions = first + torch.randperm(size - 1 - first, generator=generator)[: recipe.positions]
             loss = training.divergence(row, size, positions, tuned, None, vocabulary).mean()
             if not bool(loss.isfinite()):
+                warnings.warn(
+                    f"the loss is not finite at step {number + 1}: tuning ends with the best state so far", stacklevel=2
+                )
                 break
             optimizer.zero_grad()
             loss.backward()
@@ -233,6 +235,35 @@ def tune(
         "gains": {str(i): x for i, x in measured.gains.items()},
     }  # fmt: skip
     return {i: m.cpu() for i, m in tuned.items()}, measured.plan, facts
+
+
+def _prefixes(
+    plan: Sequence[LayerSpec], layers: Collection[int], most: int, length: int, recipe: Tuning
+) -> tuple[int, list[int]]:
+    """The first position past the largest budget, and the lengths of prefixes of up to ``most`` tokens."""
+    first = max(plan[i].capacity for i in layers) + 1
+    lengths = [min(int(x * length), most) for x in recipe.lengths]
+    # A prefix is of use if as many of its tokens follow that position as a step takes, or as precede it.
+    return first, [x for x in lengths if x - first > min(first, recipe.positions)] or [most]
+
+
+def memory(
+    decoder: LayerwiseDecoder, train: Tensor, length: int, plan: Sequence[LayerSpec], maps: Mapping[int, FeatureMap],
+    recipe: Tuning, centring: Mapping[int, Centring], rotary: Sequence[RotaryTable],
+) -> int:  # fmt: skip
+    """About how many bytes of memory :func:`tune` takes beside the model, for maps of any weights.
+
+    A step takes about twice what autograd keeps, which is measured on the shortest prefix and grows with its length.
+    """
+    decoder.model.requires_grad_(False)
+    first, lengths = _prefixes(plan, maps, train.shape[1], length, recipe)
+    size, vocabulary = min(lengths), _vocabulary(train, decoder.model.get_input_embeddings().weight.shape[0], 0)
+    compared = Comparison(decoder, train[:1], plan, min(maps), centring, rotary)
+    tuned = {i: m.to(decoder.model.device).requires_grad_() for i, m in maps.items()}
+    at = torch.arange(first, size - 1)[: recipe.positions]
+    kept = resources.saved_bytes(lambda: compared.divergence(0, size, at, tuned, None, vocabulary), decoder.model)
+    states = 2 * train.numel() * decoder.model.get_input_embeddings().weight.shape[1] * decoder.model.dtype.itemsize
+    return 2 * kept * max(lengths) // size + states
 
 
 def slots_instead(layer: LayerSpec) -> LayerSpec:

@@ -23,7 +23,7 @@ from ..contract import LayerSpec
 from ..errors import LessExportError, UsageError
 from ..hf import calibration, running
 from ..hf.layerwise import LayerwiseDecoder
-from ..less.feature_maps import FeatureMap, Kernels
+from ..less.feature_maps import FeatureMap, Kernels, random_kernels
 from ..plan import resized
 from ..progress import AnyProgress, as_progress
 from . import allocate, card, collect, end_to_end, fit, work
@@ -36,8 +36,8 @@ from .preparation import TrainJob, prepare
 class LayerReport:
     """One layer: its errors when it was fitted, see :class:`~less_export.training.fit.Errors`.
 
-    slots: those to serve it with: others than it was fitted with if the budget was divided again, or if the file
-    has no kernels for it because the bytes of its low-rank term are worth more in slots. used: whether the file has
+    slots: those to serve it with: others than it was fitted with if the budget was divided again, and more, in the
+    bytes of its low-rank term, if the file has no kernels for it. used: whether the file has
     kernels for it. gain: how much larger the divergence of the model on held-back text is with these bytes in
     slots, in nats per token, once all layers have been tuned together; None if they were not.
     """
@@ -81,28 +81,29 @@ def train(
     if is_special(out):
         raise UsageError(f"--out {out} is a device or a pipe: give the name of a .safetensors file")
     processes.join()
+    begin = time.perf_counter()
     try:
         job = prepare(model, out, texts, config, processes, first_progress)
         with work.alone(job.work) if processes.first else contextlib.nullcontext():
             processes.wait()
-            return _train(job, out)
+            return _train(job, out, begin)
     except OSError as error:
         raise LessExportError(f"cannot write {out} or beside it: {error.strerror or error}") from error
     finally:
         processes.leave()
 
 
-def _train(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
+def _train(job: TrainJob, out: Path, begin: float) -> tuple[LayerReport, ...]:
     try:
         _centre(job)
         if job.config.divided:
             _divide(job)
         _fit_all(job)
-        if job.config.divided and job.config.tuned:
+        if job.config.divided and job.config.end_to_end:
             maps = _used(_fitted(job))
             if maps:
                 _divide(job, maps)
-        return _finish(job, out)
+        return _finish(job, out, begin)
     except BaseException:
         with contextlib.suppress(OSError):  # fails, and keeps the folder, if it holds finished layers
             job.work.rmdir()
@@ -188,7 +189,7 @@ def _fit_all(job: TrainJob) -> None:
 
 
 def _check_memory(job: TrainJob, layers: list[int], activations: collect.Activations) -> None:
-    """Report the disk space and memory that fitting takes, beside the model.
+    """Report the disk space and memory that fitting and tuning take, beside the model.
 
     Raises:
         LessExportError: not enough memory.
@@ -207,6 +208,22 @@ def _check_memory(job: TrainJob, layers: list[int], activations: collect.Activat
         raise LessExportError(
             f"fitting a layer takes {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free: "
             "use fewer --seqs or a shorter --seq-len"
+        )
+    if not job.config.end_to_end or not job.processes.first:
+        return
+    maps = random_kernels(
+        job.plan, job.layers, job.config.rank or DEFAULT_RANK, hidden, job.config.parametrisation
+    ).layers
+    needed = end_to_end.memory(
+        LayerwiseDecoder(job.model(), job.plan), job.corpus.ids, job.length, job.plan, maps,
+        end_to_end.Tuning(), job.centring, job.rotary,
+    )  # fmt: skip
+    job.progress.say(f"about {needed / 1e9:.2f} GB of memory beside the model when all kernels are tuned together")
+    free = running.free_memory(job.device)
+    if free is not None and needed > free:
+        raise LessExportError(
+            f"tuning all kernels together takes about {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are "
+            "free: use a shorter --seq-len, or --no-end-to-end"
         )
 
 
@@ -273,8 +290,11 @@ def _used(fitted: Mapping[int, Kernels]) -> dict[int, FeatureMap]:
     return {i: kernels.layers[i] for i, kernels in fitted.items() if kernels.provenance["used"]}
 
 
-def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
-    """Join the layers, tune them together if configured, and write the file (first process only)."""
+def _finish(job: TrainJob, out: Path, begin: float) -> tuple[LayerReport, ...]:
+    """Join the layers, tune them together if configured, and write the file (first process only).
+
+    ``begin``: when the run began.
+    """
     loaded = _fitted(job)
     job.processes.wait()  # all must have read them before the first deletes them
     reports = tuple(LayerReport(i, job.plan[i].capacity, **k.provenance) for i, k in loaded.items())
@@ -284,14 +304,20 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
     device = torch.cuda.get_device_name(job.device) if torch.device(job.device).type == "cuda" else job.device
     facts = {**job.facts, "torch": torch.__version__, "device": device}
     if job.processes.first:
-        if job.config.tuned and maps:
-            maps, plan, tuning = _tune(job, maps)
+        gains: dict[int, float] = {}
+        plan: Sequence[LayerSpec] = [
+            end_to_end.slots_instead(s) if i in job.layers and i not in maps else s for i, s in enumerate(job.plan)
+        ]
+        if job.config.end_to_end and maps:
+            maps, plan, tuning = _tune(job, maps, plan)
             facts["end_to_end"] = tuning
-            facts |= allocate.provenance(plan)
             gains = {int(i): gain for i, gain in tuning["gains"].items()}
-            reports = tuple(
-                replace(r, slots=plan[r.layer].capacity, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports
-            )
+        facts |= allocate.provenance(plan)
+        reports = tuple(
+            replace(r, slots=plan[r.layer].capacity, used=r.layer in maps, gain=gains.get(r.layer)) for r in reports
+        )
+        seconds = round(time.perf_counter() - begin)
+        facts["run"] = {"seconds": seconds, "peak_memory_bytes": running.peak_memory(job.device)}
         facts["layers"] = {str(r.layer): {n: v for n, v in vars(r).items() if n != "layer"} for r in reports}
         trained = Kernels(dict(maps), facts, job.centring)
         trained.save(out)
@@ -304,11 +330,10 @@ def _finish(job: TrainJob, out: Path) -> tuple[LayerReport, ...]:
 
 
 def _tune(
-    job: TrainJob, maps: dict[int, FeatureMap]
-) -> tuple[dict[int, FeatureMap], tuple[LayerSpec, ...], dict[str, Any]]:
+    job: TrainJob, maps: dict[int, FeatureMap], plan: Sequence[LayerSpec]
+) -> tuple[dict[int, FeatureMap], Sequence[LayerSpec], dict[str, Any]]:
     """Tune the layers' kernels together; returns those that pay, the plan, and their provenance."""
     training, validation = job.corpus.ids.split([len(job.corpus.ids) - job.validation, job.validation])
-    plan = [end_to_end.slots_instead(s) if i in job.layers and i not in maps else s for i, s in enumerate(job.plan)]
     return end_to_end.tune(
         LayerwiseDecoder(job.model(), plan), training, validation, job.length, plan, maps,
         end_to_end.Tuning(steps=job.config.tune_step_count), job.config.seed, job.progress,

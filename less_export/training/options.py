@@ -48,7 +48,7 @@ class TrainConfig:
         parametrisation: ``"exp"``, or ``"paper"`` for the authors'.
         quality: ``"fast"`` or ``"high"``; the defaults of ``steps``, ``seqs`` and ``tune_steps``.
         steps: steps per layer; 0 keeps the k-means start.
-        seqs: training sequences; validation takes a twelfth more.
+        seqs: training sequences; validation takes an eighth more.
         seq_len: tokens per sequence.
         layers: train only these layers, like ``"0-7,9"``.
         end_to_end: tune all kernels together at the end.
@@ -124,11 +124,6 @@ class TrainConfig:
     def division_by_training(self) -> bool:
         """Whether training decides on the budgets of layers, and neither the user nor the recipe."""
         return self.layer_budgets in (AUTO, EQUAL)
-
-    @property
-    def tuned(self) -> bool:
-        """Whether all kernels are tuned together."""
-        return self.end_to_end
 
     @property
     def tune_step_count(self) -> int:

@@ -106,7 +106,9 @@ def prepare(
     cache, plan, limit = opened.config, opened.plan, opened.trained_length
     length = config.seq_len or min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
     if length > (opened.position_limit or length):
-        raise UsageError(f"--seq-len {length} is more than the {limit} positions that the model has: reduce it")
+        raise UsageError(
+            f"--seq-len {length} is more than the {opened.position_limit} positions that the model has: reduce it"
+        )
     evicting = [i for i, s in enumerate(plan) if s.absorb]
     if not evicting:
         raise UsageError("no layer evicts anything: all layers keep their sliding window; see --compress-sliding")
@@ -162,7 +164,7 @@ def prepare(
         "parametrisation": config.parametrisation,
         "fit": asdict(fit.Fit(steps=config.step_count)),
         "division": config.layer_budgets if config.division_by_training else "given" if cache.layer_budgets else EQUAL,
-        "end_to_end": asdict(end_to_end.Tuning(steps=config.tune_step_count)) if config.tuned else False,
+        "end_to_end": asdict(end_to_end.Tuning(steps=config.tune_step_count)) if config.end_to_end else False,
         "seed": config.seed,
         "less_export": __version__,
     }
@@ -182,7 +184,7 @@ def _corpus(
 ) -> data.Corpus:  # fmt: skip
     """Sequences of ``length`` tokens, or of the longest that kernels are tuned on where the text has enough of them."""
     longest = max(length, min(int(max(end_to_end.Tuning().lengths) * length), limit or length))
-    if config.tuned and longest > length:
+    if config.end_to_end and longest > length:
         try:
             corpus = data.sequences(sources, encode, bos, count, longest, config.seed)
         except UsageError:  # the text is shorter than one
