@@ -114,9 +114,14 @@ def with_kernels(model: str, file: Path, length: int) -> list[Opened]:
     )  # fmt: skip
     opened = open_model(resolve(model), config)
     built = variants.build(("sparse+bytes", "less"), opened.plan, opened.kernels, length, BYTES)
+
+    def name(variant: variants.Variant) -> str:
+        least, most = min(variant.slots()), max(variant.slots())
+        return f"{variant.kind}, {most if least == most else f'{least} to {most}'} slots"
+
     return [
         Opened(
-            f"{v.kind}, {max(s.capacity for s in v.plan if s.policy.evicts)} slots",
+            name(v),
             v.plan,
             replace(opened.kernels, layers=v.kernels.layers),
             opened.rotary_tables(length),

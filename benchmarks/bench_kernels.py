@@ -5,6 +5,7 @@ in 16-bit slots, in all evicting layers together: LESS has fewer slots than the 
 Train its kernels with the number that ``--print-slots`` shows, in every layer or divided among them; where they are
 divided, a sparse cache with the bytes of LESS in each layer is measured too. The last cache has the slots of LESS and
 no state: what the state does, and what its bytes would do as slots. Layers that evict nothing are exact in all of them.
+Positions count from where the first layer of a cache evicts (``first``; in rows without it, from where all layers do).
 ``benchmarks/results/kernels.json`` is written after every text; texts that are in it already, with the same kernels,
 are not measured again.
 """
@@ -126,7 +127,7 @@ def measure(name: str, kernels: Path | None, args: argparse.Namespace, rows: Row
     used = {i: loaded.layers[i] for i in ranks}
     decoder = LayerwiseDecoder(model, opened.plan)
     length = args.length
-    at = torch.arange(max(map(max, counts.values())) + 1, length - 1, STRIDE)
+    at = torch.arange(min(map(min, counts.values())) + 1, length - 1, STRIDE)
     for text, content in texts(args.text):
         key = (name, opened.plan[evicting[0]].policy.name, text, length, digest)
         if key in rows or (args.only and text not in args.only):
@@ -144,7 +145,7 @@ def measure(name: str, kernels: Path | None, args: argparse.Namespace, rows: Row
         rows[key] = {
             "model": name, "policy": key[1], "text": text, "length": length, "kernels": digest,
             "half_life": opened.plan[evicting[0]].score_half_life,
-            "rank": max(ranks.values()), "trained": training(loaded), "slots": counts, "kl": found,
+            "first": int(at[0]), "rank": max(ranks.values()), "trained": training(loaded), "slots": counts, "kl": found,
         }  # fmt: skip
         write_rows(args.out, rows, {"stride": STRIDE})
 
@@ -177,7 +178,7 @@ def main() -> None:
         change = statistics.mean((kl["less"] - slots).mean(1).numpy())
         tokens = (kl["less"] - slots).flatten()
         rest = tokens[tokens.abs().argsort()[: len(tokens) * 99 // 100]]
-        interval = f"{change.value:+.4f} [{change.low:+.4f}, {change.high:+.4f}]"
+        interval = change.text("+.4f")
         print(f"  less - slots {interval}, without the 1% of tokens that change most {rest.mean():+.4f}")
     print(f"wrote {args.out}")
 

@@ -33,7 +33,7 @@ def long(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells = [f"{steps(row, *span, data['chunk']).mean():.3f}" for span in spans]
         change = statistics.mean(steps(row, *spans[-1], data["chunk"]) - last)
         same = row is base
-        cells.append("" if same else f"{change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}]")
+        cells.append("" if same else change.text("+.3f"))
         rows.append([row["cache"], *cells])
     names = [f"{a:,} to {b:,}" for a, b in spans]
     return ["cache", *names, f"difference to {BASE}, {names[-1]}"], rows
@@ -69,7 +69,7 @@ def beyond(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             change = ""
             if row["length"] == longest and row["cache"] != BASIS:
                 x = statistics.mean((np.array(row["nll"]) - default)[:, begin:end].ravel())
-                change = f"{x.value:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+                change = x.text("+.3f")
             rows.append([entry["model"], row["cache"], *cells, change])
     names = [f"{a:,} to {b:,}" for a, b in spans]
     return ["model", "cache", *names, f"difference to {BASIS}, {names[-1]}"], rows
@@ -107,7 +107,7 @@ def same(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             last = np.roll(nll[:, :, -1], -1, 1)
             change = statistics.mean(((last - nll[:, :, 0]) / nll[:, :, 0].mean()).ravel())
             losses = [f"{nll[:, :, i].mean():.3f} ({span})" for i, span in zip((0, -1), spans, strict=True)]
-            change_cell = f"{change.value:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
+            change_cell = change.text("+.1%")
             tokens = "1" if entry["simulated"] else str(chunk)
             rows.append([entry["model"], row["cache"], ", ".join(entry["texts"]), tokens, *losses, change_cell])
     return ["model", "cache", "texts", "tokens a step", "first part", "last part", "change"], rows
@@ -121,7 +121,7 @@ def recall(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         for pairs in row["losses"].values():
             told, untold = np.array(pairs).T
             gain = statistics.mean(untold - told)
-            cells.append(f"{told.mean():.2f} ({gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}])")
+            cells.append(f"{told.mean():.2f} ({gain.text('+.2f')})")
         rows.append([row["model"], row["cache"], *cells])
     return ["model", "cache", *(f"{int(d):,} tokens" for d in data["rows"][0]["losses"])], rows
 

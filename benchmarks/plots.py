@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import kernels_tables
 import matplotlib
 import numpy as np
 import quality_tables
@@ -160,10 +161,31 @@ def gpu() -> None:
     _save(figure, "gpu.png")
 
 
+def kernels() -> None:
+    """KL from the full cache by text, for slots alone and for LESS in the same bytes."""
+    data = json.loads((RESULTS / "kernels.json").read_text())
+    edition = {"h2o": "today", "sink": "passages"}  # those of docs/results/quality.md
+    chosen = [r for r in data["rows"] if kernels_tables.edition_of(r) == edition[r["policy"]] and r["length"] == 1024]
+    panels = sorted({(r["policy"], r["model"]) for r in chosen})
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), squeeze=False)
+    for ax, (policy, model) in zip(axes[0], panels, strict=True):
+        rows = [r for r in chosen if (r["policy"], r["model"]) == (policy, model)]
+        for shift, cache in enumerate(("16-bit", "sparse", "divided", "less")):
+            means = [np.mean(r["kl"].get(cache, r["kl"]["sparse"])) for r in rows]
+            ax.bar(np.arange(len(rows)) + 0.2 * (shift - 1.5), means, 0.2, label=kernels_tables.CACHES[cache])
+        ax.set_xticks(range(len(rows)), [r["text"] for r in rows], rotation=45, ha="right", fontsize=8)
+        ax.set_ylabel("KL from the full cache, nats")
+        ax.set_title(f"{model}, {policy}", fontsize=10)
+        ax.grid(axis="y", alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    _save(figure, "kernels.png")
+
+
 if __name__ == "__main__":
     decode_cost()
     quality()
     long()
     serving()
+    kernels()
     if (RESULTS / "gpu.json").is_file():
         gpu()

@@ -136,7 +136,7 @@ def _seeds(less: list[Measurement]) -> str:
 
 
 def _share(share: statistics.Interval | None) -> str:
-    return f"{share.value:.2f} [{share.low:.2f}, {share.high:.2f}]" if share else NOT_YET
+    return share.text(".2f") if share else NOT_YET
 
 
 def settings(q: Quality) -> tuple[list[str], list[list[str]]]:

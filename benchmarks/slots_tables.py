@@ -24,7 +24,7 @@ def slots_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         wide, coded, many = (_values(row, c, "kl") for c in (WIDE, INT8, AS_MANY))
         change = statistics.mean(1 - coded / wide)
         counts = [f"{x.mean():.4f} ({row['slots'][c]})" for c, x in ((WIDE, wide), (INT8, coded))]
-        lower = f"{change.value:.0%} [{change.low:.0%}, {change.high:.0%}]"
+        lower = change.text(".0%")
         rows.append([row["model"], row["text"], str(row["sequences"]), *counts, lower, f"{many.mean():.4f}"])
     return header, rows
 
@@ -55,7 +55,7 @@ def int4(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         kl = {cache: np.array(x) for cache, x in row["kl"].items()}
         change = statistics.mean(1 - kl[caches[2]] / kl["int8"])
         cells = [f"{x.mean():.4f} ({row['slots'][cache]})" for cache, x in kl.items()]
-        lower = f"{change.value:.0%} [{change.low:.0%}, {change.high:.0%}]"
+        lower = change.text(".0%")
         rows.append([row["text"], str(row["sequences"]), *cells, lower])
     return ["text", "sequences", *caches, "lower than int8"], rows
 
@@ -74,7 +74,7 @@ def state_kl(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in data["rows"]:
         wide, narrow = (np.array(row["kl"][bits]).ravel() for bits in ("32", "16"))
         change = statistics.mean((narrow - wide) / wide.mean())
-        shown = f"{change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
+        shown = change.text("+.2%")
         rows.append([row["model"], row["text"], f"{wide.mean():.4f}", f"{narrow.mean():.4f}", shown])
     return ["model", "text", "32 bits", "16 bits", "change"], rows
 

@@ -108,7 +108,7 @@ def headline() -> str:
         rows.append([f"KL from the full cache, {model}", f"{less:.3f}", f"{sparse:.3f}", "0", quality_page])
     description = (
         f"cache and step: {decode['layers']} layers of TinyLlama's shape, {decode['slots']} slots in the compute "
-        f"dtype; KL in nats: mean of six texts, contexts of {kernels_tables.HEADLINE_LENGTH:,} tokens, int8 slots "
+        f"dtype; KL in nats: mean of thirteen texts, contexts of {kernels_tables.HEADLINE_LENGTH:,} tokens, int8 slots "
         "in the bytes of 5% of the context in 16 bits"
     )
     return table(["", "LESS", "sparse cache, same bytes", "full cache", "details"], rows) + f"\n\n({description})"
@@ -238,11 +238,12 @@ def int4() -> str:
     return table(*slots_tables.int4(data)) + f"\n\n({note}; {where(data)})"
 
 
-def kernels_kl(half_life: int | None, earlier: bool | None = None) -> str:
+def kernels_kl(half_life: int | None, edition: str | None = None) -> str:
     """What kernels add to int8 slots."""
     data = results("kernels")
-    note = f"one token a step, every {data['stride']}th position past the slots"
-    return table(*kernels_tables.kernels_kl(data, half_life, earlier)) + f"\n\n({note}; {where(data)})"
+    begin = "where the first layer evicts" if edition in ("today", "passages") else "where all layers evict"
+    note = f"one token a step, every {data['stride']}th position from {begin}"
+    return table(*kernels_tables.kernels_kl(data, half_life, edition)) + f"\n\n({note}; {where(data)})"
 
 
 def half_lives() -> str:
@@ -252,14 +253,14 @@ def half_lives() -> str:
     return table(*kernels_tables.half_lives(data)) + f"\n\n({note}; {where(data)})"
 
 
-def tasks() -> str:
+def tasks(trained: str | None = None) -> str:
     """Tasks of lm-evaluation-harness."""
     data = results("tasks")
     note = (
         "accuracy in percent (standard error); one token a step; last columns: nats of log probability of the right "
         "answer, and of its share of all choices, and 95% bootstrap intervals over the items"
     )
-    return table(*kernels_tables.tasks(data)) + f"\n\n({note}; {where(data)})"
+    return table(*kernels_tables.tasks(data, trained)) + f"\n\n({note}; {where(data)})"
 
 
 def summaries() -> str:
@@ -303,12 +304,17 @@ def rendered(text: str) -> str:
     makers |= {"slots_decode": slots_decode, "state_drift": state_drift, "int4": int4}
     makers |= {name: lambda maker=maker: table(*maker()) for name, maker in plan_tables.PARTS.items()}
     makers |= {
-        "kernels_kl": functools.partial(kernels_kl, 128, False),
-        "kernels_kl_equal": functools.partial(kernels_kl, 128, True),
+        "kernels_kl": functools.partial(kernels_kl, 128, "today"),
+        "kernels_kl_divided": functools.partial(kernels_kl, 128, "divided"),
+        "kernels_kl_equal": functools.partial(kernels_kl, 128, "equal"),
         "kernels_kl_512": functools.partial(kernels_kl, 512),
-        "kernels_kl_sink": functools.partial(kernels_kl, None),
+        "kernels_kl_passages": functools.partial(kernels_kl, 128, "passages"),
+        "kernels_kl_sink": functools.partial(kernels_kl, None, "passages"),
+        "kernels_kl_sink_divided": functools.partial(kernels_kl, None, "divided"),
+        "kernels_kl_sink_equal": functools.partial(kernels_kl, None, "equal"),
     }
     makers |= {"half_lives": half_lives, "tasks": tasks, "summaries": summaries, "state_kl": state_kl, "recall": recall}
+    makers["tasks_passages"] = functools.partial(tasks, kernels_tables.PASSAGES)
     makers |= {p: functools.partial(beyond, p) for p in long_tables.PARTS}
     makers |= {p: functools.partial(slots, p) for p in slots_tables.PARTS}
     for parts in (serving_tables.PARTS, decoding_tables.PARTS, memory_tables.PARTS):

@@ -123,6 +123,7 @@ def main() -> None:
     states = bool(Kernels.load(KERNELS).layers)  # training leaves out a state that does not pay
     caches = "full,sparse+bytes,less" if states else "full,sparse"
     options = ("--compare", caches, "--seqs", "2", "--positions", "128")
+    print("\nfrom here on, two sequences each of other passages of the works that the kernels were trained on:")
     run("eval", "gemma3-270m", "--kernels", KERNELS, "--data", *(TEXTS / "held_out" / work for work in WORKS), *options)
 
 

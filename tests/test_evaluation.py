@@ -139,8 +139,20 @@ def test_intervals() -> None:
     interval = statistics.perplexity(nll)
     assert interval.value == pytest.approx(np.exp(rows.mean()))
     width = 1.96 * rows.std() / 8 * interval.value
+    assert interval.low is not None
+    assert interval.high is not None
     assert interval.high - interval.value == pytest.approx(width, rel=0.2)
     assert interval.value - interval.low == pytest.approx(width, rel=0.2)
+
+
+def test_few_values_get_no_interval() -> None:
+    """Of five, all have the same sign by chance more often than once in twenty."""
+    interval = statistics.mean(np.arange(5.0))
+    assert interval == statistics.Interval(2.0)
+    assert interval.text(".1f") == "2.0"
+    interval = statistics.mean(np.arange(6.0))
+    assert interval.low is not None
+    assert interval.text(".0f").startswith("2 [")
 
 
 def test_share_of_the_gap() -> None:
@@ -159,14 +171,16 @@ def test_share_of_the_gap() -> None:
 
 
 def test_means_of_some_tokens() -> None:
-    values = np.arange(12.0).reshape(3, 4)
+    values = np.arange(24.0).reshape(6, 4)
     chosen = values % 2 == 0
     some = statistics.mean_of_some(values, chosen)
     assert some is not None
-    assert some.value == pytest.approx(5)
-    assert some.low < 5 < some.high
-    assert statistics.mean_of_some(values, np.zeros((3, 4), bool)) is None
-    whole = statistics.mean_of_some(values, np.ones((3, 4), bool))
+    assert some.value == pytest.approx(11)
+    assert some.low is not None
+    assert some.high is not None
+    assert some.low < 11 < some.high
+    assert statistics.mean_of_some(values, np.zeros((6, 4), bool)) is None
+    whole = statistics.mean_of_some(values, np.ones((6, 4), bool))
     assert whole == statistics.mean(values.mean(1))
 
 
@@ -218,7 +232,7 @@ def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path
     assert {r["domain"] for r in data["rows"]} == {"in", "out"}
     less = [r for r in data["rows"] if r["kind"] == "less"]
     assert all(set(r["share"]) == {"sparse", "sparse+4", "sparse+bytes"} for r in less)
-    assert all(r["perplexity"]["low"] <= r["perplexity"]["value"] <= r["perplexity"]["high"] for r in data["rows"])
+    assert all(r["perplexity"]["low"] is None for r in data["rows"])  # three sequences get no interval
     assert all((r["divergence"] is None) == (r["kind"] == "full") for r in data["rows"])
     for row in less:
         assert set(row["change"]) == set(row["share"])
@@ -230,6 +244,28 @@ def test_a_model(run: Run, source: Path, kernel_file: Path, text: Path, tmp_path
     assert "KL(full cache || cache)" in result.out
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert "sparse+bytes" in result.out
+
+
+def test_a_simulation_adds_the_full_cache(
+    run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path
+) -> None:
+    """Without it there is nothing that divergences are from."""
+    arguments = ("--kernels", kernel_file, "--budget", 12, "--compare", "sparse,less", "--json", tmp_path / "e.json")
+    assert run("eval", source, "--data", text, *arguments, *OPTIONS).code == 0
+    rows = json.loads((tmp_path / "e.json").read_text())["rows"]
+    assert [r["kind"] for r in rows] == ["full", "sparse", "less"]
+    assert [r["divergence"] is not None for r in rows] == [False, True, True]
+
+
+def test_positions_begin_where_the_first_layer_evicts(
+    run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = perplexity.compared, []
+    monkeypatch.setattr(perplexity, "compared", lambda *args: seen.append(args[4].tolist()) or real(*args))
+    arguments = ("--kernels", kernel_file, "--budget", 12, "--layer-budgets", "1:20", "--compare", "sparse,less")
+    options = ("--positions", LENGTH, "--json", tmp_path / "e.json")
+    assert run("eval", source, "--data", text, *arguments, *OPTIONS, *options).code == 0
+    assert seen == [list(range(13, LENGTH - 1))]
 
 
 def test_a_bundle_on_onnx_runtime(run: Run, streaming: Path, text: Path, tmp_path: Path) -> None:
@@ -251,7 +287,7 @@ def test_a_bundle_on_onnx_runtime(run: Run, streaming: Path, text: Path, tmp_pat
 def test_where_there_is_no_gap_there_is_no_share(
     run: Run, source: Path, kernel_file: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = [perplexity.Scores(np.full((3, 8), x)) for x in (2.0, 1.9, 1.8)]
+    results = [perplexity.Scores(np.full((6, 8), x)) for x in (2.0, 1.9, 1.8)]
     monkeypatch.setattr(perplexity, "compared", lambda *_: results)
     options = ("--kernels", kernel_file, "--budget", 12, "--compare", "less,full,sparse", "--json", tmp_path / "e.json")
     result = run("eval", source, "--data", text, *options, *OPTIONS)

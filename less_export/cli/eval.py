@@ -33,8 +33,8 @@ def parser() -> Parser:
     parser = Parser(
         "eval",
         "BUNDLE|MODEL [options]",
-        "Measure what the cache does to the model: perplexity of LESS beside the full cache and sparse caches of equal "
-        "bytes (default), ROUGE of summaries, or a task of lm-evaluation-harness.",
+        "Measure what the cache does to the model: perplexity and KL divergence of LESS beside the full cache and "
+        "sparse caches of equal bytes (default), ROUGE of summaries, or a task of lm-evaluation-harness.",
         (
             "less-export eval gemma3-270m --kernels kernels.safetensors --budgets 2%,5%,10%",
             "less-export eval gemma --task summarize --data articles.jsonl",
@@ -67,7 +67,8 @@ def parser() -> Parser:
     measurement.add_argument(
         "--compare",
         metavar="A,B",
-        help="which of full, sparse, sparse+4, sparse16+bytes, sparse+bytes, less (default: all that apply)",
+        help="which of full, sparse, sparse+4, sparse16+bytes, sparse+bytes, less (default: all that apply); "
+        "perplexity without --backend adds full",
     )
     measurement.add_argument(
         "--seqs",
@@ -170,7 +171,7 @@ def _show_divergences(rows: Sequence[Row]) -> None:
     """The divergences from the full cache, where they were measured."""
     figures = table(
         "KL(full cache || cache) of the next token, in nats",
-        "text", "budget", "cache", "all tokens", "copied", "other", "LESS - it",
+        "text", "budget", "cache", "all tokens", "copied", "other", "LESS minus this",
     )  # fmt: skip
     measured = [r for r in rows if r.divergence is not None]
     for r in measured:

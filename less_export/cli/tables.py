@@ -57,8 +57,8 @@ def size(count: float) -> str:
 
 
 def interval(x: Interval, digits: int = 2) -> str:
-    """``value [low, high]``"""
-    return f"{x.value:.{digits}f} [{x.low:.{digits}f}, {x.high:.{digits}f}]"
+    """``value [low, high]``, or the value alone where there is no interval."""
+    return x.text(f".{digits}f")
 
 
 def beyond_mark(length: int, positions: int | None) -> str:

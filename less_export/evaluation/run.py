@@ -30,9 +30,10 @@ BATCH = 8
 class EvalConfig:
     """Options of an evaluation.
 
-    compare: variants to compare; None for all that the subject supports. seqs, seq_len: sequences of each text, and
-    tokens in each. chunk: tokens per step. positions: scored positions of a sequence, spread evenly past the budget.
-    backend: stream through it; None simulates. budgets: more budgets, for the plot.
+    compare: variants to compare; None for all that the subject supports; a simulation adds the full cache. seqs,
+    seq_len: sequences of each text, and tokens in each. chunk: tokens per step. positions: scored positions of a
+    sequence, spread evenly from where the first layer evicts. backend: stream through it; None simulates. budgets: more
+    budgets, the same in all layers.
     """
 
     compare: tuple[Kind, ...] | None = None
@@ -55,7 +56,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. ``sequences``: number of sequences that the text has.
+    """One row of the table. ``sequences``: number of sequences that were measured.
 
     ``share``: how much of the gap in perplexity between full and each baseline LESS closes; None where there is no gap.
     ``divergence``: mean KL(full cache || this one) of the next token in nats, and of those tokens alone that are copied
@@ -94,6 +95,8 @@ def evaluate(
         UsageError: a text is too short, or a variant or chunk is impossible; raised before anything runs.
     """
     kinds = chosen(config.compare or kinds_for(subject.plan, subject.kernels))
+    if config.backend is None:  # divergences are from the full cache
+        kinds = chosen([*kinds, "full"])
     plans: list[tuple[str, Sequence[LayerSpec]]] = [(_slots(subject.plan), subject.plan)]
     if config.budgets:
         if subject.plan_for is None:
@@ -104,9 +107,10 @@ def evaluate(
                 plans.append((budget, plan))
     _warn_of_training_text(subject, [*inside, *outside])
     compared = [(budget, build(kinds, p, subject.kernels, config.seq_len, subject.cache_dtype)) for budget, p in plans]
-    first = max(v.first() for _, variants in compared for v in variants)  # all are scored at the same positions
-    if first > config.seq_len - 2:
-        raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {first - 1} tokens is full: increase it")
+    slots = [n for _, variants in compared for v in variants for n in v.slots()] or [0]
+    if max(slots) + 1 > config.seq_len - 2:
+        raise UsageError(f"--seq-len {config.seq_len} ends before a budget of {max(slots)} tokens is full: increase it")
+    first = min(slots) + 1  # where a layer of one of them begins to evict; all are scored at the same positions
     _refuse_backend(subject, [v for _, variants in compared for v in variants], config)
     positions = torch.linspace(first, config.seq_len - 2, config.positions).long().unique()
     texts = [(domain, s, _ids(subject, s, config)) for domain, x in (("in", inside), ("out", outside)) for s in x]
@@ -257,11 +261,10 @@ def plot(rows: Sequence[Row], subject: Subject, path: Path) -> None:
             if kind == "full":
                 ax.axhline(line[0].perplexity.value, color="black", linestyle=":", label=kind)
                 continue
-            spread = [
-                [r.perplexity.value - r.perplexity.low for r in line],
-                [r.perplexity.high - r.perplexity.value for r in line],
-            ]
-            ax.errorbar(x, [r.perplexity.value for r in line], spread, marker="o", capsize=2, label=kind)
+            values = np.array([r.perplexity.value for r in line])
+            ends = [(r.perplexity.low or r.perplexity.value, r.perplexity.high or r.perplexity.value) for r in line]
+            spread = np.abs(np.array(ends).T - values)
+            ax.errorbar(x, values, spread, marker="o", capsize=2, label=kind)
         ax.set_title(text)
         ax.set_xlabel("state of one sequence, kB")
         ax.set_ylabel("perplexity")

@@ -10,36 +10,47 @@ import numpy.typing as npt
 
 Nll = npt.NDArray[np.float64]
 RESAMPLES = 2000
+#: Fewest values that get an interval: five have the same sign by chance alone more often than once in twenty.
+FEWEST = 6
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and its 95% bootstrap interval."""
+    """A value and its 95% bootstrap interval, whose ends are None where there are fewer than :data:`FEWEST` values."""
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
+
+    def text(self, form: str) -> str:
+        """``value [low, high]``, each in the format ``form``, or the value alone."""
+        if self.low is None or self.high is None:
+            return format(self.value, form)
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 def _draws(count: int, seed: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
 
 
-def _interval(value: float, draws: Nll) -> Interval:
+def _interval(value: float, draws: Nll, count: int) -> Interval:
+    """The interval of a value of ``count`` sequences or items."""
     draws = draws[np.isfinite(draws)]
-    low, high = np.quantile(draws, [0.025, 0.975]) if len(draws) else (value, value)
+    if count < FEWEST or not len(draws):
+        return Interval(float(value))
+    low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(value), float(low), float(high))
 
 
 def perplexity(nll: Nll, seed: int = 0) -> Interval:
     """exp of the mean of nll [N,P]; resamples whole sequences, as the tokens of one are not independent."""
     rows = nll.mean(1)
-    return _interval(np.exp(rows.mean()), np.exp(rows[_draws(len(rows), seed)].mean(1)))
+    return _interval(np.exp(rows.mean()), np.exp(rows[_draws(len(rows), seed)].mean(1)), len(rows))
 
 
 def mean(values: Nll, seed: int = 0) -> Interval:
     """Mean of values [N]; resamples them."""
-    return _interval(values.mean(), values[_draws(len(values), seed)].mean(1))
+    return _interval(values.mean(), values[_draws(len(values), seed)].mean(1), len(values))
 
 
 def mean_of_some(values: Nll, chosen: npt.NDArray[np.bool_], seed: int = 0) -> Interval | None:
@@ -49,7 +60,7 @@ def mean_of_some(values: Nll, chosen: npt.NDArray[np.bool_], seed: int = 0) -> I
         return None
     draws = _draws(len(values), seed)
     with np.errstate(invalid="ignore"):
-        return _interval(sums.sum() / counts.sum(), sums[draws].sum(1) / counts[draws].sum(1))
+        return _interval(sums.sum() / counts.sum(), sums[draws].sum(1) / counts[draws].sum(1), len(values))
 
 
 #: Tokens back from which a repeated pair of tokens counts as copied.
@@ -85,4 +96,4 @@ def share_of_gap(full: Nll, baseline: Nll, less: Nll, seed: int = 0) -> Interval
 
     rows = [x.mean(1) for x in (full, baseline, less)]
     value = share([np.asarray(x.mean()) for x in rows])
-    return _interval(float(value), share([x[draws].mean(1) for x in rows]))
+    return _interval(float(value), share([x[draws].mean(1) for x in rows]), len(full))

@@ -40,9 +40,9 @@ class Variant:
         plain = sum(2 * s.kv_heads * s.capacity * s.head_dim * item_bytes(dtype) for s in self.plan)
         return plain if self.kind == "full" else sum(layer_bytes(s, dtype) for s in self.plan)
 
-    def first(self) -> int:
-        """First position at which a token of the full cache may have been evicted."""
-        return max((s.capacity for s in self.plan if s.policy.evicts), default=0) + 1
+    def slots(self) -> list[int]:
+        """The slots of every layer that evicts."""
+        return [s.capacity for s in self.plan if s.policy.evicts]
 
 
 def same_bytes(spec: LayerSpec, dtype: str) -> LayerSpec:
