@@ -179,8 +179,7 @@ def _compared(data: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) ->
 
 def _change(values: np.ndarray, digits: int) -> str:
     """The mean of differences, with its interval."""
-    change = statistics.mean(values)
-    return change.text(f"+.{digits}f")
+    return statistics.mean(values).text(f"+.{digits}f")
 
 
 def _accuracy(right: list[int]) -> str:

@@ -171,7 +171,7 @@ def kernels() -> None:
     for ax, (policy, model) in zip(axes[0], panels, strict=True):
         rows = [r for r in chosen if (r["policy"], r["model"]) == (policy, model)]
         for shift, cache in enumerate(("16-bit", "sparse", "divided", "less")):
-            means = [np.mean(r["kl"].get(cache, r["kl"]["sparse"])) for r in rows]
+            means = [np.mean(r["kl"][cache]) for r in rows]
             ax.bar(np.arange(len(rows)) + 0.2 * (shift - 1.5), means, 0.2, label=kernels_tables.CACHES[cache])
         ax.set_xticks(range(len(rows)), [r["text"] for r in rows], rotation=45, ha="right", fontsize=8)
         ax.set_ylabel("KL from the full cache, nats")

@@ -1,4 +1,4 @@
-"""Training under torchrun: two CPU processes share the layers and write the same file as one."""
+"""Training under torchrun: two CPU processes share the sequences and write the same file as one."""
 
 from __future__ import annotations
 

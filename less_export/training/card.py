@@ -120,7 +120,7 @@ def _together(facts: Mapping[str, Any]) -> Iterator[str]:
     if rows:
         yield from _table(("cache", "KL from the full cache, nats"), rows)
         yield ""
-        yield "On held-back text, which also chose among states, slots and steps: on other text expect a little more."
+        yield "This text also decided on states, slots and steps: on other text expect a slightly larger KL."
         yield ""
     yield from (f"**Doubt:** {line}." for line in doubts(facts))
     yield f"Measure on your own text: `less-export eval {facts.get('model', 'MODEL')} --kernels FILE --data TEXT`."

@@ -37,9 +37,9 @@ class LayerReport:
     """One layer: its errors when it was fitted, see :class:`~less_export.training.fit.Errors`.
 
     slots: those to serve it with: others than it was fitted with if the budget was divided again, and more, in the
-    bytes of its low-rank term, if the file has no kernels for it. used: whether the file has
-    kernels for it. gain: how much larger the divergence of the model on held-back text is with these bytes in
-    slots, in nats per token, once all layers have been tuned together; None if they were not.
+    bytes of its low-rank term, if the file has no kernels for it. used: whether the file has kernels for it. gain: how
+    much larger the divergence of the model on held-back text is with these bytes in slots, in nats per token, once all
+    layers have been tuned together; None if they were not.
     """
 
     layer: int
@@ -203,13 +203,8 @@ def _check_memory(job: TrainJob, layers: list[int], activations: collect.Activat
         f"{len(layers)} layers, {len(job.ids)} sequences: up to {disk / 1e9:.2f} GB of activations on disk, and "
         f"{needed / 1e9:.2f} GB of memory beside the model while a layer is fitted"
     )
-    free = running.free_memory(job.device)
-    if free is not None and needed > free:
-        raise LessExportError(
-            f"fitting a layer takes {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free: "
-            "use fewer --seqs or a shorter --seq-len"
-        )
-    if not job.config.end_to_end or not job.processes.first:
+    _require(job, needed, "fitting a layer takes", "use fewer --seqs or a shorter --seq-len")
+    if not (job.config.end_to_end and job.config.tune_step_count and job.processes.first):
         return
     maps = random_kernels(
         job.plan, job.layers, job.config.rank or DEFAULT_RANK, hidden, job.config.parametrisation
@@ -219,12 +214,14 @@ def _check_memory(job: TrainJob, layers: list[int], activations: collect.Activat
         end_to_end.Tuning(), job.centring, job.rotary,
     )  # fmt: skip
     job.progress.say(f"about {needed / 1e9:.2f} GB of memory beside the model when all kernels are tuned together")
+    _require(job, needed, "tuning all kernels together takes about", "use a shorter --seq-len, or --no-end-to-end")
+
+
+def _require(job: TrainJob, needed: int, what: str, advice: str) -> None:
+    """Raise :class:`LessExportError` unless ``needed`` bytes of memory are free."""
     free = running.free_memory(job.device)
     if free is not None and needed > free:
-        raise LessExportError(
-            f"tuning all kernels together takes about {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are "
-            "free: use a shorter --seq-len, or --no-end-to-end"
-        )
+        raise LessExportError(f"{what} {needed / 1e9:.2f} GB of memory, and {free / 1e9:.2f} GB are free: {advice}")
 
 
 def _collect(
